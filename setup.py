@@ -1,0 +1,71 @@
+"""Packaging: the only place of metadata (tool settings are in pyproject.toml, exact versions in constraints.txt)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """Return the version by reading its file: importing the package would need torch at build time."""
+    text = (ROOT / "gisting" / "_version.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
+    if found is None:
+        raise RuntimeError('gisting/_version.py: expected a line __version__ = "..."')
+    return found.group(1)
+
+
+setup(
+    name="gisting",
+    version=read_version(),
+    description="Compress prompts into a few cached, reusable gist tokens, for unmodified Hugging Face models",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["gisting", "prompt compression", "KV cache", "attention mask", "transformers", "LLM"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["gisting", "gisting.*"]), "gisting_kernels"],
+    # kernels/ is a source root: as a package it would shadow the PyPI package `kernels`, which transformers imports.
+    package_dir={"gisting_kernels": "kernels/gisting_kernels"},
+    package_data={"gisting": ["py.typed", "data/*.json", "data/*.jsonl", "data/*.txt"]},
+    entry_points={"console_scripts": ["gisting=gisting.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",  # from here T5 runs on the attention interface
+        "safetensors>=0.4",
+        "typer>=0.12",  # the command line; comes with transformers anyway
+        "rich>=13",  # the command line; comes with typer anyway
+    ],
+    extras_require={
+        "kernels": ["triton>=3.6; sys_platform == 'linux'"],
+        "train": ["accelerate>=1.1", "datasets>=2.15", "peft>=0.20"],  # the floors that transformers asks for itself
+        "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.4", "matplotlib>=3.8"],
+        "internalize": ["bm25s>=0.2"],
+        "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
+        "vllm": ["vllm>=0.32"],
+        "dev": [
+            "gisting[train,eval,sentencepiece]",
+            "hypothesis>=6.100",
+            "pyright[nodejs]>=1.1.400",  # node as a wheel: pyright needs nothing but the package registry
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.12",
+        ],
+    },
+)

@@ -1,0 +1,43 @@
+"""The oracle of interval attention: plain, dense, in float32 or better. It defines the corners.
+
+Corner: a query row that sees no key gives zeros and has zero gradients. Nothing here is meant to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gisting.visibility import Visibility
+
+__all__ = ["reference_attention"]
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    *,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """Arguments and result as :func:`gisting.attention.interval_attention`, already checked."""
+    group = q.shape[1] // k.shape[1]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k = k.repeat_interleave(group, dim=1).to(dtype)
+    v = v.repeat_interleave(group, dim=1).to(dtype)
+    # (B, H, T, K)
+    scores = q.to(dtype) @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    seen = visibility.to_dense(q.shape[2])[:, None]
+    # A finite fill keeps the softmax of an empty row finite; what it gives there is then set to zero, and with it the
+    # gradient.
+    weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1) * seen
+    weights = torch.nn.functional.dropout(weights, dropout)
+    return (weights @ v).to(q.dtype)

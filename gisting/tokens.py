@@ -1,0 +1,497 @@
+"""Text to ids: the gist token, the prompt template and where the gist span lies.
+
+Place in the flow: **text -> tokens** -> visibility -> attention -> cache -> generation -> text. Knows tokenizers and
+templates; knows nothing of masks, models or tensors.
+
+The gist token is never put into the wrapped tokenizer. Its id is one that the tokenizer does not have, so no text,
+not even the literal ``<GIST>`` in a user's message, can become a gist token, here or in any other program that reads
+the saved tokenizer.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gisting.errors import GistError, GistTokenError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template"]
+
+_FILE = "gist.json"
+_FORMAT = 1
+# Private-use characters around a name: added to a private copy of the tokenizer as the token that stands for the gist.
+_SENTINEL = "\ue0f8gist\ue0f9"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How prompt, gist, input and output become one text.
+
+    The sequence is ``prompt``, k gist tokens, ``continuation`` (or ``continuation_without_input`` where the input is
+    empty), then ``completion``. An encoder-decoder reads the first three and writes the last.
+
+    Args:
+        name: what files and messages call it.
+        prompt: holds ``{prompt}`` once.
+        continuation: holds ``{input}`` once.
+        continuation_without_input: fixed text, may be empty for an encoder-decoder.
+        completion: holds ``{output}`` once.
+        add_special_tokens: whether what the tokenizer puts before a text (such as ``<s>``) comes first; false where
+            the prompt text already spells it, as chat templates do.
+
+    Raises:
+        GistError: a placeholder is missing or there twice.
+    """
+
+    name: str
+    prompt: str
+    continuation: str
+    continuation_without_input: str
+    completion: str
+    add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for field, placeholder in (("prompt", "{prompt}"), ("continuation", "{input}"), ("completion", "{output}")):
+            text = getattr(self, field)
+            if text.count(placeholder) != 1:
+                raise GistError(f"template {self.name!r}: {field} must hold {placeholder} exactly once, got {text!r}")
+
+    def prompt_text(self, prompt: str) -> str:
+        """The text before the gist."""
+        return self.prompt.replace("{prompt}", prompt)
+
+    def continuation_text(self, input: str) -> str:
+        """The text behind the gist, up to where the answer begins."""
+        return self.continuation.replace("{input}", input) if input else self.continuation_without_input
+
+    def completion_text(self, output: str) -> str:
+        """The text of the answer."""
+        return self.completion.replace("{output}", output)
+
+
+#: The published layouts (Gisting, appendix A, and its code) and a plain one. ``"chat"`` is read off the tokenizer
+#: instead.
+TEMPLATES: dict[str, Template] = {
+    "alpaca": Template("alpaca", "Instruction: {prompt}\n", "\nInput: {input}\nOutput:", "\nOutput:", " {output}"),
+    "alpaca-t5": Template("alpaca-t5", "Instruction: {prompt}\n", "\nInput: {input}", "", "{output}"),
+    "plain": Template("plain", "{prompt}\n", "\n{input}\n", "\n", "{output}"),
+}
+
+
+@dataclass(frozen=True)
+class GistEncoding:
+    """One sequence of ids and where its parts lie.
+
+    ``input_ids[:gist_start]`` is the prompt, ``[gist_start:gist_end]`` the gist, ``[gist_end:completion_start]`` the
+    continuation and ``[completion_start:]`` the completion (for an encoder-decoder: the target, kept apart by whoever
+    builds the batch).
+    """
+
+    input_ids: list[int]
+    gist_start: int
+    gist_end: int
+    completion_start: int
+
+    @property
+    def num_gist_tokens(self) -> int:
+        """k."""
+        return self.gist_end - self.gist_start
+
+
+class GistTokenizer:
+    """A Hugging Face tokenizer with one gist token and a prompt template.
+
+    Args:
+        tokenizer: any tokenizer of transformers: fast or slow, BPE, SentencePiece, byte level. It is not changed.
+        template: a name of ``TEMPLATES``, ``"chat"`` for the tokenizer's own chat template (prompt as system
+            message), a
+            :class:`Template`, or None: ``"alpaca"``, for an encoder-decoder ``"alpaca-t5"``.
+        is_encoder_decoder: whether sequences are for a T5-like model.
+        gist_token: how the gist token is written when it is shown.
+        gist_token_id: its id, or None: the tokenizer's own id where its vocabulary has ``gist_token`` (checkpoints of
+            the published code do), else the first free one.
+
+    Raises:
+        GistError: the template is unknown or cannot be used, or the id belongs to another token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | Template | None = None,
+        *,
+        is_encoder_decoder: bool = False,
+        gist_token: str = "<GIST>",
+        gist_token_id: int | None = None,
+    ) -> None:
+        if isinstance(tokenizer, GistTokenizer):
+            raise GistError("tokenizer is a GistTokenizer already; pass the tokenizer it wraps, .tokenizer")
+        self.tokenizer = tokenizer
+        self.is_encoder_decoder = is_encoder_decoder
+        self.gist_token = gist_token
+        vocabulary = tokenizer.get_vocab()
+        own = vocabulary.get(gist_token)
+        first_free = max(len(tokenizer), max(vocabulary.values(), default=-1) + 1)
+        if gist_token_id is None:
+            gist_token_id = first_free if own is None else own
+        elif gist_token_id != own and gist_token_id < first_free:
+            raise GistError(
+                f"gist_token_id {gist_token_id} is a token of the tokenizer, which has {first_free}; "
+                f"tokens were added to it after the gist token, take the tokenizer as it was"
+            )
+        self.gist_token_id: int = gist_token_id
+        self.template = self._resolve(template)
+
+    # -- ids -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_own_gist_token(self) -> bool:
+        """Whether the wrapped tokenizer's own vocabulary holds the gist token, as in checkpoints of the published
+        code.
+        """
+        return self.tokenizer.get_vocab().get(self.gist_token) == self.gist_token_id
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id that ends a completion.
+
+        Raises:
+            GistError: the tokenizer has none.
+        """
+        eos: Any = self.tokenizer.eos_token_id
+        if eos is None:
+            raise GistError("the tokenizer has no eos_token; set tokenizer.eos_token to the token that ends an answer")
+        return eos
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills short rows: the tokenizer's, or else its end of sequence. Masks hide it either way."""
+        pad: Any = self.tokenizer.pad_token_id
+        return self.eos_token_id if pad is None else pad
+
+    def __len__(self) -> int:
+        """Number of ids, the gist token's included: what a model's embedding must hold at least."""
+        return max(len(self.tokenizer), self.gist_token_id + 1)
+
+    # -- encoding ------------------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, prompts: Sequence[str], num_gist_tokens: int | Sequence[int]) -> list[GistEncoding]:
+        """Each prompt with its gist: what is run once, to be compressed.
+
+        Args:
+            prompts: B texts, none empty.
+            num_gist_tokens: k, one for all or one each.
+
+        Returns:
+            B encodings that end with the gist.
+
+        Raises:
+            GistError: a prompt is empty, or the numbers do not fit.
+            GistTokenError: a k is less than 1.
+        """
+        _check_texts("prompts", prompts)
+        counts = _check_counts(num_gist_tokens, len(prompts))
+        for row, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise GistError(f"prompt {row} is empty; there is nothing to compress, give its text")
+        texts = [self.template.prompt_text(prompt) + _SENTINEL for prompt in prompts]
+        start = self._start_ids if self.template.add_special_tokens else []
+        encodings = []
+        for ids, count in zip(self._ids(texts), counts, strict=True):
+            prompt_ids = [*start, *ids[:-1]]
+            end = len(prompt_ids) + count
+            encodings.append(GistEncoding(prompt_ids + [self.gist_token_id] * count, len(prompt_ids), end, end))
+        return encodings
+
+    def encode_continuations(self, inputs: Sequence[str]) -> list[list[int]]:
+        """What stands behind the gist, up to where the answer begins; an empty input uses the layout without one."""
+        _check_texts("inputs", inputs)
+        return self._behind_gist([self.template.continuation_text(text) for text in inputs])
+
+    def encode_completions(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[list[int]]:
+        """The answers with their end of sequence.
+
+        For a decoder they are split as they stand in the text, behind their continuation; where a token would reach
+        over the boundary (the ids of the continuation must stay what they are when the model answers), they are split
+        apart from it. For an encoder-decoder they are a text of their own.
+
+        Args:
+            inputs: B texts, of which the continuations are made.
+            outputs: B texts.
+
+        Returns:
+            B lists of ids, none empty.
+
+        Raises:
+            GistError: the numbers differ, or something is no text.
+        """
+        return self._complete(inputs, outputs, self.encode_continuations(inputs))
+
+    def encode(
+        self, prompt: str, input: str = "", output: str | None = None, *, num_gist_tokens: int = 1
+    ) -> GistEncoding:
+        """The whole sequence of one example.
+
+        Args:
+            prompt: what is to be compressed.
+            input: what the prompt is applied to, or "".
+            output: the answer, or None for a sequence that the model continues.
+            num_gist_tokens: k.
+
+        Raises:
+            GistError: the prompt is empty.
+            GistTokenError: k is less than 1.
+        """
+        outputs = None if output is None else [output]
+        return self.encode_batch([prompt], [input], outputs, num_gist_tokens=num_gist_tokens)[0]
+
+    def encode_batch(
+        self,
+        prompts: Sequence[str],
+        inputs: Sequence[str],
+        outputs: Sequence[str] | None = None,
+        *,
+        num_gist_tokens: int | Sequence[int] = 1,
+    ) -> list[GistEncoding]:
+        """:meth:`encode` for B examples in a few calls of the tokenizer. Raises as it does, and where the numbers
+        differ.
+        """
+        if len(inputs) != len(prompts) or (outputs is not None and len(outputs) != len(prompts)):
+            raise GistError(
+                f"inputs and outputs must be as many as prompts, {len(prompts)}, "
+                f"got {len(inputs)} and {'none' if outputs is None else len(outputs)}"
+            )
+        heads = self.encode_prompts(prompts, num_gist_tokens)
+        middles = self.encode_continuations(inputs)
+        tails = [[] for _ in prompts] if outputs is None else self._complete(inputs, outputs, middles)
+        return [
+            GistEncoding(head.input_ids + middle + tail, head.gist_start, head.gist_end, head.gist_end + len(middle))
+            for head, middle, tail in zip(heads, middles, tails, strict=True)
+        ]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Ids to text; gist tokens are shown as ``gist_token``, or left out with the other special tokens."""
+        parts: list[list[int]] = [[]]
+        for token in ids:
+            if int(token) == self.gist_token_id:
+                parts.append([])
+            else:
+                parts[-1].append(int(token))
+        between = "" if skip_special_tokens else self.gist_token
+        return between.join(
+            str(self.tokenizer.decode(part, skip_special_tokens=skip_special_tokens)) if part else "" for part in parts
+        )
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the wrapped tokenizer as it is, and ``gist.json`` beside it."""
+        self.tokenizer.save_pretrained(str(directory))
+        state = {
+            "format": _FORMAT,
+            "gist_token": self.gist_token,
+            "gist_token_id": self.gist_token_id,
+            "is_encoder_decoder": self.is_encoder_decoder,
+            "template": asdict(self.template),
+        }
+        (Path(directory) / _FILE).write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> GistTokenizer:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            name_or_path: a directory, or a repository on the Hugging Face hub.
+            **kwargs: handed to ``AutoTokenizer.from_pretrained``.
+
+        Raises:
+            GistError: there is no ``gist.json``, or it is of a later format.
+        """
+        from transformers import AutoTokenizer
+        from transformers.utils.hub import cached_file
+
+        found = cached_file(
+            str(name_or_path),
+            _FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is None:
+            raise GistError(
+                f"{name_or_path} has no {_FILE}, so it is no saved GistTokenizer; "
+                "wrap the tokenizer instead: GistTokenizer(AutoTokenizer.from_pretrained(...))"
+            )
+        state = json.loads(Path(found).read_text(encoding="utf-8"))
+        if state.get("format") != _FORMAT:
+            raise GistError(
+                f"{found} has format {state.get('format')}, this version reads {_FORMAT}; upgrade gisting: pip "
+                f"install -U gisting"
+            )
+        return cls(
+            AutoTokenizer.from_pretrained(name_or_path, **kwargs),
+            Template(**state["template"]),
+            is_encoder_decoder=state["is_encoder_decoder"],
+            gist_token=state["gist_token"],
+            gist_token_id=state["gist_token_id"],
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hex digits of a SHA-256 over vocabulary, tokenization rules, gist token and template."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            rules = json.loads(backend.to_str())
+            # Both are set by whoever called the tokenizer last and do not change what a text means.
+            rules.pop("padding", None)
+            rules.pop("truncation", None)
+        else:
+            rules = [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
+        state = [rules, self.gist_token_id, self.is_encoder_decoder, asdict(self.template)]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
+
+    def __repr__(self) -> str:
+        return (
+            f"GistTokenizer({type(self.tokenizer).__name__}, template={self.template.name!r}, "
+            f"gist_token={self.gist_token!r}, gist_token_id={self.gist_token_id})"
+        )
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _joint(self) -> PreTrainedTokenizerBase:
+        """A private copy that knows the gist as an added token, so that each part is split as it would be in the
+        whole text.
+        """
+        from tokenizers import AddedToken
+
+        joint = copy.deepcopy(self.tokenizer)
+        sentinel: Any = AddedToken(_SENTINEL, normalized=False, special=True)
+        joint.add_tokens([sentinel], special_tokens=True)
+        return joint
+
+    @cached_property
+    def _start_ids(self) -> list[int]:
+        """What the tokenizer puts before a text: ``<s>`` and the like, found by looking."""
+        probe = "a"
+        bare = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
+        full = self.tokenizer(probe)["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return list(full[:start])
+        return []
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if self.has_own_gist_token and any(self.gist_token in text for text in texts):
+            # The tokenizer itself would read the literal as the token; this leaves special tokens of such a text as
+            # text.
+            return [
+                self._joint(text, add_special_tokens=False, verbose=False)["input_ids"]
+                if self.gist_token not in text
+                else self._split_literal(text)
+                for text in texts
+            ]
+        return [list(ids) for ids in self._joint(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    def _split_literal(self, text: str) -> list[int]:
+        sentinel_id: Any = self._joint.convert_tokens_to_ids(_SENTINEL)
+        body = text.replace(_SENTINEL, "")
+        ids = list(self._joint(body, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+        return [sentinel_id, *ids] if text.startswith(_SENTINEL) else [*ids, sentinel_id]
+
+    def _behind_gist(self, texts: list[str]) -> list[list[int]]:
+        return [ids[1:] for ids in self._ids([_SENTINEL + text for text in texts])]
+
+    def _complete(
+        self, inputs: Sequence[str], outputs: Sequence[str], continuations: list[list[int]]
+    ) -> list[list[int]]:
+        _check_texts("outputs", outputs)
+        if len(outputs) != len(inputs):
+            raise GistError(f"outputs must be as many as inputs, {len(inputs)}, got {len(outputs)}")
+        texts = [self.template.completion_text(text) for text in outputs]
+        if self.is_encoder_decoder:
+            apart = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+            return [[*ids, self.eos_token_id] for ids in apart]
+        whole = self._behind_gist(
+            [self.template.continuation_text(input) + text for input, text in zip(inputs, texts, strict=True)]
+        )
+        completions = []
+        for ids, before, text in zip(whole, continuations, texts, strict=True):
+            in_place = ids[: len(before)] == before
+            completions.append([*(ids[len(before) :] if in_place else self._behind_gist([text])[0]), self.eos_token_id])
+        return completions
+
+    def _resolve(self, template: str | Template | None) -> Template:
+        if template is None:
+            template = "alpaca-t5" if self.is_encoder_decoder else "alpaca"
+        if isinstance(template, Template):
+            return template
+        if template == "chat":
+            return _chat_template(self.tokenizer)
+        if template not in TEMPLATES:
+            raise GistError(
+                f"template must be one of {', '.join([*TEMPLATES, 'chat'])} or a Template, got {template!r}"
+            )
+        return TEMPLATES[template]
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The tokenizer's chat template as fixed text around prompt and input: prompt as system message, or before the
+    input.
+    """
+    if not tokenizer.chat_template:
+        raise GistError(
+            f"template='chat' needs a tokenizer with a chat template, {type(tokenizer).__name__} has none; "
+            f"use one of {', '.join(TEMPLATES)} or a Template"
+        )
+    from jinja2 import TemplateError
+
+    prompt, input = "\ue0f0prompt\ue0f1", "\ue0f2input\ue0f3"
+    messages = [{"role": "system", "content": prompt}, {"role": "user", "content": input}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        # Gemma and others refuse a system message.
+        messages = [{"role": "user", "content": f"{prompt}\n\n{input}"}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, found, behind = str(text).partition(prompt)
+    if not found or behind.count(input) != 1 or prompt in behind:
+        raise GistError(
+            "the tokenizer's chat template does not write prompt and input once each, in this order; use a Template"
+        )
+    return Template(
+        name="chat",
+        prompt=before + "{prompt}",
+        continuation=behind.replace(input, "{input}"),
+        continuation_without_input=behind.replace(input, ""),
+        completion="{output}",
+        add_special_tokens=False,
+    )
+
+
+def _check_texts(name: str, texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise GistError(f"{name} must be a list of texts, got one text; put it in a list")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise GistError(f"{name}[{row}] must be a text, got {type(text).__name__}")
+
+
+def _check_counts(num_gist_tokens: int | Sequence[int], rows: int) -> list[int]:
+    counts = [num_gist_tokens] * rows if isinstance(num_gist_tokens, int) else list(num_gist_tokens)
+    if len(counts) != rows:
+        raise GistError(f"num_gist_tokens must be one number or one for each of {rows} prompts, got {len(counts)}")
+    for count in counts:
+        if count < 1:
+            raise GistTokenError(f"num_gist_tokens must be at least 1, got {count}; 1 to 10 is usual")
+    return counts

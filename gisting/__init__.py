@@ -1,0 +1,70 @@
+"""Gisting: press repeated prompts into a few cached gist tokens, for unmodified Hugging Face models.
+
+The public names are loaded on first use; importing this package imports no model code and changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gisting._version import __version__
+
+if TYPE_CHECKING:
+    from gisting.attention import interval_attention
+    from gisting.cache import GistCache
+    from gisting.data.collate import GistCollator
+    from gisting.data.records import Record, load_records
+    from gisting.errors import GistError
+    from gisting.generation import compress, generate
+    from gisting.models.load import load
+    from gisting.models.patch import patch, unpatch
+    from gisting.tokens import GistTokenizer, Template
+    from gisting.visibility import Visibility
+
+_HOMES = {
+    "GistCache": "cache",
+    "GistCollator": "data.collate",
+    "GistError": "errors",
+    "GistTokenizer": "tokens",
+    "Record": "data.records",
+    "Template": "tokens",
+    "Visibility": "visibility",
+    "compress": "generation",
+    "generate": "generation",
+    "interval_attention": "attention",
+    "load": "models.load",
+    "load_records": "data.records",
+    "patch": "models.patch",
+    "unpatch": "models.patch",
+}
+
+__all__ = [
+    "GistCache",
+    "GistCollator",
+    "GistError",
+    "GistTokenizer",
+    "Record",
+    "Template",
+    "Visibility",
+    "__version__",
+    "compress",
+    "generate",
+    "interval_attention",
+    "load",
+    "load_records",
+    "patch",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gisting' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gisting.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,4 @@
+"""Unmodified transformers models that understand intervals: ``registry`` (which, and transformers' registries),
+``patch`` (switch a model over, and back), ``decoder`` and ``encoder_decoder`` (run a prefix, go on from it),
+``fingerprint`` (whose states these are).
+"""

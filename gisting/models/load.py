@@ -1,0 +1,53 @@
+"""A checkpoint by name: model and tokenizer, patched for each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+
+from gisting.models.patch import patch
+from gisting.tokens import GistTokenizer, Template
+
+__all__ = ["load", "trained_num_gist_tokens"]
+
+
+def load(
+    name_or_path: str | Path, template: str | Template | None = None, **model_kwargs: Any
+) -> tuple[PreTrainedModel, GistTokenizer]:
+    """Load a model and its tokenizer and patch them.
+
+    A checkpoint that was saved patched brings its gist tokenizer along; any other gets a new gist token, which it has
+    yet to learn.
+
+    Args:
+        name_or_path: a directory, or a repository on the Hugging Face hub.
+        template: as for :class:`GistTokenizer`; None for what the checkpoint was saved with, or the family's Alpaca
+            layout.
+        **model_kwargs: for ``from_pretrained`` of the model: ``dtype``, ``device_map``, ...
+
+    Returns:
+        The patched model, in eval mode, and its tokenizer.
+
+    Raises:
+        UnsupportedModelError: the model cannot be gisted correctly.
+        GistError: the template is not the one that the checkpoint was saved with.
+        OSError: there is no such checkpoint.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    if getattr(config, "gist", None) is not None and template is None:
+        tokenizer = GistTokenizer.from_pretrained(name_or_path)
+    else:
+        tokenizer = GistTokenizer(
+            AutoTokenizer.from_pretrained(name_or_path), template, is_encoder_decoder=bool(config.is_encoder_decoder)
+        )
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_pretrained(name_or_path, **model_kwargs)
+    return patch(model, tokenizer).eval(), tokenizer
+
+
+def trained_num_gist_tokens(model: PreTrainedModel) -> tuple[int, int] | None:
+    """The range of k that the checkpoint says it was trained with, or None where it was not trained to gist."""
+    found = (getattr(model.config, "gist", None) or {}).get("num_gist_tokens")
+    return None if found is None else (found[0], found[1])

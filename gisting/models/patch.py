@@ -1,0 +1,305 @@
+"""Switch a transformers model over to gist attention, and back.
+
+Place in the flow: before everything that runs a model. ``patch`` gives the gist token its embedding, sets the
+attention function on every sub-stack, and puts a guard before the stack that reads ids; ``unpatch`` undoes all of it.
+What the model was patched for is in ``model.config.gist``, so a saved checkpoint is recognised when it is loaded and
+patched again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gisting._compat import require_transformers
+from gisting.errors import GistError, GistTokenError, UnsupportedModelError
+from gisting.models.registry import (
+    Family,
+    attention_name,
+    family_of,
+    is_length_dependent,
+    position_limit,
+    register_attention,
+)
+from gisting.models.weights import input_weight
+from gisting.tokens import GistTokenizer
+from gisting.visibility import is_interval_mask
+
+__all__ = ["is_patched", "patch", "require_patched", "unpatch"]
+
+_FORMAT = 1
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass
+class _Undo:
+    """What ``unpatch`` needs beside the config; lives on the model as ``_gist_undo`` and goes along when it is
+    copied.
+    """
+
+    attention: dict[str, str] = field(default_factory=dict)
+    replaced_rows: list[Tensor] | None = None
+
+
+def patch(model: Model, tokenizer: GistTokenizer) -> Model:
+    """Make ``model`` understand gist tokens and interval masks. In place, and undone by :func:`unpatch`.
+
+    The gist token gets an input embedding row (and an output row, if untied) at the mean of the rows before it; the
+    vocabulary grows by one where it has no spare row. Where the tokenizer itself has the gist token, its row was
+    trained and stays. Attention goes through ``interval_attention`` wherever ``attention_mask`` is a
+    ``Visibility.as_attention_mask()``, and through what the model used before everywhere else: text without gist
+    tokens gives the same bits as before. Gist tokens are suppressed in ``generation_config``, so they are never
+    generated.
+
+    A model that was patched, saved and loaded is recognised by ``config.gist`` and keeps its rows.
+
+    Args:
+        model: a causal or encoder-decoder language model of a family in ``gisting.models.registry.FAMILIES``.
+        tokenizer: the tokenizer it is used with.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        UnsupportedModelError: the model cannot be gisted correctly; the message says why.
+        GistError: an argument is not what it should be, or the model was patched for another tokenizer.
+    """
+    require_transformers()
+    if not isinstance(model, PreTrainedModel):
+        raise GistError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if not isinstance(tokenizer, GistTokenizer):
+        raise GistError(
+            f"tokenizer must be a GistTokenizer, got {type(tokenizer).__name__}; wrap it: GistTokenizer(tokenizer)"
+        )
+    family = family_of(model.config)
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM or "
+            f"AutoModelForSeq2SeqLM"
+        )
+    if family.is_encoder_decoder != tokenizer.is_encoder_decoder:
+        kind = "an encoder-decoder" if family.is_encoder_decoder else "a decoder"
+        raise GistError(
+            f"{type(model).__name__} is {kind}, the tokenizer is not for one; make it with "
+            f"GistTokenizer(..., is_encoder_decoder={family.is_encoder_decoder})"
+        )
+    recorded = getattr(model.config, "gist", None)
+    if recorded is not None:
+        _check_recorded(recorded, tokenizer)
+        if is_patched(model):
+            return model
+    attention = {name: str(stack.config._attn_implementation) for name, stack in _stacks(model)}
+    gist_attention = {name: attention_name(base) for name, base in attention.items()}
+
+    undo = _Undo(attention=attention)
+    model._gist_undo = undo  # pyright: ignore[reportArgumentType]
+    try:
+        register_attention()
+        if recorded is None:
+            model.config.gist = {
+                "format": _FORMAT,
+                "gist_token_id": tokenizer.gist_token_id,
+                "num_embeddings": input_weight(model).shape[0],
+                "tokenizer": tokenizer.fingerprint,
+                "template": tokenizer.template.name,
+            }
+            _add_rows(model, tokenizer, undo)
+        _set_attention(model, gist_attention)
+        _suppress(model, tokenizer.gist_token_id)
+        _guarded_stack(model, family).register_forward_pre_hook(
+            functools.partial(_guard, gist_token_id=tokenizer.gist_token_id), with_kwargs=True
+        )
+    except BaseException:
+        _restore(model, forget=recorded is None)
+        raise
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo :func:`patch`: weights, attention, generation settings and config are as they were, to the bit.
+
+    Embedding rows that training has changed stay changed, all but the gist token's, which goes.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        GistError: the model is not patched.
+    """
+    if not is_patched(model):
+        raise GistError("model is not patched; there is nothing to undo")
+    _restore(model, forget=True)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether :func:`patch` is in force (a checkpoint that was saved patched is not, until it is patched again)."""
+    return getattr(model, "_gist_undo", None) is not None
+
+
+def require_patched(model: PreTrainedModel, tokenizer: GistTokenizer) -> Family:
+    """The family of a model that is patched for this tokenizer.
+
+    Raises:
+        GistError: it is not.
+    """
+    if not isinstance(tokenizer, GistTokenizer):
+        raise GistError(
+            f"tokenizer must be a GistTokenizer, got {type(tokenizer).__name__}; wrap it: GistTokenizer(tokenizer)"
+        )
+    if not is_patched(model):
+        raise GistError(f"model ({type(model).__name__}) is not patched; call gisting.patch(model, tokenizer) first")
+    _check_recorded(model.config.gist, tokenizer)
+    return family_of(model.config)
+
+
+def _check_recorded(recorded: dict[str, Any], tokenizer: GistTokenizer) -> None:
+    if recorded.get("format") != _FORMAT:
+        raise GistError(
+            f"model.config.gist has format {recorded.get('format')}, this version reads {_FORMAT}; "
+            "upgrade gisting: pip install -U gisting"
+        )
+    if recorded["tokenizer"] != tokenizer.fingerprint:
+        raise GistError(
+            f"model was patched for tokenizer {recorded['tokenizer']} (template {recorded['template']}, gist token id "
+            f"{recorded['gist_token_id']}), got {tokenizer.fingerprint} (template {tokenizer.template.name}, "
+            f"gist token id "
+            f"{tokenizer.gist_token_id}); load the tokenizer that was saved with it: "
+            f"GistTokenizer.from_pretrained(directory)"
+        )
+
+
+def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Every sub-model with a config of its own or shared: T5's encoder and decoder hold copies that no setter
+    reaches.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            yield name, module
+
+
+def _set_attention(model: PreTrainedModel, names: dict[str, str]) -> None:
+    for name, stack in _stacks(model):
+        if stack.config._attn_implementation != names[name]:
+            stack.set_attn_implementation(names[name])
+
+
+def _guarded_stack(model: PreTrainedModel, family: Family) -> Any:
+    """The stack that reads the prompt's ids; inside the head's model, for adapters call that one's ``forward``
+    directly.
+    """
+    return model.get_encoder() if family.is_encoder_decoder else model.base_model
+
+
+def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, gist_token_id: int) -> None:
+    """Refuse gist tokens without a mask that says what they hide: they would be read unmasked, and nobody would
+    notice.
+    """
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    config = module.config
+    if is_interval_mask(mask):
+        _check_interval_call(config, kwargs)
+        return
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(ids, Tensor) or kwargs.get("gist_states") is not None:
+        return
+    if (
+        ids.shape[1] == 1
+        and kwargs.get("past_key_values") is not None
+        and kwargs["past_key_values"].get_seq_length() > 0
+    ):
+        # A step of decoding: gist tokens are never generated, and asking an accelerator would cost a synchronisation.
+        return
+    message = (
+        "input_ids hold gist tokens, but attention_mask does not say what they hide. For a cached run use "
+        "gisting.compress and "
+        "gisting.generate, or model.generate(..., past_key_values=cache.as_past_key_values()) with exactly the "
+        "cache's gist "
+        "tokens in front; to train, take attention_mask and position_ids from GistCollator or from a Visibility"
+    )
+    has_gist = (ids == gist_token_id).any()
+    if torch.compiler.is_compiling():
+        torch._assert_async(~has_gist, message)  # pyright: ignore[reportPrivateImportUsage]
+    elif has_gist:
+        raise GistTokenError(message)
+
+
+def _check_interval_call(config: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        raise GistError(
+            "output_router_logits needs a two-dimensional attention_mask, which an interval mask is not; "
+            "set model.config.output_router_logits = False"
+        )
+    positions = kwargs.get("position_ids")
+    if positions is not None and is_length_dependent(config) and not torch.compiler.is_compiling():
+        limit, span = position_limit(config), int(positions.max() - positions.min()) + 1
+        if limit is not None and span > limit:
+            raise GistError(
+                f"position_ids span {span} positions, more than the {limit} up to which the rotary frequencies of "
+                f"{config.model_type} stay the same; shorten prompt or input"
+            )
+
+
+def _add_rows(model: PreTrainedModel, tokenizer: GistTokenizer, undo: _Undo) -> None:
+    gist_token_id = tokenizer.gist_token_id
+    if gist_token_id >= input_weight(model).shape[0]:
+        model.resize_token_embeddings(gist_token_id + 1, mean_resizing=False)
+    elif tokenizer.has_own_gist_token:
+        # A checkpoint that was trained with this token, as those of the published code: its row is not ours to set.
+        return
+    else:
+        undo.replaced_rows = [tensor[gist_token_id].clone() for tensor in _row_tensors(model)]
+    with torch.no_grad():
+        for tensor in _row_tensors(model):
+            tensor[gist_token_id] = tensor[:gist_token_id].float().mean(0).to(tensor.dtype)
+
+
+def _row_tensors(model: PreTrainedModel) -> list[Tensor]:
+    """The tensors with a row for each token: input embedding and, where it has its own, output weight and bias."""
+    tensors = [input_weight(model)]
+    head: Any = model.get_output_embeddings()
+    if head.weight is not tensors[0]:
+        tensors.append(head.weight)
+    if getattr(head, "bias", None) is not None:
+        tensors.append(head.bias)
+    return [tensor.detach() for tensor in tensors]
+
+
+def _suppress(model: PreTrainedModel, gist_token_id: int) -> None:
+    config = model.generation_config
+    if config is None:
+        return
+    kept = [token for token in config.suppress_tokens or [] if token != gist_token_id]
+    config.suppress_tokens = [*kept, gist_token_id]
+
+
+def _restore(model: PreTrainedModel, *, forget: bool) -> None:
+    undo: _Undo = model._gist_undo  # pyright: ignore[reportAssignmentType]
+    for _, module in model.named_modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, functools.partial) and hook.func is _guard:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    _set_attention(model, undo.attention)
+    recorded = getattr(model.config, "gist", None)
+    if recorded is not None and model.generation_config is not None:
+        kept = [token for token in model.generation_config.suppress_tokens or [] if token != recorded["gist_token_id"]]
+        model.generation_config.suppress_tokens = kept or None
+    if forget and recorded is not None:
+        if input_weight(model).shape[0] > recorded["num_embeddings"]:
+            model.resize_token_embeddings(recorded["num_embeddings"], mean_resizing=False)
+        elif undo.replaced_rows is not None:
+            with torch.no_grad():
+                for tensor, row in zip(_row_tensors(model), undo.replaced_rows, strict=True):
+                    tensor[recorded["gist_token_id"]] = row
+        delattr(model.config, "gist")
+    del model._gist_undo

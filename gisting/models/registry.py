@@ -1,0 +1,273 @@
+"""Which model families are proven, what is refused and why, and the attention function that reads intervals.
+
+Place in the flow: visibility -> attention -> **models** -> cache. The only writer of transformers' registries. A
+family is a row of ``FAMILIES``; dispatch is on what a config declares (``model_type``, ``layer_types``,
+``rope_parameters``), never on a class.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from gisting.attention import interval_attention
+from gisting.errors import GistError, UnsupportedModelError
+from gisting.visibility import Visibility, is_interval_mask
+
+__all__ = [
+    "FAMILIES",
+    "EncoderStates",
+    "Family",
+    "attention_name",
+    "family_of",
+    "is_length_dependent",
+    "position_limit",
+    "register_attention",
+    "register_family",
+    "sliding_windows",
+]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type on which the tests prove: gist mask = dense mask, cached = uncached, ordinary input unchanged."""
+
+    model_type: str
+    is_encoder_decoder: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    name: Family(name)
+    for name in (
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    )
+} | {name: Family(name, is_encoder_decoder=True) for name in ("mt5", "t5", "umt5")}
+
+_ABSOLUTE = "its absolute position embeddings would move with the length of the prompt that was compressed away"
+_RECURRENT = "its recurrent layers carry the prompt in a state that no attention mask can hide"
+_ALIBI = "its position bias counts from the start of the sequence"
+_REFUSED = (
+    dict.fromkeys(
+        ("bart", "biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "marian", "mbart", "opt", "pegasus", "xglm"),
+        _ABSOLUTE,
+    )
+    | dict.fromkeys(
+        (
+            "bamba",
+            "falcon_h1",
+            "falcon_mamba",
+            "granitemoehybrid",
+            "jamba",
+            "kimi_linear",
+            "lfm2",
+            "mamba",
+            "mamba2",
+            "qwen3_5_text",
+            "qwen3_next",
+            "recurrent_gemma",
+            "rwkv",
+            "xlstm",
+            "zamba",
+            "zamba2",
+        ),
+        _RECURRENT,
+    )
+    | dict.fromkeys(("bloom", "mpt"), _ALIBI)
+    | {
+        "longt5": "its encoder attends in local blocks, not through a mask",
+        "gpt_oss": "its attention has sinks, which interval attention does not compute yet",
+        "llama4_text": "its chunked attention counts from the start of the sequence",
+    }
+)
+
+# Rotary types whose frequencies are set once. "dynamic" and "longrope" change theirs with the largest position in the
+# batch; both are exact below the length at which they change, and refused beyond it (``position_limit``).
+_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def register_family(family: Family) -> None:
+    """Add a model type to ``FAMILIES``; the families' tests say what it has to pass first
+    (``tests/models/test_families.py``).
+    """
+    FAMILIES[family.model_type] = family
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model, by what its config declares.
+
+    Raises:
+        UnsupportedModelError: the model cannot be right, with the reason, or nobody has shown that it is.
+    """
+    model_type = config.model_type
+    if model_type in _REFUSED:
+        raise UnsupportedModelError(f"{model_type} cannot be gisted: {_REFUSED[model_type]}")
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{model_type} is not among the families that the tests prove ({', '.join(sorted(FAMILIES))}); "
+            f"run them on it and add it: gisting.models.registry.register_family(Family({model_type!r}))"
+        )
+    unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
+    if unknown:
+        raise UnsupportedModelError(
+            f"{model_type} has layers of type {', '.join(sorted(unknown))}; gisting knows "
+            f"{', '.join(sorted(_KNOWN_LAYERS))}"
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModelError(
+            f"{model_type} with use_bidirectional_attention reads forwards: a prompt has no prefix states"
+        )
+    rotary = _rotary_types(config) - _STATIC_ROPE - _LENGTH_DEPENDENT_ROPE
+    if rotary:
+        raise UnsupportedModelError(
+            f"{model_type} has rotary positions of type {', '.join(sorted(rotary))}; gisting knows "
+            f"{', '.join(sorted(_STATIC_ROPE | _LENGTH_DEPENDENT_ROPE))}"
+        )
+    return FAMILIES[model_type]
+
+
+def is_length_dependent(config: PreTrainedConfig) -> bool:
+    """Whether the rotary frequencies change with the length of the batch (dynamic NTK, longrope)."""
+    return bool(_rotary_types(config) & _LENGTH_DEPENDENT_ROPE)
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """How many positions a sequence may span, or None where positions are relative without a limit (T5).
+
+    Where the rotary frequencies depend on the length, the limit is the length from which they do: below it a cached
+    gist and the full text are rotated alike, beyond it they would not be.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return None
+    limits = [config.max_position_embeddings]
+    for parameters in _rotary_parameters(config):
+        original = parameters.get("original_max_position_embeddings")
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original:
+            limits.append(int(original))
+    return min(limits)
+
+
+def sliding_windows(config: PreTrainedConfig) -> int | None:
+    """The smallest attention window of any layer, or None where every layer sees everything."""
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
+        return None
+    return window
+
+
+def _rotary_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """One dictionary, or one for each type of layer (Gemma 3)."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _rotary_types(config: PreTrainedConfig) -> set[str]:
+    return {parameters.get("rope_type") or "default" for parameters in _rotary_parameters(config)}
+
+
+# -- the attention function --------------------------------------------------------------------------------------------
+
+
+class EncoderStates(Protocol):
+    """Keys and values of the first slots of every encoder layer, recorded or replayed."""
+
+    def exchange(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads in place of ``key`` and ``value``, both ``(B, H, N, D)``."""
+        ...
+
+
+def attention_name(base: str) -> str:
+    """The name of the attention that reads intervals and leaves every other mask to ``base``.
+
+    Raises:
+        GistError: nothing is registered for ``base``.
+    """
+    if base not in _BASES:
+        raise GistError(
+            f"attn_implementation {base!r} cannot be patched, only {', '.join(_BASES)}; "
+            "load the model with attn_implementation='sdpa'"
+        )
+    return "gist" if base == "sdpa" else f"gist_{base}"
+
+
+def register_attention() -> None:
+    """Register the attention functions and, beside each, its mask function (without it padding would be lost).
+    Idempotent.
+    """
+    for base, (forward, mask) in _BASES.items():
+        name = attention_name(base)
+        AttentionInterface.register(name, functools.partial(_attention_forward, base_forward=forward))
+        AttentionMaskInterface.register(name, mask)
+
+
+def _eager_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The model's own eager attention: every modelling file of transformers holds one under this name."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+_Forward = Callable[..., tuple[Tensor, "Tensor | None"]]
+_BASES: dict[str, tuple[_Forward, Callable[..., Tensor | None]]] = {
+    "sdpa": (sdpa_attention_forward, sdpa_mask),
+    "eager": (_eager_forward, eager_mask),
+}
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    base_forward: _Forward,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    gist_states: EncoderStates | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: ``(B, H, T, D)`` in, ``(B, T, H, D)`` out."""
+    is_cross = getattr(module, "is_decoder", False) and not module.is_causal
+    if gist_states is not None and not getattr(module, "is_decoder", False):
+        key, value = gist_states.exchange(module.layer_idx, key, value)  # pyright: ignore[reportArgumentType]
+    if attention_mask is None or not is_interval_mask(attention_mask):
+        if position_bias is not None:
+            kwargs["position_bias"] = position_bias
+        return base_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    visibility = Visibility.from_attention_mask(attention_mask)
+    if is_cross:
+        visibility = visibility.for_cross_attention()
+    elif visibility.num_keys > key.shape[2]:
+        # A sliding layer's cache has let go of its oldest keys.
+        visibility = visibility.last_keys(key.shape[2])
+    if kwargs.get("sliding_window") is not None:
+        visibility = visibility.windowed(kwargs["sliding_window"])
+    out = interval_attention(
+        query, key, value, visibility, bias=position_bias, scale=scaling, softcap=kwargs.get("softcap"), dropout=dropout
+    )
+    return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,15 @@
+"""The embedding of a model as a plain tensor: its rows, its dtype and its device speak for the model's."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["input_weight"]
+
+
+def input_weight(model: PreTrainedModel) -> Tensor:
+    """The input embedding, ``(vocabulary, d_model)``."""
+    return cast(Tensor, model.get_input_embeddings().weight)

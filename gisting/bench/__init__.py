@@ -1,0 +1,1 @@
+"""Measurements: every number beside its baseline, from the same run."""

@@ -1,0 +1,160 @@
+"""Time to the first token: no cache, prefix cache, gist cache, alternating in one process.
+
+The honest baseline of a gist cache is a *prefix cache*, the prompt's keys and values kept in full; both are measured,
+both start from states in memory, and nothing is reported unless the cached runs give the logits of the uncached ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from gisting.cache import GistCache
+from gisting.errors import GistError
+from gisting.eval.cost import cache_bytes, forward_flops
+from gisting.generation import compress
+from gisting.models.patch import require_patched
+from gisting.models.weights import input_weight
+from gisting.tokens import GistTokenizer
+from gisting.visibility import gist
+
+__all__ = ["LatencyRow", "first_token"]
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """One way to reach the first token of an answer, batch 1."""
+
+    mode: str
+    num_cached_tokens: int
+    num_new_tokens: int
+    cache_bytes: int
+    flops: int
+    latency_ms: float
+    latency_ms_low: float
+    latency_ms_high: float
+    num_repeats: int
+
+
+def first_token(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    prompt: str,
+    input: str,
+    num_gist_tokens: int = 1,
+    *,
+    repeats: int = 50,
+    warmup: int = 5,
+) -> list[LatencyRow]:
+    """Measure one forward pass up to the first token of the answer, three ways.
+
+    ``no cache`` reads prompt and input as plain text, ``prefix cache`` has the prompt's keys and values, ``gist
+    cache`` those of its gist. Handing the states to the model (a fresh ``DynamicCache``) is part of the time.
+
+    Args:
+        model: a patched decoder.
+        tokenizer: the tokenizer it was patched for.
+        prompt: the prompt that is cached.
+        input: what follows it.
+        num_gist_tokens: k.
+        repeats: measured rounds; each round runs all three, in turn.
+        warmup: rounds before that.
+
+    Returns:
+        A row for each way: median and quartiles over the repeats.
+
+    Raises:
+        GistError: the model is an encoder-decoder, or a cached run does not give the logits of its uncached one.
+    """
+    if require_patched(model, tokenizer).is_encoder_decoder:
+        raise GistError("first_token measures decoders, where a prompt has a prefix cache to compare with")
+    if repeats < 1 or warmup < 0:
+        raise GistError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
+    was_training = model.training
+    model.eval()
+    device = input_weight(model).device
+    encoding = tokenizer.encode(prompt, input, num_gist_tokens=num_gist_tokens)
+    prompt_ids = torch.tensor([encoding.input_ids[: encoding.gist_start]], device=device)
+    rest_ids = torch.tensor([encoding.input_ids[encoding.gist_end :]], device=device)
+    plain_ids = torch.cat([prompt_ids, rest_ids], dim=1)
+    compressed = compress(model, tokenizer, [prompt], num_gist_tokens)
+    with torch.inference_mode():
+        kept = model(prompt_ids, use_cache=True).past_key_values
+        prefix = [(layer.keys, layer.values) for layer in kept.layers]
+
+        def run_plain() -> Tensor:
+            return model(plain_ids, use_cache=True, logits_to_keep=1).logits
+
+        def run_prefix() -> Tensor:
+            cache = DynamicCache()
+            for layer, (keys, values) in enumerate(prefix):
+                cache.update(keys, values, layer)
+            return model(rest_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+        def run_gist() -> Tensor:
+            return model(
+                rest_ids, past_key_values=compressed.as_past_key_values(), use_cache=True, logits_to_keep=1
+            ).logits
+
+        _gate("prefix cache", run_prefix(), run_plain())
+        _gate("gist cache", run_gist(), _uncached_gist(model, tokenizer, encoding.input_ids, device))
+        runs: dict[str, Callable[[], Tensor]] = {
+            "no cache": run_plain,
+            "prefix cache": run_prefix,
+            "gist cache": run_gist,
+        }
+        times: dict[str, list[float]] = {mode: [] for mode in runs}
+        for number in range(warmup + repeats):
+            for mode, run in runs.items():
+                _wait(device)
+                start = time.perf_counter()
+                run()
+                _wait(device)
+                if number >= warmup:
+                    times[mode].append(1000 * (time.perf_counter() - start))
+    model.train(was_training)
+    return [
+        _row(model, mode, cached, new, times[mode], compressed)
+        for mode, cached, new in (
+            ("no cache", 0, plain_ids.shape[1]),
+            ("prefix cache", prompt_ids.shape[1], rest_ids.shape[1]),
+            ("gist cache", num_gist_tokens, rest_ids.shape[1]),
+        )
+    ]
+
+
+def _row(
+    model: PreTrainedModel, mode: str, cached: int, new: int, times: list[float], compressed: GistCache
+) -> LatencyRow:
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    size = compressed.num_bytes if mode == "gist cache" else cache_bytes(model.config, cached, compressed.dtype)
+    return LatencyRow(mode, cached, new, size, forward_flops(model.config, new, cached), median, low, high, len(times))
+
+
+def _uncached_gist(model: PreTrainedModel, tokenizer: GistTokenizer, ids: list[int], device: torch.device) -> Tensor:
+    row = torch.tensor([ids], device=device)
+    visibility = gist(row == tokenizer.gist_token_id)
+    return model(
+        row, attention_mask=visibility.as_attention_mask(), position_ids=visibility.position_ids, logits_to_keep=1
+    ).logits
+
+
+def _gate(mode: str, found: Tensor, expected: Tensor) -> None:
+    """Cached and uncached logits agree up to rounding: a thousand machine epsilons of the largest logit."""
+    tolerance = 1000 * torch.finfo(expected.dtype).eps * expected.abs().max()
+    difference = (found - expected).abs().max()
+    if not difference <= tolerance:
+        raise GistError(
+            f"{mode} differs from its uncached run by {difference:.2e} (allowed {tolerance:.2e}); no time is reported"
+        )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,435 @@
+"""The ``gisting`` command: parse, call one public function, print. Errors that a user can mend are one line and exit
+code 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gisting._version import __version__
+from gisting.errors import GistError
+from gisting.tokens import GistTokenizer
+from gisting.visibility import CONDITIONS, ENCODER_CONDITIONS, Condition
+
+# What needs torch models is imported by the command that runs it: `gisting --help` and `gisting show` stay quick.
+
+app = typer.Typer(
+    name="gisting",
+    help="Press repeated prompts into a few cached gist tokens, for unmodified Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="Directory of a checkpoint, or a repository on the Hugging Face hub.")
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompt layout: alpaca, alpaca-t5, plain or chat. By default what the checkpoint was trained with."
+    ),
+]
+KOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-gist-tokens", "-k", help="Gist tokens for each prompt. By default what the checkpoint was trained with."
+    ),
+]
+DtypeOption = Annotated[str, typer.Option(help="Floating point type of the weights: auto, float32, bfloat16, float16.")]
+DeviceOption = Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")]
+
+
+def main() -> None:
+    """Entry point: run the command, and turn the errors that a user can mend into one line."""
+    try:
+        app()
+    except (GistError, OSError) as error:
+        _err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for checkpoint, data and the compressed instruction.")] = Path(
+        "runs/demo"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 rows.")] = 900,
+    seed: Annotated[int, typer.Option(help="Seed of held-out combinations, weights and data.")] = 0,
+    results: Annotated[Path | None, typer.Option(help="JSONL file to add the run's numbers to.")] = None,
+) -> None:
+    """Watch the main job, in a few minutes on a CPU.
+
+    A small LLaMA learns from nothing to gist, an instruction that it never saw is compressed and used, and its cost
+    is measured beside no cache and prefix caching.
+
+    Example: gisting demo --seed 1
+    """
+    from gisting.bench.report import append_row
+    from gisting.demo import run_demo
+
+    result = run_demo(output, steps=steps, seed=seed, console=_out)
+    if results is not None:
+        append_row(results, result.to_row())
+    _out.print(f"\n   {result.total_s:.0f} s in all, {result.train_s:.0f} s of them training.", highlight=False)
+
+
+@app.command()
+def train(
+    model: ModelArgument,
+    data: Annotated[Path, typer.Option(help="Training records, .jsonl or .json: instruction, input, output.")],
+    output: Annotated[Path, typer.Option(help="Directory for the trained checkpoint.")],
+    num_gist_tokens: Annotated[
+        str, typer.Option("--num-gist-tokens", "-k", help="k, or a range such as 1:10 from which each row draws.")
+    ] = "1",
+    eval_data: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="Records to evaluate on, under all three conditions; may be repeated."),
+    ] = None,
+    template: TemplateOption = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=(
+                "Condition to train under: gist, positive or negative, with a weight as in gist=3; may be "
+                "repeated, then each row draws one."
+            )
+        ),
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. [default: 3 for a decoder]")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps, in place of epochs. [default: 16000 for an encoder-decoder]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows of an optimiser step. [default: 128; 16 for an encoder-decoder]")
+    ] = None,
+    per_device_batch_size: Annotated[
+        int | None, typer.Option(help="Rows of a forward pass; gradients are accumulated up to the batch size.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: 2e-5; 5e-5 for an encoder-decoder]")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest sequence in tokens. [default: 512; 128 for a source]")
+    ] = None,
+    max_target_length: Annotated[int, typer.Option(help="Longest target of an encoder-decoder, in tokens.")] = 256,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints to resume from.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 42,
+    dtype: DtypeOption = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output directory.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in the evaluation.")] = 128,
+) -> None:
+    """Finetune a model to gist, with the published hyper-parameters unless told otherwise.
+
+    Example: gisting train ./llama --data alpaca.jsonl --eval unseen.jsonl --output runs/llama-gist -k 1:10
+    """
+    from transformers import set_seed
+
+    from gisting.data.records import load_records
+    from gisting.train.finetune import finetune, published_arguments
+
+    k = _parse_k(num_gist_tokens)
+    records = load_records(data)
+    evals = {path: load_records(path) for path in eval_data or []}
+    set_seed(seed)
+    loaded, tokenizer = _load(model, template, dtype)
+    changes = {
+        "num_train_epochs": epochs,
+        "max_steps": max_steps,
+        "learning_rate": learning_rate,
+        "gradient_checkpointing": gradient_checkpointing or None,
+    }
+    arguments = published_arguments(
+        output,
+        is_encoder_decoder=tokenizer.is_encoder_decoder,
+        batch_size=batch_size,
+        per_device_batch_size=per_device_batch_size,
+        save_steps=save_steps,
+        save_total_limit=1,
+        seed=seed,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+    metrics = finetune(
+        loaded,
+        tokenizer,
+        records,
+        arguments,
+        num_gist_tokens=k,
+        conditions=_parse_conditions(condition or ["gist"]),
+        max_length=max_length or (128 if tokenizer.is_encoder_decoder else 512),
+        max_target_length=max_target_length,
+        resume=resume,
+    )
+    _out.print(
+        f"trained in {metrics['train_runtime']:.0f} s, loss {metrics['train_loss']:.4f}; saved in {output}",
+        highlight=False,
+    )
+    for path, held_out in evals.items():
+        _print_conditions(f"{path}", _evaluate(loaded, tokenizer, held_out, k[1], list(CONDITIONS), max_new_tokens, 32))
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="File to write, such as prompt.gist.safetensors.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="A text file that is one prompt; may be repeated.")
+    ] = None,
+    num_gist_tokens: KOption = None,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Compress prompts into one cache file.
+
+    Example: gisting compress runs/demo --prompt 'please reverse the letters , answer plainly' --output
+    my.gist.safetensors
+    """
+    from gisting.generation import compress as run
+
+    prompts = [*(prompt or []), *(path.read_text(encoding="utf-8") for path in prompt_file or [])]
+    if not prompts:
+        raise GistError("give a prompt: --prompt TEXT or --prompt-file FILE")
+    loaded, tokenizer = _load(model, template, dtype, device)
+    cache = run(loaded, tokenizer, prompts, _k(loaded, num_gist_tokens))
+    cache.to("cpu").save(output)
+    table = Table("prompt", "tokens", "gist tokens", "bytes")
+    for text, encoding, k in zip(prompts, tokenizer.encode_prompts(prompts, 1), cache.num_gist_tokens, strict=True):
+        table.add_row(
+            text if len(text) <= 60 else text[:57] + "...",
+            str(encoding.gist_start),
+            str(k),
+            str(cache.num_bytes // len(cache)),
+        )
+    _out.print(table)
+    _out.print(f"saved in {output} ({output.stat().st_size} bytes)", highlight=False)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    cache: Annotated[Path, typer.Option(help="Cache file of one prompt for all inputs, or of one each.")],
+    input: Annotated[
+        list[str] | None, typer.Option(help="An input; may be repeated. Without one, the prompt says it all.")
+    ] = None,
+    input_file: Annotated[Path | None, typer.Option(help="A text file with an input on each line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beam search.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="With --sample: the same seed gives the same answer.")] = None,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: input, output.")] = False,
+) -> None:
+    """Answer inputs from a compressed prompt.
+
+    Example: gisting generate runs/demo --cache my.gist.safetensors --input 'a b c d e'
+    """
+    from transformers import set_seed
+
+    from gisting.cache import GistCache
+    from gisting.generation import generate as run
+
+    inputs = list(input or [])
+    if input_file is not None:
+        inputs += input_file.read_text(encoding="utf-8").splitlines()
+    held = GistCache.load(cache, device)
+    loaded, tokenizer = _load(model, template, dtype, device)
+    if seed is not None:
+        set_seed(seed)
+    settings: dict[str, Any] = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
+    inputs = inputs or [""] * len(held)
+    answers = run(loaded, tokenizer, inputs, cache=held, max_new_tokens=max_new_tokens, num_beams=num_beams, **settings)
+    for text, answer in zip(inputs, answers, strict=True):
+        if as_json:
+            print(json.dumps({"input": text, "output": answer}, ensure_ascii=False))
+        else:
+            _out.print(answer, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[Path, typer.Option(help="Records, .jsonl or .json: instruction, input, output.")],
+    num_gist_tokens: KOption = None,
+    condition: Annotated[
+        list[str] | None, typer.Option(help="gist, positive or negative; may be repeated. [default: all]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records at once.")] = 32,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object for each condition, with the predictions.")
+    ] = False,
+) -> None:
+    """Score a model under gist, positive control and negative control: exact match and ROUGE-L.
+
+    Example: gisting eval runs/demo --data runs/demo/unseen.jsonl
+    """
+    from gisting.data.records import load_records
+
+    records = load_records(data)[:limit]
+    loaded, tokenizer = _load(model, template, dtype, device)
+    results = _evaluate(
+        loaded,
+        tokenizer,
+        records,
+        _k(loaded, num_gist_tokens),
+        condition or list(CONDITIONS),
+        max_new_tokens,
+        batch_size,
+    )
+    if as_json:
+        for result in results:
+            print(json.dumps(asdict(result), ensure_ascii=False))
+    else:
+        _print_conditions(str(data), results)
+
+
+@app.command()
+def show(
+    prompt: Annotated[str, typer.Argument(help="Words before the gist.")] = "a b c",
+    input: Annotated[str, typer.Argument(help="Words behind it.")] = "d e",
+    num_gist_tokens: Annotated[
+        int, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens between them.")
+    ] = 2,
+    condition: Annotated[str, typer.Option(help="gist, positive or negative.")] = "gist",
+    encoder: Annotated[bool, typer.Option("--encoder", help="The mask of an encoder (T5), not of a decoder.")] = False,
+    window: Annotated[int | None, typer.Option(min=1, help="Sliding window of so many rows.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw it to this file.")] = None,
+) -> None:
+    """Draw a mask: 1 where a row sees a key. Each word stands for a token.
+
+    Example: gisting show 'translate to French' 'good morning' -k 2
+    """
+    import torch
+
+    table: dict[str, Condition] = ENCODER_CONDITIONS if encoder else CONDITIONS
+    if condition not in table:
+        raise GistError(f"condition must be one of {', '.join(table)}, got {condition!r}")
+    before, behind = prompt.split(), input.split()
+    labels = [*before, *["<G>"] * num_gist_tokens, *behind]
+    is_gist = torch.tensor([[len(before) <= j < len(before) + num_gist_tokens for j in range(len(labels))]])
+    visibility = table[condition](is_gist)
+    if window is not None:
+        visibility = visibility.windowed(window)
+    print(visibility.draw(labels))
+    if visibility.position_ids is not None:
+        print("positions " + " ".join(str(position) for position in visibility.position_ids[0].tolist()))
+    if png is not None:
+        visibility.save_drawing(png, labels)
+        print(f"saved in {png}")
+
+
+def _load(model: str, template: str | None, dtype: str, device: str = "cpu") -> tuple[Any, GistTokenizer]:
+    import torch
+
+    from gisting.models.load import load, trained_num_gist_tokens
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise GistError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    loaded, tokenizer = load(model, template, dtype=dtype)
+    if trained_num_gist_tokens(loaded) is None:
+        _err.print(f"note: {model} has not been trained to gist", highlight=False)
+    return loaded.to(torch.device(device)), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def _k(model: Any, wanted: int | None) -> int:
+    """The k that was asked for, or the largest that the checkpoint was trained with."""
+    from gisting.models.load import trained_num_gist_tokens
+
+    trained = trained_num_gist_tokens(model)
+    return wanted if wanted is not None else (1 if trained is None else trained[1])
+
+
+def _parse_k(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise GistError(f"num_gist_tokens must be a number or a range such as 1:10, got {text!r}") from None
+
+
+def _parse_conditions(items: list[str]) -> dict[str, float]:
+    weights = {}
+    for item in items:
+        name, _, weight = item.partition("=")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise GistError(f"condition must be a name or name=weight, got {item!r}") from None
+    return weights
+
+
+def _evaluate(
+    model: Any,
+    tokenizer: GistTokenizer,
+    records: list[Any],
+    k: int,
+    conditions: list[str],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Any]:
+    from rich.progress import Progress
+
+    from gisting.eval.conditions import evaluate as run
+
+    with Progress(console=_err, transient=True) as progress:
+        bar = progress.add_task("answering", total=len(records) * len(conditions))
+        return run(
+            model,
+            tokenizer,
+            records,
+            k,
+            conditions=conditions,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=lambda done: progress.advance(bar, done),
+        )
+
+
+def _print_conditions(title: str, results: list[Any]) -> None:
+    table = Table("condition", "records", "exact match", "ROUGE-L", title=title)
+    for result in results:
+        rouge = "" if result.rouge_l is None else f"{100 * result.rouge_l:.1f}"
+        table.add_row(result.condition, str(result.num_records), f"{100 * result.exact_match:.1f} %", rouge)
+    _out.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Instruction records and their files: ``{instruction, input, output}``, the Alpaca layout, as JSON or JSONL.
+
+Place in the flow: **data** -> collator -> model. Knows files and nothing of tokens. A bad record is named by file and
+line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gisting.errors import RecordError
+
+__all__ = ["Record", "load_records", "save_records", "to_record"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example: what is asked (the prompt that will be compressed), what it is asked of, and the answer.
+
+    Not a dictionary on purpose: stock ``Trainer`` strips dictionaries of the keys that ``model.forward`` does not name.
+    """
+
+    instruction: str
+    input: str
+    output: str
+    source: str = ""
+
+
+def to_record(item: Record | Mapping[str, Any], where: str = "record") -> Record:
+    """A record from a mapping with ``instruction``, ``output`` and, where there is one, ``input``.
+
+    Args:
+        item: the mapping, or a record, which is returned as it is.
+        where: what an error calls it, such as ``train.jsonl, line 3``.
+
+    Raises:
+        RecordError: a field is missing, empty or no text.
+    """
+    if isinstance(item, Record):
+        return item
+    if not isinstance(item, Mapping):
+        raise RecordError(f"{where} must be an object with instruction, input and output, got {type(item).__name__}")
+    for name in ("instruction", "output"):
+        if name not in item:
+            hint = (
+                "; stock Trainer removes such keys from dictionaries: pass load_records(...) or "
+                "TrainingArguments(remove_unused_columns=False)"
+                if not item
+                else ""
+            )
+            raise RecordError(f"{where} has no {name!r}; it has {', '.join(map(repr, item)) or 'nothing'}{hint}")
+    fields = {name: item.get(name) or "" for name in ("instruction", "input", "output", "source")}
+    for name, value in fields.items():
+        if not isinstance(value, str):
+            raise RecordError(f"{where}: {name!r} must be a text, got {type(value).__name__}")
+    if not fields["instruction"].strip():
+        raise RecordError(f"{where}: 'instruction' is empty; it is the prompt that is to be compressed")
+    return Record(**fields)
+
+
+def load_records(path: str | Path) -> list[Record]:
+    """Read ``.jsonl`` (one object a line, empty lines skipped) or ``.json`` (a list of objects).
+
+    Args:
+        path: the file, UTF-8.
+
+    Returns:
+        The records in the file's order.
+
+    Raises:
+        RecordError: a line is not JSON, or a record is not complete; file and line (or number) are named.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".jsonl"):
+        raise RecordError(f"{path} must end in .json or .jsonl")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path} is not UTF-8 ({error})") from error
+    if path.suffix == ".jsonl":
+        items = [
+            (f"{path}, line {number}", _parse(line, f"{path}, line {number}"))
+            for number, line in enumerate(text.split("\n"), start=1)
+            if line.strip()
+        ]
+    else:
+        whole = _parse(text, str(path))
+        if not isinstance(whole, list):
+            raise RecordError(
+                f"{path} must hold a list of objects, got {type(whole).__name__}; one object a line goes in a "
+                f".jsonl file"
+            )
+        items = [(f"{path}, record {number}", item) for number, item in enumerate(whole, start=1)]
+    if not items:
+        raise RecordError(f"{path} holds no record")
+    return [to_record(item, where) for where, item in items]
+
+
+def save_records(records: Iterable[Record], path: str | Path) -> None:
+    """Write records as JSONL."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RecordError(f"{where} is not JSON ({error})") from error

@@ -1,0 +1,1 @@
+"""Gist instruction finetuning on stock ``transformers.Trainer``."""

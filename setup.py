@@ -49,8 +49,11 @@ setup(
         "torch>=2.11",
         "transformers>=5.17",  # from here T5 runs on the attention interface
         "safetensors>=0.4",
-        "typer>=0.12",  # the command line; comes with transformers anyway
-        "rich>=13",  # the command line; comes with typer anyway
+        # All of these come with torch or transformers anyway; named because gisting imports them itself.
+        "tokenizers>=0.22",
+        "jinja2>=3.1",
+        "typer>=0.12",
+        "rich>=13",
     ],
     extras_require={
         "kernels": ["triton>=3.6; sys_platform == 'linux'"],

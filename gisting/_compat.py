@@ -22,3 +22,17 @@ def require_transformers() -> None:
             f"gisting needs transformers >= {wanted}, found {transformers.__version__}; "
             f"run: pip install 'transformers>={wanted}'"
         )
+
+
+def activation_checkpointing(enabled: bool) -> dict[str, bool]:
+    """The argument of ``TrainingArguments`` that trades time for memory, by the name that this transformers has for it.
+
+    ``gradient_checkpointing`` is deprecated in favour of ``activation_checkpointing``. Goes when the floor knows the
+    new name.
+    """
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    names = {field.name for field in fields(TrainingArguments)}
+    return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": enabled}

@@ -80,7 +80,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory for checkpoint, data and the compressed instruction.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 rows.")] = 900,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 rows.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of held-out combinations, weights and data.")] = 0,
     results: Annotated[Path | None, typer.Option(help="JSONL file to add the run's numbers to.")] = None,
 ) -> None:
@@ -154,6 +154,7 @@ def train(
     """
     from transformers import set_seed
 
+    from gisting._compat import activation_checkpointing
     from gisting.data.records import load_records
     from gisting.train.finetune import finetune, published_arguments
 
@@ -166,7 +167,6 @@ def train(
         "num_train_epochs": epochs,
         "max_steps": max_steps,
         "learning_rate": learning_rate,
-        "gradient_checkpointing": gradient_checkpointing or None,
     }
     arguments = published_arguments(
         output,
@@ -177,6 +177,7 @@ def train(
         save_total_limit=1,
         seed=seed,
         **{name: value for name, value in changes.items() if value is not None},
+        **activation_checkpointing(gradient_checkpointing),
     )
     metrics = finetune(
         loaded,
@@ -365,7 +366,7 @@ def _load(model: str, template: str | None, dtype: str, device: str = "cpu") -> 
         raise GistError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     loaded, tokenizer = load(model, template, dtype=dtype)
     if trained_num_gist_tokens(loaded) is None:
-        _err.print(f"note: {model} has not been trained to gist", highlight=False)
+        _err.print(f"note: {model} has not been trained to gist", highlight=False, soft_wrap=True)
     return loaded.to(torch.device(device)), tokenizer  # pyright: ignore[reportArgumentType]
 
 

@@ -7,7 +7,8 @@ no family beyond its kind.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gisting.cache import CacheOrigin, GistCache
@@ -70,10 +71,11 @@ def compress(
     run = encoder_decoder.prefix_states if family.is_encoder_decoder else decoder.prefix_states
     # Sorted by length, so that a batch holds little padding.
     order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].input_ids))
-    parts = [
-        run(model, tokenizer, [encodings[row] for row in order[start : start + batch_size]], origin)
-        for start in range(0, len(order), batch_size)
-    ]
+    with _evaluating(model):
+        parts = [
+            run(model, tokenizer, [encodings[row] for row in order[start : start + batch_size]], origin)
+            for start in range(0, len(order), batch_size)
+        ]
     if len(parts) == 1 and order == list(range(len(order))):
         return parts[0]
     back = sorted(range(len(order)), key=lambda place: order[place])
@@ -143,7 +145,10 @@ def generate(
         prompts = list(prompts or ())
         _check_rows("prompts", len(prompts), len(inputs))
         if family.is_encoder_decoder and condition != "gist":
-            return _generate_from_text(model, tokenizer, inputs, prompts, num_gist_tokens, condition, generate_kwargs)
+            with _evaluating(model):
+                return _generate_from_text(
+                    model, tokenizer, inputs, prompts, num_gist_tokens, condition, generate_kwargs
+                )
         cache = compress(model, tokenizer, prompts, num_gist_tokens, condition=condition)
     else:
         check_origin(model, tokenizer, cache)
@@ -151,9 +156,9 @@ def generate(
     if len(cache) == 1 and len(inputs) > 1:
         cache = cache.select([0] * len(inputs))
     continuations = tokenizer.encode_continuations(inputs)
-    if family.is_encoder_decoder:
-        return _answer_encoder_decoder(model, tokenizer, cache, continuations, generate_kwargs)
-    return _answer_decoder(model, tokenizer, cache, continuations, generate_kwargs)
+    answer = _answer_encoder_decoder if family.is_encoder_decoder else _answer_decoder
+    with _evaluating(model):
+        return answer(model, tokenizer, cache, continuations, generate_kwargs)
 
 
 def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache) -> None:
@@ -264,12 +269,21 @@ def _generate_from_text(
 def _stock_generate(
     model: PreTrainedModel, tokenizer: GistTokenizer, arguments: dict[str, Any], generate_kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    was_training = model.training
+    return model.generate(**{"pad_token_id": tokenizer.pad_token_id, **arguments, **generate_kwargs})  # pyright: ignore
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and without activation checkpointing, which would drop the states; each module goes back to
+    its mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return model.generate(**{"pad_token_id": tokenizer.pad_token_id, **arguments, **generate_kwargs})  # pyright: ignore
+        yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _texts(tokenizer: GistTokenizer, ids: torch.Tensor) -> list[str]:

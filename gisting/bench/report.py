@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from gisting._version import __version__
+from gisting.errors import GistError
 
-__all__ = ["append_row", "environment"]
+__all__ = ["append_row", "demo_table", "environment", "read_rows", "write_between"]
 
 FORMAT = 1
 
@@ -64,3 +65,58 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def demo_table(rows: list[dict[str, Any]]) -> str:
+    """The demo's rows as Markdown: accuracies of each seed, then the cost of a request."""
+    lines = [
+        "| seed | positive control | gist | negative control | training | whole demo |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        found = (f"{100 * row['accuracy'][f'unseen/{name}']:.1f} %" for name in ("positive", "gist", "negative"))
+        lines.append(f"| {row['seed']} | {' | '.join(found)} | {row['train_s']:.0f} s | {row['total_s']:.0f} s |")
+    first = rows[0]
+    lines += [
+        "",
+        f"Exact match on {first['num_eval_records']} records of instructions that training never used, k = "
+        f"{first['num_gist_tokens']}, "
+        f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']} steps. "
+        f"Up to the first token of an answer (seed {first['seed']}, batch 1, median of "
+        f"{first['latency'][0]['num_repeats']} alternating runs):",
+        "",
+        "| | tokens read | tokens cached | cache bytes | MFLOPs | ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in first["latency"]:
+        lines.append(
+            f"| {row['mode']} | {row['num_new_tokens']} | {row['num_cached_tokens']} | {row['cache_bytes']:,} "
+            f"| {row['flops'] / 1e6:.1f} | {row['latency_ms']:.2f} |"
+        )
+    lines += ["", f"({first['device']}, torch {first['torch']}, transformers {first['transformers']})"]
+    return "\n".join(lines)
+
+
+def write_between(path: str | Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- end of name -->`` in a Markdown file.
+
+    Raises:
+        GistError: the marks are not there.
+    """
+    path = Path(path)
+    whole = path.read_text(encoding="utf-8")
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if start not in whole or end not in whole:
+        raise GistError(f"{path} must hold the lines {start.strip()} and {end}")
+    head, rest = whole.split(start, 1)
+    path.write_text(head + start + text + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    # python -m gisting.bench.report: the README's table from the committed rows.
+    write_between("README.md", "demo results", demo_table(read_rows("docs/results/demo.jsonl")))

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
+from gisting.errors import GistError
 from gisting.models.patch import patch
 from gisting.tokens import GistTokenizer, Template
 
@@ -32,10 +33,16 @@ def load(
 
     Raises:
         UnsupportedModelError: the model cannot be gisted correctly.
-        GistError: the template is not the one that the checkpoint was saved with.
-        OSError: there is no such checkpoint.
+        GistError: there is no such checkpoint, or the template is not the one that it was saved with.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except OSError as error:
+        raise GistError(
+            f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did "
+            f"not give one "
+            f"({error})"
+        ) from error
     if getattr(config, "gist", None) is not None and template is None:
         tokenizer = GistTokenizer.from_pretrained(name_or_path)
     else:

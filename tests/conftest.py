@@ -1,0 +1,78 @@
+"""What several test files share: where optional reference material lies, tiny models, tiny tokenizers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from gisting.tokens import GistTokenizer
+from tests import tiny
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference outputs, checkpoints and data that are not part of the project; tests that need them skip without
+    them.
+    """
+    folder = Path(os.environ.get("GISTING_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
+    if not (folder / "reference" / "gisting-2023").is_dir():
+        pytest.skip(f"reference material is not at {folder}; set GISTING_SHARED to where it lies")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_logged_deprecations() -> Iterator[None]:
+    """transformers logs some of its deprecations instead of warning; they fail a test all the same."""
+    found: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "deprecat" in record.getMessage().lower():
+                found.append(record.getMessage())
+
+    logger, handler = logging.getLogger("transformers"), Collect()
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not found, f"transformers logged a deprecation: {found}"
+
+
+@pytest.fixture
+def tokenizer() -> GistTokenizer:
+    return GistTokenizer(tiny.word_tokenizer(), "plain")
+
+
+@pytest.fixture
+def t5_tokenizer() -> GistTokenizer:
+    return GistTokenizer(tiny.word_tokenizer(), "plain", is_encoder_decoder=True)
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `gisting demo` leaves behind after a few steps: everything is there, though the answers are not right
+    yet.
+    """
+    from rich.console import Console
+
+    from gisting.demo import run_demo
+
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    with (folder.parent / "demo.txt").open("w", encoding="utf-8") as file:
+        result = run_demo(folder, steps=30, eval_records=16, console=Console(file=file, width=120))
+    (folder.parent / "demo.json").write_text(json.dumps(result.to_row()), encoding="utf-8")
+    return folder

@@ -1,0 +1,313 @@
+"""The command line: every command on a small checkpoint, every error in one line with exit code 1, and the README as
+written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gisting
+from gisting.cli import main
+from tests import tiny
+from tests.test_repository import fences_in
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Ran:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Call the entry point as the shell would."""
+
+    def call(*words: str | Path) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["gisting", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which `gisting demo` has run."""
+    shutil.copytree(demo_checkpoint, tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# -- the demo ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_demo_shows_and_leaves(demo_checkpoint: Path) -> None:
+    text = (demo_checkpoint.parent / "demo.txt").read_text(encoding="utf-8")
+    for line in (
+        "1. The task",
+        "2. Training",
+        "3. Accuracy",
+        "4. A fresh instruction",
+        "5. What a request costs",
+        "6. Saved",
+    ):
+        assert line in text
+    for word in ("positive", "gist", "negative", "no cache", "prefix cache", "gist cache", "cache bytes", "MFLOPs"):
+        assert word in text
+    row = json.loads((demo_checkpoint.parent / "demo.json").read_text(encoding="utf-8"))
+    assert set(row["accuracy"]) == {f"{s}/{c}" for s in ("seen", "unseen") for c in ("gist", "positive", "negative")}
+    assert [latency["mode"] for latency in row["latency"]] == ["no cache", "prefix cache", "gist cache"]
+    assert row["fresh_total"] == 5
+    assert {path.name for path in demo_checkpoint.iterdir()} >= {
+        "model.safetensors",
+        "config.json",
+        "gist.json",
+        "instruction.gist.safetensors",
+        "unseen.jsonl",
+    }
+
+
+def test_the_demo_learns(tmp_path: Path) -> None:
+    """A part of the demo's training: the loss falls as it does on the way to the committed accuracies."""
+    from gisting.data.collate import GistCollator
+    from gisting.data.tasks import LetterTask, task_tokenizer
+    from gisting.demo import _small_llama
+    from gisting.train.finetune import finetune, published_arguments
+
+    tokenizer = task_tokenizer()
+    model = gisting.patch(_small_llama(tokenizer), tokenizer)
+    arguments = published_arguments(
+        tmp_path,
+        batch_size=64,
+        per_device_batch_size=64,
+        max_steps=80,
+        learning_rate=2e-3,
+        lr_scheduler_type="linear",
+        warmup_steps=20,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    batch = GistCollator(tokenizer, 2)(LetterTask().records("seen", 64, 9))
+    before = float(model(**batch).loss.detach())
+    finetune(model, tokenizer, LetterTask().records("seen", 80 * 64, 0), arguments, num_gist_tokens=2)
+    assert float(model(**batch).loss.detach()) < 0.5 * before
+
+
+def test_the_commands_that_the_demo_suggests_run(run, workplace: Path, demo_checkpoint: Path) -> None:
+    text = (demo_checkpoint.parent / "demo.txt").read_text(encoding="utf-8")
+    suggested = [line.strip() for line in text.splitlines() if line.strip().startswith("gisting ")]
+    assert len(suggested) == 3
+    for line in suggested:
+        words = shlex.split(line.replace(str(demo_checkpoint), "runs/demo"))
+        result = run(*words[1:], *(["--max-new-tokens", "8"] if words[1] in ("generate", "eval") else []))
+        assert result.code == 0, result.err
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_compress_then_generate(run, workplace: Path) -> None:
+    made = run(
+        "compress",
+        "runs/demo",
+        "--prompt",
+        "please reverse the letters",
+        "--prompt",
+        "end with a bang",
+        "--output",
+        "two.st",
+    )
+    assert made.code == 0, made.err
+    assert "saved in two.st" in made.out
+    answered = run(
+        "generate",
+        "runs/demo",
+        "--cache",
+        "two.st",
+        "--input",
+        "a b",
+        "--input",
+        "c d",
+        "--json",
+        "--max-new-tokens",
+        "6",
+    )
+    rows = [json.loads(line) for line in answered.out.splitlines()]
+    model, tokenizer = gisting.load("runs/demo")
+    cache = gisting.compress(model, tokenizer, ["please reverse the letters", "end with a bang"], 2)
+    expected = gisting.generate(model, tokenizer, ["a b", "c d"], cache=cache, max_new_tokens=6, do_sample=False)
+    assert [row["output"] for row in rows] == expected
+    assert [row["input"] for row in rows] == ["a b", "c d"]
+
+
+def test_files_for_prompts_and_inputs(run, workplace: Path) -> None:
+    Path("p.txt").write_text("answer plainly", encoding="utf-8")
+    Path("i.txt").write_text("a b\nc d\n", encoding="utf-8")
+    assert run("compress", "runs/demo", "--prompt-file", "p.txt", "-k", "3", "--output", "one.st").code == 0
+    assert gisting.GistCache.load("one.st").num_gist_tokens == [3]
+    result = run("generate", "runs/demo", "--cache", "one.st", "--input-file", "i.txt", "--max-new-tokens", "4")
+    assert result.code == 0
+    assert len(result.out.splitlines()) == 2
+
+
+def test_sampling_is_reproducible(run, workplace: Path) -> None:
+    run("compress", "runs/demo", "--prompt", "answer plainly", "--output", "one.st")
+    words = ("generate", "runs/demo", "--cache", "one.st", "--input", "a b", "--sample", "--max-new-tokens", "8")
+    first, again, other = run(*words, "--seed", "1"), run(*words, "--seed", "1"), run(*words, "--seed", "2")
+    assert first.out == again.out != other.out
+
+
+def test_eval_json(run, workplace: Path) -> None:
+    result = run(
+        "eval", "runs/demo", "--data", "runs/demo/unseen.jsonl", "--limit", "4", "--max-new-tokens", "4", "--json"
+    )
+    rows = [json.loads(line) for line in result.out.splitlines()]
+    assert [row["condition"] for row in rows] == ["gist", "positive", "negative"]
+    assert all(row["num_records"] == 4 and len(row["predictions"]) == 4 for row in rows)
+
+
+def test_train_resume_and_evaluate(run, workplace: Path) -> None:
+    words = (
+        *("train", "runs/demo", "--data", "runs/demo/unseen.jsonl", "--output", "runs/more", "-k", "1:2"),
+        *("--condition", "gist=3", "--condition", "positive", "--batch-size", "16", "--save-steps", "2"),
+        *("--max-new-tokens", "3", "--eval", "runs/demo/unseen.jsonl", "--gradient-checkpointing"),
+    )
+    result = run(*words, "--max-steps", "2")
+    assert result.code == 0, result.err
+    assert "saved in runs/more" in result.out
+    assert "negative" in result.out
+    result = run(*words, "--max-steps", "4", "--resume")
+    assert result.code == 0, result.err
+    assert json.loads(Path("runs/more/config.json").read_text(encoding="utf-8"))["gist"]["num_gist_tokens"] == [1, 2]
+    assert Path("runs/more/checkpoint-4").is_dir()
+
+
+def test_show_draws_the_mask(run) -> None:
+    assert run("show", "a b", "c", "-k", "1").out.splitlines() == [
+        "      a   b <G>   c",
+        "  a   1   .   .   .",
+        "  b   1   1   .   .",
+        "<G>   1   1   1   .",
+        "  c   .   .   1   1",
+        "positions -2 -1 0 1",
+    ]
+
+
+def test_show_writes_a_png(run, tmp_path: Path) -> None:
+    result = run("show", "a b", "c", "--encoder", "--window", "2", "--png", tmp_path / "mask.png")
+    assert result.code == 0, result.err
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_that_is_not_trained_is_noted(run, tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "plain")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "plain")
+    result = run(
+        "compress", tmp_path / "plain", "--prompt", "w1 w2", "--template", "plain", "--output", tmp_path / "c.st"
+    )
+    assert result.code == 0, result.err
+    assert "has not been trained to gist" in result.err
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "compress", "generate", "eval", "show"])
+def test_help_says_what_and_how(run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.code == 0
+    assert f"Example: gisting {command}" in " ".join(result.out.split())
+
+
+def test_version(run) -> None:
+    assert run("--version").out.strip() == gisting.__version__
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("compress runs/demo --output x", "give a prompt: --prompt TEXT or --prompt-file FILE"),
+        ("compress runs/demo --prompt '' --output x", "prompt 0 is empty"),
+        ("compress runs/demo --prompt a -k 0 --output x", "num_gist_tokens must be at least 1, got 0"),
+        (
+            "compress runs/demo --prompt a --dtype int8 --output x",
+            "dtype must be auto, float32, bfloat16 or float16, got 'int8'",
+        ),
+        ("compress runs/demo --prompt a --template alpaca --output x", "model was patched for tokenizer"),
+        ("compress runs/demo --prompt-file none.txt --output x", "none.txt"),
+        ("compress runs/nothing --prompt a --output x", "runs/nothing"),
+        ("generate runs/demo --cache none.st", "none.st is no file; save a cache there first"),
+        ("generate runs/demo --cache runs/demo/model.safetensors", "holds no gist cache"),
+        ("eval runs/demo --data none.jsonl", "none.jsonl"),
+        ("eval runs/demo --data runs/demo/config.json", "config.json must hold a list of objects"),
+        (
+            "eval runs/demo --data runs/demo/unseen.jsonl --condition gits",
+            "condition must be one of gist, positive, negative",
+        ),
+        (
+            "train runs/demo --data runs/demo/unseen.jsonl --output o -k many",
+            "must be a number or a range such as 1:10",
+        ),
+        (
+            "train runs/demo --data runs/demo/unseen.jsonl --output o --condition gist=x",
+            "must be a name or name=weight",
+        ),
+        ("show a b --condition gits", "condition must be one of gist, positive, negative, got 'gits'"),
+    ],
+)
+def test_an_error_is_one_line(run, workplace: Path, words: str, message: str) -> None:
+    result = run(*shlex.split(words))
+    assert result.code == 1
+    assert message in result.err
+    assert re.search(r"^error: ", result.err, flags=re.MULTILINE)
+    assert "Traceback" not in result.err
+
+
+def test_wrong_usage_is_exit_code_2(run) -> None:
+    assert run("compress").code == 2
+
+
+# -- the README as written ---------------------------------------------------------------------------------------------
+
+
+def readme(language: str) -> list[str]:
+    fences = fences_in((ROOT / "README.md").read_text(encoding="utf-8"))
+    return [fence.text for fence in fences if fence.language == language]
+
+
+def test_the_readmes_commands_run_in_their_order(run, workplace: Path) -> None:
+    lines = [line for text in readme("bash") for line in text.splitlines() if line.startswith("gisting ")]
+    assert len(lines) >= 5
+    for line in lines:
+        result = run(*shlex.split(line)[1:])
+        assert result.code == 0, f"{line}\n{result.err}"
+
+
+def test_the_readmes_python_runs_as_pasted(workplace: Path) -> None:
+    fences = readme("python")
+    assert len(fences) >= 2
+    for text in fences:
+        found = subprocess.run(
+            [sys.executable, "-c", text],
+            cwd=workplace,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert found.returncode == 0, found.stderr

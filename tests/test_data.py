@@ -1,0 +1,252 @@
+"""Records and the collator: what a batch holds, what is cut, what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gisting import GistCollator, GistError, GistTokenizer, Record, Visibility, load_records
+from gisting.data.records import save_records, to_record
+from gisting.data.tasks import EDITS, ORDERS, STYLES, Instruction, LetterTask, task_tokenizer
+from gisting.errors import GistTokenError, RecordError
+from tests import tiny
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+
+def test_json_and_jsonl_hold_the_same_records(tmp_path: Path) -> None:
+    records = [Record("do this", "to that", "done", "seen"), Record("say\nhi", "", "hi ☕")]
+    save_records(records, tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text(json.dumps([record.__dict__ for record in records]), encoding="utf-8")
+    assert load_records(tmp_path / "a.jsonl") == load_records(tmp_path / "a.json") == records
+
+
+def test_empty_lines_are_skipped_and_a_line_separator_in_text_is_no_line_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"instruction": "a\u2028b", "output": "c"}\n\n', encoding="utf-8")
+    assert load_records(path) == [Record("a\u2028b", "", "c")]
+
+
+def test_alpaca_layout_of_the_published_files(shared: Path) -> None:
+    sizes = {
+        name: len(load_records(shared / "data" / f"alpaca_plus_validation_{name}.json"))
+        for name in ("human", "seen", "unseen")
+    }
+    assert sizes == {"human": 252, "seen": 1000, "unseen": 1000}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"instruction": "a", "output": "b"}\n{oops\n', r"a\.jsonl, line 2 is not JSON"),
+        (
+            "a.jsonl",
+            '{"instruction": "a", "input": "b"}\n',
+            r"a\.jsonl, line 1 has no 'output'; it has 'instruction', 'input'",
+        ),
+        ("a.jsonl", '{"output": "a"}\n', r"line 1 has no 'instruction'"),
+        ("a.jsonl", "[1]\n", r"line 1 must be an object with instruction, input and output, got list"),
+        ("a.jsonl", '{"instruction": 1, "output": "b"}\n', r"line 1: 'instruction' must be a text, got int"),
+        ("a.jsonl", '{"instruction": "  ", "output": "b"}\n', r"line 1: 'instruction' is empty"),
+        ("a.jsonl", "\n", r"a\.jsonl holds no record"),
+        ("a.json", '{"instruction": "a", "output": "b"}', r"a\.json must hold a list of objects, got dict"),
+        ("a.json", '[{"instruction": "a"}]', r"a\.json, record 1 has no 'output'"),
+        ("a.json", "[", r"a\.json is not JSON"),
+        ("a.csv", "", r"a\.csv must end in \.json or \.jsonl"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(RecordError, match=message):
+        load_records(tmp_path / name)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"instruction": "\xff"}')
+    with pytest.raises(RecordError, match=r"a\.jsonl is not UTF-8"):
+        load_records(tmp_path / "a.jsonl")
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none.jsonl"):
+        load_records(tmp_path / "none.jsonl")
+
+
+def test_stripped_dictionaries_are_told_about_trainer() -> None:
+    with pytest.raises(RecordError, match=r"record 0 of the batch has no 'instruction'.*remove_unused_columns=False"):
+        to_record({}, "record 0 of the batch")
+
+
+# -- the collator ------------------------------------------------------------------------------------------------------
+
+RECORDS = [Record("w1 w2 w3", "w4 w5", "w6 w7"), Record("w10 w11 w12 w13 w14", "", "w15")]
+
+
+def test_a_decoder_batch_by_eye(tokenizer: GistTokenizer) -> None:
+    batch = GistCollator(tokenizer, 2)(RECORDS)
+    word = {number: f"w{number - 4}" for number in range(4, 64)} | {0: "_", 2: "$", 64: "G"}
+    rows = [" ".join(word[token] for token in row) for row in batch["input_ids"].tolist()]
+    assert rows == ["w1 w2 w3 G G w4 w5 w6 w7 $", "_ w10 w11 w12 w13 w14 G G w15 $"]
+    labels = [" ".join("." if token == -100 else word[token] for token in row) for row in batch["labels"].tolist()]
+    assert labels == [". . . . . . . w6 w7 $", ". . . . . . . . w15 $"]
+    assert batch["position_ids"].tolist() == [[-3, -2, -1, 0, 1, 2, 3, 4, 5, 6], [0, -5, -4, -3, -2, -1, 0, 1, 2, 3]]
+    assert batch["attention_mask"].dtype == torch.int32
+    drawn = Visibility.from_attention_mask(batch["attention_mask"]).draw("a b c G G d e f g $".split(), row=0)
+    assert drawn.splitlines() == [
+        "  a b c G G d e f g $",
+        "a 1 . . . . . . . . .",
+        "b 1 1 . . . . . . . .",
+        "c 1 1 1 . . . . . . .",
+        "G 1 1 1 1 . . . . . .",
+        "G 1 1 1 1 1 . . . . .",
+        "d . . . 1 1 1 . . . .",
+        "e . . . 1 1 1 1 . . .",
+        "f . . . 1 1 1 1 1 . .",
+        "g . . . 1 1 1 1 1 1 .",
+        "$ . . . 1 1 1 1 1 1 1",
+    ]
+
+
+def test_an_encoder_decoder_batch_by_eye(t5_tokenizer: GistTokenizer) -> None:
+    batch = GistCollator(t5_tokenizer, 1)(RECORDS)
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 64, 8, 9], [14, 15, 16, 17, 18, 64]]
+    assert batch["labels"].tolist() == [[10, 11, 2], [19, 2, -100]]
+    # The second source stops with its gist: its prompt is hidden from the decoder all the same.
+    survivors = Visibility.from_attention_mask(batch["attention_mask"]).survivors()
+    assert survivors.int().tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]]
+
+
+def test_dictionaries_are_records_too(tokenizer: GistTokenizer) -> None:
+    as_records = GistCollator(tokenizer, 2)(RECORDS)
+    as_mappings = GistCollator(tokenizer, 2)([record.__dict__ for record in RECORDS])
+    assert all(torch.equal(as_records[name], as_mappings[name]) for name in as_records)
+
+
+def test_each_row_draws_its_condition_and_its_k(tokenizer: GistTokenizer) -> None:
+    collate = GistCollator(tokenizer, (1, 4), conditions={"gist": 3, "positive": 1, "negative": 0})
+    rows = 2000
+    batch = collate([RECORDS[0]] * rows)
+    counts = (batch["input_ids"] == tokenizer.gist_token_id).sum(-1)
+    assert sorted(counts.unique().tolist()) == [1, 2, 3, 4]
+    # Under the positive control the first prompt key is seen to the end, under gist it is hidden.
+    start = (batch["input_ids"] != tokenizer.pad_token_id).int().argmax(-1)
+    keys = Visibility.from_attention_mask(batch["attention_mask"])
+    positive = keys.survivors()[torch.arange(rows), start].float().mean().item()
+    assert positive == pytest.approx(0.25, abs=0.05)  # five standard deviations of a share of 2,000
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    prompt=st.integers(1, 40),
+    input=st.integers(0, 40),
+    output=st.integers(0, 40),
+    k=st.integers(1, 6),
+    spare=st.integers(3, 60),
+    encoder_decoder=st.booleans(),
+)
+def test_truncation_never_takes_the_gist_or_all_labels(
+    prompt: int, input: int, output: int, k: int, spare: int, encoder_decoder: bool
+) -> None:
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), "plain", is_encoder_decoder=encoder_decoder)
+    record = Record(tiny.words(prompt, 1), tiny.words(input, 2), tiny.words(output, 3))
+    batch = GistCollator(tokenizer, k, max_length=k + spare, max_target_length=7)([record])
+    assert batch["input_ids"].shape[1] <= k + spare
+    assert (batch["input_ids"] == tokenizer.gist_token_id).sum() == k
+    assert (batch["input_ids"][0, 0] != tokenizer.gist_token_id).item()  # some prompt is left
+    assert (batch["labels"] != -100).any()
+
+
+def test_what_is_cut_first(tokenizer: GistTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    """The completion down to a quarter, then the prompt's end, then the start of what stands behind the gist."""
+    record = Record("w1 w2 w3 w4", "w5 w6 w7 w8", "w9 w10 w11 w12")
+    shown = {}
+    for max_length in (14, 12, 10, 8, 4):
+        ids = GistCollator(tokenizer, 1, max_length=max_length)([record])["input_ids"][0].tolist()
+        shown[max_length] = " ".join("G" if token == 64 else "$" if token == 2 else str(token - 4) for token in ids)
+    assert shown == {
+        14: "1 2 3 4 G 5 6 7 8 9 10 11 12 $",
+        12: "1 2 3 4 G 5 6 7 8 9 10 11",
+        10: "1 2 3 G 5 6 7 8 9 10",
+        8: "1 G 5 6 7 8 9 10",
+        4: "1 G 8 9",
+    }
+    assert "a sequence of 14 ids was cut to max_length=12" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_gist_tokens": 0}, GistTokenError, "num_gist_tokens must be at least 1, got 0"),
+        ({"num_gist_tokens": (3, 2)}, GistError, r"must be a range \(low, high\), got \(3, 2\)"),
+        ({"conditions": "gits"}, GistError, "conditions must be names of gist, positive, negative.*'gits'"),
+        ({"conditions": {"gist": 0}}, GistError, "conditions must be names of"),
+        (
+            {"max_length": 4, "num_gist_tokens": 2},
+            GistError,
+            "max_length must be at least 5 to hold 2 gist tokens, got 4",
+        ),
+        ({"max_target_length": 0}, GistError, "max_target_length must be at least 1"),
+    ],
+)
+def test_collator_errors(tokenizer: GistTokenizer, arguments: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        GistCollator(tokenizer, **arguments)
+
+
+def test_collator_wants_a_gist_tokenizer() -> None:
+    with pytest.raises(GistError, match=r"tokenizer must be a GistTokenizer, got .*; wrap it"):
+        GistCollator(tiny.word_tokenizer())  # pyright: ignore[reportArgumentType]
+
+
+def test_a_record_without_output_is_named_by_its_place(tokenizer: GistTokenizer) -> None:
+    with pytest.raises(RecordError, match="record 1 of the batch has no 'output'"):
+        GistCollator(tokenizer)([RECORDS[0], {"instruction": "w1", "input": "w2"}])
+
+
+# -- the built-in task -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("order", "edit", "style", "answer"),
+    [
+        ("keep the order", "change nothing else", "answer plainly", "a b c d e"),
+        ("reverse the letters", "drop the last letter", "write capitals", "E D C B"),
+        ("move the first letter to the end", "write the first letter twice", "end with a bang", "b b c d e a !"),
+        ("move the last letter to the front", "drop the first letter", "begin with a star", "* a b c d"),
+        ("swap the first two letters", "replace each letter by the next", "end with a dash", "c b d e f -"),
+    ],
+)
+def test_answers_by_eye(order: str, edit: str, style: str, answer: str) -> None:
+    assert " ".join(Instruction(order, edit, style).answer(list("abcde"))) == answer
+
+
+def test_held_out_combinations_are_never_trained_on() -> None:
+    task = LetterTask(seed=3)
+    assert len(task.seen) + len(task.unseen) == len(ORDERS) * len(EDITS) * len(STYLES) == 125
+    assert not set(task.seen) & set(task.unseen)
+    texts = {instruction.text() for instruction in task.unseen}
+    assert not texts & {record.instruction for record in task.records("seen", 5000, 0)}
+    assert task.records("seen", 10, 0) == task.records("seen", 10, 0) != task.records("seen", 10, 1)
+
+
+def test_every_word_of_the_task_is_in_its_tokenizer() -> None:
+    tokenizer = task_tokenizer()
+    for record in [*LetterTask().records("seen", 500, 0), *LetterTask().records("unseen", 100, 0)]:
+        ids = tokenizer.encode(record.instruction, record.input, record.output, num_gist_tokens=2).input_ids
+        assert tokenizer.tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(tokenizer.encode_completions([record.input], [record.output])[0]) == record.output
+
+
+def test_task_errors() -> None:
+    with pytest.raises(GistError, match=r"num_unseen must be in 1\.\.124, got 125"):
+        LetterTask(num_unseen=125)
+    with pytest.raises(GistError, match="split must be seen or unseen, got 'test'"):
+        LetterTask().records("test", 1, 0)
+    assert replace(LetterTask(), seed=1).unseen != LetterTask().unseen

@@ -1,0 +1,207 @@
+"""Metrics, the three conditions, counted costs, measured latency, result rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import gisting
+from gisting import GistError, GistTokenizer, Record
+from gisting.bench import latency
+from gisting.bench.latency import first_token
+from gisting.bench.report import append_row, demo_table, read_rows, write_between
+from gisting.eval.conditions import evaluate
+from gisting.eval.cost import cache_bytes, forward_flops
+from gisting.eval.metrics import exact_match, rouge_l
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def model(tokenizer: GistTokenizer):
+    return gisting.patch(tiny.model("llama"), tokenizer)
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def test_exact_match_by_eye() -> None:
+    assert exact_match(["a b", " c\n", "d"], ["a b", "c", "D"]) == pytest.approx(2 / 3)
+
+
+def test_rouge_l_is_the_published_one(shared: Path) -> None:
+    """The scores that were published for published outputs, recomputed from them.
+
+    Published is the median of a bootstrap over the records, ours the mean that it estimates: 0.15 points are its noise.
+    """
+    folder = shared / "data" / "published_outputs"
+    published = {
+        (row["condition"], row["split"]): float(row["value"])
+        for row in csv.DictReader((folder / "rouge.csv").open(encoding="utf-8"))
+        if row["model"] == "LLaMA" and row["num_gist_tokens"] == "1"
+    }
+    for condition in ("gist", "pos_control", "neg_control"):
+        with (folder / f"LLaMA-{condition}-1-human.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        score = 100 * rouge_l([row["y_pred"] for row in rows], [row["y_true"] for row in rows])
+        assert score == pytest.approx(published[condition, "human"], abs=0.15)
+
+
+def test_metric_errors() -> None:
+    with pytest.raises(GistError, match="predictions must be as many as references, and some, got 1 and 2"):
+        exact_match(["a"], ["a", "b"])
+    with pytest.raises(GistError, match="got 0 and 0"):
+        rouge_l([], [])
+
+
+# -- conditions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_evaluate_answers_as_generate_does(name: str) -> None:
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), "plain", is_encoder_decoder=name == "t5")
+    model = gisting.patch(tiny.model(name), tokenizer)
+    records = [Record(tiny.words(3 + n, n), tiny.words(1 + n % 3, 40 + n), "w1") for n in range(7)]
+    done: list[int] = []
+    results = evaluate(
+        model, tokenizer, records, 2, max_new_tokens=5, batch_size=3, with_rouge=False, progress=done.append
+    )
+    assert [result.condition for result in results] == ["gist", "positive", "negative"]
+    assert sum(done) == 21
+    for result in results:
+        expected = [
+            gisting.generate(
+                model,
+                tokenizer,
+                [record.input],
+                prompts=[record.instruction],
+                num_gist_tokens=2,
+                condition=result.condition,
+                max_new_tokens=5,
+                do_sample=False,
+            )[0]
+            for record in records
+        ]
+        assert result.predictions == expected
+        assert result.num_records == 7
+        assert result.exact_match == exact_match(expected, ["w1"] * 7)
+    assert results[0].predictions != results[2].predictions
+
+
+def test_evaluate_wants_records(model, tokenizer: GistTokenizer) -> None:
+    with pytest.raises(GistError, match="records is empty"):
+        evaluate(model, tokenizer, [])
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_are_the_published_ones(shared: Path) -> None:
+    """LLaMA-7B from its configuration alone: what the paper's table says, to 0.05 %, for standard and gist-cached
+    rows.
+    """
+    config = LlamaConfig(
+        vocab_size=32_001,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    )
+    with (shared / "data" / "published_flops_llama-7b.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in [*rows[:4], rows[100], rows[-1]]:
+        prompt, rest = int(row["num_prompt_tokens"]), int(row["num_input_tokens"])
+        found = forward_flops(config, prompt) if row["model"] == "standard" else forward_flops(config, rest, 1)
+        assert found == pytest.approx(int(row["flops"]), rel=5e-4), row
+
+
+def test_cache_bytes_are_those_of_a_cache(model, tokenizer: GistTokenizer) -> None:
+    cache = gisting.compress(model, tokenizer, ["w1 w2 w3"], 5)
+    assert cache_bytes(model.config, 5) == cache.num_bytes == 2 * 3 * 2 * 8 * 5 * 4
+    assert cache_bytes(model.config, 5, torch.bfloat16) == cache.num_bytes // 2
+
+
+def test_cost_errors() -> None:
+    with pytest.raises(GistError, match="num_tokens must be at least 1 and num_cached at least 0, got 0 and 0"):
+        forward_flops(tiny.model("llama").config, 0)
+    with pytest.raises(GistError, match="t5 is an encoder-decoder"):
+        forward_flops(tiny.model("t5").config, 1)
+
+
+# -- latency -----------------------------------------------------------------------------------------------------------
+
+
+def test_latency_rows(model, tokenizer: GistTokenizer) -> None:
+    rows = first_token(model.train(), tokenizer, tiny.words(20, 1), "w1 w2", 3, repeats=3, warmup=1)
+    assert [(row.mode, row.num_cached_tokens, row.num_new_tokens) for row in rows] == [
+        ("no cache", 0, 22),
+        ("prefix cache", 20, 2),
+        ("gist cache", 3, 2),
+    ]
+    assert [row.cache_bytes for row in rows] == [0, 20 * 384, 3 * 384]
+    assert rows[0].flops > rows[1].flops > rows[2].flops
+    assert all(row.latency_ms_low <= row.latency_ms <= row.latency_ms_high for row in rows)
+    assert model.training
+
+
+def test_no_time_is_reported_for_a_wrong_answer(
+    model, tokenizer: GistTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args, **kwargs):
+        cache = gisting.compress(*args, **kwargs)
+        return cache._map(lambda tensor, dim: tensor + 0.1, cache.lengths)
+
+    monkeypatch.setattr(latency, "compress", wrong)
+    with pytest.raises(GistError, match=r"gist cache differs from its uncached run by .*; no time is reported"):
+        first_token(model, tokenizer, tiny.words(20, 1), "w1 w2", 3, repeats=1)
+
+
+def test_latency_is_for_decoders(t5_tokenizer: GistTokenizer) -> None:
+    model = gisting.patch(tiny.model("t5"), t5_tokenizer)
+    with pytest.raises(GistError, match="first_token measures decoders"):
+        first_token(model, t5_tokenizer, "w1", "w2")
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_describes_itself(tmp_path: Path) -> None:
+    append_row(tmp_path / "new" / "rows.jsonl", {"command": "x", "value": 1})
+    append_row(tmp_path / "new" / "rows.jsonl", {"command": "x", "value": 2})
+    rows = read_rows(tmp_path / "new" / "rows.jsonl")
+    assert [row["value"] for row in rows] == [1, 2]
+    assert {"format", "device", "threads", "python", "torch", "transformers", "gisting", "commit"} <= rows[0].keys()
+    json.dumps(rows)
+
+
+def test_the_readme_shows_the_committed_rows() -> None:
+    """Nobody typed a number into the README: its table is what `python -m gisting.bench.report` writes."""
+    rows = read_rows(ROOT / "docs" / "results" / "demo.jsonl")
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- demo results -->\n")[1]
+    assert shown.split("\n<!-- end of demo results -->")[0] == demo_table(rows)
+
+
+def test_the_committed_rows_hold_what_the_project_promises() -> None:
+    rows = read_rows(ROOT / "docs" / "results" / "demo.jsonl")
+    assert len({row["seed"] for row in rows}) >= 3
+    for row in rows:
+        unseen = {name: row["accuracy"][f"unseen/{name}"] for name in ("positive", "gist", "negative")}
+        assert unseen["positive"] >= 0.95
+        assert unseen["gist"] >= 0.98 * unseen["positive"]
+        assert unseen["negative"] <= 0.20
+        assert row["total_s"] < 240
+
+
+def test_writing_between_marks(tmp_path: Path) -> None:
+    path = tmp_path / "a.md"
+    path.write_text("x\n<!-- t -->\nold\n<!-- end of t -->\ny\n", encoding="utf-8")
+    write_between(path, "t", "new\nlines")
+    assert path.read_text(encoding="utf-8") == "x\n<!-- t -->\nnew\nlines\n<!-- end of t -->\ny\n"
+    with pytest.raises(GistError, match="must hold the lines <!-- u --> and <!-- end of u -->"):
+        write_between(path, "u", "")

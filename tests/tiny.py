@@ -1,0 +1,167 @@
+"""Tiny random models of every family, and a tokenizer for them: made here, in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from gisting.models.patch import patch
+from gisting.tokens import GistTokenizer
+
+VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(60))]
+WINDOW = 8
+
+
+def word_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """One id a word, 64 of them: w0 ... w59 and the special ones."""
+    words = {word: number for number, word in enumerate([*VOCABULARY, *extra])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def words(count: int, seed: int) -> str:
+    """A text of ``count`` words."""
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{number}" for number in torch.randint(0, 60, (count,), generator=generator).tolist())
+
+
+_COMMON = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_dropout": 0.0,
+}
+_T5 = {
+    "vocab_size": len(VOCABULARY),
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+_MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_ROPE = {"rope_theta": 10000.0}
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-untied": {"tie_word_embeddings": False},
+    "llama-linear": {"rope_parameters": {**_ROPE, "rope_type": "linear", "factor": 2.0}},
+    "llama-dynamic": {"rope_parameters": {**_ROPE, "rope_type": "dynamic", "factor": 2.0}},
+    "llama-llama3": {
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "mistral": {"sliding_window": None},
+    "mistral-window": {"sliding_window": WINDOW},
+    "qwen2": {},
+    "qwen2-window": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": WINDOW},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {**_MIXED, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 8},
+    "phi3": {},
+    "phi3-longrope": {
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 2.5, 3.0, 4.0],
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "olmo2": {},
+    "granite": {"attention_multiplier": 0.25, "residual_multiplier": 0.5},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "no_rope_layer_interval": 2},
+    "cohere2": {**_MIXED},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "t5": {},
+    "t5-v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "umt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+
+
+def model(name: str, **changes: Any) -> PreTrainedModel:
+    """A random model of a family, float32, in eval mode, with weights large enough that attention is far from
+    uniform.
+    """
+    model_type = name.split("-")[0]
+    if name in ENCODER_DECODERS:
+        settings, build = {**_T5, **ENCODER_DECODERS[name]}, AutoModelForSeq2SeqLM.from_config
+    else:
+        settings, build = {**_COMMON, **DECODERS[name]}, AutoModelForCausalLM.from_config
+    config = AutoConfig.for_model(model_type, **{**settings, **changes})
+    torch.manual_seed(1)
+    return scaled(build(config))
+
+
+def scaled(model: PreTrainedModel) -> PreTrainedModel:
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model
+
+
+def as_build(name: str) -> Callable[[], PreTrainedModel]:
+    return lambda: model(name)
+
+
+def tokenizer(name: str = "llama", template: str = "plain") -> GistTokenizer:
+    """A gist tokenizer for a family."""
+    return GistTokenizer(word_tokenizer(), template, is_encoder_decoder=name in ENCODER_DECODERS)
+
+
+def patched(name: str, template: str = "plain", **changes: Any) -> tuple[PreTrainedModel, GistTokenizer]:
+    """A random model of a family and a tokenizer, patched for each other."""
+    tokens = tokenizer(name, template)
+    return patch(model(name, **changes), tokens), tokens
+
+
+def stock_twin(name: str, patched_model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
+    """A model that nobody has patched, with the weights of one that was: one embedding row more than
+    ``model(name)``.
+    """
+    twin = model(name, vocab_size=patched_model.get_input_embeddings().weight.shape[0], **changes)
+    twin.load_state_dict(patched_model.state_dict())
+    return twin

@@ -128,7 +128,7 @@ class GistCache:
         for row in rows:
             if not -len(self) <= row < len(self):
                 raise GistError(f"rows must be in 0..{len(self) - 1}, got {row}")
-        index = torch.tensor(rows)
+        index = torch.tensor([row % len(self) for row in rows])
         lengths = self.lengths[index]
         start = self.num_slots - int(lengths.max())
         where = index.to(self.device)
@@ -234,6 +234,10 @@ class GistCache:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            # mkstemp makes files that nobody else may read; caches are shared like any other file.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
             os.replace(temporary, target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -273,7 +277,9 @@ class GistCache:
             raise CacheFormatError(
                 f"{path} is altered: its manifest cannot be read; compress the prompt again"
             ) from error
-        if isinstance(version, int) and version > FORMAT:
+        if not isinstance(version, int):
+            raise CacheFormatError(f"{path} is altered: its manifest cannot be read; compress the prompt again")
+        if version > FORMAT:
             raise CacheFormatError(
                 f"{path} has format {version}, this version reads up to {FORMAT}; upgrade gisting: pip install "
                 f"-U gisting"
@@ -281,16 +287,43 @@ class GistCache:
         expected = manifest.pop("sha256", None)
         if expected != _digest(manifest, tensors):
             raise CacheFormatError(f"{path} is altered: its checksum does not fit; compress the prompt again")
-        cache = cls(
-            tuple(tensors[f"keys.{layer}"] for layer in range(manifest["num_layers"])),
-            tuple(tensors[f"values.{layer}"] for layer in range(manifest["num_layers"])),
-            torch.tensor(manifest["lengths"]),
-            CacheOrigin(**manifest["origin"]),
-            tensors.get("last_hidden"),
-        )
+        try:
+            cache = cls(
+                tuple(tensors[f"keys.{layer}"] for layer in range(manifest["num_layers"])),
+                tuple(tensors[f"values.{layer}"] for layer in range(manifest["num_layers"])),
+                torch.tensor(manifest["lengths"]),
+                CacheOrigin(**manifest["origin"]),
+                tensors.get("last_hidden"),
+            )
+            cache._check()
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CacheFormatError(
+                f"{path} is no gist cache of format {FORMAT}: {error}; compress the prompt again"
+            ) from error
         return cache.to(device)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Raise ValueError unless the parts fit together: a file with a right checksum may still hold anything."""
+        if self.lengths.dim() != 1 or self.lengths.dtype != torch.int64 or not len(self):
+            raise ValueError("lengths must be whole numbers, one for each prompt")
+        if not self.keys or any(tensor.dim() != 4 for tensor in (*self.keys, *self.values)):
+            raise ValueError("keys and values must have four dimensions")
+        batch, slots = len(self), self.num_slots
+        if self.lengths.amin() < 0 or self.lengths.amax() != slots:
+            raise ValueError(f"the largest of the lengths must be the {slots} slots")
+        for key, value in zip(self.keys, self.values, strict=True):
+            if key.shape[:3] != value.shape[:3] or (key.shape[0], key.shape[2]) != (batch, slots):
+                raise ValueError("a layer has another shape than the others")
+        if self.last_hidden is not None and (
+            self.last_hidden.dim() != 3 or self.last_hidden.shape[:2] != (batch, slots)
+        ):
+            raise ValueError("last_hidden has another shape than the layers")
+        if any(tensor.dtype != self.dtype or not tensor.is_floating_point() for tensor in self._tensors()):
+            raise ValueError("the states must have one floating dtype")
+        if not all(isinstance(value, str) for value in asdict(self.origin).values()):
+            raise ValueError("origin must be texts")
 
     def _named(self) -> dict[str, Tensor]:
         named = {f"keys.{layer}": tensor for layer, tensor in enumerate(self.keys)}

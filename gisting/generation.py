@@ -7,6 +7,7 @@ no family beyond its kind.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -138,8 +139,9 @@ def generate(
         raise GistError("give either cache or prompts: generate(..., cache=compress(model, tokenizer, prompts))")
     if not inputs:
         raise GistError('inputs is empty; give at least one text, "" where the prompt says it all')
-    generate_kwargs = {**generate_kwargs, "max_new_tokens": max_new_tokens}
-    generate_kwargs["suppress_tokens"] = [*(generate_kwargs.get("suppress_tokens") or []), tokenizer.gist_token_id]
+    if isinstance(prompts, str):
+        raise GistError("prompts must be a list of texts, got one text; put it in a list")
+    generate_kwargs = _settings(model, tokenizer, max_new_tokens, generate_kwargs)
 
     if cache is None:
         prompts = list(prompts or ())
@@ -214,7 +216,10 @@ def _answer_decoder(
                 f"inputs[{row}] leaves nothing behind the gist for the model to continue; give an input, or a "
                 f"template with text there"
             )
-    new_tokens = generate_kwargs["max_new_tokens"]
+    config = generate_kwargs["generation_config"]
+    new_tokens = config.max_new_tokens
+    # Stock generate repeats ids for each beam or sample, but not a cache that it is given.
+    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     lengths = [held + len(ids) + new_tokens for held, ids in zip(cache.num_gist_tokens, continuations, strict=True)]
     _check_positions(model, lengths, "input", f"its cached prefix and {new_tokens} new tokens")
     if decoder.needs_equal_lengths(sliding_windows(model.config), cache.num_slots, continuations, new_tokens):
@@ -228,6 +233,8 @@ def _answer_decoder(
         arguments, given = decoder.prepare_generation(
             model, tokenizer, cache.select(rows) if len(groups) > 1 else cache, [continuations[row] for row in rows]
         )
+        if copies > 1 and "past_key_values" in arguments:
+            arguments["past_key_values"].batch_repeat_interleave(copies)
         texts = _texts(tokenizer, _stock_generate(model, tokenizer, arguments, generate_kwargs)[:, given:])
         for place, row in enumerate(rows):
             each = len(texts) // len(rows)
@@ -269,7 +276,26 @@ def _generate_from_text(
 def _stock_generate(
     model: PreTrainedModel, tokenizer: GistTokenizer, arguments: dict[str, Any], generate_kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    return model.generate(**{"pad_token_id": tokenizer.pad_token_id, **arguments, **generate_kwargs})  # pyright: ignore
+    return model.generate(**arguments, **generate_kwargs)  # pyright: ignore
+
+
+def _settings(
+    model: PreTrainedModel, tokenizer: GistTokenizer, max_new_tokens: int, generate_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All settings in one ``generation_config``, since stock generate takes that or keywords; other suppressions are
+    kept.
+    """
+    own = model.generation_config
+    given = generate_kwargs.get("generation_config")
+    config = copy.deepcopy(own if given is None else given)
+    rest = config.update(**{name: value for name, value in generate_kwargs.items() if name != "generation_config"})
+    suppressed = {*(config.suppress_tokens or ()), *(own.suppress_tokens or ()), tokenizer.gist_token_id}
+    config.update(max_new_tokens=max_new_tokens, suppress_tokens=sorted(suppressed))
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.return_dict_in_generate:
+        raise GistError("return_dict_in_generate changes what is returned; call model.generate for scores and states")
+    return {**rest, "generation_config": config}
 
 
 @contextmanager

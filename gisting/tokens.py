@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -28,8 +29,6 @@ __all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template"]
 
 _FILE = "gist.json"
 _FORMAT = 1
-# Private-use characters around a name: added to a private copy of the tokenizer as the token that stands for the gist.
-_SENTINEL = "\ue0f8gist\ue0f9"
 
 
 @dataclass(frozen=True)
@@ -149,16 +148,13 @@ class GistTokenizer:
                 f"tokens were added to it after the gist token, take the tokenizer as it was"
             )
         self.gist_token_id: int = gist_token_id
+        self.has_own_gist_token = gist_token_id == own
+        self._num_wrapped = len(tokenizer)
+        # Stands for the gist in a private copy of the tokenizer. Not to be guessed, so that no text can spell it.
+        self._sentinel = f"\ue0f8{secrets.token_hex(8)}\ue0f9"
         self.template = self._resolve(template)
 
     # -- ids -----------------------------------------------------------------------------------------------------------
-
-    @property
-    def has_own_gist_token(self) -> bool:
-        """Whether the wrapped tokenizer's own vocabulary holds the gist token, as in checkpoints of the published
-        code.
-        """
-        return self.tokenizer.get_vocab().get(self.gist_token) == self.gist_token_id
 
     @property
     def eos_token_id(self) -> int:
@@ -203,7 +199,7 @@ class GistTokenizer:
         for row, prompt in enumerate(prompts):
             if not prompt.strip():
                 raise GistError(f"prompt {row} is empty; there is nothing to compress, give its text")
-        texts = [self.template.prompt_text(prompt) + _SENTINEL for prompt in prompts]
+        texts = [self.template.prompt_text(prompt) + self._sentinel for prompt in prompts]
         start = self._start_ids if self.template.add_special_tokens else []
         encodings = []
         for ids, count in zip(self._ids(texts), counts, strict=True):
@@ -277,6 +273,31 @@ class GistTokenizer:
             GistEncoding(head.input_ids + middle + tail, head.gist_start, head.gist_end, head.gist_end + len(middle))
             for head, middle, tail in zip(heads, middles, tails, strict=True)
         ]
+
+    def locate(self, input_ids: Sequence[int]) -> GistEncoding:
+        """Where the gist lies in ids that come from elsewhere, such as another program or a data set of ids.
+
+        Args:
+            input_ids: prompt, gist and what follows; all of the last counts as continuation.
+
+        Raises:
+            GistTokenError: there is no gist token, or they do not stand together.
+        """
+        ids = [int(token) for token in input_ids]
+        places = [place for place, token in enumerate(ids) if token == self.gist_token_id]
+        if not places:
+            raise GistTokenError(
+                f"input_ids hold no gist token (id {self.gist_token_id}); put num_gist_tokens >= 1 of them between "
+                "prompt and input, as GistTokenizer.encode does"
+            )
+        start, end = places[0], places[-1] + 1
+        if end - start != len(places):
+            raise GistTokenError(
+                f"input_ids hold {len(places)} gist tokens apart, between {start} and {end}; the gist tokens of "
+                f"a prompt "
+                "stand together"
+            )
+        return GistEncoding(ids, start, end, len(ids))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Ids to text; gist tokens are shown as ``gist_token``, or left out with the other special tokens."""
@@ -374,43 +395,39 @@ class GistTokenizer:
         from tokenizers import AddedToken
 
         joint = copy.deepcopy(self.tokenizer)
-        sentinel: Any = AddedToken(_SENTINEL, normalized=False, special=True)
+        if self.has_own_gist_token:
+            _forget(joint, self.gist_token)
+        sentinel: Any = AddedToken(self._sentinel, normalized=False, special=True)
         joint.add_tokens([sentinel], special_tokens=True)
         return joint
 
     @cached_property
     def _start_ids(self) -> list[int]:
         """What the tokenizer puts before a text: ``<s>`` and the like, found by looking."""
-        probe = "a"
-        bare = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
-        full = self.tokenizer(probe)["input_ids"]
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return list(full[:start])
-        return []
+        ids: Any = self._joint(self._sentinel)["input_ids"]
+        return list(ids[: ids.index(self._joint.convert_tokens_to_ids(self._sentinel))])
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if len(self.tokenizer) != self._num_wrapped:
+            raise GistError(
+                f"the tokenizer had {self._num_wrapped} tokens and has {len(self.tokenizer)}; "
+                "tokens were added to it after the gist token, wrap it again"
+            )
         if not texts:
             return []
-        if self.has_own_gist_token and any(self.gist_token in text for text in texts):
-            # The tokenizer itself would read the literal as the token; this leaves special tokens of such a text as
-            # text.
-            return [
-                self._joint(text, add_special_tokens=False, verbose=False)["input_ids"]
-                if self.gist_token not in text
-                else self._split_literal(text)
-                for text in texts
-            ]
-        return [list(ids) for ids in self._joint(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-
-    def _split_literal(self, text: str) -> list[int]:
-        sentinel_id: Any = self._joint.convert_tokens_to_ids(_SENTINEL)
-        body = text.replace(_SENTINEL, "")
-        ids = list(self._joint(body, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
-        return [sentinel_id, *ids] if text.startswith(_SENTINEL) else [*ids, sentinel_id]
+        encoded: Any = self._joint(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        found: list[list[int]] = [list(ids) for ids in encoded]
+        marker: Any = self._joint.convert_tokens_to_ids(self._sentinel)
+        for row, ids in enumerate(found):
+            if self.gist_token_id in ids and self.gist_token_id != marker:
+                raise GistError(
+                    f"text {row} holds {self.gist_token!r}, which this tokenizer cannot but read as the gist token; "
+                    "take it out of the text"
+                )
+        return found
 
     def _behind_gist(self, texts: list[str]) -> list[list[int]]:
-        return [ids[1:] for ids in self._ids([_SENTINEL + text for text in texts])]
+        return [ids[1:] for ids in self._ids([self._sentinel + text for text in texts])]
 
     def _complete(
         self, inputs: Sequence[str], outputs: Sequence[str], continuations: list[list[int]]
@@ -420,8 +437,7 @@ class GistTokenizer:
             raise GistError(f"outputs must be as many as inputs, {len(inputs)}, got {len(outputs)}")
         texts = [self.template.completion_text(text) for text in outputs]
         if self.is_encoder_decoder:
-            apart = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-            return [[*ids, self.eos_token_id] for ids in apart]
+            return [[*ids, self.eos_token_id] for ids in self._ids(texts)]
         whole = self._behind_gist(
             [self.template.continuation_text(input) + text for input, text in zip(inputs, texts, strict=True)]
         )
@@ -488,6 +504,8 @@ def _check_texts(name: str, texts: Sequence[str]) -> None:
 
 
 def _check_counts(num_gist_tokens: int | Sequence[int], rows: int) -> list[int]:
+    if not isinstance(num_gist_tokens, int | Sequence):
+        raise GistError(f"num_gist_tokens must be a whole number or a list of them, got {num_gist_tokens!r}")
     counts = [num_gist_tokens] * rows if isinstance(num_gist_tokens, int) else list(num_gist_tokens)
     if len(counts) != rows:
         raise GistError(f"num_gist_tokens must be one number or one for each of {rows} prompts, got {len(counts)}")
@@ -495,3 +513,16 @@ def _check_counts(num_gist_tokens: int | Sequence[int], rows: int) -> list[int]:
         if count < 1:
             raise GistTokenError(f"num_gist_tokens must be at least 1, got {count}; 1 to 10 is usual")
     return counts
+
+
+def _forget(tokenizer: Any, token: str) -> None:
+    """Take an added token out of a fast tokenizer, so that its literal is text. A slow one has no way: its texts are
+    refused.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules["added_tokens"] = [added for added in rules["added_tokens"] if added["content"] != token]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules))

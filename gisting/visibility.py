@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gisting.errors import GistError, GistTokenError
+from gisting.errors import GistError
 
 __all__ = [
     "CONDITIONS",
@@ -39,7 +39,6 @@ __all__ = [
     "gist",
     "negative",
     "positive",
-    "require_one_span",
 ]
 
 # The end of a key that outlives its sequence: what is appended later sees it. A plain number of rows would not do: in
@@ -141,6 +140,8 @@ class Visibility:
         shift = self.num_keys - num_keys
         if shift < 0:
             raise GistError(f"num_keys must be at most {self.num_keys}, got {num_keys}")
+        if num_keys < 0:
+            raise GistError(f"num_keys must be at least 0, got {num_keys}")
         positions = None if self.position_ids is None else self.position_ids[:, shift:]
         return Visibility(self.first[:, shift:] - shift, self.end[:, shift:] - shift, positions)
 
@@ -271,6 +272,7 @@ def causal(padding: Tensor, *, documents: Tensor | None = None, branches: Tensor
         branches: int ``(B, K)``, or None: 0 for what all completions of a document share, then 1, 2, ... for each
             completion; a completion sees what is shared and itself.
     """
+    _check_padding(padding)
     return _decoder(torch.zeros_like(padding, dtype=torch.bool), padding, documents, branches, _hide_nothing)
 
 
@@ -326,6 +328,7 @@ def negative(
 
 def bidirectional(padding: Tensor) -> Visibility:
     """Every token sees every token that is no padding. ``padding`` as for :func:`causal`."""
+    _check_padding(padding)
     return _encoder(torch.zeros_like(padding, dtype=torch.bool), padding, hide_prompt=False, hide_gist=False)
 
 
@@ -360,38 +363,9 @@ ENCODER_CONDITIONS: dict[str, Condition] = {
 }
 
 
-def require_one_span(is_gist: Tensor) -> None:
-    """Raise unless every sequence has gist tokens and they stand together.
-
-    Args:
-        is_gist: bool ``(B, K)``.
-
-    Raises:
-        GistTokenError: a row has no gist token, or has them apart.
-    """
-    starts = _starts(is_gist).sum(-1)
-    for row, count in enumerate(starts.tolist()):
-        if count == 0:
-            raise GistTokenError(
-                f"row {row} has no gist token; put num_gist_tokens >= 1 of them between prompt and input "
-                "(GistTokenizer.encode does)"
-            )
-        if count > 1:
-            raise GistTokenError(
-                f"row {row} has gist tokens apart, in {count} spans; one prompt takes one span of gist tokens "
-                f"that stand together"
-            )
-
-
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 # Runs are found by where they start; their ends are carried backwards by a reversed cumulative minimum. All of it is
 # O(N).
-
-
-def _starts(flag: Tensor) -> Tensor:
-    """True where a run of true values begins."""
-    before = torch.nn.functional.pad(flag[:, :-1], (1, 0), value=False)
-    return flag & ~before
 
 
 def _carry_back(value: Tensor, where: Tensor, beyond: int) -> Tensor:
@@ -410,9 +384,20 @@ def _run_end(label: Tensor) -> Tensor:
     return _carry_back(index + 1, is_last, num_keys)
 
 
+def _numbered(label: Tensor) -> Tensor:
+    """Runs of equal labels numbered 1, 2, ... in their row, whatever the labels are."""
+    is_new = torch.nn.functional.pad(label[:, 1:] != label[:, :-1], (1, 0), value=True)
+    return is_new.long().cumsum(-1)
+
+
 def _run_start(label: Tensor) -> Tensor:
     """For each index, the start of its run of equal labels."""
     return label.shape[-1] - _run_end(label.flip(-1)).flip(-1)
+
+
+def _check_padding(padding: Tensor) -> None:
+    if padding.dim() != 2:
+        raise GistError(f"padding must be a mask of shape (B, K), got {tuple(padding.shape)}")
 
 
 def _check(is_gist: Tensor, padding: Tensor | None, **others: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -458,7 +443,7 @@ def _decoder(
 ) -> Visibility:
     is_gist, is_token = _check(is_gist, padding, documents=documents, branches=branches)
     index = torch.arange(is_gist.shape[-1], device=is_gist.device).expand_as(is_gist)
-    label = torch.zeros_like(index) if documents is None else torch.where(is_token, documents.long() + 1, 0)
+    label = torch.zeros_like(index) if documents is None else torch.where(is_token, _numbered(documents), 0)
     branch = torch.zeros_like(index) if branches is None else branches.long().clamp(min=0)
     in_branch = branch > 0
     branch_run = label * (branch.amax() + 1) + branch
@@ -473,7 +458,7 @@ def _decoder(
     survives = is_token & ~in_branch & (hidden_from == FOREVER)
     before = survives.long().cumsum(-1) - survives.long()
     before = before - before.gather(-1, _run_start(label))
-    next_survivor = torch.minimum(_carry_back(index, survives | in_branch, label.shape[-1]), document_end)
+    next_survivor = torch.minimum(_carry_back(index, survives | in_branch, label.shape[-1]), hidden_from)
     positions = before - torch.where(survives, 0, next_survivor - index)
     positions = torch.where(in_branch, before + index - _run_start(branch_run), positions)
     return Visibility(index, torch.where(is_token, end, index), torch.where(is_token, positions, 0))

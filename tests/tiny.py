@@ -131,7 +131,20 @@ def model(name: str, **changes: Any) -> PreTrainedModel:
         settings, build = {**_COMMON, **DECODERS[name]}, AutoModelForCausalLM.from_config
     config = AutoConfig.for_model(model_type, **{**settings, **changes})
     torch.manual_seed(1)
-    return scaled(build(config))
+    # Older transformers would run Gemma 2 on sdpa, which leaves its softcap out; newer ones choose eager by themselves.
+    built = build(config, attn_implementation="eager") if name == "gemma2" else build(config)
+    if name in ENCODER_DECODERS and settings.get("tie_word_embeddings") is False:
+        _untie(built)
+    return scaled(built)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """A head of its own, as a checkpoint that carries one is loaded (T5 v1.1, FLAN-T5, mT5, UMT5): transformers 5 sets
+    ``config.tie_word_embeddings`` to true for all of T5's kind, and goes by what the file holds.
+    """
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
+    model.all_tied_weights_keys.pop("lm_head.weight", None)
 
 
 def scaled(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,6 +5,8 @@ Corner: a query row that sees no key gives zeros and has zero gradients. Nothing
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,23 @@ def reference_attention(
     dropout: float,
 ) -> Tensor:
     """Arguments and result as :func:`gisting.attention.interval_attention`, already checked."""
+    # Autocast would make the products half precision again.
+    device_type = q.device.type
+    can_autocast = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if can_autocast else contextlib.nullcontext():
+        return _attend(q, k, v, visibility, bias, scale, softcap, dropout)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
     group = q.shape[1] // k.shape[1]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     k = k.repeat_interleave(group, dim=1).to(dtype)

@@ -96,6 +96,20 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
             return model
     attention = {name: str(stack.config._attn_implementation) for name, stack in _stacks(model)}
     gist_attention = {name: attention_name(base) for name, base in attention.items()}
+    if getattr(model.config, "attn_logit_softcapping", None) is not None and "sdpa" in attention.values():
+        # Until 5.18 or so transformers ran such a model on sdpa and left the softcap out.
+        raise UnsupportedModelError(
+            f"{model.config.model_type} has a softcap, which attn_implementation='sdpa' leaves out; "
+            "load the model with attn_implementation='eager'"
+        )
+    if family.is_encoder_decoder and not any(
+        getattr(part, "is_causal", False) for part in model.get_decoder().modules()
+    ):
+        # UMT5 in transformers 5.17: stock training lets its decoder look ahead.
+        raise UnsupportedModelError(
+            f"this version of transformers does not mark the decoder of {model.config.model_type} as causal; "
+            "upgrade it: pip install -U transformers"
+        )
 
     undo = _Undo(attention=attention)
     model._gist_undo = undo  # pyright: ignore[reportArgumentType]
@@ -207,40 +221,36 @@ def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     config = module.config
     if is_interval_mask(mask):
-        _check_interval_call(config, kwargs)
+        _check_interval_call(config, kwargs, mask)
         return
     ids = kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(ids, Tensor) or kwargs.get("gist_states") is not None:
         return
-    if (
-        ids.shape[1] == 1
-        and kwargs.get("past_key_values") is not None
-        and kwargs["past_key_values"].get_seq_length() > 0
-    ):
-        # A step of decoding: gist tokens are never generated, and asking an accelerator would cost a synchronisation.
-        return
     message = (
         "input_ids hold gist tokens, but attention_mask does not say what they hide. For a cached run use "
-        "gisting.compress and "
-        "gisting.generate, or model.generate(..., past_key_values=cache.as_past_key_values()) with exactly the "
-        "cache's gist "
-        "tokens in front; to train, take attention_mask and position_ids from GistCollator or from a Visibility"
+        "gisting.compress and gisting.generate, or model.generate(..., past_key_values=cache.as_past_key_values()) "
+        "with exactly the cache's gist tokens in front; to train, take attention_mask and position_ids from "
+        "GistCollator or from a Visibility"
     )
     has_gist = (ids == gist_token_id).any()
-    if torch.compiler.is_compiling():
+    is_step_elsewhere = ids.shape[1] == 1 and ids.device.type != "cpu"
+    if torch.compiler.is_compiling() or is_step_elsewhere:
+        # Asserted on the device: asking for the answer would wait for an accelerator at every token.
         torch._assert_async(~has_gist, message)  # pyright: ignore[reportPrivateImportUsage]
     elif has_gist:
         raise GistTokenError(message)
 
 
-def _check_interval_call(config: Any, kwargs: dict[str, Any]) -> None:
+def _check_interval_call(config: Any, kwargs: dict[str, Any], mask: Any) -> None:
     if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
         raise GistError(
             "output_router_logits needs a two-dimensional attention_mask, which an interval mask is not; "
             "set model.config.output_router_logits = False"
         )
     positions = kwargs.get("position_ids")
-    if positions is not None and is_length_dependent(config) and not torch.compiler.is_compiling():
+    if is_length_dependent(config) and not torch.compiler.is_compiling():
+        if positions is None:
+            positions = torch.arange(mask.shape[-1])
         limit, span = position_limit(config), int(positions.max() - positions.min()) + 1
         if limit is not None and span > limit:
             raise GistError(
@@ -252,7 +262,7 @@ def _check_interval_call(config: Any, kwargs: dict[str, Any]) -> None:
 def _add_rows(model: PreTrainedModel, tokenizer: GistTokenizer, undo: _Undo) -> None:
     gist_token_id = tokenizer.gist_token_id
     if gist_token_id >= input_weight(model).shape[0]:
-        model.resize_token_embeddings(gist_token_id + 1, mean_resizing=False)
+        _resize(model, gist_token_id + 1)
     elif tokenizer.has_own_gist_token:
         # A checkpoint that was trained with this token, as those of the published code: its row is not ours to set.
         return
@@ -261,6 +271,25 @@ def _add_rows(model: PreTrainedModel, tokenizer: GistTokenizer, undo: _Undo) -> 
     with torch.no_grad():
         for tensor in _row_tensors(model):
             tensor[gist_token_id] = tensor[:gist_token_id].float().mean(0).to(tensor.dtype)
+
+
+def _resize(model: PreTrainedModel, num_rows: int) -> None:
+    """Change the number of embedding rows, and leave an output matrix of its own what it is.
+
+    T5's config says that input and output are tied even where a checkpoint carries both (FLAN-T5), and resizing ties
+    what the config says.
+    """
+    head: Any = model.get_output_embeddings()
+    own = None if head.weight is input_weight(model) else head.weight.detach().clone()
+    requires_grad = head.weight.requires_grad
+    model.resize_token_embeddings(num_rows, mean_resizing=False)
+    head = model.get_output_embeddings()
+    if own is None or head.weight is not input_weight(model):
+        return
+    weight = own.new_zeros(num_rows, own.shape[1])
+    kept = min(num_rows, own.shape[0])
+    weight[:kept] = own[:kept]
+    head.weight = nn.Parameter(weight, requires_grad=requires_grad)
 
 
 def _row_tensors(model: PreTrainedModel) -> list[Tensor]:
@@ -296,7 +325,7 @@ def _restore(model: PreTrainedModel, *, forget: bool) -> None:
         model.generation_config.suppress_tokens = kept or None
     if forget and recorded is not None:
         if input_weight(model).shape[0] > recorded["num_embeddings"]:
-            model.resize_token_embeddings(recorded["num_embeddings"], mean_resizing=False)
+            _resize(model, recorded["num_embeddings"])
         elif undo.replaced_rows is not None:
             with torch.no_grad():
                 for tensor, row in zip(_row_tensors(model), undo.replaced_rows, strict=True):

@@ -1,0 +1,730 @@
+"""Interval attention: the oracle against a definition by hand, everything else against the oracle.
+
+Tolerance, the same everywhere: at most twice the error of torch's plain attention (dense mask, softmax, matmul) in the
+same dtype, both against float64. See ``tolerance`` for the floor below which rounding alone decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from gisting import visibility as vis
+from gisting.attention import IMPLEMENTATIONS, interval_attention
+from gisting.errors import GistError
+from gisting.visibility import Visibility
+
+HEADS = [(1, 1), (4, 4), (4, 2), (6, 2), (4, 1)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+HEAD_IDS = [f"H{heads}-G{groups}" for heads, groups in HEADS]
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def masks(num_keys: int) -> Visibility:
+    """Four sequences: gist behind left padding, negative before right padding, packed documents, and only padding."""
+    index = torch.arange(num_keys)
+    is_gist = (index >= num_keys // 3) & (index < num_keys // 3 + 2)
+    everything = torch.ones(num_keys, dtype=torch.bool)
+    padding = torch.stack([index >= num_keys // 7, index < num_keys - num_keys // 5, everything, ~everything])
+    documents = torch.stack([index * 0, index * 0, (index >= num_keys // 2).long(), index * 0])
+    spans = is_gist.expand(4, -1)
+    is_negative = torch.tensor([False, True, False, False])
+    return Visibility.where(is_negative, vis.negative(spans, padding), vis.gist(spans, padding, documents=documents))
+
+
+class Inputs(NamedTuple):
+    """Leaves that ask for a gradient, and the gradient of the output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    upstream: Tensor
+
+    def cast(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers in another dtype, as new leaves."""
+        leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in self[:4]]
+        return Inputs(*leaves, self.upstream.to(dtype))
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in self[:4] if t is not None]
+
+
+def inputs(
+    heads: int = 4,
+    groups: int = 2,
+    num_rows: int = 63,
+    num_keys: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    batch: int = 4,
+    bias_shape: tuple[int, int] | None = None,
+    size: int = 12,
+) -> Inputs:
+    """Numbers that ``dtype`` holds exactly, so that every implementation starts from the same ones."""
+    num_keys = num_rows if num_keys is None else num_keys
+    generator = torch.Generator().manual_seed(heads * 1000 + groups * 100 + num_rows)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return Inputs(
+        normal(batch, heads, num_rows, size).requires_grad_(),
+        normal(batch, groups, num_keys, size).requires_grad_(),
+        normal(batch, groups, num_keys, size + 3).requires_grad_(),
+        None if bias_shape is None else normal(*bias_shape, num_rows, num_keys).requires_grad_(),
+        normal(batch, heads, num_rows, size + 3),
+    )
+
+
+def run(attend: Callable[..., Tensor], given: Inputs) -> dict[str, Tensor]:
+    """The output and the gradient of every input, by name."""
+    out = attend(given.q, given.k, given.v, given.bias)
+    grads = torch.autograd.grad(out, given.leaves, given.upstream)
+    names = [f"d{name}" for name, t in zip("qkv", given[:3], strict=True)] + ["dbias"]
+    return {"out": out.detach(), **dict(zip(names, grads, strict=False))}
+
+
+def ours(visibility: Visibility, impl: str, **options: Any) -> Callable[..., Tensor]:
+    return lambda q, k, v, bias: interval_attention(q, k, v, visibility, bias=bias, impl=impl, **options)
+
+
+def plain(visibility: Visibility, scale: float | None = None) -> Callable[..., Tensor]:
+    """What anyone would write in torch with a dense mask, all in the dtype of q. The yardstick of the tolerance.
+
+    It takes the keys from the last to the first: in their own order its float64 result would be the oracle's to the
+    bit, an error of 0 that says nothing.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.flip(2).repeat_interleave(group, 1), v.flip(2).repeat_interleave(group, 1)
+        seen = visibility.to_dense(q.shape[2])[:, None].flip(-1)
+        scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = scores if bias is None else scores + bias.flip(-1)
+        return scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1).masked_fill(~seen, 0.0) @ v
+
+    return attend
+
+
+# -- tolerance ---------------------------------------------------------------------------------------------------------
+
+
+def worst(have: Tensor, exact: Tensor) -> float:
+    return (have.double() - exact.double()).abs().max().item()
+
+
+def largest_score(given: Inputs, scale: float | None = None) -> float:
+    q, k, bias = given.q.detach().double(), given.k.detach().double(), given.bias
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (scores if bias is None else scores + bias.detach()).abs().max().item()
+
+
+def tolerance(of_plain: Tensor, exact: Tensor, largest: float) -> float:
+    """Twice the error of the plain implementation, and never less than (4 + s) eps of the largest number in the result,
+    where s is the largest score.
+
+    Why a floor: with one row or one key the plain implementation can hit the float64 result to the last bit by luck,
+    while an equally good one rounds weights, products, result and the sum over a group once each: 4 eps. And a backward
+    pass that recomputes the weights as exp(score - logsumexp), as torch's fused one does, turns a rounding of the
+    score, s eps, into one of the weight (measured against 80-bit arithmetic in float64: 4 times the plain error).
+    """
+    return 2 * worst(of_plain, exact) + (4 + largest) * torch.finfo(of_plain.dtype).eps * exact.abs().max().item()
+
+
+def exact_of(visibility: Visibility, given: Inputs, **options: Any) -> dict[str, Tensor]:
+    return run(ours(visibility, "reference", **options), given.cast(torch.float64))
+
+
+def assert_as_good_as_plain(visibility: Visibility, given: Inputs, impl: str, scale: float | None = None) -> None:
+    exact = exact_of(visibility, given, scale=scale)
+    yardstick = run(plain(visibility, scale), given)
+    have = run(ours(visibility, impl, scale=scale), given)
+    largest = largest_score(given, scale)
+    assert have.keys() == exact.keys()
+    for name, tensor in have.items():
+        assert tensor.dtype == given.q.dtype, name
+        assert tensor.shape == exact[name].shape, name
+        error, bound = worst(tensor, exact[name]), tolerance(yardstick[name], exact[name], largest)
+        assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}"
+
+
+# -- the oracle against a definition by hand ---------------------------------------------------------------------------
+
+
+def by_hand(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(softcap(q k^T scale) + bias) v over the keys with first <= row < end; loops over Python floats."""
+    (batch, heads, num_rows, size), (groups, num_keys) = q.shape, k.shape[1:3]
+    first, end = (t.expand(batch, -1).tolist() for t in (visibility.first, visibility.end))
+    factor = size**-0.5 if scale is None else scale
+    out = torch.zeros(batch, heads, num_rows, v.shape[-1], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // groups)
+            for t in range(num_rows):
+                row = t if num_rows > num_keys else t + num_keys - num_rows
+                weights = {}
+                for j in range(num_keys):
+                    if not first[b][j] <= row < end[b][j]:
+                        continue
+                    products = zip(q[b, h, t].tolist(), k[b, g, j].tolist(), strict=True)
+                    score = factor * sum(x * y for x, y in products)
+                    if softcap is not None:
+                        score = softcap * math.tanh(score / softcap)
+                    if bias is not None:
+                        score += bias[b % bias.shape[0], h % bias.shape[1], t, j].item()
+                    weights[j] = math.exp(score)
+                for j, weight in weights.items():
+                    out[b, h, t] += weight / sum(weights.values()) * v[b, g, j]
+    return out
+
+
+BY_HAND: list[Any] = [
+    pytest.param({"heads": 4, "groups": 2, "num_rows": 9}, {}, id="grouped-heads"),
+    pytest.param({"heads": 1, "groups": 1, "num_rows": 1}, {}, id="one-row"),
+    pytest.param({"heads": 4, "groups": 1, "num_rows": 4, "num_keys": 9}, {}, id="prefix-keys"),
+    pytest.param({"heads": 2, "groups": 2, "num_rows": 12, "num_keys": 7}, {"cross": True}, id="more-rows-than-keys"),
+    pytest.param({"heads": 2, "groups": 1, "num_rows": 9, "bias_shape": (4, 2)}, {}, id="bias"),
+    pytest.param({"heads": 2, "groups": 1, "num_rows": 9, "bias_shape": (1, 1)}, {}, id="bias-for-all"),
+    pytest.param({"heads": 2, "groups": 1, "num_rows": 9}, {"scale": 1.7}, id="scale"),
+    pytest.param({"heads": 2, "groups": 1, "num_rows": 9}, {"softcap": 0.9}, id="softcap"),
+    pytest.param(
+        {"heads": 2, "groups": 1, "num_rows": 9, "bias_shape": (1, 2)},
+        {"softcap": 0.9, "scale": 1.7},
+        id="softcap-before-bias",
+    ),
+]
+
+
+@pytest.mark.parametrize(("shape", "options"), BY_HAND)
+def test_the_oracle_is_the_definition_by_hand(shape: dict[str, Any], options: dict[str, Any]) -> None:
+    given = inputs(**shape, dtype=torch.float64, size=3)
+    options = dict(options)
+    visibility = masks(given.k.shape[2])
+    if options.pop("cross", False):
+        visibility = visibility.for_cross_attention()
+    have = interval_attention(*given[:3], visibility, bias=given.bias, impl="reference", **options)
+    slow = by_hand(*given[:3], visibility, bias=given.bias, **options)
+    # Two float64 sums of at most a dozen terms of size 1 in another order.
+    torch.testing.assert_close(have, slow, rtol=0, atol=100 * torch.finfo(torch.float64).eps)
+
+
+def test_the_definition_by_hand_tells_an_interval_that_is_off_by_one() -> None:
+    """A test for the test."""
+    given, visibility = inputs(2, 1, 9, dtype=torch.float64, size=3), masks(9)
+    have = interval_attention(*given[:3], visibility, impl="reference")
+    for off in (Visibility(visibility.first, visibility.end + 1), Visibility(visibility.first + 1, visibility.end)):
+        assert worst(by_hand(*given[:3], off), have) > 1e-3
+
+
+# -- everything else against the oracle --------------------------------------------------------------------------------
+
+
+# "auto" is one of the others to the bit (test_auto_is_...), so that what follows need not repeat it.
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 7, 63, 111])
+@pytest.mark.parametrize(("heads", "groups"), HEADS, ids=HEAD_IDS)
+def test_outputs_and_gradients(impl: str, dtype: torch.dtype, num_rows: int, heads: int, groups: int) -> None:
+    assert_as_good_as_plain(masks(num_rows), inputs(heads, groups, num_rows, dtype=dtype), impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [7, 63])
+@pytest.mark.parametrize("bias_shape", [(4, 6), (1, 6), (4, 1), (1, 1)], ids="B{0[0]}-H{0[1]}".format)
+def test_outputs_and_gradients_with_bias(dtype: torch.dtype, num_rows: int, bias_shape: tuple[int, int]) -> None:
+    assert_as_good_as_plain(masks(num_rows), inputs(6, 2, num_rows, dtype=dtype, bias_shape=bias_shape), "sdpa")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias_shape", [None, (1, 4)], ids=["no-bias", "bias"])
+@pytest.mark.parametrize(("num_rows", "num_keys"), [(1, 7), (1, 63), (7, 111), (63, 64), (62, 63)])
+def test_prefix_keys(dtype: torch.dtype, bias_shape: tuple[int, int] | None, num_rows: int, num_keys: int) -> None:
+    given = inputs(4, 2, num_rows, num_keys, dtype, bias_shape=bias_shape)
+    assert_as_good_as_plain(masks(num_keys), given, "sdpa")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias_shape", [None, (1, 4)], ids=["no-bias", "bias"])
+@pytest.mark.parametrize(("num_rows", "num_keys"), [(1, 7), (7, 7), (63, 7), (111, 63)])
+def test_a_decoder_reads_an_encoder(
+    dtype: torch.dtype, bias_shape: tuple[int, int] | None, num_rows: int, num_keys: int
+) -> None:
+    """Cross-attention, T > K too: every row sees the survivors."""
+    visibility = masks(num_keys).for_cross_attention()
+    assert_as_good_as_plain(visibility, inputs(4, 2, num_rows, num_keys, dtype, bias_shape=bias_shape), "sdpa")
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("scale", [1.0, 0.03, -0.5])
+def test_scale(impl: str, scale: float) -> None:
+    assert_as_good_as_plain(masks(63), inputs(), impl, scale=scale)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_one_visibility_serves_every_sequence(impl: str) -> None:
+    given, all_four = inputs(bias_shape=(1, 4)), masks(63)
+    one = Visibility(all_four.first[:1], all_four.end[:1])
+    same = Visibility(all_four.first[:1].expand(4, -1), all_four.end[:1].expand(4, -1))
+    have, expected = run(ours(one, impl), given), run(ours(same, impl), given)
+    for name, tensor in have.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_strided_inputs(impl: str) -> None:
+    """As a model hands them over: heads transposed out of one projection, keys cut out of a longer cache."""
+    given, visibility = inputs(4, 2, 7, 9), masks(9)
+    q = given.q.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    k, v = (torch.cat([t.detach(), torch.full_like(t, 1e4)], 2)[:, :, :9] for t in (given.k, given.v))
+    have = interval_attention(q, k, v, visibility, impl=impl)
+    expected = interval_attention(*given[:3], visibility, impl=impl)
+    assert worst(have, expected) <= 4 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+
+
+@pytest.mark.parametrize("bias_shape", [None, (4, 4), (1, 1)], ids=["no-bias", "bias", "bias-for-all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_rows", "num_keys"), [(63, 63), (1, 7), (7, 111), (63, 7)])
+@pytest.mark.parametrize(
+    ("options", "chosen"), [({}, "sdpa"), ({"softcap": 2.0}, "reference")], ids=["plain", "softcap"]
+)
+def test_auto_is_sdpa_without_softcap_and_reference_with(
+    options: dict[str, float],
+    chosen: str,
+    num_rows: int,
+    num_keys: int,
+    dtype: torch.dtype,
+    bias_shape: tuple[int, int] | None,
+) -> None:
+    given, visibility = inputs(4, 2, num_rows, num_keys, dtype, bias_shape=bias_shape), masks(num_keys)
+    have, expected = run(ours(visibility, "auto", **options), given), run(ours(visibility, chosen, **options), given)
+    for name, tensor in have.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_softcap_bounds_the_scores() -> None:
+    """With a cap far above every score nothing changes; with one near 0 all keys that are seen weigh the same."""
+    given, visibility = inputs(2, 1, 9, dtype=torch.float64), masks(9)
+    uncapped = interval_attention(*given[:3], visibility, impl="reference")
+    loose = interval_attention(*given[:3], visibility, softcap=1e6)
+    torch.testing.assert_close(loose, uncapped, rtol=0, atol=1e-9)  # tanh(x) - x is x^3 / 3: (10 / 1e6)^3 * 1e6 is 1e-9
+    tight = interval_attention(*given[:3], visibility, softcap=1e-9)
+    seen = visibility.to_dense()[:, None].double()
+    mean = seen / seen.sum(-1, keepdim=True).clamp(min=1) @ given.v
+    torch.testing.assert_close(tight, mean.expand_as(tight), rtol=0, atol=1e-7)
+
+
+# -- the tolerance can fail --------------------------------------------------------------------------------------------
+
+
+def planted(visibility: Visibility, fault: str) -> Visibility:
+    first, end = visibility.first, visibility.end
+    index = torch.arange(visibility.num_keys, dtype=torch.int32)
+    if fault == "end-plus-one":
+        return Visibility(first, end + 1)
+    if fault == "end-minus-one":
+        return Visibility(first, end - 1)
+    if fault == "first-plus-one":
+        return Visibility(first + 1, end)
+    if fault == "sees-the-future":
+        return Visibility(first - 1, end)
+    return Visibility(first, torch.where(end > first, vis.FOREVER, index))  # the prompt stays visible
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "fault", ["end-plus-one", "end-minus-one", "first-plus-one", "sees-the-future", "nothing-is-hidden"]
+)
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_a_planted_bug_exceeds_the_tolerance(impl: str, fault: str, dtype: torch.dtype) -> None:
+    given, visibility = inputs(dtype=dtype, bias_shape=(1, 4)), masks(63)
+    exact, yardstick = exact_of(visibility, given), run(plain(visibility), given)
+    wrong, largest = run(ours(planted(visibility, fault), impl), given), largest_score(given)
+    for name, tensor in wrong.items():
+        assert worst(tensor, exact[name]) > 2 * tolerance(yardstick[name], exact[name], largest), name
+
+
+# -- rows that see nothing, keys that nobody sees ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias_shape", [None, (1, 4), (4, 4)], ids=["no-bias", "bias-for-all", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"dropout": 0.4}], ids=["plain", "softcap", "dropout"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_what_is_not_seen_is_exactly_zero(
+    impl: str, options: dict[str, float], dtype: torch.dtype, bias_shape: tuple[int, int] | None
+) -> None:
+    if impl == "sdpa" and "softcap" in options:
+        pytest.skip("sdpa has no softcap")
+    given, visibility = inputs(dtype=dtype, bias_shape=bias_shape), masks(63)
+    have = run(ours(visibility, impl, **options), given)
+    seen = visibility.to_dense()
+    is_empty_row, is_unseen_key = ~seen.any(2), ~seen.any(1)
+    assert is_empty_row[0, 0]  # left padding
+    assert is_empty_row[3].all()  # a sequence of nothing but padding
+    assert is_unseen_key[1, -1]  # right padding
+    for name, tensor in have.items():
+        assert tensor.isfinite().all(), name
+    for name, rows in (("out", is_empty_row), ("dq", is_empty_row), ("dk", is_unseen_key), ("dv", is_unseen_key)):
+        assert not have[name].transpose(1, 2)[rows].any(), name
+        if not options:
+            assert have[name].transpose(1, 2)[~rows].any(-1).any(-1).all() or name in ("dq", "dk"), name
+    if bias_shape is not None:
+        summed = seen if bias_shape[0] == 4 else seen.any(0, keepdim=True)
+        assert not have["dbias"].masked_fill(summed[:, None], 0).any()
+        assert have["dbias"].any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bias_shape", [None, (1, 1)], ids=["no-bias", "bias"])
+def test_a_batch_that_sees_nothing_at_all(impl: str, bias_shape: tuple[int, int] | None) -> None:
+    given = inputs(2, 1, 7, batch=1, bias_shape=bias_shape)
+    nothing = vis.causal(torch.zeros(1, 7))
+    for name, tensor in run(ours(nothing, impl), given).items():
+        assert torch.equal(tensor, torch.zeros_like(tensor)), name
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_do_not_overflow(impl: str, dtype: torch.dtype) -> None:
+    """Scores near 1e4 and a bias of -1e4, as additive masks have: the softmax is one-hot, not NaN."""
+    given = inputs(2, 1, 63, dtype=dtype, bias_shape=(1, 1))
+    large = given._replace(
+        q=(given.q.detach() * 100).requires_grad_(),
+        k=(given.k.detach() * 30).requires_grad_(),
+        bias=(given.bias.detach() - 1e4).requires_grad_(),
+    )
+    for name, tensor in run(ours(masks(63), impl), large).items():
+        assert tensor.isfinite().all(), name
+
+
+# -- dropout -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_dropout_of_0_is_no_dropout(impl: str) -> None:
+    given, visibility = inputs(), masks(63)
+    without = run(ours(visibility, impl), given)
+    for name, tensor in run(ours(visibility, impl, dropout=0.0), given).items():
+        assert torch.equal(tensor, without[name]), name
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 49).view(1, 1, 7, 7)], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_dropout_keeps_the_mean_and_the_empty_rows(impl: str, bias: Tensor | None, dropout: float) -> None:
+    """6,000 draws. A mean within six standard errors of what it estimates: one element in 10^9 fails by chance."""
+    draws, visibility = 6000, Visibility(*(t[:1] for t in (masks(7).first, masks(7).end)))
+    q, k, v = (t[:1].detach() for t in inputs(2, 1, 7)[:3])
+    many = [t.expand(draws, -1, -1, -1) for t in (q, k, v)]
+    dropped = interval_attention(*many, visibility, bias=bias, dropout=dropout, impl=impl)
+    expected = interval_attention(q, k, v, visibility, bias=bias, impl=impl)[0]
+    is_empty_row = ~visibility.to_dense()[0].any(-1)
+    assert is_empty_row.sum() == 1
+    assert not dropped[:, :, is_empty_row].any()
+    spread = dropped.std(0)[:, ~is_empty_row]
+    assert (spread > 0).all()
+    error = (dropped.mean(0) - expected)[:, ~is_empty_row].abs()
+    assert (error <= 6 * spread / math.sqrt(draws)).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_dropout_drops_the_stated_share_of_the_weights(impl: str) -> None:
+    """One key, value 1: the output is 1 / (1 - p) where its weight was kept, else 0."""
+    one = torch.ones(20_000, 1, 1, 1)
+    out = interval_attention(one, one, one, vis.causal(torch.ones(1, 1)), dropout=0.25, impl=impl).flatten()
+    assert set(out.tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    # Standard deviation of a share: sqrt(0.25 * 0.75 / 20,000) = 0.003
+    assert (out == 0).double().mean().item() == pytest.approx(0.25, abs=6 * 0.0031)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_dropout_follows_the_seed_of_torch(impl: str) -> None:
+    given, visibility = inputs(), masks(63)
+
+    def seeded(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return interval_attention(*given[:3], visibility, dropout=0.3, impl=impl)
+
+    assert torch.equal(seeded(1), seeded(1))
+    assert not torch.equal(seeded(1), seeded(2))
+
+
+# -- torch's own machinery ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bias_shape", [None, (1, 2)], ids=["no-bias", "bias"])
+def test_gradients_are_those_of_the_function(impl: str, bias_shape: tuple[int, int] | None) -> None:
+    given = inputs(2, 1, 5, 6, torch.float64, batch=2, size=2, bias_shape=bias_shape)
+    visibility = Visibility(*(t[:2] for t in (masks(6).first, masks(6).end)))
+
+    def attend(*leaves: Tensor) -> Tensor:
+        return ours(visibility, impl)(*leaves[:3], leaves[3] if len(leaves) > 3 else None)
+
+    assert torch.autograd.gradcheck(attend, given.leaves, fast_mode=False)
+
+
+def test_gradients_of_the_softcap_are_those_of_the_function() -> None:
+    given = inputs(2, 1, 5, dtype=torch.float64, size=2)
+    visibility = masks(5)
+    assert torch.autograd.gradcheck(lambda *leaves: interval_attention(*leaves, visibility, softcap=0.7), given.leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_torch_func(impl: str) -> None:
+    """``torch.func.grad`` and ``vmap`` over the values see the same function as autograd."""
+    given, visibility = inputs(2, 1, 7, dtype=torch.float64), masks(7)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (ours(visibility, impl)(q, k, v, None) * given.upstream).sum()
+
+    grads = torch.func.grad(loss, argnums=(0, 1, 2))(*(t.detach() for t in given[:3]))
+    for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
+        torch.testing.assert_close(grad, run(ours(visibility, impl), given)[name], rtol=1e-12, atol=1e-12)
+    scaled = torch.stack([given.v.detach(), 2 * given.v.detach()])
+    both = torch.func.vmap(lambda v: ours(visibility, impl)(given.q.detach(), given.k.detach(), v, None))(scaled)
+    torch.testing.assert_close(both[1], 2 * both[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias_shape", [None, (1, 4)], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_compiles_as_one_graph(impl: str, bias_shape: tuple[int, int] | None) -> None:
+    """Forward and backward through AOT autograd, the intervals read from the tensor form, as inside a model."""
+    given, visibility = inputs(4, 2, 7, bias_shape=bias_shape), masks(7)
+
+    def attend(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        return interval_attention(q, k, v, Visibility.from_attention_mask(mask), bias=bias, impl=impl)
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    mask = visibility.as_attention_mask()
+    have = run(lambda *leaves: compiled(mask, *leaves), given)
+    expected = run(ours(visibility, impl), given)
+    for name, tensor in have.items():
+        # Another order of the same float32 operations.
+        assert (
+            worst(tensor, expected[name]) <= 8 * torch.finfo(torch.float32).eps * expected[name].abs().max().item()
+        ), name
+
+
+@pytest.mark.parametrize("builder", [vis.gist, vis.positive, vis.negative, vis.encoder_gist])
+def test_masks_are_built_inside_the_graph(builder: Callable[..., Visibility]) -> None:
+    """A collator may leave the intervals to the compiled step."""
+    is_gist = torch.arange(14).view(2, 7) % 7 == 3
+    torch.compiler.reset()
+    compiled = torch.compile(lambda t: builder(t).as_attention_mask(), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(is_gist), builder(is_gist).as_attention_mask())
+
+
+AUTOCAST = [
+    pytest.param("reference", {}, id="reference"),
+    pytest.param("reference", {"softcap": 1e6}, id="reference-softcap"),
+    pytest.param("sdpa", {}, id="sdpa"),
+]
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias_shape", [None, (1, 4)], ids=["no-bias", "bias"])
+@pytest.mark.parametrize(("impl", "options"), AUTOCAST)
+def test_under_autocast(
+    impl: str,
+    options: dict[str, float],
+    bias_shape: tuple[int, int] | None,
+    dtype: torch.dtype,
+    autocast: torch.dtype,
+) -> None:
+    """As a Trainer with bf16=True or fp16=True runs it: no worse than plain attention in the coarser dtype."""
+    given, visibility = inputs(4, 2, 7, dtype=torch.bfloat16, bias_shape=bias_shape), masks(7)
+    coarse = torch.bfloat16 if torch.bfloat16 in (dtype, autocast) else autocast
+    exact, yardstick = exact_of(visibility, given), run(plain(visibility), given.cast(coarse))
+    given = given.cast(dtype)
+
+    def attend(*arguments: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=autocast):
+            return ours(visibility, impl, **options)(*arguments).to(dtype)
+
+    for name, tensor in run(attend, given).items():
+        assert worst(tensor, exact[name]) <= tolerance(yardstick[name], exact[name], largest_score(given)), name
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nothing_but_the_dense_mask_depends_on_the_device(impl: str) -> None:
+    q, kv = torch.empty(2, 4, 7, 8, device="meta"), torch.empty(2, 2, 9, 8, device="meta")
+    visibility = vis.gist(torch.zeros(2, 9, dtype=torch.bool, device="meta"))
+    assert interval_attention(q, kv, kv, visibility, impl=impl).shape == (2, 4, 7, 8)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def call(**changes: Any) -> Tensor:
+    """A right call with B 2, H 4, G 2, T 5, K 6, D 8, less what is changed."""
+    arguments: dict[str, Any] = {
+        "q": torch.zeros(2, 4, 5, 8),
+        "k": torch.zeros(2, 2, 6, 8),
+        "v": torch.zeros(2, 2, 6, 8),
+        "visibility": vis.causal(torch.ones(2, 6)),
+    }
+    return interval_attention(**{**arguments, **changes})
+
+
+ERRORS = [
+    pytest.param(
+        {"q": torch.zeros(4, 5, 8)},
+        "q must have four dimensions (batch, heads, rows, head size), got (4, 5, 8)",
+        id="q-dimensions",
+    ),
+    pytest.param(
+        {"k": torch.zeros(2, 6, 8)},
+        "k must have four dimensions (batch, heads, rows, head size), got (2, 6, 8)",
+        id="k-dimensions",
+    ),
+    pytest.param(
+        {"v": torch.zeros(1, 2, 2, 6, 8)},
+        "v must have four dimensions (batch, heads, rows, head size), got (1, 2, 2, 6, 8)",
+        id="v-dimensions",
+    ),
+    pytest.param(
+        {"q": torch.zeros(2, 4, 5, 8, dtype=torch.int64)},
+        "q must be floating point, got torch.int64",
+        id="q-integer",
+    ),
+    pytest.param(
+        {"k": torch.zeros(2, 2, 6, 8, dtype=torch.bfloat16)},
+        "k must have the dtype of q, torch.float32, got torch.bfloat16; cast one of them",
+        id="k-dtype",
+    ),
+    pytest.param(
+        {"v": torch.zeros(2, 2, 6, 8, dtype=torch.float64)},
+        "v must have the dtype of q, torch.float32, got torch.float64; cast one of them",
+        id="v-dtype",
+    ),
+    pytest.param(
+        {"k": torch.zeros(2, 2, 6, 8, device="meta")},
+        "k must be on the device of q, cpu, got meta; move one of them",
+        id="k-device",
+    ),
+    pytest.param(
+        {"v": torch.zeros(2, 2, 6, 8, device="meta")},
+        "v must be on the device of q, cpu, got meta; move one of them",
+        id="v-device",
+    ),
+    pytest.param(
+        {"k": torch.zeros(3, 2, 6, 8)}, "k must have the batch size of q, 2, got (3, 2, 6, 8)", id="k-batch-size"
+    ),
+    pytest.param(
+        {"v": torch.zeros(1, 2, 6, 8)}, "v must have the batch size of q, 2, got (1, 2, 6, 8)", id="v-batch-size"
+    ),
+    pytest.param(
+        {"v": torch.zeros(2, 4, 6, 8)},
+        "k and v must agree in batch, heads and length, got (2, 2, 6, 8) and (2, 4, 6, 8)",
+        id="v-heads",
+    ),
+    pytest.param(
+        {"v": torch.zeros(2, 2, 7, 8)},
+        "k and v must agree in batch, heads and length, got (2, 2, 6, 8) and (2, 2, 7, 8)",
+        id="v-length",
+    ),
+    pytest.param(
+        {"k": torch.zeros(2, 2, 6, 4)}, "k must have the head size of q, 8, got (2, 2, 6, 4)", id="k-head-size"
+    ),
+    pytest.param(
+        {"k": torch.zeros(2, 3, 6, 8), "v": torch.zeros(2, 3, 6, 8)},
+        "the heads of q must be a multiple of those of k, got 4 and 3",
+        id="heads-no-multiple",
+    ),
+    pytest.param(
+        {"k": torch.zeros(2, 0, 6, 8), "v": torch.zeros(2, 0, 6, 8)},
+        "the heads of q must be a multiple of those of k, got 4 and 0",
+        id="no-heads",
+    ),
+    pytest.param(
+        {"visibility": vis.causal(torch.ones(2, 5))},
+        "visibility must be for 2 sequences (or 1) of 6 keys, got 2 of 5",
+        id="visibility-keys",
+    ),
+    pytest.param(
+        {"visibility": vis.causal(torch.ones(3, 6))},
+        "visibility must be for 2 sequences (or 1) of 6 keys, got 3 of 6",
+        id="visibility-batch-size",
+    ),
+    pytest.param(
+        {"visibility": vis.causal(torch.ones(2, 6)).to("meta")},
+        "visibility must be on the device of q, cpu, got meta; use .to(q.device)",
+        id="visibility-device",
+    ),
+    pytest.param(
+        {"bias": torch.zeros(4, 5, 6)},
+        "bias must have shape (2, 4, 5, 6), 1 allowed for batch and heads, got (4, 5, 6)",
+        id="bias-dimensions",
+    ),
+    pytest.param(
+        {"bias": torch.zeros(1, 1, 6, 6)},
+        "bias must have shape (2, 4, 5, 6), 1 allowed for batch and heads, got (1, 1, 6, 6)",
+        id="bias-rows",
+    ),
+    pytest.param(
+        {"bias": torch.zeros(1, 1, 5, 1)},
+        "bias must have shape (2, 4, 5, 6), 1 allowed for batch and heads, got (1, 1, 5, 1)",
+        id="bias-keys",
+    ),
+    pytest.param(
+        {"bias": torch.zeros(1, 2, 5, 6)},
+        "bias must have shape (2, 4, 5, 6), 1 allowed for batch and heads, got (1, 2, 5, 6)",
+        id="bias-heads",
+    ),
+    pytest.param(
+        {"bias": torch.zeros(1, 1, 5, 6, device="meta")},
+        "bias must be on the device of q, cpu, got meta",
+        id="bias-device",
+    ),
+    pytest.param({"softcap": 0.0}, "softcap must be positive, got 0.0", id="softcap-0"),
+    pytest.param({"softcap": -1.0}, "softcap must be positive, got -1.0", id="softcap-negative"),
+    pytest.param({"softcap": math.nan}, "softcap must be positive, got nan", id="softcap-nan"),
+    pytest.param({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0", id="dropout-1"),
+    pytest.param({"dropout": -0.1}, "dropout must be in [0, 1), got -0.1", id="dropout-negative"),
+    pytest.param({"dropout": math.nan}, "dropout must be in [0, 1), got nan", id="dropout-nan"),
+    pytest.param(
+        {"impl": "flash"}, f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got 'flash'", id="impl-unknown"
+    ),
+    pytest.param(
+        {"impl": "sdpa", "softcap": 2.0},
+        "impl='sdpa' has no softcap; use impl='auto' or impl='reference'",
+        id="sdpa-softcap",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS)
+def test_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(GistError) as caught:
+        call(**changes)
+    assert str(caught.value) == message
+
+
+def test_the_call_that_the_errors_change_is_right() -> None:
+    assert call().shape == (2, 4, 5, 8)
+
+
+def test_a_misspelt_option_is_no_silent_default() -> None:
+    with pytest.raises(TypeError, match="droput"):
+        call(droput=0.5)

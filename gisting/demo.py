@@ -57,7 +57,7 @@ class DemoResult:
 def run_demo(
     output_dir: str | Path = "runs/demo",
     *,
-    steps: int = 1000,
+    steps: int = 1600,
     seed: int = 0,
     eval_records: int = 512,
     console: Console | None = None,
@@ -166,7 +166,7 @@ def _train(
         max_steps=steps,
         # Not the published schedule: that one tunes a pretrained model, this one starts from nothing.
         learning_rate=2e-3,
-        lr_scheduler_type="linear",
+        lr_scheduler_type="cosine",
         warmup_steps=min(100, steps // 4),
         weight_decay=0.05,
         adam_beta2=0.98,

@@ -19,8 +19,8 @@ def require_transformers() -> None:
     if found < MIN_TRANSFORMERS:
         wanted = ".".join(map(str, MIN_TRANSFORMERS))
         raise ImportError(
-            f"gisting needs transformers >= {wanted}, found {transformers.__version__}; "
-            f"run: pip install 'transformers>={wanted}'"
+            f"gisting needs transformers >= {wanted}, found {transformers.__version__}; run: pip install "
+            f"'transformers>={wanted}'"
         )
 
 

@@ -110,9 +110,8 @@ class GistCache:
 
     def __repr__(self) -> str:
         return (
-            f"GistCache({len(self)} prompts, k={self.num_gist_tokens if len(self) <= 8 else '...'}, "
-            f"{len(self.keys)} layers, "
-            f"{self.num_bytes} bytes, {self.dtype}, {self.device}, model {self.origin.model})"
+            f"GistCache({len(self)} prompts, k={self.num_gist_tokens if len(self) <= 8 else '...'}, {len(self.keys)} "
+            f"layers, {self.num_bytes} bytes, {self.dtype}, {self.device}, model {self.origin.model})"
         )
 
     # -- other batches -------------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ class GistCache:
             if (other.dtype, other.device) != (first.dtype, first.device):
                 raise CacheMismatchError(
                     f"caches are {first.dtype} on {first.device} and {other.dtype} on {other.device}; bring them "
-                    f"together with .to()"
+                    "together with .to()"
                 )
         slots = max(cache.num_slots for cache in caches)
 
@@ -281,8 +280,8 @@ class GistCache:
             raise CacheFormatError(f"{path} is altered: its manifest cannot be read; compress the prompt again")
         if version > FORMAT:
             raise CacheFormatError(
-                f"{path} has format {version}, this version reads up to {FORMAT}; upgrade gisting: pip install "
-                f"-U gisting"
+                f"{path} has format {version}, this version reads up to {FORMAT}; upgrade gisting: pip install -U "
+                "gisting"
             )
         expected = manifest.pop("sha256", None)
         if expected != _digest(manifest, tensors):

@@ -117,8 +117,8 @@ def train(
         list[str] | None,
         typer.Option(
             help=(
-                "Condition to train under: gist, positive or negative, with a weight as in gist=3; may be "
-                "repeated, then each row draws one."
+                "Condition to train under: gist, positive or negative, with a weight as in gist=3; may be repeated, "
+                "then each row draws one."
             )
         ),
     ] = None,

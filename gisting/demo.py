@@ -89,8 +89,8 @@ def run_demo(
     model = patch(_small_llama(tokenizer), tokenizer)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"[bold]2. Training[/] a LLaMA of {num_parameters / 1e6:.2f} million parameters from nothing to gist with "
-        f"k = {NUM_GIST_TOKENS}: stock Trainer, {steps} steps of {BATCH_SIZE} rows."
+        f"[bold]2. Training[/] a LLaMA of {num_parameters / 1e6:.2f} million parameters from nothing to gist with k "
+        f"= {NUM_GIST_TOKENS}: stock Trainer, {steps} steps of {BATCH_SIZE} rows."
     )
     train_s = _train(model, tokenizer, task, output_dir, steps, seed, console)
 
@@ -114,8 +114,8 @@ def run_demo(
     )
     console.print(f"   gisting generate {output_dir} --cache {cache_path} --input 'h g f e d'", soft_wrap=True)
     console.print(
-        f"   gisting compress {output_dir} --prompt 'please reverse the letters , drop the last letter and end "
-        f"with a bang' --output my.gist.safetensors",
+        f"   gisting compress {output_dir} --prompt 'please reverse the letters , drop the last letter and end with "
+        "a bang' --output my.gist.safetensors",
         soft_wrap=True,
     )
     console.print(f"   gisting eval {output_dir} --data {unseen}", soft_wrap=True)
@@ -275,11 +275,9 @@ def _print_costs(rows: list[LatencyRow], console: Console) -> None:
     none, prefix, gist = rows
     console.print(
         f"   Against no cache the gist saves {100 * (1 - gist.flops / none.flops):.0f} % of the FLOPs; against "
-        f"prefix caching "
-        f"{100 * (1 - gist.flops / prefix.flops):.0f} %, and "
-        f"{100 * (1 - gist.cache_bytes / prefix.cache_bytes):.0f} % of the bytes kept "
-        "for each prompt. At batch 1 and with a prompt this short, bytes are the gain: time hardly differs from "
-        "prefix caching."
+        f"prefix caching {100 * (1 - gist.flops / prefix.flops):.0f} %, and "
+        f"{100 * (1 - gist.cache_bytes / prefix.cache_bytes):.0f} % of the bytes kept for each prompt. At batch 1 "
+        "and with a prompt this short, bytes are the gain: time hardly differs from prefix caching."
     )
 
 

@@ -61,8 +61,8 @@ def compress(
         raise GistError(f"batch_size must be at least 1, got {batch_size}")
     if family.is_encoder_decoder and condition != "gist":
         raise GistError(
-            f"condition {condition!r} leaves no states to cache in an encoder, where prompt and rest read each other; "
-            "use generate(prompts=..., condition=...)"
+            f"condition {condition!r} leaves no states to cache in an encoder, where prompt and rest read each "
+            "other; use generate(prompts=..., condition=...)"
         )
     encodings = tokenizer.encode_prompts(prompts, num_gist_tokens)
     if not encodings:
@@ -186,8 +186,7 @@ def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCa
     if origin.tokenizer != tokenizer.fingerprint:
         raise CacheMismatchError(
             f"cache was made with tokenizer {origin.tokenizer} (template {origin.template}), this one is "
-            f"{tokenizer.fingerprint} "
-            f"(template {tokenizer.template.name}); compress the prompt again"
+            f"{tokenizer.fingerprint} (template {tokenizer.template.name}); compress the prompt again"
         )
     found = fingerprint(model)
     if origin.model != found:
@@ -214,7 +213,7 @@ def _answer_decoder(
         if not ids:
             raise GistError(
                 f"inputs[{row}] leaves nothing behind the gist for the model to continue; give an input, or a "
-                f"template with text there"
+                "template with text there"
             )
     config = generate_kwargs["generation_config"]
     new_tokens = config.max_new_tokens
@@ -334,5 +333,5 @@ def _check_positions(model: PreTrainedModel, lengths: list[int], what: str, besi
         if limit is not None and length > limit:
             raise GistError(
                 f"{what} {row} with {beside} takes {length} positions, {model.config.model_type} has {limit}; "
-                f"shorten it"
+                "shorten it"
             )

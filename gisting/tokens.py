@@ -144,8 +144,8 @@ class GistTokenizer:
             gist_token_id = first_free if own is None else own
         elif gist_token_id != own and gist_token_id < first_free:
             raise GistError(
-                f"gist_token_id {gist_token_id} is a token of the tokenizer, which has {first_free}; "
-                f"tokens were added to it after the gist token, take the tokenizer as it was"
+                f"gist_token_id {gist_token_id} is a token of the tokenizer, which has {first_free}; tokens were "
+                "added to it after the gist token, take the tokenizer as it was"
             )
         self.gist_token_id: int = gist_token_id
         self.has_own_gist_token = gist_token_id == own
@@ -263,8 +263,8 @@ class GistTokenizer:
         """
         if len(inputs) != len(prompts) or (outputs is not None and len(outputs) != len(prompts)):
             raise GistError(
-                f"inputs and outputs must be as many as prompts, {len(prompts)}, "
-                f"got {len(inputs)} and {'none' if outputs is None else len(outputs)}"
+                f"inputs and outputs must be as many as prompts, {len(prompts)}, got {len(inputs)} and "
+                f"{'none' if outputs is None else len(outputs)}"
             )
         heads = self.encode_prompts(prompts, num_gist_tokens)
         middles = self.encode_continuations(inputs)
@@ -293,9 +293,8 @@ class GistTokenizer:
         start, end = places[0], places[-1] + 1
         if end - start != len(places):
             raise GistTokenError(
-                f"input_ids hold {len(places)} gist tokens apart, between {start} and {end}; the gist tokens of "
-                f"a prompt "
-                "stand together"
+                f"input_ids hold {len(places)} gist tokens apart, between {start} and {end}; the gist tokens of a "
+                "prompt stand together"
             )
         return GistEncoding(ids, start, end, len(ids))
 
@@ -348,14 +347,14 @@ class GistTokenizer:
         )
         if found is None:
             raise GistError(
-                f"{name_or_path} has no {_FILE}, so it is no saved GistTokenizer; "
-                "wrap the tokenizer instead: GistTokenizer(AutoTokenizer.from_pretrained(...))"
+                f"{name_or_path} has no {_FILE}, so it is no saved GistTokenizer; wrap the tokenizer instead: "
+                "GistTokenizer(AutoTokenizer.from_pretrained(...))"
             )
         state = json.loads(Path(found).read_text(encoding="utf-8"))
         if state.get("format") != _FORMAT:
             raise GistError(
                 f"{found} has format {state.get('format')}, this version reads {_FORMAT}; upgrade gisting: pip "
-                f"install -U gisting"
+                "install -U gisting"
             )
         return cls(
             AutoTokenizer.from_pretrained(name_or_path, **kwargs),
@@ -410,8 +409,8 @@ class GistTokenizer:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if len(self.tokenizer) != self._num_wrapped:
             raise GistError(
-                f"the tokenizer had {self._num_wrapped} tokens and has {len(self.tokenizer)}; "
-                "tokens were added to it after the gist token, wrap it again"
+                f"the tokenizer had {self._num_wrapped} tokens and has {len(self.tokenizer)}; tokens were added to "
+                "it after the gist token, wrap it again"
             )
         if not texts:
             return []
@@ -467,8 +466,8 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """
     if not tokenizer.chat_template:
         raise GistError(
-            f"template='chat' needs a tokenizer with a chat template, {type(tokenizer).__name__} has none; "
-            f"use one of {', '.join(TEMPLATES)} or a Template"
+            f"template='chat' needs a tokenizer with a chat template, {type(tokenizer).__name__} has none; use one "
+            f"of {', '.join(TEMPLATES)} or a Template"
         )
     from jinja2 import TemplateError
 

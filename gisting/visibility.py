@@ -79,8 +79,8 @@ class Visibility:
             )
         if self.position_ids is not None and self.position_ids.shape != self.first.shape:
             raise GistError(
-                f"position_ids must have the shape of first, {tuple(self.first.shape)}, "
-                f"got {tuple(self.position_ids.shape)}"
+                f"position_ids must have the shape of first, {tuple(self.first.shape)}, got "
+                f"{tuple(self.position_ids.shape)}"
             )
         object.__setattr__(self, "first", self.first.to(torch.int32))
         object.__setattr__(self, "end", self.end.to(torch.int32))

@@ -231,6 +231,9 @@ def test_held_out_combinations_are_never_trained_on() -> None:
     task = LetterTask(seed=3)
     assert len(task.seen) + len(task.unseen) == len(ORDERS) * len(EDITS) * len(STYLES) == 125
     assert not set(task.seen) & set(task.unseen)
+    pairs = [(held.order, held.edit) for held in task.unseen] + [(held.edit, held.style) for held in task.unseen]
+    pairs += [(held.order, held.style) for held in task.unseen]
+    assert len(set(pairs)) == len(pairs) == 3 * 16  # any two parts are held out once at most
     texts = {instruction.text() for instruction in task.unseen}
     assert not texts & {record.instruction for record in task.records("seen", 5000, 0)}
     assert task.records("seen", 10, 0) == task.records("seen", 10, 0) != task.records("seen", 10, 1)
@@ -245,8 +248,8 @@ def test_every_word_of_the_task_is_in_its_tokenizer() -> None:
 
 
 def test_task_errors() -> None:
-    with pytest.raises(GistError, match=r"num_unseen must be in 1\.\.124, got 125"):
-        LetterTask(num_unseen=125)
+    with pytest.raises(GistError, match=r"num_unseen must be in 1\.\.25, got 26"):
+        LetterTask(num_unseen=26)
     with pytest.raises(GistError, match="split must be seen or unseen, got 'test'"):
         LetterTask().records("test", 1, 0)
     assert replace(LetterTask(), seed=1).unseen != LetterTask().unseen

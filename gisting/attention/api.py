@@ -96,8 +96,8 @@ def _check(
         raise GistError(f"the heads of q must be a multiple of those of k, got {q.shape[1]} and {k.shape[1]}")
     if visibility.num_keys != k.shape[2] or visibility.batch_size not in (1, q.shape[0]):
         raise GistError(
-            f"visibility must be for {q.shape[0]} sequences (or 1) of {k.shape[2]} keys, "
-            f"got {visibility.batch_size} of {visibility.num_keys}"
+            f"visibility must be for {q.shape[0]} sequences (or 1) of {k.shape[2]} keys, got {visibility.batch_size} "
+            f"of {visibility.num_keys}"
         )
     if visibility.device != q.device:
         raise GistError(

@@ -85,9 +85,8 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
     lines += [
         "",
         f"Exact match on {first['num_eval_records']} records of instructions that training never used, k = "
-        f"{first['num_gist_tokens']}, "
-        f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']} steps. "
-        f"Up to the first token of an answer (seed {first['seed']}, batch 1, median of "
+        f"{first['num_gist_tokens']}, {first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']} "
+        f"steps. Up to the first token of an answer (seed {first['seed']}, batch 1, median of "
         f"{first['latency'][0]['num_repeats']} alternating runs):",
         "",
         "| | tokens read | tokens cached | cache bytes | MFLOPs | ms |",
@@ -95,8 +94,8 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in first["latency"]:
         lines.append(
-            f"| {row['mode']} | {row['num_new_tokens']} | {row['num_cached_tokens']} | {row['cache_bytes']:,} "
-            f"| {row['flops'] / 1e6:.1f} | {row['latency_ms']:.2f} |"
+            f"| {row['mode']} | {row['num_new_tokens']} | {row['num_cached_tokens']} | {row['cache_bytes']:,} | "
+            f"{row['flops'] / 1e6:.1f} | {row['latency_ms']:.2f} |"
         )
     lines += ["", f"({first['device']}, torch {first['torch']}, transformers {first['transformers']})"]
     return "\n".join(lines)

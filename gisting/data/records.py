@@ -92,8 +92,8 @@ def load_records(path: str | Path) -> list[Record]:
         whole = _parse(text, str(path))
         if not isinstance(whole, list):
             raise RecordError(
-                f"{path} must hold a list of objects, got {type(whole).__name__}; one object a line goes in a "
-                f".jsonl file"
+                f"{path} must hold a list of objects, got {type(whole).__name__}; one object a line goes in a .jsonl "
+                "file"
             )
         items = [(f"{path}, record {number}", item) for number, item in enumerate(whole, start=1)]
     if not items:

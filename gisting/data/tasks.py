@@ -94,7 +94,8 @@ class LetterTask:
     """The task with some combinations held out.
 
     Args:
-        num_unseen: how many of the 125 combinations no training record uses.
+        num_unseen: how many of the 125 combinations no training record uses, at most 25. Any two parts of a held-out
+            combination are trained on together, only never with its third.
         length: letters in an input.
         seed: which combinations are held out.
     """
@@ -106,12 +107,20 @@ class LetterTask:
     unseen: tuple[Instruction, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        combinations = [Instruction(*parts) for parts in itertools.product(ORDERS, EDITS, STYLES)]
-        if not 1 <= self.num_unseen < len(combinations):
-            raise GistError(f"num_unseen must be in 1..{len(combinations) - 1}, got {self.num_unseen}")
-        random.Random(self.seed).shuffle(combinations)
-        object.__setattr__(self, "unseen", tuple(combinations[: self.num_unseen]))
-        object.__setattr__(self, "seen", tuple(combinations[self.num_unseen :]))
+        chance = random.Random(self.seed)
+        parts = [chance.sample(list(rules), len(rules)) for rules in (ORDERS, EDITS, STYLES)]
+        # A Latin square: of the combinations with any two parts in common, one at most is held out.
+        size = len(STYLES)
+        square = [
+            Instruction(order, edit, parts[2][(i + j) % size])
+            for (i, order), (j, edit) in itertools.product(enumerate(parts[0]), enumerate(parts[1]))
+        ]
+        if not 1 <= self.num_unseen <= len(square):
+            raise GistError(f"num_unseen must be in 1..{len(square)}, got {self.num_unseen}")
+        unseen = tuple(chance.sample(square, self.num_unseen))
+        rest = (Instruction(*combination) for combination in itertools.product(ORDERS, EDITS, STYLES))
+        object.__setattr__(self, "unseen", unseen)
+        object.__setattr__(self, "seen", tuple(instruction for instruction in rest if instruction not in unseen))
 
     def records(self, split: str, count: int, seed: int) -> list[Record]:
         """``count`` records of ``"seen"`` or ``"unseen"`` combinations with fresh inputs.

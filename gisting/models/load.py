@@ -39,9 +39,8 @@ def load(
         config = AutoConfig.from_pretrained(name_or_path)
     except OSError as error:
         raise GistError(
-            f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did "
-            f"not give one "
-            f"({error})"
+            f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did not "
+            f"give one ({error})"
         ) from error
     if getattr(config, "gist", None) is not None and template is None:
         tokenizer = GistTokenizer.from_pretrained(name_or_path)

@@ -81,13 +81,13 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM or "
-            f"AutoModelForSeq2SeqLM"
+            "AutoModelForSeq2SeqLM"
         )
     if family.is_encoder_decoder != tokenizer.is_encoder_decoder:
         kind = "an encoder-decoder" if family.is_encoder_decoder else "a decoder"
         raise GistError(
-            f"{type(model).__name__} is {kind}, the tokenizer is not for one; make it with "
-            f"GistTokenizer(..., is_encoder_decoder={family.is_encoder_decoder})"
+            f"{type(model).__name__} is {kind}, the tokenizer is not for one; make it with GistTokenizer(..., "
+            f"is_encoder_decoder={family.is_encoder_decoder})"
         )
     recorded = getattr(model.config, "gist", None)
     if recorded is not None:
@@ -99,16 +99,16 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
     if getattr(model.config, "attn_logit_softcapping", None) is not None and "sdpa" in attention.values():
         # Until 5.18 or so transformers ran such a model on sdpa and left the softcap out.
         raise UnsupportedModelError(
-            f"{model.config.model_type} has a softcap, which attn_implementation='sdpa' leaves out; "
-            "load the model with attn_implementation='eager'"
+            f"{model.config.model_type} has a softcap, which attn_implementation='sdpa' leaves out; load the model "
+            "with attn_implementation='eager'"
         )
     if family.is_encoder_decoder and not any(
         getattr(part, "is_causal", False) for part in model.get_decoder().modules()
     ):
         # UMT5 in transformers 5.17: stock training lets its decoder look ahead.
         raise UnsupportedModelError(
-            f"this version of transformers does not mark the decoder of {model.config.model_type} as causal; "
-            "upgrade it: pip install -U transformers"
+            f"this version of transformers does not mark the decoder of {model.config.model_type} as causal; upgrade "
+            "it: pip install -U transformers"
         )
 
     undo = _Undo(attention=attention)
@@ -179,16 +179,15 @@ def require_patched(model: PreTrainedModel, tokenizer: GistTokenizer) -> Family:
 def _check_recorded(recorded: dict[str, Any], tokenizer: GistTokenizer) -> None:
     if recorded.get("format") != _FORMAT:
         raise GistError(
-            f"model.config.gist has format {recorded.get('format')}, this version reads {_FORMAT}; "
-            "upgrade gisting: pip install -U gisting"
+            f"model.config.gist has format {recorded.get('format')}, this version reads {_FORMAT}; upgrade gisting: "
+            "pip install -U gisting"
         )
     if recorded["tokenizer"] != tokenizer.fingerprint:
         raise GistError(
-            f"model was patched for tokenizer {recorded['tokenizer']} (template {recorded['template']}, gist token id "
-            f"{recorded['gist_token_id']}), got {tokenizer.fingerprint} (template {tokenizer.template.name}, "
-            f"gist token id "
-            f"{tokenizer.gist_token_id}); load the tokenizer that was saved with it: "
-            f"GistTokenizer.from_pretrained(directory)"
+            f"model was patched for tokenizer {recorded['tokenizer']} (template {recorded['template']}, gist token "
+            f"id {recorded['gist_token_id']}), got {tokenizer.fingerprint} (template {tokenizer.template.name}, gist "
+            f"token id {tokenizer.gist_token_id}); load the tokenizer that was saved with it: "
+            "GistTokenizer.from_pretrained(directory)"
         )
 
 
@@ -244,8 +243,8 @@ def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
 def _check_interval_call(config: Any, kwargs: dict[str, Any], mask: Any) -> None:
     if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
         raise GistError(
-            "output_router_logits needs a two-dimensional attention_mask, which an interval mask is not; "
-            "set model.config.output_router_logits = False"
+            "output_router_logits needs a two-dimensional attention_mask, which an interval mask is not; set "
+            "model.config.output_router_logits = False"
         )
     positions = kwargs.get("position_ids")
     if is_length_dependent(config) and not torch.compiler.is_compiling():

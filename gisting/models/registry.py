@@ -127,8 +127,8 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(f"{model_type} cannot be gisted: {_REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{model_type} is not among the families that the tests prove ({', '.join(sorted(FAMILIES))}); "
-            f"run them on it and add it: gisting.models.registry.register_family(Family({model_type!r}))"
+            f"{model_type} is not among the families that the tests prove ({', '.join(sorted(FAMILIES))}); run them "
+            f"on it and add it: gisting.models.registry.register_family(Family({model_type!r}))"
         )
     unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
     if unknown:
@@ -209,8 +209,8 @@ def attention_name(base: str) -> str:
     """
     if base not in _BASES:
         raise GistError(
-            f"attn_implementation {base!r} cannot be patched, only {', '.join(_BASES)}; "
-            "load the model with attn_implementation='sdpa'"
+            f"attn_implementation {base!r} cannot be patched, only {', '.join(_BASES)}; load the model with "
+            "attn_implementation='sdpa'"
         )
     return "gist" if base == "sdpa" else f"gist_{base}"
 

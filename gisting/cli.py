@@ -55,7 +55,7 @@ def main() -> None:
     """Entry point: run the command, and turn the errors that a user can mend into one line."""
     try:
         app()
-    except (GistError, OSError) as error:
+    except (GistError, OSError, ImportError) as error:
         _err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(1)
 
@@ -162,7 +162,7 @@ def train(
     records = load_records(data)
     evals = {path: load_records(path) for path in eval_data or []}
     set_seed(seed)
-    loaded, tokenizer = _load(model, template, dtype)
+    loaded, tokenizer = _load(model, template, dtype, is_to_be_trained=True)
     changes = {
         "num_train_epochs": epochs,
         "max_steps": max_steps,
@@ -357,7 +357,9 @@ def show(
         print(f"saved in {png}")
 
 
-def _load(model: str, template: str | None, dtype: str, device: str = "cpu") -> tuple[Any, GistTokenizer]:
+def _load(
+    model: str, template: str | None, dtype: str, device: str = "cpu", *, is_to_be_trained: bool = False
+) -> tuple[Any, GistTokenizer]:
     import torch
 
     from gisting.models.load import load, trained_num_gist_tokens
@@ -365,7 +367,7 @@ def _load(model: str, template: str | None, dtype: str, device: str = "cpu") -> 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise GistError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     loaded, tokenizer = load(model, template, dtype=dtype)
-    if trained_num_gist_tokens(loaded) is None:
+    if trained_num_gist_tokens(loaded) is None and not is_to_be_trained:
         _err.print(f"note: {model} has not been trained to gist", highlight=False, soft_wrap=True)
     return loaded.to(torch.device(device)), tokenizer  # pyright: ignore[reportArgumentType]
 
@@ -406,6 +408,8 @@ def _evaluate(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Any]:
+    from importlib.util import find_spec
+
     from rich.progress import Progress
 
     from gisting.eval.conditions import evaluate as run
@@ -420,6 +424,7 @@ def _evaluate(
             conditions=conditions,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            with_rouge=find_spec("rouge_score") is not None,
             progress=lambda done: progress.advance(bar, done),
         )
 

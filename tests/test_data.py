@@ -219,7 +219,12 @@ def test_a_record_without_output_is_named_by_its_place(tokenizer: GistTokenizer)
         ("keep the order", "change nothing else", "answer plainly", "a b c d e"),
         ("reverse the letters", "drop the last letter", "write capitals", "E D C B"),
         ("move the first letter to the end", "write the first letter twice", "end with a bang", "b b c d e a !"),
-        ("move the last letter to the front", "drop the first letter", "begin with a star", "* a b c d"),
+        (
+            "move the last letter to the front",
+            "replace each letter by the one before",
+            "begin with a star",
+            "* d h a b c",
+        ),
         ("swap the first two letters", "replace each letter by the next", "end with a dash", "c b d e f -"),
     ],
 )

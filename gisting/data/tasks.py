@@ -30,8 +30,8 @@ LETTERS = "abcdefgh"
 _Rule = Callable[[list[str]], list[str]]
 
 
-def _next(letter: str) -> str:
-    return LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)]
+def _shift(letter: str, by: int) -> str:
+    return LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)]
 
 
 ORDERS: dict[str, _Rule] = {
@@ -44,9 +44,9 @@ ORDERS: dict[str, _Rule] = {
 EDITS: dict[str, _Rule] = {
     "change nothing else": lambda letters: letters,
     "drop the last letter": lambda letters: letters[:-1],
-    "drop the first letter": lambda letters: letters[1:],
     "write the first letter twice": lambda letters: letters[:1] + letters,
-    "replace each letter by the next": lambda letters: [_next(letter) for letter in letters],
+    "replace each letter by the next": lambda letters: [_shift(letter, 1) for letter in letters],
+    "replace each letter by the one before": lambda letters: [_shift(letter, -1) for letter in letters],
 }
 STYLES: dict[str, _Rule] = {
     "answer plainly": lambda letters: letters,

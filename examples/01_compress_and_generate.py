@@ -19,7 +19,7 @@ model, tokenizer = gisting.load(directory)
 prompts = [
     "please reverse the letters , drop the last letter and write capitals",
     "your task : keep the order , then change nothing else ; end with a bang .",
-    "when you get letters , move the first letter to the end , replace each letter by the next , and always answer plainly",
+    "when you get letters , keep the order , replace each letter by the next , and always answer plainly",
 ]
 
 # Prompts of different lengths go through the model once, together, and leave two tokens each.

@@ -80,7 +80,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory for checkpoint, data and the compressed instruction.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 rows.")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 rows.")] = 1300,
     seed: Annotated[int, typer.Option(help="Seed of held-out combinations, weights and data.")] = 0,
     results: Annotated[Path | None, typer.Option(help="JSONL file to add the run's numbers to.")] = None,
 ) -> None:
@@ -139,7 +139,9 @@ def train(
     max_target_length: Annotated[int, typer.Option(help="Longest target of an encoder-decoder, in tokens.")] = 256,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints to resume from.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 42,
-    dtype: DtypeOption = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the trained weights; small steps round away in half precision.")
+    ] = "float32",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
@@ -246,7 +248,7 @@ def generate(
     input_file: Annotated[Path | None, typer.Option(help="A text file with an input on each line.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
     num_beams: Annotated[int, typer.Option(min=1, help="Beam search.")] = 1,
     seed: Annotated[int | None, typer.Option(help="With --sample: the same seed gives the same answer.")] = None,
     template: TemplateOption = None,
@@ -369,7 +371,10 @@ def _load(
     loaded, tokenizer = load(model, template, dtype=dtype)
     if trained_num_gist_tokens(loaded) is None and not is_to_be_trained:
         _err.print(f"note: {model} has not been trained to gist", highlight=False, soft_wrap=True)
-    return loaded.to(torch.device(device)), tokenizer  # pyright: ignore[reportArgumentType]
+    try:
+        return loaded.to(torch.device(device)), tokenizer  # pyright: ignore[reportArgumentType]
+    except (RuntimeError, AssertionError) as error:
+        raise GistError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
 
 
 def _k(model: Any, wanted: int | None) -> int:

@@ -8,8 +8,7 @@ no family beyond its kind.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gisting.cache import CacheOrigin, GistCache
@@ -53,6 +52,7 @@ def compress(
         positions. GistTokenError: a k is less than 1.
     """
     from gisting.models import decoder, encoder_decoder
+    from gisting.models.mode import evaluating
     from gisting.models.patch import require_patched
 
     family = require_patched(model, tokenizer)
@@ -72,7 +72,7 @@ def compress(
     run = encoder_decoder.prefix_states if family.is_encoder_decoder else decoder.prefix_states
     # Sorted by length, so that a batch holds little padding.
     order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].input_ids))
-    with _evaluating(model):
+    with evaluating(model):
         parts = [
             run(model, tokenizer, [encodings[row] for row in order[start : start + batch_size]], origin)
             for start in range(0, len(order), batch_size)
@@ -92,7 +92,7 @@ def generate(
     prompts: Sequence[str] | None = None,
     num_gist_tokens: int | Sequence[int] = 1,
     condition: str = "gist",
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     **generate_kwargs: Any,
 ) -> list[str]:
     """Answer inputs, each behind its compressed prompt.
@@ -106,7 +106,7 @@ def generate(
             ``condition``.
         num_gist_tokens: k, where ``prompts`` are given.
         condition: ``"gist"``, ``"positive"`` or ``"negative"``, where ``prompts`` are given.
-        max_new_tokens: how many tokens an answer may have.
+        max_new_tokens: how many tokens an answer may have; None for what a given ``generation_config`` says, or 128.
         **generate_kwargs: for ``model.generate``: ``do_sample``, ``num_beams``, ``num_return_sequences``, ...
 
     Returns:
@@ -117,11 +117,12 @@ def generate(
         CacheMismatchError: the cache belongs to another model, tokenizer or template, or has another dtype, device or
         batch size.
     """
+    from gisting.models.mode import evaluating
     from gisting.models.patch import require_patched
 
     family = require_patched(model, tokenizer)
     _check_condition(condition)
-    if max_new_tokens < 1:
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise GistError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     reserved = {
         "input_ids",
@@ -147,7 +148,7 @@ def generate(
         prompts = list(prompts or ())
         _check_rows("prompts", len(prompts), len(inputs))
         if family.is_encoder_decoder and condition != "gist":
-            with _evaluating(model):
+            with evaluating(model):
                 return _generate_from_text(
                     model, tokenizer, inputs, prompts, num_gist_tokens, condition, generate_kwargs
                 )
@@ -159,7 +160,7 @@ def generate(
         cache = cache.select([0] * len(inputs))
     continuations = tokenizer.encode_continuations(inputs)
     answer = _answer_encoder_decoder if family.is_encoder_decoder else _answer_decoder
-    with _evaluating(model):
+    with evaluating(model):
         return answer(model, tokenizer, cache, continuations, generate_kwargs)
 
 
@@ -234,7 +235,7 @@ def _answer_decoder(
         )
         if copies > 1 and "past_key_values" in arguments:
             arguments["past_key_values"].batch_repeat_interleave(copies)
-        texts = _texts(tokenizer, _stock_generate(model, tokenizer, arguments, generate_kwargs)[:, given:])
+        texts = _texts(tokenizer, model.generate(**arguments, **generate_kwargs)[:, given:])
         for place, row in enumerate(rows):
             each = len(texts) // len(rows)
             answers[row] = texts[place * each : (place + 1) * each]
@@ -251,7 +252,7 @@ def _answer_encoder_decoder(
     from gisting.models import encoder_decoder
 
     arguments = encoder_decoder.prepare_generation(model, tokenizer, cache, continuations)
-    return _texts(tokenizer, _stock_generate(model, tokenizer, arguments, generate_kwargs))
+    return _texts(tokenizer, model.generate(**arguments, **generate_kwargs))
 
 
 def _generate_from_text(
@@ -267,19 +268,15 @@ def _generate_from_text(
 
     if len(prompts) == 1:
         prompts = [prompts[0]] * len(inputs)
+        if not isinstance(num_gist_tokens, int) and len(num_gist_tokens) == 1:
+            num_gist_tokens = num_gist_tokens[0]
     encodings: list[GistEncoding] = tokenizer.encode_batch(prompts, inputs, num_gist_tokens=num_gist_tokens)
     arguments = encoder_decoder.prepare_full_generation(model, tokenizer, encodings, condition)
-    return _texts(tokenizer, _stock_generate(model, tokenizer, arguments, generate_kwargs))
-
-
-def _stock_generate(
-    model: PreTrainedModel, tokenizer: GistTokenizer, arguments: dict[str, Any], generate_kwargs: dict[str, Any]
-) -> torch.Tensor:
-    return model.generate(**arguments, **generate_kwargs)  # pyright: ignore
+    return _texts(tokenizer, model.generate(**arguments, **generate_kwargs))
 
 
 def _settings(
-    model: PreTrainedModel, tokenizer: GistTokenizer, max_new_tokens: int, generate_kwargs: dict[str, Any]
+    model: PreTrainedModel, tokenizer: GistTokenizer, max_new_tokens: int | None, generate_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """All settings in one ``generation_config``, since stock generate takes that or keywords; other suppressions are
     kept.
@@ -289,26 +286,14 @@ def _settings(
     config = copy.deepcopy(own if given is None else given)
     rest = config.update(**{name: value for name, value in generate_kwargs.items() if name != "generation_config"})
     suppressed = {*(config.suppress_tokens or ()), *(own.suppress_tokens or ()), tokenizer.gist_token_id}
+    if max_new_tokens is None:
+        max_new_tokens = 128 if given is None or given.max_new_tokens is None else given.max_new_tokens
     config.update(max_new_tokens=max_new_tokens, suppress_tokens=sorted(suppressed))
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     if config.return_dict_in_generate:
         raise GistError("return_dict_in_generate changes what is returned; call model.generate for scores and states")
     return {**rest, "generation_config": config}
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and without activation checkpointing, which would drop the states; each module goes back to
-    its mode.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _texts(tokenizer: GistTokenizer, ids: torch.Tensor) -> list[str]:

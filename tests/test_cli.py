@@ -267,6 +267,11 @@ def test_version(run) -> None:
             "train runs/demo --data runs/demo/unseen.jsonl --output o --condition gist=x",
             "must be a name or name=weight",
         ),
+        ("compress runs/demo --prompt a --device nowhere --output x", "device 'nowhere' cannot be used"),
+        (
+            "train runs/demo --data runs/demo/unseen.jsonl --output o --batch-size 16 --resume",
+            "o holds no checkpoint to resume from",
+        ),
         ("show a b --condition gits", "condition must be one of gist, positive, negative, got 'gits'"),
     ],
 )

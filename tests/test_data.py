@@ -53,6 +53,8 @@ def test_alpaca_layout_of_the_published_files(shared: Path) -> None:
         ("a.jsonl", '{"output": "a"}\n', r"line 1 has no 'instruction'"),
         ("a.jsonl", "[1]\n", r"line 1 must be an object with instruction, input and output, got list"),
         ("a.jsonl", '{"instruction": 1, "output": "b"}\n', r"line 1: 'instruction' must be a text, got int"),
+        ("a.jsonl", '{"instruction": "a", "output": 0}\n', r"line 1: 'output' must be a text, got int"),
+        ("a.jsonl", '{"instruction": "a", "output": null}\n', r"line 1: 'output' must be a text, got NoneType"),
         ("a.jsonl", '{"instruction": "  ", "output": "b"}\n', r"line 1: 'instruction' is empty"),
         ("a.jsonl", "\n", r"a\.jsonl holds no record"),
         ("a.json", '{"instruction": "a", "output": "b"}', r"a\.json must hold a list of objects, got dict"),
@@ -218,7 +220,7 @@ def test_a_record_without_output_is_named_by_its_place(tokenizer: GistTokenizer)
     [
         ("keep the order", "change nothing else", "answer plainly", "a b c d e"),
         ("reverse the letters", "drop the last letter", "write capitals", "E D C B"),
-        ("move the first letter to the end", "write the first letter twice", "end with a bang", "b b c d e a !"),
+        ("move the first letter to the end", "write the last letter twice", "end with a bang", "b c d e a a !"),
         (
             "move the last letter to the front",
             "replace each letter by the one before",

@@ -60,8 +60,6 @@ def interval_attention(
     if impl == "sdpa" and softcap is not None:
         raise GistError("impl='sdpa' has no softcap; use impl='auto' or impl='reference'")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    if bias is not None:
-        bias = bias.to(q.dtype)
     if impl == "reference" or softcap is not None:
         return reference_attention(q, k, v, visibility, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
     return sdpa_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout)

@@ -34,6 +34,6 @@ def sdpa_attention(
     # zeroed.
     is_empty = ~seen.any(-1, keepdim=True)
     seen = seen | is_empty
-    mask = seen if bias is None else bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
+    mask = seen if bias is None else bias.to(q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return out.masked_fill(is_empty, 0.0)

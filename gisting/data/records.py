@@ -53,7 +53,8 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record") -> Record
                 else ""
             )
             raise RecordError(f"{where} has no {name!r}; it has {', '.join(map(repr, item)) or 'nothing'}{hint}")
-    fields = {name: item.get(name) or "" for name in ("instruction", "input", "output", "source")}
+    fields = {name: item[name] for name in ("instruction", "output")}
+    fields |= {name: "" if item.get(name) is None else item[name] for name in ("input", "source")}
     for name, value in fields.items():
         if not isinstance(value, str):
             raise RecordError(f"{where}: {name!r} must be a text, got {type(value).__name__}")

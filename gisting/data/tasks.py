@@ -41,10 +41,11 @@ ORDERS: dict[str, _Rule] = {
     "move the last letter to the front": lambda letters: letters[-1:] + letters[:-1],
     "swap the first two letters": lambda letters: [*letters[1::-1], *letters[2:]],
 }
+# No edit moves where the answer begins: with a style that does, its place would be one that training never showed.
 EDITS: dict[str, _Rule] = {
     "change nothing else": lambda letters: letters,
     "drop the last letter": lambda letters: letters[:-1],
-    "write the first letter twice": lambda letters: letters[:1] + letters,
+    "write the last letter twice": lambda letters: letters + letters[-1:],
     "replace each letter by the next": lambda letters: [_shift(letter, 1) for letter in letters],
     "replace each letter by the one before": lambda letters: [_shift(letter, -1) for letter in letters],
 }

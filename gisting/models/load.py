@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gisting.errors import GistError
 from gisting.models.patch import patch
+from gisting.models.registry import family_of
 from gisting.tokens import GistTokenizer, Template
 
 __all__ = ["load", "trained_num_gist_tokens"]
@@ -37,11 +38,12 @@ def load(
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise GistError(
             f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did not "
             f"give one ({error})"
         ) from error
+    family_of(config)  # before the weights are fetched
     if getattr(config, "gist", None) is not None and template is None:
         tokenizer = GistTokenizer.from_pretrained(name_or_path)
     else:

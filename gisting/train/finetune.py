@@ -6,12 +6,14 @@ Place in the flow: data -> collate -> **train** -> a checkpoint that ``patch`` r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from gisting.data.collate import GistCollator
 from gisting.data.records import Record
@@ -21,7 +23,7 @@ from gisting.tokens import GistTokenizer
 
 __all__ = ["PUBLISHED", "finetune", "published_arguments"]
 
-#: Gisting, appendix B: LLaMA-7B and FLAN-T5-XXL. Batch sizes are totals over devices.
+#: Gisting, appendix B: LLaMA-7B and FLAN-T5-XXL.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "decoder": {
         "num_train_epochs": 3.0,
@@ -55,7 +57,8 @@ def published_arguments(
     Args:
         output_dir: where checkpoints go.
         is_encoder_decoder: FLAN-T5-XXL's settings rather than LLaMA-7B's.
-        batch_size: rows of one optimiser step, reached by accumulating gradients; the published one by default.
+        batch_size: rows of one optimiser step over all devices, reached by accumulating gradients; the published one
+            by default.
         per_device_batch_size: rows of one forward pass; ``batch_size``, at most 16, by default.
         **changes: fields of ``TrainingArguments``.
 
@@ -65,16 +68,20 @@ def published_arguments(
     settings = dict(PUBLISHED["encoder-decoder" if is_encoder_decoder else "decoder"])
     published: int = settings.pop("batch_size")
     rows = published if batch_size is None else batch_size
-    per_device = min(rows, 16) if per_device_batch_size is None else per_device_batch_size
-    if per_device < 1 or rows < 1 or rows % per_device:
-        raise GistError(f"batch_size must be a multiple of per_device_batch_size, got {rows} and {per_device}")
+    devices = max(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count(), 1)
+    per_device = min(max(rows // devices, 1), 16) if per_device_batch_size is None else per_device_batch_size
+    if per_device < 1 or rows < 1 or rows % (per_device * devices):
+        raise GistError(
+            f"batch_size must be a multiple of per_device_batch_size, got {rows} and {per_device}"
+            + (f" on {devices} devices" if devices > 1 else "")
+        )
     if "num_train_epochs" in changes:
         settings.pop("max_steps", None)
     on_gpu = torch.cuda.is_available()
     defaults = {
         "per_device_train_batch_size": per_device,
         "per_device_eval_batch_size": per_device,
-        "gradient_accumulation_steps": rows // per_device,
+        "gradient_accumulation_steps": rows // (per_device * devices),
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         # Records are no dictionaries of model inputs; the collator makes the columns.
         "remove_unused_columns": False,
@@ -118,7 +125,7 @@ def finetune(
         What ``Trainer`` measured: ``train_loss``, ``train_runtime`` in seconds, ...
 
     Raises:
-        GistError: the model is not patched, or there are no records.
+        GistError: the model is not patched, there are no records, or there is nothing to resume from.
     """
     require_patched(model, tokenizer)
     if not records:
@@ -141,6 +148,8 @@ def finetune(
         trainer.remove_callback(PrinterCallback)  # Whoever brings callbacks shows the progress.
     low, high = trainer.data_collator.num_gist_tokens  # pyright: ignore[reportAttributeAccessIssue]
     model.config.gist = {**model.config.gist, "num_gist_tokens": [low, high]}
+    if resume is True and get_last_checkpoint(str(arguments.output_dir)) is None:
+        raise GistError(f"{arguments.output_dir} holds no checkpoint to resume from; start without resume")
     result = trainer.train(resume_from_checkpoint=resume or None)
     if trainer.is_world_process_zero():
         trainer.save_model()

@@ -1,0 +1,25 @@
+"""A model's training mode, for the time of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+__all__ = ["evaluating"]
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In eval mode: no dropout, and no activation checkpointing, which would drop the states.
+
+    Each module goes back to its own mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -57,7 +57,7 @@ class DemoResult:
 def run_demo(
     output_dir: str | Path = "runs/demo",
     *,
-    steps: int = 1300,
+    steps: int = 1800,
     seed: int = 0,
     eval_records: int = 512,
     console: Console | None = None,

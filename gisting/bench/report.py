@@ -75,12 +75,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def demo_table(rows: list[dict[str, Any]]) -> str:
     """The demo's rows as Markdown: accuracies of each seed, then the cost of a request."""
     lines = [
-        "| seed | positive control | gist | negative control | training | whole demo |",
-        "|---|---|---|---|---|---|",
+        "| seed | steps | positive control | gist | negative control | training | whole demo |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         found = (f"{100 * row['accuracy'][f'unseen/{name}']:.1f} %" for name in ("positive", "gist", "negative"))
-        lines.append(f"| {row['seed']} | {' | '.join(found)} | {row['train_s']:.0f} s | {row['total_s']:.0f} s |")
+        lines.append(f"| {row['seed']} | {row['num_steps']:,} | {' | '.join(found)} | {row['train_s']:.0f} s | {row['total_s']:.0f} s |")
     first = rows[0]
     lines += [
         "",

@@ -80,13 +80,15 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         found = (f"{100 * row['accuracy'][f'unseen/{name}']:.1f} %" for name in ("positive", "gist", "negative"))
-        lines.append(f"| {row['seed']} | {row['num_steps']:,} | {' | '.join(found)} | {row['train_s']:.0f} s | {row['total_s']:.0f} s |")
+        lines.append(
+            f"| {row['seed']} | {row['num_steps']:,} | {' | '.join(found)} | {row['train_s']:.0f} s | {row['total_s']:.0f} s |"
+        )
     first = rows[0]
     lines += [
         "",
         f"Exact match on {first['num_eval_records']} records of instructions that training never used, k = "
-        f"{first['num_gist_tokens']}, {first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']} "
-        f"steps. Up to the first token of an answer (seed {first['seed']}, batch 1, median of "
+        f"{first['num_gist_tokens']}, {first['num_parameters'] / 1e6:.2f} million parameters. "
+        f"Up to the first token of an answer (seed {first['seed']}, batch 1, median of "
         f"{first['latency'][0]['num_repeats']} alternating runs):",
         "",
         "| | tokens read | tokens cached | cache bytes | MFLOPs | ms |",

@@ -80,9 +80,14 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         found = (f"{100 * row['accuracy'][f'unseen/{name}']:.1f} %" for name in ("positive", "gist", "negative"))
-        lines.append(
-            f"| {row['seed']} | {row['num_steps']:,} | {' | '.join(found)} | {row['train_s']:.0f} s | {row['total_s']:.0f} s |"
+        cells = (
+            str(row["seed"]),
+            f"{row['num_steps']:,}",
+            *found,
+            f"{row['train_s']:.0f} s",
+            f"{row['total_s']:.0f} s",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
     lines += [
         "",

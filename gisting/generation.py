@@ -235,7 +235,7 @@ def _answer_decoder(
         )
         if copies > 1 and "past_key_values" in arguments:
             arguments["past_key_values"].batch_repeat_interleave(copies)
-        texts = _texts(tokenizer, model.generate(**arguments, **generate_kwargs)[:, given:])
+        texts = _texts(tokenizer, _run(model, arguments, generate_kwargs)[:, given:])
         for place, row in enumerate(rows):
             each = len(texts) // len(rows)
             answers[row] = texts[place * each : (place + 1) * each]
@@ -252,7 +252,7 @@ def _answer_encoder_decoder(
     from gisting.models import encoder_decoder
 
     arguments = encoder_decoder.prepare_generation(model, tokenizer, cache, continuations)
-    return _texts(tokenizer, model.generate(**arguments, **generate_kwargs))
+    return _texts(tokenizer, _run(model, arguments, generate_kwargs))
 
 
 def _generate_from_text(
@@ -272,7 +272,12 @@ def _generate_from_text(
             num_gist_tokens = num_gist_tokens[0]
     encodings: list[GistEncoding] = tokenizer.encode_batch(prompts, inputs, num_gist_tokens=num_gist_tokens)
     arguments = encoder_decoder.prepare_full_generation(model, tokenizer, encodings, condition)
-    return _texts(tokenizer, model.generate(**arguments, **generate_kwargs))
+    return _texts(tokenizer, _run(model, arguments, generate_kwargs))
+
+
+def _run(model: Any, arguments: dict[str, Any], generate_kwargs: dict[str, Any]) -> torch.Tensor:
+    """Stock ``generate``."""
+    return model.generate(**arguments, **generate_kwargs)
 
 
 def _settings(

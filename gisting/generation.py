@@ -40,8 +40,7 @@ def compress(
         prompts: B texts of any lengths.
         num_gist_tokens: k, one for all or one each. A model is good at the k it was trained with.
         condition: what a later text may see of the prompt: ``"gist"``, or for comparison on a decoder ``"positive"``
-            (prompt and
-            gist: ordinary prefix caching) and ``"negative"`` (nothing).
+            (prompt and gist: ordinary prefix caching) and ``"negative"`` (nothing).
         batch_size: how many prompts are run at once; longer and shorter ones are run apart.
 
     Returns:
@@ -49,7 +48,8 @@ def compress(
 
     Raises:
         GistError: the model is not patched, there is no prompt or an empty one, or a prompt exceeds the model's
-        positions. GistTokenError: a k is less than 1.
+            positions.
+        GistTokenError: a k is less than 1.
     """
     from gisting.models import decoder, encoder_decoder
     from gisting.models.mode import evaluating

@@ -112,8 +112,7 @@ class GistTokenizer:
     Args:
         tokenizer: any tokenizer of transformers: fast or slow, BPE, SentencePiece, byte level. It is not changed.
         template: a name of ``TEMPLATES``, ``"chat"`` for the tokenizer's own chat template (prompt as system
-            message), a
-            :class:`Template`, or None: ``"alpaca"``, for an encoder-decoder ``"alpaca-t5"``.
+            message), a :class:`Template`, or None: ``"alpaca"``, for an encoder-decoder ``"alpaca-t5"``.
         is_encoder_decoder: whether sequences are for a T5-like model.
         gist_token: how the gist token is written when it is shown.
         gist_token_id: its id, or None: the tokenizer's own id where its vocabulary has ``gist_token`` (checkpoints of

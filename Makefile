@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check format clean
+.PHONY: help demo test lint types check format clean bench-kernels
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # OMP_PROC_BIND: unpinned threads halve the speed of matrix products on two cores (measured).
 demo: $(STAMP) ## train a small model to gist, compress a prompt, answer from the cache
@@ -29,6 +29,9 @@ check: lint types test ## lint, types and tests
 format: $(STAMP) ## rewrite the files as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-kernels: $(STAMP) ## time the kernels beside torch's attention; needs a CUDA device
+	$(BIN)/python kernels/bench/attention.py --output docs/results/kernels.jsonl --plot docs/results/kernels.png
 
 clean: ## remove builds and caches; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -63,7 +63,7 @@ setup(
         "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
         "vllm": ["vllm>=0.32"],
         "dev": [
-            "gisting[train,eval,sentencepiece]",
+            "gisting[kernels,train,eval,sentencepiece]",
             "hypothesis>=6.100",
             "pyright[nodejs]>=1.1.400",  # node as a wheel: pyright needs nothing but the package registry
             "pytest>=8",

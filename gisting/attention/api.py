@@ -6,16 +6,26 @@ text. The only module that may import ``gisting_kernels``.
 
 from __future__ import annotations
 
+import functools
+import logging
+
+import torch
 from torch import Tensor
 
+from gisting.attention.memo import remembered
 from gisting.attention.reference import reference_attention
+from gisting.attention.relative import dense_bias
 from gisting.attention.sdpa import sdpa_attention
 from gisting.errors import GistError
 from gisting.visibility import Visibility
 
 __all__ = ["IMPLEMENTATIONS", "interval_attention"]
 
-IMPLEMENTATIONS = ("auto", "reference", "sdpa")
+IMPLEMENTATIONS = ("auto", "reference", "sdpa", "flex", "triton")
+
+_logger = logging.getLogger("gisting")
+# Up to so many query rows without gradients the kernel for decoding is asked: a tile of the other would be empty.
+_MAX_DECODE_ROWS = 8
 
 
 def interval_attention(
@@ -25,6 +35,7 @@ def interval_attention(
     visibility: Visibility,
     *,
     bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
@@ -42,11 +53,21 @@ def interval_attention(
         v: ``(B, G, K, Dv)``, as k.
         visibility: B sequences of K keys, on the device of q. B = 1 serves every sequence.
         bias: ``(B or 1, H or 1, T, K)``, added to the scores, or None. Differentiable.
+        relative_bias: ``(H, 2 W + 1)``, or None: row i adds ``relative_bias[h, clamp(j - i, -W, W) + W]`` to its score
+            with key j, as T5 does (arXiv 1910.10683, section 2.1). Not together with ``bias``. Differentiable.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2), or None.
         dropout: probability with which an attention weight is dropped.
-        impl: ``"reference"`` (dense, in float32 or better), ``"sdpa"`` (torch's fused operator; no softcap), or
-            ``"auto"``: sdpa, and reference where there is a softcap. An explicit choice never falls back.
+        impl: how. An explicit choice never falls back; what it cannot do it refuses.
+
+            - ``"triton"``: the fused kernels of ``gisting_kernels``. CUDA devices from compute capability 8.0; float16,
+              bfloat16, float32; D = Dv up to 256; ``relative_bias`` but no dense ``bias``; a positive scale.
+            - ``"sdpa"``: torch's fused operator. On the CPU in pieces without a mask where the intervals allow it, else
+              with a dense mask. No softcap.
+            - ``"flex"``: torch's FlexAttention. No dropout; on the CPU no gradients for q, k and v.
+            - ``"reference"``: dense, in float32 or better; everything, slowly.
+            - ``"auto"``: triton on a CUDA device where it applies, else reference where there is a softcap, else sdpa.
+              The choice and its reason are logged once, at level INFO, by the logger ``gisting``.
 
     Returns:
         ``(B, H, T, Dv)`` in the dtype of q.
@@ -54,15 +75,104 @@ def interval_attention(
     Raises:
         GistError: shapes, dtypes or devices disagree, a number is out of range, or ``impl`` cannot do what was asked.
     """
-    _check(q, k, v, visibility, bias, softcap, dropout)
+    _check(q, k, v, visibility, bias, relative_bias, softcap, dropout)
     if impl not in IMPLEMENTATIONS:
         raise GistError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl == "sdpa" and softcap is not None:
-        raise GistError("impl='sdpa' has no softcap; use impl='auto' or impl='reference'")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    if impl == "reference" or softcap is not None:
+    if impl == "auto":
+        impl, reason = _choose(q, v, scale, has_bias=bias is not None, has_softcap=softcap is not None)
+        if not torch.compiler.is_compiling():
+            _log_choice(impl, reason)
+    if impl == "triton":
+        if bias is not None:
+            raise GistError("impl='triton' takes no dense bias; give relative_bias, or use impl='auto'")
+        return _triton_attention(q, k, v, visibility, relative_bias, scale, softcap, dropout)
+    if impl == "flex":
+        if bias is not None or dropout > 0:
+            raise GistError("impl='flex' has no dropout and no dense bias; use impl='auto' or impl='sdpa'")
+        return _flex_attention(q, k, v, visibility, relative_bias, scale, softcap)
+    if relative_bias is not None:
+        bias = dense_bias(relative_bias, q.shape[2], k.shape[2])
+    if impl == "reference":
         return reference_attention(q, k, v, visibility, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
+    if softcap is not None:
+        raise GistError("impl='sdpa' has no softcap; use impl='auto' or impl='reference'")
     return sdpa_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout)
+
+
+def _choose(q: Tensor, v: Tensor, scale: float, *, has_bias: bool, has_softcap: bool) -> tuple[str, str]:
+    """What ``impl="auto"`` stands for, and why."""
+    from gisting_kernels import why_not
+
+    reason = why_not(q, v, scale, has_bias=has_bias) if q.is_cuda else "the tensors are not on a CUDA device"
+    if reason is None:
+        return "triton", "the fused kernels apply"
+    if has_softcap:
+        return "reference", f"there is a softcap, which sdpa has not, and not triton: {reason}"
+    return "sdpa", f"not triton: {reason}"
+
+
+@functools.cache
+def _log_choice(impl: str, reason: str) -> None:
+    _logger.info("attention runs on impl=%r: %s", impl, reason)
+
+
+def _triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    relative_bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    import gisting_kernels as kernels
+
+    if torch.is_autocast_enabled(q.device.type):
+        # What autocast does to torch's own attention.
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    reason = kernels.why_not(q, v, scale, has_bias=False)
+    if reason is not None:
+        raise GistError(f"impl='triton' cannot serve this call: {reason}; use impl='auto'")
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (q, k, v, relative_bias)
+    )
+    if q.shape[2] <= _MAX_DECODE_ROWS and not needs_grad and relative_bias is None and dropout == 0:
+        return kernels.decode_attention(q, k, v, visibility.first, visibility.end, scale=scale, softcap=softcap)
+    width = None if relative_bias is None else relative_bias.shape[1] // 2
+    plan = remembered(
+        visibility,
+        ("triton", q.shape[2], q.shape[3], q.dtype, width),
+        # Cloned: the plan keeps the intervals, and what is remembered must not hold what it is remembered on.
+        lambda: kernels.plan_tiles(visibility.first.clone(), visibility.end.clone(), q, relative_width=width),
+    )
+    return kernels.interval_attention(
+        q, k, v, plan, relative_bias=relative_bias, scale=scale, softcap=softcap, dropout=dropout
+    )
+
+
+def _flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    relative_bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    from gisting.attention.flex import BLOCK, flex_attention
+    from gisting_kernels import list_tiles
+
+    num_rows, num_keys = q.shape[2], k.shape[2]
+    start = max(num_keys - num_rows, 0)
+    lists = remembered(
+        visibility,
+        ("flex", num_rows),
+        lambda: list_tiles(visibility.first, visibility.end, num_rows, start, (BLOCK, BLOCK)),
+    )
+    return flex_attention(q, k, v, visibility, lists, relative_bias=relative_bias, scale=scale, softcap=softcap)
 
 
 def _check(
@@ -71,6 +181,7 @@ def _check(
     v: Tensor,
     visibility: Visibility,
     bias: Tensor | None,
+    relative_bias: Tensor | None,
     softcap: float | None,
     dropout: float,
 ) -> None:
@@ -111,6 +222,18 @@ def _check(
             raise GistError(f"bias must have shape {full}, 1 allowed for batch and heads, got {_show(bias)}")
         if bias.device != q.device:
             raise GistError(f"bias must be on the device of q, {q.device}, got {bias.device}")
+    if relative_bias is not None:
+        if bias is not None:
+            raise GistError("bias and relative_bias were both given; add them into one bias")
+        if relative_bias.dim() != 2 or relative_bias.shape[0] != q.shape[1] or relative_bias.shape[1] % 2 == 0:
+            raise GistError(
+                f"relative_bias must have shape ({q.shape[1]}, 2 W + 1), a row for each head of q and an odd number of "
+                f"distances, got {_show(relative_bias)}"
+            )
+        if not relative_bias.is_floating_point():
+            raise GistError(f"relative_bias must be floating point, got {relative_bias.dtype}")
+        if relative_bias.device != q.device:
+            raise GistError(f"relative_bias must be on the device of q, {q.device}, got {relative_bias.device}")
     if softcap is not None and not softcap > 0:
         raise GistError(f"softcap must be positive, got {softcap}")
     if not 0.0 <= dropout < 1.0:

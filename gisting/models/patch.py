@@ -1,9 +1,9 @@
 """Switch a transformers model over to gist attention, and back.
 
 Place in the flow: before everything that runs a model. ``patch`` gives the gist token its embedding, sets the
-attention function on every sub-stack, and puts a guard before the stack that reads ids; ``unpatch`` undoes all of it.
-What the model was patched for is in ``model.config.gist``, so a saved checkpoint is recognised when it is loaded and
-patched again.
+attention function on every sub-stack, puts a guard before the stack that reads ids, and hooks the relative bias of T5's
+kind; ``unpatch`` undoes all of it. What the model was patched for is in ``model.config.gist``, so a saved checkpoint is
+recognised when it is loaded and patched again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from gisting._compat import require_transformers
 from gisting.errors import GistError, GistTokenError, UnsupportedModelError
+from gisting.models import relative_bias
 from gisting.models.registry import (
     Family,
     attention_name,
@@ -129,6 +130,7 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
         _guarded_stack(model, family).register_forward_pre_hook(
             functools.partial(_guard, gist_token_id=tokenizer.gist_token_id), with_kwargs=True
         )
+        relative_bias.install(model)
     except BaseException:
         _restore(model, forget=recorded is None)
         raise
@@ -317,6 +319,7 @@ def _restore(model: PreTrainedModel, *, forget: bool) -> None:
             if isinstance(hook, functools.partial) and hook.func is _guard:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+    relative_bias.uninstall(model)
     _set_attention(model, undo.attention)
     recorded = getattr(model.config, "gist", None)
     if recorded is not None and model.generation_config is not None:

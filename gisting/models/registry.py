@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from gisting.attention import interval_attention
+from gisting.attention.memo import remembered_on
+from gisting.attention.relative import dense_bias
 from gisting.errors import GistError, UnsupportedModelError
 from gisting.visibility import Visibility, is_interval_mask
 
@@ -255,19 +257,45 @@ def _attention_forward(
     is_cross = getattr(module, "is_decoder", False) and not module.is_causal
     if gist_states is not None and not getattr(module, "is_decoder", False):
         key, value = gist_states.exchange(module.layer_idx, key, value)  # pyright: ignore[reportArgumentType]
+    relative_bias = position_bias if position_bias is not None and position_bias.dim() == 2 else None
     if attention_mask is None or not is_interval_mask(attention_mask):
+        if relative_bias is not None:
+            # Tables are for interval masks; another thread that runs the same UMT5 may have asked for this one.
+            position_bias = dense_bias(relative_bias, query.shape[2], key.shape[2])
         if position_bias is not None:
             kwargs["position_bias"] = position_bias
         return base_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    visibility = Visibility.from_attention_mask(attention_mask)
-    if is_cross:
-        visibility = visibility.for_cross_attention()
-    elif visibility.num_keys > key.shape[2]:
-        # A sliding layer's cache has let go of its oldest keys.
-        visibility = visibility.last_keys(key.shape[2])
-    if kwargs.get("sliding_window") is not None:
-        visibility = visibility.windowed(kwargs["sliding_window"])
+    if is_cross and not getattr(module, "has_relative_attention_bias", True):
+        position_bias = relative_bias = None  # What T5's kind gives its cross-attention is zero.
     out = interval_attention(
-        query, key, value, visibility, bias=position_bias, scale=scaling, softcap=kwargs.get("softcap"), dropout=dropout
+        query,
+        key,
+        value,
+        _visibility(attention_mask, key.shape[2], kwargs.get("sliding_window"), is_cross=is_cross),
+        bias=position_bias if relative_bias is None else None,
+        relative_bias=relative_bias,
+        scale=scaling,
+        softcap=kwargs.get("softcap"),
+        dropout=dropout,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _visibility(attention_mask: Tensor, num_keys: int, sliding_window: int | None, *, is_cross: bool) -> Visibility:
+    """What a layer sees of an interval mask; the same tensors for all layers of a kind, so that what is derived from
+    them is made once for a batch.
+    """
+
+    def build() -> Visibility:
+        visibility = Visibility.from_attention_mask(attention_mask)
+        if is_cross:
+            visibility = visibility.for_cross_attention()
+        elif visibility.num_keys > num_keys:
+            # A sliding layer's cache has let go of its oldest keys.
+            visibility = visibility.last_keys(num_keys)
+        if sliding_window is not None:
+            visibility = visibility.windowed(sliding_window)
+        # Cloned: a view of the mask, remembered on the mask, would keep both for ever.
+        return Visibility(visibility.first.clone(), visibility.end.clone())
+
+    return remembered_on((attention_mask,), (is_cross, num_keys, sliding_window), build)

@@ -19,6 +19,8 @@ from gisting.attention import IMPLEMENTATIONS, interval_attention
 from gisting.errors import GistError
 from gisting.visibility import Visibility
 
+# flex and triton refuse some of what is asked here; they have tests of their own.
+every_torch_implementation = pytest.mark.parametrize("impl", ["auto", "reference", "sdpa"])
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 2), (4, 1)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HEAD_IDS = [f"H{heads}-G{groups}" for heads, groups in HEADS]
@@ -278,7 +280,7 @@ def test_scale(impl: str, scale: float) -> None:
     assert_as_good_as_plain(masks(63), inputs(), impl, scale=scale)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 def test_one_visibility_serves_every_sequence(impl: str) -> None:
     given, all_four = inputs(bias_shape=(1, 4)), masks(63)
     one = Visibility(all_four.first[:1], all_four.end[:1])
@@ -288,7 +290,7 @@ def test_one_visibility_serves_every_sequence(impl: str) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 def test_strided_inputs(impl: str) -> None:
     """As a model hands them over: heads transposed out of one projection, keys cut out of a longer cache."""
     given, visibility = inputs(4, 2, 7, 9), masks(9)
@@ -392,7 +394,7 @@ def test_what_is_not_seen_is_exactly_zero(
         assert have["dbias"].any()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 @pytest.mark.parametrize("bias_shape", [None, (1, 1)], ids=["no-bias", "bias"])
 def test_a_batch_that_sees_nothing_at_all(impl: str, bias_shape: tuple[int, int] | None) -> None:
     given = inputs(2, 1, 7, batch=1, bias_shape=bias_shape)
@@ -401,7 +403,7 @@ def test_a_batch_that_sees_nothing_at_all(impl: str, bias_shape: tuple[int, int]
         assert torch.equal(tensor, torch.zeros_like(tensor)), name
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_do_not_overflow(impl: str, dtype: torch.dtype) -> None:
     """Scores near 1e4 and a bias of -1e4, as additive masks have: the softmax is one-hot, not NaN."""
@@ -418,7 +420,7 @@ def test_large_scores_do_not_overflow(impl: str, dtype: torch.dtype) -> None:
 # -- dropout -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 def test_dropout_of_0_is_no_dropout(impl: str) -> None:
     given, visibility = inputs(), masks(63)
     without = run(ours(visibility, impl), given)
@@ -428,7 +430,7 @@ def test_dropout_of_0_is_no_dropout(impl: str) -> None:
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 49).view(1, 1, 7, 7)], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 def test_dropout_keeps_the_mean_and_the_empty_rows(impl: str, bias: Tensor | None, dropout: float) -> None:
     """6,000 draws. A mean within six standard errors of what it estimates: one element in 10^9 fails by chance."""
     draws, visibility = 6000, Visibility(*(t[:1] for t in (masks(7).first, masks(7).end)))
@@ -445,7 +447,7 @@ def test_dropout_keeps_the_mean_and_the_empty_rows(impl: str, bias: Tensor | Non
     assert (error <= 6 * spread / math.sqrt(draws)).all()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 def test_dropout_drops_the_stated_share_of_the_weights(impl: str) -> None:
     """One key, value 1: the output is 1 / (1 - p) where its weight was kept, else 0."""
     one = torch.ones(20_000, 1, 1, 1)
@@ -455,7 +457,7 @@ def test_dropout_drops_the_stated_share_of_the_weights(impl: str) -> None:
     assert (out == 0).double().mean().item() == pytest.approx(0.25, abs=6 * 0.0031)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 def test_dropout_follows_the_seed_of_torch(impl: str) -> None:
     given, visibility = inputs(), masks(63)
 
@@ -470,7 +472,7 @@ def test_dropout_follows_the_seed_of_torch(impl: str) -> None:
 # -- torch's own machinery ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 @pytest.mark.parametrize("bias_shape", [None, (1, 2)], ids=["no-bias", "bias"])
 def test_gradients_are_those_of_the_function(impl: str, bias_shape: tuple[int, int] | None) -> None:
     given = inputs(2, 1, 5, 6, torch.float64, batch=2, size=2, bias_shape=bias_shape)
@@ -488,7 +490,7 @@ def test_gradients_of_the_softcap_are_those_of_the_function() -> None:
     assert torch.autograd.gradcheck(lambda *leaves: interval_attention(*leaves, visibility, softcap=0.7), given.leaves)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 def test_torch_func(impl: str) -> None:
     """``torch.func.grad`` and ``vmap`` over the values see the same function as autograd."""
     given, visibility = inputs(2, 1, 7, dtype=torch.float64), masks(7)
@@ -505,7 +507,7 @@ def test_torch_func(impl: str) -> None:
 
 
 @pytest.mark.parametrize("bias_shape", [None, (1, 4)], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 def test_compiles_as_one_graph(impl: str, bias_shape: tuple[int, int] | None) -> None:
     """Forward and backward through AOT autograd, the intervals read from the tensor form, as inside a model."""
     given, visibility = inputs(4, 2, 7, bias_shape=bias_shape), masks(7)
@@ -566,7 +568,7 @@ def test_under_autocast(
         assert worst(tensor, exact[name]) <= tolerance(yardstick[name], exact[name], largest_score(given)), name
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@every_torch_implementation
 def test_nothing_but_the_dense_mask_depends_on_the_device(impl: str) -> None:
     q, kv = torch.empty(2, 4, 7, 8, device="meta"), torch.empty(2, 2, 9, 8, device="meta")
     visibility = vis.gist(torch.zeros(2, 9, dtype=torch.bool, device="meta"))

@@ -1,0 +1,14 @@
+"""The namespace of the operators. A build for the Kernel Hub writes this file anew, with a name of its own, so that
+several versions can be loaded into one process.
+"""
+
+import torch
+
+__all__ = ["add_op_namespace_prefix", "ops"]
+
+ops = torch.ops.gisting
+
+
+def add_op_namespace_prefix(op_name: str) -> str:
+    """The full name of an operator."""
+    return f"gisting::{op_name}"

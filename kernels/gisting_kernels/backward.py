@@ -1,0 +1,351 @@
+"""The backward kernels: gradients of q, k, v and of the relative bias, without atomics, so equal runs give equal bits.
+
+Place in the flow: plan, forward -> **backward** -> op. With P = softmax(S), out = P v, and g the gradient of out:
+
+    dv_j  = sum_i P_ij g_i                       dP_ij = g_i . v_j
+    dS_ij = P_ij (dP_ij - delta_i)               delta_i = sum_j P_ij dP_ij = g_i . out_i
+    dq_i  = scale sum_j dS_ij k_j                dk_j  = scale sum_i dS_ij q_i
+    dbias[d] = sum over i, j with clamp(j - i, -W, W) = d of dS_ij
+
+P is made again from q, k and the log-sum-exp of the forward. Under dropout with keep mask Z and rate r, P in dv becomes
+P Z / (1 - r) and dP becomes dP Z / (1 - r); delta = g . out stays right. Under a softcap c the gradient of the score
+before the cap is dS (1 - (s / c)^2), s the score after it.
+
+dQ walks the lists of the plan, as the forward does. dK/dV keeps a tile of keys and walks the rows that see any of it:
+for an interval they are one contiguous range. One flat loop over (head of the group, tile of rows), the mask always
+tested: nested loops and unmasked variants spill registers.
+
+dbias: tiles far from the diagonal have one entry, whose sum dQ takes on the way (two numbers a row). Near tiles are
+visited once more by a kernel of their own: it shears the tile of dS, so that diagonals become columns, sums those, and
+adds the sums to a row of partial results that belongs to this program alone; a sum over programs follows. Names as in
+``forward.py``.
+"""
+
+# What stands in a kernel is Triton's language, typed for its compiler; so are the launches.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportUnboundVariable=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+from .forward import LOG2E, bias_tile, cap, keep_tile, load_tile
+
+__all__ = ["delta_kernel", "key_kernel", "query_kernel", "table_kernel"]
+
+
+@triton.jit
+def delta_kernel(
+    p_out, p_grad, p_delta, s_ob, s_oh, s_ot, s_od, s_gb, s_gh, s_gt, s_gd, num_heads, num_rows, num_row_tiles,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """delta = g . out, float32 ``(B, H, T)``; one program: BM rows of one head."""
+    i_program = tl.program_id(0)
+    i_tile, i_bh = i_program % num_row_tiles, (i_program // num_row_tiles).to(tl.int64)
+    i_b, i_h = i_bh // num_heads, i_bh % num_heads
+    o_query = i_tile * BM + tl.arange(0, BM)
+    o_dim = tl.arange(0, BD)
+    o_wide = o_query.to(tl.int64)
+    b_out = load_tile(p_out + i_b * s_ob + i_h * s_oh, o_wide, o_dim, s_ot, s_od, num_rows, D, BD, False)
+    b_grad = load_tile(p_grad + i_b * s_gb + i_h * s_gh, o_wide, o_dim, s_gt, s_gd, num_rows, D, BD, False)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
+    tl.store(p_delta + i_bh * num_rows + o_query, b_delta, mask=o_query < num_rows)
+
+
+@triton.jit
+def _score_gradient(
+    b_s, b_dp, b_lse, b_delta, m_seen, b_bias, m_keep, scale, softcap, dropout,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """From q k^T and g v^T of a tile: what dv sums (P, dropped), dS of the score with bias, and dS before the cap.
+
+    Laid out either way round; ``b_lse``, ``b_delta`` and ``m_seen`` broadcast to the tile.
+    """
+    if SOFTCAP:
+        b_s = cap(b_s, scale, softcap)
+        b_slope = 1.0 - (b_s / softcap) * (b_s / softcap)
+        b_s = b_s * LOG2E
+    else:
+        b_s = b_s * (scale * LOG2E)
+    if BIAS:
+        b_s += b_bias * LOG2E
+    # Where nothing is seen the exponent may be anything: it is cut off, for infinity times zero is NaN.
+    b_p = tl.where(m_seen, tl.math.exp2(tl.where(m_seen, b_s - b_lse, 0.0)), 0.0)
+    b_dropped = b_p
+    if DROPOUT:
+        b_dropped = tl.where(m_keep, b_p / (1.0 - dropout), 0.0)
+        b_dp = tl.where(m_keep, b_dp / (1.0 - dropout), 0.0)
+    b_ds = b_p * (b_dp - b_delta)
+    b_du = b_ds
+    if SOFTCAP:
+        b_du = b_ds * b_slope
+    return b_dropped, b_ds, b_du
+
+
+@triton.jit
+def _query_walk(
+    b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, i_begin, i_end,
+    o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
+    p_table, i_h, s_table, seed, i_bh, softcap, dropout,
+    NEAR: tl.constexpr, BIAS: tl.constexpr, WIDTH, TABLE_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_next = tl.load(p_list + i_begin)
+    for i in tl.range(i_begin, i_end):  # pyright: ignore
+        i_tile = i_next
+        i_next = tl.load(p_list + i + 1)
+        o_key = i_tile * BN + tl.arange(0, BN)
+        # (BN, BD)
+        b_k = load_tile(p_k, o_key.to(tl.int64), o_dim, s_kk, s_kd, num_keys, D, BD, EVEN_K)
+        b_v = load_tile(p_v, o_key.to(tl.int64), o_dim, s_vk, s_vd, num_keys, D, BD, EVEN_K)
+        b_first = tl.load(p_first + o_key, mask=o_key < num_keys, other=0)
+        b_end = tl.load(p_end + o_key, mask=o_key < num_keys, other=0)
+        m_seen = (o_row[:, None] >= b_first[None, :]) & (o_row[:, None] < b_end[None, :])
+        b_bias, is_right, m_keep = 0.0, True, True
+        if BIAS:
+            if NEAR:
+                b_bias = bias_tile(p_table, i_h, o_row[:, None], o_key[None, :], s_table, WIDTH)
+            else:
+                is_right = i_tile * BN > tl.min(o_row, 0)
+                b_bias = tl.load(p_table + i_h * s_table + tl.where(is_right, 2 * WIDTH, 0))
+        if DROPOUT:
+            m_keep = keep_tile(seed, i_bh, o_row[:, None], o_key[None, :], num_keys, dropout)
+        # (BM, BN)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
+        _, b_ds, b_du = _score_gradient(
+            b_s, b_dp, b_lse[:, None], b_delta[:, None], m_seen, b_bias, m_keep, scale, softcap, dropout,
+            BIAS, SOFTCAP, DROPOUT,
+        )  # fmt: skip
+        if TABLE_GRADIENT and not NEAR:
+            b_far = tl.sum(b_ds, 1)
+            b_left += tl.where(is_right, 0.0, b_far)
+            b_right += tl.where(is_right, b_far, 0.0)
+        # (BM, BD)
+        b_dq = tl.dot(b_du.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return b_dq, b_left, b_right
+
+
+@triton.jit
+def query_kernel(
+    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_dq, p_far, p_first, p_end, p_tiles, p_counts, p_order, p_table, p_seed,
+    s_qb, s_qh, s_qt, s_qd, s_kb, s_kh, s_kk, s_kd, s_vb, s_vh, s_vk, s_vd, s_gb, s_gh, s_gt, s_gd,
+    s_db, s_dh, s_dt, s_dd,
+    s_mask, s_table, num_heads, num_rows, num_keys, row_start, num_row_tiles, num_key_tiles, scale, softcap, dropout,
+    WIDTH,
+    GROUP: tl.constexpr, BIAS: tl.constexpr, TABLE_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of BM rows of one query head; and dbias of the far tiles, float32 ``(B, H, T, 2)``, left and right."""
+    i_program = tl.program_id(0)
+    i_group = i_program % GROUP
+    i_rank = (i_program // GROUP) % num_row_tiles
+    i_bg = i_program // (GROUP * num_row_tiles)
+    num_groups = num_heads // GROUP
+    i_b, i_g = i_bg // num_groups, i_bg % num_groups
+    i_h = i_g * GROUP + i_group
+    i_bh = i_b * num_heads + i_h
+    i_mask = (i_b * s_mask).to(tl.int64)
+    i_tile = tl.load(p_order + i_mask * num_row_tiles + i_rank)
+    i_list = i_mask * num_row_tiles + i_tile
+
+    o_query = i_tile * BM + tl.arange(0, BM)
+    o_row = row_start + o_query
+    o_dim = tl.arange(0, BD)
+    o_wide = o_query.to(tl.int64)
+    m_row = o_query < num_rows
+    p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
+    p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
+    p_first += i_mask * num_keys
+    p_end += i_mask * num_keys
+    p_list = p_tiles + i_list * (num_key_tiles + 1)
+    i_near = tl.load(p_counts + i_list * 3)
+    i_full = tl.load(p_counts + i_list * 3 + 2)
+    seed = tl.load(p_seed) if DROPOUT else 0
+    p_q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
+    p_grad += i_b.to(tl.int64) * s_gb + i_h.to(tl.int64) * s_gh
+    o_flat = i_bh.to(tl.int64) * num_rows + o_query
+
+    # (BM, BD)
+    b_q = load_tile(p_q, o_wide, o_dim, s_qt, s_qd, num_rows, D, BD, False)
+    b_grad = load_tile(p_grad, o_wide, o_dim, s_gt, s_gd, num_rows, D, BD, False)
+    b_lse = tl.load(p_lse + o_flat, mask=m_row, other=float("inf"))
+    b_delta = tl.load(p_delta + o_flat, mask=m_row, other=0.0)
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    b_left = tl.zeros([BM], tl.float32)
+    b_right = tl.zeros([BM], tl.float32)
+    if BIAS:
+        b_dq, b_left, b_right = _query_walk(
+            b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, 0, i_near,
+            o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
+            p_table, i_h, s_table, seed, i_bh, softcap, dropout,
+            True, BIAS, WIDTH, TABLE_GRADIENT, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION,
+        )  # fmt: skip
+    b_dq, b_left, b_right = _query_walk(
+        b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, i_near, i_full,
+        o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
+        p_table, i_h, s_table, seed, i_bh, softcap, dropout,
+        False, BIAS, WIDTH, TABLE_GRADIENT, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION,
+    )  # fmt: skip
+    p_dq += i_b.to(tl.int64) * s_db + i_h.to(tl.int64) * s_dh
+    p_tile = p_dq + o_wide[:, None] * s_dt + o_dim[None, :] * s_dd
+    tl.store(p_tile, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_row[:, None] & (o_dim[None, :] < D))
+    if TABLE_GRADIENT:
+        tl.store(p_far + o_flat * 2, b_left, mask=m_row)
+        tl.store(p_far + o_flat * 2 + 1, b_right, mask=m_row)
+
+
+@triton.jit
+def key_kernel(
+    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_dk, p_dv, p_first, p_end, p_bounds, p_order, p_table, p_seed,
+    s_qb, s_qh, s_qt, s_qd, s_kb, s_kh, s_kk, s_kd, s_vb, s_vh, s_vk, s_vd, s_gb, s_gh, s_gt, s_gd,
+    s_xb, s_xh, s_xk, s_xd, s_yb, s_yh, s_yk, s_yd,
+    s_mask, s_table, num_heads, num_rows, num_keys, row_start, num_key_tiles, scale, softcap, dropout, WIDTH,
+    GROUP: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk (strides s_x) and dv (s_y) of BN keys of one key head, summed over the query heads of its group."""
+    i_program = tl.program_id(0)
+    num_groups = num_heads // GROUP
+    i_rank = i_program % num_key_tiles
+    i_bg = i_program // num_key_tiles
+    i_b, i_g = i_bg // num_groups, i_bg % num_groups
+    i_mask = (i_b * s_mask).to(tl.int64)
+    i_tile = tl.load(p_order + i_mask * num_key_tiles + i_rank)
+    i_low = tl.load(p_bounds + (i_mask * num_key_tiles + i_tile) * 2)
+    i_high = tl.load(p_bounds + (i_mask * num_key_tiles + i_tile) * 2 + 1)
+    seed = tl.load(p_seed) if DROPOUT else 0
+
+    o_key = i_tile * BN + tl.arange(0, BN)
+    o_dim = tl.arange(0, BD)
+    o_wide = o_key.to(tl.int64)
+    m_key = o_key < num_keys
+    p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
+    p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
+    # (BN, BD)
+    b_k = load_tile(p_k, o_wide, o_dim, s_kk, s_kd, num_keys, D, BD, False)
+    b_v = load_tile(p_v, o_wide, o_dim, s_vk, s_vd, num_keys, D, BD, False)
+    b_first = tl.load(p_first + i_mask * num_keys + o_key, mask=m_key, other=0)
+    b_end = tl.load(p_end + i_mask * num_keys + o_key, mask=m_key, other=0)
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+
+    num_tiles = i_high - i_low
+    for i in tl.range(0, GROUP * num_tiles):  # pyright: ignore
+        i_h = i_g * GROUP + i // num_tiles
+        i_bh = (i_b * num_heads + i_h).to(tl.int64)
+        o_query = (i_low + i % num_tiles) * BM + tl.arange(0, BM)
+        o_row = row_start + o_query
+        m_row = o_query < num_rows
+        o_far = o_query.to(tl.int64)
+        p_qh = p_q + i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
+        p_gh = p_grad + i_b.to(tl.int64) * s_gb + i_h.to(tl.int64) * s_gh
+        # (BM, BD)
+        b_q = load_tile(p_qh, o_far, o_dim, s_qt, s_qd, num_rows, D, BD, False)
+        b_grad = load_tile(p_gh, o_far, o_dim, s_gt, s_gd, num_rows, D, BD, False)
+        b_lse = tl.load(p_lse + i_bh * num_rows + o_query, mask=m_row, other=float("inf"))
+        b_delta = tl.load(p_delta + i_bh * num_rows + o_query, mask=m_row, other=0.0)
+        m_seen = (o_row[None, :] >= b_first[:, None]) & (o_row[None, :] < b_end[:, None]) & m_row[None, :]
+        b_bias, m_keep = 0.0, True
+        if BIAS:
+            b_bias = bias_tile(p_table, i_h, o_row[None, :], o_key[:, None], s_table, WIDTH)
+        if DROPOUT:
+            m_keep = keep_tile(seed, i_b * num_heads + i_h, o_row[None, :], o_key[:, None], num_keys, dropout)
+        # (BN, BM): transposed, so that both sums below are plain products
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)
+        b_p, _, b_du = _score_gradient(
+            b_s, b_dp, b_lse[None, :], b_delta[None, :], m_seen, b_bias, m_keep, scale, softcap, dropout,
+            BIAS, SOFTCAP, DROPOUT,
+        )  # fmt: skip
+        b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
+        b_dk = tl.dot(b_du.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    p_dk += i_b.to(tl.int64) * s_xb + i_g.to(tl.int64) * s_xh
+    p_dv += i_b.to(tl.int64) * s_yb + i_g.to(tl.int64) * s_yh
+    m_tile = m_key[:, None] & (o_dim[None, :] < D)
+    p_tile = p_dk + o_wide[:, None] * s_xk + o_dim[None, :] * s_xd
+    tl.store(p_tile, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_tile)
+    p_tile = p_dv + o_wide[:, None] * s_yk + o_dim[None, :] * s_yd
+    tl.store(p_tile, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def table_kernel(
+    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_partial, p_first, p_end, p_tiles, p_counts, p_table, p_seed,
+    s_qb, s_qh, s_qt, s_qd, s_kb, s_kh, s_kk, s_kd, s_vb, s_vh, s_vk, s_vd, s_gb, s_gh, s_gt, s_gd,
+    s_mask, s_table, num_heads, num_rows, num_keys, row_start, num_row_tiles, num_key_tiles, scale, softcap, dropout,
+    WIDTH,
+    GROUP: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dbias of the near tiles of BM rows of one head, added to this program's row of ``(B, H, row tiles, 2 W + 1)``."""
+    i_program = tl.program_id(0)
+    i_tile = i_program % num_row_tiles
+    i_bh = i_program // num_row_tiles
+    i_b, i_h = i_bh // num_heads, i_bh % num_heads
+    i_g = i_h // GROUP
+    i_mask = (i_b * s_mask).to(tl.int64)
+    i_list = i_mask * num_row_tiles + i_tile
+
+    o_query = i_tile * BM + tl.arange(0, BM)
+    o_row = row_start + o_query
+    o_dim = tl.arange(0, BD)
+    o_wide = o_query.to(tl.int64)
+    m_row = o_query < num_rows
+    p_q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
+    p_grad += i_b.to(tl.int64) * s_gb + i_h.to(tl.int64) * s_gh
+    p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
+    p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
+    p_first += i_mask * num_keys
+    p_end += i_mask * num_keys
+    p_list = p_tiles + i_list * (num_key_tiles + 1)
+    p_partial += i_program.to(tl.int64) * (2 * WIDTH + 1)
+    i_near = tl.load(p_counts + i_list * 3)
+    seed = tl.load(p_seed) if DROPOUT else 0
+    o_flat = i_bh.to(tl.int64) * num_rows + o_query
+    b_q = load_tile(p_q, o_wide, o_dim, s_qt, s_qd, num_rows, D, BD, False)
+    b_grad = load_tile(p_grad, o_wide, o_dim, s_gt, s_gd, num_rows, D, BD, False)
+    b_lse = tl.load(p_lse + o_flat, mask=m_row, other=float("inf"))
+    b_delta = tl.load(p_delta + o_flat, mask=m_row, other=0.0)
+
+    # Sheared: column c of row i holds key (c + i) mod BN, so that a column is a diagonal, wrapped round.
+    o_shear = tl.arange(0, BM)[:, None] + tl.arange(0, BN)[None, :]
+    left, right = 0.0, 0.0
+    for i in tl.range(0, i_near):  # pyright: ignore
+        i_key = tl.load(p_list + i)
+        o_key = i_key * BN + tl.arange(0, BN)
+        b_k = load_tile(p_k, o_key.to(tl.int64), o_dim, s_kk, s_kd, num_keys, D, BD, EVEN_K)
+        b_v = load_tile(p_v, o_key.to(tl.int64), o_dim, s_vk, s_vd, num_keys, D, BD, EVEN_K)
+        b_first = tl.load(p_first + o_key, mask=o_key < num_keys, other=0)
+        b_end = tl.load(p_end + o_key, mask=o_key < num_keys, other=0)
+        m_seen = (o_row[:, None] >= b_first[None, :]) & (o_row[:, None] < b_end[None, :])
+        b_bias = bias_tile(p_table, i_h, o_row[:, None], o_key[None, :], s_table, WIDTH)
+        m_keep = True
+        if DROPOUT:
+            m_keep = keep_tile(seed, i_bh, o_row[:, None], o_key[None, :], num_keys, dropout)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
+        _, b_ds, _ = _score_gradient(
+            b_s, b_dp, b_lse[:, None], b_delta[:, None], m_seen, b_bias, m_keep, scale, softcap, dropout,
+            True, SOFTCAP, DROPOUT,
+        )  # fmt: skip
+        b_ds = tl.where(m_row[:, None], b_ds, 0.0)
+        b_sheared = tl.gather(b_ds, o_shear % BN, axis=1)
+        for i_wrap in tl.static_range((BM + BN - 2) // BN + 1):
+            # (BN,) sums of whole or cut diagonals; distance of column c: key c of this tile, less i_wrap tiles
+            b_sum = tl.sum(tl.where(o_shear // BN == i_wrap, b_sheared, 0.0), 0)
+            o_distance = i_key * BN - (row_start + i_tile * BM) + tl.arange(0, BN) - i_wrap * BN
+            left += tl.sum(tl.where(o_distance <= -WIDTH, b_sum, 0.0), 0)
+            right += tl.sum(tl.where(o_distance >= WIDTH, b_sum, 0.0), 0)
+            m_inner = (o_distance > -WIDTH) & (o_distance < WIDTH)
+            p_inner = p_partial + WIDTH + o_distance
+            tl.store(p_inner, tl.load(p_inner, mask=m_inner, other=0.0) + b_sum, mask=m_inner)
+            # Another thread may own this entry in the next step.
+            tl.debug_barrier()
+    if WIDTH > 0:
+        tl.store(p_partial, left)
+        tl.store(p_partial + 2 * WIDTH, right)
+    else:
+        tl.store(p_partial, left + right)

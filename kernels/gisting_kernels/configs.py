@@ -1,0 +1,100 @@
+"""Tile sizes: a committed table, looked up by GPU class, kernel, head size, dtype and mean segment length.
+
+Nothing is timed at run time: the same input on the same card always runs the same code. ``configs.json`` is written by
+``kernels/bench/tune.py`` on a card; rows that no card has timed yet are the seeds from which it starts, and say so
+(``"measured": false``). The environment variable ``GISTING_KERNEL_CONFIG`` forces sizes, for instance
+``forward=128,64,8,3;key=64,64,4,2`` (rows, keys, warps, stages; kernels: forward, query, key, table).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .plan import TileSizes
+
+__all__ = ["CLASSES", "ENVIRONMENT_VARIABLE", "HEAD_SIZES", "KERNELS", "SEGMENTS", "read_table", "tile_sizes"]
+
+KERNELS = ("forward", "query", "key", "table")
+HEAD_SIZES = (64, 128, 256)
+SEGMENTS = ("short", "long")
+# Mean rows per key up to which a segment is short: there most of a large tile would be masked.
+SHORT = 384
+# Compute capability from which a class of the table serves, and the shared memory that its tiles fit in, in bytes.
+CLASSES = {80: 166_912, 90: 232_448}
+ENVIRONMENT_VARIABLE = "GISTING_KERNEL_CONFIG"
+
+
+@functools.cache
+def read_table() -> tuple[dict[str, Any], ...]:
+    """The rows of ``configs.json``."""
+    return tuple(json.loads(Path(__file__).with_name("configs.json").read_text(encoding="utf-8"))["rows"])
+
+
+def tile_sizes(
+    capability: tuple[int, int], head_size: int, bits: int, segment_length: float, *, has_bias: bool
+) -> tuple[TileSizes, TileSizes, TileSizes, TileSizes]:
+    """Sizes of the forward, dQ, dK/dV and table-gradient kernels.
+
+    Args:
+        capability: of the GPU, as ``torch.cuda.get_device_capability`` gives it.
+        head_size: D, at most 256.
+        bits: of an element of q: 16 or 32.
+        segment_length: mean number of rows that see a key, see :func:`~gisting_kernels.plan.mean_segment_length`.
+        has_bias: whether there is a relative bias.
+
+    Raises:
+        ValueError: ``GISTING_KERNEL_CONFIG`` cannot be read.
+    """
+    forced = _forced(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    number = capability[0] * 10 + capability[1]
+    # 8.6, 8.9 and 12.x have less shared memory (99 KiB) than the class that they would fall in: the small tiles fit.
+    is_small = number in (86, 87, 89) or number >= 120
+    arch = 90 if number >= 90 and not is_small else 80
+    wanted = {
+        "arch": arch,
+        "bits": 16 if bits <= 16 else 32,
+        "head_size": next(size for size in HEAD_SIZES if head_size <= size),
+        "segment": "short" if segment_length <= SHORT or is_small else "long",
+        "bias": has_bias,
+    }
+    sizes = []
+    for kernel in KERNELS:
+        row = next(
+            row
+            for row in read_table()
+            if row["kernel"] == kernel and all(row.get(key, value) == value for key, value in wanted.items())
+        )
+        size = forced.get(kernel, TileSizes(*row["tile"]))
+        if is_small and kernel not in forced:
+            size = TileSizes(size.rows, size.keys, size.warps, 1)
+        sizes.append(size)
+    return tuple(sizes)  # pyright: ignore[reportReturnType]
+
+
+def _forced(text: str) -> dict[str, TileSizes]:
+    forced = {}
+    for part in text.replace(" ", "").split(";"):
+        if not part:
+            continue
+        kernel, _, numbers = part.partition("=")
+        values = numbers.split(",")
+        if kernel not in KERNELS or len(values) != 4 or not all(value.isdigit() for value in values):
+            raise ValueError(
+                f"{ENVIRONMENT_VARIABLE}: expected KERNEL=ROWS,KEYS,WARPS,STAGES with a kernel of "
+                f"{', '.join(KERNELS)}, several joined by ';', got {part!r}"
+            )
+        size = TileSizes(*(int(value) for value in values))
+        for name in ("rows", "keys", "warps"):
+            value = getattr(size, name)
+            if value & (value - 1) or (name != "warps" and value < 16) or value < 1:
+                raise ValueError(
+                    f"{ENVIRONMENT_VARIABLE}: {name} must be a power of two (of at least 16), got {part!r}"
+                )
+        if size.stages < 1:
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}: stages must be at least 1, got {part!r}")
+        forced[kernel] = size
+    return forced

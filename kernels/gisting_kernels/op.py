@@ -1,0 +1,503 @@
+"""The operator: interval attention with its gradients, as a torch custom op that runs the Triton kernels.
+
+Place in the flow: plan, forward, backward -> **op** -> the caller. ``torch.ops.gisting.interval_attention`` has a
+schema, shapes for fake tensors and a backward of its own, so ``torch.compile(fullgraph=True)``, ``torch.export`` and
+gradient checkpointing go through it; a selective checkpoint can keep its result (:func:`keep_attention`).
+
+On a machine without a GPU the kernels run under ``TRITON_INTERPRET=1`` (set before the first import of triton), slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from ._ops import add_op_namespace_prefix, ops
+from .configs import tile_sizes
+from .plan import Plan, TileSizes, make_plan, mean_segment_length
+
+__all__ = ["decode_attention", "interval_attention", "is_interpreting", "keep_attention", "plan_tiles", "why_not"]
+
+MAX_HEAD_SIZE = 256
+# Three TF32 products need both operands twice in registers: beyond this size they do not fit.
+MAX_HEAD_SIZE_FLOAT32 = 128
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# In the plan's list of tensors
+_FIRST, _END, _FORWARD, _QUERY, _TABLE, _BOUNDS, _KEY_ORDER = 0, 1, 2, 5, 8, 11, 12
+
+
+def is_interpreting() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not(q: Tensor, v: Tensor, scale: float, *, has_bias: bool) -> str | None:
+    """Why the kernels cannot serve a call, or None: they can. ``has_bias``: whether there is a dense bias."""
+    if q.device.type != "cuda" and not (is_interpreting() and q.device.type == "cpu"):
+        return f"the tensors are on {q.device.type}, not on a CUDA device"
+    if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] < 8:
+        return f"{torch.cuda.get_device_name(q.device)} has no asynchronous copies (compute capability below 8.0)"
+    if q.dtype not in _DTYPES:
+        return f"there is no kernel for {q.dtype}"
+    if q.shape[-1] > MAX_HEAD_SIZE:
+        return f"the head size is {q.shape[-1]}, more than {MAX_HEAD_SIZE}"
+    if q.dtype == torch.float32 and q.shape[-1] > MAX_HEAD_SIZE_FLOAT32:
+        return f"the head size is {q.shape[-1]}, more than {MAX_HEAD_SIZE_FLOAT32} in float32"
+    if v.shape[-1] != q.shape[-1]:
+        return f"the head sizes of q and v differ, {q.shape[-1]} and {v.shape[-1]}"
+    if scale <= 0:
+        return f"the scale is {scale}, not positive"
+    if has_bias:
+        return "there is a dense bias; the kernels take relative_bias"
+    try:
+        import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "triton is not installed (pip install 'gisting[kernels]')"
+    return None
+
+
+def plan_tiles(
+    first: Tensor,
+    end: Tensor,
+    q: Tensor,
+    *,
+    relative_width: int | None = None,
+    segment_length: float | None = None,
+) -> Plan:
+    """The plan for queries like ``q``; one serves every layer of a batch.
+
+    Args:
+        first, end: integer ``(B or 1, K)``: key j is seen by the rows ``first[j] <= i < end[j]``.
+        q: ``(B, H, T, D)``: its device, dtype, head size and T count.
+        relative_width: W of a relative bias ``(H, 2 W + 1)``, if there will be one.
+        segment_length: mean number of rows that see a key. By default it is measured, which reads one number back
+            from the device, where K is large enough to matter; never inside ``torch.compile`` or a CUDA graph.
+    """
+    capability = (8, 0) if q.device.type != "cuda" else torch.cuda.get_device_capability(q.device)
+    num_rows, num_keys = q.shape[2], first.shape[1]
+    if segment_length is None:
+        segment_length = float(num_keys)
+        is_fixed = torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing())
+        if num_keys > 384 and not is_fixed:
+            segment_length = mean_segment_length(first, end, num_rows)
+    has_bias = relative_width is not None
+    sizes = tile_sizes(capability, q.shape[-1], q.element_size() * 8, segment_length, has_bias=has_bias)
+    near = None if relative_width is None else max(relative_width, 1)
+    return make_plan(first, end, num_rows, sizes, near=near)
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    relative_bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """softmax(softcap(scale q k^T) + bias) v over the keys that a row sees. Rows that see nothing give zeros.
+
+    Args:
+        q: ``(B, H, T, D)``, float16, bfloat16 or float32, any strides. Row t stands at ``max(K - T, 0) + t``.
+        k, v: ``(B, G, K, D)``, as q; query head h reads key head ``h // (H // G)``.
+        plan: of :func:`plan_tiles`.
+        relative_bias: ``(H, 2 W + 1)``, floating point: entry ``clamp(j - i, -W, W) + W`` is added to a score. Its
+            gradient is exact and deterministic.
+        scale: positive; ``D ** -0.5`` by default.
+        softcap: scores become ``softcap tanh(score / softcap)``.
+        dropout: probability with which a weight is dropped.
+        seed: int64 ``(1,)`` on the device of q; the same seed drops the same weights. By default drawn from torch's
+            generator of that device.
+        precision: of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or ``"ieee"``. By
+            default tf32x3, or tf32 where ``torch.set_float32_matmul_precision`` allows it.
+
+    Returns:
+        ``(B, H, T, D)`` in the dtype and the memory layout of q.
+
+    Raises:
+        ValueError: the arguments do not fit each other or the kernels.
+    """
+    scale = float(q.shape[-1] ** -0.5) if scale is None else float(scale)
+    _check(q, k, v, plan, relative_bias, scale, softcap, dropout)
+    table, width = None, 0
+    if relative_bias is not None:
+        table = relative_bias.float()
+        if table.shape[1] == 1:
+            table = table.expand(-1, 3)
+        table, width = table.contiguous(), table.shape[1] // 2
+    if dropout > 0 and seed is None:
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
+    if precision is None:
+        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    sizes = [number for size in plan.sizes for number in (size.rows, size.keys, size.warps, size.stages)]
+    softcap = 0.0 if softcap is None else float(softcap)
+    out, _ = ops.interval_attention(
+        q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, sizes, precision
+    )
+    return out
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    *,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """A few query rows against each sequence's own keys and, before them, keys that the whole batch shares.
+
+    The shared keys (a gist prefix) are read once for the batch. Keys are split over programs, heads that read one key
+    head are packed. No gradients.
+
+    Args:
+        q: ``(B, H, T, D)``; row t stands at ``max(K - T, 0) + t`` among the own keys.
+        k, v: ``(B, G, K, D)``, own keys and values; K may be 0.
+        first, end: integer ``(B or 1, K)``: own key j is seen by the rows ``first[j] <= i < end[j]``.
+        prefix_k, prefix_v: ``(1, G, P, D)``, seen by every row, or None.
+        scale, softcap: as for :func:`interval_attention`.
+
+    Returns:
+        ``(B, H, T, D)`` in the dtype and layout of q.
+
+    Raises:
+        ValueError: the arguments do not fit each other or the kernels.
+    """
+    scale = float(q.shape[-1] ** -0.5) if scale is None else float(scale)
+    reason = why_not(q, v, scale, has_bias=False)
+    if reason is not None:
+        raise ValueError(f"the kernels cannot serve this call: {reason}")
+    if (prefix_k is None) != (prefix_v is None):
+        raise ValueError("prefix_k and prefix_v must be given together")
+    shape = (k.shape[1], q.shape[3])
+    for name, tensor in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        batch = 1 if name.startswith("prefix") else q.shape[0]
+        if tensor is None:
+            continue
+        if tensor.dtype != q.dtype or tensor.shape[0] != batch or (tensor.shape[1], tensor.shape[3]) != shape:
+            raise ValueError(
+                f"{name} must be {q.dtype} of shape ({batch}, {shape[0]}, any, {shape[1]}), got {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
+            )
+    if v.shape != k.shape or (prefix_v is not None and prefix_k is not None and prefix_v.shape != prefix_k.shape):
+        raise ValueError("keys and values must agree in length")
+    if q.shape[1] % k.shape[1] or first.shape != end.shape or first.shape[1] != k.shape[2]:
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, first {tuple(first.shape)}")
+    return ops.decode_attention(
+        q, k, v, first.to(torch.int32).contiguous(), end.to(torch.int32).contiguous(), prefix_k, prefix_v, scale,
+        0.0 if softcap is None else float(softcap),
+    )  # fmt: skip
+
+
+def keep_attention() -> Any:
+    """A ``context_fn`` for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`` that keeps the attention.
+
+    Everything else is computed again in the backward; the result of attention, the dearest thing to make again and
+    among the cheapest to keep, is not.
+    """
+    return create_selective_checkpoint_contexts(_keep_policy)
+
+
+def _keep_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_attention = op == ops.interval_attention.default
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    relative_bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+) -> None:
+    reason = why_not(q, v, scale, has_bias=False)
+    if reason is not None:
+        raise ValueError(f"the kernels cannot serve this call: {reason}")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    batch, heads, rows, size = q.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1]:
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if plan.num_rows != rows or plan.num_keys != k.shape[2] or plan.first.shape[0] not in (1, batch):
+        raise ValueError(
+            f"plan is for {plan.first.shape[0]} sequences of {plan.num_rows} rows and {plan.num_keys} keys, q and k "
+            f"have {batch} of {rows} and {k.shape[2]}; plan again"
+        )
+    width = None if relative_bias is None else max(relative_bias.shape[1] // 2, 1)
+    if plan.near != width:
+        raise ValueError(f"plan was made for a relative bias of width {plan.near}, got one of {width}; plan again")
+    if relative_bias is not None and (relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 == 0):
+        raise ValueError(f"relative_bias must have shape ({heads}, 2 W + 1), got {tuple(relative_bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+# -- the custom op -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("interval_attention"), mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Sequence[Tensor],
+    table: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout: float,
+    width: int,
+    sizes: Sequence[int],
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """The result, and the log-sum-exp in base 2, float32 ``(B, H, T)``."""
+    from .forward import forward_kernel
+
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    if k.shape[2] == 0:
+        return out.zero_(), lse.fill_(float("inf"))
+    if _must_upcast(q):
+        wide, lse = _forward_op(
+            q.float(), k.float(), v.float(), plan, table, seed, scale, softcap, dropout, width, sizes, precision
+        )
+        return out.copy_(wide), lse
+    launch = _Launch(q, k, v, plan, table, seed, scale, softcap, dropout, width, precision)
+    size = TileSizes(*sizes[0:4])
+    tiles, counts, order = plan[_FORWARD : _FORWARD + 3]
+    num_tiles = counts.shape[1]
+    launch(forward_kernel, num_tiles * q.shape[0] * q.shape[1], size)(
+        q, k, v, out, lse, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
+        *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+        *launch.numbers(num_tiles, tiles.shape[2] - 1), GROUP=launch.group, BIAS=launch.has_bias,
+        SOFTCAP=softcap > 0, DROPOUT=dropout > 0, D=q.shape[3], BD=launch.padded, BM=size.rows, BN=size.keys,
+        EVEN_K=k.shape[2] % size.keys == 0, PRECISION=launch.precision,
+    )  # fmt: skip
+    return out, lse
+
+
+@_forward_op.register_fake
+def _(q, k, v, plan, table, seed, scale, softcap, dropout, width, sizes, precision):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("interval_attention_backward"), mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Sequence[Tensor],
+    table: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout: float,
+    width: int,
+    sizes: Sequence[int],
+    precision: str,
+    needs_table: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the table, float32 ``(H, 2 W + 1)`` (empty unless ``needs_table``)."""
+    from .backward import delta_kernel, key_kernel, query_kernel, table_kernel
+
+    heads = q.shape[1]
+    d_table = torch.zeros((heads, 2 * width + 1) if needs_table else (0, 0), dtype=torch.float32, device=q.device)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), d_table
+    if _must_upcast(q):
+        wide = _backward_op(
+            grad.float(), q.float(), k.float(), v.float(), out.float(), lse, plan, table, seed, scale, softcap, dropout,
+            width, sizes, precision, needs_table,
+        )  # fmt: skip
+        return dq.copy_(wide[0]), dk.copy_(wide[1]), dv.copy_(wide[2]), wide[3]
+
+    launch = _Launch(q, k, v, plan, table, seed, scale, softcap, dropout, width, precision)
+    num_keys = k.shape[2]
+    delta = torch.empty_like(lse)
+    rows = 64
+    num_tiles = -(-q.shape[2] // rows)
+    launch(delta_kernel, num_tiles * q.shape[0] * heads, TileSizes(rows, 16, 4, 1))(
+        out, grad, delta, *out.stride(), *grad.stride(), heads, q.shape[2], num_tiles,
+        D=q.shape[3], BD=launch.padded, BM=rows,
+    )  # fmt: skip
+
+    shared: dict[str, Any] = {
+        "GROUP": launch.group, "SOFTCAP": softcap > 0, "DROPOUT": dropout > 0, "D": q.shape[3], "BD": launch.padded,
+        "PRECISION": launch.precision,
+    }  # fmt: skip
+    size = TileSizes(*sizes[8:12])
+    bounds, order = plan[_BOUNDS], plan[_KEY_ORDER]
+    num_tiles = bounds.shape[1]
+    launch(key_kernel, num_tiles * k.shape[0] * k.shape[1], size)(
+        q, k, v, grad, lse, delta, dk, dv, plan[_FIRST], plan[_END], bounds, order, launch.table, launch.seed,
+        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(), *dv.stride(),
+        *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, **shared,
+    )  # fmt: skip
+
+    size = TileSizes(*sizes[4:8])
+    tiles, counts, order = plan[_QUERY : _QUERY + 3]
+    num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
+    far = torch.empty((*lse.shape, 2) if needs_table else (1,), dtype=torch.float32, device=q.device)
+    launch(query_kernel, num_tiles * q.shape[0] * heads, size)(
+        q, k, v, grad, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
+        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dq.stride(),
+        *launch.numbers(num_tiles, num_key_tiles), BIAS=launch.has_bias, TABLE_GRADIENT=needs_table,
+        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, **shared,
+    )  # fmt: skip
+    if needs_table:
+        size = TileSizes(*sizes[12:16])
+        tiles, counts, _ = plan[_TABLE : _TABLE + 3]
+        num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
+        partial = torch.zeros((*q.shape[:2], num_tiles, 2 * width + 1), dtype=torch.float32, device=q.device)
+        launch(table_kernel, num_tiles * q.shape[0] * heads, size)(
+            q, k, v, grad, lse, delta, partial, plan[_FIRST], plan[_END], tiles, counts, launch.table, launch.seed,
+            *q.stride(), *k.stride(), *v.stride(), *grad.stride(),
+            *launch.numbers(num_tiles, num_key_tiles), BM=size.rows, BN=size.keys,
+            EVEN_K=num_keys % size.keys == 0, **shared,
+        )  # fmt: skip
+        d_table = partial.sum((0, 2))
+        sides = far.sum((0, 2))
+        d_table[:, 0] += sides[:, 0]
+        d_table[:, -1] += sides[:, 1]
+    return dq, dk, dv, d_table
+
+
+@_backward_op.register_fake
+def _(grad, q, k, v, out, lse, plan, table, seed, scale, softcap, dropout, width, sizes, precision, needs_table):  # type: ignore[no-untyped-def]
+    shape = (q.shape[1], 2 * width + 1) if needs_table else (0, 0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, plan, table, seed, *ctx.numbers = inputs
+    ctx.num_plan = len(plan)
+    ctx.has_table = table is not None
+    ctx.has_seed = seed is not None
+    ctx.save_for_backward(q, k, v, *output, *plan, *(tensor for tensor in (table, seed) if tensor is not None))
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    q, k, v, out, lse, *rest = ctx.saved_tensors
+    plan, rest = list(rest[: ctx.num_plan]), rest[ctx.num_plan :]
+    table = rest[0] if ctx.has_table else None
+    seed = rest[-1] if ctx.has_seed else None
+    needs_table = ctx.has_table and ctx.needs_input_grad[4]
+    dq, dk, dv, d_table = ops.interval_attention_backward(
+        grad, q, k, v, out, lse, plan, table, seed, *ctx.numbers, needs_table
+    )
+    return dq, dk, dv, [None] * ctx.num_plan, d_table if needs_table else None, None, *[None] * len(ctx.numbers)
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("decode_attention"), mutates_args=())
+def _decode_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    from .decode import run_decode
+
+    precision = "ieee"
+    if q.dtype == torch.float32:
+        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if _must_upcast(q):
+        wide = [None if tensor is None else tensor.float() for tensor in (q, k, v, prefix_k, prefix_v)]
+        out = _decode_op(*wide[:3], first, end, *wide[3:], scale, softcap)  # pyright: ignore[reportArgumentType]
+        return torch.empty_like(q).copy_(out)
+    if q.device.type != "cuda":
+        return run_decode(q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, 4)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    with torch.cuda.device(q.device):
+        return run_decode(q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, processors)
+
+
+@_decode_op.register_fake
+def _(q, k, v, first, end, prefix_k, prefix_v, scale, softcap):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q)
+
+
+def _must_upcast(q: Tensor) -> bool:
+    """The interpreter multiplies the bit patterns of bfloat16 (Triton 3.9), and rounds to it by cutting off."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+class _Launch:
+    """What every kernel of a call is launched with."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Sequence[Tensor],
+        table: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        softcap: float,
+        dropout: float,
+        width: int,
+        precision: str,
+    ) -> None:
+        self.group = q.shape[1] // k.shape[1]
+        self.has_bias = table is not None
+        # Never read where there is none; any tensor on the device will do.
+        self.table = plan[_FIRST] if table is None else table
+        self.seed = plan[_FIRST] if seed is None else seed
+        self.padded = max(16, 1 << (q.shape[3] - 1).bit_length())
+        self.precision = precision if q.dtype == torch.float32 else "ieee"
+        self.device = q.device
+        self._mask_stride = 0 if plan[_FIRST].shape[0] == 1 else 1
+        self._table_stride = 2 * width + 1
+        self._counts = (q.shape[1], q.shape[2], k.shape[2], max(k.shape[2] - q.shape[2], 0))
+        self._scalars = (scale, softcap, dropout, width)
+
+    def numbers(self, *tiles: int) -> tuple[float, ...]:
+        """The scalar arguments, in the order in which every kernel takes them."""
+        return (self._mask_stride, self._table_stride, *self._counts, *tiles, *self._scalars)
+
+    def __call__(self, kernel: Any, num_programs: int, size: TileSizes) -> Any:
+        launch = functools.partial(
+            kernel[(num_programs,)], num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True
+        )
+        if self.device.type != "cuda":
+            return launch
+
+        def on_device(*args: Any, **kwargs: Any) -> None:
+            with torch.cuda.device(self.device):
+                launch(*args, **kwargs)
+
+        return on_device

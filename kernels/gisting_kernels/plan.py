@@ -1,0 +1,247 @@
+"""Which tiles an interval mask touches, computed once per batch and read by every kernel of every layer.
+
+Place in the flow: first/end (from the caller) -> **plan** -> kernels. Torch operations, no loop over tiles, no tensor
+of N x N elements; on a GPU the kernels of ``plan_kernels.py`` give the same in a handful of launches. All that is
+needed of a tile of keys is four numbers over its *live* keys (those that anybody sees): the smallest and largest
+``first``, the smallest and largest ``end``. With rows ``r0 <= i < r1``:
+
+    visible   min first < r1  and  max end > r0        some row may see some key (conservative: perhaps none does)
+    full      max first <= r0 and  min end >= r1       every row sees every key, none of them dead: no mask test
+
+An example: 8 rows and keys in tiles of 2 x 2, prompt ``a b c``, gist ``G``, completion ``d e f g``:
+
+            a b  c G  d e  f g
+      a b   P    .    .    .         P  partial: loaded, masked
+      c G   F    P    .    .         F  full: loaded, no mask test
+      d e   .    P    P    .         .  neither loaded nor looked at
+      f g   .    P    F    P         (c is not seen by d and later, so its tile is never full below)
+
+Forward and dQ walk a list of key tiles per tile of rows. dK/dV walks rows per tile of keys, and there an interval needs
+no list: the rows that see any key of the tile lie between two bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = [
+    "Plan",
+    "RowRanges",
+    "TileLists",
+    "TileSizes",
+    "list_tiles",
+    "make_plan",
+    "mean_segment_length",
+    "range_rows",
+]
+
+_INT_MAX = torch.iinfo(torch.int32).max
+
+
+@dataclass(frozen=True)
+class TileSizes:
+    """A kernel's configuration: the shape of a tile, and how Triton is to compile it."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and keys."""
+        return self.rows, self.keys
+
+
+@dataclass(frozen=True)
+class TileLists:
+    """Per tile of rows, the key tiles to walk: first those near the diagonal, then partial, then full ones.
+
+    Args:
+        tiles: int32 ``(B, row tiles, key tiles + 1)``, indices of key tiles. One longer than needed, for the kernel
+            loads the next index before it works on this one.
+        counts: int32 ``(B, row tiles, 3)``: where near, partial and full ones end in the list.
+        order: int32 ``(B, row tiles)``, row tiles by length of their list, longest first.
+    """
+
+    tiles: Tensor
+    counts: Tensor
+    order: Tensor
+
+
+@dataclass(frozen=True)
+class RowRanges:
+    """Per tile of keys, the rows that see any of them.
+
+    Args:
+        bounds: int32 ``(B, key tiles, 2)``: the half-open range of row tiles.
+        order: int32 ``(B, key tiles)``, key tiles by number of row tiles, longest first.
+    """
+
+    bounds: Tensor
+    order: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the kernels need to know about the intervals of a batch; B is 1 where one mask serves every sequence.
+
+    Args:
+        first, end: int32 ``(B, K)``, contiguous.
+        forward, backward_query, backward_table: lists for the forward, dQ and table-gradient kernels.
+        backward_key: ranges for the dK/dV kernel.
+        num_rows: T; query row t stands at ``max(K - T, 0) + t``.
+        near: W, the distance from which a relative bias is constant, or None where there is none.
+        sizes: tile sizes of the forward, dQ, dK/dV and table-gradient kernels.
+    """
+
+    first: Tensor
+    end: Tensor
+    forward: TileLists
+    backward_query: TileLists
+    backward_table: TileLists
+    backward_key: RowRanges
+    num_rows: int
+    near: int | None
+    sizes: tuple[TileSizes, TileSizes, TileSizes, TileSizes]
+
+    @property
+    def num_keys(self) -> int:
+        """K."""
+        return self.first.shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in the order in which the custom op takes them."""
+        lists = (self.forward, self.backward_query, self.backward_table)
+        return [
+            self.first,
+            self.end,
+            *(tensor for part in lists for tensor in (part.tiles, part.counts, part.order)),
+            self.backward_key.bounds,
+            self.backward_key.order,
+        ]
+
+
+def make_plan(
+    first: Tensor,
+    end: Tensor,
+    num_rows: int,
+    sizes: tuple[TileSizes, TileSizes, TileSizes, TileSizes],
+    *,
+    near: int | None = None,
+) -> Plan:
+    """Plan the tiles of ``first[j] <= i < end[j]``.
+
+    Args:
+        first, end: integer ``(B, K)``.
+        num_rows: T.
+        sizes: of the forward, dQ, dK/dV and table-gradient kernels.
+        near: W of a relative bias ``(H, 2 W + 1)``; key tiles with some ``|j - i| < W`` are then listed apart.
+
+    Returns:
+        The plan, on the device of ``first``.
+    """
+    first, end = first.to(torch.int32).contiguous(), end.to(torch.int32).contiguous()
+    start = max(first.shape[1] - num_rows, 0)
+    lists: dict[tuple[int, int], TileLists] = {}
+    forward, query, key, table = sizes
+    # Without a bias nothing walks the lists of the table gradient.
+    table = query if near is None else table
+    for size in (forward, query, table):
+        if size.shape not in lists:
+            lists[size.shape] = list_tiles(first, end, num_rows, start, size.shape, near)
+    return Plan(
+        first,
+        end,
+        lists[forward.shape],
+        lists[query.shape],
+        lists[table.shape],
+        range_rows(first, end, num_rows, start, key.shape),
+        num_rows,
+        near,
+        sizes,
+    )
+
+
+def list_tiles(
+    first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int], near: int | None = None
+) -> TileLists:
+    """The lists for tiles of ``size`` (rows, keys); rows stand at ``start .. start + num_rows - 1``."""
+    if _is_fused(first, num_rows):
+        from .plan_kernels import list_tiles_fused
+
+        return TileLists(*list_tiles_fused(first.contiguous(), end.contiguous(), num_rows, start, size, near))
+    tile_rows, tile_keys = size
+    device = first.device
+    first_min, first_max, end_min, end_max = _bounds(first, end, tile_keys)
+    num_tiles = first_min.shape[1]
+    row_first = start + torch.arange(0, num_rows, tile_rows, dtype=torch.int32, device=device)
+    row_end = (row_first + tile_rows).clamp(max=start + num_rows)
+    r0, r1 = row_first[:, None], row_end[:, None]  # (row tiles, 1), against (B, 1, key tiles)
+    is_visible = (first_min[:, None] < r1) & (end_max[:, None] > r0)
+    is_full = (first_max[:, None] <= r0) & (end_min[:, None] >= r1)
+    kind = torch.where(is_full, 2, 1)
+    if near is not None:
+        key_first = torch.arange(num_tiles, dtype=torch.int32, device=device) * tile_keys
+        # Distances j - i of the whole tile, rows beyond the last among them: what the kernel computes must be exact.
+        lowest = key_first - (r0 + tile_rows - 1)
+        highest = key_first + (tile_keys - 1) - r0
+        kind = torch.where((lowest < near) & (highest > -near), 0, kind)
+    kind = torch.where(is_visible, kind, 3)
+    tiles = pad(kind.sort(dim=-1, stable=True).indices.to(torch.int32), (0, 1))
+    counts = torch.stack([(kind <= last).sum(-1) for last in range(3)], dim=-1).to(torch.int32)
+    return TileLists(tiles.contiguous(), counts.contiguous(), _longest_first(counts[..., 2]))
+
+
+def range_rows(first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int]) -> RowRanges:
+    """The ranges for tiles of ``size`` (rows, keys)."""
+    if _is_fused(first, num_rows):
+        from .plan_kernels import range_rows_fused
+
+        return RowRanges(*range_rows_fused(first.contiguous(), end.contiguous(), num_rows, start, size))
+    tile_rows, tile_keys = size
+    first_min, _, _, end_max = _bounds(first, end, tile_keys)
+    low = (first_min.clamp(start, start + num_rows) - start) // tile_rows
+    high = ((end_max.clamp(start, start + num_rows) - start) + tile_rows - 1) // tile_rows
+    is_seen = (end_max > start) & (first_min < start + num_rows)
+    bounds = torch.stack([torch.where(is_seen, low, 0), torch.where(is_seen, high, 0)], dim=-1).to(torch.int32)
+    return RowRanges(bounds.contiguous(), _longest_first(bounds[..., 1] - bounds[..., 0]))
+
+
+def _is_fused(first: Tensor, num_rows: int) -> bool:
+    """Triton on a GPU; inside ``torch.compile`` torch operations, which the compiler fuses itself."""
+    return first.is_cuda and first.numel() > 0 and num_rows > 0 and not torch.compiler.is_compiling()
+
+
+def _bounds(first: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Smallest and largest first, smallest and largest end of the live keys of each tile, each ``(B, key tiles)``.
+
+    A dead key counts as "first = infinity, end = 0" where that forbids the tile to be full, and not at all where it
+    would make the tile visible. Keys beyond the last are dead.
+    """
+    num_keys = first.shape[1]
+    missing = -num_keys % size
+    is_live = end > first
+    first = pad(torch.where(is_live, first, _INT_MAX), (0, missing), value=_INT_MAX)
+    end = pad(torch.where(is_live, end, 0), (0, missing), value=0)
+    first, end = first.view(first.shape[0], -1, size), end.view(end.shape[0], -1, size)
+    return first.amin(-1), first.amax(-1), end.amin(-1), end.amax(-1)
+
+
+def _longest_first(length: Tensor) -> Tensor:
+    return length.sort(dim=-1, descending=True, stable=True).indices.to(torch.int32).contiguous()
+
+
+def mean_segment_length(first: Tensor, end: Tensor, num_rows: int) -> float:
+    """How many rows see a key, averaged over the keys that anybody sees: what tile sizes are chosen by.
+
+    Reads one number back from the device.
+    """
+    start = max(first.shape[1] - num_rows, 0)
+    seen = (end.clamp(max=start + num_rows) - first.clamp(min=start)).clamp(min=0)
+    total = torch.stack([seen.sum(dtype=torch.float32), (seen > 0).sum(dtype=torch.float32)]).tolist()
+    return total[0] / max(total[1], 1.0)

@@ -1,0 +1,556 @@
+"""The benchmark and the tuner, as far as a CPU goes: cases, counts, rows, files, and both once through at sizes that
+mean nothing (``--smoke``), so that the code is known to run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gisting import visibility as vis
+from gisting.visibility import Visibility
+from gisting_kernels import TileSizes, list_tiles
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "kernels" / "bench"
+SCRIPTS = ("clocks", "workload", "report", "step", "attention", "tune")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[SimpleNamespace]:
+    """The scripts as modules, for as long as this file runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        for name in SCRIPTS:
+            patch.delitem(sys.modules, name, raising=False)
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in SCRIPTS})
+        for name in SCRIPTS:
+            del sys.modules[name]
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCH / script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "200",
+            **environment,
+        },
+    )
+
+
+# -- cases -------------------------------------------------------------------------------------------------------------
+
+
+def test_cases_have_names_of_their_own_and_fill_a_batch(bench: SimpleNamespace) -> None:
+    cases = bench.workload.all_cases()
+    assert len({case.name for case in cases}) == len(cases)
+    assert {
+        (case.share, case.num_rows) for case in cases if case.name.startswith("gist/") and case.head_size == 128
+    } == {(share, 512 << step) for share in (25, 50, 90) for step in range(7)}
+    for case in cases:
+        assert case.batch * case.num_rows == max(16_384, case.num_rows), case.name
+        assert case.heads % case.groups == 0, case.name
+    assert {(case.heads, case.groups) for case in cases} == {(32, 8), (32, 32), (16, 16)}
+    assert {case.name for case in cases} >= set(bench.workload.QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"pattern": "t5/*"}, ["t5/512", "t5/2048"]),
+        ({"quick": True, "pattern": "gist/*"}, ["gist/50%/2048", "gist/50%/8192"]),
+        ({"pattern": "nothing"}, []),
+    ],
+)
+def test_chosen_cases(bench: SimpleNamespace, options: dict[str, Any], names: list[str]) -> None:
+    assert [case.name for case in bench.workload.chosen_cases(**options)] == names
+
+
+DRAWN = {
+    "gist": """
+      a b c G d e f g
+    a 1 . . . . . . .
+    b 1 1 . . . . . .
+    c 1 1 1 . . . . .
+    G 1 1 1 1 . . . .
+    d . . . 1 1 . . .
+    e . . . 1 1 1 . .
+    f . . . 1 1 1 1 .
+    g . . . 1 1 1 1 1""",
+    "shared-gist": """
+      a b c G d e f g
+    a 1 . . . . . . .
+    b 1 1 . . . . . .
+    c 1 1 1 . . . . .
+    G 1 1 1 1 . . . .
+    d . . . 1 1 . . .
+    e . . . 1 1 1 . .
+    f . . . 1 . . 1 .
+    g . . . 1 . . 1 1""",
+    "shared-causal": """
+      a b c G d e f g
+    a 1 . . . . . . .
+    b 1 1 . . . . . .
+    c 1 1 1 . . . . .
+    G 1 1 1 1 . . . .
+    d 1 1 1 1 1 . . .
+    e 1 1 1 1 1 1 . .
+    f 1 1 1 1 . . 1 .
+    g 1 1 1 1 . . 1 1""",
+    "encoder": """
+      a b c G d e f g
+    a 1 1 1 1 . . . .
+    b 1 1 1 1 . . . .
+    c 1 1 1 1 . . . .
+    G 1 1 1 1 . . . .
+    d . . . 1 1 1 1 1
+    e . . . 1 1 1 1 1
+    f . . . 1 1 1 1 1
+    g . . . 1 1 1 1 1""",
+}
+
+
+@pytest.mark.parametrize("mask", DRAWN)
+def test_masks_are_those_drawn(bench: SimpleNamespace, mask: str) -> None:
+    case = bench.workload.Case(mask, mask, 8, 2, share=40, num_gist=1, num_branches=2)
+    visibility = bench.workload.visibility_of(case, CPU)
+    assert visibility.batch_size == 2
+    for row in range(2):
+        drawn = visibility.draw(list("abcGdefg"), row)
+        assert drawn.split() == DRAWN[mask].split()
+
+
+def test_packed_documents(bench: SimpleNamespace) -> None:
+    case = next(case for case in bench.workload.all_cases() if case.name == "packed/8192/d128")
+    documents, is_gist = bench.workload._pack(case)
+    again, _ = bench.workload._pack(case)
+    assert torch.equal(documents, again)
+    assert not torch.equal(documents[0], documents[1])
+    for row in range(case.batch):
+        numbers, lengths = documents[row].unique_consecutive(return_counts=True)
+        assert numbers.tolist() == list(range(len(numbers)))
+        assert lengths[:-1].min() >= 64
+        assert lengths.max() <= 512
+        start = 0
+        for length in lengths[:-1].tolist():
+            gists = (is_gist[row, start : start + length].nonzero().flatten()).tolist()
+            assert gists == list(range(length // 2, length // 2 + 8))
+            start += length
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+
+def test_visible_pairs_are_those_of_the_dense_mask(bench: SimpleNamespace) -> None:
+    for case in bench.workload.smoke_cases():
+        visibility = bench.workload.visibility_of(replace(case, batch=2), CPU)
+        assert bench.workload.visible_pairs(visibility, 64) == visibility.to_dense().sum()
+        assert bench.workload.visible_pairs(visibility, 20) == visibility.to_dense(20).sum()
+
+
+def test_visited_pairs(bench: SimpleNamespace) -> None:
+    """Causal, 8 rows in tiles of 2 x 2: 1 + 2 + 3 + 4 tiles of 4 pairs."""
+    visibility = vis.causal(torch.ones(1, 8))
+    lists = list_tiles(visibility.first, visibility.end, 8, 0, (2, 2))
+    assert bench.workload.visited_pairs(lists.counts, (2, 2)) == 40
+    assert bench.workload.visible_pairs(visibility, 8) == 36
+
+
+def test_flops(bench: SimpleNamespace) -> None:
+    """Two products forward, of 2 D FLOPs a pair and head each; five backward."""
+    case = bench.workload.Case("a", "gist", 8, 1, heads=32, groups=8, head_size=128)
+    assert bench.workload.flops(case, 36, "forward") == 2 * 2 * 128 * 32 * 36
+    assert bench.workload.flops(case, 36, "both") == 7 * 2 * 128 * 32 * 36
+
+
+def test_dense_masks_that_would_not_fit_are_skipped(bench: SimpleNamespace) -> None:
+    case = bench.workload.Case("a", "gist", 1000, 2, head_size=64)
+    assert bench.workload.dense_bytes(case) == 6_000_000
+    assert bench.attention.why_skip("sdpa", case, 12_000_000) is None
+    assert bench.attention.why_skip("sdpa", case, 11_000_000_000) is None
+    assert bench.attention.why_skip("sdpa", replace(case, num_rows=100_000), 11_000_000_000) == (
+        "the dense mask would take 60.0 GB, 11.0 GB are free"
+    )
+    assert bench.attention.why_skip("flex", replace(case, num_rows=100_000), 1) is None
+    assert bench.attention.why_skip("sdpa", replace(case, num_rows=100_000), None) is None
+    biased = replace(case, heads=4, groups=4, width=9)
+    assert bench.workload.dense_bytes(biased) == 34_000_000
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", ["gist", "encoder"])
+def test_faults_are_found_in_outputs_and_gradients(bench: SimpleNamespace, mask: str, dtype: torch.dtype) -> None:
+    width = 5 if mask == "encoder" else None
+    case = bench.workload.Case(mask, mask, 41, 2, 4, 4 if width else 2, 16, num_gist=2, width=width)
+    visibility = bench.workload.visibility_of(case, CPU)
+    given = bench.workload.make_inputs(case, CPU, dtype)
+    right = bench.workload.plain(visibility)
+    assert bench.workload.faults_of(right, given, visibility) == []
+    late = bench.workload.plain(Visibility(visibility.first, visibility.end.clamp(max=30)))
+    faults = bench.workload.faults_of(late, given, visibility)
+    names = ["out", "dq", "dk", "dv", *(["dtable"] if width else [])]
+    assert [fault.partition(":")[0] for fault in faults] == names
+
+    def not_a_number(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
+        return right(q, k, v, table) * torch.where(torch.arange(41) == 7, torch.nan, 1.0)[:, None].to(dtype)
+
+    assert bench.workload.faults_of(not_a_number, given, visibility)[0].startswith("out: error nan")
+
+
+def test_nothing_is_timed_on_a_red_gate(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # what --smoke sets, undone after the test
+    monkeypatch.setattr(bench.attention, "gate", lambda *args, **kwargs: ["gist/1001: dk: error 1, allowed 0"])
+    monkeypatch.delattr(bench.attention, "matrix_rate")
+    path = tmp_path / "rows.jsonl"
+    assert bench.attention.main(["--smoke", "--output", str(path)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "wrong: gist/1001: dk: error 1, allowed 0",
+        "the gate is red: nothing was timed",
+    ]
+    assert not path.exists()
+
+
+def test_gate_covers_what_is_timed(bench: SimpleNamespace) -> None:
+    cases = bench.attention.gate_cases(is_smoke=False)
+    assert {case.head_size for case in cases} == {case.head_size for case in bench.workload.all_cases()}
+    # dk and dv of every group size, a bias and none, lengths of no tile
+    assert {case.heads // case.groups for case in cases} == {1, 2, 4}
+    assert {case.width is None for case in cases} == {True, False}
+    assert all(case.num_rows % 16 for case in cases)
+
+
+OUT = torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "failed"),
+    [
+        pytest.param({"triton": OUT, "flex": OUT, "sdpa": OUT}, [], id="agree"),
+        pytest.param({"triton": OUT, "flex": OUT, "sdpa": OUT + 1}, ["sdpa"], id="one-peer"),
+        pytest.param({"triton": OUT, "flex": OUT + 1, "sdpa": OUT + 1}, ["flex", "sdpa", "triton"], id="ours"),
+        pytest.param({"triton": OUT, "flex": OUT * torch.nan, "sdpa": OUT}, ["flex"], id="nan"),
+        pytest.param({"triton": OUT, "flash": OUT + 1}, [], id="flash-answers-another-question"),
+        pytest.param({"flex": OUT, "sdpa": OUT + 1}, [], id="without-ours"),
+    ],
+)
+def test_disagreements(bench: SimpleNamespace, outputs: dict[str, Tensor], failed: list[str]) -> None:
+    outputs = {name: tensor.to(torch.bfloat16) for name, tensor in outputs.items()}
+    assert sorted(bench.attention.disagreements(outputs)) == failed
+
+
+# -- clocks and rows ---------------------------------------------------------------------------------------------------
+
+
+def test_implementations_take_turns(bench: SimpleNamespace) -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = bench.clocks.time_alternating(runs, CPU, repeats=3, warmup=1)
+    assert "".join(order) == "abababab"
+    assert [len(times[name]) for name in "ab"] == [3, 3]
+    assert bench.clocks.wall_ms(lambda: order.append("c"), CPU, repeats=2, warmup=1) >= 0
+    assert order.count("c") == 3
+
+
+def test_spread(bench: SimpleNamespace) -> None:
+    assert bench.clocks.spread([4.0]) == (4.0, 4.0, 4.0)
+    low, median, high = bench.clocks.spread([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (low, median, high) == (1.5, 3.0, 4.5)
+
+
+def measured(
+    bench: SimpleNamespace, name: str = "triton", case: str = "gist/50%/512", ms: float = 2.0
+) -> dict[str, Any]:
+    """A row of a case of 10^9 FLOPs forward."""
+    size = bench.workload.Case(case, case.partition("/")[0], 512, 1, heads=1, groups=1, head_size=250)
+    prepared = bench.attention.Prepared(lambda *args: args[0], None, 1_000_000, {"plan_ms": 0.5})
+    times = {"forward": [ms] * 3, "both": [4 * ms] * 3}
+    row = bench.attention.measured_row(size, name, prepared, times, 100.0)
+    return row | {"device": "card", "torch": "2", "triton": "3", "commit": "abc"}
+
+
+def test_measured_row(bench: SimpleNamespace) -> None:
+    row = measured(bench)
+    assert row["forward_tflops"] == pytest.approx(1e9 / 2e-3 / 1e12)
+    assert row["forward_share"] == pytest.approx(0.005)
+    assert row["both_tflops"] == pytest.approx(3.5e9 / 8e-3 / 1e12)
+    assert (row["both_ms_low"], row["both_ms"], row["both_ms_high"], row["num_repeats"]) == (8.0, 8.0, 8.0, 3)
+    assert (row["status"], row["plan_ms"], row["visible_pairs"], row["rows"]) == ("measured", 0.5, 1_000_000, 512)
+
+
+def test_rows_of_the_same_case_and_device_are_replaced(bench: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.jsonl"
+    ours, peer = measured(bench), measured(bench, "flex", ms=3.0)
+    other = {**ours, "device": "other card"}
+    bench.report.write_rows(path, [ours, peer, other])
+    bench.report.write_rows(path, [{**ours, "forward_ms": 1.0}])
+    assert bench.report.read_rows(path) == [{**ours, "forward_ms": 1.0}, peer, other]
+    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_table_and_lines(bench: SimpleNamespace) -> None:
+    from rich.console import Console
+
+    failed = {"case": "t5/512", "implementation": "flex", "status": "failed", "reason": "NYI"}
+    rows = [measured(bench), measured(bench, "flex", ms=3.0), failed]
+    console = Console(width=200, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    console.print(bench.report.table_of(rows))
+    text = console.export_text()
+    assert "1.50 | 1.50" in text  # flex takes half as long again
+    assert "failed" in text
+    assert bench.report.line_of(failed) == "t5/512 flex: failed, NYI"
+    assert bench.report.line_of(rows[0]) == "gist/50%/512 triton: forward 2.000 ms, both 8.000 ms, plan 0.500 ms"
+
+
+def test_picture(bench: SimpleNamespace, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'gisting[eval]'")
+    rows = [
+        measured(bench, name, case) for name in bench.report.IMPLEMENTATIONS for case in ("gist/50%/512", "packed/a")
+    ]
+    rows += [{"case": "t5/512", "mask": "encoder", "implementation": "flex", "status": "failed", "reason": "NYI"}]
+    bench.report.draw(rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_step_row(bench: SimpleNamespace) -> None:
+    row = bench.step.step_row("flex", [1.0, 2.0, 3.0], 7, None)
+    assert (row["status"], row["step_ms"], row["peak_bytes"], row["num_repeats"]) == ("measured", 2.0, 7, 3)
+    assert bench.step.step_row("flex", [], None, "OutOfMemoryError: ") == {
+        "implementation": "flex",
+        "status": "failed",
+        "reason": "OutOfMemoryError: ",
+    }
+
+
+@pytest.mark.parametrize(
+    ("gradients", "differ"),
+    [
+        ({"triton": OUT, "flex": OUT * 1.1, "sdpa": OUT}, []),
+        ({"triton": OUT, "flex": OUT * 1.3, "sdpa": OUT * torch.nan}, ["flex", "sdpa"]),
+        ({"flex": OUT, "sdpa": OUT + 1}, []),
+    ],
+)
+def test_gradients_of_a_step_that_differ(
+    bench: SimpleNamespace, gradients: dict[str, Tensor], differ: list[str]
+) -> None:
+    assert sorted(bench.step.differing(gradients)) == differ
+
+
+def test_a_step_with_another_mask_is_told(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test for the check: "triton" sees everything before it, gist or not."""
+    api = importlib.import_module("gisting.attention.api")
+    monkeypatch.setattr(
+        api, "_triton_attention", lambda q, k, v, visibility, *rest: api.sdpa_attention(
+            q, k, v, vis.causal(torch.ones(1, k.shape[2])), bias=None, scale=q.shape[-1] ** -0.5, dropout=0.0
+        )
+    )  # fmt: skip
+    setting = bench.clocks.Setting(CPU, 1, 0, 1.0, {"device": "cpu"})
+    rows = {row["implementation"]: row for row in bench.step.run_step(setting, is_smoke=True)}
+    assert rows["sdpa"]["status"] == "failed"
+    assert rows["sdpa"]["reason"].startswith("a gradient is ")
+
+
+# -- the tuner ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_written_as_it_was(bench: SimpleNamespace) -> None:
+    text = bench.tune.TABLE.read_text(encoding="utf-8")
+    assert bench.tune.layout(json.loads(text)) == text
+
+
+def test_with_tile_changes_what_was_measured_and_no_more(bench: SimpleNamespace, tmp_path: Path) -> None:
+    document = json.loads(bench.tune.TABLE.read_text(encoding="utf-8"))
+    row = document["rows"][3]
+    changed = bench.tune.with_tile(row, TileSizes(16, 32, 4, 2), "card")
+    again = bench.tune.with_tile({**row, "device": "old card"}, TileSizes(16, 32, 4, 2), "card")
+    assert changed == again == {**row, "tile": [16, 32, 4, 2], "measured": True, "device": "card"}
+    assert list(changed)[:-1] == [name for name in row if name != "device"]
+    path = tmp_path / "configs.json"
+    before = bench.tune.layout(document).splitlines()
+    bench.tune.write(path, {**document, "rows": [*document["rows"][:3], changed, *document["rows"][4:]]})
+    after = path.read_text(encoding="utf-8").splitlines()
+    assert [number for number, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]] == [6]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_candidates_are_valid_and_few(bench: SimpleNamespace, arch: int) -> None:
+    spots = bench.tune.spots_of(json.loads(bench.tune.TABLE.read_text(encoding="utf-8"))["rows"], arch)
+    assert {spot.row["kernel"] for spot in spots} == set(bench.tune.KERNELS)
+    for spot in spots:
+        tiles = bench.tune.candidates(spot.row)
+        assert tiles[0] == TileSizes(*spot.row["tile"])
+        assert len(tiles) == len(set(tiles))
+        assert 4 <= len(tiles) <= 32, spot.label()
+        for tile in tiles:
+            assert tile.rows in (16, 32, 64, 128)
+            assert tile.keys in (16, 32, 64, 128)
+            assert tile.warps in (4, 8)
+        assert {case.width is not None for case in bench.tune.checked_cases(spot)} == set(spot.biases)
+        assert (bench.tune.timed_case(spot).width is not None) == spot.has_bias
+
+
+def test_timed_inputs_have_the_segments_of_their_row(bench: SimpleNamespace) -> None:
+    """What is timed for a row must be what looks the row up."""
+    from gisting_kernels.configs import SHORT
+    from gisting_kernels.plan import mean_segment_length
+
+    for spot in bench.tune.spots_of(json.loads(bench.tune.TABLE.read_text(encoding="utf-8"))["rows"], 90):
+        case = bench.tune.timed_case(spot)
+        visibility = bench.workload.visibility_of(replace(case, batch=1), CPU)
+        is_short = mean_segment_length(visibility.first, visibility.end, case.num_rows) <= SHORT
+        assert is_short == (spot.row.get("segment") == "short"), spot.label()
+
+
+A, B = TileSizes(64, 64, 4, 3), TileSizes(128, 64, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("medians", "best"),
+    [
+        pytest.param({A: 1.0, B: 0.9}, B, id="faster"),
+        pytest.param({A: 1.0, B: 0.99}, A, id="hardly-faster"),
+        pytest.param({B: 2.0}, B, id="the-current-is-wrong"),
+        pytest.param({}, None, id="none-is-right"),
+    ],
+)
+def test_pick(bench: SimpleNamespace, medians: dict[TileSizes, float], best: TileSizes | None) -> None:
+    assert bench.tune.pick(A, medians) == best
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((8, 0), 80), ((9, 0), 90), ((8, 6), None), ((10, 0), None)])
+def test_arch_of(bench: SimpleNamespace, capability: tuple[int, int], arch: int | None) -> None:
+    assert bench.tune.arch_of(capability) == arch
+
+
+def test_difference(bench: SimpleNamespace) -> None:
+    assert bench.tune.difference([OUT], [OUT]) is None
+    assert bench.tune.difference([OUT, OUT + 0.1], [OUT, OUT]).startswith("result 2 differs by 1.00e-01")
+    assert bench.tune.difference([OUT * torch.nan], [OUT]) is not None
+
+
+def test_dry_run(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    before = bench.tune.TABLE.read_bytes()
+    assert bench.tune.main(["--dry-run", "--kernel", "table", "--bits", "16", "--head-size", "64"]) == 0
+    (label, tiles) = capsys.readouterr().out.splitlines()
+    assert label == "sm_90 table, 16 bits, head size 64, any segments, bias: on t5, 8 x 2048, 32:32 heads"
+    assert tiles.startswith("  64,64,")
+    assert bench.tune.TABLE.read_bytes() == before
+
+
+def test_forced_sizes_are_not_tuned(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GISTING_KERNEL_CONFIG", "forward=64,64,4,2")
+    assert bench.tune.main([]) == 2
+    assert capsys.readouterr().err == ("GISTING_KERNEL_CONFIG is set, which forces the sizes to be tuned; unset it\n")
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("attention.py", "no CUDA device: nothing was measured, nothing written (--smoke runs the code on a CPU)"),
+        ("tune.py", "no CUDA device: nothing was timed, nothing written (--dry-run shows the candidates)"),
+    ],
+)
+def test_without_a_card_there_is_a_line_and_exit_2(script: str, line: str, tmp_path: Path) -> None:
+    before = (ROOT / "kernels" / "gisting_kernels" / "configs.json").read_bytes()
+    output = ["--output", str(tmp_path / "rows.jsonl")] if script == "attention.py" else []
+    done = run(script, *output, CUDA_VISIBLE_DEVICES="", GISTING_KERNEL_CONFIG="")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")
+    assert list(tmp_path.iterdir()) == []
+    assert (ROOT / "kernels" / "gisting_kernels" / "configs.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--smoke", "--output", "docs/results/kernels.jsonl"], "so it does not write to docs/results"),
+        (["--smoke", "--plot", "docs/results/../results/a.png"], "so it does not write to docs/results"),
+        (["--case", "nothing"], "no case matches 'nothing'; there are gist/25%/512, "),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+    ],
+)
+def test_arguments_are_refused(
+    bench: SimpleNamespace, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.attention.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+requires_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the kernels need triton: pip install 'gisting[kernels]'"
+)
+
+
+@requires_triton
+def test_the_benchmark_runs(tmp_path: Path, bench: SimpleNamespace) -> None:
+    path, plot = tmp_path / "rows.jsonl", tmp_path / "rows.png"
+    done = run("attention.py", "--smoke", "--output", str(path), "--plot", str(plot), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = bench.report.read_rows(path)
+    names = [case.name for case in bench.workload.smoke_cases()]
+    assert [(row["case"], row["implementation"]) for row in rows] == [
+        (name, implementation) for name in names for implementation in bench.report.IMPLEMENTATIONS
+    ]
+    for row in rows:
+        assert (row["status"], row["smoke"]) == ("measured", True), row
+        # torch's FlexAttention has no gradients on a CPU.
+        assert ("both_ms" in row) == (row["implementation"] != "flex")
+        assert {"device", "torch", "triton", "cuda", "gisting", "commit", "python", "matmul_tflops"} <= row.keys()
+        assert "transformers" not in row
+    for ours in (row for row in rows if row["implementation"] == "triton"):
+        assert ours["visited_over_visible"] >= 1
+        assert ours["plan_ms"] > 0
+        assert set(ours["tiles"]) == {"forward", "query", "key", *(["table"] if ours["bias_width"] else [])}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@requires_triton
+def test_the_training_step_runs(tmp_path: Path, bench: SimpleNamespace) -> None:
+    path = tmp_path / "rows.jsonl"
+    done = run("attention.py", "--smoke", "--step", "--output", str(path), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = {row["implementation"]: row for row in bench.report.read_rows(path)}
+    assert rows["triton"]["status"] == rows["sdpa"]["status"] == "measured"
+    assert rows["flex"]["reason"].startswith("GistError: impl='flex' has no gradients")
+    assert all(row["smoke"] for row in rows.values())
+
+
+@requires_triton
+def test_the_tuner_runs() -> None:
+    before = (ROOT / "kernels" / "gisting_kernels" / "configs.json").read_bytes()
+    done = run("tune.py", "--smoke", CUDA_VISIBLE_DEVICES="", GISTING_KERNEL_CONFIG="")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("-> ") == 4
+    assert ": out" not in done.stdout
+    assert (ROOT / "kernels" / "gisting_kernels" / "configs.json").read_bytes() == before

@@ -1,0 +1,110 @@
+"""Every row of the table of tile sizes compiles for sm_80 and sm_90, and keeps within the limits; no GPU is needed.
+
+In processes of their own: the interpreter, under which the other tests run, replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
+
+SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "resources.py"
+
+
+@pytest.fixture(scope="module")
+def resources() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gisting_bench_resources", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kernel", ["forward", "query", "key", "table", "decode"])
+def test_every_row_compiles_within_the_limits(kernel: str) -> None:
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--kernel", kernel, "--jobs", "2"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert result.stdout.strip().endswith(" 0 with a fault")
+
+
+GOOD = {
+    "registers": 200,
+    "stack": 0,
+    "shared": 1000,
+    "num_loops": 2,
+    "num_loops_ahead": 2,
+    "tensor_instruction": "wgmma.mma_async",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        pytest.param({}, None, id="good"),
+        pytest.param({"stack": 64}, None, id="64 bytes are allowed"),
+        pytest.param({"stack": 72}, "stack of 72 bytes", id="spills"),
+        pytest.param({"registers": 32}, "ptxas fell back to 32 registers", id="ptxas gave up"),
+        pytest.param({"shared": 10_001}, "10001 bytes of shared memory, the limit is 10000", id="shared memory"),
+        pytest.param({"num_loops_ahead": 1}, "1 of 2 loops do not load ahead", id="one loop is not pipelined"),
+        pytest.param({"tensor_instruction": ""}, "no tensor-core instruction", id="no tensor cores"),
+    ],
+)
+def test_faults(resources: ModuleType, changed: dict[str, object], fault: str | None) -> None:
+    case = resources.Case(90, "forward", 16, 64, "long", (128, 64, 4, 3))
+    assert resources.Resources(**GOOD | changed).faults(case, 10_000) == ([] if fault is None else [fault])
+
+
+def test_loops_are_read_from_the_ir(resources: ModuleType) -> None:
+    ir = """
+      tt.func @kernel() {
+        scf.for %i = %a to %b {
+          %1 = ttg.async_copy_global_to_local %p
+          %2 = tt.dot %x, %y
+        }
+        scf.for %i = %a to %b {
+          %3 = arith.addi %i, %i
+        }
+        %4 = scf.for %i = %a to %b iter_args(%c = %d) {
+          %5 = ttng.warp_group_dot %x, %y
+        } {tt.num_stages = 2}
+      }
+    """
+    loops = resources.hot_loops(ir)
+    assert ["async_copy" in loop for loop in loops] == [True, False]
+
+
+def test_every_kind_of_row_is_among_the_cases(resources: ModuleType) -> None:
+    cases = resources.cases_of_table()
+    kinds = {(case.arch, case.kernel, case.bits, case.head_size) for case in cases}
+    for arch in (80, 90):
+        for kernel in ("forward", "query", "key", "table", "decode"):
+            assert {(arch, kernel, 16, size) for size in (64, 128, 256)} <= kinds
+            assert {(arch, kernel, 32, size) for size in (64, 128)} <= kinds
+
+
+def test_markdown_has_a_row_for_each_case(resources: ModuleType) -> None:
+    cases = [
+        resources.Case(90, "key", 16, 64, "long", (64, 128, 8, 2)),
+        resources.Case(80, "key", 32, 64, "any", (1, 2, 3, 4)),
+    ]
+    text = resources.write_markdown(
+        [(cases[0], resources.Resources(**GOOD)), (cases[1], "OutOfMemory: no")], "versions"
+    )
+    assert "| sm_90 | key | 16 | 64 | long | no | 64 x 128, 8, 2 | 200 | 0 | 1,000 | 2 of 2 | wgmma.mma_async |" in text
+    assert "| failed: OutOfMemory: no |" in text

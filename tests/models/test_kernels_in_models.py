@@ -6,7 +6,9 @@ On a machine without a GPU the kernels run in Triton's interpreter, so everythin
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -165,3 +167,15 @@ def test_mirrored_table_is_found(calls: list[str], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gisting_kernels, "interval_attention", mirrored)
     with pytest.raises(AssertionError):
         test_t5_outputs_and_gradients_are_those_of_stock_eager("t5", "gist", True, calls)
+
+
+@pytest.mark.parametrize("impl", ["triton", "flex"])
+def test_what_is_planned_goes_with_the_intervals(impl: str, calls: list[str]) -> None:
+    seen = vis.causal(torch.ones(1, 40, dtype=torch.bool))
+    q = torch.randn(1, 1, 40, 16)
+    first = interval_attention(q, q, q, seen, impl=impl)
+    assert torch.equal(interval_attention(q, q, q, seen, impl=impl), first)
+    held = weakref.ref(seen.first)
+    del seen
+    gc.collect()
+    assert held() is None

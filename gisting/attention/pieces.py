@@ -271,7 +271,10 @@ def _steps(pieces: list[Piece], num_rows: int) -> tuple[Step, ...]:
 
 
 def is_available() -> bool:
-    """Whether this torch has the fused CPU attention, under the names that it has in 2.11 to 2.13; they are private."""
+    """Whether this torch has the fused CPU attention under the names of torch 2.13, which are private.
+
+    Goes when torch returns the log-sum-exp from a public function on the CPU.
+    """
     return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") and hasattr(
         torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"
     )
@@ -296,6 +299,7 @@ def attend_pieces(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
 
 
 class _PiecewiseAttention(torch.autograd.Function):
+    # The fused operator groups heads by itself, in both passes (pytorch/pytorch#157893), so keys are not expanded.
     # Not marked once_differentiable, which drops a second derivative in silence where dout asks for none; the fused
     # backward has none and says so.
 

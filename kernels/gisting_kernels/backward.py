@@ -15,9 +15,10 @@ dQ walks the lists of the plan, as the forward does. dK/dV keeps a tile of keys 
 for an interval they are one contiguous range. One flat loop over (head of the group, tile of rows), the mask always
 tested: nested loops and unmasked variants spill registers.
 
-dbias: tiles far from the diagonal have one entry, whose sum dQ takes on the way (two numbers a row). Near tiles are
-visited once more by a kernel of their own: it shears the tile of dS, so that diagonals become columns, sums those, and
-adds the sums to a row of partial results that belongs to this program alone; a sum over programs follows. Names as in
+dbias: distances of W and more have one entry on each side, whose sum dQ takes on the way (two numbers a row). For those
+below W near tiles are visited once more by a kernel of their own: it shears the tile of dS, so that diagonals become
+columns, sums those, and adds the sums to a row of partial results that belongs to this program alone; a sum over
+programs follows. Each pair is counted by exactly one of the two, whatever the shapes of their tiles. Names as in
 ``forward.py``.
 """
 
@@ -118,10 +119,15 @@ def _query_walk(
             b_s, b_dp, b_lse[:, None], b_delta[:, None], m_seen, b_bias, m_keep, scale, softcap, dropout,
             BIAS, SOFTCAP, DROPOUT,
         )  # fmt: skip
-        if TABLE_GRADIENT and not NEAR:
-            b_far = tl.sum(b_ds, 1)
-            b_left += tl.where(is_right, 0.0, b_far)
-            b_right += tl.where(is_right, b_far, 0.0)
+        if TABLE_GRADIENT:
+            if NEAR:
+                o_distance = o_key[None, :] - o_row[:, None]
+                b_left += tl.sum(tl.where(o_distance <= -WIDTH, b_ds, 0.0), 1)
+                b_right += tl.sum(tl.where(o_distance >= WIDTH, b_ds, 0.0), 1)
+            else:
+                b_far = tl.sum(b_ds, 1)
+                b_left += tl.where(is_right, 0.0, b_far)
+                b_right += tl.where(is_right, b_far, 0.0)
         # (BM, BD)
         b_dq = tl.dot(b_du.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq, b_left, b_right
@@ -138,7 +144,7 @@ def query_kernel(
     DROPOUT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of BM rows of one query head; and dbias of the far tiles, float32 ``(B, H, T, 2)``, left and right."""
+    """dq of BM rows of a query head; dbias of the distances from W on, left and right, float32 ``(B, H, T, 2)``."""
     i_program = tl.program_id(0)
     i_group = i_program % GROUP
     i_rank = (i_program // GROUP) % num_row_tiles
@@ -280,7 +286,7 @@ def table_kernel(
     GROUP: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dbias of the near tiles of BM rows of one head, added to this program's row of ``(B, H, row tiles, 2 W + 1)``."""
+    """dbias of the distances below W of BM rows of a head: this program's row of ``(B, H, row tiles, 2 W + 1)``."""
     i_program = tl.program_id(0)
     i_tile = i_program % num_row_tiles
     i_bh = i_program // num_row_tiles
@@ -312,7 +318,6 @@ def table_kernel(
 
     # Sheared: column c of row i holds key (c + i) mod BN, so that a column is a diagonal, wrapped round.
     o_shear = tl.arange(0, BM)[:, None] + tl.arange(0, BN)[None, :]
-    left, right = 0.0, 0.0
     for i in tl.range(0, i_near):  # pyright: ignore
         i_key = tl.load(p_list + i)
         o_key = i_key * BN + tl.arange(0, BN)
@@ -337,15 +342,8 @@ def table_kernel(
             # (BN,) sums of whole or cut diagonals; distance of column c: key c of this tile, less i_wrap tiles
             b_sum = tl.sum(tl.where(o_shear // BN == i_wrap, b_sheared, 0.0), 0)
             o_distance = i_key * BN - (row_start + i_tile * BM) + tl.arange(0, BN) - i_wrap * BN
-            left += tl.sum(tl.where(o_distance <= -WIDTH, b_sum, 0.0), 0)
-            right += tl.sum(tl.where(o_distance >= WIDTH, b_sum, 0.0), 0)
             m_inner = (o_distance > -WIDTH) & (o_distance < WIDTH)
             p_inner = p_partial + WIDTH + o_distance
             tl.store(p_inner, tl.load(p_inner, mask=m_inner, other=0.0) + b_sum, mask=m_inner)
             # Another thread may own this entry in the next step.
             tl.debug_barrier()
-    if WIDTH > 0:
-        tl.store(p_partial, left)
-        tl.store(p_partial + 2 * WIDTH, right)
-    else:
-        tl.store(p_partial, left + right)

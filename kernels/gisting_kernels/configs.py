@@ -8,7 +8,6 @@ Nothing is timed at run time: the same input on the same card always runs the sa
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -28,10 +27,13 @@ CLASSES = {80: 166_912, 90: 232_448}
 ENVIRONMENT_VARIABLE = "GISTING_KERNEL_CONFIG"
 
 
-@functools.cache
+# Read here, not when asked for: torch.compile traces what asks, and cannot trace the reading of a file.
+_ROWS = tuple(json.loads(Path(__file__).with_name("configs.json").read_text(encoding="utf-8"))["rows"])
+
+
 def read_table() -> tuple[dict[str, Any], ...]:
     """The rows of ``configs.json``."""
-    return tuple(json.loads(Path(__file__).with_name("configs.json").read_text(encoding="utf-8"))["rows"])
+    return _ROWS
 
 
 def tile_sizes(
@@ -47,7 +49,7 @@ def tile_sizes(
         has_bias: whether there is a relative bias.
 
     Raises:
-        ValueError: ``GISTING_KERNEL_CONFIG`` cannot be read.
+        ValueError: ``GISTING_KERNEL_CONFIG`` cannot be read, or the table has no such head size.
     """
     forced = _forced(os.environ.get(ENVIRONMENT_VARIABLE, ""))
     number = capability[0] * 10 + capability[1]
@@ -57,20 +59,23 @@ def tile_sizes(
     wanted = {
         "arch": arch,
         "bits": 16 if bits <= 16 else 32,
-        "head_size": next(size for size in HEAD_SIZES if head_size <= size),
+        "head_size": next((size for size in HEAD_SIZES if head_size <= size), head_size),
         "segment": "short" if segment_length <= SHORT or is_small else "long",
         "bias": has_bias,
     }
     sizes = []
     for kernel in KERNELS:
-        row = next(
+        rows = [
             row
             for row in read_table()
             if row["kernel"] == kernel and all(row.get(key, value) == value for key, value in wanted.items())
-        )
-        size = forced.get(kernel, TileSizes(*row["tile"]))
+        ]
+        if not rows:
+            raise ValueError(f"there are no tile sizes for head size {head_size} of {bits} bits")
+        size = forced.get(kernel, TileSizes(*rows[0]["tile"]))
         if is_small and kernel not in forced:
-            size = TileSizes(size.rows, size.keys, size.warps, 1)
+            most = 32 if head_size > 128 else 128
+            size = TileSizes(min(size.rows, most), min(size.keys, most), size.warps, 1)
         sizes.append(size)
     return tuple(sizes)  # pyright: ignore[reportReturnType]
 

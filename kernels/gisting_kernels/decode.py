@@ -151,6 +151,8 @@ def run_decode(
     parts = [(k, v, k.shape[2], batch, rows * group, True)]
     if prefix_k is not None and prefix_v is not None:
         parts.append((prefix_k, prefix_v, prefix_k.shape[2], 1, batch * rows * group, False))
+    if q.numel() == 0:
+        return torch.empty_like(q)
     launches, num_splits = [], 0
     for keys, values, num_keys, entries, packed, is_masked in parts:
         if num_keys == 0:

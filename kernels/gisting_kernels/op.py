@@ -51,7 +51,7 @@ def why_not(q: Tensor, v: Tensor, scale: float, *, has_bias: bool) -> str | None
         return f"the head size is {q.shape[-1]}, more than {MAX_HEAD_SIZE_FLOAT32} in float32"
     if v.shape[-1] != q.shape[-1]:
         return f"the head sizes of q and v differ, {q.shape[-1]} and {v.shape[-1]}"
-    if scale <= 0:
+    if not scale > 0:
         return f"the scale is {scale}, not positive"
     if has_bias:
         return "there is a dense bias; the kernels take relative_bias"
@@ -129,6 +129,8 @@ def interval_attention(
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else float(scale)
     _check(q, k, v, plan, relative_bias, scale, softcap, dropout)
+    if precision not in (None, "tf32", "tf32x3", "ieee"):
+        raise ValueError(f"precision must be 'tf32', 'tf32x3', 'ieee' or None, got {precision!r}")
     table, width = None, 0
     if relative_bias is not None:
         table = relative_bias.float()
@@ -137,12 +139,10 @@ def interval_attention(
         table, width = table.contiguous(), table.shape[1] // 2
     if dropout > 0 and seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
-    if precision is None:
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     sizes = [number for size in plan.sizes for number in (size.rows, size.keys, size.warps, size.stages)]
     softcap = 0.0 if softcap is None else float(softcap)
     out, _ = ops.interval_attention(
-        q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, sizes, precision
+        q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, sizes, precision or ""
     )
     return out
 
@@ -195,7 +195,15 @@ def decode_attention(
             )
     if v.shape != k.shape or (prefix_v is not None and prefix_k is not None and prefix_v.shape != prefix_k.shape):
         raise ValueError("keys and values must agree in length")
-    if q.shape[1] % k.shape[1] or first.shape != end.shape or first.shape[1] != k.shape[2]:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if (
+        k.shape[1] == 0
+        or q.shape[1] % k.shape[1]
+        or first.shape != end.shape
+        or first.shape[1] != k.shape[2]
+        or first.shape[0] not in (1, q.shape[0])
+    ):
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, first {tuple(first.shape)}")
     return ops.decode_attention(
         q, k, v, first.to(torch.int32).contiguous(), end.to(torch.int32).contiguous(), prefix_k, prefix_v, scale,
@@ -233,17 +241,19 @@ def _check(
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     batch, heads, rows, size = q.shape
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1]:
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if plan.num_rows != rows or plan.num_keys != k.shape[2] or plan.first.shape[0] not in (1, batch):
         raise ValueError(
             f"plan is for {plan.first.shape[0]} sequences of {plan.num_rows} rows and {plan.num_keys} keys, q and k "
             f"have {batch} of {rows} and {k.shape[2]}; plan again"
         )
+    if relative_bias is not None and (relative_bias.dim() != 2 or relative_bias.shape[1] % 2 == 0):
+        raise ValueError(f"relative_bias must have shape ({heads}, 2 W + 1), got {tuple(relative_bias.shape)}")
     width = None if relative_bias is None else max(relative_bias.shape[1] // 2, 1)
     if plan.near != width:
         raise ValueError(f"plan was made for a relative bias of width {plan.near}, got one of {width}; plan again")
-    if relative_bias is not None and (relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 == 0):
+    if relative_bias is not None and relative_bias.shape[0] != heads:
         raise ValueError(f"relative_bias must have shape ({heads}, 2 W + 1), got {tuple(relative_bias.shape)}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
@@ -431,9 +441,7 @@ def _decode_op(
 ) -> Tensor:
     from .decode import run_decode
 
-    precision = "ieee"
-    if q.dtype == torch.float32:
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = _precision(q.dtype, "")
     if _must_upcast(q):
         wide = [None if tensor is None else tensor.float() for tensor in (q, k, v, prefix_k, prefix_v)]
         out = _decode_op(*wide[:3], first, end, *wide[3:], scale, softcap)  # pyright: ignore[reportArgumentType]
@@ -448,6 +456,13 @@ def _decode_op(
 @_decode_op.register_fake
 def _(q, k, v, first, end, prefix_k, prefix_v, scale, softcap):  # type: ignore[no-untyped-def]
     return torch.empty_like(q)
+
+
+def _precision(dtype: torch.dtype, asked: str) -> str:
+    """How float32 products are made; asked here, in the operator, for torch.compile cannot trace the question."""
+    if dtype != torch.float32:
+        return "ieee"
+    return asked or ("tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
 def _must_upcast(q: Tensor) -> bool:
@@ -478,7 +493,7 @@ class _Launch:
         self.table = plan[_FIRST] if table is None else table
         self.seed = plan[_FIRST] if seed is None else seed
         self.padded = max(16, 1 << (q.shape[3] - 1).bit_length())
-        self.precision = precision if q.dtype == torch.float32 else "ieee"
+        self.precision = _precision(q.dtype, precision)
         self.device = q.device
         self._mask_stride = 0 if plan[_FIRST].shape[0] == 1 else 1
         self._table_stride = 2 * width + 1

@@ -228,7 +228,8 @@ def _bounds(first: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor, Tens
     is_live = end > first
     first = pad(torch.where(is_live, first, _INT_MAX), (0, missing), value=_INT_MAX)
     end = pad(torch.where(is_live, end, 0), (0, missing), value=0)
-    first, end = first.view(first.shape[0], -1, size), end.view(end.shape[0], -1, size)
+    shape = (first.shape[0], (num_keys + missing) // size, size)
+    first, end = first.view(shape), end.view(shape)
     return first.amin(-1), first.amax(-1), end.amin(-1), end.amax(-1)
 
 

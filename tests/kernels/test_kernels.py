@@ -407,7 +407,7 @@ def test_relative_bias_in_tiles_that_are_not_square(shape: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("table", [(16, 16), (32, 32), (64, 16)], ids=["smaller", "wider", "longer"])
 def test_relative_bias_where_the_kernels_of_its_gradient_have_tiles_of_their_own(table: tuple[int, int]) -> None:
-    """What dQ sums on its way (far) and what the table's kernel sums (near) are the whole, and nothing twice."""
+    """What dQ sums (from W on) and what the table's kernel sums (below W) are the whole, and nothing twice."""
     sizes = tiles((16, 16), (32, 16), (16, 16), table)
     check(make(70, width=5), vis.bidirectional(torch.ones(1, 70)), sizes)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import LlamaConfig
 import gisting
 from gisting import GistError, GistTokenizer, Record
 from gisting.bench import latency
+from gisting.bench.cpu_attention import attention_table
 from gisting.bench.latency import first_token
 from gisting.bench.report import append_row, demo_table, read_rows, write_between
 from gisting.eval.conditions import evaluate
@@ -180,11 +183,26 @@ def test_a_row_describes_itself(tmp_path: Path) -> None:
     json.dumps(rows)
 
 
-def test_the_readme_shows_the_committed_rows() -> None:
-    """Nobody typed a number into the README: its table is what `python -m gisting.bench.report` writes."""
-    rows = read_rows(ROOT / "docs" / "results" / "demo.jsonl")
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- demo results -->\n")[1]
-    assert shown.split("\n<!-- end of demo results -->")[0] == demo_table(rows)
+@pytest.mark.parametrize(
+    ("name", "file", "table"),
+    [("demo results", "demo.jsonl", demo_table), ("cpu attention results", "cpu_attention.jsonl", attention_table)],
+    ids=["demo", "cpu-attention"],
+)
+def test_the_readme_shows_the_committed_rows(name: str, file: str, table: Callable[[Any], str]) -> None:
+    """Nobody typed a number into the README: its tables are what `python -m gisting.bench.report` writes."""
+    rows = read_rows(ROOT / "docs" / "results" / file)
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split(f"<!-- {name} -->\n")[1]
+    assert shown.split(f"\n<!-- end of {name} -->")[0] == table(rows)
+
+
+def test_the_committed_rows_of_attention_on_the_cpu_hold_what_is_promised() -> None:
+    rows = read_rows(ROOT / "docs" / "results" / "cpu_attention.jsonl")
+    ratios = {(row["layout"], row["num_tokens"], row["is_training"]): row["ratio"] for row in rows}
+    assert {(layout, tokens) for layout, tokens, _ in ratios} == {
+        (layout, tokens) for layout in ("gist", "packed") for tokens in (512, 2048, 8192)
+    }
+    assert ratios["gist", 2048, True] >= 2
+    assert min(ratios.values()) > 1
 
 
 def test_the_committed_rows_hold_what_the_project_promises() -> None:

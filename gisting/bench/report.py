@@ -124,5 +124,9 @@ def write_between(path: str | Path, name: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    # python -m gisting.bench.report: the README's table from the committed rows.
+    # python -m gisting.bench.report: the README's tables from the committed rows.
+    from gisting.bench.cpu_attention import attention_table
+
     write_between("README.md", "demo results", demo_table(read_rows("docs/results/demo.jsonl")))
+    rows = read_rows("docs/results/cpu_attention.jsonl")
+    write_between("README.md", "cpu attention results", attention_table(rows))

@@ -108,3 +108,12 @@ def test_markdown_has_a_row_for_each_case(resources: ModuleType) -> None:
     )
     assert "| sm_90 | key | 16 | 64 | long | no | 64 x 128, 8, 2 | 200 | 0 | 1,000 | 2 of 2 | wgmma.mma_async |" in text
     assert "| failed: OutOfMemory: no |" in text
+
+
+def test_the_committed_document_has_the_rows_of_the_table(resources: ModuleType) -> None:
+    text = (SCRIPT.parents[2] / "docs" / "kernel_resources.md").read_text(encoding="utf-8")
+    starts = ["|".join(line.split("|")[:8]) for line in text.splitlines() if line.startswith("| sm_")]
+    used = resources.Resources(**GOOD)
+    fresh = resources.write_markdown([(case, used) for case in resources.cases_of_table()], "versions")
+    assert starts == ["|".join(line.split("|")[:8]) for line in fresh.splitlines() if line.startswith("| sm_")]
+    assert "failed" not in text

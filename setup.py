@@ -43,7 +43,7 @@ setup(
     packages=[*find_packages(include=["gisting", "gisting.*"]), "gisting_kernels"],
     # kernels/ is a source root: as a package it would shadow the PyPI package `kernels`, which transformers imports.
     package_dir={"gisting_kernels": "kernels/gisting_kernels"},
-    package_data={"gisting": ["py.typed"]},
+    package_data={"gisting": ["py.typed"], "gisting_kernels": ["configs.json"]},
     entry_points={"console_scripts": ["gisting=gisting.cli:main"]},
     install_requires=[
         "torch>=2.11",

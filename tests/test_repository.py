@@ -17,6 +17,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -771,3 +772,26 @@ def test_license_is_the_whole_apache_license() -> None:
         assert part in text
     assert text.split()[:2] == ["Apache", "License"]
     assert setup_arguments()["license_expression"] == "Apache-2.0"
+
+
+def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
+    """An editable install reads the folder itself, so that a data file which the wheel lacks is not missed there."""
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("gisting", "kernels"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tree)
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path)],
+        cwd=tree,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    wanted = {str(path.relative_to(tree)) for path in (tree / "gisting").rglob("*") if path.is_file()}
+    package = tree / "kernels" / "gisting_kernels"
+    wanted |= {str(path.relative_to(tree / "kernels")) for path in package.rglob("*") if path.is_file()}
+    assert held == wanted

@@ -240,9 +240,10 @@ def key_kernel(
 
     num_tiles = i_high - i_low
     for i in tl.range(0, GROUP * num_tiles):  # pyright: ignore
-        i_h = i_g * GROUP + i // num_tiles
+        # At least 1: a loop that loads ahead computes this for keys that nobody sees, too.
+        i_h = i_g * GROUP + i // tl.maximum(num_tiles, 1)
         i_bh = (i_b * num_heads + i_h).to(tl.int64)
-        o_query = (i_low + i % num_tiles) * BM + tl.arange(0, BM)
+        o_query = (i_low + i % tl.maximum(num_tiles, 1)) * BM + tl.arange(0, BM)
         o_row = row_start + o_query
         m_row = o_query < num_rows
         o_far = o_query.to(tl.int64)

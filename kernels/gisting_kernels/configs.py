@@ -15,7 +15,16 @@ from typing import Any
 
 from .plan import TileSizes
 
-__all__ = ["CLASSES", "ENVIRONMENT_VARIABLE", "HEAD_SIZES", "KERNELS", "SEGMENTS", "read_table", "tile_sizes"]
+__all__ = [
+    "CLASSES",
+    "ENVIRONMENT_VARIABLE",
+    "HEAD_SIZES",
+    "KERNELS",
+    "SEGMENTS",
+    "has_little_shared_memory",
+    "read_table",
+    "tile_sizes",
+]
 
 KERNELS = ("forward", "query", "key", "table")
 HEAD_SIZES = (64, 128, 256)
@@ -52,10 +61,8 @@ def tile_sizes(
         ValueError: ``GISTING_KERNEL_CONFIG`` cannot be read, or the table has no such head size.
     """
     forced = _forced(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-    number = capability[0] * 10 + capability[1]
-    # 8.6, 8.9 and 12.x have less shared memory (99 KiB) than the class that they would fall in: the small tiles fit.
-    is_small = number in (86, 87, 89) or number >= 120
-    arch = 90 if number >= 90 and not is_small else 80
+    is_small = has_little_shared_memory(capability)
+    arch = 90 if capability >= (9, 0) and not is_small else 80
     wanted = {
         "arch": arch,
         "bits": 16 if bits <= 16 else 32,
@@ -78,6 +85,11 @@ def tile_sizes(
             size = TileSizes(min(size.rows, most), min(size.keys, most), size.warps, 1)
         sizes.append(size)
     return tuple(sizes)  # pyright: ignore[reportReturnType]
+
+
+def has_little_shared_memory(capability: tuple[int, int]) -> bool:
+    """Whether a card (8.6, 8.7, 8.9, 12.x) has less of it, 99 KiB a program, than the class that it would fall in."""
+    return capability in ((8, 6), (8, 7), (8, 9)) or capability >= (12, 0)
 
 
 def _forced(text: str) -> dict[str, TileSizes]:

@@ -29,9 +29,11 @@ __all__ = ["decode_kernel", "decode_size", "merge_kernel", "run_decode"]
 _MAX_SPLITS = 64
 
 
-def decode_size(num_packed: int, head_size: int, bits: int) -> TileSizes:
-    """The tile of the decoding kernel for so many packed rows: the largest that spills nothing."""
+def decode_size(num_packed: int, head_size: int, bits: int, *, is_small: bool = False) -> TileSizes:
+    """The tile of the decoding kernel for so many packed rows; ``is_small``: for a card with little shared memory."""
     rows, keys, warps = (64, 64, 8 if head_size > 128 else 4) if bits <= 16 else (32, 32, 4)
+    if is_small and head_size > 128:
+        rows, keys = 32, 32
     return TileSizes(min(rows, max(16, 1 << (num_packed - 1).bit_length())), keys, warps, 2)
 
 
@@ -39,7 +41,7 @@ def decode_size(num_packed: int, head_size: int, bits: int) -> TileSizes:
 def decode_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_first, p_end,
     s_qb, s_qh, s_qt, s_qd, s_kb, s_kh, s_kk, s_kd, s_vb, s_vh, s_vk, s_vd,
-    s_mask, num_heads, num_rows, num_keys, row_start, num_packed, num_blocks, keys_per_split, split_start, s_split,
+    s_mask, num_heads, num_rows, num_keys, row_start, num_packed, keys_per_split, split_start, s_split,
     scale, softcap,
     GROUP: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,7 +51,7 @@ def decode_kernel(
     Packed row r of batch entry b is row ``b num_packed + r`` of (B, T, GROUP); with keys that the batch shares there is
     one entry of B T GROUP rows. Writes ``(splits, B, H, T, D)`` and ``(splits, B, H, T)``, float32.
     """
-    i_block, i_bg, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_bg, i_block, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_groups = num_heads // GROUP
     i_entry, i_g = i_bg // num_groups, i_bg % num_groups
     o_packed = i_block * BM + tl.arange(0, BM)
@@ -141,6 +143,8 @@ def run_decode(
     softcap: float,
     precision: str,
     num_processors: int,
+    *,
+    is_small: bool,
 ) -> Tensor:
     """Launch what :func:`gisting_kernels.decode_attention` asks for, its arguments checked."""
     batch, heads, rows, size = q.shape
@@ -157,7 +161,7 @@ def run_decode(
     for keys, values, num_keys, entries, packed, is_masked in parts:
         if num_keys == 0:
             continue
-        tile = decode_size(packed, size, q.element_size() * 8)
+        tile = decode_size(packed, size, q.element_size() * 8, is_small=is_small)
         num_blocks = -(-packed // tile.rows)
         # Twice as many programs as processors, but never a split smaller than a block of keys.
         wanted = max(1, 2 * num_processors // (num_blocks * entries * groups))
@@ -176,9 +180,9 @@ def run_decode(
     lse = torch.empty((num_splits, rows_total), dtype=torch.float32, device=q.device)
     start = 0
     for keys, values, num_keys, entries, packed, is_masked, tile, num_blocks, per_split, splits in launches:
-        decode_kernel[(num_blocks, entries * groups, splits)](
+        decode_kernel[(entries * groups, num_blocks, splits)](
             q, keys, values, results, lse, first, end, *q.stride(), *keys.stride(), *values.stride(),
-            0 if first.shape[0] == 1 else 1, heads, rows, num_keys, max(k.shape[2] - rows, 0), packed, num_blocks,
+            0 if first.shape[0] == 1 else 1, heads, rows, num_keys, max(k.shape[2] - rows, 0), packed,
             per_split, start, rows_total, scale, softcap,
             GROUP=group, MASKED=is_masked, SOFTCAP=softcap > 0, D=size, BD=padded, BM=tile.rows, BN=tile.keys,
             PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,

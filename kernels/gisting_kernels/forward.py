@@ -52,7 +52,10 @@ def bias_tile(p_table, i_h, o_row, o_key, s_table, WIDTH):
 
 @triton.jit
 def keep_tile(seed, i_bh, o_row, o_key, num_keys, dropout):
-    """Which weights dropout keeps: a pure function of seed, head, row and key, so the backward draws the same."""
+    """Which weights dropout keeps: a pure function of seed, head, row and key, so the backward draws the same.
+
+    The number of the pair is taken modulo 2^32: beyond 65,536 rows and keys the pattern repeats.
+    """
     return tl.rand(seed + tl.cast(i_bh, tl.int64) * 2654435769, o_row * num_keys + o_key) >= dropout
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ._ops import add_op_namespace_prefix, ops
-from .configs import tile_sizes
+from .configs import has_little_shared_memory, tile_sizes
 from .plan import Plan, TileSizes, make_plan, mean_segment_length
 
 __all__ = ["decode_attention", "interval_attention", "is_interpreting", "keep_attention", "plan_tiles", "why_not"]
@@ -41,7 +41,9 @@ def why_not(q: Tensor, v: Tensor, scale: float, *, has_bias: bool) -> str | None
     """Why the kernels cannot serve a call, or None: they can. ``has_bias``: whether there is a dense bias."""
     if q.device.type != "cuda" and not (is_interpreting() and q.device.type == "cpu"):
         return f"the tensors are on {q.device.type}, not on a CUDA device"
-    if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] < 8:
+    if torch.version.hip is not None:
+        return "this torch is for AMD cards, on which the kernels were never compiled"
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] < 8:
         return f"{torch.cuda.get_device_name(q.device)} has no asynchronous copies (compute capability below 8.0)"
     if q.dtype not in _DTYPES:
         return f"there is no kernel for {q.dtype}"
@@ -128,7 +130,7 @@ def interval_attention(
         ValueError: the arguments do not fit each other or the kernels.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else float(scale)
-    _check(q, k, v, plan, relative_bias, scale, softcap, dropout)
+    _check(q, k, v, plan, relative_bias, scale, softcap, dropout, seed)
     if precision not in (None, "tf32", "tf32x3", "ieee"):
         raise ValueError(f"precision must be 'tf32', 'tf32x3', 'ieee' or None, got {precision!r}")
     table, width = None, 0
@@ -188,11 +190,15 @@ def decode_attention(
         batch = 1 if name.startswith("prefix") else q.shape[0]
         if tensor is None:
             continue
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}; move one of them")
         if tensor.dtype != q.dtype or tensor.shape[0] != batch or (tensor.shape[1], tensor.shape[3]) != shape:
             raise ValueError(
                 f"{name} must be {q.dtype} of shape ({batch}, {shape[0]}, any, {shape[1]}), got {tensor.dtype} "
                 f"{tuple(tensor.shape)}"
             )
+    if first.device != q.device or end.device != q.device:
+        raise ValueError(f"first and end must be on the device of q, {q.device}, got {first.device} and {end.device}")
     if v.shape != k.shape or (prefix_v is not None and prefix_k is not None and prefix_v.shape != prefix_k.shape):
         raise ValueError("keys and values must agree in length")
     if softcap is not None and not softcap > 0:
@@ -234,12 +240,18 @@ def _check(
     scale: float,
     softcap: float | None,
     dropout: float,
+    seed: Tensor | None,
 ) -> None:
     reason = why_not(q, v, scale, has_bias=False)
     if reason is not None:
         raise ValueError(f"the kernels cannot serve this call: {reason}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    for name, tensor in (("k", k), ("v", v), ("plan", plan.first), ("relative_bias", relative_bias), ("seed", seed)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}; move one of them")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"seed must be one int64, got {seed.dtype} {tuple(seed.shape)}")
     batch, heads, rows, size = q.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
@@ -447,10 +459,13 @@ def _decode_op(
         out = _decode_op(*wide[:3], first, end, *wide[3:], scale, softcap)  # pyright: ignore[reportArgumentType]
         return torch.empty_like(q).copy_(out)
     if q.device.type != "cuda":
-        return run_decode(q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, 4)
+        return run_decode(q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, 4, is_small=False)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    is_small = has_little_shared_memory(torch.cuda.get_device_capability(q.device))
     with torch.cuda.device(q.device):
-        return run_decode(q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, processors)
+        return run_decode(
+            q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, processors, is_small=is_small
+        )
 
 
 @_decode_op.register_fake

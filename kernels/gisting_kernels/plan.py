@@ -174,7 +174,8 @@ def list_tiles(
     if _is_fused(first, num_rows):
         from .plan_kernels import list_tiles_fused
 
-        return TileLists(*list_tiles_fused(first.contiguous(), end.contiguous(), num_rows, start, size, near))
+        with torch.cuda.device_of(first):
+            return TileLists(*list_tiles_fused(first.contiguous(), end.contiguous(), num_rows, start, size, near))
     tile_rows, tile_keys = size
     device = first.device
     first_min, first_max, end_min, end_max = _bounds(first, end, tile_keys)
@@ -202,7 +203,8 @@ def range_rows(first: Tensor, end: Tensor, num_rows: int, start: int, size: tupl
     if _is_fused(first, num_rows):
         from .plan_kernels import range_rows_fused
 
-        return RowRanges(*range_rows_fused(first.contiguous(), end.contiguous(), num_rows, start, size))
+        with torch.cuda.device_of(first):
+            return RowRanges(*range_rows_fused(first.contiguous(), end.contiguous(), num_rows, start, size))
     tile_rows, tile_keys = size
     first_min, _, _, end_max = _bounds(first, end, tile_keys)
     low = (first_min.clamp(start, start + num_rows) - start) // tile_rows

@@ -23,7 +23,7 @@ _INT_MAX = tl.constexpr(2**31 - 1)
 @triton.jit
 def bounds_kernel(p_first, p_end, p_bounds, num_keys, num_tiles, BN: tl.constexpr):
     """Smallest and largest first, smallest and largest end of the live keys of a tile: ``(B, key tiles, 4)``."""
-    i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_key = i_tile * BN + tl.arange(0, BN)
     b_first = tl.load(p_first + i_b * num_keys + o_key, mask=o_key < num_keys, other=0)
     b_end = tl.load(p_end + i_b * num_keys + o_key, mask=o_key < num_keys, other=0)
@@ -59,7 +59,7 @@ def list_kernel(
     HAS_NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The list of one tile of rows: counted first, then written, kind by kind, in the order of the tiles."""
-    i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = row_start + i_tile * BM
     row_end = tl.minimum(row + BM, row_start + num_rows)
     p_bounds += i_b * num_tiles * 4
@@ -95,7 +95,7 @@ def range_kernel(
     p_first, p_end, p_ranges, p_lengths, num_rows, row_start, num_keys, num_tiles, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """The range of row tiles of one tile of keys."""
-    i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_key = i_tile * BN + tl.arange(0, BN)
     b_first = tl.load(p_first + i_b * num_keys + o_key, mask=o_key < num_keys, other=0)
     b_end = tl.load(p_end + i_b * num_keys + o_key, mask=o_key < num_keys, other=0)
@@ -116,8 +116,8 @@ def range_kernel(
 @triton.jit
 def order_kernel(p_lengths, p_order, num_tiles, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """A stable sort, longest first: the place of an entry is the number of those that come before it."""
-    i_b = tl.program_id(1).to(tl.int64)
-    o_tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_b = tl.program_id(0).to(tl.int64)
+    o_tile = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     b_length = tl.load(p_lengths + i_b * num_tiles + o_tile, mask=o_tile < num_tiles, other=0)
     place = tl.zeros([BLOCK], tl.int32)
     for i in tl.range(0, num_tiles, CHUNK):  # pyright: ignore
@@ -140,8 +140,8 @@ def list_tiles_fused(
     tiles = first.new_zeros((batch, num_row_tiles, num_tiles + 1))
     counts = first.new_empty((batch, num_row_tiles, 3))
     lengths = first.new_empty((batch, num_row_tiles))
-    bounds_kernel[(num_tiles, batch)](first, end, bounds, num_keys, num_tiles, BN=tile_keys, num_warps=1)
-    list_kernel[(num_row_tiles, batch)](
+    bounds_kernel[(batch, num_tiles)](first, end, bounds, num_keys, num_tiles, BN=tile_keys, num_warps=1)
+    list_kernel[(batch, num_row_tiles)](
         bounds, tiles, counts, lengths, num_rows, start, num_row_tiles, num_tiles, near or 0,
         HAS_NEAR=near is not None, BM=tile_rows, BN=tile_keys, CHUNK=_CHUNK, num_warps=4,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def range_rows_fused(
     num_tiles = -(-num_keys // size[1])
     ranges = first.new_empty((batch, num_tiles, 2))
     lengths = first.new_empty((batch, num_tiles))
-    range_kernel[(num_tiles, batch)](
+    range_kernel[(batch, num_tiles)](
         first, end, ranges, lengths, num_rows, start, num_keys, num_tiles, BM=size[0], BN=size[1], num_warps=1
     )
     return ranges, _order(lengths)
@@ -165,5 +165,5 @@ def range_rows_fused(
 def _order(lengths: Tensor) -> Tensor:
     order = torch.empty_like(lengths)
     batch, num_tiles = lengths.shape
-    order_kernel[(-(-num_tiles // 32), batch)](lengths, order, num_tiles, BLOCK=32, CHUNK=_CHUNK, num_warps=4)
+    order_kernel[(batch, -(-num_tiles // 32))](lengths, order, num_tiles, BLOCK=32, CHUNK=_CHUNK, num_warps=4)
     return order

@@ -31,7 +31,9 @@ def resources() -> ModuleType:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kernel", ["forward", "query", "key", "table", "decode"])
+@pytest.mark.parametrize(
+    "kernel", ["forward", "query", "key", "table", "decode", "delta", "merge", "bounds", "list", "range", "order"]
+)
 def test_every_row_compiles_within_the_limits(kernel: str) -> None:
     result = subprocess.run(
         [sys.executable, str(SCRIPT), "--kernel", kernel, "--jobs", "2"],
@@ -68,6 +70,13 @@ GOOD = {
 def test_faults(resources: ModuleType, changed: dict[str, object], fault: str | None) -> None:
     case = resources.Case(90, "forward", 16, 64, "long", (128, 64, 4, 3))
     assert resources.Resources(**GOOD | changed).faults(case, 10_000) == ([] if fault is None else [fault])
+
+
+def test_options_that_tile_sizes_do_not_know_may_spill(resources: ModuleType) -> None:
+    case = resources.Case(90, "key", 16, 64, "long", (64, 128, 8, 2), dropout=True)
+    assert case.options == "dropout"
+    assert resources.Resources(**GOOD | {"stack": 152}).faults(case, 10_000) == []
+    assert resources.Resources(**GOOD | {"stack": 152, "tensor_instruction": ""}).faults(case, 10_000) != []
 
 
 def test_loops_are_read_from_the_ir(resources: ModuleType) -> None:

@@ -242,7 +242,7 @@ def write_markdown(results: Sequence[tuple[Case, Resources | str]], versions: st
         f"Compiled without a GPU by `python kernels/bench/resources.py` ({versions}); nothing here is a measurement",
         "of speed. Tile: rows x keys, warps, stages. Stack: bytes a thread spills (limit 64). Shared: bytes a program.",
         "Ahead: loops that load ahead, of those that multiply. The group has 4 heads, lengths are no multiple of a",
-        "tile, 16 bits means bfloat16 and 32 bits float32 by three TF32 products. Rows with dropout or softcap show what",
+        "tile, 16 bits means bfloat16, 32 bits float32 by three TF32 products. Rows with dropout or softcap show what",
         "these cost; tile sizes do not depend on them, so they are not held to the limit of the stack.",
         "",
         "| card | kernel | bits | D | segments | options | tile | registers | stack | shared | ahead | instruction |",

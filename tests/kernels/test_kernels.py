@@ -287,10 +287,10 @@ def random_intervals(draw: st.DrawFn) -> tuple[Visibility, int]:
 
 
 @settings(max_examples=15, deadline=None)
-@for_all(random_intervals(), st.sampled_from([None, 1, 7]))
-def test_random_intervals(drawn: tuple[Visibility, int], width: int | None) -> None:
+@for_all(random_intervals(), st.sampled_from([None, 1, 7]), st.sampled_from([torch.float32, torch.float16]))
+def test_random_intervals(drawn: tuple[Visibility, int], width: int | None, dtype: torch.dtype) -> None:
     visibility, num_rows = drawn
-    given = make(num_rows, visibility.num_keys, width=width)
+    given = make(num_rows, visibility.num_keys, width=width, dtype=dtype)
     check(given, visibility, tiles((16, 16), (16, 32), (32, 16), (16, 32)))
 
 

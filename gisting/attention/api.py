@@ -114,9 +114,12 @@ def _choose(q: Tensor, v: Tensor, scale: float, *, has_bias: bool, has_softcap: 
 
 def _as_autocast(tensor: Tensor) -> Tensor:
     """What autocast makes of an argument of torch's own attention; it does not know the kernels."""
-    if not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 @functools.cache

@@ -144,7 +144,7 @@ def run_decode(
     precision: str,
     num_processors: int,
     *,
-    is_small: bool,
+    is_small: bool = False,
 ) -> Tensor:
     """Launch what :func:`gisting_kernels.decode_attention` asks for, its arguments checked."""
     batch, heads, rows, size = q.shape

@@ -12,6 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
+from gisting.attention.autocast import as_autocast
 from gisting.attention.memo import remembered
 from gisting.attention.reference import reference_attention
 from gisting.attention.relative import dense_bias
@@ -80,7 +81,7 @@ def interval_attention(
         raise GistError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if impl == "auto":
-        impl, reason = _choose(_as_autocast(q), v, scale, has_bias=bias is not None, has_softcap=softcap is not None)
+        impl, reason = _choose(as_autocast(q), v, scale, has_bias=bias is not None, has_softcap=softcap is not None)
         if not torch.compiler.is_compiling():
             _log_choice(impl, reason)
     if impl == "triton":
@@ -112,16 +113,6 @@ def _choose(q: Tensor, v: Tensor, scale: float, *, has_bias: bool, has_softcap: 
     return "sdpa", f"not triton: {reason}"
 
 
-def _as_autocast(tensor: Tensor) -> Tensor:
-    """What autocast makes of an argument of torch's own attention; it does not know the kernels."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensor
-    if tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
 @functools.cache
 def _log_choice(impl: str, reason: str) -> None:
     _logger.info("attention runs on impl=%r: %s", impl, reason)
@@ -139,7 +130,7 @@ def _triton_attention(
 ) -> Tensor:
     import gisting_kernels as kernels
 
-    q, k, v = _as_autocast(q), _as_autocast(k), _as_autocast(v)
+    q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
     reason = kernels.why_not(q, v, scale, has_bias=False)
     if reason is not None:
         raise GistError(f"impl='triton' cannot serve this call: {reason}; use impl='auto'")

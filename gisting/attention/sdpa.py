@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from gisting.attention.autocast import as_autocast
 from gisting.attention.memo import remembered
 from gisting.attention.pieces import Plan, attend_pieces, call_cost, is_available, plan_if_cheaper
 from gisting.visibility import Visibility
@@ -39,7 +40,7 @@ def sdpa_attention(
     pieces = None if bias is not None or dropout else _pieces(q, k, v, visibility, scale)
     if pieces is None:
         return dense_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout)
-    return attend_pieces(_as_autocast(q), _as_autocast(k), _as_autocast(v), pieces, scale)
+    return attend_pieces(as_autocast(q), as_autocast(k), as_autocast(v), pieces, scale)
 
 
 def _pieces(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Plan | None:
@@ -58,13 +59,6 @@ def _pieces(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: floa
         return None
     work = heads * size * (batch if visibility.batch_size == 1 else 1)
     return remembered(visibility, ("pieces", num_rows, work), lambda: plan_if_cheaper(visibility, num_rows, work))
-
-
-def _as_autocast(tensor: Tensor) -> Tensor:
-    """What autocast makes of an argument of scaled_dot_product_attention; it does not know the operator beneath."""
-    if not torch.is_autocast_enabled("cpu") or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype("cpu"))
 
 
 def dense_attention(

@@ -147,6 +147,9 @@ def run_decode(
     is_small: bool = False,
 ) -> Tensor:
     """Launch what :func:`gisting_kernels.decode_attention` asks for, its arguments checked."""
+    out = torch.empty_like(q)
+    if out.numel() == 0:
+        return out
     batch, heads, rows, size = q.shape
     groups = k.shape[1]
     group = heads // groups
@@ -155,8 +158,6 @@ def run_decode(
     parts = [(k, v, k.shape[2], batch, rows * group, True)]
     if prefix_k is not None and prefix_v is not None:
         parts.append((prefix_k, prefix_v, prefix_k.shape[2], 1, batch * rows * group, False))
-    if q.numel() == 0:
-        return torch.empty_like(q)
     launches, num_splits = [], 0
     for keys, values, num_keys, entries, packed, is_masked in parts:
         if num_keys == 0:
@@ -170,9 +171,6 @@ def run_decode(
         splits = -(-num_keys // per_split)
         launches.append((keys, values, num_keys, entries, packed, is_masked, tile, num_blocks, per_split, splits))
         num_splits += splits
-    out = torch.empty_like(q)
-    if out.numel() == 0:
-        return out
     if not launches:
         return out.zero_()
     rows_total = batch * heads * rows

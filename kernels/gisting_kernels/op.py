@@ -260,13 +260,13 @@ def _check(
             f"plan is for {plan.first.shape[0]} sequences of {plan.num_rows} rows and {plan.num_keys} keys, q and k "
             f"have {batch} of {rows} and {k.shape[2]}; plan again"
         )
-    if relative_bias is not None and (relative_bias.dim() != 2 or relative_bias.shape[1] % 2 == 0):
+    if relative_bias is not None and (
+        relative_bias.dim() != 2 or relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 == 0
+    ):
         raise ValueError(f"relative_bias must have shape ({heads}, 2 W + 1), got {tuple(relative_bias.shape)}")
     width = None if relative_bias is None else max(relative_bias.shape[1] // 2, 1)
     if plan.near != width:
         raise ValueError(f"plan was made for a relative bias of width {plan.near}, got one of {width}; plan again")
-    if relative_bias is not None and relative_bias.shape[0] != heads:
-        raise ValueError(f"relative_bias must have shape ({heads}, 2 W + 1), got {tuple(relative_bias.shape)}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if not 0.0 <= dropout < 1.0:

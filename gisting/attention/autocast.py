@@ -1,0 +1,18 @@
+"""What autocast would do to the arguments of attention, for operators that it does not know."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_autocast"]
+
+
+def as_autocast(tensor: Tensor) -> Tensor:
+    """What autocast makes of an argument of torch's scaled_dot_product_attention; it leaves float64 alone."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gisting.errors import CacheFormatError, CacheMismatchError, GistError
+from gisting.rotary import Rotary
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -61,6 +62,8 @@ class GistCache:
         lengths: int64 ``(B,)`` on the CPU: k of each prompt.
         origin: what the states belong to.
         last_hidden: ``(B, P, d_model)``, an encoder's last hidden states, else None.
+        rotary: how the keys are rotated, which :meth:`chain` needs; None where nobody said (files of format 1) and for
+            an encoder-decoder, whose keys are not rotated.
     """
 
     keys: tuple[Tensor, ...]
@@ -68,6 +71,7 @@ class GistCache:
     lengths: Tensor
     origin: CacheOrigin
     last_hidden: Tensor | None = None
+    rotary: Rotary | None = None
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -179,6 +183,7 @@ class GistCache:
             torch.cat([cache.lengths for cache in caches]),
             first.origin,
             None if first.last_hidden is None else join([part for part in hidden if part is not None], 1),
+            first.rotary,
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistCache:

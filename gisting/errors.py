@@ -11,6 +11,7 @@ __all__ = [
     "GistError",
     "GistTokenError",
     "RecordError",
+    "StoreError",
     "UnsupportedModelError",
 ]
 
@@ -37,3 +38,7 @@ class CacheFormatError(GistError):
 
 class RecordError(GistError):
     """A data record or data file cannot be read; the message names the file and line."""
+
+
+class StoreError(GistError):
+    """A store has no such entry, a name cannot be used, or the directory is no store."""

@@ -38,11 +38,16 @@ LEVELS = {
     "padding": 1,
     "tokens": 1,
     "visibility": 1,
+    "rotary": 1,
+    "storage": 1,
     "attention": 2,
     "cache": 2,
+    "card": 2,
+    "table": 3,
     "models": 3,
     "generation": 4,
     "data": 4,
+    "pipeline": 5,
     "store": 5,
     "eval": 5,
     "train": 6,
@@ -54,7 +59,7 @@ LEVELS = {
     "__init__": 9,
 }
 # transformers takes seconds to import: only what cannot do without it may import it at the top.
-MAY_IMPORT_TRANSFORMERS_AT_TOP = {"models", "train", "eval", "bench", "demo", "cli"}
+MAY_IMPORT_TRANSFORMERS_AT_TOP = {"models", "pipeline", "train", "eval", "bench", "demo", "cli"}
 # Modules of optional packages; what needs one imports it where it is used.
 OPTIONAL = (
     *("triton", "vllm", "accelerate", "datasets", "peft", "bm25s"),

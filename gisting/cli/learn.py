@@ -1,81 +1,33 @@
-"""The ``gisting`` command: parse, call one public function, print. Errors that a user can mend are one line and exit
-code 1.
-"""
+"""``gisting demo``, ``train``, ``eval`` and ``show``: what a model learns, and how well."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from gisting._version import __version__
+from gisting.cli.shared import (
+    DeviceOption,
+    DtypeOption,
+    KOption,
+    ModelArgument,
+    TemplateOption,
+    err,
+    load_patched,
+    out,
+    wanted_k,
+)
 from gisting.errors import GistError
 from gisting.tokens import GistTokenizer
 from gisting.visibility import CONDITIONS, ENCODER_CONDITIONS, Condition
 
-# What needs torch models is imported by the command that runs it: `gisting --help` and `gisting show` stay quick.
-
-app = typer.Typer(
-    name="gisting",
-    help="Press repeated prompts into a few cached gist tokens, for unmodified Hugging Face models.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-_out = Console()
-_err = Console(stderr=True)
-
-ModelArgument = Annotated[
-    str, typer.Argument(help="Directory of a checkpoint, or a repository on the Hugging Face hub.")
-]
-TemplateOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Prompt layout: alpaca, alpaca-t5, plain or chat. By default what the checkpoint was trained with."
-    ),
-]
-KOption = Annotated[
-    int | None,
-    typer.Option(
-        "--num-gist-tokens", "-k", help="Gist tokens for each prompt. By default what the checkpoint was trained with."
-    ),
-]
-DtypeOption = Annotated[str, typer.Option(help="Floating point type of the weights: auto, float32, bfloat16, float16.")]
-DeviceOption = Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")]
+__all__ = ["demo", "evaluate", "show", "train"]
 
 
-def main() -> None:
-    """Entry point: run the command, and turn the errors that a user can mend into one line."""
-    try:
-        app()
-    except (GistError, OSError, ImportError) as error:
-        _err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
-        sys.exit(1)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        _out.print(__version__, highlight=False)
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory for checkpoint, data and the compressed instruction.")] = Path(
         "runs/demo"
@@ -94,13 +46,12 @@ def demo(
     from gisting.bench.report import append_row
     from gisting.demo import run_demo
 
-    result = run_demo(output, steps=steps, seed=seed, console=_out)
+    result = run_demo(output, steps=steps, seed=seed, console=out)
     if results is not None:
         append_row(results, result.to_row())
-    _out.print(f"\n   {result.total_s:.0f} s in all, {result.train_s:.0f} s of them training.", highlight=False)
+    out.print(f"\n   {result.total_s:.0f} s in all, {result.train_s:.0f} s of them training.", highlight=False)
 
 
-@app.command()
 def train(
     model: ModelArgument,
     data: Annotated[Path, typer.Option(help="Training records, .jsonl or .json: instruction, input, output.")],
@@ -164,7 +115,7 @@ def train(
     records = load_records(data)
     evals = {path: load_records(path) for path in eval_data or []}
     set_seed(seed)
-    loaded, tokenizer = _load(model, template, dtype, is_to_be_trained=True)
+    loaded, tokenizer = load_patched(model, template, dtype, is_to_be_trained=True)
     changes = {
         "num_train_epochs": epochs,
         "max_steps": max_steps,
@@ -192,7 +143,7 @@ def train(
         max_target_length=max_target_length,
         resume=resume,
     )
-    _out.print(
+    out.print(
         f"trained in {metrics['train_runtime']:.0f} s, loss {metrics['train_loss']:.4f}; saved in {output}",
         highlight=False,
     )
@@ -200,89 +151,6 @@ def train(
         _print_conditions(f"{path}", _evaluate(loaded, tokenizer, held_out, k[1], list(CONDITIONS), max_new_tokens, 32))
 
 
-@app.command()
-def compress(
-    model: ModelArgument,
-    output: Annotated[Path, typer.Option(help="File to write, such as prompt.gist.safetensors.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
-    prompt_file: Annotated[
-        list[Path] | None, typer.Option(help="A text file that is one prompt; may be repeated.")
-    ] = None,
-    num_gist_tokens: KOption = None,
-    template: TemplateOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-) -> None:
-    """Compress prompts into one cache file.
-
-    Example: gisting compress runs/demo --prompt 'please reverse the letters , answer plainly' --output
-    my.gist.safetensors
-    """
-    from gisting.generation import compress as run
-
-    prompts = [*(prompt or []), *(path.read_text(encoding="utf-8") for path in prompt_file or [])]
-    if not prompts:
-        raise GistError("give a prompt: --prompt TEXT or --prompt-file FILE")
-    loaded, tokenizer = _load(model, template, dtype, device)
-    cache = run(loaded, tokenizer, prompts, _k(loaded, num_gist_tokens))
-    cache.to("cpu").save(output)
-    table = Table("prompt", "tokens", "gist tokens", "bytes")
-    for text, encoding, k in zip(prompts, tokenizer.encode_prompts(prompts, 1), cache.num_gist_tokens, strict=True):
-        table.add_row(
-            text if len(text) <= 60 else text[:57] + "...",
-            str(encoding.gist_start),
-            str(k),
-            str(cache.num_bytes // len(cache)),
-        )
-    _out.print(table)
-    _out.print(f"saved in {output} ({output.stat().st_size} bytes)", highlight=False)
-
-
-@app.command()
-def generate(
-    model: ModelArgument,
-    cache: Annotated[Path, typer.Option(help="Cache file of one prompt for all inputs, or of one each.")],
-    input: Annotated[
-        list[str] | None, typer.Option(help="An input; may be repeated. Without one, the prompt says it all.")
-    ] = None,
-    input_file: Annotated[Path | None, typer.Option(help="A text file with an input on each line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beam search.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="With --sample: the same seed gives the same answer.")] = None,
-    template: TemplateOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: input, output.")] = False,
-) -> None:
-    """Answer inputs from a compressed prompt.
-
-    Example: gisting generate runs/demo --cache my.gist.safetensors --input 'a b c d e'
-    """
-    from transformers import set_seed
-
-    from gisting.cache import GistCache
-    from gisting.generation import generate as run
-
-    inputs = list(input or [])
-    if input_file is not None:
-        inputs += input_file.read_text(encoding="utf-8").splitlines()
-    held = GistCache.load(cache, device)
-    loaded, tokenizer = _load(model, template, dtype, device)
-    if seed is not None:
-        set_seed(seed)
-    settings: dict[str, Any] = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
-    inputs = inputs or [""] * len(held)
-    answers = run(loaded, tokenizer, inputs, cache=held, max_new_tokens=max_new_tokens, num_beams=num_beams, **settings)
-    for text, answer in zip(inputs, answers, strict=True):
-        if as_json:
-            print(json.dumps({"input": text, "output": answer}, ensure_ascii=False))
-        else:
-            _out.print(answer, highlight=False, markup=False, soft_wrap=True)
-
-
-@app.command("eval")
 def evaluate(
     model: ModelArgument,
     data: Annotated[Path, typer.Option(help="Records, .jsonl or .json: instruction, input, output.")],
@@ -307,12 +175,12 @@ def evaluate(
     from gisting.data.records import load_records
 
     records = load_records(data)[:limit]
-    loaded, tokenizer = _load(model, template, dtype, device)
+    loaded, tokenizer = load_patched(model, template, dtype, device)
     results = _evaluate(
         loaded,
         tokenizer,
         records,
-        _k(loaded, num_gist_tokens),
+        wanted_k(loaded, num_gist_tokens),
         condition or list(CONDITIONS),
         max_new_tokens,
         batch_size,
@@ -324,7 +192,6 @@ def evaluate(
         _print_conditions(str(data), results)
 
 
-@app.command()
 def show(
     prompt: Annotated[str, typer.Argument(help="Words before the gist.")] = "a b c",
     input: Annotated[str, typer.Argument(help="Words behind it.")] = "d e",
@@ -357,32 +224,6 @@ def show(
     if png is not None:
         visibility.save_drawing(png, labels)
         print(f"saved in {png}")
-
-
-def _load(
-    model: str, template: str | None, dtype: str, device: str = "cpu", *, is_to_be_trained: bool = False
-) -> tuple[Any, GistTokenizer]:
-    import torch
-
-    from gisting.models.load import load, trained_num_gist_tokens
-
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise GistError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    loaded, tokenizer = load(model, template, dtype=dtype)
-    if trained_num_gist_tokens(loaded) is None and not is_to_be_trained:
-        _err.print(f"note: {model} has not been trained to gist", highlight=False, soft_wrap=True)
-    try:
-        return loaded.to(torch.device(device)), tokenizer  # pyright: ignore[reportArgumentType]
-    except (RuntimeError, AssertionError) as error:
-        raise GistError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
-
-
-def _k(model: Any, wanted: int | None) -> int:
-    """The k that was asked for, or the largest that the checkpoint was trained with."""
-    from gisting.models.load import trained_num_gist_tokens
-
-    trained = trained_num_gist_tokens(model)
-    return wanted if wanted is not None else (1 if trained is None else trained[1])
 
 
 def _parse_k(text: str) -> tuple[int, int]:
@@ -419,7 +260,7 @@ def _evaluate(
 
     from gisting.eval.conditions import evaluate as run
 
-    with Progress(console=_err, transient=True) as progress:
+    with Progress(console=err, transient=True) as progress:
         bar = progress.add_task("answering", total=len(records) * len(conditions))
         return run(
             model,
@@ -439,8 +280,4 @@ def _print_conditions(title: str, results: list[Any]) -> None:
     for result in results:
         rouge = "" if result.rouge_l is None else f"{100 * result.rouge_l:.1f}"
         table.add_row(result.condition, str(result.num_records), f"{100 * result.exact_match:.1f} %", rouge)
-    _out.print(table)
-
-
-if __name__ == "__main__":
-    main()
+    out.print(table)

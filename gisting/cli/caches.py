@@ -1,0 +1,341 @@
+"""``gisting compress``, ``generate``, ``inspect`` and ``store``: compressed prompts, made, used and kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from gisting.cli.shared import (
+    DeviceOption,
+    DtypeOption,
+    KOption,
+    ModelArgument,
+    TemplateOption,
+    err,
+    load_patched,
+    out,
+    wanted_k,
+)
+from gisting.errors import GistError, StoreError
+
+if TYPE_CHECKING:
+    from gisting.cache import GistCache
+    from gisting.data.prompts import PromptRecord
+    from gisting.tokens import GistTokenizer
+
+__all__ = ["compress", "generate", "inspect", "store_app"]
+
+_BATCH_SIZE = 32  # prompts between two steps of the progress bar
+
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How numbers are stored: float32, bfloat16, float16, float8_e4m3 or int8. By default as they are."
+    ),
+]
+StoreArgument = Annotated[Path, typer.Argument(help="Directory of the store.")]
+
+
+def compress(
+    model: ModelArgument,
+    output: Annotated[
+        Path | None, typer.Option(help="File for all prompts together, such as prompt.gist.safetensors.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Directory of a store, in place of a file; made if need be.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="A text file that is one prompt; may be repeated.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of prompts: one a line, or .jsonl with prompt and, where wanted, name and num_gist_tokens."
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="With --store: name of a --prompt or --prompt-file, in their order.")
+    ] = None,
+    num_gist_tokens: KOption = None,
+    storage: StorageOption = None,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Compress prompts into one cache file, or each into a store.
+
+    Example: gisting compress runs/demo --prompt 'please reverse the letters , answer plainly' --output
+    my.gist.safetensors
+
+    Example: gisting compress runs/demo --prompts prompts.jsonl --store gists --storage bfloat16
+    """
+    from gisting.data.prompts import load_prompts
+
+    records = _named([*(prompt or []), *(path.read_text(encoding="utf-8") for path in prompt_file or [])], name or [])
+    records += [] if prompts is None else load_prompts(prompts)
+    if not records:
+        raise GistError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompts FILE")
+    if (output is None) == (store is None):
+        raise GistError("give either --output FILE, for one file, or --store DIR")
+    if store is None and any(record.name for record in records):
+        raise GistError("names are for a store; give --store DIR in place of --output")
+    loaded, tokenizer = load_patched(model, template, dtype, device)
+    counts = [record.num_gist_tokens or wanted_k(loaded, num_gist_tokens) for record in records]
+    texts = [record.prompt for record in records]
+    if output is not None:
+        from gisting.generation import compress as run
+
+        cache = run(loaded, tokenizer, texts, counts)
+        cache.to("cpu").save(output, storage)
+        _print_compressed(records, cache, tokenizer)
+        out.print(f"saved in {output} ({output.stat().st_size} bytes)", highlight=False)
+    elif store is not None:
+        _compress_into(store, storage, loaded, tokenizer, records, counts)
+
+
+def _named(texts: list[str], names: list[str]) -> list[PromptRecord]:
+    from gisting.data.prompts import PromptRecord
+
+    if names and len(names) != len(texts):
+        raise GistError(f"--name must come once for each --prompt and --prompt-file, {len(texts)}, got {len(names)}")
+    return [PromptRecord(text, names[row] if names else None) for row, text in enumerate(texts)]
+
+
+def _compress_into(
+    folder: Path,
+    storage: str | None,
+    model: Any,
+    tokenizer: GistTokenizer,
+    records: list[PromptRecord],
+    counts: list[int],
+) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from gisting.store import GistStore
+
+    store = GistStore(folder, storage=storage)
+    before = len(store)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        bar = progress.add_task("compressing", total=len(records))
+        for start in range(0, len(records), _BATCH_SIZE):
+            rows = slice(start, start + _BATCH_SIZE)
+            cache = store.get_or_compress(
+                model,
+                tokenizer,
+                [record.prompt for record in records[rows]],
+                counts[rows],
+                names=[record.name for record in records[rows]],
+            )
+            if len(records) <= _BATCH_SIZE:
+                _print_compressed(records, cache, tokenizer)
+            progress.advance(bar, len(records[rows]))
+    out.print(
+        f"{len(records)} prompts in {folder}, {len(store) - before} of them new; {len(store)} entries in all",
+        highlight=False,
+    )
+
+
+def _print_compressed(records: list[PromptRecord], cache: GistCache, tokenizer: GistTokenizer) -> None:
+    table = Table("prompt", "tokens", "gist tokens", "bytes")
+    texts = [record.prompt for record in records]
+    one = cache.num_bytes // (len(cache) * cache.num_slots)
+    for text, encoding, k in zip(texts, tokenizer.encode_prompts(texts, 1), cache.num_gist_tokens, strict=True):
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        table.add_row(shown, str(encoding.gist_start), str(k), str(one * k))
+    out.print(table)
+
+
+def generate(
+    model: ModelArgument,
+    cache: Annotated[Path | None, typer.Option(help="Cache file of one prompt for all inputs, or of one each.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Directory of a store, in place of a file.")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="With --store: name of the prompt for all inputs, or repeated, one each.")
+    ] = None,
+    input: Annotated[
+        list[str] | None, typer.Option(help="An input; may be repeated. Without one, the prompt says it all.")
+    ] = None,
+    input_file: Annotated[Path | None, typer.Option(help="A text file with an input on each line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beam search.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="With --sample: the same seed gives the same answer.")] = None,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: input, output.")] = False,
+) -> None:
+    """Answer inputs from a compressed prompt.
+
+    Example: gisting generate runs/demo --cache my.gist.safetensors --input 'a b c d e'
+
+    Example: gisting generate runs/demo --store gists --name capitals --input 'a b c d e'
+    """
+    from transformers import set_seed
+
+    from gisting.generation import generate as run
+
+    inputs = list(input or [])
+    if input_file is not None:
+        inputs += input_file.read_text(encoding="utf-8").splitlines()
+    held = _held(cache, store, name or [])
+    loaded, tokenizer = load_patched(model, template, dtype, device)
+    held = held.to(device)
+    if seed is not None:
+        set_seed(seed)
+    settings: dict[str, Any] = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
+    inputs = inputs or [""] * len(held)
+    answers = run(loaded, tokenizer, inputs, cache=held, max_new_tokens=max_new_tokens, num_beams=num_beams, **settings)
+    for text, answer in zip(inputs, answers, strict=True):
+        if as_json:
+            print(json.dumps({"input": text, "output": answer}, ensure_ascii=False))
+        else:
+            out.print(answer, highlight=False, markup=False, soft_wrap=True)
+
+
+def _held(cache: Path | None, store: Path | None, names: list[str]) -> GistCache:
+    """The compressed prompts of a file, or of names in a store."""
+    from gisting.cache import GistCache
+
+    if (cache is None) == (store is None):
+        raise GistError("give either --cache FILE or --store DIR with --name NAME")
+    if cache is not None:
+        if names:
+            raise GistError("--name goes with --store; a cache file has no names")
+        return GistCache.load(cache)
+    if not names:
+        raise GistError("--store needs --name NAME; `gisting store list DIR` shows the names")
+    return _open(store).get(names)
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A cache file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+) -> None:
+    """Show what a cache file holds and whether it is whole.
+
+    Example: gisting inspect my.gist.safetensors
+    """
+    from gisting import storage
+    from gisting.cache import GistCache
+
+    found = storage.inspect(file)
+    GistCache.load(file)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    manifest = found["manifest"]
+    table = Table(show_header=False)
+    for label, value in (
+        ("model", manifest["origin"]["model"]),
+        ("tokenizer", manifest["origin"]["tokenizer"]),
+        ("template", manifest["origin"]["template"]),
+        ("condition", manifest["origin"]["condition"]),
+        ("prompts", str(len(manifest["lengths"]))),
+        ("gist tokens", _short(manifest["lengths"])),
+        ("layers", str(manifest["num_layers"])),
+        ("storage", str(found["storage"])),
+        ("bytes", f"{found['num_bytes']:,}"),
+        ("format", str(manifest["format"])),
+        ("sha256", found["sha256"]),
+    ):
+        table.add_row(label, value)
+    out.print(table)
+    out.print("whole: sizes, checksum and states are right", highlight=False)
+
+
+def _short(counts: list[int]) -> str:
+    """Few numbers as they are, many as their range."""
+    return ", ".join(map(str, counts)) if len(counts) <= 8 else f"{min(counts)} to {max(counts)}"
+
+
+# -- a store -----------------------------------------------------------------------------------------------------------
+
+store_app = typer.Typer(
+    name="store", help="List, check and clean a directory of compressed prompts.", no_args_is_help=True
+)
+
+
+def _open(folder: Path | None) -> Any:
+    """A store that is there; reading must not make one."""
+    from gisting.store import GistStore
+
+    if folder is None or not folder.is_dir():
+        raise StoreError(
+            f"there is no store in {folder}; make one: gisting compress MODEL --prompt TEXT --store {folder}"
+        )
+    return GistStore(folder)
+
+
+@store_app.command("list")
+def store_list(
+    folder: StoreArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Show the entries of a store.
+
+    Example: gisting store list gists
+    """
+    entries = _open(folder).list()
+    if as_json:
+        for entry in entries:
+            print(json.dumps(asdict(entry), ensure_ascii=False))
+        return
+    table = Table("name", "key", "gist tokens", "prompt tokens", "bytes", "storage", "model", "template", "created")
+    for entry in entries:
+        table.add_row(
+            "" if entry.name is None else entry.name,
+            entry.key[:12],
+            str(entry.num_gist_tokens),
+            "" if entry.num_prompt_tokens is None else str(entry.num_prompt_tokens),
+            f"{entry.num_bytes:,}",
+            entry.storage,
+            entry.model,
+            entry.template,
+            entry.created,
+        )
+    out.print(table)
+
+
+@store_app.command("verify")
+def store_verify(folder: StoreArgument) -> None:
+    """Read every entry and say what is wrong; exit code 1 where something is.
+
+    Example: gisting store verify gists
+    """
+    held = _open(folder)
+    faults = held.verify()
+    for fault in faults:
+        out.print(str(fault), highlight=False, soft_wrap=True, markup=False)
+    if faults:
+        raise StoreError(f"{folder} has {len(faults)} faults")
+    out.print(f"{len(held)} entries, every one whole", highlight=False)
+
+
+@store_app.command("remove")
+def store_remove(
+    folder: StoreArgument, names: Annotated[list[str], typer.Argument(help="Names, or keys from `list`.")]
+) -> None:
+    """Remove entries; their files go with `gc`.
+
+    Example: gisting store remove gists capitals
+    """
+    _open(folder).remove(names)
+    out.print(f"removed {', '.join(names)}", highlight=False, markup=False)
+
+
+@store_app.command("gc")
+def store_gc(folder: StoreArgument) -> None:
+    """Delete files that no entry refers to, and what killed writers left.
+
+    Example: gisting store gc gists
+    """
+    out.print(f"freed {_open(folder).gc():,} bytes", highlight=False)

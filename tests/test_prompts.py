@@ -1,0 +1,70 @@
+"""Files of prompts: what is read, and that every bad line is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gisting.data.prompts import PromptRecord, load_prompts
+from gisting.errors import RecordError
+
+
+def written(folder: Path, text: str, name: str = "prompts.jsonl") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_text_is_a_prompt_a_line(tmp_path: Path) -> None:
+    path = written(tmp_path, 'answer in French\n\n  {"prompt": "as it is"}  \nüber 東京\n', "prompts.txt")
+    assert load_prompts(path) == [
+        PromptRecord("answer in French"),
+        PromptRecord('{"prompt": "as it is"}'),
+        PromptRecord("über 東京"),
+    ]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        '{"prompt": "answer in French"}\n\n'
+        '{"prompt": "two\\nlines", "name": "both", "num_gist_tokens": 3}\n'
+        '{"prompt": "c", "name": null, "num_gist_tokens": null}\n',
+    )
+    assert load_prompts(path) == [
+        PromptRecord("answer in French"),
+        PromptRecord("two\nlines", "both", 3),
+        PromptRecord("c"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"prompts\.jsonl holds no prompt; write one on each line$"),
+        ('{"prompt": "a"}\n{"prompt"', r"prompts\.jsonl, line 2 is no JSON"),
+        ("[" * 100_000, r"prompts\.jsonl, line 1 is no JSON"),
+        ('["a"]', "line 1 must be an object with a text 'prompt'"),
+        ('{"prompt": "  "}', "line 1 must be an object with a text 'prompt'"),
+        ('{"prompt": 3}', "line 1 must be an object with a text 'prompt'"),
+        ('{"prompt": "a", "k": 3}', "line 1 has k; known are prompt, name, num_gist_tokens"),
+        ('{"prompt": "a", "name": 3}', "line 1: 'name' must be a text, got 3"),
+        ('{"prompt": "a", "num_gist_tokens": 0}', "'num_gist_tokens' must be a whole number of at least 1, got 0"),
+        ('{"prompt": "a", "num_gist_tokens": true}', "must be a whole number of at least 1, got True"),
+        (
+            '{"prompt": "a", "name": "x"}\n\n{"prompt": "b", "name": "x"}',
+            "line 3: name 'x' is that of line 1; give another",
+        ),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        load_prompts(written(tmp_path, text))
+
+
+def test_other_encodings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(RecordError, match=r"prompts\.txt is not UTF-8 text"):
+        load_prompts(path)

@@ -316,3 +316,23 @@ def test_the_readmes_python_runs_as_pasted(workplace: Path) -> None:
             check=False,
         )
         assert found.returncode == 0, found.stderr
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_alpaca_plus_from_local_sources(run, tmp_path: Path) -> None:
+    from tests.test_alpaca_plus import ALPACA, HUMAN, SELF_INSTRUCT
+
+    words = ["data", "alpaca-plus", "--output", tmp_path / "made"]
+    for option, items in (("--alpaca", ALPACA), ("--self-instruct", SELF_INSTRUCT), ("--human", HUMAN)):
+        path = tmp_path / f"{option[2:]}.json"
+        path.write_text(json.dumps(items), encoding="utf-8")
+        words += [option, path]
+    result = run(*words)
+    assert result.code == 1
+    assert "validation_human 2 (published 252)" in result.err
+    assert not (tmp_path / "made").exists(), "nothing is written before the sizes are right"
+    result = run(*words, "--any-size")
+    assert result.code == 0, result.err
+    assert len(gisting.load_records(tmp_path / "made" / "alpaca_plus_validation_seen.json")) == 3

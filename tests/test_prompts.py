@@ -30,12 +30,12 @@ def test_json_lines(tmp_path: Path) -> None:
         tmp_path,
         '{"prompt": "answer in French"}\n\n'
         '{"prompt": "two\\nlines", "name": "both", "num_gist_tokens": 3}\n'
-        '{"prompt": "c", "name": null, "num_gist_tokens": null}\n',
+        '{"prompt": "c\u2028d", "name": null, "num_gist_tokens": null}\n',
     )
     assert load_prompts(path) == [
         PromptRecord("answer in French"),
         PromptRecord("two\nlines", "both", 3),
-        PromptRecord("c"),
+        PromptRecord("c\u2028d"),
     ]
 
 
@@ -43,8 +43,8 @@ def test_json_lines(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", r"prompts\.jsonl holds no prompt; write one on each line$"),
-        ('{"prompt": "a"}\n{"prompt"', r"prompts\.jsonl, line 2 is no JSON"),
-        ("[" * 100_000, r"prompts\.jsonl, line 1 is no JSON"),
+        ('{"prompt": "a"}\n{"prompt"', r"prompts\.jsonl, line 2 is not JSON"),
+        ("[" * 100_000, r"prompts\.jsonl, line 1 is not JSON"),
         ('["a"]', "line 1 must be an object with a text 'prompt'"),
         ('{"prompt": "  "}', "line 1 must be an object with a text 'prompt'"),
         ('{"prompt": 3}', "line 1 must be an object with a text 'prompt'"),

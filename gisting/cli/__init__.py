@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gisting._version import __version__
-from gisting.cli import caches, learn
+from gisting.cli import caches, data, learn
 from gisting.cli.shared import err, out
 from gisting.errors import GistError
 
@@ -60,3 +60,4 @@ app.command("eval")(learn.evaluate)
 app.command()(learn.show)
 app.command()(caches.inspect)
 app.add_typer(caches.store_app, name="store")
+app.add_typer(data.data_app, name="data")

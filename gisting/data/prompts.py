@@ -5,11 +5,10 @@ Place in the flow: **data** -> store. Knows files and nothing of tokens. A bad l
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from gisting.data.records import parse_json
 from gisting.errors import RecordError
 
 __all__ = ["PromptRecord", "load_prompts"]
@@ -37,7 +36,7 @@ def load_prompts(path: str | Path) -> list[PromptRecord]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise RecordError(f"{path} is not UTF-8 text ({error})") from error
     found = []
@@ -58,10 +57,7 @@ def load_prompts(path: str | Path) -> list[PromptRecord]:
 
 
 def _from_json(line: str, where: str) -> PromptRecord:
-    try:
-        item: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{where} is no JSON ({error})") from error
+    item = parse_json(line, where)
     if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
         raise RecordError(f"{where} must be an object with a text 'prompt' and may have 'name' and 'num_gist_tokens'")
     unknown = item.keys() - {"prompt", "name", "num_gist_tokens"}

@@ -14,7 +14,7 @@ from typing import Any
 
 from gisting.errors import RecordError
 
-__all__ = ["Record", "load_records", "save_records", "to_record"]
+__all__ = ["Record", "load_records", "parse_json", "save_records", "to_record"]
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ def load_records(path: str | Path) -> list[Record]:
         raise RecordError(f"{path} is not UTF-8 ({error})") from error
     if path.suffix == ".jsonl":
         items = [
-            (f"{path}, line {number}", _parse(line, f"{path}, line {number}"))
+            (f"{path}, line {number}", parse_json(line, f"{path}, line {number}"))
             for number, line in enumerate(text.split("\n"), start=1)
             if line.strip()
         ]
     else:
-        whole = _parse(text, str(path))
+        whole = parse_json(text, str(path))
         if not isinstance(whole, list):
             raise RecordError(
                 f"{path} must hold a list of objects, got {type(whole).__name__}; one object a line goes in a .jsonl "
@@ -109,8 +109,13 @@ def save_records(records: Iterable[Record], path: str | Path) -> None:
             file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """JSON of a file that a person wrote.
+
+    Raises:
+        RecordError: it is not JSON; ``where`` says what a message calls it.
+    """
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{where} is not JSON ({error})") from error

@@ -51,6 +51,7 @@ setup(
         "safetensors>=0.4",
         # All of these come with torch or transformers anyway; named because gisting imports them itself.
         "tokenizers>=0.22",
+        "huggingface_hub>=1.3",
         "jinja2>=3.1",
         "typer>=0.12",
         "rich>=13",

@@ -1,20 +1,16 @@
 """Compressed prompts: one or many, in memory and in files.
 
 Place in the flow: attention -> (inside a model) -> **cache** -> generation. Holds the keys and values that survive a
-prompt and says what they belong to. Knows the file format; does not know how the states were computed, and loads
-nothing but safetensors.
+prompt and says what they belong to. Knows what a file says about them; how a file is laid out and kept safe is in
+``gisting.storage``. Does not know how the states were computed.
 
-A file is a safetensors file whose metadata hold a manifest (JSON). The manifest names format, model, tokenizer and
-template, and a SHA-256 over itself and every tensor, so that a truncated or altered file is refused.
+The manifest of a file names model, tokenizer and template, k of each prompt and how the keys are rotated; its tensors
+are ``keys.0``, ``values.0``, ... and ``last_hidden``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gisting.errors import CacheFormatError, CacheMismatchError, GistError
+from gisting.errors import CacheMismatchError, GistError
 from gisting.rotary import Rotary
+from gisting.storage import malformed, read, write
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache
+    from transformers import Cache, PreTrainedConfig
 
 __all__ = ["CacheOrigin", "GistCache"]
 
-FORMAT = 1
+_PAST_IMPLEMENTATIONS = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
+# Eightfold: three of the fifteen binary orders that e4m3 spans.
+_FP8_HEADROOM = 8
 
 
 @dataclass(frozen=True)
@@ -153,19 +152,8 @@ class GistCache:
             GistError: there is nothing to join.
             CacheMismatchError: the caches do not belong together.
         """
-        if not caches:
-            raise GistError("caches is empty; give at least one")
+        rotary = _check_together(caches)
         first = caches[0]
-        for other in caches[1:]:
-            if other.origin != first.origin:
-                raise CacheMismatchError(
-                    f"caches belong to different origins, {first.origin} and {other.origin}; compress them anew"
-                )
-            if (other.dtype, other.device) != (first.dtype, first.device):
-                raise CacheMismatchError(
-                    f"caches are {first.dtype} on {first.device} and {other.dtype} on {other.device}; bring them "
-                    "together with .to()"
-                )
         slots = max(cache.num_slots for cache in caches)
 
         def join(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -183,136 +171,247 @@ class GistCache:
             torch.cat([cache.lengths for cache in caches]),
             first.origin,
             None if first.last_hidden is None else join([part for part in hidden if part is not None], 1),
-            first.rotary,
+            rotary,
+        )
+
+    @staticmethod
+    def chain(caches: Sequence[GistCache]) -> GistCache:
+        """Gists one after another in one prefix, as if each prompt had been compressed at its place in it.
+
+        Row b of the result is row b of every cache, its keys rotated from positions ``0 .. k - 1`` to the positions
+        behind the gists before it. This needs no model, and gives what the model gives for a prompt whose positions are
+        shifted, up to rounding.
+
+        A model must be trained on chained gists to read them: gists that were trained to stand alone in front of an
+        input are, one after another, a prefix that it has never seen. ``GistCollator(part_separator=...)`` lays out
+        such training; without it expect worse answers, and measure.
+
+        Args:
+            caches: the parts in their order, of B prompts each or of one, which then is in front of or behind the gist
+                of every row. k may differ.
+
+        Returns:
+            One cache of B prompts, k the sum of the parts'; a single part is returned as it is.
+
+        Raises:
+            GistError: there is nothing to chain, numbers of prompts do not fit, or the states cannot be moved: an
+                encoder's, those of a condition other than gist, or those of a file that does not say how keys are
+                rotated.
+            CacheMismatchError: the caches do not belong together.
+        """
+        rotary = _check_together(caches)
+        first = caches[0]
+        if first.last_hidden is not None:
+            raise GistError(
+                "caches hold encoder states, which cannot be chained: T5's kind was trained with each gist at its own "
+                "distance to the input, and rotating does not change distances; compress the joined prompts instead"
+            )
+        if first.origin.condition != "gist":
+            raise GistError(
+                f"caches must be of condition 'gist' to be chained, got {first.origin.condition!r}: joined prefixes "
+                "that never saw each other are no control of anything; compress the joined prompts instead"
+            )
+        if len(caches) == 1:
+            return first
+        if rotary is None:
+            raise GistError(
+                "caches do not say how their keys are rotated (rotary is None; files of format 1 do not); compress "
+                "the prompts again"
+            )
+        batch = max(len(cache) for cache in caches)
+        if any(len(cache) not in (1, batch) for cache in caches):
+            raise GistError(
+                f"caches must have one prompt or {batch}, as the largest, got {[len(cache) for cache in caches]}"
+            )
+        lengths = torch.stack([cache.lengths.expand(batch) for cache in caches])
+        offsets = lengths.cumsum(0) - lengths
+        # What each row holds moves to the right in its order: the last slots of a stable sort by "holds a token".
+        is_held = torch.cat([cache.attention_mask.expand(batch, -1) for cache in caches], dim=1)
+        slots = int(lengths.sum(0).max())
+        source = is_held.sort(dim=1, stable=True).indices[:, is_held.shape[1] - slots :, None]
+
+        def join(parts: Sequence[Tensor]) -> Tensor:
+            whole = torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=2)
+            return whole.take_along_dim(source[:, None], dim=2)
+
+        keys = [
+            [rotary.rotate(layer, part.expand(batch, -1, -1, -1), by) for part, by in zip(parts, offsets, strict=True)]
+            for layer, parts in enumerate(zip(*(cache.keys for cache in caches), strict=True))
+        ]
+        values = zip(*(cache.values for cache in caches), strict=True)
+        return GistCache(
+            tuple(join(layer) for layer in keys),
+            tuple(join(layer) for layer in values),
+            lengths.sum(0),
+            first.origin,
+            rotary=rotary,
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistCache:
         """The same states on another device or in another dtype."""
         return self._map(lambda tensor, dim: tensor.to(device=device, dtype=dtype), self.lengths)
 
-    def as_past_key_values(self) -> DynamicCache:
-        """A fresh transformers cache of length P, for stock ``model.generate`` on a decoder.
+    def as_past_key_values(
+        self,
+        cache_implementation: str = "dynamic",
+        *,
+        config: PreTrainedConfig | None = None,
+        max_cache_len: int | None = None,
+        cache_config: Mapping[str, Any] | None = None,
+    ) -> Cache:
+        """A fresh transformers cache that holds these P slots, for stock ``model.generate`` on a decoder.
 
         Its call is ``model.generate([<GIST>] * k + rest, past_key_values=cache.as_past_key_values())``, with
         ``attention_mask = cat([cache.attention_mask, mask of the rest])`` for a ragged batch. ``generate`` appends to
         what it is given, so ask for a new one each time; this cache stays as it is.
 
+        Args:
+            cache_implementation: by transformers' names: ``"dynamic"`` grows; ``"static"`` has its full size from the
+                start, which ``torch.compile`` needs; ``"offloaded"`` and ``"offloaded_static"`` keep all layers but one
+                in the memory of the CPU; ``"quantized"`` holds few bits for a number.
+            config: ``model.config``; all but ``"dynamic"`` and ``"offloaded"`` need it. With it, sliding layers let go
+                of keys that have left their window; without it, every layer keeps every key.
+            max_cache_len: columns of a static cache: P, the rest and the new tokens.
+            cache_config: ``backend`` and settings of a quantised cache, as in transformers' ``GenerationConfig``.
+
         Raises:
-            GistError: the states are an encoder's; use ``gisting.generate``.
+            GistError: the states are an encoder's (use ``gisting.generate``), there is no such cache, it cannot be made
+                for this model or device, or something that it needs is not given.
+            ImportError: the package of a quantised cache's backend is not installed; transformers names it.
         """
         if self.last_hidden is not None:
             raise GistError(
                 "these are encoder states, which generate does not take as past_key_values; use "
                 "gisting.generate(cache=...)"
             )
-        from transformers import DynamicCache
-
-        past = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            past.update(keys, values, layer)
+        past: Any = self._empty_past(cache_implementation, config, max_cache_len, cache_config or {})
+        # By this a patched model checks that the ids in front are gist tokens: generate drops them unread.
+        past.gist_mask = self.attention_mask
+        if self.num_slots:
+            for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+                past.update(keys, values, layer)
         return past
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, storage: str | None = None) -> None:
         """Write one safetensors file, whole or not at all (temporary file, fsync, rename).
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        from safetensors.torch import save
-
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._named().items()}
-        manifest = {
-            "format": FORMAT,
-            "origin": asdict(self.origin),
-            "lengths": self.num_gist_tokens,
-            "num_layers": len(self.keys),
-        }
-        manifest["sha256"] = _digest(manifest, tensors)
-        data = save(tensors, metadata={"gist": json.dumps(manifest, sort_keys=True)})
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=f".{target.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes files that nobody else may read; caches are shared like any other file.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> GistCache:
-        """Read what :meth:`save` wrote.
-
-        Whether it belongs to the model at hand is checked where it is used, against the model.
 
         Args:
             path: the file.
+            storage: what the numbers are kept as, one of ``gisting.storage.STORAGES``: ``"float32"``, ``"bfloat16"``,
+                ``"float16"``, ``"float8_e4m3"`` or ``"int8"`` (these two with a scale for each prompt and head). None
+                for the states' own dtype, which keeps every bit.
+
+        Raises:
+            GistError: the states hold NaN or infinity or exceed what the storage can hold, or the parts of this cache
+                do not fit together.
+            OSError: the file cannot be written.
+        """
+        try:
+            self._check()
+        except ValueError as error:
+            raise GistError(f"this cache is none that could be loaded again: {error}; compress the prompt") from error
+        manifest = {
+            "origin": asdict(self.origin),
+            "lengths": self.num_gist_tokens,
+            "num_layers": len(self.keys),
+            "rotary": None if self.rotary is None else self.rotary.to_dict(),
+        }
+        write(path, manifest, self._named(), storage)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> GistCache:
+        """Read what :meth:`save` wrote, in the dtype that the states had before they were stored.
+
+        Whether it belongs to the model at hand is checked where it is used, against the model. The states may lie in
+        the file, which is memory-mapped, until they are written to or moved.
+
+        Args:
+            path: the file itself, no symbolic link.
             device: where the states go.
 
         Raises:
             CacheFormatError: the file is truncated, altered, of a later format, or no gist cache.
             OSError: there is no such file, or it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is no file; save a cache there first: cache.save(path)")
+        manifest, tensors = read(path)
         try:
-            with safe_open(str(path), framework="pt", device="cpu") as file:
-                text = (file.metadata() or {}).get("gist")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, ValueError, UnicodeDecodeError) as error:
-            raise CacheFormatError(f"{path} is truncated or altered ({error}); compress the prompt again") from error
-        if text is None:
-            raise CacheFormatError(f"{path} is a safetensors file but holds no gist cache (no 'gist' in its metadata)")
-        try:
-            manifest = json.loads(text)
-            version = manifest["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CacheFormatError(
-                f"{path} is altered: its manifest cannot be read; compress the prompt again"
-            ) from error
-        if not isinstance(version, int):
-            raise CacheFormatError(f"{path} is altered: its manifest cannot be read; compress the prompt again")
-        if version > FORMAT:
-            raise CacheFormatError(
-                f"{path} has format {version}, this version reads up to {FORMAT}; upgrade gisting: pip install -U "
-                "gisting"
-            )
-        expected = manifest.pop("sha256", None)
-        if expected != _digest(manifest, tensors):
-            raise CacheFormatError(f"{path} is altered: its checksum does not fit; compress the prompt again")
-        try:
+            # As many as there are tensors for, before a number from the file is counted up to.
+            num_layers, rest = divmod(len(tensors) - ("last_hidden" in tensors), 2)
+            if type(manifest["num_layers"]) is not int or (manifest["num_layers"], 0) != (num_layers, rest):
+                raise ValueError(f"{len(tensors)} tensors are not those of {manifest['num_layers']!r} layers")
+            lengths, rotary = manifest["lengths"], manifest.get("rotary")
+            if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
+                raise ValueError("lengths must be whole numbers, one for each prompt")
             cache = cls(
-                tuple(tensors[f"keys.{layer}"] for layer in range(manifest["num_layers"])),
-                tuple(tensors[f"values.{layer}"] for layer in range(manifest["num_layers"])),
-                torch.tensor(manifest["lengths"]),
+                tuple(tensors[f"keys.{layer}"] for layer in range(num_layers)),
+                tuple(tensors[f"values.{layer}"] for layer in range(num_layers)),
+                torch.tensor(lengths, dtype=torch.int64),
                 CacheOrigin(**manifest["origin"]),
                 tensors.get("last_hidden"),
+                None if rotary is None else Rotary.from_dict(rotary),
             )
             cache._check()
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CacheFormatError(
-                f"{path} is no gist cache of format {FORMAT}: {error}; compress the prompt again"
-            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise malformed(path, f"there is no {error}" if isinstance(error, KeyError) else error) from error
         return cache.to(device)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _empty_past(
+        self,
+        implementation: str,
+        config: PreTrainedConfig | None,
+        max_cache_len: int | None,
+        cache_config: Mapping[str, Any],
+    ) -> Cache:
+        from transformers import DynamicCache, QuantizedCache, StaticCache
+
+        name = f"cache_implementation={implementation!r}"
+        if implementation not in _PAST_IMPLEMENTATIONS:
+            raise GistError(
+                f"cache_implementation must be one of {', '.join(_PAST_IMPLEMENTATIONS)}, got {implementation!r}"
+            )
+        is_offloaded, is_static = implementation.startswith("offloaded"), implementation.endswith("static")
+        if is_offloaded and self.device.type != "cuda":
+            raise GistError(f"{name} waits on CUDA streams, the cache is on {self.device}; use 'dynamic' or 'static'")
+        if config is None:
+            if is_static or implementation == "quantized":
+                raise GistError(f"{name} is made for the layers of one model; give config=model.config")
+            return DynamicCache(offloading=is_offloaded)
+        if is_static:
+            if max_cache_len is None or max_cache_len < self.num_slots:
+                raise GistError(
+                    f"{name} needs max_cache_len, the {self.num_slots} slots of the cache, the rest and the new tokens "
+                    f"together, got {max_cache_len}"
+                )
+            return StaticCache(config, max_cache_len, offloading=is_offloaded)
+        if implementation != "quantized":
+            return DynamicCache(config=config, offloading=is_offloaded)
+        settings = {"backend": "quanto", **cache_config}
+        try:
+            past = QuantizedCache(config=config, **settings)
+        except (TypeError, ValueError) as error:
+            raise GistError(f"{name}, cache_config={dict(cache_config)} is refused by transformers: {error}") from error
+        if settings["backend"] == "fp8":
+            # Its scale is set once, by the first states: here the gist's alone. What follows may be larger.
+            layers: list[Any] = past.layers
+            for layer in layers:
+                layer.fp8_max = layer.fp8_max / _FP8_HEADROOM
+        return past
+
     def _check(self) -> None:
-        """Raise ValueError unless the parts fit together: a file with a right checksum may still hold anything."""
+        """Raise ValueError unless the parts fit together: a file with a right checksum may still hold anything.
+
+        That all states are finite is the file's own rule. What stands in slots in front of a prompt's gist is not
+        looked at, because nobody reads it.
+        """
         if self.lengths.dim() != 1 or self.lengths.dtype != torch.int64 or not len(self):
             raise ValueError("lengths must be whole numbers, one for each prompt")
-        if not self.keys or any(tensor.dim() != 4 for tensor in (*self.keys, *self.values)):
+        if not self.keys or len(self.keys) != len(self.values):
+            raise ValueError(f"there are keys of {len(self.keys)} layers and values of {len(self.values)}")
+        if any(tensor.dim() != 4 for tensor in (*self.keys, *self.values)):
             raise ValueError("keys and values must have four dimensions")
         batch, slots = len(self), self.num_slots
         if self.lengths.amin() < 0 or self.lengths.amax() != slots:
@@ -328,6 +427,12 @@ class GistCache:
             raise ValueError("the states must have one floating dtype")
         if not all(isinstance(value, str) for value in asdict(self.origin).values()):
             raise ValueError("origin must be texts")
+        if self.rotary is not None:
+            if len(self.rotary.layers) != len(self.keys):
+                raise ValueError(f"rotary has {len(self.rotary.layers)} layers, the states {len(self.keys)}")
+            for number, key in zip(self.rotary.layers, self.keys, strict=True):
+                if number is not None and 2 * len(self.rotary.frequencies[number]) > key.shape[-1]:
+                    raise ValueError(f"rotary turns more numbers than the {key.shape[-1]} of a head")
 
     def _named(self) -> dict[str, Tensor]:
         named = {f"keys.{layer}": tensor for layer, tensor in enumerate(self.keys)}
@@ -348,11 +453,22 @@ class GistCache:
         )
 
 
-def _digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # As bytes: numpy has no bfloat16.
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _check_together(caches: Sequence[GistCache]) -> Rotary | None:
+    """Raise unless the caches are one model's, of one dtype, on one device; how their keys are rotated, if one says."""
+    if not caches:
+        raise GistError("caches is empty; give at least one")
+    first = caches[0]
+    for other in caches[1:]:
+        if other.origin != first.origin:
+            raise CacheMismatchError(
+                f"caches belong to different origins, {first.origin} and {other.origin}; compress them anew"
+            )
+        if (other.dtype, other.device) != (first.dtype, first.device):
+            raise CacheMismatchError(
+                f"caches are {first.dtype} on {first.device} and {other.dtype} on {other.device}; bring them together "
+                "with .to()"
+            )
+    known = {cache.rotary for cache in caches} - {None}
+    if len(known) > 1:
+        raise CacheMismatchError("caches are of one model whose keys were rotated differently; compress them anew")
+    return known.pop() if known else None

@@ -7,8 +7,14 @@ angles. Knows arithmetic; what a model's frequencies are is read off it in ``gis
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from gisting.errors import GistError
 
 __all__ = ["Rotary"]
 
@@ -29,6 +35,50 @@ class Rotary:
     layers: tuple[int | None, ...]
     is_interleaved: bool = False
 
+    def rotate(self, layer: int, keys: Tensor, by: Tensor) -> Tensor:
+        """Keys of a layer, moved ``by`` positions further.
+
+        A pure rotation: what a model multiplies its cosines and sines with (YaRN, LongRoPE) is in the keys already and
+        stays. Only the first R numbers of a head turn, and none in a layer without rotation. Angles are float64, the
+        turning is float32 (float64 for float64 keys).
+
+        Args:
+            layer: which layer the keys are from.
+            keys: floating ``(B, G, P, D)``.
+            by: int64 ``(B,)``, or ``(B, P)`` for each slot its own; negative ones move back. Where it lies the angles
+                are computed.
+
+        Returns:
+            ``(B, G, P, D)``, dtype and device of ``keys``.
+
+        Raises:
+            GistError: there is no such layer, or the shapes do not fit.
+        """
+        if not 0 <= layer < len(self.layers):
+            raise GistError(f"layer must be in 0..{len(self.layers) - 1}, got {layer}")
+        if keys.dim() != 4 or by.dtype != torch.int64 or by.shape not in (keys.shape[:1], keys.shape[0:3:2]):
+            raise GistError(
+                "keys must be (B, G, P, D) and by int64 (B,) or (B, P), got "
+                f"{tuple(keys.shape)} and {by.dtype} {tuple(by.shape)}"
+            )
+        number = self.layers[layer]
+        if number is None:
+            return keys
+        frequencies = torch.tensor(self.frequencies[number], dtype=torch.float64, device=by.device)
+        size = 2 * len(frequencies)
+        if size > keys.shape[-1]:
+            raise GistError(f"keys must have a head size of at least {size}, which are rotated, got {keys.shape[-1]}")
+        dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        # (B, 1, P or 1, R / 2)
+        angles = by.reshape(len(by), 1, -1, 1) * frequencies
+        cos, sin = angles.cos().to(keys.device, dtype), angles.sin().to(keys.device, dtype)
+        turning = keys[..., :size].to(dtype)
+        # The two numbers of every pair, each (B, G, P, R / 2).
+        x, y = (turning[..., 0::2], turning[..., 1::2]) if self.is_interleaved else turning.chunk(2, dim=-1)
+        turned = (x * cos - y * sin, y * cos + x * sin)
+        whole = torch.stack(turned, dim=-1).flatten(-2) if self.is_interleaved else torch.cat(turned, dim=-1)
+        return torch.cat([whole.to(keys.dtype), keys[..., size:]], dim=-1)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; :meth:`from_dict` reads it."""
         return {
@@ -38,17 +88,23 @@ class Rotary:
         }
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> Rotary:
+    def from_dict(cls, found: Any) -> Rotary:
         """Read what :meth:`to_dict` gave.
 
         Raises:
             ValueError: it is not of that form.
         """
-        frequencies = tuple(tuple(float(value) for value in values) for values in found["frequencies"])
-        layers = tuple(found["layers"])
+        match found:
+            case {"frequencies": list(sets), "layers": list(layers), "is_interleaved": bool(is_interleaved)}:
+                pass
+            case _:
+                raise ValueError("rotary must be an object with frequencies, layers and is_interleaved")
+        for values in sets:
+            if not isinstance(values, list) or not all(
+                isinstance(value, float) and math.isfinite(value) for value in values
+            ):
+                raise ValueError("rotary frequencies must be lists of finite numbers")
         for layer in layers:
-            if layer is not None and not (isinstance(layer, int) and 0 <= layer < len(frequencies)):
+            if layer is not None and not (type(layer) is int and 0 <= layer < len(sets)):
                 raise ValueError(f"rotary layers must be numbers of frequency sets or null, got {layer!r}")
-        if not isinstance(found["is_interleaved"], bool):
-            raise ValueError("rotary is_interleaved must be true or false")
-        return cls(frequencies, layers, found["is_interleaved"])
+        return cls(tuple(map(tuple, sets)), tuple(layers), is_interleaved)

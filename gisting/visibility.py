@@ -27,12 +27,16 @@ from torch import Tensor
 from gisting.errors import GistError
 
 __all__ = [
+    "CHAINED_CONDITIONS",
     "CONDITIONS",
     "ENCODER_CONDITIONS",
     "FOREVER",
     "Visibility",
     "bidirectional",
     "causal",
+    "chained",
+    "chained_negative",
+    "chained_positive",
     "encoder_gist",
     "encoder_negative",
     "encoder_positive",
@@ -323,6 +327,64 @@ def negative(
     return _decoder(is_gist, padding, documents, branches, _hide_to_last_span)
 
 
+def chained(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
+    """Gist masking of a prompt in parts, each compressed on its own, as ``GistCache.chain`` puts them together.
+
+    A part sees nothing of the parts before it, not even their gists; the rest sees the gists of all. So a gist would be
+    seen by two stretches of rows, its own part and the rest, and it takes two keys: behind each gist token stands a
+    *copy*, the same token at the same position. The gist is seen by its part alone, and the copy by the rest alone.
+    What a copy sees is what its gist sees, with the gist in place of itself, so it has the gist's states in every
+    layer. In the last part, which the rest follows, a gist needs no copy::
+
+             a  G  g  H  h  b  J  L  c  d     parts           1  1  1  1  1  2  2  2  0  0
+          a  1  .  .  .  .  .  .  .  .  .     position_ids   -1  0  0  1  1  1  2  3  4  5
+          G  1  1  .  .  .  .  .  .  .  .
+          g  1  1  .  .  .  .  .  .  .  .     a, b: the prompts of two parts
+          H  1  1  .  1  .  .  .  .  .  .     G H, J L: their gists
+          h  1  1  .  1  .  .  .  .  .  .     g h: the copies of G H
+          b  .  .  .  .  .  1  .  .  .  .     c d: the rest
+          J  .  .  .  .  .  1  1  .  .  .
+          L  .  .  .  .  .  1  1  1  .  .
+          c  .  .  1  .  1  .  1  1  1  .
+          d  .  .  1  .  1  .  1  1  1  1
+
+    A single part without copies is what :func:`gist` gives. In layers with a sliding window, which counts columns, a
+    gist of an early part can be out of reach here though it is within reach as a cache.
+
+    Args:
+        is_gist: bool ``(B, K)``, true at gist tokens and their copies.
+        is_copy: bool ``(B, K)``, true at copies, each right behind its gist token; every gist token has one, but for
+            those of the last part.
+        parts: int ``(B, K)``: equal numbers above 0 in a row are one part; 0 for the rest, behind all parts.
+        padding: as for :func:`causal`, on either side; None for no padding.
+    """
+    is_gist, is_token = _check(is_gist, padding, is_copy=is_copy, parts=parts)
+    is_rest, num_keys = is_token & (parts == 0), is_gist.shape[-1]
+    index = torch.arange(num_keys, device=is_gist.device).expand_as(is_gist)
+    part_end = _run_end(torch.where(is_token, parts, -1))
+    has_copy = torch.nn.functional.pad(is_copy[:, 1:].bool(), (0, 1), value=False)
+    survives = is_rest | (is_gist & ~has_copy)
+    first = torch.where(is_copy.bool() & is_token, _carry_back(index, is_rest, num_keys), index)
+    end = torch.where(survives, FOREVER, part_end)
+    # A prompt token counts back from the gist of its part; a gist with a copy stands where its copy stands.
+    next_gist = torch.minimum(_carry_back(index, is_gist, num_keys), part_end)
+    before = survives.long().cumsum(-1) - survives.long()
+    positions = before - torch.where(is_gist | is_rest, 0, next_gist - index)
+    return Visibility(first, torch.where(is_token, end, first), torch.where(is_token, positions, 0))
+
+
+def chained_positive(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
+    """The positive control of a prompt in parts: all of them as one text with the gist tokens in place, copies being
+    padding. Arguments as :func:`chained`.
+    """
+    return positive(*_without_copies(is_gist, is_copy, parts, padding))
+
+
+def chained_negative(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
+    """The negative control of a prompt in parts: the rest sees none of them. Arguments as :func:`chained`."""
+    return negative(*_without_copies(is_gist, is_copy, parts, padding))
+
+
 # -- conditions of an encoder ------------------------------------------------------------------------------------------
 
 
@@ -356,6 +418,11 @@ def encoder_negative(is_gist: Tensor, padding: Tensor | None = None) -> Visibili
 
 Condition = Callable[..., Visibility]
 CONDITIONS: dict[str, Condition] = {"gist": gist, "positive": positive, "negative": negative}
+CHAINED_CONDITIONS: dict[str, Condition] = {
+    "gist": chained,
+    "positive": chained_positive,
+    "negative": chained_negative,
+}
 ENCODER_CONDITIONS: dict[str, Condition] = {
     "gist": encoder_gist,
     "positive": encoder_positive,
@@ -408,6 +475,12 @@ def _check(is_gist: Tensor, padding: Tensor | None, **others: Tensor | None) -> 
             raise GistError(f"{name} must have the shape of is_gist, {tuple(is_gist.shape)}, got {tuple(tensor.shape)}")
     is_token = torch.ones_like(is_gist, dtype=torch.bool) if padding is None else padding.bool()
     return is_gist.bool() & is_token, is_token
+
+
+def _without_copies(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``is_gist`` and ``padding`` of the same sequences with their copies as padding."""
+    is_gist, is_token = _check(is_gist, padding, is_copy=is_copy, parts=parts)
+    return is_gist & ~is_copy.bool(), is_token & ~is_copy.bool()
 
 
 # A rule says where a key stops being seen: the row number, or FOREVER for a key that stays.

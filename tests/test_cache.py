@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import re
 import stat
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import gisting
-from gisting import cache as cache_module
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, CacheMismatchError, GistError
+from gisting.rotary import Rotary
+from gisting.storage import STORAGES
 from tests import tiny
+from tests.forge import Forged
 
 ORIGIN = CacheOrigin("llama/0123456789ab", "ba9876543210", "plain", "gist")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -253,7 +257,7 @@ def test_round_trip(counts: tuple[int, ...], dtype: torch.dtype, encoder: bool, 
 
 def test_round_trip_of_special_numbers(tmp_path: Path) -> None:
     cache = made_up()
-    cache.keys[0][0, 0, -1, :] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
+    cache.keys[0][0, 0, -1, :] = torch.tensor([3e38, 1e-38, -0.0, 1e-45])
     cache.save(tmp_path / "a")
     loaded = GistCache.load(tmp_path / "a")
     assert torch.equal(loaded.keys[0].view(torch.int32), cache.keys[0].view(torch.int32))
@@ -281,6 +285,42 @@ def test_round_trip_of_views(tmp_path: Path) -> None:
     assert_same(GistCache.load(tmp_path / "a"), twisted)
 
 
+@pytest.mark.parametrize("layers", [(0, 0, 0), (0, None, 1)], ids=str)
+def test_round_trip_of_the_rotation(layers: tuple[int | None, ...], tmp_path: Path) -> None:
+    rotary = Rotary(((1.0, 0.1), (1 / 3,)), layers, is_interleaved=True)
+    replace(made_up(), rotary=rotary).save(tmp_path / "a")
+    assert GistCache.load(tmp_path / "a").rotary == rotary
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("counts", [(2, 5, 0), (0, 0)], ids=str)
+def test_storage(counts: tuple[int, ...], storage: str, dtype: torch.dtype, encoder: bool, tmp_path: Path) -> None:
+    """What comes back is of the same dtype and near; what is stored once more stays."""
+    cache = made_up(counts, dtype=dtype, encoder=encoder)
+    cache.save(tmp_path / "a", storage)
+    loaded = GistCache.load(tmp_path / "a")
+    assert (loaded.dtype, loaded.num_gist_tokens, loaded.origin) == (dtype, list(counts), ORIGIN)
+    # Of numbers up to 4: a cast's relative error, half a step of int8 or float8, and the rounding of the states' dtype.
+    error = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "float8_e4m3": 2**-4, "int8": 2**-7}[storage]
+    for found, wanted in zip(tensors_of(loaded), tensors_of(cache), strict=True):
+        torch.testing.assert_close(found, wanted, atol=4 * (error + torch.finfo(dtype).eps), rtol=0)
+        if storage in ("float32", str(dtype).removeprefix("torch.")):
+            assert torch.equal(found, wanted)
+    loaded.save(tmp_path / "b", storage)
+    assert_same(GistCache.load(tmp_path / "b"), loaded)
+
+
+def test_bytes_of_a_storage(tmp_path: Path) -> None:
+    """3 prompts x 5 slots x 3 layers x 2 heads x (4 + 6) numbers; 36 scales of 4 bytes."""
+    found = {}
+    for storage in STORAGES:
+        made_up().save(tmp_path / "a", storage)
+        found[storage] = len(Forged.apart((tmp_path / "a").read_bytes()).data)
+    assert found == {"float32": 3600, "bfloat16": 1800, "float16": 1800, "float8_e4m3": 1044, "int8": 1044}
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_round_trip_of_a_compressed_prompt(name: str, tmp_path: Path) -> None:
     model, tokenizer = tiny.patched(name)
@@ -306,14 +346,17 @@ def test_path_as_text_and_in_the_working_directory(tmp_path: Path, monkeypatch: 
 
 
 def test_file_describes_itself(tmp_path: Path) -> None:
-    """Format, origin and k can be read with nothing but safetensors; format 1 is pinned here."""
-    made_up(encoder=True).save(tmp_path / "a")
+    """Format, origin and k can be read with nothing but safetensors; format 2 is pinned here."""
+    cache = replace(made_up(encoder=True), rotary=Rotary(((1.0, 0.25),), (0, None, 0)))
+    cache.save(tmp_path / "a", "int8")
     with safe_open(tmp_path / "a", framework="pt") as file:
         manifest = json.loads(file.metadata()["gist"])
-        names = sorted(file.keys())
+        tensors = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     checksum = manifest.pop("sha256")
     assert manifest == {
-        "format": 1,
+        "format": 2,
+        "storage": "int8",
+        "dtype": "float32",
         "origin": {
             "model": "llama/0123456789ab",
             "tokenizer": "ba9876543210",
@@ -322,9 +365,43 @@ def test_file_describes_itself(tmp_path: Path) -> None:
         },
         "lengths": [2, 5, 1],
         "num_layers": 3,
+        "rotary": {"frequencies": [[1.0, 0.25]], "layers": [0, None, 0], "is_interleaved": False},
     }
-    assert re.fullmatch("[0-9a-f]{64}", checksum)
-    assert names == ["keys.0", "keys.1", "keys.2", "last_hidden", "values.0", "values.1", "values.2"]
+    assert checksum == Forged.apart((tmp_path / "a").read_bytes()).checksum()
+    assert tensors == {
+        **{f"keys.{layer}": ("I8", [3, 2, 5, 4]) for layer in range(3)},
+        **{f"keys.{layer}.scale": ("F32", [3, 2]) for layer in range(3)},
+        **{f"values.{layer}": ("I8", [3, 2, 5, 6]) for layer in range(3)},
+        **{f"values.{layer}.scale": ("F32", [3, 2]) for layer in range(3)},
+        "last_hidden": ("I8", [3, 5, 8]),
+        "last_hidden.scale": ("F32", [3]),
+    }
+
+
+# A T5-like cache of two prompts, k = 1 and 2, one layer, one head of size 2, bfloat16, as version 0.1 wrote it.
+FORMAT_1 = base64.b64decode(
+    "+AEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJnaXN0Ijoie1wiZm9ybWF0XCI6IDEsIFwibGVuZ3Roc1wiOiBbMSwgMl0sIFwibnVtX2xheWVy"
+    "c1wiOiAxLCBcIm9yaWdpblwiOiB7XCJjb25kaXRpb25cIjogXCJnaXN0XCIsIFwibW9kZWxcIjogXCJ0NS8wMTIzNDU2Nzg5YWJcIiwgXCJ0"
+    "ZW1wbGF0ZVwiOiBcInBsYWluXCIsIFwidG9rZW5pemVyXCI6IFwiYmE5ODc2NTQzMjEwXCJ9LCBcInNoYTI1NlwiOiBcIjQ4ZGQwYzM4ZmVl"
+    "MWNmMjIwMzFiNjU5Njk5OGM0MDFjMTRmYTZlNjI0ZmY4N2VmZjMxNzFkYTU5MWNhZDJjYzBcIn0ifSwia2V5cy4wIjp7ImR0eXBlIjoiQkYx"
+    "NiIsInNoYXBlIjpbMiwxLDIsMl0sImRhdGFfb2Zmc2V0cyI6WzAsMTZdfSwibGFzdF9oaWRkZW4iOnsiZHR5cGUiOiJCRjE2Iiwic2hhcGUi"
+    "OlsyLDIsM10sImRhdGFfb2Zmc2V0cyI6WzE2LDQwXX0sInZhbHVlcy4wIjp7ImR0eXBlIjoiQkYxNiIsInNoYXBlIjpbMiwxLDIsMl0sImRh"
+    "dGFfb2Zmc2V0cyI6WzQwLDU2XX19ICAgICAAAAAAwD8AwEBAgD4Av4BAAACAPwBAQECAQKBAwEDgQABBEEEgQTBBAAAAAEBAgMDAQAA/gL8A"
+    "QQ=="
+)
+
+
+def test_format_1_goes_on_being_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(FORMAT_1)
+    keys = torch.tensor([[[[0.0, 0.0], [1.5, -2.0]]], [[[3.0, 0.25], [-0.5, 4.0]]]], dtype=torch.bfloat16)
+    hidden = torch.arange(12).reshape(2, 2, 3).bfloat16()
+    origin = CacheOrigin("t5/0123456789ab", "ba9876543210", "plain", "gist")
+    loaded = GistCache.load(tmp_path / "a")
+    assert_same(loaded, GistCache((keys,), (2 * keys,), torch.tensor([1, 2]), origin, hidden))
+    assert loaded.rotary is None
+    loaded.save(tmp_path / "b")
+    assert_same(GistCache.load(tmp_path / "b"), loaded)
+    assert Forged.apart((tmp_path / "b").read_bytes()).manifest["format"] == 2
 
 
 def test_same_cache_same_bytes(tmp_path: Path) -> None:
@@ -409,84 +486,126 @@ def test_exchanged_states_are_refused(saved: bytes, tmp_path: Path) -> None:
         assert_refused(tmp_path / "a", data, " is altered: its checksum does not fit", f"{one!r} for {other!r}")
 
 
-def rewritten(
-    saved: bytes, path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any], *, signed: bool
-) -> bytes:
+def rewritten(saved: bytes, change: Callable[[Forged], Any], *, signed: bool) -> bytes:
     """The file with its manifest and tensors changed, with the right checksum (``signed``) or the old one."""
-    path.write_bytes(saved)
-    with safe_open(path, framework="pt") as file:
-        manifest = json.loads(file.metadata()["gist"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    change(manifest, tensors)
-    if signed:
-        del manifest["sha256"]
-        manifest["sha256"] = cache_module._digest(manifest, tensors)
-    save_file(tensors, path, metadata={"gist": json.dumps(manifest, sort_keys=True)})
-    return path.read_bytes()
+    forged = Forged.apart(saved)
+    change(forged)
+    return forged.together(signed=signed)
 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_later_format(saved: bytes, signed: bool, tmp_path: Path) -> None:
-    data = rewritten(saved, tmp_path / "b", lambda manifest, _: manifest.update(format=2, news=[1]), signed=signed)
-    message = " has format 2, this version reads up to 1; upgrade gisting: pip install -U gisting$"
-    assert_refused(tmp_path / "a", data, message, "format 2")
+    data = rewritten(saved, lambda it: it.manifest.update(format=3, news=[1]), signed=signed)
+    message = " has format 3, this version reads up to 2; upgrade gisting: pip install -U gisting$"
+    assert_refused(tmp_path / "a", data, message, "format 3")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(lambda manifest, _: manifest["origin"].update(model="llama/ffffffffffff"), id="model"),
-        pytest.param(lambda manifest, _: manifest["origin"].update(tokenizer="ffffffffffff"), id="tokenizer"),
-        pytest.param(lambda manifest, _: manifest["origin"].update(condition="positive"), id="condition"),
-        pytest.param(lambda manifest, _: manifest.update(lengths=[2, 5, 2]), id="lengths"),
-        pytest.param(lambda manifest, _: manifest.update(num_layers=2), id="layers"),
-        pytest.param(lambda manifest, _: manifest.update(more=1), id="more"),
-        pytest.param(lambda manifest, _: manifest.pop("sha256"), id="no-checksum"),
-        pytest.param(lambda _, tensors: tensors.pop("keys.2"), id="tensor-gone"),
-        pytest.param(lambda _, tensors: tensors.update(more=torch.zeros(1)), id="tensor-more"),
-        pytest.param(lambda _, tensors: tensors.update({"keys.0": tensors["keys.0"].view(torch.int32)}), id="dtype"),
-        pytest.param(lambda _, tensors: tensors.update({"keys.0": tensors["keys.0"].reshape(3, 5, 2, 4)}), id="shape"),
+        pytest.param(lambda it: it.manifest["origin"].update(model="llama/ffffffffffff"), id="model"),
+        pytest.param(lambda it: it.manifest["origin"].update(tokenizer="ffffffffffff"), id="tokenizer"),
+        pytest.param(lambda it: it.manifest["origin"].update(condition="positive"), id="condition"),
+        pytest.param(lambda it: it.manifest.update(lengths=[2, 5, 2]), id="lengths"),
+        pytest.param(lambda it: it.manifest.update(num_layers=2), id="layers"),
+        pytest.param(lambda it: it.manifest.update(storage="float16"), id="storage"),
+        pytest.param(lambda it: it.manifest.update(dtype="float16"), id="dtype"),
+        pytest.param(lambda it: it.manifest.update(more=1), id="more"),
+        pytest.param(lambda it: it.manifest.update(format=1), id="format-1"),
+        pytest.param(lambda it: it.manifest.pop("sha256"), id="no-checksum"),
+        pytest.param(lambda it: it.remove("keys.2"), id="tensor-gone"),
+        pytest.param(lambda it: it.replace("more", "F32", [1], bytes(4)), id="tensor-more"),
+        pytest.param(lambda it: it.entries["keys.0"].update(dtype="I8", shape=[3, 2, 5, 16]), id="tensor-dtype"),
+        pytest.param(lambda it: it.entries["keys.0"].update(shape=[3, 5, 2, 4]), id="shape"),
     ],
 )
-def test_changed_content_is_refused(saved: bytes, change: Callable[..., Any], tmp_path: Path) -> None:
-    data = rewritten(saved, tmp_path / "b", change, signed=False)
+def test_changed_content_is_refused(saved: bytes, change: Callable[[Forged], Any], tmp_path: Path) -> None:
+    data = rewritten(saved, change, signed=False)
     assert_refused(
         tmp_path / "a", data, " is altered: its checksum does not fit; compress the prompt again$", "a change"
     )
 
 
+def rotation(**changes: Any) -> Callable[[Forged], Any]:
+    right = {"frequencies": [[1.0, 0.1]], "layers": [0, 0, 0], "is_interleaved": False}
+    return lambda it: it.manifest.update(rotary={**right, **changes})
+
+
+def test_the_rotation_that_is_changed_below_is_right(saved: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(rewritten(saved, rotation(), signed=True))
+    assert GistCache.load(tmp_path / "a").rotary == Rotary(((1.0, 0.1),), (0, 0, 0))
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        pytest.param(lambda manifest, _: manifest.update(num_layers=4), id="layers-missing"),
-        pytest.param(lambda manifest, _: manifest.update(num_layers=0), id="no-layers"),
-        pytest.param(lambda manifest, _: manifest.update(num_layers="3"), id="layers-as-text"),
-        pytest.param(lambda manifest, _: manifest.pop("lengths"), id="no-lengths"),
-        pytest.param(lambda manifest, _: manifest.update(lengths=[2, 5]), id="lengths-too-few"),
-        pytest.param(lambda manifest, _: manifest.update(lengths=[2, 6, 1]), id="k-beyond-the-slots"),
-        pytest.param(lambda manifest, _: manifest.update(lengths=[2, -5, 1]), id="k-negative"),
-        pytest.param(lambda manifest, _: manifest.update(lengths=[2, 0.5, 1]), id="k-half"),
-        pytest.param(lambda manifest, _: manifest.pop("origin"), id="no-origin"),
-        pytest.param(lambda manifest, _: manifest["origin"].update(more=1), id="origin-more"),
-        pytest.param(lambda manifest, _: manifest["origin"].update(model=3), id="origin-no-text"),
-        pytest.param(lambda manifest, _: manifest.update(format="one"), id="format-as-text"),
+        pytest.param(lambda it: it.manifest.update(num_layers=4), "6 tensors are not those of 4 layers", id="layers-4"),
+        pytest.param(lambda it: it.manifest.update(num_layers=0), "6 tensors are not those of 0 layers", id="layers-0"),
+        pytest.param(lambda it: it.manifest.update(num_layers=10**9), "6 tensors are not those of 1", id="layers-1e9"),
+        pytest.param(lambda it: it.manifest.update(num_layers=-3), "6 tensors are not those of -3", id="layers-minus"),
+        pytest.param(lambda it: it.manifest.update(num_layers="3"), "6 tensors are not those of '3'", id="layers-text"),
+        pytest.param(lambda it: it.manifest.update(num_layers=3.0), "6 tensors are not those of 3.0", id="layers-3.0"),
+        pytest.param(lambda it: it.manifest.pop("num_layers"), "there is no 'num_layers'", id="no-layers"),
+        pytest.param(lambda it: it.remove("keys.2"), "5 tensors are not those of 3 layers", id="tensor-gone"),
         pytest.param(
-            lambda _, tensors: tensors.update({"keys.1": tensors["keys.1"][:, :, :4].clone()}), id="slots-differ"
+            lambda it: it.replace("more", "F32", [1], bytes(4)), "7 tensors are not those of 3", id="tensor-more"
         ),
         pytest.param(
-            lambda _, tensors: tensors.update({"keys.1": tensors["keys.1"][0].clone()}), id="keys-of-3-dimensions"
+            lambda it: it.entries.update(more=it.entries.pop("keys.2")), "there is no 'keys.2'", id="other-name"
         ),
-        pytest.param(lambda _, tensors: tensors.update({"values.2": tensors["values.2"].half()}), id="dtypes-differ"),
+        pytest.param(lambda it: it.manifest.pop("lengths"), "there is no 'lengths'", id="no-lengths"),
+        pytest.param(lambda it: it.manifest.update(lengths=5), "lengths must be whole numbers", id="lengths-number"),
+        pytest.param(lambda it: it.manifest.update(lengths=[]), "lengths must be whole numbers", id="no-prompts"),
+        pytest.param(lambda it: it.manifest.update(lengths=[2, 5]), "a layer has another shape", id="lengths-too-few"),
+        pytest.param(lambda it: it.manifest.update(lengths=[2, 6, 1]), "must be the 5 slots", id="k-beyond-the-slots"),
+        pytest.param(lambda it: it.manifest.update(lengths=[2, 4, 1]), "must be the 5 slots", id="k-below-the-slots"),
+        pytest.param(lambda it: it.manifest.update(lengths=[5, -5, 1]), "must be the 5 slots", id="k-negative"),
+        pytest.param(lambda it: it.manifest.update(lengths=[2, 5, 0.5]), "must be whole numbers", id="k-half"),
+        pytest.param(lambda it: it.manifest.update(lengths=[2, 5, True]), "must be whole numbers", id="k-true"),
+        pytest.param(lambda it: it.manifest.update(lengths=[2, 5, [1]]), "must be whole numbers", id="k-list"),
+        pytest.param(lambda it: it.manifest.update(lengths=[2, 5, 2**62]), "must be the 5 slots", id="k-huge"),
+        pytest.param(lambda it: it.manifest.pop("origin"), "there is no 'origin'", id="no-origin"),
+        pytest.param(lambda it: it.manifest.update(origin="llama"), "must be a mapping", id="origin-text"),
+        pytest.param(lambda it: it.manifest["origin"].update(more=1), "unexpected keyword", id="origin-more"),
+        pytest.param(lambda it: it.manifest["origin"].pop("model"), "missing 1 required", id="origin-less"),
+        pytest.param(lambda it: it.manifest["origin"].update(model=3), "origin must be texts", id="origin-number"),
+        pytest.param(lambda it: it.replace("keys.1", "F32", [3, 2, 4, 4], bytes(384)), "another shape", id="slots"),
+        pytest.param(lambda it: it.replace("keys.1", "F32", [3, 1, 5, 4], bytes(240)), "another shape", id="heads"),
+        pytest.param(lambda it: it.replace("keys.1", "F32", [2, 2, 5, 4], bytes(320)), "another shape", id="prompts"),
+        pytest.param(lambda it: it.replace("keys.1", "F32", [2, 5, 4], bytes(160)), "four dimensions", id="dimensions"),
+        pytest.param(
+            lambda it: it.replace("last_hidden", "F32", [3, 4, 8], bytes(384)), "last_hidden has another", id="hidden"
+        ),
+        pytest.param(lambda it: it.replace("values.2", "F16", [3, 2, 5, 6], bytes(360)), "storage float32", id="dtype"),
+        pytest.param(rotation(layers=[0, 0]), "rotary has 2 layers, the states 3", id="rotary-layers"),
+        pytest.param(rotation(layers=[0, 1, 0]), "rotary layers must be numbers of frequency sets", id="rotary-set"),
+        pytest.param(rotation(layers=[0, True, 0]), "rotary layers must be numbers of frequency", id="rotary-true"),
+        pytest.param(rotation(frequencies=[[1.0] * 3]), "rotary turns more numbers than the 4 of", id="rotary-size"),
+        pytest.param(rotation(frequencies=[["1"]]), "rotary frequencies must be lists of finite", id="rotary-text"),
+        pytest.param(rotation(frequencies=3), "rotary must be an object with", id="rotary-number"),
+        pytest.param(rotation(is_interleaved=1), "rotary must be an object with", id="rotary-interleaved"),
+        pytest.param(lambda it: it.manifest.update(rotary=[]), "rotary must be an object with", id="rotary-list"),
+        pytest.param(lambda it: it.manifest.update(rotary={}), "rotary must be an object with", id="rotary-empty"),
     ],
 )
 def test_hostile_file_with_a_right_checksum_is_refused(
-    saved: bytes, change: Callable[..., Any], tmp_path: Path
+    saved: bytes, change: Callable[[Forged], Any], message: str, tmp_path: Path
 ) -> None:
     """A checksum is no signature: who writes a file can write its checksum too. What cannot be a cache is refused in
     words.
     """
-    data = rewritten(saved, tmp_path / "b", change, signed=True)
-    assert_refused(tmp_path / "a", data, " ", "a manifest that cannot be")
+    data = rewritten(saved, change, signed=True)
+    assert_refused(tmp_path / "a", data, f" is no gist cache of format 2: .*{message}", "a manifest that cannot be")
+
+
+def test_nothing_that_lies_in_front_of_a_gist_is_read(saved: bytes, tmp_path: Path) -> None:
+    """Slots that no length reaches may hold anything finite: the mask hides them."""
+    forged = Forged.apart(saved)
+    states = torch.full((3, 2, 5, 4), 3e38)
+    forged.replace("keys.0", "F32", [3, 2, 5, 4], states.numpy().tobytes())
+    (tmp_path / "a").write_bytes(forged.together())
+    loaded = GistCache.load(tmp_path / "a")
+    assert loaded.attention_mask.tolist() == made_up().attention_mask.tolist()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"gist"', "{}", '{"sha256": "x"}'], ids=repr)
@@ -530,11 +649,40 @@ def test_other_files(data: bytes, tmp_path: Path) -> None:
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(
-            FileNotFoundError, match=re.escape(f"{path} is no file; save a cache there first: cache.save(path)")
-        ):
-            GistCache.load(path)
+    """More of what is no file is in ``test_storage.py``."""
+    message = re.escape(f"{tmp_path / 'none'} is no file; save a cache there first: cache.save(path)")
+    with pytest.raises(FileNotFoundError, match=message):
+        GistCache.load(tmp_path / "none")
+    with pytest.raises(CacheFormatError, match=re.escape(f"{tmp_path} is no regular file; give the file that")):
+        GistCache.load(tmp_path)
+
+
+# -- what is not written -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"lengths": torch.tensor([2, 4, 1])},
+            r"^this cache is none that could be loaded again: the largest of the lengths must be the 5 slots; c",
+        ),
+        (
+            {"rotary": Rotary(((1.0,),), (0,))},
+            r"^this cache is none .*: rotary has 1 layers, the states 3; compress the",
+        ),
+        (
+            {"keys": (torch.full((3, 2, 5, 4), torch.inf),) * 3},
+            r"^keys.0 holds NaN or infinity, which no file keeps; c",
+        ),
+        ({"keys": made_up().keys[:2]}, r"^this cache is none .*: there are keys of 2 layers and values of 3; compress"),
+    ],
+    ids=["lengths", "rotary", "infinity", "layers"],
+)
+def test_save_refuses(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(GistError, match=message):
+        replace(made_up(), **change).save(tmp_path / "a")
+    assert os.listdir(tmp_path) == []
 
 
 # -- written whole or not at all ---------------------------------------------------------------------------------------

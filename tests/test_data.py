@@ -212,6 +212,154 @@ def test_a_record_without_output_is_named_by_its_place(tokenizer: GistTokenizer)
         GistCollator(tokenizer)([RECORDS[0], {"instruction": "w1", "input": "w2"}])
 
 
+# -- prompts in parts --------------------------------------------------------------------------------------------------
+
+PARTED = [Record("w1 w2|w3", "w4", "w5"), Record("w6 w7", "", "w8")]
+
+
+def written(ids: list[int]) -> str:
+    word = {number: f"w{number - 4}" for number in range(4, 64)} | {0: "_", 2: "$", 64: "G"}
+    return " ".join(word[token] for token in ids)
+
+
+def test_a_chained_batch_by_eye(tokenizer: GistTokenizer) -> None:
+    """Gist tokens of the first part stand there twice, G and its copy c; a row of one part is laid out as ever."""
+    batch = GistCollator(tokenizer, 2, part_separator="|")(PARTED)
+    assert [written(row) for row in batch["input_ids"].tolist()] == [
+        "w1 w2 G G G G w3 G G w4 w5 $",
+        "_ _ _ _ _ _ w6 w7 G G w8 $",
+    ]
+    assert batch["position_ids"].tolist() == [
+        [-2, -1, 0, 0, 1, 1, 1, 2, 3, 4, 5, 6],
+        [0, 0, 0, 0, 0, 0, -2, -1, 0, 1, 2, 3],
+    ]
+    assert batch["labels"].tolist() == [[-100] * 10 + [9, 2], [-100] * 10 + [12, 2]]
+    keys = Visibility.from_attention_mask(batch["attention_mask"])
+    assert keys.draw("a b G c G c d G G e f $".split(), row=0).splitlines() == [
+        "  a b G c G c d G G e f $",
+        "a 1 . . . . . . . . . . .",
+        "b 1 1 . . . . . . . . . .",
+        "G 1 1 1 . . . . . . . . .",
+        "c 1 1 1 . . . . . . . . .",
+        "G 1 1 1 . 1 . . . . . . .",
+        "c 1 1 1 . 1 . . . . . . .",
+        "d . . . . . . 1 . . . . .",
+        "G . . . . . . 1 1 . . . .",
+        "G . . . . . . 1 1 1 . . .",
+        "e . . . 1 . 1 . 1 1 1 . .",
+        "f . . . 1 . 1 . 1 1 1 1 .",
+        "$ . . . 1 . 1 . 1 1 1 1 1",
+    ]
+    alone = GistCollator(tokenizer, 2)([PARTED[1]])
+    plain = Visibility.from_attention_mask(alone["attention_mask"])
+    assert torch.equal(keys.last_keys(6).to_dense()[1], plain.to_dense()[0])
+
+
+def test_the_controls_of_a_chained_row(tokenizer: GistTokenizer) -> None:
+    """Positive: one text with every gist in place, in which nobody sees a copy. Negative: nothing of any part."""
+    record = Record("w1|w2", "w3", "")
+    shown = {}
+    for condition in ("positive", "negative"):
+        batch = GistCollator(tokenizer, 1, conditions=condition, part_separator="|")([record])
+        assert written(batch["input_ids"][0].tolist()) == "w1 G G w2 G w3 $"
+        drawn = Visibility.from_attention_mask(batch["attention_mask"]).draw("a G c b G d $".split())
+        shown[condition] = [drawn.splitlines()[-2:], batch["position_ids"][0].tolist()[-2:]]
+    assert shown == {
+        "positive": [["d 1 1 . 1 1 1 .", "$ 1 1 . 1 1 1 1"], [4, 5]],
+        "negative": [["d . . . . . 1 .", "$ . . . . . 1 1"], [0, 1]],
+    }
+
+
+def test_each_part_draws_its_k(tokenizer: GistTokenizer) -> None:
+    batch = GistCollator(tokenizer, (1, 3), part_separator="|")([Record("w1|w2|w3", "w4", "")] * 200)
+    counts = []
+    for row in batch["input_ids"].tolist():
+        spans = "".join("G" if token == 64 else "." for token in row).strip(".").split(".")
+        assert [len(span) % 2 for span in spans[:2]] == [0, 0]
+        counts.append((len(spans[0]) // 2, len(spans[1]) // 2, len(spans[2])))
+    assert len(set(counts)) == 27
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_every_part_is_what_compress_runs(template: str) -> None:
+    """Prompt layout and start ids included."""
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), template)
+    batch = GistCollator(tokenizer, 1, part_separator=" ## ")([Record("w1 w2 ## w3 ## w4", "w5", "w6")])
+    heads = [encoding.input_ids for encoding in tokenizer.encode_prompts(["w1 w2", "w3", "w4"], 1)]
+    whole = tokenizer.encode("w4", "w5", "w6", num_gist_tokens=1).input_ids
+    assert batch["input_ids"][0].tolist() == heads[0] + [64] + heads[1] + [64] + whole
+    assert whole[: len(heads[2])] == heads[2]
+
+
+def test_what_is_cut_of_a_chained_row(tokenizer: GistTokenizer) -> None:
+    """The completion down to a quarter, then the ends of the longest parts, then what stands behind the gists."""
+    record = Record("w1 w2 w3 w4 w5|w6 w7 w8|w9", "w10 w11", "w12 w13 w14")
+    shown = {
+        max_length: written(
+            GistCollator(tokenizer, 1, max_length=max_length, part_separator="|")([record])["input_ids"][0].tolist()
+        )
+        for max_length in (20, 18, 17, 15, 12, 10)
+    }
+    assert shown == {
+        20: "w1 w2 w3 w4 w5 G G w6 w7 w8 G G w9 G w10 w11 w12 w13 w14 $",
+        18: "w1 w2 w3 G G w6 w7 w8 G G w9 G w10 w11 w12 w13 w14 $",
+        17: "w1 w2 G G w6 w7 G G w9 G w10 w11 w12 w13 w14 $",  # parts of one length are cut alike
+        15: "w1 w2 G G w6 w7 G G w9 G w10 w11 w12 w13 w14",
+        12: "w1 G G w6 G G w9 G w11 w12 w13 w14",
+        10: "w1 G G w6 G G w9 G w11 w12",
+    }
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    input=st.integers(1, 12),
+    output=st.integers(0, 12),
+    k=st.integers(1, 3),
+    spare=st.integers(0, 30),
+)
+def test_truncation_never_takes_a_gist_or_all_of_a_part(
+    lengths: list[int], input: int, output: int, k: int, spare: int
+) -> None:
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), "plain")
+    parts = " | ".join(tiny.words(length, length) for length in lengths)
+    num_gist_columns = k * (2 * len(lengths) - 1)
+    max_length = num_gist_columns + len(lengths) + 2 + spare
+    collate = GistCollator(tokenizer, k, max_length=max_length, part_separator=" | ")
+    batch = collate([Record(parts, tiny.words(input, 2), tiny.words(output, 3))])
+    is_gist = (batch["input_ids"][0] == tokenizer.gist_token_id).tolist()
+    assert len(is_gist) <= max_length
+    assert sum(is_gist) == num_gist_columns
+    starts = [place for place in range(1, len(is_gist)) if is_gist[place] and not is_gist[place - 1]]
+    assert len(starts) == len(lengths)  # before each gist some prompt is left
+    assert (batch["labels"] != -100).any()
+
+
+def test_more_parts_than_max_length_holds(tokenizer: GistTokenizer) -> None:
+    collate = GistCollator(tokenizer, 2, max_length=12, part_separator="|")
+    with pytest.raises(RecordError, match=r"record 1 of the batch has 3 parts.* at least 15 ids.*max_length=12"):
+        collate([PARTED[0], Record("w1|w2|w3", "w4", "w5")])
+
+
+@pytest.mark.parametrize("instruction", ["|w1", "w1|", "w1| |w2", "|"])
+def test_a_part_without_text_is_refused(tokenizer: GistTokenizer, instruction: str) -> None:
+    with pytest.raises(RecordError, match=r"record 0 of the batch has an empty part.*part_separator='\|'"):
+        GistCollator(tokenizer, part_separator="|")([Record(instruction, "", "w1")])
+
+
+def test_a_chained_row_without_a_continuation_is_refused(tokenizer: GistTokenizer) -> None:
+    """The completion would begin at the last part's gist, which sees no other part."""
+    with pytest.raises(RecordError, match=r"record 1 of the batch has several parts and nothing behind their gists"):
+        GistCollator(tokenizer, part_separator="|")([PARTED[1], Record("w1|w2", "", "w3")])
+
+
+def test_errors_of_part_separator(tokenizer: GistTokenizer, t5_tokenizer: GistTokenizer) -> None:
+    with pytest.raises(GistError, match="part_separator is empty; give a text"):
+        GistCollator(tokenizer, part_separator="")
+    with pytest.raises(GistError, match="part_separator is ' # ', but gists of an encoder-decoder cannot be chained"):
+        GistCollator(t5_tokenizer, part_separator=" # ")
+
+
 # -- the built-in task -------------------------------------------------------------------------------------------------
 
 

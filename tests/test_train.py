@@ -152,6 +152,25 @@ def test_a_mask_that_is_ignored_would_show(tmp_path: Path, monkeypatch: pytest.M
     assert answers != [record.output for record in RECORDS]
 
 
+def test_instructions_in_parts_are_trained_as_chained_gists(tmp_path: Path) -> None:
+    model, tokenizer = fresh("llama")
+    with pytest.raises(GistError, match="part_separator"):
+        finetune(model, tokenizer, [Record("w1", "w2", "w3")], arguments(tmp_path), part_separator="")
+    records = [Record("w1 | w2", "w7", "w3"), Record("w4", "w5", "w6")]
+    batch = GistCollator(tokenizer, 2, part_separator=" | ")(records)
+    expected = float(model(**batch).loss.detach())
+    metrics = finetune(
+        model,
+        tokenizer,
+        records,
+        arguments(tmp_path, batch_size=2, per_device_batch_size=2, max_steps=1, learning_rate=0.0),
+        num_gist_tokens=2,
+        part_separator=" | ",
+    )
+    assert metrics["train_loss"] == pytest.approx(expected, rel=1e-6)
+    assert expected != pytest.approx(float(model(**GistCollator(tokenizer, 2)(records)).loss.detach()), rel=1e-6)
+
+
 def test_published_hyper_parameters() -> None:
     decoder = published_arguments("unused")
     assert (decoder.num_train_epochs, decoder.learning_rate, decoder.weight_decay) == (3.0, 2e-5, 0.0)

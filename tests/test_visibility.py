@@ -708,6 +708,227 @@ def test_a_gist_token_in_the_padding_is_padding() -> None:
     assert torch.equal(vis.gist(is_gist, padding).to_dense(), build(vis.gist, "_ _ a G b").to_dense())
 
 
+# -- prompts in parts --------------------------------------------------------------------------------------------------
+# A line of text as above, in which ``C`` is the copy of the gist token before it; a second line names the parts.
+
+
+def chain(line: str, parts: str) -> dict[str, Tensor]:
+    tokens = line.split()
+    return {
+        "is_gist": torch.tensor([[token in "GC" for token in tokens]]),
+        "is_copy": torch.tensor([[token == "C" for token in tokens]]),
+        "parts": numbers(parts),
+        "padding": torch.tensor([[token != "_" for token in tokens]]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("builder", "line", "parts", "expected", "positions"),
+    [
+        pytest.param(
+            vis.chained,
+            "a b G C c G G d e",
+            "1 1 1 1 2 2 2 0 0",
+            """
+                a b G C c G G d e
+              a 1 . . . . . . . .
+              b 1 1 . . . . . . .
+              G 1 1 1 . . . . . .
+              C 1 1 1 . . . . . .
+              c . . . . 1 . . . .
+              G . . . . 1 1 . . .
+              G . . . . 1 1 1 . .
+              d . . . 1 . 1 1 1 .
+              e . . . 1 . 1 1 1 1
+            """,
+            "-2 -1 0 0 0 1 2 3 4",
+            id="two-parts",
+        ),
+        pytest.param(
+            vis.chained,
+            "_ a G C G C b G C c d G e",
+            "0 1 1 1 1 1 2 2 2 3 3 3 0",
+            """
+                _ a G C G C b G C c d G e
+              _ . . . . . . . . . . . . .
+              a . 1 . . . . . . . . . . .
+              G . 1 1 . . . . . . . . . .
+              C . 1 1 . . . . . . . . . .
+              G . 1 1 . 1 . . . . . . . .
+              C . 1 1 . 1 . . . . . . . .
+              b . . . . . . 1 . . . . . .
+              G . . . . . . 1 1 . . . . .
+              C . . . . . . 1 1 . . . . .
+              c . . . . . . . . . 1 . . .
+              d . . . . . . . . . 1 1 . .
+              G . . . . . . . . . 1 1 1 .
+              e . . . 1 . 1 . . 1 . . 1 1
+            """,
+            "0 -1 0 0 1 1 1 2 2 1 2 3 4",
+            id="three-parts-left-padding",
+        ),
+        pytest.param(
+            vis.chained,
+            "a G C b G C c _",
+            "1 1 1 2 2 2 0 0",
+            """
+                a G C b G C c _
+              a 1 . . . . . . .
+              G 1 1 . . . . . .
+              C 1 1 . . . . . .
+              b . . . 1 . . . .
+              G . . . 1 1 . . .
+              C . . . 1 1 . . .
+              c . . 1 . . 1 1 .
+              _ . . 1 . . 1 1 .
+            """,
+            "-1 0 0 0 1 1 2 0",
+            id="copies-in-the-last-part-and-right-padding",
+        ),
+        pytest.param(
+            vis.chained,
+            "a G C b G",
+            "7 7 7 5 5",
+            """
+                a G C b G
+              a 1 . . . .
+              G 1 1 . . .
+              C 1 1 . . .
+              b . . . 1 .
+              G . . . 1 1
+            """,
+            "-1 0 0 0 1",
+            id="no-rest-and-parts-numbered-anyhow",
+        ),
+        pytest.param(
+            vis.chained_positive,
+            "a G C b G c",
+            "1 1 1 2 2 0",
+            """
+                a G C b G c
+              a 1 . . . . .
+              G 1 1 . . . .
+              C 1 1 . . . .
+              b 1 1 . 1 . .
+              G 1 1 . 1 1 .
+              c 1 1 . 1 1 1
+            """,
+            "0 1 0 2 3 4",
+            id="positive",
+        ),
+        pytest.param(
+            vis.chained_negative,
+            "a G C b G c d",
+            "1 1 1 2 2 0 0",
+            """
+                a G C b G c d
+              a 1 . . . . . .
+              G 1 1 . . . . .
+              C 1 1 . . . . .
+              b 1 1 . 1 . . .
+              G 1 1 . 1 1 . .
+              c . . . . . 1 .
+              d . . . . . 1 1
+            """,
+            "-5 -4 0 -2 -1 0 1",
+            id="negative",
+        ),
+    ],
+)
+def test_drawing_of_a_chain(
+    builder: Callable[..., Visibility], line: str, parts: str, expected: str, positions: str
+) -> None:
+    built = builder(**chain(line, parts))
+    assert built.draw(line.split()).splitlines() == picture(expected)
+    assert torch.equal(built.position_ids, numbers(positions))
+
+
+@dataclass(frozen=True)
+class Link:
+    """A token of a chain: its part (0 for the rest, None for padding), what it is, and its number in its gist."""
+
+    part: int | None
+    kind: str = "p"  # p prompt, g gist, c copy, r rest
+    number: int = 0
+    has_copy: bool = False
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[list[list[Link]], list[list[int]]]:
+    """Rows of parts, padded on one side, and the k of every part; whether the last part has copies differs."""
+    rows, counts = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        row: list[Link] = []
+        own = draw(st.lists(st.integers(1, 3), min_size=0, max_size=4))
+        for part, k in enumerate(own, start=1):
+            row += [Link(part)] * draw(st.integers(1, 3))
+            has_copy = part < len(own) or draw(st.booleans())
+            for number in range(k):
+                row.append(Link(part, "g", number, has_copy))
+                row += [Link(part, "c", number)] * has_copy
+        row += [Link(0, "r")] * draw(st.integers(0 if row else 1, 3))
+        rows.append(row)
+        counts.append(own)
+    width = max(map(len, rows)) + draw(st.integers(0, 2))
+    is_left = draw(st.booleans())
+    fillings = [[Link(None)] * (width - len(row)) for row in rows]
+    padded = [fill + row if is_left else row + fill for fill, row in zip(fillings, rows, strict=True)]
+    return padded, counts
+
+
+def link_sees(row: Link, key: Link) -> bool:
+    """For a key at or before the row; a copy is a gist token to its own part, and no key there."""
+    if key.part is None:
+        return False
+    if row.part == key.part:
+        return key.kind != "c"
+    return row.part == 0 and (key.kind == "c" or (key.kind == "g" and not key.has_copy))
+
+
+@given(drawn=chains())
+@FUZZ
+def test_a_chain_is_its_slow_definition(drawn: tuple[list[list[Link]], list[list[int]]]) -> None:
+    rows, counts = drawn
+    built = vis.chained(
+        torch.tensor([[link.kind in "gc" for link in row] for row in rows]),
+        torch.tensor([[link.kind == "c" for link in row] for row in rows]),
+        torch.tensor([[link.part or 0 for link in row] for row in rows]),
+        torch.tensor([[link.part is not None for link in row] for row in rows]),
+    )
+    assert built.position_ids is not None
+    dense, survivors = built.to_dense().tolist(), built.survivors().tolist()
+    for number, row in enumerate(rows):
+        tokens = [place for place, link in enumerate(row) if link.part is not None]
+        for i in tokens:
+            assert dense[number][i] == [j <= i and link_sees(row[i], row[j]) for j in range(len(row))]
+        rest = [place for place in tokens if row[place].part == 0]
+        for i in tokens:
+            link = row[i]
+            # What a row appended to the rest sees, at the place that chained gists have.
+            assert survivors[number][i] == (link.kind == "r" or link_sees(Link(0, "r"), link))
+            if link.kind == "r":
+                expected = sum(counts[number]) + rest.index(i)
+            else:
+                offset = sum(counts[number][: (link.part or 0) - 1])
+                gist_start = next(j for j in tokens if (row[j].part, row[j].kind) == (link.part, "g"))
+                expected = offset + (i - gist_start if link.kind == "p" else link.number)
+            assert built.position_ids[number, i] == expected
+
+
+@given(batch=batches(packing=False))
+@FUZZ
+def test_a_single_part_without_copies_is_gist(batch: tuple[list[list[Token]], bool, bool]) -> None:
+    values = tensors(batch[0])
+    # Of what was drawn, the last gist token alone.
+    is_span = values["is_gist"] & values["padding"]
+    is_span = is_span & (is_span.flip(-1).long().cumsum(-1).flip(-1) == 1)
+    is_part = is_span.flip(-1).cummax(-1).values.flip(-1)
+    found = vis.chained(is_span, torch.zeros_like(is_span), is_part, values["padding"])
+    expected = vis.gist(is_span, values["padding"])
+    for name in ("first", "end", "position_ids"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
 # -- the published masks -----------------------------------------------------------------------------------------------
 
 PUBLISHED_GIST, PUBLISHED_PAD = 95, 0
@@ -874,6 +1095,9 @@ BUILDERS: dict[str, Callable[[dict[str, Tensor]], Visibility]] = {
     "encoder-gist": lambda t: vis.encoder_gist(t["is_gist"], t["padding"]),
     "encoder-positive": lambda t: vis.encoder_positive(t["is_gist"], t["padding"]),
     "encoder-negative": lambda t: vis.encoder_negative(t["is_gist"], t["padding"]),
+    "chained": lambda t: vis.chained(t["is_gist"], t["is_gist"], t["documents"], t["padding"]),
+    "chained-positive": lambda t: vis.chained_positive(t["is_gist"], t["is_gist"], t["documents"], t["padding"]),
+    "chained-negative": lambda t: vis.chained_negative(t["is_gist"], t["is_gist"], t["documents"], t["padding"]),
     "windowed": lambda t: vis.gist(**t).windowed(4),
     "cross": lambda t: vis.encoder_gist(t["is_gist"], t["padding"]).for_cross_attention(),
     "last-keys": lambda t: vis.gist(**t).last_keys(3),
@@ -1013,6 +1237,16 @@ ERRORS = [
         lambda: vis.negative(NO_GIST, branches=I23[:, :1]),
         "branches must have the shape of is_gist, (2, 3), got (2, 1)",
         id="branches-shape",
+    ),
+    pytest.param(
+        lambda: vis.chained(NO_GIST, NO_GIST[:1], I23),
+        "is_copy must have the shape of is_gist, (2, 3), got (1, 3)",
+        id="is-copy-shape",
+    ),
+    pytest.param(
+        lambda: vis.chained_negative(NO_GIST, NO_GIST, I23[:, :2]),
+        "parts must have the shape of is_gist, (2, 3), got (2, 2)",
+        id="parts-shape",
     ),
     pytest.param(
         lambda: Visibility(I23, I23).draw(["a", "b"]), "tokens must be 3 labels, one per key, got 2", id="draw-labels"

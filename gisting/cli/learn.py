@@ -88,6 +88,10 @@ def train(
         int | None, typer.Option(help="Longest sequence in tokens. [default: 512; 128 for a source]")
     ] = None,
     max_target_length: Annotated[int, typer.Option(help="Longest target of an encoder-decoder, in tokens.")] = 256,
+    part_separator: Annotated[
+        str | None,
+        typer.Option(help="Text at which instructions are cut into parts, to train a model to read chained gists."),
+    ] = None,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints to resume from.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 42,
     dtype: Annotated[
@@ -141,6 +145,7 @@ def train(
         conditions=_parse_conditions(condition or ["gist"]),
         max_length=max_length or (128 if tokenizer.is_encoder_decoder else 512),
         max_target_length=max_target_length,
+        part_separator=part_separator,
         resume=resume,
     )
     out.print(

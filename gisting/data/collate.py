@@ -7,23 +7,38 @@ here knows what it hides.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gisting.data.records import Record, to_record
-from gisting.errors import GistError, GistTokenError
+from gisting.errors import GistError, GistTokenError, RecordError
 from gisting.padding import pad_rows
-from gisting.tokens import GistEncoding, GistTokenizer
-from gisting.visibility import CONDITIONS, ENCODER_CONDITIONS, Condition, Visibility
+from gisting.tokens import GistTokenizer
+from gisting.visibility import CHAINED_CONDITIONS, CONDITIONS, ENCODER_CONDITIONS, Condition, Visibility
 
 __all__ = ["GistCollator"]
 
 _log = logging.getLogger(__name__)
 _IGNORED = -100  # what transformers' losses skip
+
+
+class _Example(NamedTuple):
+    """The ids of one record before they are laid out; its prompt in one or more parts, each with its k."""
+
+    prompts: list[list[int]]
+    counts: list[int]
+    continuation: list[int]
+    completion: list[int]
+
+    @property
+    def num_gist_columns(self) -> int:
+        """Gist tokens, and a copy of each that is not in the last part."""
+        return 2 * sum(self.counts) - self.counts[-1]
 
 
 class GistCollator:
@@ -34,9 +49,13 @@ class GistCollator:
         num_gist_tokens: k, or a range ``(low, high)``, both included, from which each row draws its own.
         conditions: a condition for all rows, or weights with which each row draws one: ``{"gist": 3, "positive": 1}``.
         max_length: ids of a sequence, of the source for an encoder-decoder. Longer ones lose the end of their
-            completion (down to a quarter of ``max_length``), then of their prompt, then the start of what stands
-            behind the gist; never the gist.
+            completion (down to a quarter of ``max_length``), then of their prompt (of its longest parts), then the
+            start of what stands behind the gist; never the gist.
         max_target_length: ids of the target of an encoder-decoder.
+        part_separator: a text at which an instruction is cut into parts, each compressed on its own with a k of its own
+            (``visibility.chained``): what trains a model to read what ``GistCache.chain`` puts together. Spaces around
+            it belong to the parts. Instructions that do not hold it are one part, as they all are where it is None. The
+            gist tokens of all parts but the last stand in the sequence twice. Decoders only.
 
     Raises:
         GistError: an argument is out of range.
@@ -50,6 +69,7 @@ class GistCollator:
         conditions: str | Mapping[str, float] = "gist",
         max_length: int = 512,
         max_target_length: int = 256,
+        part_separator: str | None = None,
     ) -> None:
         if not isinstance(tokenizer, GistTokenizer):
             raise GistError(
@@ -69,11 +89,18 @@ class GistCollator:
             raise GistError(f"max_length must be at least {high + 3} to hold {high} gist tokens, got {max_length}")
         if max_target_length < 1:
             raise GistError(f"max_target_length must be at least 1, got {max_target_length}")
+        if part_separator == "":
+            raise GistError("part_separator is empty; give a text that stands between the parts, or None")
+        if part_separator is not None and tokenizer.is_encoder_decoder:
+            raise GistError(
+                f"part_separator is {part_separator!r}, but gists of an encoder-decoder cannot be chained; pass None"
+            )
         self.tokenizer = tokenizer
         self.num_gist_tokens = (low, high)
         self.conditions = weights
         self.max_length = max_length
         self.max_target_length = max_target_length
+        self.part_separator = part_separator
         self._has_warned = False
 
     def __call__(self, records: Sequence[Record | Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -84,31 +111,68 @@ class GistCollator:
 
         Returns:
             ``input_ids`` int64 ``(B, N)``; ``attention_mask`` int32 ``(B, 1, 2, N)``; ``labels`` int64, -100 where
-            there is nothing to
-            learn: ``(B, N)`` for a decoder, with ``position_ids`` int64 ``(B, N)``; ``(B, M)`` for an encoder-decoder.
+            there is nothing to learn: ``(B, N)`` for a decoder, with ``position_ids`` int64 ``(B, N)``; ``(B, M)`` for
+            an encoder-decoder.
 
         Raises:
-            RecordError: a record is not complete.
+            RecordError: a record is not complete, a part of its instruction is empty, there is nothing between several
+                parts and the completion, or there are so many parts that their gist tokens leave no room.
         """
         rows = [to_record(record, f"record {number} of the batch") for number, record in enumerate(records)]
+        examples = [self._fit(example, number) for number, example in enumerate(self._encode(rows))]
+        return self._encoder_decoder(examples) if self.tokenizer.is_encoder_decoder else self._decoder(examples)
+
+    def _encode(self, rows: list[Record]) -> list[_Example]:
+        parts = [
+            [row.instruction] if self.part_separator is None else row.instruction.split(self.part_separator)
+            for row in rows
+        ]
+        for number, texts in enumerate(parts):
+            if not all(text.strip() for text in texts):
+                raise RecordError(
+                    f"record {number} of the batch has an empty part in its instruction, which is cut at "
+                    f"part_separator={self.part_separator!r}; take the separator out, or give the part a text"
+                )
         low, high = self.num_gist_tokens
+        # The last part with what stands behind it, and those before it as prompts that are run alone.
         encodings = self.tokenizer.encode_batch(
-            [row.instruction for row in rows],
+            [texts[-1] for texts in parts],
             [row.input for row in rows],
             [row.output for row in rows],
             num_gist_tokens=torch.randint(low, high + 1, (len(rows),)).tolist(),
         )
-        if self.tokenizer.is_encoder_decoder:
-            return self._encoder_decoder(encodings)
-        return self._decoder(encodings)
+        before = [text for texts in parts for text in texts[:-1]]
+        heads = iter(self.tokenizer.encode_prompts(before, torch.randint(low, high + 1, (len(before),)).tolist()))
+        examples = []
+        for number, (texts, last) in enumerate(zip(parts, encodings, strict=True)):
+            if len(texts) > 1 and last.gist_end == last.completion_start:
+                # The last gist would answer, which has not seen the parts before it.
+                raise RecordError(
+                    f"record {number} of the batch has several parts and nothing behind their gists for the model to "
+                    "continue; give an input, or a template with text there"
+                )
+            heads_and_last = [*itertools.islice(heads, len(texts) - 1), last]
+            examples.append(
+                _Example(
+                    [encoding.input_ids[: encoding.gist_start] for encoding in heads_and_last],
+                    [encoding.num_gist_tokens for encoding in heads_and_last],
+                    last.input_ids[last.gist_end : last.completion_start],
+                    last.input_ids[last.completion_start :],
+                )
+            )
+        return examples
 
-    def _decoder(self, encodings: list[GistEncoding]) -> dict[str, Tensor]:
-        pad = self.tokenizer.pad_token_id
-        encodings = [self._fit(encoding, self.max_length) for encoding in encodings]
-        ids, is_token = pad_rows([encoding.input_ids for encoding in encodings], pad, left=True)
-        completions = torch.tensor([len(encoding.input_ids) - encoding.completion_start for encoding in encodings])
+    def _decoder(self, examples: list[_Example]) -> dict[str, Tensor]:
+        rows, copies, parts = zip(*(self._columns(example) for example in examples), strict=True)
+        ids, is_token = pad_rows(rows, self.tokenizer.pad_token_id, left=True)
+        is_gist = (ids == self.tokenizer.gist_token_id) & is_token
+        if self.part_separator is None:
+            visibility = self._visibility(CONDITIONS, is_gist, is_token)
+        else:
+            is_copy, parts = pad_rows(copies, 0, left=True)[0].bool(), pad_rows(parts, 0, left=True)[0]
+            visibility = self._visibility(CHAINED_CONDITIONS, is_gist, is_copy, parts, is_token)
+        completions = torch.tensor([len(example.completion) for example in examples])
         is_completion = torch.arange(ids.shape[1])[None] >= ids.shape[1] - completions[:, None]
-        visibility = self._visibility(CONDITIONS, ids, is_token)
         return {
             "input_ids": ids,
             "attention_mask": visibility.as_attention_mask(),
@@ -116,54 +180,74 @@ class GistCollator:
             "labels": ids.masked_fill(~is_completion, _IGNORED),
         }
 
-    def _encoder_decoder(self, encodings: list[GistEncoding]) -> dict[str, Tensor]:
-        sources, targets = [], []
-        for encoding in encodings:
-            start = encoding.completion_start
-            source = GistEncoding(encoding.input_ids[:start], encoding.gist_start, encoding.gist_end, start)
-            sources.append(self._fit(source, self.max_length).input_ids)
-            targets.append(encoding.input_ids[start:][: self.max_target_length])
+    def _columns(self, example: _Example) -> tuple[list[int], list[int], list[int]]:
+        """The ids of a row; which of them are copies (0 or 1); the part of each, from 1, and 0 for the rest."""
+        ids, copies, parts = [], [], []
+        for number, (prompt, count) in enumerate(zip(example.prompts, example.counts, strict=True), start=1):
+            gist = [0] * count if number == len(example.prompts) else [0, 1] * count
+            ids += prompt + [self.tokenizer.gist_token_id] * len(gist)
+            copies += [0] * len(prompt) + gist
+            parts += [number] * (len(prompt) + len(gist))
+        rest = example.continuation + example.completion
+        return ids + rest, copies + [0] * len(rest), parts + [0] * len(rest)
+
+    def _encoder_decoder(self, examples: list[_Example]) -> dict[str, Tensor]:
+        sources = [self._columns(example._replace(completion=[]))[0] for example in examples]
         ids, is_token = pad_rows(sources, self.tokenizer.pad_token_id, left=False)
-        labels, is_label = pad_rows(targets, _IGNORED, left=False)
+        labels, is_label = pad_rows([example.completion for example in examples], _IGNORED, left=False)
+        is_gist = (ids == self.tokenizer.gist_token_id) & is_token
         return {
             "input_ids": ids,
-            "attention_mask": self._visibility(ENCODER_CONDITIONS, ids, is_token).as_attention_mask(),
+            "attention_mask": self._visibility(ENCODER_CONDITIONS, is_gist, is_token).as_attention_mask(),
             "labels": labels.masked_fill(~is_label, _IGNORED),
         }
 
-    def _visibility(self, conditions: Mapping[str, Condition], ids: Tensor, is_token: Tensor) -> Visibility:
+    def _visibility(self, conditions: Mapping[str, Condition], *layout: Tensor) -> Visibility:
         """The intervals of each row under the condition that it drew."""
         names = list(self.conditions)
         weights = torch.tensor([self.conditions[name] for name in names], dtype=torch.float)
-        drawn = torch.multinomial(weights, len(ids), replacement=True)
-        is_gist = (ids == self.tokenizer.gist_token_id) & is_token
-        visibility = conditions[names[0]](is_gist, is_token)
+        drawn = torch.multinomial(weights, len(layout[0]), replacement=True)
+        visibility = conditions[names[0]](*layout)
         for number, name in enumerate(names[1:], start=1):
-            visibility = Visibility.where(drawn == number, conditions[name](is_gist, is_token), visibility)
+            visibility = Visibility.where(drawn == number, conditions[name](*layout), visibility)
         return visibility
 
-    def _fit(self, encoding: GistEncoding, max_length: int) -> GistEncoding:
-        """At most ``max_length`` ids, gist and some completion always among them."""
-        excess = len(encoding.input_ids) - max_length
+    def _fit(self, example: _Example, number: int) -> _Example:
+        """At most ``max_length`` ids, gists, some of every prompt and some completion always among them; the target of
+        an encoder-decoder is cut apart from its source.
+        """
+        if self.tokenizer.is_encoder_decoder:
+            source = self._fit_sequence(example._replace(completion=[]), number)
+            return source._replace(completion=example.completion[: self.max_target_length])
+        return self._fit_sequence(example, number)
+
+    def _fit_sequence(self, example: _Example, number: int) -> _Example:
+        prompts, counts, continuation, completion = example
+        length = sum(map(len, prompts)) + example.num_gist_columns + len(continuation) + len(completion)
+        excess = length - self.max_length
         if excess <= 0:
-            return encoding
+            return example
+        # One id each of prompts, continuation and completion.
+        needed = example.num_gist_columns + len(prompts) + 2
+        if needed > self.max_length:
+            raise RecordError(
+                f"record {number} of the batch has {len(prompts)} parts, which take at least {needed} ids with their "
+                f"gist tokens, more than max_length={self.max_length}; raise it, or join parts"
+            )
         if not self._has_warned:
             self._has_warned = True
             _log.warning(
                 "a sequence of %d ids was cut to max_length=%d (and others may be); its gist is whole",
-                len(encoding.input_ids),
-                max_length,
+                length,
+                self.max_length,
             )
-        start, end, behind = encoding.gist_start, encoding.gist_end, encoding.completion_start
-        prompt, gist = encoding.input_ids[:start], encoding.input_ids[start:end]
-        continuation, completion = encoding.input_ids[end:behind], encoding.input_ids[behind:]
-        cut = min(excess, max(0, len(completion) - max(1, max_length // 4)))
+        cut = min(excess, max(0, len(completion) - max(1, self.max_length // 4)))
         completion, excess = completion[: len(completion) - cut], excess - cut
-        cut = min(excess, len(prompt) - 1)
-        prompt, excess = prompt[: len(prompt) - cut], excess - cut
-        cut = min(excess, max(0, len(continuation) - 1))
-        continuation, excess = continuation[cut:], excess - cut
-        completion = completion[: len(completion) - excess]
-        whole = prompt + gist + continuation + completion
-        end = len(prompt) + len(gist)
-        return GistEncoding(whole, len(prompt), end, end + len(continuation))
+        limit = max(map(len, prompts))
+        while limit > 1 and sum(max(0, len(prompt) - limit) for prompt in prompts) < excess:
+            limit -= 1
+        excess -= sum(max(0, len(prompt) - limit) for prompt in prompts)
+        prompts = [prompt[:limit] for prompt in prompts]
+        cut = min(max(0, excess), max(0, len(continuation) - 1))
+        continuation, excess = continuation[cut:], max(0, excess - cut)
+        return _Example(prompts, counts, continuation, completion[: len(completion) - excess])

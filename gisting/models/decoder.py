@@ -6,19 +6,22 @@ survives stands at ``0 .. P-1``, so it is an ordinary transformers cache of leng
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from gisting.cache import CacheOrigin, GistCache
+from gisting.models.rotary import rotary_of
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistEncoding, GistTokenizer
 from gisting.visibility import CONDITIONS
 
-__all__ = ["needs_equal_lengths", "prefix_states", "prepare_generation"]
+__all__ = ["Assistant", "continued", "needs_equal_lengths", "prefix_states", "prepare_generation"]
 
 
 def prefix_states(
@@ -48,27 +51,163 @@ def prefix_states(
         tuple(layer.values[:, :, start:].clone() for layer in layers),
         lengths,
         origin,
+        rotary=rotary_of(model),
     )
 
 
 def prepare_generation(
-    model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, continuations: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    cache: GistCache,
+    continuations: Sequence[Sequence[int]],
+    num_copies: int = 1,
+    **past_settings: Any,
 ) -> tuple[dict[str, Any], int]:
     """The arguments with which stock ``generate`` continues a ragged batch, and how many columns of its result were
     given.
 
-    Columns: the P slots of the cache (gist ids where a slot holds a token), padding, the continuation.
+    Columns: the P slots of the cache (gist ids where a slot holds a token), padding, the continuation. Stock
+    ``generate`` repeats ids for each beam or sample, but not a cache that it is given: that one is made with
+    ``num_copies`` of each row, by ``GistCache.as_past_key_values(**past_settings)``.
     """
     device = input_weight(model).device
     ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=True)
     ids, mask = ids.to(device), is_token.long().to(device)
-    arguments: dict[str, Any] = {}
-    if cache.num_slots:
-        held = cache.attention_mask
-        ids = torch.cat([torch.where(held.bool(), tokenizer.gist_token_id, tokenizer.pad_token_id), ids], dim=1)
-        mask = torch.cat([held, mask], dim=1)
-        arguments["past_key_values"] = cache.as_past_key_values()
-    return {**arguments, "input_ids": ids, "attention_mask": mask}, ids.shape[1]
+    held = cache.attention_mask
+    ids = torch.cat([torch.where(held.bool(), tokenizer.gist_token_id, tokenizer.pad_token_id), ids], dim=1)
+    mask = torch.cat([held, mask], dim=1)
+    if num_copies > 1:
+        cache = cache.select([row for row in range(len(cache)) for _ in range(num_copies)])
+    past = cache.as_past_key_values(**past_settings)
+    return {"past_key_values": past, "input_ids": ids, "attention_mask": mask}, ids.shape[1]
+
+
+def continued(
+    model: PreTrainedModel,
+    cache: GistCache,
+    past: Any,
+    continuations: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+) -> GistCache:
+    """The cache behind the answers: what each row was given and what it said, nothing between.
+
+    Args:
+        model: the model that answered.
+        cache: what the rows began with, P slots.
+        past: the ``DynamicCache`` that stock ``generate`` left, its columns those of :func:`prepare_generation` and
+            the new tokens.
+        continuations: the ids behind each row's gist.
+        answers: the ids that each row said, at least one.
+
+    Positions are ``0, 1, 2, ...`` in every row, padding or not, so keys stay right when their columns are moved
+    together. The state of a row's last token is missing where generation ended with it; it is computed for all.
+    """
+    given = pad_rows(continuations, 0, left=True)[1]
+    said = pad_rows([answer[:-1] for answer in answers], 0, left=False)[1]
+    kept = torch.cat([cache.attention_mask.bool().cpu(), given, said], dim=1)
+    lengths = kept.sum(-1)
+    slots = int(lengths.max())
+    # Stable: columns to keep move to the right end in their order.
+    columns = kept.long().argsort(dim=1, stable=True)[:, kept.shape[1] - slots :].to(cache.device)
+    is_empty = (torch.arange(slots)[None] < slots - lengths[:, None]).to(cache.device)[:, None, :, None]
+
+    def gather(states: torch.Tensor) -> torch.Tensor:
+        index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        return states.gather(2, index).masked_fill(is_empty, 0)
+
+    before = replace(
+        cache,
+        keys=tuple(gather(layer.keys) for layer in past.layers),
+        values=tuple(gather(layer.values) for layer in past.layers),
+        lengths=lengths,
+    )
+    after = before.as_past_key_values()
+    mask = before.attention_mask
+    with torch.no_grad():
+        model.base_model(
+            input_ids=torch.tensor([answer[-1:] for answer in answers], device=cache.device),
+            attention_mask=torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1),
+            position_ids=lengths[:, None].to(cache.device),
+            past_key_values=after,
+            use_cache=True,
+        )
+    layers: list[Any] = list(after.layers)
+    return replace(
+        cache,
+        keys=tuple(layer.keys for layer in layers),
+        values=tuple(layer.values for layer in layers),
+        lengths=lengths + 1,
+    )
+
+
+class Assistant:
+    """A draft model for assisted decoding that reads gists of its own.
+
+    transformers gives a draft model the main model's ids, the P placeholders in front included, without a cache, and
+    measures the cache that comes back by those ids. Here the draft model gets its own cache and as many placeholders
+    as that has slots, or none of both; what it returns looks as transformers expects it.
+
+    Args:
+        model: the draft model, patched for the main model's tokenizer.
+        cache: one prompt, compressed by the draft model, or None: then it drafts from the continuation alone.
+        num_slots: P of the main model.
+        gist_token_id: of their tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: GistCache | None, num_slots: int, gist_token_id: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.num_slots = num_slots
+        self.gist_token_id = gist_token_id
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: _Shifted | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        *,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Draft; mask and positions, which are the main model's, are made anew."""
+        num_own = 0 if self.cache is None else self.cache.num_slots
+        placeholders = input_ids.new_full((1, num_own), self.gist_token_id)
+        own_ids = torch.cat([placeholders, input_ids[:, self.num_slots :]], dim=1)
+        past = past_key_values.past if past_key_values is not None else None
+        if past is None and self.cache is not None:
+            past = self.cache.as_past_key_values()
+        # Settings beside a generation_config are deprecated, and transformers gives both.
+        config = copy.copy(generation_config)
+        rest = config.update(**kwargs)
+        model: Any = self.model
+        drafted = model.generate(
+            input_ids=own_ids,
+            attention_mask=torch.ones_like(own_ids),
+            past_key_values=past,
+            generation_config=config,
+            **rest,
+        )
+        drafted.sequences = torch.cat([input_ids[:, : self.num_slots], drafted.sequences[:, num_own:]], dim=1)
+        drafted.past_key_values = _Shifted(drafted.past_key_values, self.num_slots - num_own)
+        return drafted
+
+
+class _Shifted:
+    """A cache as transformers' candidate generator uses it, as long as the main model's ids are."""
+
+    def __init__(self, past: Any, shift: int) -> None:
+        self.past = past
+        self.shift = shift
+
+    def get_seq_length(self) -> int:
+        return self.past.get_seq_length() + self.shift
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.past.crop(tokens_to_remove)
 
 
 def needs_equal_lengths(

@@ -40,16 +40,25 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """A model type on which the tests prove: gist mask = dense mask, cached = uncached, ordinary input unchanged."""
+    """A model type on which the tests prove: gist mask = dense mask, cached = uncached, ordinary input unchanged,
+    chained = computed at its place.
+
+    Args:
+        model_type: as the config declares it.
+        is_encoder_decoder: whether it has an encoder, in whose states a prompt is kept.
+        is_interleaved: whether the two numbers that are rotated together are neighbours (``Rotary.is_interleaved``).
+        rotates_windows_only: whether only layers with a sliding window rotate their keys.
+    """
 
     model_type: str
     is_encoder_decoder: bool = False
+    is_interleaved: bool = False
+    rotates_windows_only: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     name: Family(name)
     for name in (
-        "cohere2",
         "gemma",
         "gemma2",
         "gemma3_text",
@@ -65,7 +74,9 @@ FAMILIES: dict[str, Family] = {
         "qwen3_moe",
         "smollm3",
     )
-} | {name: Family(name, is_encoder_decoder=True) for name in ("mt5", "t5", "umt5")}
+}
+FAMILIES["cohere2"] = Family("cohere2", is_interleaved=True, rotates_windows_only=True)
+FAMILIES |= {name: Family(name, is_encoder_decoder=True) for name in ("mt5", "t5", "umt5")}
 
 _ABSOLUTE = "its absolute position embeddings would move with the length of the prompt that was compressed away"
 _RECURRENT = "its recurrent layers carry the prompt in a state that no attention mask can hide"
@@ -113,7 +124,7 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 def register_family(family: Family) -> None:
     """Add a model type to ``FAMILIES``; the families' tests say what it has to pass first
-    (``tests/models/test_families.py``).
+    (``tests/models/test_families.py``, and ``tests/test_chain.py`` for its rotation).
     """
     FAMILIES[family.model_type] = family
 

@@ -102,6 +102,7 @@ def finetune(
     conditions: str | Mapping[str, float] = "gist",
     max_length: int = 512,
     max_target_length: int = 256,
+    part_separator: str | None = None,
     eval_records: Sequence[Record] | None = None,
     resume: bool | str = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -117,6 +118,7 @@ def finetune(
         conditions: as for :class:`GistCollator`.
         max_length: as for :class:`GistCollator`.
         max_target_length: as for :class:`GistCollator`.
+        part_separator: as for :class:`GistCollator`: instructions that hold it are trained as chained gists.
         eval_records: records for the loss that ``arguments.eval_strategy`` asks for.
         resume: go on from the last checkpoint in the output directory, or from the named one.
         callbacks: for ``Trainer``; with any, its own printing of logs is left out.
@@ -141,6 +143,7 @@ def finetune(
             conditions=conditions,
             max_length=max_length,
             max_target_length=max_target_length,
+            part_separator=part_separator,
         ),
         callbacks=list(callbacks),
     )

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from gisting.data.collate import GistCollator
     from gisting.data.records import Record, load_records
     from gisting.errors import GistError
-    from gisting.generation import compress, generate
+    from gisting.generation import compress, converse, generate
+    from gisting.models.hub import push_to_hub, save_pretrained
     from gisting.models.load import load
     from gisting.models.patch import patch, unpatch
+    from gisting.store import GistStore
+    from gisting.table import GistTable
     from gisting.tokens import GistTokenizer, Template
     from gisting.visibility import Visibility
 
@@ -26,16 +29,21 @@ _HOMES = {
     "GistCache": "cache",
     "GistCollator": "data.collate",
     "GistError": "errors",
+    "GistStore": "store",
+    "GistTable": "table",
     "GistTokenizer": "tokens",
     "Record": "data.records",
     "Template": "tokens",
     "Visibility": "visibility",
     "compress": "generation",
+    "converse": "generation",
     "generate": "generation",
     "interval_attention": "attention",
     "load": "models.load",
     "load_records": "data.records",
     "patch": "models.patch",
+    "push_to_hub": "models.hub",
+    "save_pretrained": "models.hub",
     "unpatch": "models.patch",
 }
 
@@ -43,17 +51,22 @@ __all__ = [
     "GistCache",
     "GistCollator",
     "GistError",
+    "GistStore",
+    "GistTable",
     "GistTokenizer",
     "Record",
     "Template",
     "Visibility",
     "__version__",
     "compress",
+    "converse",
     "generate",
     "interval_attention",
     "load",
     "load_records",
     "patch",
+    "push_to_hub",
+    "save_pretrained",
     "unpatch",
 ]
 

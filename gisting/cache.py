@@ -161,7 +161,7 @@ class GistCache:
             for part in parts:
                 shape = list(part.shape)
                 shape[dim] = slots - shape[dim]
-                padded.append(torch.cat([part.new_zeros(shape), part], dim=dim))
+                padded.append(torch.cat([part.new_zeros(shape), part], dim=dim) if shape[dim] else part)
             return torch.cat(padded)
 
         hidden = [cache.last_hidden for cache in caches]

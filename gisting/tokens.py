@@ -29,6 +29,8 @@ __all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template"]
 
 _FILE = "gist.json"
 _FORMAT = 1
+# Where a file comes from; the rest of what AutoTokenizer takes is about the tokenizer itself.
+_HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 
 
 @dataclass(frozen=True)
@@ -343,6 +345,7 @@ class GistTokenizer:
             _FILE,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
+            **{name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS},
         )
         if found is None:
             raise GistError(

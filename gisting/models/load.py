@@ -14,6 +14,9 @@ from gisting.tokens import GistTokenizer, Template
 
 __all__ = ["load", "trained_num_gist_tokens"]
 
+# Where files come from, which config and tokenizer are asked as well as the model.
+_SOURCE = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+
 
 def load(
     name_or_path: str | Path, template: str | Template | None = None, **model_kwargs: Any
@@ -27,7 +30,8 @@ def load(
         name_or_path: a directory, or a repository on the Hugging Face hub.
         template: as for :class:`GistTokenizer`; None for what the checkpoint was saved with, or the family's Alpaca
             layout.
-        **model_kwargs: for ``from_pretrained`` of the model: ``dtype``, ``device_map``, ...
+        **model_kwargs: for ``from_pretrained`` of the model: ``dtype``, ``device_map``, ...; those that say where files
+            come from (``revision``, ``token``, ...) for that of config and tokenizer too.
 
     Returns:
         The patched model, in eval mode, and its tokenizer.
@@ -36,8 +40,9 @@ def load(
         UnsupportedModelError: the model cannot be gisted correctly.
         GistError: there is no such checkpoint, or the template is not the one that it was saved with.
     """
+    source = {key: value for key, value in model_kwargs.items() if key in _SOURCE}
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, **source)
     except (OSError, ValueError) as error:
         raise GistError(
             f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did not "
@@ -45,10 +50,12 @@ def load(
         ) from error
     family_of(config)  # before the weights are fetched
     if getattr(config, "gist", None) is not None and template is None:
-        tokenizer = GistTokenizer.from_pretrained(name_or_path)
+        tokenizer = GistTokenizer.from_pretrained(name_or_path, **source)
     else:
         tokenizer = GistTokenizer(
-            AutoTokenizer.from_pretrained(name_or_path), template, is_encoder_decoder=bool(config.is_encoder_decoder)
+            AutoTokenizer.from_pretrained(name_or_path, **source),
+            template,
+            is_encoder_decoder=bool(config.is_encoder_decoder),
         )
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_pretrained(name_or_path, **model_kwargs)

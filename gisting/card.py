@@ -1,0 +1,157 @@
+"""Cards: the README.md that a checkpoint or a store carries to the Hugging Face hub.
+
+Place in the flow: below whoever uploads. Writes Markdown with a YAML front matter from what it is told, and says of
+everything else that nobody stated it. Knows neither models nor stores; measures nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from gisting.errors import GistError
+
+__all__ = ["card", "is_repository_id"]
+
+_ABOUT = {
+    "checkpoint": (
+        "A language model that presses prompts into a few cached gist tokens "
+        "([Gisting](https://arxiv.org/abs/2304.08467)). Its architecture is unmodified, with at most one more "
+        "embedding row, so stock transformers loads it as well."
+    ),
+    "store": (
+        "Prompts pressed into the keys and values of a few gist tokens ([Gisting](https://arxiv.org/abs/2304.08467)), "
+        "for the one model, tokenizer and template named here; any other is refused when they are used."
+    ),
+}
+_USE = {
+    "checkpoint": """import gisting
+
+model, tokenizer = gisting.load({source})
+cache = gisting.compress(model, tokenizer, ["Answer in one sentence."], {num_gist_tokens})
+print(gisting.generate(model, tokenizer, ["What is a gist?"], cache=cache))
+""",
+    "store": """from gisting.store import GistStore
+
+store = GistStore.from_pretrained({source})
+print(store.list())
+""",
+}
+
+
+def card(
+    kind: str,
+    *,
+    title: str,
+    num_gist_tokens: int | Sequence[int] | None,
+    template: str,
+    model: str,
+    data: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    extra: str = "",
+) -> str:
+    """A card of what is uploaded.
+
+    Texts may hold anything: they become one line each, and can break neither the YAML nor a table.
+
+    Args:
+        kind: ``"checkpoint"`` or ``"store"``.
+        title: the repository, ``"owner/name"``, from which the example in the card then loads; or any other name.
+        num_gist_tokens: k, or every k that it was trained with or holds; None where nobody knows.
+        template: name of the template.
+        model: which model it is or is for, in words: a fingerprint, or a name and a size.
+        data: what it was trained or compressed on.
+        metrics: what was measured, by name. They go into the front matter too where ``data`` says on what.
+        license: identifier of the licence as the hub knows it, ``"apache-2.0"``.
+        base_model: the repository that the model was made from, ``"owner/name"``.
+        extra: Markdown to put at the end, as it is.
+
+    Returns:
+        The text of a README.md.
+
+    Raises:
+        GistError: ``kind`` is unknown, ``base_model`` is no repository, or a metric is no finite number.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    if kind not in _ABOUT:
+        raise GistError(f"kind must be one of {', '.join(_ABOUT)}, got {kind!r}")
+    if base_model is not None and not is_repository_id(base_model):
+        raise GistError(f"base_model must be a repository on the hub, 'owner/name', got {base_model!r}")
+    for name, value in (metrics or {}).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise GistError(f"metrics[{name!r}] must be a finite number, got {value!r}; leave out what nobody measured")
+    counts = sorted({num_gist_tokens} if isinstance(num_gist_tokens, int) else set(num_gist_tokens or ()))
+    title = _line(title) or kind
+    data = _line(data or "")
+    measured = {_line(name): float(value) for name, value in (metrics or {}).items()}
+    # The hub's index of results asks on what a number was measured.
+    results = [
+        EvalResult(
+            task_type="text-generation", dataset_type=data, dataset_name=data, metric_type=name, metric_value=value
+        )
+        for name, value in (measured if data else {}).items()
+    ]
+    front = ModelCardData(
+        library_name="gisting",
+        tags=["gisting", "gist-tokens", "prompt-compression"],
+        license=None if license is None else _line(license),
+        base_model=base_model,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    facts = {
+        "gist tokens for a prompt (k)": _ranges(counts) or "not stated",
+        "template": _line(template),
+        "model": _line(model) + (f", made from {base_model}" if base_model else ""),
+        "data": data or "not stated",
+    }
+    source = repr(title if is_repository_id(title) else "path/to/this/directory").replace("'", '"')
+    use = _USE[kind].format(source=source, num_gist_tokens=counts[0] if counts else 1)
+    numbers = {name: f"{value:.6g}" for name, value in measured.items()}
+    parts = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {_escaped(title)}",
+        _ABOUT[kind],
+        _table("", "", facts),
+        "## Measured",
+        _table("metric", "value", numbers) if numbers else "Nothing: whoever made this gave no measurements.",
+        "## Use",
+        f"```python\n{use}```",
+        extra.strip(),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def is_repository_id(name: str) -> bool:
+    """Whether a text has the form of a repository on the hub, ``owner/name``."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, flags=re.ASCII) is not None
+
+
+def _line(text: str) -> str:
+    """One line of what can be printed: line breaks, control characters and lone surrogates become spaces."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+
+
+def _escaped(line: str) -> str:
+    """As Markdown shows it, in a cell of a table too."""
+    return re.sub(r"([\\`*_\[\]<>|~#&$!])", r"\\\1", line)
+
+
+def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
+    lines = [f"| {_escaped(name)} | {_escaped(value)} |" for name, value in rows.items()]
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *lines])
+
+
+def _ranges(counts: Sequence[int]) -> str:
+    """``[1, 2, 3, 5, 6]`` as "1 to 3, 5, 6"."""
+    runs: list[list[int]] = []
+    for count in counts:
+        if runs and count == runs[-1][-1] + 1:
+            runs[-1].append(count)
+        else:
+            runs.append([count])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

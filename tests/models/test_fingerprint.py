@@ -1,0 +1,450 @@
+"""``fingerprint``: whatever changes a hidden state changes it, nothing else does, and it is quick.
+
+Each change is made to a model small enough to be read whole and to one whose matrices are sampled.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import gisting
+from gisting.errors import CacheMismatchError, GistError
+from gisting.models import fingerprint as fingerprint_module
+from gisting.models.fingerprint import fingerprint, walk
+from tests import tiny
+
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "whole": {},
+        "sampled": {"vocab_size": 5000, "hidden_size": 160, "intermediate_size": 240, "num_key_value_heads": 4}
+        | {"head_dim": 40},
+    },
+    "t5": {"whole": {}, "sampled": {"vocab_size": 5000, "d_model": 160, "d_ff": 240, "d_kv": 40}},
+}
+both_sizes = pytest.mark.parametrize(("name", "size"), [(name, size) for name in SIZES for size in SIZES[name]])
+
+
+def projections(model: PreTrainedModel) -> list[Tensor]:
+    """The query projections of all layers of the stack that reads prompts, square where matrices are sampled."""
+    names = re.compile(r"^model\..*q_proj\.weight$|^encoder.*SelfAttention\.q\.weight$")
+    return [tensor.data for name, tensor in model.named_parameters() if names.match(name)]
+
+
+# -- what must show ----------------------------------------------------------------------------------------------------
+
+
+def _train_a_step(model: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    ids = torch.randint(4, 60, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def _train_a_small_step_of_one_norm(model: Any) -> None:
+    next(tensor for name, tensor in model.named_parameters() if "norm" in name).data.mul_(1 + 2**-20)
+
+
+def _edit_one_number_of_one_norm(model: Any) -> None:
+    next(tensor for name, tensor in model.named_parameters() if "norm" in name).data[5] += 1e-3
+
+
+def _edit_the_gist_row(model: Any) -> None:
+    model.get_input_embeddings().weight.data[model.config.gist["gist_token_id"], 3] += 1e-3
+
+
+def _merge_a_delta(model: Any) -> None:
+    """As an adapter of rank 1 that is merged into one projection of the last layer."""
+    weight = projections(model)[-1]
+    weight += 1e-3 * torch.outer(torch.randn(weight.shape[0]), torch.randn(weight.shape[1]))
+
+
+def _round_a_tensor(model: Any) -> None:
+    weight = projections(model)[-1]
+    weight.copy_(weight.bfloat16())
+
+
+def _replace_a_tensor_by_one_of_the_same_statistics(model: Any) -> None:
+    weight = projections(model)[1]
+    weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
+
+
+def _edit_a_row(model: Any) -> None:
+    projections(model)[0][17] += 1e-3
+
+
+def _edit_the_last_row_of_the_embedding(model: Any) -> None:
+    model.get_input_embeddings().weight.data[-1] += 1e-3
+
+
+def _edit_a_column(model: Any) -> None:
+    projections(model)[0][:, 23] += 1e-3
+
+
+def _exchange_two_rows(model: Any) -> None:
+    weight = projections(model)[0]
+    weight[[3, 30]] = weight[[30, 3]]
+
+
+def _exchange_two_columns(model: Any) -> None:
+    weight = projections(model)[0]
+    weight[:, [3, 30]] = weight[:, [30, 3]]
+
+
+def _exchange_two_layers(model: Any) -> None:
+    layers = model.get_encoder().block if model.config.is_encoder_decoder else model.base_model.layers
+    layers[1], layers[2] = layers[2], layers[1]
+
+
+def _change_the_config(model: Any) -> None:
+    if model.config.is_encoder_decoder:
+        model.config.relative_attention_max_distance = 40
+    else:
+        model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5e5}
+
+
+CHANGES = [value for name, value in list(globals().items()) if re.match("_(train|edit|merge|round|re|ex|change)", name)]
+
+
+@both_sizes
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_changes(name: str, size: str, change: Callable[[PreTrainedModel], None]) -> None:
+    model, tokenizer = tiny.patched(name, **SIZES[name][size])
+    is_sampled = walk(projections(model)[0]).numel() < projections(model)[0].numel()
+    assert is_sampled == (size == "sampled")
+    before = fingerprint(model)
+    assert re.fullmatch(name + "/[0-9a-f]{12}", before)
+    cache = gisting.compress(model, tokenizer, ["w1"])
+    change(model)
+    after = fingerprint(model)
+    assert after != before
+    with pytest.raises(CacheMismatchError, match=f"^cache was made for {before}, this model is {after}; compress"):
+        gisting.generate(model, tokenizer, ["w1"], cache=cache)
+
+
+def test_a_bias_shows() -> None:
+    model: Any = tiny.model("qwen2")
+    before = fingerprint(model)
+    bias = next(tensor for name, tensor in model.named_parameters() if name.endswith("k_proj.bias"))
+    bias.data[-1] += 1e-3
+    assert fingerprint(model) != before
+
+
+def test_a_persistent_buffer_shows_and_another_does_not() -> None:
+    """Quantised layers of some libraries keep weights and scales in buffers; rotary tables are made anew."""
+    model: Any = tiny.model("llama")
+    before = fingerprint(model)
+    model.base_model.rotary_emb.inv_freq.mul_(2)
+    assert fingerprint(model) == before
+    model.base_model.layers[0].mlp.register_buffer("scales", torch.ones(8, dtype=torch.int8))
+    with_scales = fingerprint(model)
+    assert with_scales != before
+    model.base_model.layers[0].mlp.scales[3] = 2
+    assert fingerprint(model) not in (before, with_scales)
+
+
+def test_models_of_all_families_differ() -> None:
+    names = [name for name in tiny.DECODERS if name != "llama-untied"]  # llama is untied by itself
+    found = {name: fingerprint(tiny.model(name)) for name in [*names, *tiny.ENCODER_DECODERS]}
+    assert len(set(found.values())) == len(found)
+    for name, text in found.items():
+        assert text.startswith(name.split("-")[0] + "/")
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def with_adapter(model: PreTrainedModel, name: str = "one") -> Any:
+    """The model with an adapter of rank 2 injected, whose product is not zero."""
+    from peft import LoraConfig
+
+    adapted: Any = model
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name=name)
+    return adapted
+
+
+@pytest.mark.parametrize("size", ["whole", "sampled"])
+def test_adapters(size: str) -> None:
+    """Whatever turns an adapter on, off, over or up has a name of its own, and a state that comes back its old one."""
+    model: Any = tiny.patched("llama", **SIZES["llama"][size])[0]
+    ids = torch.arange(4, 12)[None]
+    seen: dict[str, Tensor] = {}
+
+    def visit() -> str:
+        found = fingerprint(model)
+        with torch.no_grad():
+            seen[found] = model(input_ids=ids).logits
+        return found
+
+    plain = visit()
+    with_adapter(model)
+    active = visit()
+    model.disable_adapters()
+    disabled = visit()
+    assert torch.equal(seen[disabled], seen[plain])
+    model.enable_adapters()
+    assert fingerprint(model) == active
+    with_adapter(model, "two")
+    model.set_adapter("two")
+    second = visit()
+    model.set_adapter("one")
+    other_again = visit()
+    layer = model.base_model.layers[0].self_attn.q_proj
+    layer.scaling["one"] *= 2
+    rescaled = visit()
+    layer.scaling["one"] /= 2
+    assert fingerprint(model) == other_again
+    layer.merge(adapter_names=["one"])
+    merged = visit()
+    names = [plain, active, disabled, second, other_again, rescaled, merged]
+    assert len(set(names)) == len(names)
+    assert not torch.allclose(seen[plain], seen[active])
+    assert torch.allclose(seen[active], seen[merged], atol=1e-4)
+
+
+def test_merged_and_unloaded_adapter() -> None:
+    """An ordinary model again, with other weights."""
+    from peft import LoraConfig, LoraModel
+
+    model = tiny.patched("llama", **SIZES["llama"]["sampled"])[0]
+    before = fingerprint(model)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    merged: Any = LoraModel(model, {"one": config}, "one").merge_and_unload()
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    assert fingerprint(merged) != before
+
+
+# -- what must not show ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*tiny.DECODERS, *tiny.ENCODER_DECODERS])
+def test_stays(name: str, tmp_path: Path) -> None:
+    """Through what changes no hidden state: modes, copies, use, files, a cast that loses nothing."""
+    model: Any = tiny.model(name).bfloat16()
+    tokenizer = tiny.tokenizer(name)
+    gisting.patch(model, tokenizer)
+    before = fingerprint(model)
+    assert fingerprint(model.train()) == before
+    assert fingerprint(model.eval()) == before
+    assert fingerprint(model.requires_grad_(False)) == before
+    assert fingerprint(copy.deepcopy(model)) == before
+    gisting.generate(model, tokenizer, ["w1"], prompts=["w2"], max_new_tokens=2)
+    assert fingerprint(model) == before
+    model.config.use_cache = not model.config.use_cache
+    assert fingerprint(model) == before
+    model.save_pretrained(tmp_path)
+    auto = AutoModelForSeq2SeqLM if name in tiny.ENCODER_DECODERS else AutoModelForCausalLM
+    for dtype in (torch.bfloat16, torch.float32):
+        loaded = gisting.patch(auto.from_pretrained(tmp_path, dtype=dtype, attn_implementation="eager"), tokenizer)
+        assert loaded.dtype == dtype
+        assert fingerprint(loaded) == before, dtype
+    assert fingerprint(model.float()) == before
+
+
+@pytest.mark.parametrize("name", ["qwen2", "t5"])
+def test_stays_where_tied_weights_share_no_memory(name: str) -> None:
+    changes = {"tie_word_embeddings": True}
+    model: Any = tiny.model(name, **changes)
+    before = fingerprint(model)
+    head: Any = model.get_output_embeddings()
+    assert head.weight is model.get_input_embeddings().weight
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    assert fingerprint(model) == before
+    head.weight.data += 1e-3
+    assert fingerprint(model) != before
+
+
+def test_stays_for_other_memory_layouts() -> None:
+    """Numbers count, not where they lie: a transposed view, and one inside a larger tensor."""
+    model: Any = tiny.model("llama", **SIZES["llama"]["sampled"])
+    before = fingerprint(model)
+    first, second, *_ = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    first.weight = nn.Parameter(first.weight.detach().T.contiguous().T)
+    assert not first.weight.is_contiguous()
+    wide = torch.zeros(2, *second.weight.shape)
+    wide[1] = second.weight.detach()
+    second.weight = nn.Parameter(wide[1])
+    assert fingerprint(model) == before
+
+
+def test_stays_when_wrapped_by_compile() -> None:
+    model: Any = with_adapter(tiny.model("llama"))
+    before = fingerprint(model)
+    model.base_model.layers[1] = torch.compile(model.base_model.layers[1], backend="eager")
+    assert fingerprint(model) == before
+    assert fingerprint(torch.compile(model, backend="eager")) == before  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_stays_on_an_accelerator() -> None:
+    model: Any = tiny.model("llama", **SIZES["llama"]["sampled"])
+    before = fingerprint(model)
+    model.base_model.layers[1].cuda()
+    assert fingerprint(model) == before, "on two devices"
+    assert fingerprint(model.cuda()) == before
+
+
+# -- the walk ----------------------------------------------------------------------------------------------------------
+
+
+def sampled(tensor: Tensor, *, long: int = 1 << 20) -> Tensor:
+    """``walk`` with no tensor so small that it is taken whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint_module, "_WHOLE", 0)
+        patch.setattr(fingerprint_module, "_LONG", long)
+        return walk(tensor)
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ((4, 3), [0, 4, 8, 9]),
+        ((2, 6), [0, 7, 2, 9, 4, 11]),
+        ((7, 3), [0, 4, 8, 9, 13, 17, 18]),
+        ((3, 3), [0, 4, 8]),
+        ((2, 2, 3), [0, 4, 8, 9]),  # as (4, 3)
+        ((5,), [0, 1, 2, 3, 4]),
+        ((1, 1), [0]),
+    ],
+    ids=str,
+)
+def test_walk(shape: tuple[int, ...], wanted: list[int]) -> None:
+    assert sampled(torch.arange(torch.Size(shape).numel()).view(shape)).tolist() == wanted
+
+
+sides = st.integers(1, 40)
+
+
+@given(sides, sides, st.booleans())
+def test_walk_is_its_definition(rows: int, columns: int, is_transposed: bool) -> None:
+    matrix = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
+    matrix = matrix.T if is_transposed else matrix
+    rows, columns = matrix.shape
+    wanted = [int(matrix[i % rows, i % columns]) for i in range(max(rows, columns))]
+    assert sampled(matrix).tolist() == wanted
+
+
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=4), st.data())
+def test_every_row_and_every_column_shows(shape: list[int], data: st.DataObject) -> None:
+    tensor = torch.randn(shape)
+    before = sampled(tensor).clone()
+    matrix = tensor.view(-1, shape[-1])
+    if data.draw(st.booleans(), "is a row"):
+        matrix[data.draw(st.integers(0, matrix.shape[0] - 1), "row")] += 1
+    else:
+        matrix[:, data.draw(st.integers(0, matrix.shape[1] - 1), "column")] += 1
+    assert not torch.equal(sampled(tensor), before)
+
+
+@given(st.integers(101, 2000), st.integers(1, 3))
+def test_walk_of_long_and_narrow_tensors(length: int, width: int) -> None:
+    """Packed weights have one number a row: read as a square, they cost the root of their size."""
+    tensor = torch.arange(length * width).view(length, width)
+    side = int((length * width) ** 0.5)
+    found = sampled(tensor, long=100).tolist()
+    assert found[0] == 0
+    assert found[-1] == length * width - 1 or length * width % side == 0
+    assert len(found) <= 3 * side + 3
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_seen_in_theory"), [(1, 1 / 300), (300, 1 - (1 - 1 / 300) ** 300), (3000, 1.0)], ids=str
+)
+def test_what_is_missed(changed: int, is_seen_in_theory: float) -> None:
+    """The odds that the docstring states, for changes of single numbers of a 300 x 300 matrix."""
+    before = walk(torch.zeros(300, 300))
+    seen = 0
+    for _ in range(1000):
+        matrix = torch.zeros(300, 300)
+        matrix.view(-1)[torch.randperm(90_000)[:changed]] = 1.0
+        seen += not torch.equal(walk(matrix), before)
+    # Four standard deviations of a thousand throws.
+    assert (
+        abs(seen / 1000 - is_seen_in_theory) <= 4 * (is_seen_in_theory * (1 - is_seen_in_theory) / 1000) ** 0.5 + 1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    "float64 float16 float8_e4m3fn float8_e5m2 int8 uint8 uint16 int64 bool complex64".split(),
+)
+def test_other_dtypes(dtype: str) -> None:
+    """As quantised weights have them: nothing is refused, and a changed number shows."""
+    model: Any = tiny.model("llama")
+    module, kind = model.base_model.layers[0], getattr(torch, dtype)
+    module.register_buffer("packed", torch.arange(20_000).remainder(2).view(100, 200).to(kind))
+    before = fingerprint(model)
+    module.packed = (torch.arange(20_000) // 200 == 50).view(100, 200).to(kind)  # only the shape stays
+    changed = fingerprint(model)
+    module.packed = (torch.arange(20_000) // 200 == 51).view(100, 200).to(kind)
+    assert len({before, changed, fingerprint(model)}) == 3
+    module.packed = torch.zeros(0, 7, dtype=kind)
+    assert fingerprint(model) != before
+
+
+def test_float64_is_read_to_its_last_bit() -> None:
+    model: Any = tiny.model("llama").double()
+    before = fingerprint(model)
+    projections(model)[0][0, 0] *= 1 + 2**-50
+    assert fingerprint(model) != before
+
+
+def test_tensors_made_of_tensors() -> None:
+    """Quantised and distributed weights are such; each part counts."""
+    model: Any = tiny.model("llama")
+    layer = model.base_model.layers[0].mlp.down_proj
+    weight = layer.weight.detach()
+    found = set()
+    for second in (torch.zeros_like(weight), torch.ones_like(weight)):
+        layer.weight = nn.Parameter(TwoTensor(weight.clone(), second), requires_grad=False)
+        found.add(fingerprint(model))
+    assert len(found) == 2
+
+
+def test_meta_device_is_refused() -> None:
+    model: Any = tiny.model("llama")
+    model.base_model.layers[1].to("meta")
+    message = (
+        r"^model.layers.1.self_attn.q_proj.weight is on the meta device, so nobody can tell whose states these are; "
+        r"load the model whole, without offloading to disk$"
+    )
+    with pytest.raises(GistError, match=message):
+        fingerprint(model)
+
+
+# -- how long it takes -------------------------------------------------------------------------------------------------
+
+
+def test_eight_billion_parameters_in_less_than_a_second() -> None:
+    """Llama 3 8B in bfloat16. Its memory is asked for and never written, so it takes no room; the first call maps the
+    pages, as loading the weights would have done. Tens of milliseconds, so that slow machines pass too.
+    """
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.bfloat16().to_empty(device="cpu")
+    assert sum(parameter.numel() for parameter in model.parameters()) > 8.0e9
+    first = fingerprint(model)
+    started = time.perf_counter()
+    assert fingerprint(model) == first
+    assert time.perf_counter() - started < 1.0

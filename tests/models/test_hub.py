@@ -1,0 +1,366 @@
+"""Patched checkpoints as directories and repositories: what is written comes back, with gisting and without it.
+
+The hub is a directory laid out as huggingface_hub's own cache, from which transformers loads offline by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import (
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from transformers import PreTrainedModel
+
+import gisting
+from gisting.errors import GistError
+from gisting.models.fingerprint import fingerprint
+from gisting.models.hub import push_to_hub, save_pretrained, upload
+from gisting.tokens import GistTokenizer
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+REPOSITORY = "owner/name"
+three_kinds = pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5"])
+
+
+@dataclass
+class FakeHub:
+    """``HfApi`` with a directory for a hub; remembers what it was asked."""
+
+    cache: Path
+    calls: list[dict[str, Any]]
+
+    def create_repo(self, repo_id: str, **settings: Any) -> None:
+        self.calls.append({"repo_id": repo_id, **settings})
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, **settings: Any) -> SimpleNamespace:
+        self.calls.append({"repo_id": repo_id, **settings})
+        repository = self.cache / f"models--{repo_id.replace('/', '--')}"
+        commit = f"{len(self.calls):040x}"
+        shutil.copytree(folder_path, repository / "snapshots" / commit)
+        reference = repository / "refs" / (settings["revision"] or "main")
+        reference.parent.mkdir(exist_ok=True)
+        reference.write_text(commit)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{commit}")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return FakeHub(tmp_path / "hub", [])
+
+
+def trained(name: str, **changes: Any) -> tuple[PreTrainedModel, GistTokenizer]:
+    """A patched model that says it was trained with k of 2 to 4, and whose gist row is not the mean any more."""
+    model, tokenizer = tiny.patched(name, "alpaca-t5" if name in tiny.ENCODER_DECODERS else "alpaca", **changes)
+    embedding: Any = model.get_input_embeddings()
+    embedding.weight.data[tokenizer.gist_token_id] += torch.randn(32)
+    model.config.gist = {**model.config.gist, "num_gist_tokens": [2, 4]}
+    return model, tokenizer
+
+
+def assert_answers_alike(
+    one: tuple[PreTrainedModel, GistTokenizer], other: tuple[PreTrainedModel, GistTokenizer]
+) -> None:
+    texts = []
+    for model, tokenizer in (one, other):
+        cache = gisting.compress(model, tokenizer, [tiny.words(9, 1), tiny.words(4, 2)], [3, 2])
+        texts.append(gisting.generate(model, tokenizer, ["w1 w2", "w3"], cache=cache, max_new_tokens=8))
+    assert texts[0] == texts[1]
+    assert one[1].fingerprint == other[1].fingerprint
+    assert fingerprint(one[0]) == fingerprint(other[0])
+
+
+# -- directories -------------------------------------------------------------------------------------------------------
+
+
+@three_kinds
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    made = trained(name)
+    save_pretrained(*made, tmp_path / "new" / "one")
+    assert_answers_alike(made, gisting.load(tmp_path / "new" / "one"))
+
+
+def test_card_states_what_is_known(tmp_path: Path) -> None:
+    model, tokenizer = trained("llama")
+    save_pretrained(
+        model,
+        tokenizer,
+        tmp_path / "one",
+        data="60 words",
+        metrics={"exact_match": 0.5},
+        license="mit",
+        extra="The end.",
+    )
+    text = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    front: Any = ModelCard(text).data
+    assert front.library_name == "gisting"
+    assert front.license == "mit"
+    assert front.eval_results[0].metric_value == 0.5
+    number = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+    for line in (
+        "# one",
+        "| gist tokens for a prompt (k) | 2 to 4 |",
+        "| template | alpaca |",
+        f"| model | LlamaForCausalLM, {number} parameters, {fingerprint(model)} |",
+        "| data | 60 words |",
+        r"| exact\_match | 0.5 |",
+        "The end.",
+    ):
+        assert line in text.splitlines()
+
+
+def test_card_of_a_model_that_was_not_trained(tmp_path: Path) -> None:
+    save_pretrained(*tiny.patched("llama"), tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| gist tokens for a prompt (k) | not stated |" in text
+    assert "Nothing: whoever made this gave no measurements." in text
+
+
+STOCK = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+found = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    auto = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    model, loading = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("w1 w2 w3", return_tensors="pt").input_ids
+    more = {"decoder_input_ids": ids} if name == "t5" else {}
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids, **more).logits
+    answer = model.generate(ids, max_new_tokens=4, do_sample=False)
+    found[name] = {"logits": logits.double().sum().item(), "answer": answer.tolist()}
+assert "gisting" not in sys.modules or sys.modules["gisting"] is None
+print(json.dumps(found))
+"""
+
+
+def test_stock_transformers_loads_it(tmp_path: Path) -> None:
+    """Without gisting installed: every weight is there, none is left over, and text gives what it gave."""
+    wanted = {}
+    for name in ("llama", "gemma3_text", "t5"):
+        model, tokenizer = trained(name)
+        save_pretrained(model, tokenizer, tmp_path / name)
+        ids = tokenizer.tokenizer("w1 w2 w3", return_tensors="pt").input_ids
+        more = {"decoder_input_ids": ids} if name == "t5" else {}
+        with torch.no_grad():
+            logits = model(input_ids=ids, **more).logits
+        answer: Any = model.generate(ids, max_new_tokens=4, do_sample=False)  # pyright: ignore[reportCallIssue]
+        wanted[name] = {"logits": logits.double().sum().item(), "answer": answer.tolist()}
+    folders = json.dumps({name: str(tmp_path / name) for name in wanted})
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\nsys.modules['gisting'] = None\n" + STOCK, folders],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for name in wanted:
+        assert found[name]["answer"] == wanted[name]["answer"]
+        assert found[name]["logits"] == pytest.approx(wanted[name]["logits"], rel=1e-5)
+
+
+def test_saved_over_another_checkpoint(tmp_path: Path) -> None:
+    """One that was cut into several files, and of another family."""
+    model, _ = trained("qwen2")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    made = trained("llama")
+    save_pretrained(*made, tmp_path)
+    assert_answers_alike(made, gisting.load(tmp_path))
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def adapted() -> Any:
+    from peft import LoraConfig
+
+    model: Any = tiny.patched("llama")[0]
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    return model
+
+
+def wrapped() -> Any:
+    from peft import LoraConfig, LoraModel
+
+    return LoraModel(tiny.patched("llama")[0], {"one": LoraConfig(r=2, target_modules=["q_proj"])}, "one")
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: tiny.model("llama"), r"^model \(LlamaForCausalLM\) is not patched; call gisting.patch"),
+        (
+            adapted,
+            "^model has adapters, which would be written without the model that they belong to; merge them first",
+        ),
+        (
+            wrapped,
+            r"^model must be a transformers PreTrainedModel, got LoraModel; merge its adapters first: model = "
+            r"model.merge_and_unload\(\)$",
+        ),
+    ],
+    ids=["unpatched", "adapter", "peft"],
+)
+def test_save_refuses(build: Callable[[], Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(GistError, match=message):
+        save_pretrained(build(), tiny.tokenizer(), tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+
+
+def test_refused_card_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(GistError, match=r"^metrics\['loss'\] must be a finite number, got nan"):
+        save_pretrained(*trained("llama"), tmp_path / "one", metrics={"loss": float("nan")})
+    with pytest.raises(TypeError, match="licence"):
+        save_pretrained(*trained("llama"), tmp_path / "one", licence="mit")
+    assert not (tmp_path / "one").exists()
+
+
+def test_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("")
+    with pytest.raises(GistError, match=r"^directory must be a directory, .*one is a file; give another path$"):
+        save_pretrained(*trained("llama"), tmp_path / "one")
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------------
+
+
+@three_kinds
+def test_pushed_and_loaded_by_name(name: str, hub: FakeHub) -> None:
+    made = trained(name)
+    url = push_to_hub(*made, REPOSITORY, api=hub, private=True, token="secret", data="60 words")
+    assert url == f"https://hub/owner/name/commit/{2:040x}"
+    create, commit = hub.calls
+    assert create == {"repo_id": REPOSITORY, "private": True, "token": "secret", "exist_ok": True}
+    assert commit.pop("delete_patterns") == ["*.safetensors", "*.safetensors.index.json"]
+    assert commit == {
+        "repo_id": REPOSITORY,
+        "revision": None,
+        "token": "secret",
+        "commit_message": "Upload a model that gists",
+        "allow_patterns": None,
+    }
+    assert_answers_alike(made, gisting.load(REPOSITORY))
+    for path in hub.cache.rglob("*"):
+        assert not path.is_file() or b"secret" not in path.read_bytes()
+
+
+def test_example_in_the_card_runs(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    push_to_hub(*trained("llama", max_position_embeddings=256), REPOSITORY, api=hub)
+    (readme,) = hub.cache.rglob("README.md")
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    assert f'gisting.load("{REPOSITORY}")' in code
+    exec(compile(code, str(readme), "exec"), {})
+    assert capsys.readouterr().out.startswith("[")
+
+
+def test_what_model_push_to_hub_leaves_out(hub: FakeHub, tmp_path: Path) -> None:
+    """transformers' own method uploads the weights alone, and loading says what is missing."""
+    model, tokenizer = trained("llama")
+    model.save_pretrained(tmp_path / "alone")
+    tokenizer.tokenizer.save_pretrained(tmp_path / "alone")
+    upload(tmp_path / "alone", REPOSITORY, commit_message="weights", api=hub)
+    with pytest.raises(GistError, match=r"^owner/name has no gist.json, so it is no saved GistTokenizer"):
+        gisting.load(REPOSITORY)
+    tokenizer.save_pretrained(tmp_path / "alone")
+    upload(tmp_path / "alone", REPOSITORY, commit_message="tokenizer", api=hub)
+    assert_answers_alike((model, tokenizer), gisting.load(REPOSITORY))
+
+
+def test_load_of_a_revision_of_patched_checkpoints(hub: FakeHub) -> None:
+    """The gist tokenizer is of the revision as well; its template tells which one came."""
+    for revision, template in (("main", "plain"), ("other", "alpaca")):
+        model, tokenizer = tiny.patched("llama", template)
+        push_to_hub(model, tokenizer, REPOSITORY, revision=revision, api=hub)
+    assert gisting.load(REPOSITORY, revision="other")[1].template.name == "alpaca"
+    assert gisting.load(REPOSITORY)[1].template.name == "plain"
+
+
+def test_load_of_a_revision(hub: FakeHub, tmp_path: Path) -> None:
+    """Config, tokenizer and weights are all of the revision that is asked for; here of models never patched."""
+    for revision, name in (("main", "llama"), ("other", "qwen2")):
+        tiny.model(name).save_pretrained(tmp_path / name)
+        tiny.word_tokenizer(("more",) if name == "qwen2" else ()).save_pretrained(tmp_path / name)
+        upload(tmp_path / name, REPOSITORY, revision=revision, commit_message=name, api=hub)
+    model, tokenizer = gisting.load(REPOSITORY, "plain", revision="other")
+    assert model.config.model_type == "qwen2"
+    assert tokenizer.gist_token_id == 65
+    assert gisting.load(REPOSITORY, "plain")[0].config.model_type == "llama"
+
+
+@pytest.mark.parametrize("repo_id", ["name", "owner/name/more", "../name", ""])
+def test_push_refuses_what_is_no_repository(repo_id: str, hub: FakeHub) -> None:
+    with pytest.raises(GistError, match=rf"^repo_id must be a repository on the hub, 'owner/name', got '{repo_id}'$"):
+        push_to_hub(*trained("llama"), repo_id, api=hub)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted", "message"),
+    [
+        (OfflineModeIsEnabled("offline mode"), OSError, "^offline mode$"),
+        (LocalTokenNotFoundError("no token"), OSError, "^no token$"),
+        (
+            HTTPError("no route"),
+            ConnectionError,
+            r"^owner/name was not uploaded, for the hub could not be reached \(no route\); try again$",
+        ),
+    ],
+    ids=["offline", "token", "connection"],
+)
+@pytest.mark.parametrize("where", ["create_repo", "upload_folder"])
+def test_hub_that_does_not_answer(
+    where: str, error: Exception, wanted: type[Exception], message: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Always an OSError: huggingface_hub's own, or one in its place where it lets those of its HTTP client through."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, where, fail)
+    with pytest.raises(wanted, match=message):
+        push_to_hub(*trained("llama"), REPOSITORY, api=hub)
+
+
+def test_offline_without_a_fake() -> None:
+    """The real client, which the tests keep offline."""
+    assert constants.HF_HUB_OFFLINE
+    with pytest.raises(OSError, match="offline"):
+        push_to_hub(*trained("llama"), REPOSITORY)
+
+
+def test_the_real_client_takes_these_arguments() -> None:
+    """What the fake is called with, the real one knows."""
+    import inspect
+
+    for method, names in (
+        ("create_repo", {"private", "token", "exist_ok"}),
+        (
+            "upload_folder",
+            {"repo_id", "folder_path", "revision", "token", "commit_message", "allow_patterns", "delete_patterns"},
+        ),
+    ):
+        assert names <= inspect.signature(getattr(huggingface_hub.HfApi, method)).parameters.keys()

@@ -1,0 +1,151 @@
+"""``card``: what it states, what it leaves unstated, and that no text can break its YAML or its tables."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, RepoCard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gisting.card import card, is_repository_id
+from gisting.errors import GistError
+
+PLAIN: dict[str, Any] = {
+    "title": "owner/name",
+    "num_gist_tokens": [1, 2, 3, 5, 6, 9],
+    "template": "alpaca",
+    "model": "llama/0123456789ab",
+}
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of every table, split as GitHub's Markdown splits them: at bars that no backslash stands before."""
+    rows = [line for line in text.split("---\n", 2)[2].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+
+
+def test_checkpoint() -> None:
+    text = card(
+        "checkpoint",
+        **PLAIN,
+        data="5,000 records",
+        metrics={"exact_match": 0.25, "rouge_l": 0.123456789},
+        license="apache-2.0",
+        base_model="maker/base",
+    )
+    read: Any = ModelCard(text).data
+    assert read.library_name == "gisting"
+    assert read.license == "apache-2.0"
+    assert read.base_model == "maker/base"
+    assert "gisting" in (read.tags or [])
+    assert read.model_name == "owner/name"
+    assert [(found.dataset_name, found.metric_type, found.metric_value) for found in read.eval_results or []] == [
+        ("5,000 records", "exact_match", 0.25),
+        ("5,000 records", "rouge_l", 0.123456789),
+    ]
+    assert cells(text) == [
+        ["", ""],
+        ["---", "---"],
+        ["gist tokens for a prompt (k)", "1 to 3, 5, 6, 9"],
+        ["template", "alpaca"],
+        ["model", "llama/0123456789ab, made from maker/base"],
+        ["data", "5,000 records"],
+        ["metric", "value"],
+        ["---", "---"],
+        [r"exact\_match", "0.25"],
+        [r"rouge\_l", "0.123457"],
+    ]
+    assert 'gisting.load("owner/name")' in text
+
+
+def test_store() -> None:
+    text = card("store", **PLAIN, extra="## More\n\nThe rest.\n")
+    read: Any = ModelCard(text).data
+    assert read.base_model is None, "a fingerprint is no repository"
+    assert read.eval_results is None
+    assert 'GistStore.from_pretrained("owner/name")' in text
+    assert text.endswith("\n\n## More\n\nThe rest.\n")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "store"])
+def test_what_nobody_stated(kind: str) -> None:
+    text = card(kind, title="owner/name", num_gist_tokens=None, template="plain", model="llama")
+    assert ["gist tokens for a prompt (k)", "not stated"] in cells(text)
+    assert ["data", "not stated"] in cells(text)
+    assert "## Measured\n\nNothing: whoever made this gave no measurements.\n" in text
+    assert "model-index" not in text
+    assert "license" not in text
+
+
+def test_metrics_without_data_stay_out_of_the_index() -> None:
+    """The hub's index asks on what a number was measured."""
+    text = card("checkpoint", **PLAIN, metrics={"loss": 2})
+    assert ["loss", "2"] in cells(text)
+    assert "model-index" not in text
+
+
+@pytest.mark.parametrize(
+    ("counts", "shown"), [(4, "4"), ([4], "4"), ([3, 1, 2], "1 to 3"), (range(1, 3), "1, 2"), ([2, 2], "2")]
+)
+def test_counts(counts: Any, shown: str) -> None:
+    text = card("checkpoint", **{**PLAIN, "num_gist_tokens": counts})
+    assert ["gist tokens for a prompt (k)", shown] in cells(text)
+
+
+@pytest.mark.parametrize("title", ["my checkpoint", "", "a/b/c", "/etc/passwd", 'x") or exit("/y', "owner/na\nme"])
+def test_example_names_a_directory_where_the_title_is_no_repository(title: str) -> None:
+    assert 'gisting.load("path/to/this/directory")' in card("checkpoint", **{**PLAIN, "title": title})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "model"}, r"^kind must be one of checkpoint, store, got 'model'$"),
+        ({"base_model": "runs"}, r"^base_model must be a repository on the hub, 'owner/name', got 'runs'$"),
+        (
+            {"metrics": {"loss": float("nan")}},
+            r"^metrics\['loss'\] must be a finite number, got nan; leave out what nobody measured$",
+        ),
+        ({"metrics": {"loss": True}}, r"^metrics\['loss'\] must be a finite number, got True"),
+        ({"metrics": {"loss": "0.5"}}, r"^metrics\['loss'\] must be a finite number, got '0.5'"),
+    ],
+    ids=str,
+)
+def test_card_refuses(changes: dict[str, Any], message: str) -> None:
+    arguments = {"kind": "checkpoint", **PLAIN, **changes}
+    with pytest.raises(GistError, match=message):
+        card(arguments.pop("kind"), **arguments)
+
+
+HOSTILE = st.one_of(
+    st.text(),
+    st.sampled_from(
+        ["---\nlicense: x", "a: b", "\n---\n", "| | |", "'\"", "{}[]", "!!python/object:os", "\ud800", "\0"]
+    ),
+)
+
+
+@given(title=HOSTILE, template=HOSTILE, model=HOSTILE, data=HOSTILE, license=HOSTILE, metric=HOSTILE)
+def test_no_text_breaks_the_card(**texts: str) -> None:
+    metrics = {texts.pop("metric"): 0.5}
+    text = card("store", num_gist_tokens=1, metrics=metrics, **texts)
+    text.encode()
+    front, body = re.match(r"---\n(.*?)\n---\n\n(# .*)\Z", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    assert RepoCard(text).text.strip() == body.strip(), "the front matter ends where it should"
+    assert set(RepoCard(text).data.to_dict()) <= {"library_name", "tags", "license", "model-index"}
+    assert RepoCard(text).data.to_dict().get("license", "") == " ".join(
+        "".join(sign if sign.isprintable() else " " for sign in texts["license"]).split()
+    )
+    assert "\n---" not in front
+    assert [len(row) for row in cells(text)] == [2] * 9
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("a/b", True), ("A-1/b.c_d", True), ("b", False), ("a/b/c", False), ("/a/b", False), ("../b", False), ("", False)],
+)
+def test_repository_ids(name: str, is_one: bool) -> None:
+    assert is_repository_id(name) is is_one

@@ -4,6 +4,8 @@ Place in the flow: below everything. A module that needs to know a version asks 
 this file.
 """
 
+from typing import Any
+
 MIN_TRANSFORMERS = (5, 17)
 
 
@@ -36,3 +38,13 @@ def activation_checkpointing(enabled: bool) -> dict[str, bool]:
 
     names = {field.name for field in fields(TrainingArguments)}
     return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": enabled}
+
+
+def pipeline_settings(pipeline: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a transformers pipeline would give ``generate`` for a call with these settings.
+
+    Until 5.17 or so a pipeline kept one ``generation_config``; now it makes the settings of each call. Goes when the
+    floor has the second.
+    """
+    prepare = getattr(pipeline, "_prepare_generate_kwargs", None)
+    return {"generation_config": pipeline.generation_config, **settings} if prepare is None else prepare(settings)

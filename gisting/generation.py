@@ -1,14 +1,17 @@
 """Compress prompts, and generate from what they were compressed to.
 
 Place in the flow: cache -> **generation** -> text. ``compress`` runs prompts once; ``generate`` answers inputs from a
-cache with stock ``model.generate``, ragged batches included. Checks that a cache belongs to the model at hand; knows
-no family beyond its kind.
+cache with stock ``model.generate``, ragged batches included; ``converse`` also gives back what the next turn starts
+from. Checks that a cache belongs to the model at hand, and that a way of generating is one that gives the answer of the
+plain run (docs/generation.md); knows no family beyond its kind.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gisting.cache import CacheOrigin, GistCache
@@ -20,7 +23,26 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["check_origin", "compress", "generate"]
+__all__ = ["Turn", "check_origin", "compress", "converse", "generate"]
+
+# What generate makes itself from inputs and cache.
+_MADE_HERE = {"input_ids", "attention_mask", "past_key_values", "position_ids", "encoder_outputs", "inputs"}
+# Drafts that come from the model's own layers or heads: they would read the placeholders without the cache.
+_DRAFTS_OF_ITS_OWN = ("assistant_early_exit", "use_mtp", "speculation_type")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Args:
+        texts: the answers, as :func:`generate` returns them.
+        cache: what the next turn starts from, a row for each text: the states that the turn began with, of what was
+            put in, and of the answers with their end of sequence where they have one.
+    """
+
+    texts: list[str]
+    cache: GistCache
 
 
 def compress(
@@ -51,25 +73,37 @@ def compress(
             positions.
         GistTokenError: a k is less than 1.
     """
-    from gisting.models import decoder, encoder_decoder
-    from gisting.models.mode import evaluating
     from gisting.models.patch import require_patched
 
-    family = require_patched(model, tokenizer)
+    require_patched(model, tokenizer)
     _check_condition(condition)
     if batch_size < 1:
         raise GistError(f"batch_size must be at least 1, got {batch_size}")
-    if family.is_encoder_decoder and condition != "gist":
-        raise GistError(
-            f"condition {condition!r} leaves no states to cache in an encoder, where prompt and rest read each "
-            "other; use generate(prompts=..., condition=...)"
-        )
     encodings = tokenizer.encode_prompts(prompts, num_gist_tokens)
     if not encodings:
         raise GistError("prompts is empty; give at least one prompt")
+    return _compress(model, tokenizer, encodings, _origin(model, tokenizer, condition), batch_size)
+
+
+def _compress(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    encodings: list[GistEncoding],
+    origin: CacheOrigin,
+    batch_size: int = 32,
+) -> GistCache:
+    from gisting.models import decoder, encoder_decoder
+    from gisting.models.mode import evaluating
+    from gisting.models.registry import family_of
+
+    is_encoder_decoder = family_of(model.config).is_encoder_decoder
+    if is_encoder_decoder and origin.condition != "gist":
+        raise GistError(
+            f"condition {origin.condition!r} leaves no states to cache in an encoder, where prompt and rest read each "
+            "other; use generate(prompts=..., condition=...)"
+        )
     _check_positions(model, [len(encoding.input_ids) for encoding in encodings], "prompt", "its gist")
-    origin = _origin(model, tokenizer, condition)
-    run = encoder_decoder.prefix_states if family.is_encoder_decoder else decoder.prefix_states
+    run = encoder_decoder.prefix_states if is_encoder_decoder else decoder.prefix_states
     # Sorted by length, so that a batch holds little padding.
     order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].input_ids))
     with evaluating(model):
@@ -93,6 +127,9 @@ def generate(
     num_gist_tokens: int | Sequence[int] = 1,
     condition: str = "gist",
     max_new_tokens: int | None = None,
+    cache_implementation: str | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    assistant_cache: GistCache | None = None,
     **generate_kwargs: Any,
 ) -> list[str]:
     """Answer inputs, each behind its compressed prompt.
@@ -107,61 +144,107 @@ def generate(
         num_gist_tokens: k, where ``prompts`` are given.
         condition: ``"gist"``, ``"positive"`` or ``"negative"``, where ``prompts`` are given.
         max_new_tokens: how many tokens an answer may have; None for what a given ``generation_config`` says, or 128.
-        **generate_kwargs: for ``model.generate``: ``do_sample``, ``num_beams``, ``num_return_sequences``, ...
+        cache_implementation: which transformers cache goes on from the gists: ``"dynamic"``, ``"static"`` (for
+            ``torch.compile``), ``"offloaded"``, ``"offloaded_static"`` or ``"quantized"`` (with ``cache_config``, as in
+            a ``GenerationConfig``); None for what the ``generation_config`` says, or ``"dynamic"``.
+        assistant_model: a smaller model for assisted decoding, patched for the same tokenizer. Inputs are then answered
+            one by one, as with ``prompt_lookup_num_tokens``.
+        assistant_cache: the prompts as the assistant compressed them, one for all inputs or one each; without them it
+            drafts from the inputs alone. Drafts never change a greedy answer, only how fast it comes.
+        **generate_kwargs: for ``model.generate``: ``do_sample``, ``num_beams``, ``num_return_sequences``, ... With a
+            ``streamer``, one answer is streamed, and nothing in front of it.
 
     Returns:
         B texts, or B times ``num_return_sequences``, those of an input together.
 
     Raises:
-        GistError: the model is not patched, numbers do not fit, or an input exceeds the model's positions.
+        GistError: the model is not patched, numbers do not fit, an input exceeds the model's positions, or this way of
+            generating is none that the library supports; the message says why.
         CacheMismatchError: the cache belongs to another model, tokenizer or template, or has another dtype, device or
-        batch size.
+            batch size.
     """
     from gisting.models.mode import evaluating
-    from gisting.models.patch import require_patched
 
-    family = require_patched(model, tokenizer)
+    kinds = {"cache_implementation": cache_implementation, "assistant_model": assistant_model}
+    call = _prepare(model, tokenizer, inputs, max_new_tokens, {**generate_kwargs, **kinds}, assistant_cache)
     _check_condition(condition)
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise GistError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    reserved = {
-        "input_ids",
-        "attention_mask",
-        "past_key_values",
-        "position_ids",
-        "encoder_outputs",
-        "inputs",
-    } & generate_kwargs.keys()
-    if reserved:
-        raise GistError(
-            f"{', '.join(sorted(reserved))} are made from inputs and cache; call model.generate for your own"
-        )
     if (cache is None) == (prompts is None):
         raise GistError("give either cache or prompts: generate(..., cache=compress(model, tokenizer, prompts))")
-    if not inputs:
-        raise GistError('inputs is empty; give at least one text, "" where the prompt says it all')
     if isinstance(prompts, str):
         raise GistError("prompts must be a list of texts, got one text; put it in a list")
-    generate_kwargs = _settings(model, tokenizer, max_new_tokens, generate_kwargs)
-
     if cache is None:
         prompts = list(prompts or ())
         _check_rows("prompts", len(prompts), len(inputs))
-        if family.is_encoder_decoder and condition != "gist":
+        if call.is_encoder_decoder and condition != "gist":
             with evaluating(model):
-                return _generate_from_text(
-                    model, tokenizer, inputs, prompts, num_gist_tokens, condition, generate_kwargs
+                return _texts(
+                    tokenizer,
+                    _generate_from_text(model, tokenizer, inputs, prompts, num_gist_tokens, condition, call),
                 )
-        cache = compress(model, tokenizer, prompts, num_gist_tokens, condition=condition)
+        # This cache stays inside: nobody will ask whose it is, and the fingerprint of a large model takes its time.
+        origin = CacheOrigin("", "", "", condition)
+        cache = _compress(model, tokenizer, tokenizer.encode_prompts(prompts, num_gist_tokens), origin)
     else:
         check_origin(model, tokenizer, cache)
-    _check_rows("cache", len(cache), len(inputs))
-    if len(cache) == 1 and len(inputs) > 1:
-        cache = cache.select([0] * len(inputs))
-    continuations = tokenizer.encode_continuations(inputs)
-    answer = _answer_encoder_decoder if family.is_encoder_decoder else _answer_decoder
-    with evaluating(model):
-        return answer(model, tokenizer, cache, continuations, generate_kwargs)
+    return _answer(model, tokenizer, cache, inputs, call).texts
+
+
+def converse(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    inputs: Sequence[str],
+    *,
+    cache: GistCache,
+    max_new_tokens: int | None = None,
+    **generate_kwargs: Any,
+) -> Turn:
+    """Answer inputs as :func:`generate` does, and keep the states for a next turn: ``converse(..., cache=turn.cache)``.
+
+    Every turn reads its own input and nothing twice. What stands between an answer and the next input is what the
+    template puts in front of an input; the answer itself keeps its end of sequence. ``turn.cache`` is a ``GistCache``
+    like any other, and grows by every turn: it may be saved, selected and joined, and ``num_gist_tokens`` counts all
+    that it holds. The model sees in a later turn what it would see in one long text behind the gist.
+
+    Args:
+        model: a patched decoder.
+        tokenizer: the tokenizer it was patched for.
+        inputs: B texts.
+        cache: what the turn starts from, one for all inputs or one each: compressed prompts, or an earlier turn's
+            cache. It is left as it is.
+        max_new_tokens: as in :func:`generate`.
+        **generate_kwargs: as in :func:`generate`. With ``num_return_sequences``, every answer is a conversation of its
+            own, and the next turn has that many times as many inputs.
+
+    Raises:
+        GistError: as :func:`generate`; or the model is an encoder-decoder, whose answers its encoder does not read; or
+            the answers come from beams, from another than the dynamic cache, or several of one input from stopping
+            criteria, which leave states that do not belong to them alone.
+        CacheMismatchError: as :func:`generate`.
+    """
+    assistant_cache = generate_kwargs.pop("assistant_cache", None)
+    call = _prepare(model, tokenizer, inputs, max_new_tokens, generate_kwargs, assistant_cache)
+    if call.is_encoder_decoder:
+        raise GistError(
+            f"{model.config.model_type} cannot converse: its encoder does not read its decoder's answers, so no cache "
+            "holds them; put what was said into the next prompt or input"
+        )
+    if (call.config.num_beams or 1) > 1:
+        raise GistError(
+            f"converse takes num_beams=1, got {call.config.num_beams}: beam search does not keep the states of the "
+            "answer that wins; sample with num_return_sequences, or call generate"
+        )
+    if call.past["cache_implementation"] != "dynamic":
+        raise GistError(
+            f"converse takes cache_implementation='dynamic', got {call.past['cache_implementation']!r}, which does not "
+            "keep every state as it was computed; call generate"
+        )
+    if call.has_criteria and call.num_copies > 1:
+        raise GistError(
+            "converse takes no stopping criteria (stop_strings, max_time, stopping_criteria) with "
+            "num_return_sequences > 1; repeat the input instead"
+        )
+    check_origin(model, tokenizer, cache)
+    return _answer(model, tokenizer, cache, inputs, call, keep_states=True)
 
 
 def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache) -> None:
@@ -200,15 +283,225 @@ def _origin(model: PreTrainedModel, tokenizer: GistTokenizer, condition: str) ->
     return CacheOrigin(fingerprint(model), tokenizer.fingerprint, tokenizer.template.name, condition)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """How to generate: what stock ``generate`` is given beside ids and states.
+
+    Args:
+        config: a ``GenerationConfig`` with all settings, other suppressions kept.
+        past: how a decoder's cache is made, for ``GistCache.as_past_key_values``.
+        extra: what is no setting: ``streamer``, ``stopping_criteria``, ...
+        is_encoder_decoder: the model's kind.
+        is_assisted: whether answers are drafted, which transformers does for one row at a time.
+        assistant_model: who drafts, or None for look-up in the text.
+        assistant_cache: its compressed prompts, or None.
+    """
+
+    config: Any
+    past: dict[str, Any]
+    extra: dict[str, Any]
+    is_encoder_decoder: bool
+    is_assisted: bool
+    assistant_model: PreTrainedModel | None
+    assistant_cache: GistCache | None
+
+    @property
+    def num_copies(self) -> int:
+        """How many rows stock ``generate`` makes of one."""
+        return max(self.config.num_beams or 1, self.config.num_return_sequences or 1)
+
+    @property
+    def has_criteria(self) -> bool:
+        """Whether a row may end without an end of sequence before the others do."""
+        return bool(self.config.stop_strings or self.config.max_time or self.extra.get("stopping_criteria"))
+
+
+def _prepare(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    inputs: Sequence[str],
+    max_new_tokens: int | None,
+    generate_kwargs: dict[str, Any],
+    assistant_cache: GistCache | None,
+) -> _Call:
+    """Check the arguments that do not concern states, and put all settings into one ``generation_config``, since stock
+    generate takes that or keywords.
+    """
+    from gisting.models.patch import require_patched
+
+    family = require_patched(model, tokenizer)
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise GistError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    reserved = _MADE_HERE & generate_kwargs.keys()
+    if reserved:
+        raise GistError(
+            f"{', '.join(sorted(reserved))} are made from inputs and cache; call model.generate for your own"
+        )
+    if not inputs:
+        raise GistError('inputs is empty; give at least one text, "" where the prompt says it all')
+
+    given = generate_kwargs.pop("generation_config", None)
+    assistant_model = generate_kwargs.pop("assistant_model", None)
+    implementation = generate_kwargs.pop("cache_implementation", None)
+    own: Any = model.generation_config
+    config: Any = copy.deepcopy(own if given is None else given)
+    extra = config.update(**generate_kwargs)
+    suppressed = {*(config.suppress_tokens or ()), *(own.suppress_tokens or ()), tokenizer.gist_token_id}
+    if max_new_tokens is None:
+        max_new_tokens = 128 if given is None or given.max_new_tokens is None else given.max_new_tokens
+    config.update(max_new_tokens=max_new_tokens, suppress_tokens=sorted(suppressed))
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.return_dict_in_generate:
+        raise GistError("return_dict_in_generate changes what is returned; call model.generate for scores and states")
+
+    # "hybrid" stands in configurations on the Hub for what is the default now; stock generate reads it so as well.
+    implementation = implementation or config.cache_implementation
+    implementation = "dynamic" if implementation in (None, "hybrid") else implementation
+    past = {"cache_implementation": implementation}
+    if implementation in ("static", "offloaded_static"):
+        past |= {"config": model.config, "max_cache_len": config.max_cache_len or 0}
+    elif implementation == "quantized":
+        past |= {"config": model.config, "cache_config": config.cache_config}
+    config.cache_implementation = config.max_cache_len = config.cache_config = None
+    if family.is_encoder_decoder:
+        _check_encoder_decoder(model, implementation, assistant_model, config)
+        config.cache_implementation = None if implementation == "dynamic" else implementation
+    elif config.use_cache is False:
+        raise GistError("use_cache must be True: without a cache there is nothing that holds the gist")
+    if config.stop_strings:
+        extra["tokenizer"] = tokenizer.tokenizer
+    if extra.get("streamer") is not None:
+        extra["streamer"] = _streamer(extra["streamer"], len(inputs), config)
+    is_assisted = assistant_model is not None or config.prompt_lookup_num_tokens is not None
+    call = _Call(config, past, extra, family.is_encoder_decoder, is_assisted, assistant_model, assistant_cache)
+    _check_assistance(model, tokenizer, len(inputs), call)
+    return call
+
+
+def _check_encoder_decoder(model: PreTrainedModel, implementation: str, assistant_model: Any, config: Any) -> None:
+    if implementation not in ("dynamic", "static"):
+        raise GistError(
+            f"cache_implementation must be 'dynamic' or 'static' for {model.config.model_type}, whose decoder's cache "
+            f"transformers makes, got {implementation!r}"
+        )
+    if assistant_model is not None:
+        raise GistError(
+            f"assistant_model drafts for decoders; {model.config.model_type} is an encoder-decoder, whose assistant "
+            "would read the inputs with an encoder of its own; use prompt_lookup_num_tokens"
+        )
+    if config.prefill_chunk_size is not None:
+        raise GistError(
+            f"prefill_chunk_size is for decoders; for {model.config.model_type} transformers would cut the mask of the "
+            "encoder's states"
+        )
+
+
+def _check_assistance(model: PreTrainedModel, tokenizer: GistTokenizer, num_inputs: int, call: _Call) -> None:
+    from gisting.models.patch import require_patched
+
+    for name in _DRAFTS_OF_ITS_OWN:
+        if getattr(call.config, name, None):
+            raise GistError(
+                f"{name} drafts with parts of the model itself, which would read a gist's place without its states; "
+                "use assistant_model or prompt_lookup_num_tokens"
+            )
+    assistant: Any = call.assistant_model
+    if assistant is None and call.assistant_cache is not None:
+        raise GistError("assistant_cache is given without assistant_model; give the model that compressed it")
+    if not call.is_assisted:
+        return
+    if call.num_copies > 1:
+        raise GistError(
+            f"assisted decoding gives one answer to an input: num_beams=1 and num_return_sequences=1, got "
+            f"{call.config.num_beams or 1} and {call.config.num_return_sequences or 1}"
+        )
+    if call.past["cache_implementation"] != "dynamic":
+        raise GistError(
+            f"assisted decoding takes back what a draft got wrong, which only cache_implementation='dynamic' can, got "
+            f"{call.past['cache_implementation']!r}"
+        )
+    if assistant is None:
+        return
+    if "assistant_tokenizer" in call.extra:
+        raise GistError("assistant_tokenizer is not supported; take an assistant_model with the model's own tokenizer")
+    try:
+        require_patched(assistant, tokenizer)
+    except GistError as error:
+        raise GistError(f"assistant_model does not fit: {error}") from error
+    sizes = [one.config.get_text_config().vocab_size for one in (model, assistant)]
+    if sizes[0] != sizes[1]:
+        raise GistError(
+            f"assistant_model has {sizes[1]} embedding rows, the model {sizes[0]}; transformers compares their "
+            "predictions row by row"
+        )
+    if call.assistant_cache is not None:
+        check_origin(assistant, tokenizer, call.assistant_cache)
+        _check_rows("assistant_cache", len(call.assistant_cache), num_inputs)
+
+
+class _AnswerStreamer:
+    """Hands on the answer alone: ids in front of it, which a streamer is given first, hold gist tokens that no
+    tokenizer can decode.
+    """
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer
+        self.is_in_front = True
+
+    def put(self, value: torch.Tensor) -> None:
+        # Empty, not left out: a streamer with skip_prompt skips what comes first.
+        self.streamer.put(value[:, :0] if self.is_in_front else value)
+        self.is_in_front = False
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def _streamer(streamer: Any, num_inputs: int, config: Any) -> _AnswerStreamer:
+    numbers = (num_inputs, config.num_beams or 1, config.num_return_sequences or 1)
+    if numbers != (1, 1, 1):
+        raise GistError(
+            "streamer takes one answer: one input, num_beams=1 and num_return_sequences=1, got "
+            f"{numbers[0]}, {numbers[1]} and {numbers[2]}"
+        )
+    return _AnswerStreamer(streamer)
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    cache: GistCache,
+    inputs: Sequence[str],
+    call: _Call,
+    *,
+    keep_states: bool = False,
+) -> Turn:
+    """The answers, in the order of the inputs, and with ``keep_states`` the cache behind them, else the one given."""
+    from gisting.models.mode import evaluating
+
+    _check_rows("cache", len(cache), len(inputs))
+    if len(cache) == 1 and len(inputs) > 1:
+        cache = cache.select([0] * len(inputs))
+    continuations = tokenizer.encode_continuations(inputs)
+    with ExitStack() as modes:
+        modes.enter_context(evaluating(model))
+        if call.assistant_model is not None:
+            modes.enter_context(evaluating(call.assistant_model))
+        if call.is_encoder_decoder:
+            return Turn(_texts(tokenizer, _answer_encoder_decoder(model, tokenizer, cache, continuations, call)), cache)
+        return _answer_decoder(model, tokenizer, cache, continuations, call, keep_states)
+
+
 def _answer_decoder(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
     cache: GistCache,
     continuations: list[list[int]],
-    generate_kwargs: dict[str, Any],
-) -> list[str]:
+    call: _Call,
+    keep_states: bool,
+) -> Turn:
     from gisting.models import decoder
-    from gisting.models.registry import sliding_windows
 
     for row, ids in enumerate(continuations):
         if not ids:
@@ -216,43 +509,82 @@ def _answer_decoder(
                 f"inputs[{row}] leaves nothing behind the gist for the model to continue; give an input, or a "
                 "template with text there"
             )
-    config = generate_kwargs["generation_config"]
-    new_tokens = config.max_new_tokens
-    # Stock generate repeats ids for each beam or sample, but not a cache that it is given.
-    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+    new_tokens, copies = call.config.max_new_tokens, call.num_copies
     lengths = [held + len(ids) + new_tokens for held, ids in zip(cache.num_gist_tokens, continuations, strict=True)]
     _check_positions(model, lengths, "input", f"its cached prefix and {new_tokens} new tokens")
-    if decoder.needs_equal_lengths(sliding_windows(model.config), cache.num_slots, continuations, new_tokens):
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, ids in enumerate(continuations):
-            groups.setdefault((cache.num_gist_tokens[row], len(ids)), []).append(row)
-    else:
-        groups = {(0, 0): list(range(len(continuations)))}
-    answers: list[list[str]] = [[] for _ in continuations]
-    for rows in groups.values():
-        arguments, given = decoder.prepare_generation(
-            model, tokenizer, cache.select(rows) if len(groups) > 1 else cache, [continuations[row] for row in rows]
-        )
-        if copies > 1 and "past_key_values" in arguments:
-            arguments["past_key_values"].batch_repeat_interleave(copies)
-        texts = _texts(tokenizer, _run(model, arguments, generate_kwargs)[:, given:])
-        for place, row in enumerate(rows):
-            each = len(texts) // len(rows)
-            answers[row] = texts[place * each : (place + 1) * each]
-    return [text for each in answers for text in each]
+    # A row that ends without an end of sequence is told from its padding where it is alone.
+    is_apart = call.is_assisted or (keep_states and call.has_criteria)
+    order, answers, caches = [], [], []
+    for rows in _groups(model, cache, continuations, new_tokens, is_apart):
+        part = cache if len(rows) == len(continuations) else cache.select(rows)
+        ids = [continuations[row] for row in rows]
+        past = call.past
+        if "max_cache_len" in past:
+            columns = part.num_slots + max(map(len, ids)) + new_tokens - 1
+            past = {**past, "max_cache_len": max(past["max_cache_len"], columns)}
+        arguments, given = decoder.prepare_generation(model, tokenizer, part, ids, copies, **past)
+        if call.assistant_model is not None:
+            drafts = call.assistant_cache
+            drafts = drafts if drafts is None or len(drafts) == 1 else drafts.select(rows)
+            arguments["assistant_model"] = decoder.Assistant(
+                call.assistant_model, drafts, part.num_slots, tokenizer.gist_token_id
+            )
+        output = _run(model, arguments, call, return_dict_in_generate=True)
+        said: list[list[int]] = output.sequences[:, given:].tolist()
+        each = len(said) // len(rows)
+        order += [row * each + place for row in rows for place in range(each)]
+        answers += said
+        if keep_states:
+            repeated = [row for row in range(len(rows)) for _ in range(each)]
+            said = [_up_to_end(answer, call.config, model) for answer in said]
+            caches.append(
+                decoder.continued(
+                    model, part.select(repeated), output.past_key_values, [ids[row] for row in repeated], said
+                )
+            )
+    back = sorted(range(len(order)), key=lambda place: order[place])
+    texts = _texts(tokenizer, [answers[place] for place in back])
+    return Turn(texts, GistCache.cat(caches).select(back) if keep_states else cache)
+
+
+def _groups(
+    model: PreTrainedModel, cache: GistCache, continuations: list[list[int]], new_tokens: int, is_apart: bool
+) -> list[list[int]]:
+    """Which rows are run together."""
+    from gisting.models import decoder
+    from gisting.models.registry import sliding_windows
+
+    rows = list(range(len(continuations)))
+    if is_apart:
+        return [[row] for row in rows]
+    if not decoder.needs_equal_lengths(sliding_windows(model.config), cache.num_slots, continuations, new_tokens):
+        return [rows]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        groups.setdefault((cache.num_gist_tokens[row], len(continuations[row])), []).append(row)
+    return list(groups.values())
+
+
+def _up_to_end(answer: list[int], config: Any, model: PreTrainedModel) -> list[int]:
+    """An answer with its first end of sequence, and without the padding behind it."""
+    own: Any = model.generation_config
+    ends = config.eos_token_id if config.eos_token_id is not None else own.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return next((answer[: place + 1] for place, token in enumerate(answer) if token in ends), answer)
 
 
 def _answer_encoder_decoder(
-    model: PreTrainedModel,
-    tokenizer: GistTokenizer,
-    cache: GistCache,
-    continuations: list[list[int]],
-    generate_kwargs: dict[str, Any],
-) -> list[str]:
+    model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, continuations: list[list[int]], call: _Call
+) -> list[list[int]]:
     from gisting.models import encoder_decoder
 
-    arguments = encoder_decoder.prepare_generation(model, tokenizer, cache, continuations)
-    return _texts(tokenizer, _run(model, arguments, generate_kwargs))
+    if not call.is_assisted:
+        return _run(model, encoder_decoder.prepare_generation(model, tokenizer, cache, continuations), call).tolist()
+    answers: list[list[int]] = []
+    for row, ids in enumerate(continuations):
+        arguments = encoder_decoder.prepare_generation(model, tokenizer, cache[row], [ids])
+        answers += _run(model, arguments, call).tolist()
+    return answers
 
 
 def _generate_from_text(
@@ -262,8 +594,8 @@ def _generate_from_text(
     prompts: Sequence[str],
     num_gist_tokens: int | Sequence[int],
     condition: str,
-    generate_kwargs: dict[str, Any],
-) -> list[str]:
+    call: _Call,
+) -> list[list[int]]:
     from gisting.models import encoder_decoder
 
     if len(prompts) == 1:
@@ -271,38 +603,24 @@ def _generate_from_text(
         if not isinstance(num_gist_tokens, int) and len(num_gist_tokens) == 1:
             num_gist_tokens = num_gist_tokens[0]
     encodings: list[GistEncoding] = tokenizer.encode_batch(prompts, inputs, num_gist_tokens=num_gist_tokens)
-    arguments = encoder_decoder.prepare_full_generation(model, tokenizer, encodings, condition)
-    return _texts(tokenizer, _run(model, arguments, generate_kwargs))
+    answers: list[list[int]] = []
+    for part in [[one] for one in encodings] if call.is_assisted else [encodings]:
+        arguments = encoder_decoder.prepare_full_generation(model, tokenizer, part, condition)
+        answers += _run(model, arguments, call).tolist()
+    return answers
 
 
-def _run(model: Any, arguments: dict[str, Any], generate_kwargs: dict[str, Any]) -> torch.Tensor:
+def _run(model: Any, arguments: dict[str, Any], call: _Call, *, return_dict_in_generate: bool = False) -> Any:
     """Stock ``generate``."""
-    return model.generate(**arguments, **generate_kwargs)
+    config = call.config
+    if return_dict_in_generate:
+        config = copy.copy(config)
+        config.return_dict_in_generate = True
+    return model.generate(**arguments, **call.extra, generation_config=config)
 
 
-def _settings(
-    model: PreTrainedModel, tokenizer: GistTokenizer, max_new_tokens: int | None, generate_kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """All settings in one ``generation_config``, since stock generate takes that or keywords; other suppressions are
-    kept.
-    """
-    own = model.generation_config
-    given = generate_kwargs.get("generation_config")
-    config = copy.deepcopy(own if given is None else given)
-    rest = config.update(**{name: value for name, value in generate_kwargs.items() if name != "generation_config"})
-    suppressed = {*(config.suppress_tokens or ()), *(own.suppress_tokens or ()), tokenizer.gist_token_id}
-    if max_new_tokens is None:
-        max_new_tokens = 128 if given is None or given.max_new_tokens is None else given.max_new_tokens
-    config.update(max_new_tokens=max_new_tokens, suppress_tokens=sorted(suppressed))
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    if config.return_dict_in_generate:
-        raise GistError("return_dict_in_generate changes what is returned; call model.generate for scores and states")
-    return {**rest, "generation_config": config}
-
-
-def _texts(tokenizer: GistTokenizer, ids: torch.Tensor) -> list[str]:
-    return [tokenizer.decode(row).strip() for row in ids.tolist()]
+def _texts(tokenizer: GistTokenizer, answers: list[list[int]]) -> list[str]:
+    return [tokenizer.decode(answer).strip() for answer in answers]
 
 
 def _check_condition(condition: str) -> None:

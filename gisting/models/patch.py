@@ -9,6 +9,7 @@ recognised when it is loaded and patched again.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -130,6 +131,8 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
         _guarded_stack(model, family).register_forward_pre_hook(
             functools.partial(_guard, gist_token_id=tokenizer.gist_token_id), with_kwargs=True
         )
+        if not family.is_encoder_decoder:
+            _check_what_a_cache_stands_for(model, tokenizer.gist_token_id)
         relative_bias.install(model)
     except BaseException:
         _restore(model, forget=recorded is None)
@@ -242,6 +245,37 @@ def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
         raise GistTokenError(message)
 
 
+def _check_what_a_cache_stands_for(model: Any, gist_token_id: int) -> None:
+    """Let ``generate`` see whether the ids in front of those it continues are the gist tokens of its cache.
+
+    Stock ``generate`` drops as many ids as a given cache has columns, unread: of a text without gist tokens in front,
+    the first words would be gone. Assisted decoding forgets to drop them; here they are dropped. The only place that
+    sees ids and cache together is ``prepare_inputs_for_generation``, so the model gets its own, as an attribute.
+    """
+    inner = type(model).prepare_inputs_for_generation
+
+    @functools.wraps(inner)
+    def prepare_inputs_for_generation(self: Any, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        held: Tensor | None = getattr(kwargs.get("past_key_values"), "gist_mask", None)
+        if held is not None and kwargs.get("is_first_iteration"):
+            in_front = input_ids[:, : held.shape[1]]
+            # Once for each beam or sample, as generate repeats the ids.
+            held = held.to(in_front.device).repeat_interleave(max(1, len(in_front) // len(held)), dim=0).bool()
+            is_gist = held.shape == in_front.shape and bool((in_front[held] == gist_token_id).all())
+            is_dropped = kwargs.get("next_sequence_length") is not None
+            if is_gist and not is_dropped:
+                kwargs["next_sequence_length"] = input_ids.shape[1] - held.shape[1]
+            elif is_dropped and not is_gist:
+                raise GistTokenError(
+                    f"past_key_values holds {held.shape[1]} gist slots, but input_ids do not begin with as many gist "
+                    f"tokens (id {gist_token_id}; any id where a slot is empty), so generate would drop that many ids "
+                    "of the text; put them in front, or call gisting.generate(..., cache=cache)"
+                )
+        return inner(self, input_ids, **kwargs)
+
+    model.prepare_inputs_for_generation = types.MethodType(prepare_inputs_for_generation, model)
+
+
 def _check_interval_call(config: Any, kwargs: dict[str, Any], mask: Any) -> None:
     if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
         raise GistError(
@@ -319,6 +353,7 @@ def _restore(model: PreTrainedModel, *, forget: bool) -> None:
             if isinstance(hook, functools.partial) and hook.func is _guard:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+    vars(model).pop("prepare_inputs_for_generation", None)
     relative_bias.uninstall(model)
     _set_attention(model, undo.attention)
     recorded = getattr(model.config, "gist", None)

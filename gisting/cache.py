@@ -54,6 +54,8 @@ class CacheOrigin:
 class GistCache:
     """The states of B compressed prompts, right-aligned in P slots.
 
+    Behind a turn of ``gisting.converse`` the slots hold what was said as well.
+
     Args:
         keys: one ``(B, G, P, D)`` for each layer, rotated at positions ``0 .. lengths[b] - 1``; for an
             encoder-decoder, of each encoder layer.
@@ -250,6 +252,18 @@ class GistCache:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistCache:
         """The same states on another device or in another dtype."""
         return self._map(lambda tensor, dim: tensor.to(device=device, dtype=dtype), self.lengths)
+
+    def blanked(self) -> GistCache:
+        """The same with zeros in the slots that hold no token.
+
+        Nobody sees those, but in a ragged batch the model leaves there what it thought of the *prompt*, which is to
+        stay behind: in no file, and not in the range of numbers that a quantised file covers.
+        """
+        is_empty = self.attention_mask == 0
+        return self._map(
+            lambda tensor, dim: tensor.masked_fill(is_empty[:, None, :, None] if dim == 2 else is_empty[:, :, None], 0),
+            self.lengths,
+        )
 
     def as_past_key_values(
         self,

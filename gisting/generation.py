@@ -108,7 +108,7 @@ def _compress(
     order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].input_ids))
     with evaluating(model):
         parts = [
-            run(model, tokenizer, [encodings[row] for row in order[start : start + batch_size]], origin)
+            run(model, tokenizer, [encodings[row] for row in order[start : start + batch_size]], origin).blanked()
             for start in range(0, len(order), batch_size)
         ]
     if len(parts) == 1 and order == list(range(len(order))):

@@ -88,6 +88,19 @@ def test_gists_do_not_keep_their_prompts_alive(name: str) -> None:
         assert not tensor.requires_grad
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_slots_without_a_token_hold_nothing_of_the_prompt(name: str) -> None:
+    model, tokenizer = tiny.patched(name)
+    cache = gisting.compress(model, tokenizer, [tiny.words(9, 1), tiny.words(5, 2)], [1, 4])
+    empty = (cache.attention_mask == 0)[0]
+    assert empty.tolist() == [True, True, True, False]
+    for tensor in (*cache.keys, *cache.values):
+        assert not tensor[0][:, empty].any()
+        assert tensor[0][:, ~empty].any()
+    if cache.last_hidden is not None:
+        assert not cache.last_hidden[0][empty].any()
+
+
 @pytest.mark.parametrize("k", [1, 2, 10, 64])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_k_from_1_to_64(name: str, k: int) -> None:
@@ -158,6 +171,20 @@ def test_16_caches_with_16_inputs_are_one_by_one(name: str) -> None:
     assert texts == one_by_one(model, tokenizer, inputs, cache, **settings)
     assert len(set(texts)) > 8
     assert texts == gisting.generate(model, tokenizer, inputs, prompts=prompts, num_gist_tokens=3, **settings)
+
+
+@three_kinds
+def test_prompts_that_generate_runs_itself_take_no_fingerprint(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their cache stays inside, and an evaluation would take the fingerprint of a large model for every batch."""
+    from gisting.models import fingerprint as module
+
+    model, tokenizer = tiny.patched(name)
+    calls, right = [], module.fingerprint
+    monkeypatch.setattr(module, "fingerprint", lambda model: calls.append(None) or right(model))
+    gisting.generate(model, tokenizer, ["w1"], prompts=["w2 w3"], max_new_tokens=2)
+    assert not calls
+    gisting.generate(model, tokenizer, ["w1"], cache=gisting.compress(model, tokenizer, ["w2 w3"]), max_new_tokens=2)
+    assert len(calls) == 2
 
 
 @three_kinds

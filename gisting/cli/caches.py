@@ -243,7 +243,7 @@ def inspect(
         ("gist tokens", _short(manifest["lengths"])),
         ("layers", str(manifest["num_layers"])),
         ("storage", str(found["storage"])),
-        ("bytes", f"{found['num_bytes']:,}"),
+        ("bytes", f"{found['file_bytes']:,}"),
         ("format", str(manifest["format"])),
         ("sha256", found["sha256"]),
     ):
@@ -280,7 +280,7 @@ def store_list(
     folder: StoreArgument,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Show the entries of a store.
+    """Show the entries of a store: names, and the beginning of the key where there is none; all fields with --json.
 
     Example: gisting store list gists
     """
@@ -289,25 +289,25 @@ def store_list(
         for entry in entries:
             print(json.dumps(asdict(entry), ensure_ascii=False))
         return
-    table = Table("name", "key", "gist tokens", "prompt tokens", "bytes", "storage", "model", "template", "created")
+    table = Table()
+    table.add_column("name, or key", overflow="fold")
+    for title in ("gist tokens", "prompt tokens", "bytes", "storage", "model"):
+        table.add_column(title, overflow="fold")
     for entry in entries:
         table.add_row(
-            "" if entry.name is None else entry.name,
-            entry.key[:12],
+            entry.key[:12] if entry.name is None else entry.name,
             str(entry.num_gist_tokens),
             "" if entry.num_prompt_tokens is None else str(entry.num_prompt_tokens),
             f"{entry.num_bytes:,}",
             entry.storage,
             entry.model,
-            entry.template,
-            entry.created,
         )
     out.print(table)
 
 
 @store_app.command("verify")
 def store_verify(folder: StoreArgument) -> None:
-    """Read every entry and say what is wrong; exit code 1 where something is.
+    """Read every entry and say what is wrong; exit code 1 where a file or the index is damaged.
 
     Example: gisting store verify gists
     """
@@ -315,8 +315,9 @@ def store_verify(folder: StoreArgument) -> None:
     faults = held.verify()
     for fault in faults:
         out.print(str(fault), highlight=False, soft_wrap=True, markup=False)
-    if faults:
-        raise StoreError(f"{folder} has {len(faults)} faults")
+    harmful = sum(not fault.is_harmless for fault in faults)
+    if harmful:
+        raise StoreError(f"{folder} has {harmful} faults; what is damaged is made anew when it is compressed again")
     out.print(f"{len(held)} entries, every one whole", highlight=False)
 
 
@@ -324,7 +325,7 @@ def store_verify(folder: StoreArgument) -> None:
 def store_remove(
     folder: StoreArgument, names: Annotated[list[str], typer.Argument(help="Names, or keys from `list`.")]
 ) -> None:
-    """Remove entries; their files go with `gc`.
+    """Remove names, or by their keys entries with all their names; a file goes with its last name.
 
     Example: gisting store remove gists capitals
     """
@@ -333,9 +334,19 @@ def store_remove(
 
 
 @store_app.command("gc")
-def store_gc(folder: StoreArgument) -> None:
+def store_gc(
+    folder: StoreArgument,
+    keep_model: Annotated[
+        list[str] | None,
+        typer.Option(help="Fingerprint, as `list` shows it: entries of other models go; may be repeated."),
+    ] = None,
+    drop_unnamed: Annotated[
+        bool, typer.Option("--drop-unnamed", help="Entries that are found by their text alone go as well.")
+    ] = False,
+) -> None:
     """Delete files that no entry refers to, and what killed writers left.
 
     Example: gisting store gc gists
     """
-    out.print(f"freed {_open(folder).gc():,} bytes", highlight=False)
+    freed = _open(folder).gc(keep_models=keep_model, keep_unnamed=not drop_unnamed)
+    out.print(f"freed {freed:,} bytes", highlight=False)

@@ -224,9 +224,68 @@ def test_a_checkpoint_that_is_not_trained_is_noted(run, tmp_path: Path) -> None:
     assert "has not been trained to gist" in result.err
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "compress", "generate", "eval", "show"])
+def test_a_store_from_making_to_removing(run, workplace: Path) -> None:
+    Path("prompts.jsonl").write_text(
+        '{"prompt": "answer plainly", "name": "plainly"}\n{"prompt": "end with a bang", "num_gist_tokens": 3}\n',
+        encoding="utf-8",
+    )
+    words = shlex.split("compress runs/demo --prompts prompts.jsonl --prompt 'write capitals' --name capitals")
+    made = run(*words, "--store", "gists", "--storage", "int8")
+    assert made.code == 0, made.err
+    assert "3 prompts in gists, 3 of them new; 3 entries in all" in made.out
+    again = run("compress", "runs/demo", "--prompts", "prompts.jsonl", "--store", "gists")
+    assert "2 prompts in gists, 0 of them new; 3 entries in all" in again.out
+
+    rows = [json.loads(line) for line in run("store", "list", "gists", "--json").out.splitlines()]
+    assert [(row["name"], row["num_gist_tokens"], row["storage"]) for row in rows] == [
+        ("capitals", 2, "int8"),
+        ("plainly", 2, "int8"),
+        (None, 3, "int8"),
+    ]
+    shown = run("store", "list", "gists").out
+    assert "capitals" in shown
+    assert rows[2]["key"][:12] in shown
+
+    words = shlex.split("generate runs/demo --store gists --input 'a b' --input 'c d' --max-new-tokens 4 --json")
+    answered = run(*words, "--name", "capitals", "--name", rows[2]["key"])
+    assert answered.code == 0, answered.err
+    model, tokenizer = gisting.load("runs/demo")
+    cache = gisting.GistStore("gists").get(["capitals", rows[2]["key"]])
+    expected = gisting.generate(model, tokenizer, ["a b", "c d"], cache=cache, max_new_tokens=4, do_sample=False)
+    assert [json.loads(line)["output"] for line in answered.out.splitlines()] == expected
+
+    assert "3 entries, every one whole" in run("store", "verify", "gists").out
+    (file,) = Path("gists", "objects").glob(f"*/{rows[0]['key']}*")
+    file.write_bytes(file.read_bytes()[:-1])
+    damaged = run("store", "verify", "gists")
+    assert damaged.code == 1
+    assert "torn: " in damaged.out
+    assert "gists has 1 faults" in damaged.err
+
+    assert run("store", "remove", "gists", "capitals").code == 0
+    assert run("store", "gc", "gists", "--drop-unnamed", "--keep-model", rows[0]["model"]).code == 0
+    assert [json.loads(line)["name"] for line in run("store", "list", "gists", "--json").out.splitlines()] == [
+        "plainly"
+    ]
+
+
+def test_inspect_shows_what_a_file_holds(run, workplace: Path) -> None:
+    run("compress", "runs/demo", "--prompt", "answer plainly", "--output", "one.st", "--storage", "float8_e4m3")
+    shown = run("inspect", "one.st")
+    assert shown.code == 0, shown.err
+    for word in ("float8_e4m3", "letters", "llama/", "whole: "):
+        assert word in shown.out
+    found = json.loads(run("inspect", "one.st", "--json").out)
+    assert found["manifest"]["lengths"] == [2]
+    Path("one.st").write_bytes(Path("one.st").read_bytes().replace(b"llama/", b"lloma/"))
+    assert "one.st is altered" in run("inspect", "one.st").err
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "compress", "generate", "eval", "show", "inspect", "store list", "data alpaca-plus"]
+)
 def test_help_says_what_and_how(run, command: str) -> None:
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.code == 0
     assert f"Example: gisting {command}" in " ".join(result.out.split())
 
@@ -241,7 +300,25 @@ def test_version(run) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("compress runs/demo --output x", "give a prompt: --prompt TEXT or --prompt-file FILE"),
+        ("compress runs/demo --output x", "give a prompt: --prompt TEXT, --prompt-file FILE or --prompts FILE"),
+        ("compress runs/demo --prompt a", "give either --output FILE, for one file, or --store DIR"),
+        (
+            "compress runs/demo --prompt a --output x --store s",
+            "give either --output FILE, for one file, or --store DIR",
+        ),
+        ("compress runs/demo --prompt a --output x --name n", "names are for a store"),
+        ("compress runs/demo --prompt a --prompt b --store s --name n", "--name must come once for each --prompt"),
+        ("compress runs/demo --prompt a --store s --name a/b", "'a/b'"),
+        ("compress runs/demo --prompt a --output x --storage int4", "storage must be"),
+        ("compress runs/demo --prompts none.jsonl --store s", "none.jsonl"),
+        ("generate runs/demo", "give either --cache FILE or --store DIR with --name NAME"),
+        ("generate runs/demo --store s", "--store needs --name NAME"),
+        ("generate runs/demo --store s --name a", "there is no store in s; make one: gisting compress"),
+        ("generate runs/demo --cache c --name a", "--name goes with --store"),
+        ("store list runs/demo", "runs/demo is no store and not empty"),
+        ("store verify nothing", "there is no store in nothing"),
+        ("inspect none.st", "none.st"),
+        ("inspect runs/demo/model.safetensors", "holds no gist cache"),
         ("compress runs/demo --prompt '' --output x", "prompt 0 is empty"),
         ("compress runs/demo --prompt a -k 0 --output x", "num_gist_tokens must be at least 1, got 0"),
         (
@@ -285,6 +362,7 @@ def test_an_error_is_one_line(run, workplace: Path, words: str, message: str) ->
 
 def test_wrong_usage_is_exit_code_2(run) -> None:
     assert run("compress").code == 2
+    assert run("store", "remove", "gists").code == 2
 
 
 # -- the README as written ---------------------------------------------------------------------------------------------

@@ -92,6 +92,13 @@ def train(
         str | None,
         typer.Option(help="Text at which instructions are cut into parts, to train a model to read chained gists."),
     ] = None,
+    pack_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Pack records into rows of so many tokens, those with one instruction behind one copy of it. The "
+            "batch size then counts instructions, with up to 8 records each."
+        ),
+    ] = None,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints to resume from.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 42,
     dtype: Annotated[
@@ -146,6 +153,7 @@ def train(
         max_length=max_length or (128 if tokenizer.is_encoder_decoder else 512),
         max_target_length=max_target_length,
         part_separator=part_separator,
+        pack_length=pack_length,
         resume=resume,
     )
     out.print(

@@ -24,10 +24,10 @@ from gisting.visibility import CHAINED_CONDITIONS, CONDITIONS, ENCODER_CONDITION
 __all__ = ["GistCollator"]
 
 _log = logging.getLogger(__name__)
-_IGNORED = -100  # what transformers' losses skip
+IGNORED = -100  # what transformers' losses skip
 
 
-class _Example(NamedTuple):
+class Example(NamedTuple):
     """The ids of one record before they are laid out; its prompt in one or more parts, each with its k."""
 
     prompts: list[list[int]]
@@ -119,10 +119,23 @@ class GistCollator:
                 parts and the completion, or there are so many parts that their gist tokens leave no room.
         """
         rows = [to_record(record, f"record {number} of the batch") for number, record in enumerate(records)]
-        examples = [self._fit(example, number) for number, example in enumerate(self._encode(rows))]
+        examples = self._examples(rows, self._draw_counts(len(rows)))
         return self._encoder_decoder(examples) if self.tokenizer.is_encoder_decoder else self._decoder(examples)
 
-    def _encode(self, rows: list[Record]) -> list[_Example]:
+    def _draw_counts(self, number: int) -> list[int]:
+        low, high = self.num_gist_tokens
+        return torch.randint(low, high + 1, (number,)).tolist()
+
+    def _draw_conditions(self, number: int) -> Tensor:
+        """int64 ``(number,)``: places in ``self.conditions``."""
+        weights = torch.tensor([*self.conditions.values()], dtype=torch.float)
+        return torch.multinomial(weights, number, replacement=True)
+
+    def _examples(self, rows: list[Record], counts: list[int]) -> list[Example]:
+        """The rows' ids, cut to length; ``counts`` are the k of their last parts."""
+        return [self._fit(example, number) for number, example in enumerate(self._encode(rows, counts))]
+
+    def _encode(self, rows: list[Record], counts: list[int]) -> list[Example]:
         parts = [
             [row.instruction] if self.part_separator is None else row.instruction.split(self.part_separator)
             for row in rows
@@ -133,16 +146,15 @@ class GistCollator:
                     f"record {number} of the batch has an empty part in its instruction, which is cut at "
                     f"part_separator={self.part_separator!r}; take the separator out, or give the part a text"
                 )
-        low, high = self.num_gist_tokens
         # The last part with what stands behind it, and those before it as prompts that are run alone.
         encodings = self.tokenizer.encode_batch(
             [texts[-1] for texts in parts],
             [row.input for row in rows],
             [row.output for row in rows],
-            num_gist_tokens=torch.randint(low, high + 1, (len(rows),)).tolist(),
+            num_gist_tokens=counts,
         )
         before = [text for texts in parts for text in texts[:-1]]
-        heads = iter(self.tokenizer.encode_prompts(before, torch.randint(low, high + 1, (len(before),)).tolist()))
+        heads = iter(self.tokenizer.encode_prompts(before, self._draw_counts(len(before))))
         examples = []
         for number, (texts, last) in enumerate(zip(parts, encodings, strict=True)):
             if len(texts) > 1 and last.gist_end == last.completion_start:
@@ -153,7 +165,7 @@ class GistCollator:
                 )
             heads_and_last = [*itertools.islice(heads, len(texts) - 1), last]
             examples.append(
-                _Example(
+                Example(
                     [encoding.input_ids[: encoding.gist_start] for encoding in heads_and_last],
                     [encoding.num_gist_tokens for encoding in heads_and_last],
                     last.input_ids[last.gist_end : last.completion_start],
@@ -162,25 +174,26 @@ class GistCollator:
             )
         return examples
 
-    def _decoder(self, examples: list[_Example]) -> dict[str, Tensor]:
+    def _decoder(self, examples: list[Example]) -> dict[str, Tensor]:
         rows, copies, parts = zip(*(self._columns(example) for example in examples), strict=True)
         ids, is_token = pad_rows(rows, self.tokenizer.pad_token_id, left=True)
         is_gist = (ids == self.tokenizer.gist_token_id) & is_token
+        drawn = self._draw_conditions(len(ids))
         if self.part_separator is None:
-            visibility = self._visibility(CONDITIONS, is_gist, is_token)
+            visibility = self._visibility(CONDITIONS, drawn, is_gist, is_token)
         else:
             is_copy, parts = pad_rows(copies, 0, left=True)[0].bool(), pad_rows(parts, 0, left=True)[0]
-            visibility = self._visibility(CHAINED_CONDITIONS, is_gist, is_copy, parts, is_token)
+            visibility = self._visibility(CHAINED_CONDITIONS, drawn, is_gist, is_copy, parts, is_token)
         completions = torch.tensor([len(example.completion) for example in examples])
         is_completion = torch.arange(ids.shape[1])[None] >= ids.shape[1] - completions[:, None]
         return {
             "input_ids": ids,
             "attention_mask": visibility.as_attention_mask(),
             "position_ids": visibility.position_ids,  # pyright: ignore[reportReturnType]
-            "labels": ids.masked_fill(~is_completion, _IGNORED),
+            "labels": ids.masked_fill(~is_completion, IGNORED),
         }
 
-    def _columns(self, example: _Example) -> tuple[list[int], list[int], list[int]]:
+    def _columns(self, example: Example) -> tuple[list[int], list[int], list[int]]:
         """The ids of a row; which of them are copies (0 or 1); the part of each, from 1, and 0 for the rest."""
         ids, copies, parts = [], [], []
         for number, (prompt, count) in enumerate(zip(example.prompts, example.counts, strict=True), start=1):
@@ -191,28 +204,29 @@ class GistCollator:
         rest = example.continuation + example.completion
         return ids + rest, copies + [0] * len(rest), parts + [0] * len(rest)
 
-    def _encoder_decoder(self, examples: list[_Example]) -> dict[str, Tensor]:
+    def _encoder_decoder(self, examples: list[Example]) -> dict[str, Tensor]:
         sources = [self._columns(example._replace(completion=[]))[0] for example in examples]
         ids, is_token = pad_rows(sources, self.tokenizer.pad_token_id, left=False)
-        labels, is_label = pad_rows([example.completion for example in examples], _IGNORED, left=False)
+        labels, is_label = pad_rows([example.completion for example in examples], IGNORED, left=False)
         is_gist = (ids == self.tokenizer.gist_token_id) & is_token
+        visibility = self._visibility(ENCODER_CONDITIONS, self._draw_conditions(len(ids)), is_gist, is_token)
         return {
             "input_ids": ids,
-            "attention_mask": self._visibility(ENCODER_CONDITIONS, is_gist, is_token).as_attention_mask(),
-            "labels": labels.masked_fill(~is_label, _IGNORED),
+            "attention_mask": visibility.as_attention_mask(),
+            "labels": labels.masked_fill(~is_label, IGNORED),
         }
 
-    def _visibility(self, conditions: Mapping[str, Condition], *layout: Tensor) -> Visibility:
+    def _visibility(
+        self, conditions: Mapping[str, Condition], drawn: Tensor, *layout: Tensor, **packing: Tensor
+    ) -> Visibility:
         """The intervals of each row under the condition that it drew."""
         names = list(self.conditions)
-        weights = torch.tensor([self.conditions[name] for name in names], dtype=torch.float)
-        drawn = torch.multinomial(weights, len(layout[0]), replacement=True)
-        visibility = conditions[names[0]](*layout)
+        visibility = conditions[names[0]](*layout, **packing)
         for number, name in enumerate(names[1:], start=1):
-            visibility = Visibility.where(drawn == number, conditions[name](*layout), visibility)
+            visibility = Visibility.where(drawn == number, conditions[name](*layout, **packing), visibility)
         return visibility
 
-    def _fit(self, example: _Example, number: int) -> _Example:
+    def _fit(self, example: Example, number: int) -> Example:
         """At most ``max_length`` ids, gists, some of every prompt and some completion always among them; the target of
         an encoder-decoder is cut apart from its source.
         """
@@ -221,7 +235,7 @@ class GistCollator:
             return source._replace(completion=example.completion[: self.max_target_length])
         return self._fit_sequence(example, number)
 
-    def _fit_sequence(self, example: _Example, number: int) -> _Example:
+    def _fit_sequence(self, example: Example, number: int) -> Example:
         prompts, counts, continuation, completion = example
         length = sum(map(len, prompts)) + example.num_gist_columns + len(continuation) + len(completion)
         excess = length - self.max_length
@@ -250,4 +264,4 @@ class GistCollator:
         prompts = [prompt[:limit] for prompt in prompts]
         cut = min(max(0, excess), max(0, len(continuation) - 1))
         continuation, excess = continuation[cut:], max(0, excess - cut)
-        return _Example(prompts, counts, continuation, completion[: len(completion) - excess])
+        return Example(prompts, counts, continuation, completion[: len(completion) - excess])

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from gisting.data.collate import GistCollator
+from gisting.data.packing import GistPackingCollator, group_by_instruction
 from gisting.data.records import Record
 from gisting.errors import GistError
 from gisting.models.patch import require_patched
+from gisting.models.registry import sliding_windows
 from gisting.tokens import GistTokenizer
 
 __all__ = ["PUBLISHED", "finetune", "published_arguments"]
@@ -103,6 +105,8 @@ def finetune(
     max_length: int = 512,
     max_target_length: int = 256,
     part_separator: str | None = None,
+    pack_length: int | None = None,
+    max_per_group: int = 8,
     eval_records: Sequence[Record] | None = None,
     resume: bool | str = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -119,6 +123,9 @@ def finetune(
         max_length: as for :class:`GistCollator`.
         max_target_length: as for :class:`GistCollator`.
         part_separator: as for :class:`GistCollator`: instructions that hold it are trained as chained gists.
+        pack_length: ids of a row in which records are packed (:class:`GistPackingCollator`); None for a row each. A
+            batch of ``arguments`` then counts groups of records with one instruction, not records.
+        max_per_group: the largest such group.
         eval_records: records for the loss that ``arguments.eval_strategy`` asks for.
         resume: go on from the last checkpoint in the output directory, or from the named one.
         callbacks: for ``Trainer``; with any, its own printing of logs is left out.
@@ -127,29 +134,39 @@ def finetune(
         What ``Trainer`` measured: ``train_loss``, ``train_runtime`` in seconds, ...
 
     Raises:
-        GistError: the model is not patched, there are no records, or there is nothing to resume from.
+        GistError: the model is not patched, there are no records, records cannot be packed for this model, or there is
+            nothing to resume from.
     """
     require_patched(model, tokenizer)
     if not records:
         raise GistError("records is empty; give at least one")
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(records),  # pyright: ignore[reportArgumentType]
-        eval_dataset=None if eval_records is None else list(eval_records),  # pyright: ignore[reportArgumentType]
-        data_collator=GistCollator(
+    items: list[Any] = list(records)
+    if pack_length is None:
+        collator = GistCollator(
             tokenizer,
             num_gist_tokens,
             conditions=conditions,
             max_length=max_length,
             max_target_length=max_target_length,
             part_separator=part_separator,
-        ),
+        )
+    else:
+        _check_packing(model, pack_length, part_separator)
+        items = group_by_instruction(records, max_per_group)
+        collator = GistPackingCollator(
+            tokenizer, num_gist_tokens, conditions=conditions, max_length=max_length, pack_length=pack_length
+        )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=items,  # pyright: ignore[reportArgumentType]
+        eval_dataset=None if eval_records is None else list(eval_records),  # pyright: ignore[reportArgumentType]
+        data_collator=collator,
         callbacks=list(callbacks),
     )
     if callbacks:
         trainer.remove_callback(PrinterCallback)  # Whoever brings callbacks shows the progress.
-    low, high = trainer.data_collator.num_gist_tokens  # pyright: ignore[reportAttributeAccessIssue]
+    low, high = collator.num_gist_tokens
     model.config.gist = {**model.config.gist, "num_gist_tokens": [low, high]}
     if resume is True and get_last_checkpoint(str(arguments.output_dir)) is None:
         raise GistError(f"{arguments.output_dir} holds no checkpoint to resume from; start without resume")
@@ -158,3 +175,14 @@ def finetune(
         trainer.save_model()
         tokenizer.save_pretrained(str(arguments.output_dir))
     return result.metrics
+
+
+def _check_packing(model: PreTrainedModel, pack_length: int, part_separator: str | None) -> None:
+    if part_separator is not None:
+        raise GistError("pack_length and part_separator exclude each other: chained gists are not packed; give one")
+    window = sliding_windows(model.config)
+    if window is not None and window < pack_length:
+        raise GistError(
+            f"pack_length must be at most {window}, the sliding window of {model.config.model_type}, got "
+            f"{pack_length}: a window counts columns, neighbours in the row among them"
+        )

@@ -1,0 +1,219 @@
+"""Packing: the rows hold what they should, and loss and gradients are those of the padded batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import TrainingArguments
+
+from gisting import GistCollator, GistError, GistTokenizer, Record, Visibility
+from gisting.data.packing import GistPackingCollator, group_by_instruction, pack
+from gisting.errors import RecordError
+from gisting.tokens import Template
+from gisting.train.finetune import finetune
+from tests import tiny
+
+TEMPLATE = Template("words", "{prompt}", "{input}", "w9", "{output}")
+
+
+def tokenizer_of(template: Template | str = TEMPLATE) -> GistTokenizer:
+    return GistTokenizer(tiny.word_tokenizer(), template)
+
+
+def some(count: int, per_instruction: int = 4) -> list[Record]:
+    return [
+        Record(
+            tiny.words(3 + number // per_instruction, number // per_instruction),
+            tiny.words(1 + number % 3, 50 + number),
+            tiny.words(1 + number % 4, 90 + number),
+        )
+        for number in range(count)
+    ]
+
+
+# -- the layout --------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_by_eye() -> None:
+    """Two completions behind one prompt, and a record of its own, in one row: ids, positions, labels, and the mask."""
+    tokenizer = tokenizer_of()
+    records = [Record("w1 w2", "w3", "w4"), Record("w5", "w6", "w7 w8"), Record("w1 w2", "w10", "w11")]
+    batch = GistPackingCollator(tokenizer, 2, max_length=12, pack_length=20)(records)
+    names = {0: "_", 2: "/", tokenizer.gist_token_id: "G"} | {number + 4: f"w{number}" for number in range(60)}
+    assert " ".join(names[token] for token in batch["input_ids"][0].tolist()) == (
+        "w1 w2 G G w3 w4 / w10 w11 / w5 G G w6 w7 w8 /"
+    )
+    assert batch["position_ids"].tolist() == [[-2, -1, 0, 1, 2, 3, 4, 2, 3, 4, -1, 0, 1, 2, 3, 4, 5]]
+    shown = "".join("x" if label != -100 else "." for label in batch["labels"][0].tolist())
+    assert shown == ".....xx.xx....xxx"
+    visibility = Visibility.from_attention_mask(batch["attention_mask"])
+    assert [line.split(" ", 1)[1].strip() for line in visibility.draw(list("abGGcd/ef/gHHhij/")).splitlines()[1:]] == [
+        "1 . . . . . . . . . . . . . . . .",
+        "1 1 . . . . . . . . . . . . . . .",
+        "1 1 1 . . . . . . . . . . . . . .",
+        "1 1 1 1 . . . . . . . . . . . . .",
+        ". . 1 1 1 . . . . . . . . . . . .",
+        ". . 1 1 1 1 . . . . . . . . . . .",
+        ". . 1 1 1 1 1 . . . . . . . . . .",
+        ". . 1 1 . . . 1 . . . . . . . . .",
+        ". . 1 1 . . . 1 1 . . . . . . . .",
+        ". . 1 1 . . . 1 1 1 . . . . . . .",
+        ". . . . . . . . . . 1 . . . . . .",
+        ". . . . . . . . . . 1 1 . . . . .",
+        ". . . . . . . . . . 1 1 1 . . . .",
+        ". . . . . . . . . . . 1 1 1 . . .",
+        ". . . . . . . . . . . 1 1 1 1 . .",
+        ". . . . . . . . . . . 1 1 1 1 1 .",
+        ". . . . . . . . . . . 1 1 1 1 1 1",
+    ]
+
+
+def test_groups_keep_their_order_and_size() -> None:
+    records = [Record(text, str(number), "o") for number, text in enumerate("abacaabc")]
+    groups = group_by_instruction(records, 3)
+    assert [[record.instruction + record.input for record in group] for group in groups] == [
+        ["a0", "a2", "a4"],
+        ["a5"],
+        ["b1", "b6"],
+        ["c3", "c7"],
+    ]
+    with pytest.raises(GistError, match="max_per_group must be at least 1, got 0"):
+        group_by_instruction(records, 0)
+
+
+@given(st.lists(st.integers(1, 20), max_size=40))
+def test_bins_hold_everything_once_and_are_not_overfull(lengths: list[int]) -> None:
+    bins = pack(lengths, 20)
+    assert sorted(item for chosen in bins for item in chosen) == list(range(len(lengths)))
+    sizes = [sum(lengths[item] for item in chosen) for chosen in bins]
+    assert all(0 < size <= 20 for size in sizes)
+    # Of two bins neither would have fitted into the other.
+    assert all(one + other > 20 for number, one in enumerate(sizes) for other in sizes[:number])
+
+
+def test_groups_and_single_records_may_come_in_one_batch() -> None:
+    tokenizer, records = tokenizer_of(), some(8)
+    collator = GistPackingCollator(tokenizer, 2, max_length=64)
+    flat, nested = collator(records), collator([records[:4], *records[4:]])
+    assert all(torch.equal(flat[name], nested[name]) for name in flat)
+
+
+def test_a_group_that_does_not_fit_is_split() -> None:
+    records = [Record("w1 w2 w3 w4", f"w{number}", "w5 w6 w7") for number in range(6)]
+    batch = GistPackingCollator(tokenizer_of(), 1, max_length=10, pack_length=16)(records)
+    # Prompt and gist take 5 and a completion 5: two to a row of 16.
+    assert batch["input_ids"].shape == (3, 15)
+    assert int((batch["labels"] != -100).sum()) == 6 * 4
+
+
+def test_what_the_gist_itself_predicts_has_a_copy_of_its_own() -> None:
+    """With nothing between gist and completion, only the first completion behind a gist would be predicted by it."""
+    tokenizer = tokenizer_of(Template("bare", "{prompt}", "{input}", "", "{output}"))
+    records = [Record("w1 w2", "", "w3"), Record("w1 w2", "", "w4"), Record("w1 w2", "w5", "w6")]
+    batch = GistPackingCollator(tokenizer, 1, max_length=32)(records)
+    assert int((batch["input_ids"] == tokenizer.gist_token_id).sum()) == 3
+    assert_same_loss("llama", tokenizer, records)
+
+
+def test_an_instruction_draws_one_k_and_one_condition() -> None:
+    tokenizer = tokenizer_of()
+    records = [Record(f"w{number}", f"w{inner}", "w50") for number in range(20) for inner in range(3)]
+    conditions = {"gist": 1, "positive": 1, "negative": 1}
+    batch = GistPackingCollator(tokenizer, (1, 4), conditions=conditions, max_length=32)(records)
+    counts, kinds = set(), set()
+    visibility = Visibility.from_attention_mask(batch["attention_mask"])
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        for start in [place for place in range(len(ids)) if 4 <= ids[place] < 24 and ids[place + 1] == 64]:
+            k = next(count for count in range(1, 6) if ids[start + 1 + count] != 64)
+            counts.add(k)
+            sees = [int(visibility.end[row, place]) > start + k + 1 for place in (start, start + 1)]
+            kinds.add(tuple(sees))
+    assert counts == {1, 2, 3, 4}
+    assert kinds == {(False, True), (True, True), (False, False)}
+
+
+# -- the same as padded ------------------------------------------------------------------------------------------------
+
+
+def gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, list[Tensor]]:
+    loss = model(**batch).loss
+    return float(loss.detach()), list(torch.autograd.grad(loss, [*model.parameters()], allow_unused=True))
+
+
+def assert_same_loss(name: str, tokenizer: GistTokenizer, records: list[Record], **settings: Any) -> None:
+    from gisting import patch
+
+    model = patch(tiny.model(name), tokenizer)
+    padded = GistCollator(tokenizer, 2, max_length=48, **settings)(records)
+    packed = GistPackingCollator(tokenizer, 2, max_length=48, **settings)(records)
+    assert len(packed["input_ids"]) < len(padded["input_ids"])
+    loss, wanted = gradients(model, padded)
+    found_loss, found = gradients(model, packed)
+    assert found_loss == pytest.approx(loss, abs=1e-6)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) is (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("condition", ["gist", "positive", "negative"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo2", "gpt_neox"])
+def test_loss_and_gradients_are_those_of_the_padded_batch(name: str, condition: str) -> None:
+    assert_same_loss(name, tokenizer_of(), some(11), conditions=condition)
+
+
+def test_a_branch_that_saw_its_neighbour_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gisting.data import packing
+
+    whole = packing.CONDITIONS["gist"]
+
+    def without_branches(
+        is_gist: Tensor, padding: Tensor, documents: Tensor | None = None, branches: Any = None
+    ) -> Any:
+        return whole(is_gist, padding, documents=documents)
+
+    monkeypatch.setitem(packing.CONDITIONS, "gist", without_branches)
+    with pytest.raises(AssertionError):
+        assert_same_loss("llama", tokenizer_of(), some(11))
+
+
+# -- training, and what is refused -------------------------------------------------------------------------------------
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    from gisting.train.finetune import published_arguments
+
+    settings = {"batch_size": 2, "max_steps": 1, "learning_rate": 0.0, "save_strategy": "no", "disable_tqdm": True}
+    return published_arguments(folder, **{**settings, **changes})
+
+
+def test_finetune_packs_groups(tmp_path: Path) -> None:
+    model, tokenizer = tiny.patched("llama")
+    records = some(8)
+    expected = float(model(**GistCollator(tokenizer, 2)(records)).loss.detach())
+    metrics = finetune(model, tokenizer, records, arguments(tmp_path), num_gist_tokens=2, max_length=64, pack_length=64)
+    assert metrics["train_loss"] == pytest.approx(expected, rel=1e-6), "two groups of four are the whole batch"
+
+
+def test_finetune_refuses_what_cannot_be_packed(tmp_path: Path) -> None:
+    model, tokenizer = tiny.patched("mistral-window")
+    with pytest.raises(GistError, match=r"^pack_length must be at most 8, the sliding window of mistral, got 64"):
+        finetune(model, tokenizer, some(4), arguments(tmp_path), max_length=64, pack_length=64)
+    model, tokenizer = tiny.patched("llama")
+    with pytest.raises(GistError, match="pack_length and part_separator exclude each other"):
+        finetune(model, tokenizer, some(4), arguments(tmp_path), max_length=64, pack_length=64, part_separator="|")
+
+
+def test_errors(t5_tokenizer: GistTokenizer) -> None:
+    with pytest.raises(GistError, match="tokenizer is for an encoder-decoder"):
+        GistPackingCollator(t5_tokenizer)
+    with pytest.raises(GistError, match="pack_length must be at least max_length, 512, got 100"):
+        GistPackingCollator(tokenizer_of(), pack_length=100)
+    with pytest.raises(RecordError, match="record 1 of the batch has no 'output'"):
+        GistPackingCollator(tokenizer_of())([some(1), [{"instruction": "w1"}]])

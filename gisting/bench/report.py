@@ -124,9 +124,13 @@ def write_between(path: str | Path, name: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    # python -m gisting.bench.report: the README's tables from the committed rows.
+    # python -m gisting.bench.report: the tables of the README and of docs/ from the committed rows.
     from gisting.bench.cpu_attention import attention_table
+    from gisting.bench.storage import storage_table
+    from gisting.bench.store import store_table
 
     write_between("README.md", "demo results", demo_table(read_rows("docs/results/demo.jsonl")))
     rows = read_rows("docs/results/cpu_attention.jsonl")
     write_between("README.md", "cpu attention results", attention_table(rows))
+    write_between("docs/stores.md", "storage results", storage_table(read_rows("docs/results/storage.jsonl")))
+    write_between("docs/stores.md", "store results", store_table(read_rows("docs/results/store.jsonl")))

@@ -1,0 +1,175 @@
+"""The files of a store: one for each compressed prompt, and what a writer has not finished.
+
+Place in the flow: below the store, beside the index. An object is written whole and synchronised in a directory of its
+writer's own, and then renamed into place by whoever holds the index's write lock. A writer's directory is locked with
+``flock`` as long as the writer lives, so that what killed writers left can be told from work that goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gisting.errors import StoreError
+
+__all__ = ["OBJECTS", "SUFFIX", "TEMPORARY", "Objects", "locked"]
+
+OBJECTS = "objects"
+TEMPORARY = "tmp"
+SUFFIX = ".gist.safetensors"
+
+
+class Objects:
+    """The two directories of files in a store.
+
+    Args:
+        root: the store's directory.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def make(self) -> None:
+        """Make the directories, as far as they are not there."""
+        for folder in (OBJECTS, TEMPORARY):
+            (self.root / folder).mkdir(exist_ok=True)
+        sync_directory(self.root)
+
+    def check(self) -> None:
+        """Raise StoreError unless the directories are there and no links."""
+        for folder in (self.root / OBJECTS, self.root / TEMPORARY):
+            if folder.is_symlink() or not folder.is_dir():
+                raise StoreError(f"{folder} is missing, or a link or file; it must be a directory of the store")
+
+    def path(self, key: str) -> Path:
+        """Where the file of a key lies; the first two of its 64 digits name a directory."""
+        return self.root / self.name(key)
+
+    @staticmethod
+    def name(key: str) -> str:
+        """The same relative to the store, with ``/``."""
+        return f"{OBJECTS}/{key[:2]}/{key}{SUFFIX}"
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the file of a key, or None where there is no such file; a link is none."""
+        try:
+            found = os.lstat(self.path(key))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def place(self, files: dict[str, Path]) -> None:
+        """Rename finished files, by key, to where they belong; to be called with the index's write lock.
+
+        What was renamed is there after a power failure too, when this returns.
+        """
+        shards = {self.path(key).parent for key in files}
+        new = [shard for shard in shards if not shard.is_dir()]
+        for shard in new:
+            shard.mkdir(exist_ok=True)
+        if new:
+            sync_directory(self.root / OBJECTS)
+        if any(shard.is_symlink() for shard in shards):
+            raise StoreError(f"{self.root / OBJECTS} holds a link in place of a directory; remove it")
+        for key, file in files.items():
+            os.replace(file, self.path(key))
+        for shard in shards:
+            sync_directory(shard)
+
+    def remove(self, key: str) -> int:
+        """Delete the file of a key, with the index's write lock held. Returns the bytes freed."""
+        size = self.size(key)
+        self.path(key).unlink(missing_ok=True)
+        return size or 0
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys that there are files for."""
+        for shard in sorted((self.root / OBJECTS).iterdir()):
+            if shard.is_dir() and not shard.is_symlink():
+                for file in sorted(os.listdir(shard)):
+                    found = re.fullmatch(rf"([0-9a-f]{{64}}){re.escape(SUFFIX)}", file)
+                    if found and found[1][:2] == shard.name:
+                        yield found[1]
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A directory for what is being written; it goes with the block."""
+        while True:
+            folder = Path(tempfile.mkdtemp(dir=self.root / TEMPORARY))
+            handle = _try_lock(folder)
+            # None: a `stale` came between, took it for a killed writer's and removed it.
+            if handle is not None:
+                break
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+    def stale(self, *, is_removed: bool = False) -> dict[Path, int]:
+        """What writers left who are no more: {path: bytes}; optionally removed."""
+        found: dict[Path, int] = {}
+        for path in sorted((self.root / TEMPORARY).iterdir()):
+            try:
+                state = path.lstat()
+            except FileNotFoundError:  # its writer has finished
+                continue
+            if not stat.S_ISDIR(state.st_mode):
+                found[path] = state.st_size
+                if is_removed:
+                    path.unlink(missing_ok=True)
+                continue
+            handle = _try_lock(path)
+            if handle is None:
+                continue
+            try:
+                found[path] = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+                if is_removed:
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(handle)
+        return found
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a directory, once whoever has it lets go."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sync_directory(folder: Path) -> None:
+    """Make the names in a directory survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """An open, locked handle of a directory, or None where somebody holds it or it is gone."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between opening and locking it may have been removed.
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return None

@@ -1,0 +1,985 @@
+"""``GistStore``: what is put in comes out, under its name or its text, and what is wrong with a store is told."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gisting
+from gisting.cache import CacheOrigin, GistCache
+from gisting.errors import CacheFormatError, CacheMismatchError, GistError, GistTokenError, StoreError
+from gisting.store import GistStore
+from gisting.store import index as index_module
+from gisting.store import store as store_module
+from gisting.store.index import INDEX, StoreEntry
+from gisting.store.memory import OpenCaches
+from gisting.store.objects import Objects
+from tests import tiny
+from tests.store.made import ORIGIN, is_same, made
+
+KEY = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> GistStore:
+    return GistStore(tmp_path / "store")
+
+
+def file_of(store: GistStore, name: str) -> Path:
+    (entry,) = [entry for entry in store.list() if name in (entry.name, entry.key)]
+    return store.path / "objects" / entry.key[:2] / f"{entry.key}.gist.safetensors"
+
+
+def files(store: GistStore) -> list[Path]:
+    return sorted((store.path / "objects").rglob("*.gist.safetensors"))
+
+
+def sql(store: GistStore, *statements: str) -> None:
+    """Change the index behind the store's back."""
+    connection = sqlite3.connect(store.path / INDEX, isolation_level=None)
+    for statement in statements:
+        connection.execute(statement)
+    connection.close()
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+
+def test_put_and_get(store: GistStore) -> None:
+    store.put("a", made(1))
+    store.put("b", made(2, k=3))
+    assert is_same(store["a"], made(1))
+    assert is_same(store.get(["b", "a", "b"]), GistCache.cat([made(2, k=3), made(1), made(2, k=3)]))
+    assert "a" in store
+    assert "c" not in store
+    assert "" not in store
+    assert len(store) == 2
+    assert [entry.name for entry in store.list()] == ["a", "b"]
+
+
+def test_put_replaces(store: GistStore) -> None:
+    store.put("a", made(1))
+    store.put("a", made(2))
+    assert is_same(store["a"], made(2))
+    assert len(store) == 1
+    assert len(files(store)) == 1, "what nothing refers to is deleted"
+
+
+def test_names_of_one_cache_share_a_file(store: GistStore) -> None:
+    store.put_many({"a": made(1), "b": made(1), "c": made(2)})
+    assert len(store) == 3
+    assert len(files(store)) == 2
+    store.remove("a")
+    assert is_same(store["b"], made(1))
+    store.remove("b")
+    assert len(files(store)) == 1
+
+
+def test_put_many_puts_a_batch(store: GistStore) -> None:
+    batch = GistCache.cat([made(seed, k) for seed, k in enumerate((1, 5, 2))])
+    store.put_many(dict(zip("abc", batch, strict=True)))
+    assert is_same(store.get(["a", "b", "c"]), batch)
+    assert store["a"].num_slots == 1
+
+
+def test_put_many_is_all_or_nothing(store: GistStore) -> None:
+    bad = made(2)
+    bad.keys[0][0, 0, 0, 0] = float("nan")
+    with pytest.raises(GistError, match="NaN"):
+        store.put_many({"a": made(1), "b": bad})
+    assert len(store) == 0
+    assert store.verify() == []
+
+
+def test_what_comes_back_may_be_changed(store: GistStore) -> None:
+    store.put("a", made(1))
+    for _ in range(2):
+        found = store["a"]
+        found.keys[0].zero_()
+        assert is_same(store["a"], made(1))
+
+
+def test_list_tells_what_is_there(store: GistStore) -> None:
+    store.put("a", made(1, k=3))
+    (entry,) = store.list()
+    assert entry == StoreEntry(
+        name="a",
+        key=entry.key,
+        is_keyed_by_text=False,
+        num_gist_tokens=3,
+        num_prompt_tokens=None,
+        num_bytes=file_of(store, "a").stat().st_size,
+        sha256=entry.sha256,
+        storage="float32",
+        model=ORIGIN.model,
+        tokenizer=ORIGIN.tokenizer,
+        template="plain",
+        condition="gist",
+        created=entry.created,
+    )
+    assert re.fullmatch("[0-9a-f]{64}", entry.key)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry.created)
+    assert is_same(store[entry.key], made(1, k=3)), "a key is as good as a name"
+    assert entry.key in store
+
+
+def test_rename(store: GistStore) -> None:
+    store.put_many({"a": made(1), "b": made(2)})
+    store.rename("a", "c")
+    assert [entry.name for entry in store.list()] == ["b", "c"]
+    assert is_same(store["c"], made(1))
+    store.rename("c", "c")
+    for arguments, message in ((("c", "b"), "'b' is taken"), (("a", "d"), "has no entry 'a'"), (("c", ""), "^name")):
+        with pytest.raises(StoreError, match=message):
+            store.rename(*arguments)
+
+
+def test_remove(store: GistStore) -> None:
+    store.put_many({"a": made(1), "b": made(1), "c": made(2), "d": made(3)})
+    with pytest.raises(StoreError, match=r"store has no entry 'x', 'y'; store.list\(\) tells what it has$"):
+        store.remove(["c", "x", "y"])
+    assert "c" in store, "nothing is removed where something is missing"
+    store.remove(["c"])
+    key = store.list()[0].key
+    store.remove(key)
+    assert [entry.name for entry in store.list()] == ["d"]
+    assert len(files(store)) == 1
+    assert store.verify() == []
+
+
+GOOD_NAMES = ["a", "system prompt", "-", "...", "日本語", "é", "a" * 200, "a'b\"c;--", "%41", "KEY", "0" * 63]
+BAD_NAMES: list[Any] = [
+    *("", " a", "a ", ".", "..", "a/b", "a\\b", "../x", "a\nb", "a\x00b", "\x7f", "a\u200bb", "\u202eb", "\ud800"),
+    *("a" * 201, KEY, None, 3, b"a", Path("a")),
+]
+
+
+@pytest.mark.parametrize("name", GOOD_NAMES, ids=ascii)
+def test_good_names(store: GistStore, name: str) -> None:
+    store.put(name, made(1))
+    assert name in store
+    assert is_same(store[name], made(1))
+    store.remove(name)
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+def test_bad_names(store: GistStore, name: Any) -> None:
+    with pytest.raises(
+        StoreError, match=r"^name must be 1 to 200 printable characters without / and \\, with no space"
+    ):
+        store.put(name, made(1))
+    assert len(store) == 0
+    assert name not in store
+
+
+def test_two_spellings_are_one_name(store: GistStore) -> None:
+    store.put("cafe\u0301", made(1))
+    assert is_same(store["caf\u00e9"], made(1))
+    assert store.list()[0].name == "caf\u00e9"
+    with pytest.raises(StoreError, match=r"^two names are spellings of one"):
+        store.put_many({"cafe\u0301": made(1), "caf\u00e9": made(2)})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda store: store.get([]), StoreError, "^names is empty; give at least one name or key$"),
+        (lambda store: store["b"], StoreError, "has no entry 'b'; "),
+        (lambda store: store[KEY], StoreError, "has no entry '0123"),
+        (lambda store: store[3], StoreError, r"^store\[...\] takes one name or key, got 3; several: store.get"),
+        (lambda store: store.get([f"x{i}" for i in range(9)]), StoreError, "'x3', 'x4' and 4 more; "),
+        (
+            lambda store: store.put("b", GistCache.cat([made(1)] * 3)),
+            GistError,
+            "^'b' must be a cache of one prompt, got 3",
+        ),
+        (lambda store: store.get(["a", "other"]), CacheMismatchError, "^caches belong to different origins"),
+        (lambda store: store.get(["a", "half"]), CacheMismatchError, "^caches are torch.float32"),
+        (lambda store: GistStore(store.path, storage="int4"), GistError, "^storage must be None or one of float32"),
+        (
+            lambda store: GistStore(store.path, max_open_bytes=-1),
+            GistError,
+            "^max_open_bytes must be at least 0, got -1",
+        ),
+    ],
+    ids=["nothing", "name", "key", "type", "many", "batch", "origins", "dtypes", "storage", "bytes"],
+)
+def test_refusals(store: GistStore, call: Callable[[GistStore], Any], error: type[GistError], message: str) -> None:
+    other = CacheOrigin("llama/ffffffffffff", "ba9876543210", "plain", "gist")
+    store.put_many({"a": made(1), "other": made(1, origin=other), "half": made(1, dtype=torch.bfloat16)})
+    with pytest.raises(error, match=message):
+        call(store)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float8_e4m3", "int8"])
+def test_storage(tmp_path: Path, storage: str) -> None:
+    full, small = GistStore(tmp_path / "full"), GistStore(tmp_path / "small", storage=storage)
+    for store in (full, small):
+        store.put("a", made(1, k=64))
+    assert small.list()[0].storage == storage
+    assert small.list()[0].num_bytes < 0.9 * full.list()[0].num_bytes
+    found = small["a"]
+    assert found.dtype == torch.float32
+    assert not is_same(found, made(1, k=64))
+    assert torch.allclose(found.keys[0], made(1, k=64).keys[0], rtol=0.1, atol=0.05)
+
+
+# -- by text -----------------------------------------------------------------------------------------------------------
+
+
+class Compressions:
+    """Counts what is compressed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[list[str]] = []
+        inner = store_module.compress
+
+        def compress(model: Any, tokenizer: Any, prompts: Any, *args: Any, **kwargs: Any) -> GistCache:
+            self.calls.append(list(prompts))
+            return inner(model, tokenizer, prompts, *args, **kwargs)
+
+        monkeypatch.setattr(store_module, "compress", compress)
+
+
+@pytest.fixture
+def compressions(monkeypatch: pytest.MonkeyPatch) -> Compressions:
+    return Compressions(monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5"])
+def test_get_or_compress_is_compress(store: GistStore, name: str, compressions: Compressions) -> None:
+    model, tokenizer = tiny.patched(name)
+    prompts = [tiny.words(count, count) for count in (9, 4, 12)]
+    wanted = gisting.compress(model, tokenizer, prompts, [3, 1, 2])
+    for _ in range(2):
+        found = store.get_or_compress(model, tokenizer, prompts, [3, 1, 2])
+        # Row by row: what stands in slots in front of a short gist is nobody's.
+        assert all(is_same(one, other) for one, other in zip(found, wanted, strict=True))
+    assert compressions.calls == [prompts], "once"
+    assert gisting.generate(model, tokenizer, ["w1", "w2", "w3"], cache=found, max_new_tokens=4)
+    assert sorted(entry.num_gist_tokens for entry in store.list()) == [1, 2, 3]
+    lengths = {entry.num_gist_tokens: entry.num_prompt_tokens for entry in store.list()}
+    encodings = tokenizer.encode_prompts(prompts, [3, 1, 2])
+    assert lengths == {encoding.num_gist_tokens: encoding.gist_start for encoding in encodings}
+
+
+def test_only_what_is_missing_is_compressed_and_once(store: GistStore, compressions: Compressions) -> None:
+    model, tokenizer = tiny.patched("llama")
+    a, b, c = (tiny.words(6, seed) for seed in range(3))
+    store.get_or_compress(model, tokenizer, [a])
+    found = store.get_or_compress(model, tokenizer, [b, a, c, b])
+    assert compressions.calls == [[a], [b, c]]
+    assert torch.allclose(found.keys[1], gisting.compress(model, tokenizer, [b, a, c, b]).keys[1], atol=1e-5)
+    assert torch.equal(found.keys[0][0], found.keys[0][3])
+    store.get_or_compress(model, tokenizer, [a], 2)
+    store.get_or_compress(model, tokenizer, [a], condition="positive")
+    assert compressions.calls[2:] == [[a], [a]], "another k and another condition are other entries"
+    assert len(store) == 5
+
+
+def test_another_model_tokenizer_template_or_dtype_is_another_entry(
+    store: GistStore, compressions: Compressions
+) -> None:
+    model, tokenizer = tiny.patched("llama")
+    prompt = tiny.words(6, 1)
+    store.get_or_compress(model, tokenizer, [prompt])
+    with torch.no_grad():
+        next(model.parameters())[5] += 0.5
+    store.get_or_compress(model, tokenizer, [prompt])
+    store.get_or_compress(*tiny.patched("llama", "alpaca"), [prompt])
+    half = model.to(torch.bfloat16)
+    found = store.get_or_compress(half, tokenizer, [prompt])
+    assert found.dtype == torch.bfloat16
+    assert len(compressions.calls) == 4
+    # The bfloat16 weights as float32 have the fingerprint of the bfloat16 model.
+    assert store.get_or_compress(model.float(), tokenizer, [prompt]).dtype == torch.float32
+    assert len(compressions.calls) == 5
+
+
+def test_names_of_prompts(store: GistStore, compressions: Compressions) -> None:
+    model, tokenizer = tiny.patched("llama")
+    a, b = tiny.words(6, 1), tiny.words(6, 2)
+    store.get_or_compress(model, tokenizer, [a, b, b], names=["x", None, "y"])
+    assert [entry.name for entry in store.list()] == ["x", "y"]
+    first = store["x"]
+    store.get_or_compress(model, tokenizer, [b], names=["x"])
+    assert is_same(store["x"], store["y"])
+    assert len(compressions.calls) == 1, "known by its text"
+    store.get_or_compress(model, tokenizer, [a], names=["z"])
+    assert is_same(store["z"], first)
+    assert len(compressions.calls) == 1, "what the name meant before is still there"
+    store.get_or_compress(model, tokenizer, [a], 2, names=["x"])
+    assert store["x"].num_gist_tokens == [2]
+
+
+def test_a_name_that_was_put_moves(store: GistStore) -> None:
+    model, tokenizer = tiny.patched("llama")
+    store.put("x", made(1))
+    found = store.get_or_compress(model, tokenizer, ["w1 w2"], names=["x"])
+    assert is_same(store["x"], found)
+    assert len(files(store)) == 1, "what was put in can be found by nothing else"
+
+
+def test_the_first_call_returns_what_the_second_does(tmp_path: Path) -> None:
+    model, tokenizer = tiny.patched("llama")
+    store = GistStore(tmp_path / "store", storage="int8")
+    prompts = [tiny.words(6, 1), tiny.words(9, 2)]
+    first = store.get_or_compress(model, tokenizer, prompts, 2)
+    assert is_same(first, store.get_or_compress(model, tokenizer, prompts, 2))
+    assert not is_same(first, gisting.compress(model, tokenizer, prompts, 2))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "link"])
+def test_a_damaged_entry_is_made_anew(store: GistStore, compressions: Compressions, damage: str) -> None:
+    model, tokenizer = tiny.patched("llama")
+    wanted = store.get_or_compress(model, tokenizer, ["w1 w2"], names=["x"])
+    store.close()
+    spoil(file_of(store, "x"), damage)
+    with pytest.raises(CacheFormatError, match=r"the file of an entry is missing or damaged \("):
+        store.get("x")
+    assert [fault.kind for fault in store.verify()] == ["torn"]
+    assert is_same(store.get_or_compress(model, tokenizer, ["w1 w2"], names=["x"]), wanted)
+    assert len(compressions.calls) == 2
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompts": "w1 w2"}, GistError, "^prompts must be a list of one text or more"),
+        ({"prompts": []}, GistError, "^prompts must be a list of one text or more"),
+        ({"prompts": ["w1", None]}, GistError, "^prompts must be a list of one text or more"),
+        ({"prompts": [" "]}, GistError, "^prompt 0 is empty"),
+        ({"num_gist_tokens": 0}, GistTokenError, "0"),
+        ({"num_gist_tokens": [1]}, GistError, "^num_gist_tokens must be one for all 2 prompts or one each, got 1$"),
+        ({"names": ["a"]}, StoreError, "^names must be a list of 2, a name or None for each prompt, got"),
+        ({"names": "ab"}, StoreError, "^names must be a list of 2, a name or None for each prompt, got 'ab'"),
+        ({"names": ["a", "a"]}, StoreError, "^names gives 'a' to two prompts; give each prompt its own$"),
+        ({"names": ["a", "a/b"]}, StoreError, "^name must be 1 to 200"),
+        ({"condition": "none"}, GistError, "^condition must be one of"),
+    ],
+    ids=str,
+)
+def test_get_or_compress_refuses(
+    store: GistStore, arguments: dict[str, Any], error: type[GistError], message: str
+) -> None:
+    model, tokenizer = tiny.patched("llama")
+    with pytest.raises(error, match=message):
+        store.get_or_compress(model, tokenizer, **{"prompts": ["w1", "w2"], **arguments})
+    assert len(store) == 0
+    assert files(store) == []
+
+
+def test_an_unpatched_model_is_refused(store: GistStore) -> None:
+    with pytest.raises(GistError, match="patch"):
+        store.get_or_compress(tiny.model("llama"), tiny.tokenizer(), ["w1"])
+
+
+def test_prompts_are_not_stored(store: GistStore) -> None:
+    model, tokenizer = tiny.patched("llama")
+    store.get_or_compress(model, tokenizer, ["w11 w22 w33 w44"], names=["x"])
+    store.close()
+    for path in [path for path in store.path.rglob("*") if path.is_file()]:
+        assert b"w22 w33" not in path.read_bytes(), path
+
+
+# -- open caches -------------------------------------------------------------------------------------------------------
+
+
+def test_open_caches_are_bounded_and_the_oldest_go_first() -> None:
+    one = made(1)
+    held = OpenCaches(1)
+    held.put("a", "1", one)
+    assert len(held) == 0, "one that is larger than all there may be is not held"
+    unbounded = OpenCaches(10**9)
+    unbounded.put("a", "1", one)
+    held = OpenCaches(3 * unbounded.num_bytes)
+    for key in "abc":
+        held.put(key, "1", one)
+    assert held.get("a", "1") is one
+    held.put("d", "1", one)
+    assert [key for key in "abcd" if held.get(key, "1")] == ["a", "c", "d"]
+    assert held.num_bytes <= held.max_bytes
+    assert held.get("a", "2") is None, "another version"
+    held.put("a", "2", one)
+    assert held.get("a", "1") is None
+    assert len(held) == 3
+    held.clear()
+    assert (len(held), held.num_bytes) == (0, 0)
+
+
+def test_an_open_cache_is_not_read_again(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put_many({"a": made(1), "b": made(2)})
+    loads: list[Path] = []
+    inner = store_module.load_entry
+
+    def load_entry(path: Path, entry: StoreEntry) -> GistCache:
+        loads.append(path)
+        return inner(path, entry)
+
+    monkeypatch.setattr(store_module, "load_entry", load_entry)
+    for _ in range(3):
+        store.get(["a", "b", "a"])
+    assert loads == [file_of(store, "a"), file_of(store, "b")]
+    without = GistStore(store.path, max_open_bytes=0)
+    for _ in range(3):
+        without.get("a")
+    assert len(loads) == 5
+
+
+def test_what_another_replaced_or_removed_is_noticed(store: GistStore) -> None:
+    other = GistStore(store.path)
+    store.put_many({"a": made(1), "b": made(2)})
+    other.get(["a", "b"])
+    store.put("a", made(3))
+    assert is_same(other["a"], made(3))
+    store.remove("b")
+    with pytest.raises(StoreError, match="has no entry 'b'"):
+        other.get("b")
+
+
+def test_an_entry_that_is_replaced_between_lookup_and_opening(
+    store: GistStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("a", made(1))
+    inner, other = store_module.load_entry, GistStore(store.path)
+
+    def load_entry(path: Path, entry: StoreEntry) -> GistCache:
+        if is_first := not done:
+            done.append(is_first)
+            other.put("a", made(2))
+        return inner(path, entry)
+
+    done: list[bool] = []
+    monkeypatch.setattr(store_module, "load_entry", load_entry)
+    assert is_same(store["a"], made(2))
+
+
+def test_an_entry_that_changes_all_the_time(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("a", made(1))
+    inner, other, seeds = store_module.load_entry, GistStore(store.path), iter(range(2, 99))
+
+    def load_entry(path: Path, entry: StoreEntry) -> GistCache:
+        other.put("a", made(next(seeds)))
+        return inner(path, entry)
+
+    monkeypatch.setattr(store_module, "load_entry", load_entry)
+    with pytest.raises(StoreError, match=r"'a' changed 3 times while read; look who replaces them$"):
+        store.get("a")
+
+
+# -- verify and gc -----------------------------------------------------------------------------------------------------
+
+
+def spoil(path: Path, damage: str) -> None:
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(data[:-1])
+    elif damage == "altered":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "link":
+        elsewhere = path.with_name("elsewhere")
+        path.rename(elsewhere)
+        path.symlink_to(elsewhere)
+    else:
+        raise AssertionError(damage)
+
+
+def test_verify_of_a_good_store(store: GistStore) -> None:
+    store.put_many({str(seed): made(seed) for seed in range(20)})
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", r"^torn: .*\.gist\.safetensors is missing$"),
+        ("truncated", r"^torn: .* is truncated or altered: it has \d+ bytes, its entry says \d+$"),
+        ("altered", r"^torn: .* is altered: its checksum does not fit"),
+        ("link", r"^torn: .* is truncated or altered: it has \d+ bytes"),
+    ],
+)
+def test_verify_finds_damaged_files(store: GistStore, damage: str, message: str) -> None:
+    store.put_many({"a": made(1), "b": made(2)})
+    store.get(["a", "b"])
+    spoil(file_of(store, "b"), damage)
+    (fault,) = store.verify()
+    assert re.match(message, str(fault))
+    assert not fault.is_harmless
+    assert fault.key == next(entry.key for entry in store.list() if entry.name == "b")
+    store.close()
+    assert is_same(store["a"], made(1))
+    with pytest.raises(CacheFormatError, match="missing or damaged"):
+        store.get(["a", "b"])
+    store.put("b", made(2))
+    assert store.verify() == [], "to put it in again mends it"
+
+
+def test_verify_finds_another_good_file(store: GistStore) -> None:
+    other = CacheOrigin("llama/ffffffffffff", "ba9876543210", "plain", "gist")
+    store.put_many({"a": made(1), "b": made(2), "c": made(3, origin=other), "d": made(4, k=3)})
+    same_size = file_of(store, "b").read_bytes()
+    file_of(store, "a").write_bytes(same_size)
+    (fault,) = store.verify()
+    assert re.search("its checksum is [0-9a-f]{64}, its entry says [0-9a-f]{64}", str(fault))
+    store.remove("a")
+    shutil.copy(file_of(store, "c"), file_of(store, "b"))
+    store.close()
+    with pytest.raises(CacheFormatError, match=r"another file than its entry speaks of: it holds k=\[2\] of .*ffff"):
+        store.get("b")
+
+
+def test_verify_and_gc_of_what_only_takes_space(store: GistStore) -> None:
+    store.put_many({"a": made(1), "b": made(2)})
+    orphan = store.path / "objects" / KEY[:2] / f"{KEY}.gist.safetensors"
+    orphan.parent.mkdir(exist_ok=True)
+    shutil.copy(file_of(store, "a"), orphan)
+    left = store.path / "tmp" / "left"
+    left.mkdir()
+    (left / "0").write_bytes(b"0" * 100)
+    (store.path / "tmp" / "stray").write_bytes(b"0" * 10)
+    size = orphan.stat().st_size
+    faults = store.verify()
+    assert [(fault.kind, fault.is_harmless) for fault in faults] == [("orphan", True), *[("temporary", True)] * 2]
+    assert store.gc() == size + 110
+    assert store.verify() == []
+    assert store.gc() == 0
+    assert is_same(store.get(["a", "b"]), GistCache.cat([made(1), made(2)]))
+
+
+def test_gc_leaves_writers_alone(store: GistStore) -> None:
+    with store._objects.writing() as folder:
+        (folder / "0").write_bytes(b"0")
+        other = GistStore(store.path)
+        assert other.verify() == []
+        assert other.gc() == 0
+        assert (folder / "0").exists()
+    assert list((store.path / "tmp").iterdir()) == []
+
+
+def test_gc_by_model_and_name(store: GistStore) -> None:
+    model, tokenizer = tiny.patched("llama")
+    store.get_or_compress(model, tokenizer, ["w1", "w2"], names=["x", None])
+    store.put("a", made(1))
+    before = sum(path.stat().st_size for path in files(store))
+    (unnamed,) = [entry for entry in store.list() if entry.name is None]
+    assert store.gc() == 0
+    assert store.gc(keep_unnamed=False) == unnamed.num_bytes
+    assert [entry.name for entry in store.list()] == ["a", "x"]
+    assert store.gc(keep_models=[ORIGIN.model]) > 0
+    assert [entry.name for entry in store.list()] == ["a"]
+    assert store.gc(keep_models=[]) > 0
+    assert len(store) == 0
+    assert before > 0
+    assert files(store) == []
+
+
+# -- the directory -----------------------------------------------------------------------------------------------------
+
+
+def test_a_store_is_opened_again(store: GistStore) -> None:
+    store.put("a", made(1))
+    store.close()
+    assert is_same(GistStore(str(store.path))["a"], made(1))
+    assert is_same(store["a"], made(1)), "a closed store opens again"
+    with GistStore(store.path) as other:
+        assert "a" in other
+    assert repr(store) == f"GistStore({str(store.path)!r}, 1 entries)"
+
+
+def test_a_directory_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"is no store and not empty \(it holds 'notes.txt'\); give the directory"):
+        GistStore(tmp_path)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+    with pytest.raises(StoreError, match=r"notes.txt is a file; give the directory of a store"):
+        GistStore(tmp_path / "notes.txt")
+    with pytest.raises(StoreError, match=r"absent is no store: it has no index.sqlite"):
+        GistStore(tmp_path / "absent", is_read_only=True)
+
+
+@pytest.mark.parametrize("left", [[], ["objects"], ["objects", "tmp"], ["objects", "tmp", "index.sqlite"]], ids=str)
+def test_a_store_that_was_not_finished_is(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        if name == "index.sqlite":
+            (tmp_path / name).touch()
+        else:
+            (tmp_path / name).mkdir()
+    store = GistStore(tmp_path)
+    store.put("a", made(1))
+    assert store.verify() == []
+
+
+def spoiled_index(store: GistStore, how: str) -> None:
+    path = store.path / INDEX
+    data = path.read_bytes()
+    match how:
+        case "missing":
+            path.unlink()
+        case "empty":
+            path.write_bytes(b"")
+        case "no database":
+            path.write_bytes(b"x" * 10000)
+        case "another database":
+            path.unlink()
+            sql(store, "CREATE TABLE other (a)")
+        case "later":
+            sql(store, "PRAGMA user_version=2")
+        case "trigger":
+            sql(store, "CREATE TRIGGER t AFTER INSERT ON names BEGIN DELETE FROM entries; END")
+        case "view":
+            sql(store, "DROP TABLE names", "CREATE VIEW names AS SELECT key AS name, key FROM entries")
+        case "link":
+            path.rename(store.path.parent / "elsewhere")
+            path.symlink_to(store.path.parent / "elsewhere")
+        case "truncated":
+            path.write_bytes(data[: len(data) // 2])
+        case "zeros":
+            path.write_bytes(data[:4096] + bytes(len(data) - 4096))
+        case _:
+            raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "has files but its index.sqlite is missing or empty; restore it, or move the files away"),
+        ("empty", "has files but its index.sqlite is missing or empty; restore it, or move the files away"),
+        ("no database", "index.sqlite is damaged or no index of a store"),
+        ("another database", "index.sqlite is an SQLite database but no index of a store"),
+        ("later", "index.sqlite has format 2, this version reads up to 1; upgrade gisting"),
+        ("trigger", "index.sqlite is altered: its tables are not those of a store"),
+        ("view", "index.sqlite is altered: its tables are not those of a store"),
+        ("link", "index.sqlite is a link or no file"),
+        ("truncated", "index.sqlite is damaged or no index of a store"),
+        ("zeros", "index.sqlite is damaged or no index of a store"),
+    ],
+)
+@pytest.mark.parametrize("is_read_only", [False, True], ids=["write", "read-only"])
+def test_a_bad_index_is_refused(store: GistStore, how: str, message: str, is_read_only: bool) -> None:
+    store.put_many({str(seed): made(seed) for seed in range(50)})
+    store.close()
+    spoiled_index(store, how)
+    if is_read_only and how in ("missing", "empty"):
+        message = "index.sqlite|is no store: it has no index.sqlite"
+    with pytest.raises((CacheFormatError, StoreError), match=message):
+        GistStore(store.path, is_read_only=is_read_only).get([str(seed) for seed in range(50)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "key = '../../../../etc/passwd'",
+        f"key = upper('{KEY}')",
+        "key = x'00'",
+        "sha256 = 'x'",
+        "num_bytes = -1",
+        "num_bytes = 'many'",
+        "num_gist_tokens = 1e300",
+        "num_gist_tokens = 9223372036854775807",
+        "num_prompt_tokens = 'x'",
+        "storage = x'ff'",
+        "model = printf('%.*c', 2000, 'x')",
+        "is_keyed_by_text = 7",
+        "created = x'00'",
+    ],
+)
+def test_a_bad_row_is_refused(store: GistStore, change: str) -> None:
+    store.put("a", made(1))
+    sql(store, f"UPDATE entries SET {change}", "UPDATE names SET key = (SELECT key FROM entries)")
+    for call in (lambda: store["a"], store.list, store.verify):
+        with pytest.raises(
+            CacheFormatError, match=r"index\.sqlite is altered: the entry of name 'a', key .* is none that"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", KEY, "cafe\u0301", "a" * 201])
+def test_a_bad_name_in_the_index_is_refused(store: GistStore, name: str) -> None:
+    store.put("a", made(1))
+    sql(store, f"UPDATE names SET name = '{name}'")
+    with pytest.raises(CacheFormatError, match=r"index\.sqlite is altered: the entry of name"):
+        store.list()
+
+
+def test_a_huge_value_is_not_read(store: GistStore) -> None:
+    store.put("a", made(1))
+    sql(store, "UPDATE entries SET model = printf('%.*c', 9000000, 'x')")
+    with pytest.raises((StoreError, CacheFormatError), match=r"index\.sqlite"):
+        store.get("a")
+
+
+def test_a_name_without_its_entry_is_a_fault(store: GistStore) -> None:
+    store.put_many({"a": made(1), "b": made(2)})
+    sql(store, "DELETE FROM entries WHERE key = (SELECT key FROM names WHERE name = 'a')")
+    faults = store.verify()
+    assert [fault.kind for fault in faults] == ["index", "orphan"]
+    assert "name 'a' refers to an entry that is not there" in str(faults[0])
+    assert is_same(store["b"], made(2))
+    store.put("a", made(1))
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("name", ["objects", "tmp"])
+def test_directories_that_are_links_are_refused(store: GistStore, name: str) -> None:
+    store.put("a", made(1))
+    store.close()
+    (store.path / name).rename(store.path.parent / "elsewhere")
+    (store.path / name).symlink_to(store.path.parent / "elsewhere")
+    with pytest.raises(StoreError, match=f"{name} is missing, or a link or file"):
+        GistStore(store.path)
+
+
+def test_a_link_in_place_of_a_shard_is_not_written_through(store: GistStore) -> None:
+    store.put("a", made(1))
+    shard, elsewhere = file_of(store, "a").parent, store.path.parent / "elsewhere"
+    store.remove("a")
+    shard.rmdir()
+    elsewhere.mkdir()
+    shard.symlink_to(elsewhere)
+    with pytest.raises(StoreError, match=r"holds a link in place of a directory; remove it$"):
+        store.put("a", made(1))
+    assert list(elsewhere.iterdir()) == []
+    assert len(store) == 0
+
+
+def test_read_only(store: GistStore) -> None:
+    model, tokenizer = tiny.patched("llama")
+    store.get_or_compress(model, tokenizer, ["w1"], names=["x"])
+    store.put("a", made(1))
+    reader = GistStore(store.path, is_read_only=True)
+    assert is_same(reader["a"], made(1))
+    assert len(reader.get_or_compress(model, tokenizer, ["w1"], names=["x"])) == 1
+    store.put("b", made(2))
+    assert is_same(reader["b"], made(2)), "what others write is seen"
+    calls: list[Callable[[], Any]] = [
+        lambda: reader.put("c", made(1)),
+        lambda: reader.remove("a"),
+        lambda: reader.rename("a", "c"),
+        reader.gc,
+        lambda: reader.get_or_compress(model, tokenizer, ["w1", "w2"]),
+        lambda: reader.get_or_compress(model, tokenizer, ["w1"], names=["y"]),
+    ]
+    for call in calls:
+        with pytest.raises(StoreError, match="was opened with is_read_only=True"):
+            call()
+    assert reader.verify() == []
+
+
+def test_read_only_where_nothing_can_be_written(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("a", made(1))
+    store.close()
+    store.path.chmod(0o555)
+    # The superuser may write anywhere.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    try:
+        reader = GistStore(store.path, is_read_only=True)
+        assert is_same(reader["a"], made(1))
+        assert reader.verify() == []
+        assert not (store.path / f"{INDEX}-wal").exists()
+    finally:
+        store.path.chmod(0o755)
+
+
+def test_an_index_that_is_locked_for_long(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_TIMEOUT_S", 0.05)
+    store.put("a", made(1))
+    store.close()
+    blocker = sqlite3.connect(store.path / INDEX, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreError, match="was locked by another process for 0 seconds"):
+        store.put("b", made(2))
+    assert is_same(store["a"], made(1)), "readers are not held up"
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    store.put("b", made(2))
+    assert is_same(store["b"], made(2))
+
+
+# -- threads and forks -------------------------------------------------------------------------------------------------
+
+
+def test_threads_read_and_write_at_once(tmp_path: Path) -> None:
+    store = GistStore(tmp_path / "store", max_open_bytes=10 * 20_000)
+    store.put_many({f"fixed{seed}": made(seed) for seed in range(20)})
+
+    def work(number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        for turn in range(15):
+            seed = int(torch.randint(20, (1,), generator=generator))
+            if number % 2:
+                assert is_same(store.get([f"fixed{seed}", "fixed0"]), GistCache.cat([made(seed), made(0)]))
+            else:
+                store.put(f"own{number}", made(1000 * number + turn))
+                assert is_same(store[f"own{number}"], made(1000 * number + turn))
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert store.verify() == []
+    assert store._open_caches.num_bytes <= 10 * 20_000
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Run in a forked child, and fail where it fails."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_store_goes_along_into_forked_children(store: GistStore) -> None:
+    store.put("a", made(1))
+    store.get("a")
+    inherited = store._index._reader
+
+    def work() -> None:
+        assert store._index._reader is None, "the parent's connection is not used"
+        assert is_same(store["a"], made(1))
+        store.put("b", made(2))
+        assert store._index._reader is not inherited
+
+    for _ in range(3):
+        in_child(work)
+        assert is_same(store["b"], made(2))
+        store.put("b", made(3))
+    assert store._index._reader is inherited
+    assert store.verify() == []
+
+
+def test_a_fork_waits_until_no_thread_is_in_the_index(store: GistStore) -> None:
+    """Or the child would find locked what nobody is there to unlock."""
+    is_stopping = threading.Event()
+
+    def work(number: int) -> None:
+        turn = 0
+        while not is_stopping.is_set():
+            store.put(f"t{number}", made(turn))
+            store.get(f"t{number}")
+            turn += 1
+
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(work, number) for number in range(3)]
+        try:
+            for turn in range(10):
+                in_child(lambda turn=turn: store.put("child", made(turn)))
+                assert is_same(store["child"], made(turn))
+        finally:
+            is_stopping.set()
+    for one in running:
+        one.result()
+    assert store.verify() == []
+
+
+def test_what_two_compress_at_once_is_of_the_first(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.patched("llama")
+    other, inner = GistStore(store.path), store_module.compress
+
+    def compress(*args: Any, **kwargs: Any) -> GistCache:
+        found = inner(*args, **kwargs)
+        if not done:
+            done.append(True)
+            other.get_or_compress(model, tokenizer, ["w1 w2"])
+            # As another batch or another machine would: not the same bits.
+            found = replace(found, keys=tuple(keys + 1e-3 for keys in found.keys))
+        return found
+
+    done: list[bool] = []
+    monkeypatch.setattr(store_module, "compress", compress)
+    found = store.get_or_compress(model, tokenizer, ["w1 w2"])
+    assert is_same(found, other.get_or_compress(model, tokenizer, ["w1 w2"]))
+    assert is_same(found, inner(model, tokenizer, ["w1 w2"], 1))
+    assert store.verify() == []
+
+
+def test_entries_that_are_removed_as_they_are_made(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.patched("llama")
+    other, commit = GistStore(store.path), GistStore._commit
+    times = 2
+
+    def commit_and_lose(self: GistStore, *args: Any) -> None:
+        nonlocal times
+        commit(self, *args)
+        if times:
+            times -= 1
+            other.gc(keep_models=[])
+
+    monkeypatch.setattr(GistStore, "_commit", commit_and_lose)
+    assert len(store.get_or_compress(model, tokenizer, ["w1 w2"], names=["x"])) == 1
+    times = 99
+    other.remove("x")
+    with pytest.raises(StoreError, match="entries were removed 3 times as they were made"):
+        store.get_or_compress(model, tokenizer, ["w1 w2"], names=["x"])
+
+
+@pytest.mark.parametrize("step", ["place", "remove"])
+def test_files_are_placed_and_deleted_by_one_process_at_a_time(
+    store: GistStore, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Or gc would delete what somebody has just placed and is about to refer to."""
+    store.put("a", made(1))
+    monkeypatch.setattr(index_module, "_TIMEOUT_S", 0.05)
+    others = {"put": GistStore(store.path), "gc": GistStore(store.path)}
+    inner, met = getattr(Objects, step), []
+
+    def slowly(self: Objects, *args: Any) -> Any:
+        if self is store._objects:
+            for what, call in (("put", lambda: others["put"].put("b", made(1))), ("gc", others["gc"].gc)):
+                with pytest.raises(StoreError, match="was locked by another process"):
+                    call()
+                met.append(what)
+        return inner(self, *args)
+
+    monkeypatch.setattr(Objects, step, slowly)
+    store.put("a", made(2))
+    assert met[:2] == ["put", "gc"]
+    monkeypatch.undo()
+    assert is_same(store["a"], made(2))
+    assert store.gc() == 0
+    assert store.verify() == []
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_table(store: GistStore) -> None:
+    store.put_many({"a": made(1), "b": made(2, k=3), "c": made(3)})
+    key = store.list()[0].key
+    whole = store.table()
+    assert whole.names == ["a", "b", "c"]
+    assert is_same(whole.gather(["c", "a"]), store.get(["c", "a"]))
+    assert is_same(store.table(["b", "c"]).gather(["b"]), made(2, k=3))
+    assert is_same(store.table([key]).gather([key]), made(1))
+    assert store.table(["a"], device="cpu").device == torch.device("cpu")
+    assert len(store._open_caches) == 2, "what is read for a table alone is not held open"
+
+
+def test_table_refuses(store: GistStore) -> None:
+    with pytest.raises(StoreError, match="has no names to make a table of; give keys, or put something in"):
+        store.table()
+    other = CacheOrigin("llama/ffffffffffff", "ba9876543210", "plain", "gist")
+    store.put_many({"a": made(1), "b": made(2, origin=other)})
+    with pytest.raises(CacheMismatchError, match=r"^caches belong to different origins"):
+        store.table()
+    with pytest.raises(StoreError, match="has no entry 'c'"):
+        store.table(["a", "c"])
+    with pytest.raises(GistError, match="'a'"):
+        store.table(["a", "a"])

@@ -1,0 +1,79 @@
+"""The pages of docs/ as written: every command runs and every Python line does what it can without a GPU."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gisting.cli import main
+from tests.test_repository import fences_in
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fences(page: str, language: str) -> list[str]:
+    found = fences_in((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    return [fence.text for fence in found if fence.language == language]
+
+
+@pytest.fixture
+def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which `gisting demo` has run."""
+    shutil.copytree(demo_checkpoint, tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_all(page: str, names: dict[str, Any], *, skip: str | None = None) -> dict[str, Any]:
+    for number, text in enumerate(fences(page, "python")):
+        if skip is None or skip not in text:
+            exec(compile(text, f"docs/{page}, python {number}", "exec"), names)
+    return names
+
+
+def test_stores(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "answer plainly", "name": "plainly"}\n', encoding="utf-8")
+    (commands,) = fences("stores.md", "bash")
+    for line in commands.splitlines():
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        try:
+            main()
+        except SystemExit as stop:
+            if stop.code:
+                pytest.fail(f"{line}\n{capsys.readouterr().err}")
+    names = run_all("stores.md", {})
+    assert [entry.name for entry in names["store"].list()] == ["backwards", "capitals", "plainly", "reverse"]
+    assert names["chain"].num_gist_tokens == [4]
+    assert len(names["copy"]) == 4
+    assert "license: apache-2.0" in Path("shared", "README.md").read_text(encoding="utf-8")
+
+
+def test_generation(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import TextIteratorStreamer, pipeline
+
+    import gisting
+
+    torch.manual_seed(0)
+    model, _ = gisting.load("runs/demo")
+    names = {
+        "prompts": ["please reverse the letters", "answer plainly"],
+        "inputs": ["a b c", "d e"],
+        "next_inputs": ["f", "g h"],
+        "text": "a b c d",
+        "small": gisting.unpatch(copy.deepcopy(model)),
+        "TextIteratorStreamer": TextIteratorStreamer,
+        "Thread": threading.Thread,
+        "pipeline": pipeline,
+        "torch": torch,
+    }
+    run_all("generation.md", names, skip='"cuda"')
+    assert len(names["turn"].texts) == 2
+    capsys.readouterr()

@@ -262,11 +262,28 @@ def test_a_store_from_making_to_removing(run, workplace: Path) -> None:
     assert "torn: " in damaged.out
     assert "gists has 1 faults" in damaged.err
 
-    assert run("store", "remove", "gists", "capitals").code == 0
+    assert run("store", "remove", "gists", "capitals", rows[2]["key"][:12]).code == 0
+    lost = run("store", "gc", "gists", "--keep-model", "llama/typo")
+    assert "keep_models must be a list of models that the store has" in lost.err
     assert run("store", "gc", "gists", "--drop-unnamed", "--keep-model", rows[0]["model"]).code == 0
     assert [json.loads(line)["name"] for line in run("store", "list", "gists", "--json").out.splitlines()] == [
         "plainly"
     ]
+
+
+def test_texts_are_printed_as_they_are(run, workplace: Path) -> None:
+    words = ("compress", "runs/demo", "--prompt", "reverse [/INST] the \x1b[31m letters", "--store", "gists")
+    made = run(*words, "--name", "[bold]x")
+    assert made.code == 0, made.err
+    assert r"reverse [/INST] the \x1b[31m letters" in made.out
+    assert "[bold]x" in run("store", "list", "gists").out
+
+
+def test_looking_for_a_store_makes_none(run, workplace: Path) -> None:
+    Path("empty").mkdir()
+    for command in ("list", "verify", "gc"):
+        assert "there is no store in empty" in run("store", command, "empty").err
+    assert list(Path("empty").iterdir()) == []
 
 
 def test_inspect_shows_what_a_file_holds(run, workplace: Path) -> None:
@@ -315,7 +332,9 @@ def test_version(run) -> None:
         ("generate runs/demo --store s", "--store needs --name NAME"),
         ("generate runs/demo --store s --name a", "there is no store in s; make one: gisting compress"),
         ("generate runs/demo --cache c --name a", "--name goes with --store"),
-        ("store list runs/demo", "runs/demo is no store and not empty"),
+        ("store list runs/demo", "there is no store in runs/demo"),
+        ("compress runs/demo --prompt a --store runs/demo", "runs/demo is no store and not empty"),
+        ("compress runs/demo --prompt-file runs/demo/model.safetensors --output x", "is not UTF-8 text"),
         ("store verify nothing", "there is no store in nothing"),
         ("inspect none.st", "none.st"),
         ("inspect runs/demo/model.safetensors", "holds no gist cache"),

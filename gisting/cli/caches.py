@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,13 +20,17 @@ from gisting.cli.shared import (
     err,
     load_patched,
     out,
+    plain,
+    read_text,
     wanted_k,
 )
 from gisting.errors import GistError, StoreError
+from gisting.storage import STORAGES
 
 if TYPE_CHECKING:
     from gisting.cache import GistCache
     from gisting.data.prompts import PromptRecord
+    from gisting.store import GistStore
     from gisting.tokens import GistTokenizer
 
 __all__ = ["compress", "generate", "inspect", "store_app"]
@@ -77,12 +82,14 @@ def compress(
     """
     from gisting.data.prompts import load_prompts
 
-    records = _named([*(prompt or []), *(path.read_text(encoding="utf-8") for path in prompt_file or [])], name or [])
+    records = _named([*(prompt or []), *(read_text(path) for path in prompt_file or [])], name or [])
     records += [] if prompts is None else load_prompts(prompts)
     if not records:
         raise GistError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompts FILE")
     if (output is None) == (store is None):
         raise GistError("give either --output FILE, for one file, or --store DIR")
+    if storage is not None and storage not in STORAGES:
+        raise GistError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
     if store is None and any(record.name for record in records):
         raise GistError("names are for a store; give --store DIR in place of --output")
     loaded, tokenizer = load_patched(model, template, dtype, device)
@@ -148,7 +155,7 @@ def _print_compressed(records: list[PromptRecord], cache: GistCache, tokenizer: 
     one = cache.num_bytes // (len(cache) * cache.num_slots)
     for text, encoding, k in zip(texts, tokenizer.encode_prompts(texts, 1), cache.num_gist_tokens, strict=True):
         shown = text if len(text) <= 60 else text[:57] + "..."
-        table.add_row(shown, str(encoding.gist_start), str(k), str(one * k))
+        table.add_row(plain(shown), str(encoding.gist_start), str(k), str(one * k))
     out.print(table)
 
 
@@ -185,7 +192,7 @@ def generate(
 
     inputs = list(input or [])
     if input_file is not None:
-        inputs += input_file.read_text(encoding="utf-8").splitlines()
+        inputs += read_text(input_file).splitlines()
     held = _held(cache, store, name or [])
     loaded, tokenizer = load_patched(model, template, dtype, device)
     held = held.to(device)
@@ -213,7 +220,8 @@ def _held(cache: Path | None, store: Path | None, names: list[str]) -> GistCache
         return GistCache.load(cache)
     if not names:
         raise GistError("--store needs --name NAME; `gisting store list DIR` shows the names")
-    return _open(store).get(names)
+    held = _open(store)
+    return held.get([_whole(held, name) for name in names])
 
 
 def inspect(
@@ -247,7 +255,7 @@ def inspect(
         ("format", str(manifest["format"])),
         ("sha256", found["sha256"]),
     ):
-        table.add_row(label, value)
+        table.add_row(label, plain(value))
     out.print(table)
     out.print("whole: sizes, checksum and states are right", highlight=False)
 
@@ -264,15 +272,24 @@ store_app = typer.Typer(
 )
 
 
-def _open(folder: Path | None) -> Any:
-    """A store that is there; reading must not make one."""
+def _open(folder: Path | None, *, is_read_only: bool = True) -> GistStore:
+    """A store that is there; looking for one must not make it."""
     from gisting.store import GistStore
+    from gisting.store.index import INDEX
 
-    if folder is None or not folder.is_dir():
+    if folder is None or not (folder / INDEX).is_file():
         raise StoreError(
             f"there is no store in {folder}; make one: gisting compress MODEL --prompt TEXT --store {folder}"
         )
-    return GistStore(folder)
+    return GistStore(folder, is_read_only=is_read_only)
+
+
+def _whole(held: GistStore, name: str) -> str:
+    """The key that begins so, where the text is no name and only one does; `list` shows the first 12 digits."""
+    if name in held or not re.fullmatch("[0-9a-f]{6,63}", name):
+        return name
+    keys = {entry.key for entry in held.list() if entry.key.startswith(name)}
+    return keys.pop() if len(keys) == 1 else name
 
 
 @store_app.command("list")
@@ -295,12 +312,12 @@ def store_list(
         table.add_column(title, overflow="fold")
     for entry in entries:
         table.add_row(
-            entry.key[:12] if entry.name is None else entry.name,
+            entry.key[:12] if entry.name is None else plain(entry.name),
             str(entry.num_gist_tokens),
             "" if entry.num_prompt_tokens is None else str(entry.num_prompt_tokens),
             f"{entry.num_bytes:,}",
-            entry.storage,
-            entry.model,
+            plain(entry.storage),
+            plain(entry.model),
         )
     out.print(table)
 
@@ -323,13 +340,15 @@ def store_verify(folder: StoreArgument) -> None:
 
 @store_app.command("remove")
 def store_remove(
-    folder: StoreArgument, names: Annotated[list[str], typer.Argument(help="Names, or keys from `list`.")]
+    folder: StoreArgument,
+    names: Annotated[list[str], typer.Argument(help="Names, or keys or their beginnings, from `list`.")],
 ) -> None:
     """Remove names, or by their keys entries with all their names; a file goes with its last name.
 
     Example: gisting store remove gists capitals
     """
-    _open(folder).remove(names)
+    held = _open(folder, is_read_only=False)
+    held.remove([_whole(held, name) for name in names])
     out.print(f"removed {', '.join(names)}", highlight=False, markup=False)
 
 
@@ -348,5 +367,5 @@ def store_gc(
 
     Example: gisting store gc gists
     """
-    freed = _open(folder).gc(keep_models=keep_model, keep_unnamed=not drop_unnamed)
+    freed = _open(folder, is_read_only=False).gc(keep_models=keep_model, keep_unnamed=not drop_unnamed)
     out.print(f"freed {freed:,} bytes", highlight=False)

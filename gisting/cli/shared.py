@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,11 +20,14 @@ __all__ = [
     "err",
     "load_patched",
     "out",
+    "plain",
+    "read_text",
     "wanted_k",
 ]
 
-out = Console()
-err = Console(stderr=True)
+# Without markup: what is printed holds texts of users and of files, where [/INST] is no mistake.
+out = Console(markup=False)
+err = Console(stderr=True, markup=False)
 
 ModelArgument = Annotated[
     str, typer.Argument(help="Directory of a checkpoint, or a repository on the Hugging Face hub.")
@@ -68,3 +72,21 @@ def wanted_k(model: Any, wanted: int | None) -> int:
 
     trained = trained_num_gist_tokens(model)
     return wanted if wanted is not None else (1 if trained is None else trained[1])
+
+
+def plain(text: str) -> str:
+    """A text of somebody else for the terminal: control characters are shown, not obeyed."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        GistError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GistError(f"{path} is not UTF-8 text ({error})") from error

@@ -1,9 +1,9 @@
 """Locks that no thread holds while the process forks.
 
 Place in the flow: below the index and the open caches, which many threads use and forked children inherit. A child has
-only the thread that forked: a lock that another thread held would stay locked for ever, and a connection to SQLite must
-not be used on both sides (sqlite.org/howtocorrupt.html, section 2.6). So a fork waits until every lock here is free,
-and owners are told in the child.
+only the thread that forked: a lock that another thread held would stay locked for ever, SQLite's own among them, and a
+connection to SQLite must not be used on both sides (sqlite.org/howtocorrupt.html, section 2.6). So a fork waits until
+every lock here is free, and owners are told in the child.
 """
 
 from __future__ import annotations

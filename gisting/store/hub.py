@@ -53,6 +53,8 @@ def write_folder(
         model=", ".join(sorted({entry.model for entry in entries})),
         **card,
     )
+    if folder.resolve() == objects.root.resolve():
+        raise StoreError(f"{folder} is the store itself; save it in another directory")
     for key, entry in {entry.key: entry for entry in entries}.items():
         target = folder / objects.name(key)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +68,13 @@ def write_folder(
         for entry in sorted(entries, key=lambda entry: (entry.name is None, entry.name, entry.key))
     ]
     write_atomically(folder / "README.md", readme.encode())
+    is_written_again = (folder / LINES).is_file()
     # Last, so that every file that it speaks of is there.
     write_atomically(folder / LINES, "".join(f"{line}\n" for line in lines).encode())
+    if is_written_again:
+        # What was removed from the store meanwhile must not travel on.
+        for key in {*Objects(folder)} - {entry.key for entry in entries}:
+            Objects(folder).remove(key)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,10 @@ class Source:
         with self._inside(LINES).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Path(constants.HF_HOME) / "gisting" / "stores" / digest
+
+    def keys(self) -> set[str]:
+        """Of all its entries. Raises as :meth:`read` does."""
+        return {entry.key for entry, _ in self._entries()}
 
     def read(self, target: Path) -> tuple[list[NewEntry], dict[str, str]]:
         """Copy every file to ``target``, and check the copies.

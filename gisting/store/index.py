@@ -16,8 +16,9 @@ import os
 import re
 import sqlite3
 import unicodedata
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ _SCHEMA = (
 )
 # Connections that a forked child inherited. Closing them there is as wrong as using them, so they are kept.
 _inherited: list[sqlite3.Connection] = []
+# Connections of stores that were never closed, to be closed with the lock that keeps forks away.
+_dropped: deque[sqlite3.Connection] = deque()
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,17 @@ def check_name(name: str) -> str:
     )
 
 
+class _Connection(sqlite3.Connection):
+    """Not closed where it is destroyed, in any thread and without a lock: a fork meanwhile would leave SQLite locked in
+    the child.
+    """
+
+    file: os.stat_result  # which file was opened
+
+    def __del__(self) -> None:
+        _dropped.append(self)
+
+
 class Index:
     """The table of a store's entries, for many threads and processes.
 
@@ -180,8 +194,9 @@ class Index:
         self.path = root / INDEX
         self._is_read_only = is_read_only
         # A reader of its own, so that a thread that waits for another process to finish writing holds up no reads.
-        self._reader: sqlite3.Connection | None = None
-        self._writer: sqlite3.Connection | None = None
+        self._reader: _Connection | None = None
+        self._writer: _Connection | None = None
+        self._was_open = False
         self._read_lock = ForkLock(self._leave_reader)
         self._write_lock = ForkLock(self._leave_writer)
         with self.reading():
@@ -198,8 +213,8 @@ class Index:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """One state of the index, to be read. Nothing that locks may run inside."""
         with self._read_lock, self._errors_in_words():
-            if self._reader is None:
-                self._reader = self._connect()
+            if self._reader is None or self._is_elsewhere(self._reader):
+                self._reader = _closed(self._reader) or self._connect()
             connection = self._reader
             connection.execute("BEGIN")
             try:
@@ -218,8 +233,8 @@ class Index:
                 f"{self.path.parent} was opened with is_read_only=True and cannot be changed; open it without"
             )
         with self._write_lock, self._errors_in_words():
-            if self._writer is None:
-                self._writer = self._connect()
+            if self._writer is None or self._is_elsewhere(self._writer):
+                self._writer = _closed(self._writer) or self._connect()
             connection = self._writer
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -271,12 +286,27 @@ class Index:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _connect(self) -> sqlite3.Connection:
+    def _is_elsewhere(self, connection: _Connection) -> bool:
+        """Whether the directory was replaced: an open index would go on in the old one, and files in the new."""
+        try:
+            return not os.path.samestat(connection.file, os.stat(self.path))
+        except FileNotFoundError:
+            raise self._gone() from None
+
+    def _gone(self) -> StoreError:
+        return StoreError(f"{self.path} was moved or deleted while the store was open; open the store anew")
+
+    def _connect(self) -> _Connection:
+        with suppress(IndexError):
+            while True:
+                _dropped.popleft().close()
         for path in self.path.parent.glob(f"{INDEX}*"):
             if path.is_symlink() or not path.is_file():
                 raise CacheFormatError(f"{path} is a link or no file; an index is never reached through one")
         if not self.path.exists() and self._is_read_only:
             raise StoreError(f"{self.path.parent} is no store: it has no {INDEX}; give the directory of a store")
+        if not self.path.exists() and self._was_open:
+            raise self._gone()
         options = "?mode=rwc"
         if self._is_read_only:
             # Where no file can be made, SQLite cannot read along with writers, and there are none.
@@ -289,6 +319,7 @@ class Index:
             timeout=_TIMEOUT_S,
             isolation_level=None,
             check_same_thread=False,
+            factory=_Connection,
         )
         try:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2**20)
@@ -297,6 +328,7 @@ class Index:
             self._check_format(connection)
             if not self._is_read_only:
                 connection.execute("PRAGMA synchronous=FULL")
+            connection.file, self._was_open = os.stat(self.path), True
         except BaseException:
             connection.close()
             raise
@@ -344,9 +376,13 @@ class Index:
     def _errors_in_words(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeError) as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            # Without a code: text that is no UTF-8, a schema that cannot be read.
+            is_damaged = isinstance(error, UnicodeError) or re.search(
+                "decode|malformed|file format", str(error).lower()
+            )
+            if is_damaged or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise CacheFormatError(
                     f"{self.path} is damaged or no index of a store ({error}); copy the files to be kept, and make the "
                     "store anew"
@@ -364,6 +400,8 @@ class Index:
             raise StoreError(f"{self.path} cannot be used ({error}); check disk and permissions") from error
 
     def _leave_reader(self) -> None:
+        _inherited.extend(_dropped)
+        _dropped.clear()
         if self._reader is not None:
             _inherited.append(self._reader)
             self._reader = None
@@ -397,12 +435,14 @@ def entry_of(row: Sequence[Any], where: str) -> StoreEntry:
     """
     found = StoreEntry(*row)
     texts = (found.storage, found.model, found.tokenizer, found.template, found.condition, found.created)
-    counts = (found.num_gist_tokens, found.num_bytes, found.num_prompt_tokens or 0)
+    counts = [found.num_gist_tokens, found.num_bytes]
+    counts += [] if found.num_prompt_tokens is None else [found.num_prompt_tokens]
     is_good = (
         is_key(found.key)
         and is_key(found.sha256)
-        and all(isinstance(value, str) and len(value) <= 1000 for value in texts)
-        and all(isinstance(value, int) and 0 <= value < 2**48 for value in counts)
+        and all(isinstance(value, str) and value.isprintable() and len(value) <= 1000 for value in texts)
+        and all(type(value) is int and 0 <= value < 2**48 for value in counts)
+        and type(found.is_keyed_by_text) in (int, bool)
         and found.is_keyed_by_text in (0, 1)
     )
     if is_good and found.name is not None:

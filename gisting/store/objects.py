@@ -58,8 +58,10 @@ class Objects:
         return f"{OBJECTS}/{key[:2]}/{key}{SUFFIX}"
 
     def size(self, key: str) -> int | None:
-        """Bytes of the file of a key, or None where there is no such file; a link is none."""
+        """Bytes of the file of a key, or None where there is no such file; a link is none, nor what a link leads to."""
         try:
+            if self.path(key).parent.is_symlink():
+                return None
             found = os.lstat(self.path(key))
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -86,8 +88,10 @@ class Objects:
     def remove(self, key: str) -> int:
         """Delete the file of a key, with the index's write lock held. Returns the bytes freed."""
         size = self.size(key)
-        self.path(key).unlink(missing_ok=True)
-        return size or 0
+        if size is None:
+            return 0
+        self.path(key).unlink()
+        return size
 
     def __iter__(self) -> Iterator[str]:
         """The keys that there are files for."""
@@ -101,12 +105,12 @@ class Objects:
     @contextmanager
     def writing(self) -> Iterator[Path]:
         """A directory for what is being written; it goes with the block."""
-        while True:
+        self.check()
+        # Locked as well while it is made, or it would be taken for a killed writer's.
+        with locked(self.root / TEMPORARY):
             folder = Path(tempfile.mkdtemp(dir=self.root / TEMPORARY))
-            handle = _try_lock(folder)
-            # None: a `stale` came between, took it for a killed writer's and removed it.
-            if handle is not None:
-                break
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             yield folder
         finally:
@@ -116,25 +120,26 @@ class Objects:
     def stale(self, *, is_removed: bool = False) -> dict[Path, int]:
         """What writers left who are no more: {path: bytes}; optionally removed."""
         found: dict[Path, int] = {}
-        for path in sorted((self.root / TEMPORARY).iterdir()):
-            try:
-                state = path.lstat()
-            except FileNotFoundError:  # its writer has finished
-                continue
-            if not stat.S_ISDIR(state.st_mode):
-                found[path] = state.st_size
-                if is_removed:
-                    path.unlink(missing_ok=True)
-                continue
-            handle = _try_lock(path)
-            if handle is None:
-                continue
-            try:
-                found[path] = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
-                if is_removed:
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(handle)
+        with locked(self.root / TEMPORARY):
+            for path in sorted((self.root / TEMPORARY).iterdir()):
+                try:
+                    state = path.lstat()
+                except FileNotFoundError:  # its writer has finished
+                    continue
+                if not stat.S_ISDIR(state.st_mode):
+                    found[path] = state.st_size
+                    if is_removed:
+                        path.unlink(missing_ok=True)
+                    continue
+                handle = _try_lock(path)
+                if handle is None:
+                    continue
+                try:
+                    found[path] = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+                    if is_removed:
+                        shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    os.close(handle)
         return found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError
+from gisting.storage import inspect
 from gisting.store.index import StoreEntry, content_key
 
 __all__ = ["check_entry", "load_entry"]
@@ -24,6 +25,8 @@ def load_entry(path: Path, entry: StoreEntry) -> GistCache:
         CacheFormatError: the file is damaged, or another than the entry speaks of.
         FileNotFoundError: it is not there.
     """
+    if path.parent.is_symlink():
+        raise CacheFormatError(f"{path.parent} is a link; a file of a store is never reached through one")
     size = os.lstat(path).st_size
     if size != entry.num_bytes:
         raise CacheFormatError(f"{path} is truncated or altered: it has {size} bytes, its entry says {entry.num_bytes}")
@@ -45,6 +48,8 @@ def check_entry(path: Path, entry: StoreEntry) -> None:
         FileNotFoundError: it is not there.
     """
     load_entry(path, entry)
+    if (storage := inspect(path)["storage"]) != entry.storage:
+        raise CacheFormatError(f"{path} is stored as {storage}, its entry says {entry.storage!r}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != entry.sha256:

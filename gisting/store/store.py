@@ -127,7 +127,8 @@ class GistStore:
             raise GistError(f"storage must be None or one of {', '.join(STORAGES)}, got {storage!r}")
         if max_open_bytes < 0:
             raise GistError(f"max_open_bytes must be at least 0, got {max_open_bytes}")
-        self.path = Path(path)
+        # Absolute: a process may change its directory.
+        self.path = Path(path).absolute()
         self.storage = storage
         self.is_read_only = is_read_only
         self._objects = Objects(self.path)
@@ -257,6 +258,8 @@ class GistStore:
             raise GistError(
                 f"num_gist_tokens must be one for all {len(prompts)} prompts or one each, got {len(counts)}"
             )
+        if any(isinstance(k, bool) or not isinstance(k, int) for k in counts):
+            raise GistError(f"num_gist_tokens must be whole numbers, got {num_gist_tokens!r:.100}")
         weight = input_weight(model)
         owner = [fingerprint(model), tokenizer.fingerprint, condition, str(weight.dtype)]
         keys = [
@@ -385,14 +388,30 @@ class GistStore:
             The bytes freed.
 
         Raises:
-            StoreError: the store is read-only.
+            StoreError: the store is read-only, or has no entry of a model that is to be kept.
+            CacheFormatError: the index is damaged, or files of entries are missing; then nothing is deleted, for it
+                may be the index that is wrong.
         """
+        faults = self._index.faults()
         with self._index.writing() as connection:
+            keys = (key for (key,) in connection.execute("SELECT key FROM entries"))
+            faults += [f"the file of {key} is missing" for key in keys if self._objects.size(key) is None]
+            if faults:
+                raise CacheFormatError(
+                    f"{self.path} is damaged ({faults[0]}), so nothing is deleted; remove the entries that "
+                    "store.verify() names, or restore their files"
+                )
             if keep_models is not None:
-                marks = ", ".join("?" * len(keep_models))
-                keys = f"SELECT key FROM entries WHERE model NOT IN ({marks})"
-                connection.execute(f"DELETE FROM names WHERE key IN ({keys})", (*keep_models,))
-                connection.execute(f"DELETE FROM entries WHERE model NOT IN ({marks})", (*keep_models,))
+                found = {model for (model,) in connection.execute("SELECT DISTINCT model FROM entries")}
+                if isinstance(keep_models, str) or not keep_models or not {*keep_models} <= found:
+                    raise StoreError(
+                        f"keep_models must be a list of models that the store has, {_some(sorted(found))}, got "
+                        f"{keep_models!r:.200}"
+                    )
+                for model in found.difference(keep_models):
+                    keys = "SELECT key FROM entries WHERE model = ?"
+                    connection.execute(f"DELETE FROM names WHERE key IN ({keys})", (model,))
+                    connection.execute("DELETE FROM entries WHERE model = ?", (model,))
             if not keep_unnamed:
                 connection.execute("DELETE FROM entries WHERE key NOT IN (SELECT key FROM names)")
         # Only now: files of entries that a killed process did not get to remove must still be there.
@@ -427,7 +446,7 @@ class GistStore:
         """Write entries to a directory that can be uploaded: the files, ``index.jsonl`` and a card, ``README.md``.
 
         Args:
-            folder: the directory; made where there is none. Files in it that are not named here stay.
+            folder: the directory; made where there is none. Entries of an earlier save that are not named now go.
             names: names or keys; None for all names.
             title: of the card; None for the directory's name.
             **card: ``data``, ``metrics``, ``license``, ``base_model`` and ``extra`` of :func:`gisting.card.card`.
@@ -535,9 +554,9 @@ class GistStore:
 
         source = Source.find(name_or_path, revision=revision, token=token, api=api)
         store = cls(source.default_path if path is None else path, storage=storage, max_open_bytes=max_open_bytes)
-        if len(store):
-            if path is None:
-                return store
+        if len(store) and path is None and source.keys() <= {entry.key for entry in store.list()}:
+            return store
+        if len(store) and path is not None:
             raise StoreError(f"{path} holds a store already; open it: GistStore({str(path)!r}), or give another path")
         with store._objects.writing() as folder:
             made, meaning = source.read(folder)
@@ -658,6 +677,8 @@ class GistStore:
             cache.save(file, self.storage)
             data = file.read_bytes()
             sha256 = hashlib.sha256(data).hexdigest()
+            if not all(text.isprintable() for text in asdict(cache.origin).values()):
+                raise StoreError(f"cache.origin must be of printable texts, got {cache.origin}; rename the template")
             entry = StoreEntry(
                 name=None,
                 key=content_key(sha256),

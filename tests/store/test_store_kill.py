@@ -18,19 +18,21 @@ from tests.store.writers import NUM_WRITERS, SHARED, k_of
 NUM_KILLS = 200
 
 
-def possible(log: Path) -> tuple[dict[str, set[int | None]], int]:
-    """What names may mean after a writer's log, {name: seeds, None for nothing}, and how many writes it acknowledged.
+def possible(log: Path) -> tuple[dict[str, set[int | None]], int, int]:
+    """What names may mean after a writer's log, {name: seeds, None for nothing}; how many writes it began and how many
+    it acknowledged.
 
     After an end, what was acknowledged and nothing else; after a begin without its end, that or what was before.
     """
     meaning: dict[str, set[int | None]] = {}
-    acknowledged = 0
+    begun = acknowledged = 0
     for line in log.read_text(encoding="utf-8").splitlines():
         what, wanted = json.loads(line)
+        begun += what == "begin"
         acknowledged += what == "end"
         for name, seed in wanted.items():
             meaning[name] = {seed} if what == "end" else {*meaning.get(name, {None}), seed}
-    return meaning, acknowledged
+    return meaning, begun, acknowledged
 
 
 @pytest.mark.timeout(300)
@@ -49,10 +51,11 @@ def test_killed_writers(tmp_path: Path) -> None:
     assert [str(fault) for fault in faults if not fault.is_harmless] == []
 
     held = {entry.name for entry in store.list()}
-    total = 0
+    total = interrupted = 0
     for writer in range(NUM_WRITERS):
-        meaning, acknowledged = possible(tmp_path / f"log.{writer}")
+        meaning, begun, acknowledged = possible(tmp_path / f"log.{writer}")
         total += acknowledged
+        interrupted += begun - acknowledged
         for name, seeds in meaning.items():
             # What all write may be of any of them, but it is there, for nobody removes it.
             wanted = {0, 1, 2} if name in SHARED else seeds
@@ -62,6 +65,7 @@ def test_killed_writers(tmp_path: Path) -> None:
             else:
                 assert None in seeds, f"{name} was acknowledged with {seeds} and is lost"
     assert total > NUM_KILLS, "hardly anything was written between the kills"
+    assert interrupted > NUM_KILLS // 10, "hardly any write was cut off"
 
     store.gc()
     assert store.verify() == []

@@ -7,7 +7,8 @@ size. Knows which row a name has; knows no files and no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -20,41 +21,58 @@ from gisting.rotary import Rotary
 
 __all__ = ["GistTable"]
 
+# A row number: which of the prompts that lay in this row, and the row. The first prompt of each is number 0.
+_ROW_BITS = 32
+_ROW = (1 << _ROW_BITS) - 1
+
 
 class GistTable:
     """The states of many prompts, right-aligned in slots, ready to be gathered.
 
     Prompts come and go while it is in use, from any thread: a gather sees the table before a change or after it, and
     what it returned is a copy that no later change reaches. Room is doubled when it runs out and never given back; the
-    row of a removed prompt is used again. On an accelerator all threads are to use one stream.
+    room of a removed prompt is used again, under another number. On an accelerator all threads are to use one stream.
+
+    What is copied in goes there one layer at a time: beside the caches that are given, building a table takes the
+    memory of the table and of one layer.
 
     Args:
-        cache: the first prompts. It is copied.
-        names: one for each of them; None for their numbers, ``"0"``, ``"1"``, ...
-        device: where the table lies; None for where the cache does.
-        dtype: of the states; None for that of the cache.
+        caches: the first prompts: a cache, or several of one model, dtype and device; k may differ. They are copied.
+        names: one for each prompt; None for their numbers, ``"0"``, ``"1"``, ...
+        device: where the table lies; None for where the caches do.
+        dtype: of the states; None for that of the caches.
 
     Raises:
-        GistError: names are missing or repeat.
+        GistError: there is no cache, or names are missing or repeat.
+        CacheMismatchError: the caches do not belong together.
     """
 
     def __init__(
         self,
-        cache: GistCache,
-        names: Sequence[str] | None = None,
+        caches: GistCache | Sequence[GistCache],
+        names: Iterable[str] | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        cache = cache.to(device, dtype)
+        caches = [caches] if isinstance(caches, GistCache) else list(caches)
+        if not caches:
+            raise GistError("caches is empty; give at least one")
         self._lock = Lock()
-        self._origin, self._rotary, self._num_layers = cache.origin, cache.rotary, len(cache.keys)
+        first = caches[0]
+        self._origin, self._rotary, self._num_layers = first.origin, first.rotary, len(first.keys)
         # Keys of all layers, values of all layers, last hidden states; each (rows, ..., slots, size).
-        self._states = [tensor.new_empty(0, *tensor.shape[1:-2], 0, tensor.shape[-1]) for tensor in _states_of(cache)]
+        self._states = [
+            tensor.new_empty((0, *tensor.shape[1:-2], 0, tensor.shape[-1]), device=device, dtype=dtype)
+            for tensor in _states_of(first)
+        ]
         self._lengths = torch.zeros(0, dtype=torch.int64)
         self._is_held = torch.zeros(0, dtype=torch.bool)
+        # How many prompts have left each row.
+        self._generations = torch.zeros(0, dtype=torch.int64)
         self._rows: dict[str, int] = {}
-        self.add(cache, [str(number) for number in range(len(cache))] if names is None else names)
+        num_prompts = sum(map(len, caches))
+        self._put(caches, [str(number) for number in range(num_prompts)] if names is None else names, first)
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -67,7 +85,7 @@ class GistTable:
 
     @property
     def names(self) -> list[str]:
-        """The names of its prompts, in the order of their rows."""
+        """The names of its prompts, in the order of their row numbers."""
         with self._lock:
             return sorted(self._rows, key=self._rows.__getitem__)
 
@@ -105,16 +123,21 @@ class GistTable:
 
     # -- handing out ---------------------------------------------------------------------------------------------------
 
-    def rows_of(self, names: Sequence[str]) -> Tensor:
-        """The rows of these prompts, int64 on the CPU. A row stays a prompt's own until that is removed.
+    def rows_of(self, names: Iterable[str]) -> Tensor:
+        """The row numbers of these prompts, int64 on the CPU.
+
+        A number is a prompt's own for good. A prompt that takes the room of a removed one has another number, so what
+        was kept of the removed one is refused by :meth:`gather` and never means somebody else. Numbers of prompts that
+        took nobody's room are 0, 1, ... in the order in which they came.
 
         Raises:
             GistError: there is no such prompt, or no name at all.
         """
+        names = _listed("names", names)
         with self._lock:
             return self._rows_of(names)
 
-    def gather(self, rows: Sequence[int] | Sequence[str] | Tensor) -> GistCache:
+    def gather(self, rows: Iterable[int] | Iterable[str] | Tensor) -> GistCache:
         """A batch: the prompts of these rows, in this order; a row may come more than once.
 
         Args:
@@ -124,20 +147,25 @@ class GistTable:
             A copy of their states in as many slots as the largest k among them takes.
 
         Raises:
-            GistError: there is no such prompt, ``rows`` is empty, or holds something else.
+            GistError: there is no such prompt or it was removed, ``rows`` is empty, has no order, or holds something
+                else.
         """
+        given = rows if isinstance(rows, Tensor) else _listed("rows", rows)
         with self._lock:
-            where = self._find(rows)
+            found = _as_numbers(given) if isinstance(given, Tensor) or not _are_texts(given) else self._rows_of(given)
+            where = self._places(found)
             lengths = self._lengths[where]
             num_slots = int(lengths.max())
-            if not isinstance(rows, Tensor) or rows.device != self.device:
-                rows = where.to(self.device)
+            if isinstance(given, Tensor) and given.device == self.device:
+                index = given.long() & _ROW
+            else:
+                index = where.to(self.device)
             used = [tensor.narrow(-2, tensor.shape[-2] - num_slots, num_slots) for tensor in self._states]
-            return self._cache([tensor.index_select(0, rows) for tensor in used], lengths)
+            return self._cache([tensor.index_select(0, index) for tensor in used], lengths)
 
     # -- changing it ---------------------------------------------------------------------------------------------------
 
-    def add(self, cache: GistCache, names: Sequence[str]) -> Tensor:
+    def add(self, cache: GistCache, names: Iterable[str]) -> Tensor:
         """Put more prompts in.
 
         Args:
@@ -145,55 +173,67 @@ class GistTable:
             names: one for each, none of which is in the table.
 
         Returns:
-            Their rows, int64 ``(N,)`` on the CPU.
+            Their row numbers, int64 ``(N,)`` on the CPU.
 
         Raises:
             GistError: a name is taken, or there are not as many names as prompts.
             CacheMismatchError: the cache is of another model, dtype or device than the table.
         """
-        names = _checked(names)
-        if len(names) != len(cache):
-            raise GistError(f"names must be one for each of the {len(cache)} prompts, got {len(names)}")
-        # In place below: tensors made in inference mode could not be written outside of it.
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            for name in names:
-                if name in self._rows:
-                    raise GistError(f"{name!r} is in the table already; remove it first, or take another name")
-            states = [tensor[:0] for tensor in self._states]
-            if _sizes(states) != _sizes(_states_of(cache)):
-                raise CacheMismatchError(
-                    f"cache has other layers, heads or sizes than the table of {self._origin.model}; compress the "
-                    "prompts again"
-                )
-            new = GistCache.cat([self._cache(states, self._lengths[:0]), cache])
-            self._make_room(len(names), new.num_slots)
-            rows = (~self._is_held).nonzero()[: len(names), 0]
-            where = rows.to(self.device)
-            for tensor, part in zip(self._states, _states_of(new), strict=True):
-                tensor.index_copy_(0, where, part)
-            self._lengths[rows] = new.lengths
-            self._is_held[rows] = True
-            self._rotary = new.rotary
-            self._rows.update(zip(names, rows.tolist(), strict=True))
-            return rows
+        return self._put([cache], names)
 
-    def remove(self, names: Sequence[str]) -> None:
-        """Take prompts out. Their rows are used again by prompts that come.
+    def remove(self, names: Iterable[str]) -> None:
+        """Take prompts out. Their room is used again by prompts that come, their row numbers are not.
 
         Raises:
             GistError: there is no such prompt, or a name comes twice; then none is removed.
         """
         names = _checked(names)
         with self._lock:
-            self._is_held[self._rows_of(names)] = False
+            where = self._rows_of(names) & _ROW
+            self._is_held[where] = False
+            self._generations[where] += 1
             for name in names:
                 del self._rows[name]
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _put(self, caches: Sequence[GistCache], names: Iterable[str], like: GistCache | None = None) -> Tensor:
+        """Copy caches, which must belong together and to ``like`` or else to the table, to its device, in its dtype."""
+        names = _checked(names)
+        num_prompts = sum(map(len, caches))
+        if len(names) != num_prompts:
+            raise GistError(f"names must be one for each of the {num_prompts} prompts, got {len(names)}")
+        # In place below: tensors made in inference mode could not be written outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            for name in names:
+                if name in self._rows:
+                    raise GistError(f"{name!r} is in the table already; remove it first, or take another name")
+            states = [_states_of(cache) for cache in caches]
+            if any(_sizes(parts) != _sizes(self._states) for parts in states):
+                raise CacheMismatchError(
+                    f"caches have other layers, heads or sizes than the table of {self._origin.model}; compress the "
+                    "prompts again"
+                )
+            like = self._cache(self._states, self._lengths) if like is None else like
+            rotary = GistCache.cat([_emptied(cache) for cache in (like, *caches)]).rotary
+            self._make_room(len(names), max(self._states[0].shape[-2], *(cache.num_slots for cache in caches)))
+            where = (~self._is_held).nonzero()[: len(names), 0]
+            index = where.to(self.device)
+            for tensor, parts in zip(self._states, zip(*states, strict=True), strict=True):
+                joined = _joined(parts, tensor.shape[-2])
+                tensor.index_copy_(0, index, joined.to(tensor.device, tensor.dtype))
+            self._lengths[where] = torch.cat([cache.lengths for cache in caches])
+            self._is_held[where] = True
+            self._rotary = rotary
+            rows = self._generations[where] << _ROW_BITS | where
+            self._rows.update(zip(names, rows.tolist(), strict=True))
+            return rows
+
     def _rows_of(self, names: Sequence[Any]) -> Tensor:
-        if isinstance(names, str) or not names:
-            raise GistError(f"names must be a list of at least one text, got {names!r}")
+        if not names:
+            raise GistError("names must be a list of at least one text, got []")
+        if not all(isinstance(name, str) for name in names):
+            raise GistError(f"names must be texts, got {names!r:.100}")
         try:
             return torch.tensor([self._rows[name] for name in names])
         except KeyError as error:
@@ -201,21 +241,19 @@ class GistTable:
                 f"{error.args[0]!r} is not in the table of {len(self._rows)} prompts; add it: table.add(cache, names)"
             ) from error
 
-    def _find(self, rows: Sequence[int] | Sequence[str] | Tensor) -> Tensor:
-        """Row numbers on the CPU, each of which holds a prompt."""
-        if isinstance(rows, str):
-            raise GistError("rows must be a list, got one text; put it in a list")
-        if not isinstance(rows, Tensor) and len(rows) and isinstance(rows[0], str):
-            return self._rows_of(rows)
-        found = _as_numbers(rows)
-        is_there = (found >= 0) & (found < len(self._is_held))
-        is_there &= self._is_held[found.where(is_there, 0)] if len(self._is_held) else False
+    def _places(self, rows: Tensor) -> Tensor:
+        """Where the prompts of these row numbers lie, all of which must be in the table."""
+        where = rows & _ROW
+        is_there = where < len(self._is_held)
+        where = where.where(is_there, 0)
+        if len(self._is_held):
+            is_there &= self._is_held[where] & (self._generations[where] << _ROW_BITS | where == rows)
         if not is_there.all():
             raise GistError(
-                f"rows must be of prompts in the table, whose last row is {len(self._is_held) - 1}; "
-                f"{found[~is_there][0]} is none"
+                f"rows must be of prompts in the table, and {rows[~is_there][0]} is none: that prompt was removed, or "
+                "never there; ask for the rows of those that are: table.rows_of(names)"
             )
-        return found
+        return where
 
     def _make_room(self, num_rows: int, num_slots: int) -> None:
         """Whole or not at all: nothing has changed where memory runs out."""
@@ -231,6 +269,7 @@ class GistTable:
             self._states = states
             self._lengths = torch.cat([self._lengths, self._lengths.new_zeros(more)])
             self._is_held = torch.cat([self._is_held, self._is_held.new_zeros(more)])
+            self._generations = torch.cat([self._generations, self._generations.new_zeros(more)])
 
     def _cache(self, states: list[Tensor], lengths: Tensor) -> GistCache:
         layers = self._num_layers
@@ -248,17 +287,58 @@ def _states_of(cache: GistCache) -> list[Tensor]:
     return [*cache.keys, *cache.values, *([] if cache.last_hidden is None else [cache.last_hidden])]
 
 
+def _emptied(cache: GistCache) -> GistCache:
+    """What is left of a cache to be compared with others by :meth:`GistCache.cat`: no prompt, no slot."""
+    states = [tensor[:0].narrow(-2, 0, 0) for tensor in _states_of(cache)]
+    num_layers = len(cache.keys)
+    return replace(
+        cache,
+        keys=tuple(states[:num_layers]),
+        values=tuple(states[num_layers : 2 * num_layers]),
+        lengths=cache.lengths[:0],
+        last_hidden=None if cache.last_hidden is None else states[-1],
+    )
+
+
+def _joined(parts: Sequence[Tensor], num_slots: int) -> Tensor:
+    """``(N_i, ..., P_i, size)`` one below another, right-aligned in ``num_slots``; a single one as it is if it fits."""
+    if len(parts) == 1 and parts[0].shape[-2] == num_slots:
+        return parts[0]
+    joined = parts[0].new_zeros(sum(map(len, parts)), *parts[0].shape[1:-2], num_slots, parts[0].shape[-1])
+    for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
+        place.narrow(-2, num_slots - part.shape[-2], part.shape[-2]).copy_(part)
+    return joined
+
+
 def _sizes(states: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """Everything but the numbers of prompts and slots."""
     return [(*tensor.shape[1:-2], tensor.shape[-1]) for tensor in states]
+
+
+def _listed(argument: str, given: Any) -> list[Any]:
+    """What was given in some order, as a list."""
+    if isinstance(given, str | bytes):
+        raise GistError(f"{argument} must be a list, got one text; put it in a list")
+    if isinstance(given, Set | Mapping) or not isinstance(given, Iterable):
+        raise GistError(f"{argument} must be a list or something else in an order, got {type(given).__name__}")
+    found = given.tolist() if hasattr(given, "tolist") else list(given)  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(found, list):
+        raise GistError(f"{argument} must be a list, got one value; put it in a list")
+    return found
+
+
+def _are_texts(rows: Sequence[Any]) -> bool:
+    if len({isinstance(row, str) for row in rows}) > 1:
+        raise GistError(f"rows must be row numbers or names, all of one kind, got {rows!r:.100}")
+    return bool(rows) and isinstance(rows[0], str)
 
 
 def _as_numbers(rows: Any) -> Tensor:
     """int64 ``(B,)`` on the CPU."""
     try:
         found = torch.as_tensor(rows)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise GistError(f"rows must be row numbers or names, all of one kind ({error})") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GistError(f"rows must be row numbers or names, one for each prompt ({error})") from error
     if found.dim() == 1 and not len(found):
         raise GistError("rows is empty; name at least one prompt")
     if found.dim() != 1 or found.dtype not in (torch.int32, torch.int64):
@@ -268,14 +348,13 @@ def _as_numbers(rows: Any) -> Tensor:
     return found.cpu().long()
 
 
-def _checked(names: Sequence[str]) -> list[str]:
-    if isinstance(names, str):
-        raise GistError(f"names must be a list of texts, got {names!r}; put it in a list")
+def _checked(names: Iterable[str]) -> list[str]:
+    found = _listed("names", names)
     seen: set[str] = set()
-    for name in names:
+    for name in found:
         if not isinstance(name, str):
             raise GistError(f"names must be texts, got {name!r}")
         if name in seen:
             raise GistError(f"names hold {name!r} twice; each prompt has a name of its own")
         seen.add(name)
-    return list(names)
+    return found

@@ -10,8 +10,8 @@ import collections
 import copy
 import json
 import random
-import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gisting.cache import GistCache
 from gisting.errors import CacheFormatError
 from gisting.rotary import Rotary
 from tests.forge import Forged, with_header
+from tests.memory import CAN_TELL_PEAK, peak_growth_mb, requires_peak
 from tests.test_cache import FORMAT_1, assert_same, made_up, tensors_of
 
 EXAMPLES, FILES_EACH = 240, 50
@@ -244,7 +245,6 @@ def test_files_that_were_tampered_with(tmp_path: Path) -> None:
     for whole in files:
         assert check(tmp_path / "a", whole) == "loaded"
     outcomes: collections.Counter[str] = collections.Counter()
-    before = peak_mb()
 
     @given(st.integers(0, 2**32 - 1))
     @settings(deadline=None, max_examples=EXAMPLES, derandomize=True, database=None)
@@ -259,21 +259,33 @@ def test_files_that_were_tampered_with(tmp_path: Path) -> None:
                 error.add_note(f"seed {seed}, file {number}: {mutate.__name__}")
                 raise
 
-    tamper()
+    with peak_growth_mb() if CAN_TELL_PEAK else nullcontext(lambda: 0.0) as grown:
+        tamper()
     assert outcomes.total() >= 10_000
-    assert peak_mb() - before < MAX_GROWTH_MB
+    assert grown() < MAX_GROWTH_MB
     # Not one door at which all of them are turned away.
     for way in ("loaded", "is truncated or", "is altered: its", "is no gist", "has format 3,"):
         assert outcomes[way] >= (10 if way == "has format 3," else 100), outcomes
 
 
-def peak_mb() -> float:
-    """The most memory that this process has held so far; 0 where nobody counts it in kilobytes."""
-    if sys.platform != "linux":
-        return 0
-    import resource
+@requires_peak
+def test_memory_that_a_file_takes_would_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The bound above can be exceeded, also where the process has held more before."""
+    originals(tmp_path)
+    del bytearray(b"x" * (4 * MAX_GROWTH_MB << 20))[:]
+    parse = storage._parse
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def careless(path: str | Path, raw: torch.Tensor) -> Any:
+        torch.ones(2 * MAX_GROWTH_MB << 20, dtype=torch.uint8)
+        return parse(path, raw)
+
+    with peak_growth_mb() as grown:
+        GistCache.load(tmp_path / "a")
+    assert grown() < MAX_GROWTH_MB
+    monkeypatch.setattr(storage, "_parse", careless)
+    with peak_growth_mb() as grown:
+        GistCache.load(tmp_path / "a")
+    assert grown() > MAX_GROWTH_MB
 
 
 @pytest.mark.parametrize("mutate", dict.fromkeys(MUTATIONS), ids=lambda mutate: mutate.__name__)

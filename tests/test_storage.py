@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gisting import storage
+from gisting.cache import GistCache
 from gisting.errors import CacheFormatError, GistError
 from tests.forge import Forged, with_header
+from tests.memory import peak_growth_mb, requires_peak
 
 FUZZ = settings(deadline=None, max_examples=200, derandomize=True)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -255,18 +257,16 @@ def test_inspect(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
+@requires_peak
 def test_inspect_reads_the_header_alone(tmp_path: Path) -> None:
     """Of a file of 1 GB, all of it a hole."""
-    import resource
-
     forged = Forged({"x": {"dtype": "F32", "shape": [2**28], "data_offsets": [0, 2**30]}}, {"format": 1}, b"")
     header = forged.together()
     (tmp_path / "a").write_bytes(header)
     os.truncate(tmp_path / "a", len(header) + 2**30)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert storage.inspect(tmp_path / "a")["tensors"] == {"x": {"dtype": "float32", "shape": [2**28]}}
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**10 * 100
+    with peak_growth_mb() as grown:
+        assert storage.inspect(tmp_path / "a")["tensors"] == {"x": {"dtype": "float32", "shape": [2**28]}}
+    assert grown() < 20
 
 
 # -- mapped, and read once ---------------------------------------------------------------------------------------------
@@ -631,6 +631,52 @@ def test_forged_numbers_that_are_right_are_read(tmp_path: Path) -> None:
 
 
 # -- bounded memory ----------------------------------------------------------------------------------------------------
+
+
+def sparse(path: Path, num_mb: int) -> None:
+    """A right file of int8 codes for float64, a header on the disk and a hole of zeros behind it."""
+    size = num_mb * 2**20
+    entries = {
+        "x": {"dtype": "I8", "shape": [1, 1, size], "data_offsets": [4, size + 4]},
+        "x.scale": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    }
+    scale = torch.ones(1).numpy().tobytes()
+    manifest = {"format": 2, "storage": "int8", "dtype": "float64"}
+    whole = Forged(entries, manifest, scale + bytes(size)).together()
+    path.write_bytes(whole[:-size])
+    os.truncate(path, len(whole))
+
+
+@requires_peak
+def test_a_file_with_a_hole_is_not_unfolded(tmp_path: Path) -> None:
+    """40 MB of which a disk holds one block, 320 MB in memory, 480 MB while it is decoded."""
+    sparse(tmp_path / "a", 40)
+    length = 40 * 2**20 * 8
+    message = (
+        rf"/a takes {length} bytes, more than max_bytes={length - 1}; if you trust whoever gave it to you, raise it: "
+        rf"GistCache.load\(path, max_bytes={length}\)$"
+    )
+    with peak_growth_mb() as grown:
+        with pytest.raises(GistError, match=message) as caught:
+            storage.read(tmp_path / "a", max_bytes=length - 1)
+        assert not isinstance(caught.value, CacheFormatError), "nothing is wrong with the file"
+        with pytest.raises(GistError, match=rf"/a takes {length} bytes, more than max_bytes=1000; "):
+            GistCache.load(tmp_path / "a", max_bytes=1000)
+        assert grown() < 20
+        assert storage.read(tmp_path / "a", max_bytes=length)[1]["x"].shape == (1, 1, 40 * 2**20)
+        assert 320 <= grown() <= 3 * 320
+
+
+@pytest.mark.parametrize("kind", [None, *storage.STORAGES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_limit_is_of_the_larger_of_file_and_memory(kind: str | None, dtype: torch.dtype, tmp_path: Path) -> None:
+    storage.write(
+        tmp_path / "a", {}, {"x": torch.ones(1, 50, 100, dtype=dtype), "y": torch.ones(1, 2, dtype=dtype)}, kind
+    )
+    wanted = max((tmp_path / "a").stat().st_size, 5002 * dtype.itemsize)
+    storage.read(tmp_path / "a", max_bytes=wanted)
+    with pytest.raises(GistError, match=f"takes {wanted} bytes, more than max_bytes={wanted - 1}; "):
+        storage.read(tmp_path / "a", max_bytes=wanted - 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, which Linux enforces")

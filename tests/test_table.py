@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -21,6 +22,7 @@ from gisting.errors import CacheMismatchError, GistError
 from gisting.rotary import Rotary
 from gisting.table import GistTable
 from tests import tiny
+from tests.memory import peak_growth_mb, requires_peak
 from tests.test_cache import assert_same, made_up, tensors_of
 
 both_kinds = pytest.mark.parametrize("encoder", [False, True], ids=["decoder", "encoder"])
@@ -50,11 +52,24 @@ def table_of(counts: tuple[int, ...] = (2, 5, 1), **settings: Any) -> GistTable:
         (torch.tensor([2, 0], dtype=torch.int32), [2, 0]),
         ((0, 2), [0, 2]),
         (range(1, 3), [1, 2]),
+        (np.array([2, 0]), [2, 0]),
+        (np.array(["c", "a"]), [2, 0]),
     ],
     ids=str,
 )
 def test_gather_is_select(rows: Any, numbers: list[int], encoder: bool) -> None:
     assert_same(table_of(encoder=encoder).gather(rows), made_up(encoder=encoder).select(numbers))
+
+
+def test_names_and_rows_may_be_any_iterable_with_an_order() -> None:
+    table = GistTable(made_up(), (name for name in "abc"))
+    assert_same(table.gather(name for name in "ca"), made_up().select([2, 0]))
+    assert_same(table.gather(number for number in (2, 0)), made_up().select([2, 0]))
+    assert table.rows_of(name for name in "ca").tolist() == [2, 0]
+    assert table.rows_of(np.array(["c", "a"])).tolist() == [2, 0]
+    table.remove(name for name in "b")
+    table.add(made_up((1,)), (name for name in "d"))
+    assert table.names == ["a", "c", "d"]
 
 
 def test_what_it_says_about_itself() -> None:
@@ -70,6 +85,48 @@ def test_what_it_says_about_itself() -> None:
     assert repr(table) == "GistTable(3 prompts, 3 layers, 3600 bytes, torch.float32, cpu, model llama/0123456789ab)"
     assert GistTable(made_up()).names == ["0", "1", "2"]
     assert table.rows_of(["c", "a"]).tolist() == [2, 0]
+
+
+@both_kinds
+def test_several_caches(encoder: bool) -> None:
+    caches = [made_up(counts, encoder=encoder, seed=seed) for seed, counts in enumerate([(2, 5), (1,), (7, 0, 3)])]
+    whole = GistCache.cat(caches)
+    table = GistTable(caches)
+    assert table.names == list("012345")
+    assert_same(table.gather(range(6)), whole)
+    table = GistTable(caches, list("abcdef"), dtype=torch.float64)
+    assert_same(table.gather("a f".split()), whole.to(dtype=torch.float64).select([0, 5]))
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (made_up((1,), dtype=torch.float16), "^caches are torch.float32 on cpu and torch.float16"),
+        (made_up((1,), encoder=True), "^caches have other layers, heads or sizes"),
+        (dataclasses.replace(made_up((1,)), origin=CacheOrigin("a", "b", "c", "d")), "^caches belong to different ori"),
+    ],
+    ids=["dtype", "encoder", "origin"],
+)
+def test_several_caches_that_do_not_belong_together(second: GistCache, message: str) -> None:
+    with pytest.raises(CacheMismatchError, match=message):
+        GistTable([made_up((1,)), second], dtype=torch.bfloat16)
+    with pytest.raises(GistError, match=r"^caches is empty; give at least one$"):
+        GistTable([])
+
+
+@requires_peak
+def test_building_takes_the_memory_of_the_table_and_of_one_layer() -> None:
+    """40 MB in ten tensors of 4 MB; 80 prompts that were compressed one by one, of two lengths."""
+
+    def of(k: int) -> GistCache:
+        layers = tuple(torch.randn(1, 4, k, 256) for _ in range(5))
+        return GistCache(layers, tuple(layer + 1 for layer in layers), torch.tensor([k]), made_up().origin)
+
+    caches = [of(12 + row % 2) for row in range(80)]
+    with peak_growth_mb() as grown:
+        table = GistTable(caches)
+    assert 38 <= table.num_bytes / 2**20 <= 42
+    assert 38 <= grown() < 76, "the table, a layer, and what the allocator keeps; less than it and one copy"
 
 
 def test_dtype_and_device() -> None:
@@ -114,13 +171,27 @@ def test_a_gathered_batch_and_the_table_share_nothing() -> None:
     [
         ([], "^rows is empty; name at least one prompt$"),
         (torch.zeros(0, dtype=torch.int64), "^rows is empty; name at least one prompt$"),
-        ([0, 3], r"^rows must be of prompts in the table, whose last row is 2; 3 is none$"),
-        ([-1], r"^rows must be of prompts in the table, whose last row is 2; -1 is none$"),
-        ([0, 1], r"^rows must be of prompts in the table, whose last row is 2; 1 is none$"),
+        ([0, 3], "^rows must be of prompts in the table, and 3 is none: that prompt was removed, or never there; ask"),
+        ([-1], "^rows must be of prompts in the table, and -1 is none: "),
+        ([0, 1], "^rows must be of prompts in the table, and 1 is none: "),
+        ([2**40], "^rows must be of prompts in the table, and 1099511627776 is none: "),
+        ([1 << 32], "^rows must be of prompts in the table, and 4294967296 is none: "),
+        ([2**70], "^rows must be row numbers or names, one for each prompt "),
+        ({"a"}, "^rows must be a list or something else in an order, got set$"),
+        ({"a": 0}, "^rows must be a list or something else in an order, got dict$"),
+        (0, "^rows must be a list or something else in an order, got int$"),
+        (None, "^rows must be a list or something else in an order, got NoneType$"),
+        (b"a", "^rows must be a list, got one text; put it in a list$"),
+        (np.array(0), "^rows must be a list, got one value; put it in a list$"),
+        ([None], "^rows must be row numbers or names, one for each prompt "),
+        (
+            np.array([0.0]),
+            r"^rows must be row numbers or names, one for each prompt, got torch.float32 of shape \(1,\)$",
+        ),
         (["a", "b"], r"^'b' is not in the table of 2 prompts; add it: table.add\(cache, names\)$"),
         ("a", "^rows must be a list, got one text; put it in a list$"),
         ([0, "a"], "^rows must be row numbers or names, all of one kind"),
-        (["a", 0], "^0 is not in the table of 2 prompts"),
+        (["a", 0], "^rows must be row numbers or names, all of one kind"),
         ([0.0], r"^rows must be row numbers or names, one for each prompt, got torch.float32 of shape \(1,\)$"),
         ([True], r"^rows must be row numbers or names, one for each prompt, got torch.bool of shape \(1,\)$"),
         (torch.tensor(0), r"^rows must be row numbers or names, one for each prompt, got torch.int64 of shape \(\)$"),
@@ -145,9 +216,9 @@ def test_add_and_remove(encoder: bool) -> None:
     table.remove(["b"])
     assert table.names == ["a", "c"]
     more = made_up((7, 3), encoder=encoder, seed=1)
-    assert table.add(more, ["d", "e"]).tolist() == [1, 3], "the row that is free, then a new one"
+    assert table.add(more, ["d", "e"]).tolist() == [(1 << 32) + 1, 3], "the room that is free, then a new row"
     single |= {"d": more[0], "e": more[1]}
-    assert table.names == ["a", "d", "c", "e"]
+    assert table.names == ["a", "c", "e", "d"]
     for names in (["e", "d", "c", "a"], ["c"], ["a", "c", "a"]):
         assert_same(table.gather(names), GistCache.cat([single[name] for name in names]))
 
@@ -155,8 +226,25 @@ def test_add_and_remove(encoder: bool) -> None:
 def test_a_used_row_holds_nothing_of_the_prompt_before() -> None:
     table = table_of((5, 2))
     table.remove(["a"])
-    assert table.add(made_up((1,), seed=1), ["c"]).tolist() == [0]
+    assert table.add(made_up((1,), seed=1), ["c"]).tolist() == [1 << 32]
     assert_same(table.gather(["c", "b"]), GistCache.cat([made_up((1,), seed=1), made_up((5, 2))[1]]))
+
+
+def test_a_row_that_was_kept_never_means_another_prompt() -> None:
+    """``rows_of``, then a change by somebody else, then ``gather``: refused, and not the gist of whoever came."""
+    table = table_of()
+    kept = table.rows_of(["b", "a"])
+    for seed in range(1, 4):
+        table.remove(["b"])
+        with pytest.raises(GistError, match=r"^rows must be of prompts in the table, and .* is none"):
+            table.gather(kept)
+        table.add(made_up((4,), seed=seed), ["b"])
+        with pytest.raises(GistError, match=r"^rows must be of prompts in the table, and .* is none"):
+            table.gather(kept)
+        kept = table.rows_of(["b", "a"])
+        assert_same(table.gather(kept)[0], made_up((4,), seed=seed)[0])
+        table.add(made_up((6,) * seed), [f"{seed}/{number}" for number in range(seed)])
+        assert_same(table.gather(kept)[0], made_up((4,), seed=seed)[0])  # it has grown, and the number has not changed
 
 
 def test_room_is_doubled() -> None:
@@ -176,7 +264,7 @@ def test_everything_can_be_removed() -> None:
     table = table_of()
     table.remove(["a", "b", "c"])
     assert len(table) == 0
-    with pytest.raises(GistError, match=r"^rows must be of prompts in the table, whose last row is 2; 0 is none$"):
+    with pytest.raises(GistError, match=r"^rows must be of prompts in the table, and 0 is none: "):
         table.gather([0])
     table.add(made_up(seed=2), ["a", "b", "c"])
     assert_same(table.gather(["a", "b", "c"]), made_up(seed=2))
@@ -188,7 +276,7 @@ def test_everything_can_be_removed() -> None:
         (made_up((1,)), ["b"], GistError, "^'b' is in the table already; remove it first, or take another name$"),
         (made_up((1, 1)), ["x"], GistError, "^names must be one for each of the 2 prompts, got 1$"),
         (made_up((1, 1)), ["x", "x"], GistError, "^names hold 'x' twice; each prompt has a name of its own$"),
-        (made_up((1,)), "x", GistError, "^names must be a list of texts, got 'x'; put it in a list$"),
+        (made_up((1,)), "x", GistError, "^names must be a list, got one text; put it in a list$"),
         (made_up((1,)), [1], GistError, "^names must be texts, got 1$"),
         (
             made_up((1,), origin=CacheOrigin("llama/ffffffffffff", "ba9876543210", "plain", "gist")),
@@ -197,12 +285,12 @@ def test_everything_can_be_removed() -> None:
             "^caches belong to different origins, .*llama/0123.* and .*llama/ffff",
         ),
         (made_up((1,), dtype=torch.float16), ["x"], CacheMismatchError, "^caches are torch.float32 on cpu and torch.f"),
-        (made_up((1,), encoder=True), ["x"], CacheMismatchError, "^cache has other layers, heads or sizes than the"),
+        (made_up((1,), encoder=True), ["x"], CacheMismatchError, "^caches have other layers, heads or sizes than the"),
         (
             GistCache(made_up((1,)).keys[:2], made_up((1,)).values[:2], torch.tensor([1]), made_up().origin),
             ["x"],
             CacheMismatchError,
-            "^cache has other layers, heads or sizes than the table of llama/0123456789ab; compress the prompts again$",
+            "^caches have other layers, heads or sizes than the table of llama/0123456789ab; compress the prompts a",
         ),
     ],
     ids=["taken", "too-few", "twice", "text", "number", "origin", "dtype", "encoder", "layers"],
@@ -221,7 +309,7 @@ def test_add_refuses(cache: GistCache, names: Any, error: type[GistError], messa
         (["a", "x"], "^'x' is not in the table of 3 prompts"),
         (["a", "a"], "^names hold 'a' twice"),
         ([], r"^names must be a list of at least one text, got \[\]$"),
-        ("a", "^names must be a list of texts, got 'a'; put it in a list$"),
+        ("a", "^names must be a list, got one text; put it in a list$"),
     ],
     ids=str,
 )

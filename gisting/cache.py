@@ -10,7 +10,8 @@ are ``keys.0``, ``values.0``, ... and ``last_hidden``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from gisting.errors import CacheMismatchError, GistError
 from gisting.rotary import Rotary
-from gisting.storage import malformed, read, write
+from gisting.storage import MAX_BYTES, malformed, read, write
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
@@ -121,39 +122,59 @@ class GistCache:
 
     # -- other batches -------------------------------------------------------------------------------------------------
 
-    def select(self, rows: Sequence[int]) -> GistCache:
+    def select(self, rows: Iterable[int] | Tensor) -> GistCache:
         """The prompts with these numbers, in this order; a number may come more than once.
 
+        Args:
+            rows: whole numbers, negative ones from the end; also an integer tensor or array of one dimension.
+
         Raises:
-            GistError: there is no such prompt, or no number at all.
+            GistError: there is no such prompt, no number at all, or what is none.
         """
-        if not rows:
+        numbers = _whole_numbers(rows)
+        if not numbers:
             raise GistError("rows is empty; name at least one prompt")
-        for row in rows:
+        for row in numbers:
             if not -len(self) <= row < len(self):
                 raise GistError(f"rows must be in 0..{len(self) - 1}, got {row}")
-        index = torch.tensor([row % len(self) for row in rows])
+        index = torch.tensor([row % len(self) for row in numbers])
         lengths = self.lengths[index]
         start = self.num_slots - int(lengths.max())
-        where = index.to(self.device)
         return self._map(
-            lambda tensor, dim: tensor.index_select(0, where).narrow(dim, start, tensor.shape[dim] - start), lengths
+            lambda tensor, dim: tensor.index_select(0, index.to(tensor.device)).narrow(
+                dim, start, tensor.shape[dim] - start
+            ),
+            lengths,
         )
 
-    def __getitem__(self, row: int) -> GistCache:
-        """Prompt ``row`` alone. Raises IndexError where there is none, so that a cache can be iterated."""
+    def __getitem__(self, row: int | slice) -> GistCache:
+        """Prompt ``row`` alone, or those of a slice.
+
+        Raises:
+            IndexError: there is no such prompt; so a cache can be iterated.
+            GistError: the slice is empty, or ``row`` is neither.
+        """
+        if isinstance(row, slice):
+            return self.select(range(len(self))[row])
+        try:
+            (row,) = _whole_numbers([row])
+        except GistError as error:
+            raise GistError(
+                f"an index must be a whole number or a slice, got {row!r}; for several rows call select(rows)"
+            ) from error
         if not -len(self) <= row < len(self):
             raise IndexError(f"row must be in 0..{len(self) - 1}, got {row}")
         return self.select([row])
 
     @staticmethod
-    def cat(caches: Sequence[GistCache]) -> GistCache:
+    def cat(caches: Iterable[GistCache]) -> GistCache:
         """One batch of several caches of one model; k may differ.
 
         Raises:
             GistError: there is nothing to join.
             CacheMismatchError: the caches do not belong together.
         """
+        caches = list(caches)
         rotary = _check_together(caches)
         first = caches[0]
         slots = max(cache.num_slots for cache in caches)
@@ -177,7 +198,7 @@ class GistCache:
         )
 
     @staticmethod
-    def chain(caches: Sequence[GistCache]) -> GistCache:
+    def chain(caches: Iterable[GistCache]) -> GistCache:
         """Gists one after another in one prefix, as if each prompt had been compressed at its place in it.
 
         Row b of the result is row b of every cache, its keys rotated from positions ``0 .. k - 1`` to the positions
@@ -201,6 +222,7 @@ class GistCache:
                 rotated.
             CacheMismatchError: the caches do not belong together.
         """
+        caches = list(caches)
         rotary = _check_together(caches)
         first = caches[0]
         if first.last_hidden is not None:
@@ -228,13 +250,13 @@ class GistCache:
         lengths = torch.stack([cache.lengths.expand(batch) for cache in caches])
         offsets = lengths.cumsum(0) - lengths
         # What each row holds moves to the right in its order: the last slots of a stable sort by "holds a token".
-        is_held = torch.cat([cache.attention_mask.expand(batch, -1) for cache in caches], dim=1)
+        is_held = torch.cat([cache.attention_mask.expand(batch, -1) for cache in caches], dim=1).cpu()
         slots = int(lengths.sum(0).max())
         source = is_held.sort(dim=1, stable=True).indices[:, is_held.shape[1] - slots :, None]
 
         def join(parts: Sequence[Tensor]) -> Tensor:
             whole = torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=2)
-            return whole.take_along_dim(source[:, None], dim=2)
+            return whole.take_along_dim(source[:, None].to(whole.device), dim=2)
 
         keys = [
             [rotary.rotate(layer, part.expand(batch, -1, -1, -1), by) for part, by in zip(parts, offsets, strict=True)]
@@ -260,10 +282,12 @@ class GistCache:
         stay behind: in no file, and not in the range of numbers that a quantised file covers.
         """
         is_empty = self.attention_mask == 0
-        return self._map(
-            lambda tensor, dim: tensor.masked_fill(is_empty[:, None, :, None] if dim == 2 else is_empty[:, :, None], 0),
-            self.lengths,
-        )
+
+        def blank(tensor: Tensor, dim: int) -> Tensor:
+            here = is_empty.to(tensor.device)
+            return tensor.masked_fill(here[:, None, :, None] if dim == 2 else here[:, :, None], 0)
+
+        return self._map(blank, self.lengths)
 
     def as_past_key_values(
         self,
@@ -335,7 +359,7 @@ class GistCache:
         write(path, manifest, self._named(), storage)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> GistCache:
+    def load(cls, path: str | Path, device: torch.device | str = "cpu", *, max_bytes: int = MAX_BYTES) -> GistCache:
         """Read what :meth:`save` wrote, in the dtype that the states had before they were stored.
 
         Whether it belongs to the model at hand is checked where it is used, against the model. The states may lie in
@@ -344,12 +368,15 @@ class GistCache:
         Args:
             path: the file itself, no symbolic link.
             device: where the states go.
+            max_bytes: how many the states may take. A file can be made to take more than it seems to; at the peak up to
+                three times as many are allocated.
 
         Raises:
             CacheFormatError: the file is truncated, altered, of a later format, or no gist cache.
+            GistError: the states take more than ``max_bytes``.
             OSError: there is no such file, or it cannot be read.
         """
-        manifest, tensors = read(path)
+        manifest, tensors = read(path, max_bytes=max_bytes)
         try:
             # As many as there are tensors for, before a number from the file is counted up to.
             num_layers, rest = divmod(len(tensors) - ("last_hidden" in tensors), 2)
@@ -456,6 +483,10 @@ class GistCache:
     def _tensors(self) -> list[Tensor]:
         return list(self._named().values())
 
+    def _devices(self) -> list[torch.device]:
+        """Of each layer; a model may be spread over several."""
+        return [keys.device for keys in self.keys]
+
     def _map(self, change: Any, lengths: Tensor) -> GistCache:
         """``change(tensor, dimension of the slots)`` of every tensor."""
         return replace(
@@ -467,20 +498,39 @@ class GistCache:
         )
 
 
+def _whole_numbers(rows: Any) -> list[int]:
+    """``rows`` as Python's numbers; a mask is none of rows, so True and False are refused."""
+    try:
+        listed = list(rows.tolist() if hasattr(rows, "tolist") else rows)
+        numbers = [operator.index(row) for row in listed]
+    except TypeError as error:
+        raise GistError(f"rows must be whole numbers, in one dimension, got {rows!r}") from error
+    if any(isinstance(row, bool) for row in listed):
+        raise GistError(
+            f"rows must be whole numbers, got True or False in {rows!r}; for a mask give mask.nonzero()[:, 0]"
+        )
+    return numbers
+
+
 def _check_together(caches: Sequence[GistCache]) -> Rotary | None:
-    """Raise unless the caches are one model's, of one dtype, on one device; how their keys are rotated, if one says."""
+    """Raise unless the caches are one model's, of one dtype, where the first lies; how their keys are rotated, if one
+    says.
+    """
     if not caches:
         raise GistError("caches is empty; give at least one")
+    for place, cache in enumerate(caches):
+        if not isinstance(cache, GistCache):
+            raise GistError(f"caches[{place}] must be a GistCache, got {type(cache).__name__}")
     first = caches[0]
     for other in caches[1:]:
         if other.origin != first.origin:
             raise CacheMismatchError(
                 f"caches belong to different origins, {first.origin} and {other.origin}; compress them anew"
             )
-        if (other.dtype, other.device) != (first.dtype, first.device):
+        if other.dtype != first.dtype or other._devices() != first._devices():
+            here, there = (", ".join(dict.fromkeys(map(str, cache._devices()))) for cache in (first, other))
             raise CacheMismatchError(
-                f"caches are {first.dtype} on {first.device} and {other.dtype} on {other.device}; bring them together "
-                "with .to()"
+                f"caches are {first.dtype} on {here} and {other.dtype} on {there}; bring them together with .to()"
             )
     known = {cache.rotary for cache in caches} - {None}
     if len(known) > 1:

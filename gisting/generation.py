@@ -9,10 +9,12 @@ plain run (docs/generation.md); knows no family beyond its kind.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheMismatchError, GistError
@@ -25,10 +27,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Turn", "check_origin", "compress", "converse", "generate"]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 # What generate makes itself from inputs and cache.
-_MADE_HERE = {"input_ids", "attention_mask", "past_key_values", "position_ids", "encoder_outputs", "inputs"}
+_MADE_HERE = {
+    *("input_ids", "attention_mask", "past_key_values", "position_ids", "encoder_outputs", "inputs", "inputs_embeds"),
+    *("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "cache_position", "tokenizer"),
+    "custom_generate",
+}
 # Drafts that come from the model's own layers or heads: they would read the placeholders without the cache.
 _DRAFTS_OF_ITS_OWN = ("assistant_early_exit", "use_mtp", "speculation_type")
+# What stock generate reads off the ids of the prompt, and the values that leave it alone.
+_READS_THE_PROMPT = {"encoder_repetition_penalty": (None, 1), "encoder_no_repeat_ngram_size": (None, 0)}
+# What may hold something for each row of a batch, and cannot be parted with the rows.
+_OF_ONE_BATCH = ("logits_processor", "negative_prompt_ids", "negative_prompt_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -77,8 +90,7 @@ def compress(
 
     require_patched(model, tokenizer)
     _check_condition(condition)
-    if batch_size < 1:
-        raise GistError(f"batch_size must be at least 1, got {batch_size}")
+    _check_count("batch_size", batch_size)
     encodings = tokenizer.encode_prompts(prompts, num_gist_tokens)
     if not encodings:
         raise GistError("prompts is empty; give at least one prompt")
@@ -93,6 +105,7 @@ def _compress(
     batch_size: int = 32,
 ) -> GistCache:
     from gisting.models import decoder, encoder_decoder
+    from gisting.models.adapters import check_num_gist_tokens
     from gisting.models.mode import evaluating
     from gisting.models.registry import family_of
 
@@ -103,6 +116,7 @@ def _compress(
             "other; use generate(prompts=..., condition=...)"
         )
     _check_positions(model, [len(encoding.input_ids) for encoding in encodings], "prompt", "its gist")
+    check_num_gist_tokens(model, max(encoding.num_gist_tokens for encoding in encodings))
     run = encoder_decoder.prefix_states if is_encoder_decoder else decoder.prefix_states
     # Sorted by length, so that a batch holds little padding.
     order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].input_ids))
@@ -117,6 +131,45 @@ def _compress(
     return GistCache.cat(parts).select(back)
 
 
+class _AnswerStreamer:
+    """Hands on the answer alone: ids in front of it, which a streamer is given first, hold gist tokens that no
+    tokenizer can decode. Ends once, however often it is told to.
+    """
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer
+        self.is_in_front = True
+        self.is_ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        # Empty, not left out: a streamer with skip_prompt skips what comes first.
+        self.streamer.put(value[:, :0] if self.is_in_front else value)
+        self.is_in_front = False
+
+    def end(self) -> None:
+        if not self.is_ended:
+            self.is_ended = True
+            self.streamer.end()
+
+
+def _ending_its_streamer(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """With an error the streamer ends as well: whoever reads from it in another thread would wait for ever."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if kwargs.get("streamer") is None:
+            return function(*args, **kwargs)
+        streamer = kwargs["streamer"] = _AnswerStreamer(kwargs["streamer"])
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            streamer.end()
+            raise
+
+    return wrapper
+
+
+@_ending_its_streamer
 def generate(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
@@ -152,7 +205,9 @@ def generate(
         assistant_cache: the prompts as the assistant compressed them, one for all inputs or one each; without them it
             drafts from the inputs alone. Drafts never change a greedy answer, only how fast it comes.
         **generate_kwargs: for ``model.generate``: ``do_sample``, ``num_beams``, ``num_return_sequences``, ... With a
-            ``streamer``, one answer is streamed, and nothing in front of it.
+            ``streamer``, one answer is streamed, and nothing in front of it; it ends with an error too. What looks back
+            at ids (``repetition_penalty``, ``no_repeat_ngram_size``, ``prefix_allowed_tokens_fn``, ...) sees input and
+            answer, not what is in the cache.
 
     Returns:
         B texts, or B times ``num_return_sequences``, those of an input together.
@@ -189,6 +244,7 @@ def generate(
     return _answer(model, tokenizer, cache, inputs, call).texts
 
 
+@_ending_its_streamer
 def converse(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
@@ -310,6 +366,42 @@ class _Call:
         """How many rows stock ``generate`` makes of one."""
         return max(self.config.num_beams or 1, self.config.num_return_sequences or 1)
 
+    def extra_for(self, rows: Sequence[int], gist_token_id: int) -> dict[str, Any]:
+        """``extra`` for a group of rows: a ``prefix_allowed_tokens_fn`` is asked by their own numbers, and without what
+        stands in front of an input.
+        """
+        allowed = self.extra.get("prefix_allowed_tokens_fn")
+        if allowed is None:
+            return self.extra
+        # How many numbers stock generate has for a row: beams share one.
+        each = self.num_copies // (self.config.num_beams or 1)
+
+        def of_row(number: int, ids: torch.Tensor) -> list[int]:
+            return allowed(rows[number // each] * each + number % each, ids[ids != gist_token_id])
+
+        return {**self.extra, "prefix_allowed_tokens_fn": of_row}
+
+    def check_num_groups(self, num_groups: int) -> None:
+        """Raise if something is given for one batch and the rows are not run as one."""
+        for name in _OF_ONE_BATCH if num_groups > 1 else ():
+            if self.extra.get(name) is not None and len(self.extra[name]):
+                raise GistError(
+                    f"{name} is for the rows of one batch, but these are run in {num_groups}, as a sliding window, "
+                    "drafts, what looks at several ids in a row, or stopping criteria in converse ask for; give one "
+                    "input at a time"
+                )
+
+    @property
+    def takes_no_padding(self) -> bool:
+        """Whether something looks at several ids in a row, which padding before an input would be part of."""
+        config = self.config
+        return bool(
+            (config.no_repeat_ngram_size or 0) > 1
+            or config.sequence_bias
+            or config.bad_words_ids
+            or self.extra.get("prefix_allowed_tokens_fn")
+        )
+
     @property
     def has_criteria(self) -> bool:
         """Whether a row may end without an end of sequence before the others do."""
@@ -330,13 +422,21 @@ def _prepare(
     from gisting.models.patch import require_patched
 
     family = require_patched(model, tokenizer)
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise GistError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     reserved = _MADE_HERE & generate_kwargs.keys()
     if reserved:
         raise GistError(
             f"{', '.join(sorted(reserved))} are made from inputs and cache; call model.generate for your own"
         )
+    settings = generate_kwargs.get("generation_config")
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        for value in (
+            max_new_tokens if name == "max_new_tokens" else generate_kwargs.get(name),
+            getattr(settings, name, None),
+        ):
+            if value is not None:
+                _check_count(name, value)
+    if generate_kwargs.get("max_length") is not None:
+        raise GistError("max_length counts what stands in front of an answer as well; give max_new_tokens")
     if not inputs:
         raise GistError('inputs is empty; give at least one text, "" where the prompt says it all')
 
@@ -346,6 +446,8 @@ def _prepare(
     own: Any = model.generation_config
     config: Any = copy.deepcopy(own if given is None else given)
     extra = config.update(**generate_kwargs)
+    # Here as stock generate would, so that the checks below see what it will see.
+    config.update(**own.to_dict(), defaults_only=True)
     suppressed = {*(config.suppress_tokens or ()), *(own.suppress_tokens or ()), tokenizer.gist_token_id}
     if max_new_tokens is None:
         max_new_tokens = 128 if given is None or given.max_new_tokens is None else given.max_new_tokens
@@ -372,11 +474,32 @@ def _prepare(
     if config.stop_strings:
         extra["tokenizer"] = tokenizer.tokenizer
     if extra.get("streamer") is not None:
-        extra["streamer"] = _streamer(extra["streamer"], len(inputs), config)
+        _check_streamer(len(inputs), config)
     is_assisted = assistant_model is not None or config.prompt_lookup_num_tokens is not None
     call = _Call(config, past, extra, family.is_encoder_decoder, is_assisted, assistant_model, assistant_cache)
+    _check_processors(model, call)
     _check_assistance(model, tokenizer, len(inputs), call)
     return call
+
+
+def _check_processors(model: PreTrainedModel, call: _Call) -> None:
+    """Settings that look at ids which are not there: those of the prompt, or rows that are run apart."""
+    config: Any = call.config
+    for name, neutral in _READS_THE_PROMPT.items():
+        if getattr(config, name) not in neutral:
+            raise GistError(
+                f"{name} looks at the tokens of the prompt, of which a cache holds none; set {name}={neutral[1]}"
+            )
+    if config.min_length and not call.is_encoder_decoder:
+        raise GistError("min_length counts what stands in front of an answer as well; give min_new_tokens")
+    if config.guidance_scale in (None, 1):
+        return
+    if call.is_encoder_decoder:
+        raise GistError(f"guidance_scale is for decoders; transformers has none for {model.config.model_type}")
+    if call.is_assisted:
+        raise GistError(
+            "guidance_scale must be 1 with drafts: transformers' guidance remembers drafts that were taken back"
+        )
 
 
 def _check_encoder_decoder(model: PreTrainedModel, implementation: str, assistant_model: Any, config: Any) -> None:
@@ -440,32 +563,13 @@ def _check_assistance(model: PreTrainedModel, tokenizer: GistTokenizer, num_inpu
         _check_rows("assistant_cache", len(call.assistant_cache), num_inputs)
 
 
-class _AnswerStreamer:
-    """Hands on the answer alone: ids in front of it, which a streamer is given first, hold gist tokens that no
-    tokenizer can decode.
-    """
-
-    def __init__(self, streamer: Any) -> None:
-        self.streamer = streamer
-        self.is_in_front = True
-
-    def put(self, value: torch.Tensor) -> None:
-        # Empty, not left out: a streamer with skip_prompt skips what comes first.
-        self.streamer.put(value[:, :0] if self.is_in_front else value)
-        self.is_in_front = False
-
-    def end(self) -> None:
-        self.streamer.end()
-
-
-def _streamer(streamer: Any, num_inputs: int, config: Any) -> _AnswerStreamer:
+def _check_streamer(num_inputs: int, config: Any) -> None:
     numbers = (num_inputs, config.num_beams or 1, config.num_return_sequences or 1)
     if numbers != (1, 1, 1):
         raise GistError(
             "streamer takes one answer: one input, num_beams=1 and num_return_sequences=1, got "
             f"{numbers[0]}, {numbers[1]} and {numbers[2]}"
         )
-    return _AnswerStreamer(streamer)
 
 
 def _answer(
@@ -515,7 +619,9 @@ def _answer_decoder(
     # A row that ends without an end of sequence is told from its padding where it is alone.
     is_apart = call.is_assisted or (keep_states and call.has_criteria)
     order, answers, caches = [], [], []
-    for rows in _groups(model, cache, continuations, new_tokens, is_apart):
+    groups = _groups(model, cache, continuations, new_tokens, is_apart, call.takes_no_padding)
+    call.check_num_groups(len(groups))
+    for rows in groups:
         part = cache if len(rows) == len(continuations) else cache.select(rows)
         ids = [continuations[row] for row in rows]
         past = call.past
@@ -529,7 +635,8 @@ def _answer_decoder(
             arguments["assistant_model"] = decoder.Assistant(
                 call.assistant_model, drafts, part.num_slots, tokenizer.gist_token_id
             )
-        output = _run(model, arguments, call, return_dict_in_generate=True)
+        extra = call.extra_for(rows, tokenizer.gist_token_id)
+        output = _run(model, arguments, extra, call.config, return_dict_in_generate=True)
         said: list[list[int]] = output.sequences[:, given:].tolist()
         each = len(said) // len(rows)
         order += [row * each + place for row in rows for place in range(each)]
@@ -548,7 +655,12 @@ def _answer_decoder(
 
 
 def _groups(
-    model: PreTrainedModel, cache: GistCache, continuations: list[list[int]], new_tokens: int, is_apart: bool
+    model: PreTrainedModel,
+    cache: GistCache,
+    continuations: list[list[int]],
+    new_tokens: int,
+    is_apart: bool,
+    is_without_padding: bool,
 ) -> list[list[int]]:
     """Which rows are run together."""
     from gisting.models import decoder
@@ -557,7 +669,8 @@ def _groups(
     rows = list(range(len(continuations)))
     if is_apart:
         return [[row] for row in rows]
-    if not decoder.needs_equal_lengths(sliding_windows(model.config), cache.num_slots, continuations, new_tokens):
+    window = sliding_windows(model.config)
+    if not (is_without_padding or decoder.needs_equal_lengths(window, cache.num_slots, continuations, new_tokens)):
         return [rows]
     groups: dict[tuple[int, int], list[int]] = {}
     for row in rows:
@@ -578,12 +691,14 @@ def _answer_encoder_decoder(
 ) -> list[list[int]]:
     from gisting.models import encoder_decoder
 
-    if not call.is_assisted:
-        return _run(model, encoder_decoder.prepare_generation(model, tokenizer, cache, continuations), call).tolist()
+    rows = range(len(continuations))
+    groups = [[row] for row in rows] if call.is_assisted else [list(rows)]
+    call.check_num_groups(len(groups))
     answers: list[list[int]] = []
-    for row, ids in enumerate(continuations):
-        arguments = encoder_decoder.prepare_generation(model, tokenizer, cache[row], [ids])
-        answers += _run(model, arguments, call).tolist()
+    for group in groups:
+        part = cache if len(groups) == 1 else cache.select(group)
+        arguments = encoder_decoder.prepare_generation(model, tokenizer, part, [continuations[row] for row in group])
+        answers += _run(model, arguments, call.extra_for(group, tokenizer.gist_token_id), call.config).tolist()
     return answers
 
 
@@ -603,20 +718,30 @@ def _generate_from_text(
         if not isinstance(num_gist_tokens, int) and len(num_gist_tokens) == 1:
             num_gist_tokens = num_gist_tokens[0]
     encodings: list[GistEncoding] = tokenizer.encode_batch(prompts, inputs, num_gist_tokens=num_gist_tokens)
+    rows = range(len(encodings))
+    groups = [[row] for row in rows] if call.is_assisted else [list(rows)]
+    call.check_num_groups(len(groups))
     answers: list[list[int]] = []
-    for part in [[one] for one in encodings] if call.is_assisted else [encodings]:
+    for group in groups:
+        part = [encodings[row] for row in group]
         arguments = encoder_decoder.prepare_full_generation(model, tokenizer, part, condition)
-        answers += _run(model, arguments, call).tolist()
+        answers += _run(model, arguments, call.extra_for(group, tokenizer.gist_token_id), call.config).tolist()
     return answers
 
 
-def _run(model: Any, arguments: dict[str, Any], call: _Call, *, return_dict_in_generate: bool = False) -> Any:
+def _run(
+    model: Any,
+    arguments: dict[str, Any],
+    extra: dict[str, Any],
+    config: Any,
+    *,
+    return_dict_in_generate: bool = False,
+) -> Any:
     """Stock ``generate``."""
-    config = call.config
     if return_dict_in_generate:
         config = copy.copy(config)
         config.return_dict_in_generate = True
-    return model.generate(**arguments, **call.extra, generation_config=config)
+    return model.generate(**arguments, **extra, generation_config=config)
 
 
 def _texts(tokenizer: GistTokenizer, answers: list[list[int]]) -> list[str]:
@@ -626,6 +751,13 @@ def _texts(tokenizer: GistTokenizer, answers: list[list[int]]) -> list[str]:
 def _check_condition(condition: str) -> None:
     if condition not in CONDITIONS:
         raise GistError(f"condition must be one of {', '.join(CONDITIONS)}, got {condition!r}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise GistError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise GistError(f"{name} must be at least 1, got {value}")
 
 
 def _check_rows(name: str, have: int, inputs: int) -> None:

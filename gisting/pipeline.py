@@ -20,6 +20,19 @@ from gisting.tokens import GistTokenizer
 
 __all__ = ["GistTextGenerationPipeline"]
 
+# What the stock pipeline does to texts and answers, and why it is not done where a cache is given.
+_STOCK_ONLY = {
+    "return_full_text": "its prompt is no text any more",
+    "return_text": "answers are texts",
+    "return_tensors": "answers are texts; call gisting.generate or model.generate",
+    "return_type": "answers are texts",
+    "clean_up_tokenization_spaces": "answers are decoded by the GistTokenizer",
+    "prefix": "texts are laid out by the template of the GistTokenizer",
+    "stop_sequence": "give stop_strings",
+    "batch_size": "texts of one call are one batch; call with fewer",
+    "num_workers": "no loader stands in front of the model",
+}
+
 
 class GistTextGenerationPipeline(TextGenerationPipeline):
     """A text-generation pipeline that answers texts behind compressed prompts.
@@ -43,6 +56,9 @@ class GistTextGenerationPipeline(TextGenerationPipeline):
                 f"text-generation is for decoders, {model.config.model_type} is an encoder-decoder; call "
                 "gisting.generate"
             )
+        # Only what changes an answer: a stock call's batch size may stand beside calls with a cache.
+        own = _STOCK_ONLY.keys() - {"batch_size", "num_workers"}
+        self._stock_only = {name: value for name, value in kwargs.items() if name in own}
         super().__init__(model=model, tokenizer=tokenizer.tokenizer, **kwargs)
         self.gist_tokenizer = tokenizer
 
@@ -60,8 +76,9 @@ class GistTextGenerationPipeline(TextGenerationPipeline):
             such lists.
 
         Raises:
-            GistError: an input is a chat or no text, ``return_full_text`` is asked for (the prompt is no text any
-                more), or as :func:`gisting.generate`.
+            GistError: an input is a chat or no text; something is asked for, here or where the pipeline was made, that
+                the stock pipeline does to texts (``return_full_text``, ``prefix``, ...); or as
+                :func:`gisting.generate`.
         """
         if cache is None:
             return super().__call__(text_inputs, **kwargs)
@@ -72,8 +89,11 @@ class GistTextGenerationPipeline(TextGenerationPipeline):
                 "text_inputs must be a text or a list of texts where a cache is given; the chat around them is the "
                 "template of the GistTokenizer"
             )
-        if kwargs.pop("return_full_text", False):
-            raise GistError("return_full_text must be False where a cache is given: its prompt is no text any more")
+        # The call's word counts, as with the stock pipeline.
+        for name, value in {**self._stock_only, **kwargs}.items():
+            if name in _STOCK_ONLY and not (value is None or value is False):
+                raise GistError(f"{name} must be left out where a cache is given: {_STOCK_ONLY[name]}")
+        kwargs = {name: value for name, value in kwargs.items() if name not in _STOCK_ONLY}
         settings = pipeline_settings(self, {**self._forward_params, **kwargs})
         answers = generate(self.model, self.gist_tokenizer, texts, cache=cache, **settings)
         each = len(answers) // max(1, len(texts))

@@ -3,7 +3,8 @@
 ``python -m tests.generation_modes`` writes the table into docs/generation.md. A plain run has no cache at all: stock
 ``generate`` reads the full text (prompt, gist, input, what was said so far) anew for every token, under the gist's
 interval mask. Every mode is compared with the plain run that decodes in the same way, on three ragged rows with another
-k each; what a cell says is what ran.
+k each; what a cell says is what ran. Sampled modes run row by row; "static cache, beam search", the quantised cache and
+what looks back at ids have another run to be compared with, which docs/generation.md names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, PreTrainedModel, TextIteratorStreamer, pipeline
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextIteratorStreamer,
+    pipeline,
+)
 from transformers.cache_utils import DynamicLayer
 
 import gisting
@@ -55,6 +67,7 @@ def reading_all_anew(model: PreTrainedModel, tokenizer: GistTokenizer) -> Iterat
         _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert kwargs.get("past_key_values") is None
+        args, kwargs = (), {**kwargs, **({"input_ids": args[0]} if args else {})}
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         is_token = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         visibility = CONDITIONS["gist"](ids == tokenizer.gist_token_id, is_token)
@@ -105,13 +118,16 @@ class Rounded(DynamicLayer):
 
 @dataclass(frozen=True)
 class Case:
-    """One family: a patched model and its compressed prompts."""
+    """One family: a patched model and its compressed prompts; the tokenizer may have more words."""
 
     name: str
+    more_words: tuple[str, ...] = ()
 
     @cached_property
     def _both(self) -> tuple[PreTrainedModel, GistTokenizer]:
-        return tiny.patched(self.name)
+        is_encoder_decoder = self.name in tiny.ENCODER_DECODERS
+        tokenizer = GistTokenizer(tiny.word_tokenizer(self.more_words), "plain", is_encoder_decoder=is_encoder_decoder)
+        return gisting.patch(tiny.model(self.name), tokenizer), tokenizer
 
     @property
     def model(self) -> Any:
@@ -139,6 +155,14 @@ class Case:
     def rows(self) -> list[list[int]]:
         encodings = self.tokenizer.encode_batch(PROMPTS, INPUTS, num_gist_tokens=COUNTS)
         return [encoding.input_ids for encoding in encodings]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """How much of each row is prompt and gist, where the ids of the row are those that the model goes on from."""
+        if self.tokenizer.is_encoder_decoder:
+            return [0] * len(self.rows)
+        rests = self.tokenizer.encode_continuations(INPUTS)
+        return [len(row) - len(rest) for row, rest in zip(self.rows, rests, strict=True)]
 
     @cached_property
     def greedy(self) -> list[list[int]]:
@@ -181,6 +205,62 @@ def _beams(case: Case) -> bool:
     settings = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     wanted = [text for row in case.rows for text in case.texts(case.plain([row], **settings))]
     return case.generate(**settings) == wanted
+
+
+class Behind(LogitsProcessor):
+    """A processor that is not shown the first ids: those of prompt and gist, of which a cache holds none."""
+
+    def __init__(self, inner: LogitsProcessor, start: int) -> None:
+        self.inner = inner
+        self.start = start
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return self.inner(input_ids[:, self.start :], scores)
+
+
+def _looking_back(case: Case, processor: LogitsProcessor, **settings: Any) -> bool:
+    """The plain run's processor sees input and answer, as ours does."""
+    wanted = [
+        case.plain([row], do_sample=False, logits_processor=[Behind(processor, start)])[0]
+        for row, start in zip(case.rows, case.starts, strict=True)
+    ]
+    assert wanted != case.greedy, "the setting changes nothing"
+    return case.generate(**settings) == case.texts(wanted)
+
+
+def allowed(row: int, ids: Tensor) -> list[int]:
+    """Another third of the words for each row and place."""
+    return [token for token in range(4, 64) if token % 3 == (row + len(ids)) % 3]
+
+
+def _constrained(case: Case) -> bool:
+    """The plain run's function sees input and answer, as ours does."""
+
+    def of(row: int) -> Callable[[int, Tensor], list[int]]:
+        return lambda _, ids: allowed(row, ids[case.starts[row] :])
+
+    wanted = [
+        case.plain([ids], do_sample=False, prefix_allowed_tokens_fn=of(row))[0] for row, ids in enumerate(case.rows)
+    ]
+    assert wanted != case.greedy, "the constraint changes nothing"
+    return case.generate(prefix_allowed_tokens_fn=allowed) == case.texts(wanted)
+
+
+def _guided(case: Case) -> bool:
+    found = case.generate(guidance_scale=1.5)
+    wanted = [case.plain([row], do_sample=False, guidance_scale=1.5)[0] for row in case.rows]
+    assert wanted != case.greedy, "the setting changes nothing"
+    return found == case.texts(wanted)
+
+
+def _stopped(case: Case) -> bool:
+    """transformers tries a word of its own on the tokenizer, which must know it."""
+    case = Case(case.name, ("abcdef",))
+    stop = case.texts(case.greedy)[0].split()[1]
+    criteria = StoppingCriteriaList([StopStringCriteria(case.tokenizer.tokenizer, [stop])])
+    wanted = case.plain(case.rows, do_sample=False, stopping_criteria=criteria)
+    assert wanted != case.greedy, "nothing was stopped"
+    return case.generate(stop_strings=[stop]) == case.texts(wanted)
 
 
 def compile_config(**settings: Any) -> Any:
@@ -304,6 +384,14 @@ MODES: dict[str, Callable[[Case], bool]] = {
     "static cache, beam search": lambda case: (
         case.generate(cache_implementation="static", num_beams=3) == case.generate(num_beams=3)
     ),
+    "`repetition_penalty`": lambda case: _looking_back(
+        case, RepetitionPenaltyLogitsProcessor(1.5), repetition_penalty=1.5
+    ),
+    "`no_repeat_ngram_size`": lambda case: _looking_back(case, NoRepeatNGramLogitsProcessor(2), no_repeat_ngram_size=2),
+    "`encoder_repetition_penalty`": lambda case: case.is_greedy(encoder_repetition_penalty=1.5),
+    "`prefix_allowed_tokens_fn`": _constrained,
+    "`guidance_scale`": _guided,
+    "`stop_strings`": _stopped,
     "quantised cache (fp8)": _quantized,
     "offloaded cache, on the CPU": lambda case: case.is_greedy(cache_implementation="offloaded"),
     "assisted, the assistant has gists": lambda case: _assisted(case, has_gists=True),

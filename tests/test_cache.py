@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -132,6 +133,45 @@ def test_select_refuses(rows: list[int], message: str) -> None:
         made_up().select(rows)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [torch.tensor([2, -3]), np.array([2, -3]), (2, 0), iter([2, 0]), [torch.tensor(2), np.int64(0)]],
+    ids=["tensor", "array", "tuple", "iterator", "scalars"],
+)
+def test_select_takes_any_whole_numbers(rows: Any) -> None:
+    assert_same(made_up().select(rows), made_up().select([2, 0]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.tensor([1.0]), "^rows must be whole numbers, in one dimension, got tensor"),
+        (torch.tensor([[1]]), "^rows must be whole numbers, in one dimension, got tensor"),
+        (torch.tensor(1), r"^rows must be whole numbers, in one dimension, got tensor\(1\)$"),
+        (1, "^rows must be whole numbers, in one dimension, got 1$"),
+        (["0"], r"^rows must be whole numbers, in one dimension, got \['0'\]$"),
+        (
+            torch.tensor([True, False, True]),
+            r"^rows must be whole numbers, got True or False .* mask.nonzero\(\)\[:, 0",
+        ),
+    ],
+    ids=str,
+)
+def test_select_refuses_what_is_no_number(rows: Any, message: str) -> None:
+    with pytest.raises(GistError, match=message):
+        made_up().select(rows)
+
+
+def test_slices_are_selections() -> None:
+    cache = made_up()
+    assert_same(cache[0:2], cache.select([0, 1]))
+    assert_same(cache[::-2], cache.select([2, 0]))
+    with pytest.raises(GistError, match=r"^rows is empty; name at least one prompt$"):
+        cache[3:]
+    with pytest.raises(GistError, match=r"^an index must be a whole number or a slice, got \[0, 1\]; .* call select"):
+        cache[[0, 1]]  # pyright: ignore[reportArgumentType]
+
+
 def test_iteration_and_index() -> None:
     cache = made_up()
     assert [one.num_gist_tokens for one in cache] == [[2], [5], [1]]
@@ -160,6 +200,53 @@ def test_cat_of_different_k_aligns_on_the_right(encoder: bool) -> None:
         assert torch.equal(found[1:], right)
 
 
+def test_cat_takes_any_iterable_of_caches() -> None:
+    assert_same(GistCache.cat(one for one in made_up()), made_up())
+    with pytest.raises(GistError, match=r"^caches\[1\] must be a GistCache, got str$"):
+        GistCache.cat([made_up(), "b"])  # pyright: ignore[reportArgumentType]
+
+
+def spread(cache: GistCache) -> GistCache:
+    """As of a model over two devices: the last layer lies elsewhere."""
+    return replace(
+        cache,
+        keys=(*cache.keys[:-1], cache.keys[-1].to("meta")),
+        values=(*cache.values[:-1], cache.values[-1].to("meta")),
+    )
+
+
+ROTARY = Rotary(((1.0, 0.1),), (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.blanked(),
+        lambda cache: cache.select([2, 0]),
+        lambda cache: cache[1],
+        lambda cache: GistCache.cat([cache, cache]),
+        lambda cache: GistCache.chain([cache, cache]),
+    ],
+    ids=["blanked", "select", "index", "cat", "chain"],
+)
+def test_layers_may_lie_on_several_devices(change: Callable[[GistCache], GistCache]) -> None:
+    cache = replace(made_up(), rotary=ROTARY)
+    found, wanted = change(spread(cache)), change(cache)
+    for one, other in zip(tensors_of(found), tensors_of(wanted), strict=True):
+        assert one.shape == other.shape
+    for layer in range(2):
+        assert torch.equal(found.keys[layer], wanted.keys[layer])
+        assert torch.equal(found.values[layer], wanted.values[layer])
+    assert found.keys[2].device == found.values[2].device == torch.device("meta")
+
+
+def test_a_first_layer_elsewhere_does_not_take_the_others_along() -> None:
+    cache = replace(made_up(), rotary=ROTARY)
+    cache = replace(cache, keys=(cache.keys[0].to("meta"), *cache.keys[1:]))
+    for found in (cache.select([0]), cache.blanked()):
+        assert [keys.device.type for keys in found.keys] == ["meta", "cpu", "cpu"]
+
+
 @pytest.mark.parametrize(
     ("caches", "error", "message"),
     [
@@ -184,8 +271,13 @@ def test_cat_of_different_k_aligns_on_the_right(encoder: bool) -> None:
             CacheMismatchError,
             r"^caches are torch.float32 on cpu and torch.float32 on meta; bring them together with .to\(\)$",
         ),
+        (
+            lambda: [made_up(), spread(made_up())],
+            CacheMismatchError,
+            r"^caches are torch.float32 on cpu and torch.float32 on cpu, meta; bring them together with .to\(\)$",
+        ),
     ],
-    ids=["nothing", "model", "condition", "dtype", "device"],
+    ids=["nothing", "model", "condition", "dtype", "device", "spread"],
 )
 def test_cat_refuses(caches: Callable[[], list[GistCache]], error: type[GistError], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -55,3 +55,19 @@ def test_finetune_a_pretrained_checkpoint(shared: Path, tmp_path: Path) -> None:
     assert share["negative"] <= 50
     assert "What color is it?  ->  green" in out
     assert "Tell me where.  ->  garden" in out
+
+
+def test_gist_only_lora(shared: Path, tmp_path: Path) -> None:
+    """Two small trainings show the way of an adapter from file to base model, and its promise about ordinary text."""
+    checkpoint = shared / "models" / "stories260K"
+    out = run_example("03_gist_only_lora.py", checkpoint, "--steps", "20", "--output", tmp_path / "out", cwd=tmp_path)
+    assert "ordinary text has the bits of the base model: True" in out
+    assert len(re.findall(r"^\w+ saw a \w+\.  Say the \w+\.  ->  ", out, re.M)) == 4
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_trl_trains_with_the_collator_alone(demo_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    out = run_example("04_trl_sft_trainer.py", demo_checkpoint, cwd=tmp_path)
+    first, last = map(float, re.findall(r"^loss ([\d.]+) -> ([\d.]+)$", out, re.M)[0])
+    assert last < first / 2

@@ -584,8 +584,27 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
             GistError,
             f"^{name} are made from inputs and cache; call model.generate for your own$",
         )
-        for name in ("input_ids", "attention_mask", "past_key_values", "position_ids", "encoder_outputs")
+        for name in (
+            *("input_ids", "attention_mask", "past_key_values", "position_ids", "encoder_outputs", "inputs_embeds"),
+            *("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "cache_position"),
+            "custom_generate",
+        )
     ],
+    ({"cache": True, "max_new_tokens": 2.5}, GistError, "^max_new_tokens must be a whole number, got 2.5$"),
+    ({"cache": True, "max_new_tokens": True}, GistError, "^max_new_tokens must be a whole number, got True$"),
+    ({"cache": True, "num_beams": 0}, GistError, "^num_beams must be at least 1, got 0$"),
+    ({"cache": True, "num_return_sequences": 1.5}, GistError, "^num_return_sequences must be a whole number, got 1.5$"),
+    ({"cache": True, "max_length": 9}, GistError, "^max_length counts what stands in front .*; give max_new_tokens$"),
+    ({"cache": True, "min_length": 9}, GistError, "^min_length counts what stands in front .*; give min_new_tokens$"),
+    *[
+        ({"cache": True, name: 2.0}, GistError, f"^{name} looks at the tokens of the prompt, .*; set {name}=[01]$")
+        for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
+    ],
+    (
+        {"cache": True, "guidance_scale": 1.5, "prompt_lookup_num_tokens": 3},
+        GistError,
+        "^guidance_scale must be 1 with drafts",
+    ),
     (
         {"cache": True, "position_ids": 1, "input_ids": 1},
         GistError,

@@ -8,16 +8,20 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     TextGenerationPipeline,
+    TextIteratorStreamer,
     pipeline,
 )
 from transformers.utils.import_utils import is_optimum_quanto_available
@@ -192,6 +196,106 @@ def test_caches_that_cannot_be_made(case: Case, arguments: dict[str, Any], messa
 def test_generate_refuses_ways(name: str, settings: dict[str, Any], error: type[GistError], message: str) -> None:
     with pytest.raises(error, match=message):
         Case(name).generate(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}], ids=str)
+def test_padding_is_no_token_that_was_seen(settings: dict[str, Any]) -> None:
+    """The padding often has the id of the end of sequence, which a short row could else not reach."""
+    words = tiny.word_tokenizer()
+    words.pad_token = "w5"
+    tokenizer = GistTokenizer(words, "plain")
+    model = gisting.patch(tiny.model("llama"), tokenizer)
+    cache = gisting.compress(model, tokenizer, PROMPTS, COUNTS)
+
+    def scores(inputs: list[str], cache: GistCache) -> Tensor:
+        kept: list[Tensor] = []
+        processors = LogitsProcessorList([_Keep(kept)])
+        call: dict[str, Any] = {**GREEDY, **settings, "logits_processor": processors, "max_new_tokens": 1}
+        gisting.generate(model, tokenizer, inputs, cache=cache, **call)
+        return kept[0]
+
+    together = scores(INPUTS, cache)
+    for row, text in enumerate(INPUTS):
+        torch.testing.assert_close(together[row], scores([text], cache[row])[0], atol=1e-4, rtol=1e-4)
+
+
+class _AddTo(LogitsProcessor):
+    def __init__(self, token: int, amount: float) -> None:
+        self.token, self.amount = token, amount
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores = scores.clone()
+        scores[:, self.token] += self.amount
+        return scores
+
+
+class _Keep(LogitsProcessor):
+    def __init__(self, kept: list[Tensor]) -> None:
+        self.kept = kept
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.kept.append(scores.clone())
+        return scores
+
+
+def test_what_the_model_ships_counts_as_what_is_given() -> None:
+    """Instruct checkpoints have such settings in their generation_config."""
+    case, given = Case("llama"), Case("llama")
+    case.model.generation_config.repetition_penalty = 1.5
+    assert case.generate() == given.generate(repetition_penalty=1.5) != given.generate()
+    case.model.generation_config.encoder_repetition_penalty = 1.5
+    with pytest.raises(GistError, match=r"^encoder_repetition_penalty looks at the tokens of the prompt"):
+        case.generate()
+    assert case.generate(encoder_repetition_penalty=1.0) == given.generate(repetition_penalty=1.5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": True},
+        {"num_beams": 2},
+        {"do_sample": True, "temperature": 1e-4, "num_return_sequences": 2},
+    ],
+    ids=["greedy", "look-up", "assisted", "beams", "samples"],
+)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5"])
+def test_a_constraint_is_asked_for_the_row_that_it_is(name: str, settings: dict[str, Any]) -> None:
+    """By the number that stock generate would give it in one batch, and with the ids of input and answer alone."""
+    case = Case(name)
+    settings = dict(settings)
+    if "assistant_model" in settings:
+        if name == "t5":
+            pytest.skip("refused")
+        settings["assistant_model"] = case.assistant
+    each = settings.get("num_return_sequences", 1)
+    rests = [] if name == "t5" else case.tokenizer.encode_continuations(INPUTS)
+
+    def constraint(number: int, ids: Tensor) -> list[int]:
+        if rests:
+            rest = rests[number // each]
+            assert ids[: len(rest)].tolist() == rest
+        return modes.allowed(number, ids)
+
+    answers = case.generate(prefix_allowed_tokens_fn=constraint, **settings)
+    for number, answer in enumerate(answers):
+        first = 1 if name == "t5" else len(rests[number // each])
+        numbers = [int(word[1:]) + 4 for word in answer.split()]
+        assert numbers
+        assert all(token % 3 == (number + first + place) % 3 for place, token in enumerate(numbers))
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("gemma3_text", {}), ("llama", {"prompt_lookup_num_tokens": 3}), ("t5", {"prompt_lookup_num_tokens": 3})],
+)
+@pytest.mark.parametrize("what", ["logits_processor", "negative_prompt_ids"])
+def test_what_is_for_one_batch_is_not_given_to_its_parts(name: str, more: dict[str, Any], what: str) -> None:
+    value: Any = LogitsProcessorList([_AddTo(5, 1.0)]) if what == "logits_processor" else torch.tensor([[5]] * 3)
+    case = Case(name)
+    with pytest.raises(GistError, match=f"^{what} is for the rows of one batch, but these are run in 3, .* at a time$"):
+        case.generate(**{what: value}, **more)
 
 
 def test_settings_may_stand_in_a_generation_config(case: Case) -> None:
@@ -416,6 +520,43 @@ def test_a_streamer_takes_one_answer(name: str, inputs: list[str], settings: dic
             streamer=Recorder(),
             **settings,
         )
+
+
+@pytest.mark.parametrize("function", [gisting.generate, converse], ids=["generate", "converse"])
+@pytest.mark.parametrize(
+    "change", [{"cache": "cast"}, {"max_new_tokens": 0}, {"num_beams": 2}, {"no_such": 1}], ids=str
+)
+def test_with_an_error_the_stream_ends(case: Case, function: Any, change: dict[str, Any]) -> None:
+    """Whoever reads from it in another thread would wait for ever."""
+    streamer = TextIteratorStreamer(case.tokenizer.tokenizer, timeout=20)
+    cache = case.cache[0].to(dtype=torch.bfloat16) if "cache" in change else case.cache[0]
+    settings = {**GREEDY, **change, "cache": cache, "streamer": streamer}
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            function(case.model, case.tokenizer, INPUTS[:1], **settings)
+        except (GistError, ValueError) as error:
+            errors.append(error)
+
+    thread = Thread(target=run)
+    thread.start()
+    assert "".join(streamer) == ""
+    thread.join()
+    assert len(errors) == 1
+
+
+def test_a_stream_ends_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the error comes behind it."""
+
+    def fail(*_: Any) -> None:
+        raise GistError("planted")
+
+    streamer = Recorder()
+    monkeypatch.setattr(decoder, "continued", fail)
+    with pytest.raises(GistError, match="planted"):
+        converse(case.model, case.tokenizer, INPUTS[:1], cache=case.cache[0], streamer=streamer, **GREEDY)
+    assert streamer.ended == 1
 
 
 # -- turns -------------------------------------------------------------------------------------------------------------
@@ -643,10 +784,17 @@ def test_what_a_pipeline_refuses(case: Case) -> None:
     pipe = pipe_of(case)
     with pytest.raises(GistError, match=r"^text_inputs must be a text or a list of texts where a cache is given"):
         pipe([{"role": "user", "content": "w1"}], cache=case.cache)
-    with pytest.raises(GistError, match=r"^return_full_text must be False where a cache is given"):
-        pipe("w1", cache=case.cache[0], return_full_text=True)
     with pytest.raises(GistError, match=r"^inputs is empty"):
         pipe([], cache=case.cache)
+    for name, value in (
+        *(("return_full_text", True), ("return_tensors", True), ("clean_up_tokenization_spaces", True)),
+        *(("prefix", "w1"), ("stop_sequence", "w1"), ("batch_size", 2)),
+    ):
+        with pytest.raises(GistError, match=rf"^{name} must be left out where a cache is given: \w"):
+            pipe("w1", cache=case.cache[0], **{name: value})
+        if name != "batch_size":
+            with pytest.raises(GistError, match=rf"^{name} must be left out where a cache is given: \w"):
+                pipe_of(case, **{name: value})("w1", cache=case.cache[0])
     with pytest.raises(GistError, match=r"is not patched; call gisting.patch"):
         GistTextGenerationPipeline(tiny.model("llama"), case.tokenizer)
     with pytest.raises(GistError, match=r"^text-generation is for decoders, t5 is an encoder-decoder; call"):

@@ -76,6 +76,10 @@ def interval_attention(
     Raises:
         GistError: shapes, dtypes or devices disagree, a number is out of range, or ``impl`` cannot do what was asked.
     """
+    if not q.dtype == k.dtype == v.dtype:
+        # Under autocast, rotated queries and keys are float32 beside values in half precision; torch's operator, too,
+        # then works in the latter.
+        q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
     _check(q, k, v, visibility, bias, relative_bias, softcap, dropout)
     if impl not in IMPLEMENTATIONS:
         raise GistError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,6 @@ from rich.table import Table
 from gisting.cli.shared import (
     DeviceOption,
     DtypeOption,
-    KOption,
-    ModelArgument,
     TemplateOption,
     err,
     load_patched,
@@ -53,14 +52,27 @@ def demo(
 
 
 def train(
-    model: ModelArgument,
-    data: Annotated[Path, typer.Option(help="Training records, .jsonl or .json: instruction, input, output.")],
     output: Annotated[Path, typer.Option(help="Directory for the trained checkpoint.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Directory of a checkpoint, or a repository on the Hugging Face hub.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with the settings of the run; options given here override it.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training records, .jsonl or .json: instruction, input, output.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="What learns: full, lora, gist-lora or embeddings. [default: full]")
+    ] = None,
     num_gist_tokens: Annotated[
-        str, typer.Option("--num-gist-tokens", "-k", help="k, or a range such as 1:10 from which each row draws.")
-    ] = "1",
+        str | None,
+        typer.Option(
+            "--num-gist-tokens", "-k", help="k, or a range such as 1:10 from which each row draws. [default: 1]"
+        ),
+    ] = None,
     eval_data: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option("--eval", help="Records to evaluate on, under all three conditions; may be repeated."),
     ] = None,
     template: TemplateOption = None,
@@ -69,7 +81,7 @@ def train(
         typer.Option(
             help=(
                 "Condition to train under: gist, positive or negative, with a weight as in gist=3; may be repeated, "
-                "then each row draws one."
+                "then each row draws one. [default: gist]"
             )
         ),
     ] = None,
@@ -87,7 +99,9 @@ def train(
     max_length: Annotated[
         int | None, typer.Option(help="Longest sequence in tokens. [default: 512; 128 for a source]")
     ] = None,
-    max_target_length: Annotated[int, typer.Option(help="Longest target of an encoder-decoder, in tokens.")] = 256,
+    max_target_length: Annotated[
+        int | None, typer.Option(help="Longest target of an encoder-decoder, in tokens. [default: 256]")
+    ] = None,
     part_separator: Annotated[
         str | None,
         typer.Option(help="Text at which instructions are cut into parts, to train a model to read chained gists."),
@@ -99,110 +113,214 @@ def train(
             "batch size then counts instructions, with up to 8 records each."
         ),
     ] = None,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints to resume from.")] = 500,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 42,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints to resume from. [default: 500]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and draws. [default: 42]")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Type of the trained weights; small steps round away in half precision.")
-    ] = "float32",
+        str | None,
+        typer.Option(help="Type of the trained weights; small steps round away in half precision. [default: float32]"),
+    ] = None,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 arithmetic. [default: where a GPU has it]")
+    ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."),
+    ] = None,
+    torch_compile: Annotated[
+        bool | None, typer.Option("--torch-compile/--no-torch-compile", help="Compile the model.")
+    ] = None,
+    num_workers: Annotated[int | None, typer.Option(help="Processes that make batches. [default: 0]")] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Where to report: tensorboard, wandb, ...; may be repeated.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output directory.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in the evaluation.")] = 128,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in the evaluation. [default: 128]")] = None,
 ) -> None:
     """Finetune a model to gist, with the published hyper-parameters unless told otherwise.
 
+    The settings of a run are saved beside its checkpoint, as recipe.yaml. For several processes: accelerate launch
+    --config_file recipes/accelerate/fsdp2.yaml "$(command -v gisting)" train ...
+
     Example: gisting train ./llama --data alpaca.jsonl --eval unseen.jsonl --output runs/llama-gist -k 1:10
+
+    Example: gisting train --recipe recipes/llama-7b.yaml --output runs/llama-7b --num-gist-tokens 10
     """
-    from transformers import set_seed
-
-    from gisting._compat import activation_checkpointing
     from gisting.data.records import load_records
-    from gisting.train.finetune import finetune, published_arguments
+    from gisting.train.recipe import Recipe, load_recipe, train_recipe
 
-    k = _parse_k(num_gist_tokens)
-    records = load_records(data)
-    evals = {path: load_records(path) for path in eval_data or []}
-    set_seed(seed)
-    loaded, tokenizer = load_patched(model, template, dtype, is_to_be_trained=True)
-    changes = {
-        "num_train_epochs": epochs,
-        "max_steps": max_steps,
-        "learning_rate": learning_rate,
-    }
-    arguments = published_arguments(
-        output,
-        is_encoder_decoder=tokenizer.is_encoder_decoder,
+    effective = (Recipe() if recipe is None else load_recipe(recipe)).updated(
+        model=model,
+        data=data,
+        eval=eval_data or None,
+        template=template,
+        method=method,
+        num_gist_tokens=num_gist_tokens,
+        conditions=_parse_conditions(condition) if condition else None,
+        epochs=epochs,
+        max_steps=max_steps,
         batch_size=batch_size,
         per_device_batch_size=per_device_batch_size,
-        save_steps=save_steps,
-        save_total_limit=1,
-        seed=seed,
-        **{name: value for name, value in changes.items() if value is not None},
-        **activation_checkpointing(gradient_checkpointing),
-    )
-    metrics = finetune(
-        loaded,
-        tokenizer,
-        records,
-        arguments,
-        num_gist_tokens=k,
-        conditions=_parse_conditions(condition or ["gist"]),
-        max_length=max_length or (128 if tokenizer.is_encoder_decoder else 512),
+        learning_rate=learning_rate,
+        max_length=max_length,
         max_target_length=max_target_length,
         part_separator=part_separator,
         pack_length=pack_length,
-        resume=resume,
+        save_steps=save_steps,
+        seed=seed,
+        dtype=dtype,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        torch_compile=torch_compile,
+        num_workers=num_workers,
+        report_to=report_to or None,
+        max_new_tokens=max_new_tokens,
     )
+    evals = {path: load_records(path) for path in effective.eval}
+    trained = train_recipe(effective, output, resume=resume)
+    if trained.arguments.process_index > 0:
+        return
     out.print(
-        f"trained in {metrics['train_runtime']:.0f} s, loss {metrics['train_loss']:.4f}; saved in {output}",
+        f"trained in {trained.metrics['train_runtime']:.0f} s, loss {trained.metrics['train_loss']:.4f}; saved in "
+        f"{output}",
         highlight=False,
     )
+    if evals and trained.arguments.world_size > 1:
+        # Sharded weights answer in all processes together or not at all.
+        for path in evals:
+            out.print(f"evaluate with: gisting eval {output} --data {path}", highlight=False, soft_wrap=True)
+        return
+    k = effective.num_gist_tokens[1]
     for path, held_out in evals.items():
-        _print_conditions(f"{path}", _evaluate(loaded, tokenizer, held_out, k[1], list(CONDITIONS), max_new_tokens, 32))
+        _print_conditions(
+            path,
+            _evaluate(trained.model, trained.tokenizer, held_out, k, list(CONDITIONS), effective.max_new_tokens, 32),
+        )
 
 
 def evaluate(
-    model: ModelArgument,
-    data: Annotated[Path, typer.Option(help="Records, .jsonl or .json: instruction, input, output.")],
-    num_gist_tokens: KOption = None,
-    condition: Annotated[
-        list[str] | None, typer.Option(help="gist, positive or negative; may be repeated. [default: all]")
+    model: Annotated[
+        str | None, typer.Argument(help="Directory of a checkpoint, or a repository on the Hugging Face hub.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Records, .jsonl or .json: instruction, input, output. Or NAME=FILE, to call the split something else "
+            "than its file; may be repeated."
+        ),
+    ] = None,
+    num_gist_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--num-gist-tokens",
+            "-k",
+            help="Gist tokens for each prompt: a number, several as in 1,2,4,8, or a range such as 1:4. By default the "
+            "most that the checkpoint was trained with.",
+        ),
+    ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="gist, positive, negative, truncated (the first k tokens of the instruction in place of the gist) or "
+            "no-prompt (the input alone); may be repeated. [default: the first three]"
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records of each split.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Records at once.")] = 32,
+    perplexity: Annotated[bool, typer.Option(help="Also the perplexity of the references.")] = True,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="In place of model and data: a file that --output wrote; may be repeated."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for everything: model, data, settings, answers and scores (JSON).")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Directory for a report: tables with intervals, and plots.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="exact_match, rouge_1, rouge_2 or rouge_l for the plots and the kept gap. [default: rouge_l where it "
+            "is installed]"
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(help="Have gist and positive control compared by a model behind this OpenAI-compatible URL."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's model.")] = None,
+    judge_key: Annotated[
+        str | None, typer.Option(envvar="GISTING_JUDGE_KEY", help="The judge's API key.", show_envvar=True)
+    ] = None,
+    judge_cache: Annotated[Path, typer.Option(help="Directory in which the judge's replies are kept.")] = Path(
+        "runs/judge"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of intervals, and of the order in which a judge reads.")] = 0,
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object for each condition, with the predictions.")
+        bool, typer.Option("--json", help="One JSON object for each split, k and condition, with the predictions.")
     ] = False,
 ) -> None:
-    """Score a model under gist, positive control and negative control: exact match and ROUGE-L.
+    """Score a model under gist, positive control, negative control and baselines, for any k.
 
-    Example: gisting eval runs/demo --data runs/demo/unseen.jsonl
+    Exact match with its 95 % interval, ROUGE, perplexity and lengths; a results file, and a report made from results
+    files alone.
+
+    Example: gisting eval runs/demo --data runs/demo/unseen.jsonl -k 1,2 --output runs/eval.json --report runs/report
     """
-    from gisting.data.records import load_records
+    from gisting.eval.judge import Judge
+    from gisting.eval.report import write_report
+    from gisting.eval.results import Evaluation
 
-    records = load_records(data)[:limit]
-    loaded, tokenizer = load_patched(model, template, dtype, device)
-    results = _evaluate(
-        loaded,
-        tokenizer,
-        records,
-        wanted_k(loaded, num_gist_tokens),
-        condition or list(CONDITIONS),
-        max_new_tokens,
-        batch_size,
-    )
-    if as_json:
-        for result in results:
-            print(json.dumps(asdict(result), ensure_ascii=False))
+    if results and (model or data):
+        raise GistError("give either a model with --data, or --results; a results file holds what was answered")
+    if results and output is not None and len(results) > 1:
+        raise GistError("--output takes one evaluation; give one --results with it")
+    if (judge_url is None) != (judge_model is None):
+        raise GistError("a judge needs both --judge-url and --judge-model")
+    if results:
+        found = [Evaluation.load(path) for path in results]
+    elif model and data:
+        splits = _splits(data, limit)
+        loaded, tokenizer = load_patched(model, template, dtype, device)
+        counts = [wanted_k(loaded, None)] if num_gist_tokens is None else _parse_counts(num_gist_tokens)
+        conditions = condition or list(CONDITIONS)
+        found = [
+            _evaluate_splits(
+                loaded, tokenizer, model, splits, counts, conditions, max_new_tokens, batch_size, perplexity
+            )
+        ]
     else:
-        _print_conditions(str(data), results)
+        raise GistError("give a model and --data FILE, or --results FILE")
+    if judge_url is not None and judge_model is not None:
+        judge = Judge(judge_url, judge_model, judge_cache, judge_key, seed)
+        total = sum(len(split.records) * len(split.counts) for one in found for split in one.splits)
+        with _bar("judging", total) as progress:
+            found = [one.judged(judge, progress=progress) for one in found]
+    if output is not None:
+        found[0].save(output)
+    files = [] if report is None else write_report(found, report, metric=metric, seed=seed)
+    for one in found:
+        for split in one.splits:
+            if as_json:
+                for result in split.results:
+                    row = {"split": split.name, **result.summary(), "predictions": result.predictions}
+                    print(json.dumps(row, ensure_ascii=False))
+            else:
+                _print_conditions(
+                    split.name if len(found) == 1 else f"{split.name}, {one.model['name']}", split.results
+                )
+        for judgement in one.judgements if not as_json else ():
+            _print_judgement(judgement, seed)
+    for path in ([output] if output is not None else []) + files:
+        err.print(f"saved {path}", highlight=False, soft_wrap=True)
 
 
 def show(
@@ -239,14 +357,6 @@ def show(
         print(f"saved in {png}")
 
 
-def _parse_k(text: str) -> tuple[int, int]:
-    low, _, high = text.partition(":")
-    try:
-        return int(low), int(high or low)
-    except ValueError:
-        raise GistError(f"num_gist_tokens must be a number or a range such as 1:10, got {text!r}") from None
-
-
 def _parse_conditions(items: list[str]) -> dict[str, float]:
     weights = {}
     for item in items:
@@ -267,14 +377,9 @@ def _evaluate(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Any]:
-    from importlib.util import find_spec
-
-    from rich.progress import Progress
-
     from gisting.eval.conditions import evaluate as run
 
-    with Progress(console=err, transient=True) as progress:
-        bar = progress.add_task("answering", total=len(records) * len(conditions))
+    with _bar("answering", len(records) * len(conditions)) as progress:
         return run(
             model,
             tokenizer,
@@ -283,14 +388,114 @@ def _evaluate(
             conditions=conditions,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            with_rouge=find_spec("rouge_score") is not None,
-            progress=lambda done: progress.advance(bar, done),
+            with_rouge=_has_rouge(),
+            progress=progress,
         )
 
 
+def _evaluate_splits(
+    model: Any,
+    tokenizer: GistTokenizer,
+    name: str,
+    splits: dict[str, list[Any]],
+    counts: list[int],
+    conditions: list[str],
+    max_new_tokens: int,
+    batch_size: int,
+    with_perplexity: bool,
+) -> Any:
+    from gisting.bench.report import environment
+    from gisting.eval.results import evaluate_splits
+
+    total = sum(map(len, splits.values())) * len(conditions) * len(counts)
+    with _bar("answering", total) as progress:
+        return evaluate_splits(
+            model,
+            tokenizer,
+            splits,
+            counts,
+            name=name,
+            environment=environment(),
+            conditions=conditions,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            with_rouge=_has_rouge(),
+            with_perplexity=with_perplexity,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=err, transient=True) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(bar, done)
+
+
+def _has_rouge() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("rouge_score") is not None
+
+
+def _splits(items: list[str], limit: int | None) -> dict[str, list[Any]]:
+    """Records by the name of their split: the file's own, unless it is given as NAME=FILE."""
+    from gisting.data.records import load_records
+
+    splits = {}
+    for item in items:
+        name, is_named, path = item.partition("=")
+        if not is_named or Path(item).exists():
+            name, path = Path(item).stem, item
+        if name in splits:
+            raise GistError(f"--data names split {name!r} twice; call one something else: NAME={path}")
+        splits[name] = load_records(path)[:limit]
+    return splits
+
+
+def _parse_counts(text: str) -> list[int]:
+    """``"4"``, ``"1,2,4"``, ``"1:4"``."""
+    counts = []
+    for part in text.split(","):
+        low, _, high = part.partition(":")
+        try:
+            counts += range(int(low), int(high or low) + 1)
+        except ValueError:
+            raise GistError(
+                f"num_gist_tokens must be a number, several as in 1,2,4, or a range such as 1:4, got {text!r}"
+            ) from None
+    return counts
+
+
 def _print_conditions(title: str, results: list[Any]) -> None:
-    table = Table("condition", "records", "exact match", "ROUGE-L", title=title)
+    headers = {"rouge_l": "ROUGE-L", "perplexity": "perplexity"}
+    shown = {name: header for name, header in headers.items() if name in results[0].metrics}
+    table = Table("k", "condition", "records", "exact match \\[95 %]", *shown.values(), title=title)
+    table.columns[3].no_wrap = True
     for result in results:
-        rouge = "" if result.rouge_l is None else f"{100 * result.rouge_l:.1f}"
-        table.add_row(result.condition, str(result.num_records), f"{100 * result.exact_match:.1f} %", rouge)
+        exact = result.interval("exact_match")
+        values = {name: result.interval(name, num_resamples=1).value for name in shown}
+        table.add_row(
+            str(result.num_gist_tokens),
+            result.condition,
+            str(result.num_records),
+            f"{100 * exact.value:.1f} % \\[{100 * exact.low:.1f}, {100 * exact.high:.1f}]",
+            *(f"{value:.4g}" if name == "perplexity" else f"{100 * value:.1f}" for name, value in values.items()),
+        )
     out.print(table)
+
+
+def _print_judgement(judgement: Any, seed: int) -> None:
+    rate = judgement.win_rate(seed=seed)
+    said = "- no reply could be read -"
+    if rate is not None:
+        said = f"in {100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    out.print(
+        f"{judgement.split}, k = {judgement.num_gist_tokens}: {judgement.first} wins over {judgement.second} {said} "
+        f"({judgement.num_ties} ties, {judgement.num_unparsable} unparsable; {judgement.judge})",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,4 +1,8 @@
-"""Scores of predictions against references."""
+"""Scores of predictions against references, one number for each record.
+
+Place in the flow: texts in, numbers out; knows no model. Means stay with whoever reports them: intervals
+(``statistics.py``) need the scores of the records.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,33 @@ from collections.abc import Sequence
 
 from gisting.errors import GistError
 
-__all__ = ["exact_match", "rouge_l"]
+__all__ = ["ROUGE", "exact_match", "exact_matches", "rouge", "rouge_l"]
+
+#: Our names of the published metrics, and the names that ``rouge-score`` has for them.
+ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions that equal their reference, white space at the ends aside, in 0..1.
+def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """1 for each prediction that equals its reference, white space at the ends aside, else 0.
 
     Raises:
         GistError: the numbers differ, or there are none.
     """
     _check(predictions, references)
-    return sum(a.strip() == b.strip() for a, b in zip(predictions, references, strict=True)) / len(references)
+    return [float(a.strip() == b.strip()) for a, b in zip(predictions, references, strict=True)]
 
 
-def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean ROUGE-L F-measure with stemming, as the Gisting paper reports it, in 0..1.
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The mean of :func:`exact_matches`. Raises as it does."""
+    scores = exact_matches(predictions, references)
+    return sum(scores) / len(scores)
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L: F-measures with stemming of the decoded texts, as the Gisting paper scores them.
+
+    Returns:
+        For each name of ``ROUGE``, a score in 0..1 for each prediction.
 
     Raises:
         GistError: the numbers differ, there are none, or ``rouge-score`` is not installed (the ``eval`` extra).
@@ -30,8 +46,14 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise GistError("ROUGE needs the rouge-score package; run: pip install 'gisting[eval]'") from error
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(predictions, references, strict=True)]
+    scorer = RougeScorer([*ROUGE.values()], use_stemmer=True)
+    scores = [scorer.score(b, a) for a, b in zip(predictions, references, strict=True)]
+    return {name: [score[theirs].fmeasure for score in scores] for name, theirs in ROUGE.items()}
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The mean ROUGE-L of :func:`rouge`. Raises as it does."""
+    scores = rouge(predictions, references)["rouge_l"]
     return sum(scores) / len(scores)
 
 

@@ -66,16 +66,18 @@ def prepare_generation(
     """The arguments with which stock ``generate`` continues a ragged batch, and how many columns of its result were
     given.
 
-    Columns: the P slots of the cache (gist ids where a slot holds a token), padding, the continuation. Stock
-    ``generate`` repeats ids for each beam or sample, but not a cache that it is given: that one is made with
-    ``num_copies`` of each row, by ``GistCache.as_past_key_values(**past_settings)``.
+    Columns: the P slots of the cache, padding, the continuation. What stock ``generate`` does to ids that it has seen
+    (``repetition_penalty``) is to touch no others for those in front: in the slots stands the gist id, which is
+    suppressed in every answer, and in the padding, which often has the id of the end of sequence, the first id of the
+    row's own continuation. Stock ``generate`` repeats ids for each beam or sample, but not a cache that it is given:
+    that one is made with ``num_copies`` of each row, by ``GistCache.as_past_key_values(**past_settings)``.
     """
     device = input_weight(model).device
     ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=True)
-    ids, mask = ids.to(device), is_token.long().to(device)
+    ids = torch.where(is_token, ids, torch.tensor([row[0] for row in continuations])[:, None])
     held = cache.attention_mask
-    ids = torch.cat([torch.where(held.bool(), tokenizer.gist_token_id, tokenizer.pad_token_id), ids], dim=1)
-    mask = torch.cat([held, mask], dim=1)
+    ids = torch.cat([torch.full_like(held, tokenizer.gist_token_id).to(device), ids.to(device)], dim=1)
+    mask = torch.cat([held.to(device), is_token.long().to(device)], dim=1)
     if num_copies > 1:
         cache = cache.select([row for row in range(len(cache)) for _ in range(num_copies)])
     past = cache.as_past_key_values(**past_settings)
@@ -108,12 +110,13 @@ def continued(
     lengths = kept.sum(-1)
     slots = int(lengths.max())
     # Stable: columns to keep move to the right end in their order.
-    columns = kept.long().argsort(dim=1, stable=True)[:, kept.shape[1] - slots :].to(cache.device)
-    is_empty = (torch.arange(slots)[None] < slots - lengths[:, None]).to(cache.device)[:, None, :, None]
+    columns = kept.long().argsort(dim=1, stable=True)[:, kept.shape[1] - slots :, None]
+    is_empty = (torch.arange(slots)[None] < slots - lengths[:, None])[:, None, :, None]
 
     def gather(states: torch.Tensor) -> torch.Tensor:
-        index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-        return states.gather(2, index).masked_fill(is_empty, 0)
+        # To the device of each layer, as a model may be spread over several.
+        kept_states = states.take_along_dim(columns[:, None].to(states.device), dim=2)
+        return kept_states.masked_fill(is_empty.to(states.device), 0)
 
     before = replace(
         cache,

@@ -25,12 +25,23 @@ __all__ = ["push_to_hub", "save_pretrained", "upload"]
 
 # A checkpoint that is cut into other files than the one before it leaves none of them behind.
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+# What the card says of an adapter.
+_ADAPTERS = {
+    "lora": "These files are a LoRA adapter, in peft's layout, with the gist token's row of embedding.",
+    "gist-lora": "These files are a gist-only LoRA adapter: its update acts at gist tokens alone, and text without "
+    "them is answered by the base model, to the bit. The layout is peft's, but plain peft would apply it at all "
+    "tokens: load it with gisting.",
+    "embeddings": "These files are an adapter of embeddings, a row for each place in a gist, in peft's layout of "
+    "trained tokens.",
+}
 
 
 def save_pretrained(
     model: PreTrainedModel, tokenizer: GistTokenizer, directory: str | Path, *, title: str | None = None, **card: Any
 ) -> None:
     """Write a checkpoint that :func:`gisting.load` reads, and stock transformers without gisting too.
+
+    Of a model with an adapter (:mod:`gisting.models.adapters`), the adapter alone, which names its base model.
 
     Args:
         model: a patched model.
@@ -41,20 +52,26 @@ def save_pretrained(
             not given is not in the card, or said to be unknown.
 
     Raises:
-        GistError: the model is not patched for this tokenizer, has adapters that are not merged, or ``directory`` is a
-            file.
+        GistError: the model is not patched for this tokenizer, has adapters of another maker that are not merged, or
+            ``directory`` is a file or, for an adapter, holds a whole checkpoint.
         OSError: something cannot be written.
     """
+    from gisting.models import adapters
     from gisting.models.fingerprint import fingerprint
     from gisting.models.load import trained_num_gist_tokens
     from gisting.models.patch import require_patched
 
     require_patched(model, tokenizer)
-    _check_whole(model)
+    adapter = adapters.adapter_of(model)
+    if adapter is None:
+        _check_whole(model)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise GistError(f"directory must be a directory, {directory} is a file; give another path")
     trained = trained_num_gist_tokens(model)
+    if adapter is not None:
+        adapters.check_directory(directory)
+        card = {**card, "extra": "\n\n".join(filter(None, [_ADAPTERS[adapter.kind], card.get("extra", "")]))}
     # Made first: a card that is refused leaves nothing behind.
     readme = make_card(
         "checkpoint",
@@ -64,7 +81,10 @@ def save_pretrained(
         model=f"{type(model).__name__}, {model.num_parameters():,} parameters, {fingerprint(model)}",
         **card,
     )
-    model.save_pretrained(directory)
+    if adapter is None:
+        model.save_pretrained(directory)
+    else:
+        adapters.save(model, tokenizer, directory)
     tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(readme, encoding="utf-8")
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from gisting.errors import GistError
+from gisting.models import adapters
 from gisting.models.patch import patch
 from gisting.models.registry import family_of
 from gisting.tokens import GistTokenizer, Template
@@ -24,7 +25,8 @@ def load(
     """Load a model and its tokenizer and patch them.
 
     A checkpoint that was saved patched brings its gist tokenizer along; any other gets a new gist token, which it has
-    yet to learn.
+    yet to learn. A directory with an adapter (:mod:`gisting.models.adapters`) names its base model, which is loaded and
+    frozen beside it.
 
     Args:
         name_or_path: a directory, or a repository on the Hugging Face hub.
@@ -44,11 +46,19 @@ def load(
     try:
         config = AutoConfig.from_pretrained(name_or_path, **source)
     except (OSError, ValueError) as error:
+        about = adapters.read_about(name_or_path, **source)
+        if about is not None:
+            return _load_with_adapter(name_or_path, about["base"], template, source, model_kwargs)
         raise GistError(
             f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did not "
             f"give one ({error})"
         ) from error
     family_of(config)  # before the weights are fetched
+    if (getattr(config, "gist", None) or {}).get("adapter") is not None:
+        raise GistError(
+            f"{name_or_path} is a training checkpoint of an adapter, which holds neither the base model nor a finished "
+            "adapter; resume from it, or load the directory that training saves in the end"
+        )
     if getattr(config, "gist", None) is not None and template is None:
         tokenizer = GistTokenizer.from_pretrained(name_or_path, **source)
     else:
@@ -60,6 +70,33 @@ def load(
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_pretrained(name_or_path, **model_kwargs)
     return patch(model, tokenizer).eval(), tokenizer
+
+
+def _load_with_adapter(
+    name_or_path: str | Path,
+    base: str,
+    template: str | Template | None,
+    source: dict[str, Any],
+    model_kwargs: dict[str, Any],
+) -> tuple[PreTrainedModel, GistTokenizer]:
+    if template is not None:
+        raise GistError("template must be None for an adapter, which was trained with the one that it was saved with")
+    if not base:
+        raise GistError(
+            f"{name_or_path} does not say which model it belongs to, for that one had no name when it was trained; "
+            "load and patch it yourself, then: gisting.models.adapters.load(model, directory)"
+        )
+    tokenizer = GistTokenizer.from_pretrained(name_or_path, **source)
+    auto = AutoModelForSeq2SeqLM if tokenizer.is_encoder_decoder else AutoModelForCausalLM
+    # The revision is the adapter's; the base model has its own history.
+    model_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("revision", "subfolder")}
+    try:
+        model = auto.from_pretrained(base, **model_kwargs)
+    except (OSError, ValueError) as error:
+        raise GistError(f"{name_or_path} belongs to the model {base}, which cannot be loaded ({error})") from error
+    patch(model, tokenizer)
+    adapters.load(model, name_or_path, **source)
+    return model.eval(), tokenizer
 
 
 def trained_num_gist_tokens(model: PreTrainedModel) -> tuple[int, int] | None:

@@ -33,7 +33,7 @@ from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 from gisting.visibility import is_interval_mask
 
-__all__ = ["is_patched", "patch", "require_patched", "unpatch"]
+__all__ = ["guarded_stack", "is_patched", "patch", "require_patched", "unpatch"]
 
 _FORMAT = 1
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -128,7 +128,7 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
             _add_rows(model, tokenizer, undo)
         _set_attention(model, gist_attention)
         _suppress(model, tokenizer.gist_token_id)
-        _guarded_stack(model, family).register_forward_pre_hook(
+        guarded_stack(model).register_forward_pre_hook(
             functools.partial(_guard, gist_token_id=tokenizer.gist_token_id), with_kwargs=True
         )
         if not family.is_encoder_decoder:
@@ -211,11 +211,11 @@ def _set_attention(model: PreTrainedModel, names: dict[str, str]) -> None:
             stack.set_attn_implementation(names[name])
 
 
-def _guarded_stack(model: PreTrainedModel, family: Family) -> Any:
-    """The stack that reads the prompt's ids; inside the head's model, for adapters call that one's ``forward``
-    directly.
+def guarded_stack(model: PreTrainedModel) -> Any:
+    """The stack that reads the prompt's ids, before which the guard stands; inside the head's model, for adapters call
+    that one's ``forward`` directly.
     """
-    return model.get_encoder() if family.is_encoder_decoder else model.base_model
+    return model.get_encoder() if family_of(model.config).is_encoder_decoder else model.base_model
 
 
 def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, gist_token_id: int) -> None:
@@ -347,6 +347,10 @@ def _suppress(model: PreTrainedModel, gist_token_id: int) -> None:
 
 
 def _restore(model: PreTrainedModel, *, forget: bool) -> None:
+    from gisting.models.adapters import adapter_of, detach
+
+    if adapter_of(model) is not None:
+        detach(model)
     undo: _Undo = model._gist_undo  # pyright: ignore[reportAssignmentType]
     for _, module in model.named_modules():
         for key, hook in list(module._forward_pre_hooks.items()):

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sqlite3
+import stat
 import unicodedata
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -301,7 +302,11 @@ class Index:
             while True:
                 _dropped.popleft().close()
         for path in self.path.parent.glob(f"{INDEX}*"):
-            if path.is_symlink() or not path.is_file():
+            try:
+                is_file = stat.S_ISREG(path.lstat().st_mode)
+            except FileNotFoundError:  # the log of a process that has just closed the index
+                continue
+            if not is_file:
                 raise CacheFormatError(f"{path} is a link or no file; an index is never reached through one")
         if not self.path.exists() and self._is_read_only:
             raise StoreError(f"{self.path.parent} is no store: it has no {INDEX}; give the directory of a store")

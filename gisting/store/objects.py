@@ -106,11 +106,11 @@ class Objects:
     def writing(self) -> Iterator[Path]:
         """A directory for what is being written; it goes with the block."""
         self.check()
-        # Locked as well while it is made, or it would be taken for a killed writer's.
-        with locked(self.root / TEMPORARY):
+        handle = None
+        while handle is None:
             folder = Path(tempfile.mkdtemp(dir=self.root / TEMPORARY))
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            # Not there any more where a `stale` came between, took it for a killed writer's and removed it.
+            handle = _lock(folder)
         try:
             yield folder
         finally:
@@ -120,26 +120,28 @@ class Objects:
     def stale(self, *, is_removed: bool = False) -> dict[Path, int]:
         """What writers left who are no more: {path: bytes}; optionally removed."""
         found: dict[Path, int] = {}
-        with locked(self.root / TEMPORARY):
-            for path in sorted((self.root / TEMPORARY).iterdir()):
-                try:
-                    state = path.lstat()
-                except FileNotFoundError:  # its writer has finished
-                    continue
-                if not stat.S_ISDIR(state.st_mode):
-                    found[path] = state.st_size
-                    if is_removed:
-                        path.unlink(missing_ok=True)
-                    continue
-                handle = _try_lock(path)
-                if handle is None:
-                    continue
-                try:
-                    found[path] = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
-                    if is_removed:
-                        shutil.rmtree(path, ignore_errors=True)
-                finally:
-                    os.close(handle)
+        for path in sorted((self.root / TEMPORARY).iterdir()):
+            try:
+                state = path.lstat()
+            except FileNotFoundError:  # its writer has finished
+                continue
+            if not stat.S_ISDIR(state.st_mode):
+                found[path] = state.st_size
+                if is_removed:
+                    path.unlink(missing_ok=True)
+                continue
+            handle = _lock(path, is_waiting=False)
+            if handle is None:
+                continue
+            try:
+                files = [file.lstat().st_size for file in path.rglob("*") if not file.is_dir()]
+                # One without files may be a writer's that has yet to lock it.
+                if files or is_removed:
+                    found[path] = sum(files)
+                if is_removed:
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(handle)
         return found
 
 
@@ -163,14 +165,16 @@ def sync_directory(folder: Path) -> None:
         os.close(handle)
 
 
-def _try_lock(folder: Path) -> int | None:
-    """An open, locked handle of a directory, or None where somebody holds it or it is gone."""
+def _lock(folder: Path, *, is_waiting: bool = True) -> int | None:
+    """An open, locked handle of a directory, or None where it is gone, or somebody holds it and this is not waited
+    for.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
         # Between opening and locking it may have been removed.
         if os.path.samestat(os.fstat(handle), os.stat(folder)):
             return handle

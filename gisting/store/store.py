@@ -209,7 +209,7 @@ class GistStore:
                 raise StoreError(f"{self.path} has no names to make a table of; give keys, or put something in")
         wanted = _asked(names)
         # Each is read once and goes into the table, so nothing that is in use is closed for it.
-        return GistTable(GistCache.cat(self._caches_of(wanted, is_kept=False)), names=wanted, device=device)
+        return GistTable(self._caches_of(wanted, is_kept=False), names=wanted, device=device)
 
     # -- making --------------------------------------------------------------------------------------------------------
 

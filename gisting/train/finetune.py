@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from torch.nn.functional import cross_entropy
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from gisting.data.collate import GistCollator
 from gisting.data.packing import GistPackingCollator, group_by_instruction
-from gisting.data.records import Record
+from gisting.data.records import Record, to_record
 from gisting.errors import GistError
+from gisting.models.adapters import adapter_of, check_directory
+from gisting.models.hub import save_pretrained
 from gisting.models.patch import require_patched
 from gisting.models.registry import sliding_windows
 from gisting.tokens import GistTokenizer
+from gisting.train.methods import Method, checkpointing_what_learns, prepare
+from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume
 
 __all__ = ["PUBLISHED", "finetune", "published_arguments"]
 
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
 #: Gisting, appendix B: LLaMA-7B and FLAN-T5-XXL.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "decoder": {
@@ -85,9 +92,12 @@ def published_arguments(
         "per_device_eval_batch_size": per_device,
         "gradient_accumulation_steps": rows // (per_device * devices),
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "use_cpu": not torch.accelerator.is_available(),  # said aloud, or bfloat16 is refused there
         # Records are no dictionaries of model inputs; the collator makes the columns.
         "remove_unused_columns": False,
         "report_to": "none",
+        # Of a stream each process reads its own share: batches of several lengths could not be cut in shares.
+        "accelerator_config": {"dispatch_batches": False},
         "dataloader_pin_memory": on_gpu,
         "logging_steps": 10,
     }
@@ -97,9 +107,10 @@ def published_arguments(
 def finetune(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
-    records: Sequence[Record],
+    records: Sequence[Record] | IterableDataset[Any],
     arguments: TrainingArguments,
     *,
+    method: str | Method = "full",
     num_gist_tokens: int | tuple[int, int] = 1,
     conditions: str | Mapping[str, float] = "gist",
     max_length: int = 512,
@@ -116,31 +127,40 @@ def finetune(
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        records: the training records.
-        arguments: of stock ``Trainer``; :func:`published_arguments` gives the paper's.
+        records: the training records, or mappings like them; also a stream of such (``datasets.IterableDataset``),
+            which is read in its own order and needs ``max_steps``.
+        arguments: of stock ``Trainer``; :func:`published_arguments` gives the paper's. ``train_sampling_strategy=
+            "group_by_length"`` groups by the ids of a record, and needs ``datasets``.
+        method: what learns: ``"full"``, ``"lora"``, ``"gist-lora"`` or ``"embeddings"`` (:mod:`gisting.train.methods`).
+            With an adapter, the adapter alone is saved, for ``gisting.load`` and for peft.
         num_gist_tokens: k, or a range from which each row draws.
         conditions: as for :class:`GistCollator`.
         max_length: as for :class:`GistCollator`.
         max_target_length: as for :class:`GistCollator`.
         part_separator: as for :class:`GistCollator`: instructions that hold it are trained as chained gists.
         pack_length: ids of a row in which records are packed (:class:`GistPackingCollator`); None for a row each. A
-            batch of ``arguments`` then counts groups of records with one instruction, not records.
+            batch of ``arguments`` then counts groups of records with one instruction, not records. A stream is not
+            grouped; what shares an instruction in a batch of it shares a copy.
         max_per_group: the largest such group.
         eval_records: records for the loss that ``arguments.eval_strategy`` asks for.
-        resume: go on from the last checkpoint in the output directory, or from the named one.
+        resume: go on from the last whole checkpoint in the output directory, or from the named one. What a killed
+            process left of a checkpoint is passed over, and the run ends with the weights of an uninterrupted one.
         callbacks: for ``Trainer``; with any, its own printing of logs is left out.
 
     Returns:
-        What ``Trainer`` measured: ``train_loss``, ``train_runtime`` in seconds, ...
+        What ``Trainer`` measured: ``train_loss``, ``train_runtime`` in seconds, ..., and how much of the model learned:
+        ``num_trainable_parameters`` of ``num_parameters``.
 
     Raises:
-        GistError: the model is not patched, there are no records, records cannot be packed for this model, or there is
-            nothing to resume from.
+        GistError: the model is not patched, there are no records, a stream has no end (``max_steps``) or cannot be
+            sorted, records cannot be packed for this model, there is nothing to resume from, or weights would not be
+            sharded although ``fsdp`` asks for it; or an adapter is to be trained on shards, or to be saved beside a
+            whole checkpoint.
     """
     require_patched(model, tokenizer)
-    if not records:
-        raise GistError("records is empty; give at least one")
-    items: list[Any] = list(records)
+    checkpoint = checkpoint_to_resume(str(arguments.output_dir), resume)
+    items: Any = records if isinstance(records, IterableDataset) else list(records)
+    _check_records(items, arguments, pack_length)
     if pack_length is None:
         collator = GistCollator(
             tokenizer,
@@ -152,29 +172,95 @@ def finetune(
         )
     else:
         _check_packing(model, pack_length, part_separator)
-        items = group_by_instruction(records, max_per_group)
+        if isinstance(items, list):
+            items = group_by_instruction([to_record(item) for item in items], max_per_group)
         collator = GistPackingCollator(
             tokenizer, num_gist_tokens, conditions=conditions, max_length=max_length, pack_length=pack_length
         )
-    trainer = Trainer(
+    if arguments.train_sampling_strategy in _BY_LENGTH:
+        items = _with_lengths(items, tokenizer, arguments.length_column_name)
+    set_seed(arguments.seed)  # as Trainer does: a fresh adapter is drawn, and Trainer is not made yet
+    count = prepare(model, method, collator.num_gist_tokens[1])
+    has_adapter = adapter_of(model) is not None
+    if has_adapter:
+        check_directory(str(arguments.output_dir))
+        if _is_to_be_sharded(arguments):
+            raise GistError(
+                "an adapter cannot be trained with fsdp, which shards it; leave fsdp out: a frozen model has no "
+                "gradients and no optimiser state to shard"
+            )
+    trainer = (_TokenMeanTrainer if tokenizer.is_encoder_decoder else Trainer)(
         model=model,
         args=arguments,
-        train_dataset=items,  # pyright: ignore[reportArgumentType]
+        train_dataset=items,
         eval_dataset=None if eval_records is None else list(eval_records),  # pyright: ignore[reportArgumentType]
-        data_collator=collator,
+        data_collator=RepeatableDraws(collator, arguments.seed),
         callbacks=list(callbacks),
     )
     if callbacks:
         trainer.remove_callback(PrinterCallback)  # Whoever brings callbacks shows the progress.
+    if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # left out without a word
+        raise GistError("fsdp is asked for, but accelerate shards on accelerators alone; leave it out on a CPU")
     low, high = collator.num_gist_tokens
     model.config.gist = {**model.config.gist, "num_gist_tokens": [low, high]}
-    if resume is True and get_last_checkpoint(str(arguments.output_dir)) is None:
-        raise GistError(f"{arguments.output_dir} holds no checkpoint to resume from; start without resume")
-    result = trainer.train(resume_from_checkpoint=resume or None)
+    with checkpointing_what_learns(model):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if not has_adapter:
+        trainer.save_model()  # by every process, for sharded weights are gathered; the first one writes
     if trainer.is_world_process_zero():
-        trainer.save_model()
-        tokenizer.save_pretrained(str(arguments.output_dir))
-    return result.metrics
+        if has_adapter:
+            save_pretrained(model, tokenizer, str(arguments.output_dir))
+        else:
+            tokenizer.save_pretrained(str(arguments.output_dir))
+    return {**result.metrics, "num_trainable_parameters": count.trainable, "num_parameters": count.total}
+
+
+class _TokenMeanTrainer(Trainer):
+    """The mean over all target tokens of an optimiser step, however it is split into forward passes and processes.
+
+    T5's kind counts as dividing its loss by the tokens of the whole step, for its ``forward`` takes any keyword, and
+    does not (transformers 5.17 to 5.23): gradients would be so many times too large as there are forward passes in a
+    step, and processes. Goes when its loss is that of ``loss_function``, as for decoders.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if num_items_in_batch is None or self.args.n_gpu > 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs, labels = model(**inputs), inputs["labels"]
+        total = cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")  # skips IGNORED
+        # Processes average their gradients, and the tokens are those of all of them.
+        loss = total / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+
+def _is_to_be_sharded(arguments: TrainingArguments) -> bool:
+    """Whether the arguments ask for FSDP, or ``accelerate launch`` does, which speaks through the environment."""
+    return bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def _check_records(items: Any, arguments: TrainingArguments, pack_length: int | None) -> None:
+    if isinstance(items, list):
+        if not items:
+            raise GistError("records is empty; give at least one")
+    elif arguments.max_steps < 1:
+        raise GistError("records is a stream, whose length is not known; set max_steps of the arguments")
+    if arguments.train_sampling_strategy in _BY_LENGTH and (pack_length is not None or not isinstance(items, list)):
+        kind = "a stream cannot be sorted" if pack_length is None else "packed rows are equally long"
+        raise GistError(
+            f"train_sampling_strategy is {arguments.train_sampling_strategy!r}, but {kind}; leave it at 'random'"
+        )
+
+
+def _with_lengths(items: list[Any], tokenizer: GistTokenizer, name: str) -> Any:
+    """A data set with a column of lengths in ids, which is where ``Trainer`` looks for them."""
+    from datasets import Dataset
+
+    rows = [to_record(item) for item in items]
+    columns = ([getattr(row, part) for row in rows] for part in ("instruction", "input", "output"))
+    encodings = tokenizer.encode_batch(*columns)
+    return Dataset.from_list(
+        [{**asdict(row), name: len(encoding.input_ids)} for row, encoding in zip(rows, encodings, strict=True)]
+    )
 
 
 def _check_packing(model: PreTrainedModel, pack_length: int, part_separator: str | None) -> None:

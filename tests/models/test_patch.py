@@ -251,7 +251,7 @@ def test_patch_again_after_unpatch(name: str) -> None:
     assert_same_state(state_of(gisting.patch(model, tokenizer)), once)
 
 
-@pytest.mark.parametrize("where", ["register_attention", "_add_rows", "_set_attention", "_suppress", "_guarded_stack"])
+@pytest.mark.parametrize("where", ["register_attention", "_add_rows", "_set_attention", "_suppress", "guarded_stack"])
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("name", "changes"),

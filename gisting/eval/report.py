@@ -1,0 +1,216 @@
+"""A report from results files alone: tables in Markdown, and quality against k and against compression as pictures.
+
+Place in the flow: results -> **report**. Loads no model; needs matplotlib for the pictures (the ``eval`` extra).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gisting.errors import GistError
+from gisting.eval.results import Evaluation, Judgement, Split
+from gisting.eval.statistics import Interval, gap_share
+
+__all__ = ["gap_kept", "markdown", "result_rows", "write_report"]
+
+_SHARES = {"exact_match": "exact match", "rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
+_NUMBERS = {"perplexity": "perplexity", "tokens": "tokens", "tokens_ratio": "tokens / reference"}
+#: Column names of :func:`result_rows`.
+COLUMNS = ("split", "k", "condition", "records", *_SHARES.values(), *_NUMBERS.values(), "gap kept")
+
+
+def gap_kept(split: Split, num_gist_tokens: int, metric: str, **settings: Any) -> Interval | None:
+    """The share of the gap between the controls that the gist keeps in a metric that is a mean of scores.
+
+    None where one of the three conditions or the metric was not evaluated, or as
+    :func:`gisting.eval.statistics.gap_share`, which also takes the settings.
+    """
+    if not {"gist", "positive", "negative"} <= set(split.conditions):
+        return None
+    results = [split.result(name, num_gist_tokens) for name in ("gist", "positive", "negative")]
+    gist, positive, negative = (result.scores.get(metric) for result in results)
+    if gist is None or positive is None or negative is None:
+        return None
+    return gap_share(gist, positive, negative, **settings)
+
+
+def result_rows(evaluation: Evaluation, *, metric: str | None = None, **settings: Any) -> list[tuple[str, ...]]:
+    """The cells of a table, a row for each split, k and condition, under ``COLUMNS``; empty where nothing was scored.
+
+    Args:
+        evaluation: what was evaluated.
+        metric: of which the kept gap is told: a name of exact match or ROUGE; None for ROUGE-L where it was scored,
+            else exact match.
+        **settings: of the intervals, as for :func:`gisting.eval.statistics.bootstrap`.
+    """
+    metric = _metric([evaluation], metric)
+    rows = []
+    for split in evaluation.splits:
+        for result in split.results:
+            found = {name: result.interval(name, **settings) for name in result.metrics}
+            kept = gap_kept(split, result.num_gist_tokens, metric, **settings) if result.condition == "gist" else None
+            rows.append(
+                (
+                    split.name,
+                    str(result.num_gist_tokens),
+                    result.condition,
+                    str(result.num_records),
+                    *(_percent(found.get(name)) for name in _SHARES),
+                    *(_number(found.get(name)) for name in _NUMBERS),
+                    _percent(kept),
+                )
+            )
+    return rows
+
+
+def markdown(evaluations: Sequence[Evaluation], *, metric: str | None = None, **settings: Any) -> str:
+    """The report's text without pictures. Arguments as :func:`result_rows`."""
+    metric = _metric(evaluations, metric)
+    confidence = settings.get("confidence", 0.95)
+    lines = ["# Evaluation", ""]
+    lines += [
+        f"In brackets: the {100 * confidence:g} % interval of a percentile bootstrap over the records. Exact match, "
+        "ROUGE, gap kept and win rate are in per cent. Gap kept: (gist - negative) / (positive - negative) in "
+        f"{_SHARES[metric]}, over the same resampled records in all three; empty where the controls are not apart in "
+        "every resample.",
+    ]
+    for evaluation in evaluations:
+        about, settings_told = evaluation.model, ", ".join(f"{k} = {v}" for k, v in evaluation.settings.items())
+        trained = about["num_gist_tokens"]
+        lines += [
+            "",
+            f"## {about['name']}",
+            "",
+            f"- model `{about['fingerprint']}`, tokenizer `{about['tokenizer']}`, template {about['template']}, "
+            + ("not trained to gist" if trained is None else f"trained with k = {trained[0]} to {trained[1]}"),
+            f"- {settings_told}",
+            f"- {', '.join(f'{name} {value}' for name, value in evaluation.environment.items() if name != 'format')}",
+        ]
+        lines += [
+            f"- {split.name}: {len(split.records):,} records, prompts of {_mean(split.prompt_tokens):.1f} tokens in "
+            f"the mean, SHA-256 `{split.data_hash[:16]}`"
+            for split in evaluation.splits
+        ]
+        lines += ["", *_table(COLUMNS, result_rows(evaluation, metric=metric, **settings))]
+        if evaluation.judgements:
+            header = ("split", "k", "first", "second", "win rate of the first", "ties", "unparsable", "judge")
+            lines += ["", *_table(header, [_judged(one, settings) for one in evaluation.judgements])]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(
+    evaluations: Sequence[Evaluation], directory: str | Path, *, metric: str | None = None, **settings: Any
+) -> list[Path]:
+    """Write ``report.md`` with its pictures ``quality_by_k.png`` and ``quality_by_compression.png``.
+
+    Args:
+        evaluations: of one model or several, such as one checkpoint for each k; each is a line in the pictures.
+        directory: where to; made if it is not there.
+        metric: on the pictures' upright axis and of the kept gap; as for :func:`result_rows`.
+        **settings: of the intervals, as for :func:`gisting.eval.statistics.bootstrap`.
+
+    Returns:
+        The files.
+
+    Raises:
+        GistError: there is no evaluation, the metric was not scored, or matplotlib is not installed.
+    """
+    metric = _metric(evaluations, metric)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "quality_by_k.png": ("gist tokens k", False),
+        "quality_by_compression.png": ("compression: prompt tokens / k", True),
+    }
+    text = markdown(evaluations, metric=metric, **settings)
+    for name, (label, is_compression) in pictures.items():
+        _plot(evaluations, directory / name, metric, label, is_compression, settings)
+        text += f"\n![{_SHARES[metric]} against {label}]({name})\n"
+    (directory / "report.md").write_text(text, encoding="utf-8")
+    return [directory / "report.md", *(directory / name for name in pictures)]
+
+
+def _plot(
+    evaluations: Sequence[Evaluation],
+    path: Path,
+    metric: str,
+    label: str,
+    is_compression: bool,
+    settings: dict[str, Any],
+) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise GistError("a report's pictures need matplotlib; run: pip install 'gisting[eval]'") from error
+    names = list(dict.fromkeys(split.name for evaluation in evaluations for split in evaluation.splits))
+    figure = Figure(figsize=(4.5 * len(names) + 1.5, 4), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, names, strict=True):
+        ticks: set[float] = set()
+        for evaluation in evaluations:
+            for split in (one for one in evaluation.splits if one.name == name):
+                places = [_mean(split.prompt_tokens) / k if is_compression else float(k) for k in split.counts]
+                ticks |= set(places)
+                for condition in split.conditions:
+                    found = [split.result(condition, k).interval(metric, **settings) for k in split.counts]
+                    middle = [100 * one.value for one in found]
+                    line = condition if len(evaluations) == 1 else f"{condition}, {evaluation.model['name']}"
+                    style = "-o" if condition == "gist" else "--."
+                    (drawn,) = panel.plot(places, middle, style, label=line)
+                    low, high = ([100 * getattr(one, side) for one in found] for side in ("low", "high"))
+                    panel.fill_between(places, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted(ticks), [f"{tick:.3g}" for tick in sorted(ticks)])
+        panel.set(title=name, xlabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(f"{_SHARES[metric]} (%)")
+    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    figure.legend(handles=[*lines.values()], loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _metric(evaluations: Sequence[Evaluation], wanted: str | None) -> str:
+    """The metric to tell of, which every result must have."""
+    results = [result for evaluation in evaluations for split in evaluation.splits for result in split.results]
+    if not results:
+        raise GistError("evaluations is empty; give at least one results file")
+    scored = [name for name in _SHARES if all(name in result.scores for result in results)]
+    if wanted is None:
+        return "rouge_l" if "rouge_l" in scored else "exact_match"
+    if wanted not in scored:
+        raise GistError(f"metric must be one that all results have, {', '.join(scored)}, got {wanted!r}")
+    return wanted
+
+
+def _judged(judgement: Judgement, settings: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        judgement.split,
+        str(judgement.num_gist_tokens),
+        judgement.first,
+        judgement.second,
+        _percent(judgement.win_rate(**settings)),
+        str(judgement.num_ties),
+        str(judgement.num_unparsable),
+        judgement.judge,
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown, without the columns in which every cell is empty."""
+    kept = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    lines = [[header[place] for place in kept], *([row[place].replace("|", "\\|") for place in kept] for row in rows)]
+    return [f"| {' | '.join(lines[0])} |", "|---" * len(kept) + "|", *(f"| {' | '.join(one)} |" for one in lines[1:])]
+
+
+def _percent(found: Interval | None) -> str:
+    return "" if found is None else f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def _number(found: Interval | None) -> str:
+    return "" if found is None else f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+
+
+def _mean(numbers: Sequence[int]) -> float:
+    return sum(numbers) / len(numbers)

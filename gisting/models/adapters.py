@@ -1,0 +1,403 @@
+"""Trained parts beside a frozen model: put on, taken off, saved and loaded.
+
+Place in the flow: patch -> **adapters** -> training, or what ``load`` finds in a directory. A model with an adapter is
+still the ``PreTrainedModel`` that was patched, so everything takes it: ``compress``, ``generate``, ``fingerprint``,
+``unpatch``. Files are ordinary peft files, and peft does what is LoRA in them; where gist tokens are is
+``gist_lora``'s. Knows no training.
+
+Three kinds, each with its own rows of embedding for gist tokens, since a row that nobody trained says nothing:
+
+- ``lora``: LoRA on every linear layer but the head, at every token; one row. Plain peft reads it to the full. Text
+  without gist tokens is answered by the adapted model.
+- ``gist-lora``: LoRA on every linear layer of the stack that reads the prompt, its update added at gist tokens alone;
+  one row. Read by plain peft it acts at all tokens, which is another model than the one that was trained.
+- ``embeddings``: a row for each place in a gist, nothing else. Plain peft reads them as trained tokens.
+
+The rows act through a hook, so that the model's table keeps its bits and no output logit moves. As plain token
+embeddings they are what :func:`gist_rows` returns: written to free rows of an unpatched model's table, the j-th to the
+row of the j-th gist token, they give the same states under the same mask.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gisting.cache import GistCache
+from gisting.errors import CacheMismatchError, GistError
+from gisting.models import gist_lora
+from gisting.models.fingerprint import fingerprint
+from gisting.models.patch import guarded_stack
+from gisting.models.weights import input_weight
+from gisting.tokens import GistTokenizer
+
+__all__ = [
+    "KINDS",
+    "Adapter",
+    "adapter_of",
+    "attach",
+    "check_directory",
+    "check_num_gist_tokens",
+    "detach",
+    "for_base_model",
+    "gist_rows",
+    "load",
+    "read_about",
+    "save",
+]
+
+#: The kinds of adapter, by name.
+KINDS = ("lora", "gist-lora", "embeddings")
+
+_FORMAT = 1
+_FILE, _CONFIG, _WEIGHTS = "gist_adapter.json", "adapter_config.json", "adapter_model.safetensors"
+_NAME = "default"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained beside a frozen model.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        num_rows: rows of embedding: for ``"embeddings"`` one for each place in a gist, the largest k; else 1.
+        rank: of LoRA's two matrices.
+        alpha: LoRA's scale times ``rank``; None for twice the rank.
+        dropout: of what enters LoRA, while training.
+    """
+
+    kind: str
+    num_rows: int = 1
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise GistError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.num_rows < 1 or self.rank < 1:
+            raise GistError(f"num_rows and rank must be at least 1, got {self.num_rows} and {self.rank}")
+        if self.num_rows > 1 and self.kind != "embeddings":
+            raise GistError(f"num_rows must be 1 for {self.kind}, got {self.num_rows}; only embeddings take more")
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether linear layers are wrapped."""
+        return self.kind != "embeddings"
+
+    @property
+    def is_gist_only(self) -> bool:
+        """Whether it acts at gist tokens alone, so that ordinary text and what follows a cache is the base model's."""
+        return self.kind != "lora"
+
+
+def attach(model: Any, adapter: Adapter) -> None:
+    """Freeze a patched model and put a fresh adapter beside it. In place, and undone by :func:`detach`.
+
+    Fresh, it changes nothing: the rows start as the gist token's own, and LoRA's second matrix as zeros. What is
+    trained is kept in float32 where the model is in 16 bits.
+
+    Args:
+        model: a patched model without adapters.
+        adapter: which.
+
+    Raises:
+        GistError: the model is not patched, or has an adapter.
+        ImportError: peft is not installed (``pip install 'gisting[train]'``).
+    """
+    gist = getattr(model.config, "gist", None)
+    if gist is None or not hasattr(model, "_gist_undo"):
+        raise GistError(f"model ({type(model).__name__}) is not patched; call gisting.patch(model, tokenizer) first")
+    if adapter_of(model) is not None or getattr(model, "peft_config", None):
+        raise GistError("model has an adapter already; take it off (gisting.models.adapters.detach) or load it afresh")
+    model._gist_base = fingerprint(model) if adapter.is_gist_only else None
+    model._gist_trained_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    stack: Any = guarded_stack(model)
+    row = input_weight(model).detach()[gist["gist_token_id"]]
+    if adapter.has_lora:
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(_peft_config(model, adapter), model, _NAME)
+        model._hf_peft_config_loaded = True
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = _at_least_float32(parameter.data)
+    if adapter.kind == "gist-lora":
+        for module in stack.modules():
+            if hasattr(module, "lora_variant"):
+                module.lora_variant[_NAME] = gist_lora.GistOnlyLora()
+    rows = nn.Parameter(_at_least_float32(row).repeat(adapter.num_rows, 1))
+    gist_lora.install(model, stack, rows, has_lora=adapter.kind == "gist-lora")
+    model.config.gist = {**gist, "adapter": asdict(adapter)}
+
+
+def detach(model: Any) -> None:
+    """Take the adapter off: the model is the one that :func:`attach` found, to the bit.
+
+    Raises:
+        GistError: there is none.
+    """
+    if adapter_of(model) is None:
+        raise GistError("model has no adapter of gisting's; there is nothing to take off")
+    gist_lora.uninstall(model)
+    wrapped = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_variant")]
+    for name, module in wrapped:
+        above, _, last = name.rpartition(".")
+        setattr(model.get_submodule(above), last, module.base_layer)
+    if wrapped:
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+    before = set(model._gist_trained_before)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in before)
+    del model._gist_trained_before, model._gist_base
+    model.config.gist = {key: value for key, value in model.config.gist.items() if key != "adapter"}
+
+
+def adapter_of(model: Any) -> Adapter | None:
+    """The adapter that a model has, or None."""
+    # The config of a training checkpoint names an adapter as well.
+    return Adapter(**model.config.gist["adapter"]) if hasattr(model, "_gist_trained_before") else None
+
+
+def gist_rows(model: Any) -> Tensor:
+    """What stands in the place of gist tokens' embeddings, ``(num_rows, d_model)``, in the units of the table.
+
+    Raises:
+        GistError: the model has no adapter.
+    """
+    if adapter_of(model) is None:
+        raise GistError("model has no adapter; its gist token's row is in its table")
+    return guarded_stack(model).gist_rows.detach()
+
+
+def for_base_model(model: Any, cache: GistCache) -> GistCache:
+    """The cache as one that the base model reads, together with those of its other adapters.
+
+    Behind a cached gist an adapter that acts at gist tokens alone is not at work, so the base model goes on from the
+    states with the same bits. Such caches may be joined (``GistCache.cat``) and answered in one batch by one base
+    model, patched for the same tokenizer. In a store they would be taken for what the base model itself
+    makes of a prompt: keep them there as they came, and call this when they are used.
+
+    Args:
+        model: with the adapter that made the cache.
+        cache: what ``compress`` gave for it. It is left as it is; the states are shared.
+
+    Raises:
+        GistError: the model has no adapter that acts at gist tokens alone.
+        CacheMismatchError: another model made the cache.
+    """
+    adapter = adapter_of(model)
+    if adapter is None or not adapter.is_gist_only:
+        raise GistError(
+            f"model has {'no adapter' if adapter is None else 'a lora adapter'}, and its caches are for itself alone; "
+            "only what acts at gist tokens alone (gist-lora, embeddings) leaves the base model to read them"
+        )
+    own = fingerprint(model)
+    if cache.origin.model != own:
+        raise CacheMismatchError(f"cache was made for {cache.origin.model}, this model is {own}; compress it again")
+    return replace(cache, origin=replace(cache.origin, model=model._gist_base))
+
+
+def check_num_gist_tokens(model: Any, num_gist_tokens: int) -> None:
+    """Raise where a gist is longer than there are rows for its places.
+
+    Raises:
+        GistError: it is; with one row for all, every length is fine.
+    """
+    adapter = adapter_of(model)
+    if adapter is not None and adapter.kind == "embeddings" and num_gist_tokens > adapter.num_rows:
+        raise GistError(
+            f"num_gist_tokens must be at most {adapter.num_rows}, got {num_gist_tokens}: the adapter has a row for "
+            f"each of {adapter.num_rows} places; train it with more"
+        )
+
+
+def save(model: Any, tokenizer: GistTokenizer, directory: str | Path) -> None:
+    """Write the adapter as peft's files, and ``gist_adapter.json``, which says what is in them.
+
+    In peft's file the rows are trained tokens: of the gist token's id and, where there are more, of ids behind all of
+    the tokenizer's. A table that is to take them must have as many rows.
+
+    Args:
+        model: with an adapter.
+        tokenizer: the tokenizer it was patched for; it is not written.
+        directory: where to; made where there is none.
+
+    Raises:
+        GistError: the model has no adapter, or the directory holds a whole checkpoint, which would hide the adapter.
+        OSError: something cannot be written.
+    """
+    from peft import TrainableTokensConfig, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    adapter = adapter_of(model)
+    if adapter is None:
+        raise GistError("model has no adapter to save")
+    directory = Path(directory)
+    check_directory(directory)
+    first, size = tokenizer.gist_token_id, len(tokenizer.tokenizer)  # pyright: ignore[reportArgumentType]
+    ids = [first, *range(max(first + 1, size), max(first + 1, size) + adapter.num_rows - 1)]
+    (embedding,) = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
+    base = _base(model)
+    if adapter.has_lora:
+        config: Any = _peft_config(model, adapter)
+        config.trainable_token_indices = {embedding: ids}
+        held = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+        name = f"{embedding}.token_adapter.trainable_tokens_delta"
+    else:
+        config = TrainableTokensConfig(token_indices=ids, target_modules=[embedding])
+        held, name = {}, f"{embedding}.trainable_tokens_delta"
+    config.base_model_name_or_path, config.inference_mode = base, True
+    tensors = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in held.items()}
+    tensors[_PREFIX + name] = gist_rows(model).cpu().contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(directory))
+    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+    about = {
+        "format": _FORMAT,
+        "base": base,
+        "rows": _PREFIX + name,
+        "num_gist_tokens": model.config.gist.get("num_gist_tokens"),
+        "adapter": asdict(adapter),
+    }
+    (directory / _FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
+    """Attach what :func:`save` wrote to a patched model, which should be the one that it was trained beside.
+
+    Args:
+        model: a patched model without adapters.
+        name_or_path: a directory, or a repository on the Hugging Face hub.
+        **source: where files come from: ``revision``, ``token``, ...
+
+    Raises:
+        GistError: there is no adapter of gisting's, it is of a later format, or it does not fit the model.
+    """
+    from safetensors.torch import load_file
+
+    about = read_about(name_or_path, **source)
+    if about is None:
+        raise GistError(f"{name_or_path} holds no adapter of gisting's: it has no {_FILE}")
+    tensors = load_file(_cached(name_or_path, _WEIGHTS, **source))
+    attach(model, Adapter(**about["adapter"]))
+    own = {re.sub(rf"\.{_NAME}(?=\.|$)", "", name): tensor for name, tensor in _trained(model).items()}
+    found = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if key != about["rows"]}
+    if about["rows"] in tensors:
+        found["gist_rows"] = tensors[about["rows"]]
+    odd = [name for name in own.keys() | found.keys() if _shape(own.get(name)) != _shape(found.get(name))]
+    if odd:
+        detach(model)
+        raise GistError(
+            f"{name_or_path} does not fit {type(model).__name__}: {', '.join(sorted(odd)[:3])}; it was trained beside "
+            f"{about['base']}"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+    if about["num_gist_tokens"] is not None:
+        model.config.gist = {**model.config.gist, "num_gist_tokens": about["num_gist_tokens"]}
+
+
+def read_about(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None:
+    """What ``gist_adapter.json`` says (``base``: the model it belongs to), or None where there is none.
+
+    Raises:
+        GistError: it is of a later format.
+    """
+    found = _cached(name_or_path, _FILE, **source)
+    if found is None:
+        return None
+    about = json.loads(Path(found).read_text(encoding="utf-8"))
+    if about.get("format") != _FORMAT:
+        raise GistError(
+            f"{found} has format {about.get('format')}, this version reads {_FORMAT}; upgrade gisting: pip install -U "
+            "gisting"
+        )
+    return about
+
+
+def check_directory(directory: str | Path) -> None:
+    """Raise where an adapter would lie beside a whole checkpoint, which is what would be loaded.
+
+    Raises:
+        GistError: there is one.
+    """
+    if (Path(directory) / "config.json").exists():
+        raise GistError(
+            f"{directory} holds a whole checkpoint, which would be loaded in place of the adapter; give "
+            "another directory"
+        )
+
+
+def _trained(model: Any) -> dict[str, Tensor]:
+    """The adapter's tensors by name; the rows as ``gist_rows``, wherever the stack is."""
+    found = {name: tensor for name, tensor in model.named_parameters() if "lora_" in name}
+    return {**found, "gist_rows": guarded_stack(model).gist_rows}
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """AdamW's small steps are lost in 16 bits."""
+    return tensor.float() if tensor.element_size() < 4 else tensor.clone()
+
+
+def _peft_config(model: Any, adapter: Adapter) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=2 * adapter.rank if adapter.alpha is None else adapter.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=adapter.dropout,
+        target_modules=_targets(model, adapter),
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+    )
+
+
+def _targets(model: Any, adapter: Adapter) -> list[str]:
+    """Every linear layer but the head's; for gist-only LoRA of the stack that reads the prompt: an encoder, since no
+    decoder of an encoder-decoder has gist tokens. Short names where those are the same layers.
+    """
+    head = model.get_output_embeddings()
+    linear = [
+        (re.sub(r"\.base_layer$", "", name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
+    ]
+    inside = {id(module) for module in (guarded_stack(model) if adapter.kind == "gist-lora" else model).modules()}
+    wanted = [name for name, module in linear if id(module) in inside]
+    short = {name.rpartition(".")[2] for name in wanted}
+    is_enough = all(name.rpartition(".")[2] not in short for name, _ in linear if name not in wanted)
+    return sorted(short) if is_enough else sorted(wanted)
+
+
+def _base(model: Any) -> str:
+    """The name of the frozen model; a directory in full, since the adapter lies somewhere else."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    return str(Path(name).resolve()) if name and os.path.isdir(name) else name
+
+
+def _cached(name_or_path: str | Path, file: str, **source: Any) -> Any:
+    from transformers.utils.hub import cached_file
+
+    return cached_file(
+        str(name_or_path),
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **source,
+    )

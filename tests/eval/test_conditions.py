@@ -1,0 +1,251 @@
+"""Baselines without gist tokens, losses of references, several k: against stock models and against one record at a
+time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import gisting
+from gisting import GistError, GistTokenizer, Record
+from gisting.eval.conditions import EVAL_CONDITIONS, METRICS, ConditionResult, evaluate
+from tests import tiny
+
+FAMILIES = ["llama", "qwen2-window", "gpt_neox", "gemma2", "t5", "umt5"]
+
+
+def records(count: int = 7) -> list[Record]:
+    return [
+        Record(tiny.words(3 + n, n), tiny.words(1 + n % 3, 40 + n), tiny.words(1 + n % 4, 70 + n)) for n in range(count)
+    ]
+
+
+def run(name: str, counts: int | list[int] = 2, **settings) -> list[ConditionResult]:
+    model, tokenizer = tiny.patched(name)
+    settings = {"conditions": EVAL_CONDITIONS, "max_new_tokens": 4, "with_rouge": False, **settings}
+    return evaluate(model, tokenizer, records(), counts, **settings)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_batches_change_nothing(name: str) -> None:
+    """Padding, on whatever side, is seen by nobody; float32 sums differ in their last bits."""
+    together = run(name, batch_size=3, with_perplexity=True)
+    for one, alone in zip(together, run(name, batch_size=1, with_perplexity=True), strict=True):
+        assert one.predictions == alone.predictions
+        assert one.scores["nll"] == pytest.approx(alone.scores["nll"], rel=1e-4)
+        assert one.scores["nll_tokens"] == [1.0 + 1 + n % 4 for n in range(7)]  # a word each, and the end
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "t5"])
+@pytest.mark.parametrize(("condition", "num_words"), [("truncated", 2), ("no-prompt", 0)])
+def test_a_baseline_is_what_a_stock_model_does(name: str, condition: str, num_words: int) -> None:
+    """Answers and losses of a model that nobody has patched, given the text that the baseline stands for."""
+    model, tokenizer = tiny.patched(name)
+    stock: Any = tiny.stock_twin(name, model)
+    (found,) = evaluate(
+        model,
+        tokenizer,
+        records(),
+        2,
+        conditions=[condition],
+        max_new_tokens=4,
+        with_rouge=False,
+        with_perplexity=True,
+    )
+    words: Any = tokenizer.tokenizer
+    for number, record in enumerate(records()):
+        text = " ".join([*record.instruction.split()[:num_words], record.input])
+        ids = torch.tensor([words(text)["input_ids"]])
+        target = torch.tensor([[*words(record.output)["input_ids"], tokenizer.eos_token_id]])
+        said = stock.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=4,
+            do_sample=False,
+            suppress_tokens=[tokenizer.gist_token_id],
+        )[0].tolist()
+        said = said if name == "t5" else said[ids.shape[1] :]
+        assert found.predictions[number] == tokenizer.decode(said).strip()
+        with torch.no_grad():
+            if name == "t5":
+                loss = stock(input_ids=ids, labels=target).loss
+            else:
+                whole = torch.cat([ids, target], dim=1)
+                labels = torch.cat([torch.full_like(ids, -100), target], dim=1)
+                loss = stock(input_ids=whole, labels=labels).loss
+        assert found.scores["nll"][number] == pytest.approx(loss.item() * target.shape[1], rel=1e-4)
+
+
+def test_start_ids_stand_before_every_baseline() -> None:
+    """What the tokenizer puts before a text is there once, the template's words are not."""
+    from tokenizers.processors import TemplateProcessing
+
+    inner = tiny.word_tokenizer(("Instruction:", "Input:", "Output:"))
+    inner.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = GistTokenizer(inner, "alpaca")
+    model = gisting.patch(tiny.model("llama", vocab_size=70), tokenizer)
+    given: list[str] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(tokenizer.decode(kwargs["input_ids"][0], skip_special_tokens=False)),
+        with_kwargs=True,
+    )
+    for condition, start in (("truncated", "<s> w1 w2"), ("no-prompt", "<s>")):
+        given.clear()
+        one = [Record("w1 w2 w3", "w4", "w5")]
+        evaluate(model, tokenizer, one, 2, conditions=[condition], max_new_tokens=1, with_rouge=False)
+        assert given == [f"{start} Input: w4 Output:"]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("condition", ["gist", "positive", "negative"])
+def test_the_loss_is_that_of_the_cached_run(name: str, condition: str) -> None:
+    """Teacher forcing over the whole text and answers from caches are the same model: as a reference, what it answers
+    greedily is likelier than another text.
+    """
+    model, tokenizer = tiny.patched(name)
+    asked = records()
+    settings = {"conditions": [condition], "with_rouge": False}
+    (said,) = evaluate(model, tokenizer, asked, 2, max_new_tokens=3, **settings)
+    own = [Record(a.instruction, a.input, text) for a, text in zip(asked, said.predictions, strict=True)]
+    (found,) = evaluate(model, tokenizer, own, 2, max_new_tokens=3, with_perplexity=True, **settings)
+    assert found.exact_match == 1.0
+    other = [Record(a.instruction, a.input, tiny.words(3, 99)) for a in asked]
+    (worse,) = evaluate(model, tokenizer, other, 2, max_new_tokens=3, with_perplexity=True, **settings)
+    assert found.interval("perplexity").value < worse.interval("perplexity").value
+
+
+def test_the_loss_of_a_gist_is_that_of_the_collator() -> None:
+    """Summed over its tokens it is what training minimises."""
+    from gisting.data.collate import GistCollator
+
+    model, tokenizer = tiny.patched("llama")
+    (found,) = evaluate(
+        model, tokenizer, records(), 2, conditions=["gist"], max_new_tokens=1, with_rouge=False, with_perplexity=True
+    )
+    with torch.no_grad():
+        loss = model(**GistCollator(tokenizer, 2)(records())).loss.item()
+    assert math.log(found.interval("perplexity").value) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_every_k_is_what_it_is_alone(name: str) -> None:
+    """Also negative and no-prompt, which are run once for all k."""
+    done: list[int] = []
+    both = run(name, [1, 3], with_perplexity=True, progress=done.append)
+    assert [(one.num_gist_tokens, one.condition) for one in both] == [(k, c) for k in (1, 3) for c in EVAL_CONDITIONS]
+    assert sum(done) == 7 * 5 * 2
+    alone = [*run(name, 1, with_perplexity=True), *run(name, 3, with_perplexity=True)]
+    for one, other in zip(both, alone, strict=True):
+        assert one.predictions == other.predictions
+        assert one.scores["nll"] == pytest.approx(other.scores["nll"], rel=1e-5)
+    assert both[0].scores["nll"] != both[5].scores["nll"]
+
+
+def test_random_numbers_of_the_caller_stay() -> None:
+    """An evaluation in the middle of a training draws nothing from its stream."""
+    model, tokenizer = tiny.patched("llama")
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    settings = {"conditions": EVAL_CONDITIONS, "max_new_tokens": 2, "with_rouge": False, "with_perplexity": True}
+    evaluate(model, tokenizer, records(), **settings)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_an_encoder_without_input_reads_the_end() -> None:
+    model, tokenizer = tiny.patched("t5")
+    asked = [Record("w1 w2", "", "w3"), Record("w4", "w5 w6", "w6")]
+    (found,) = evaluate(
+        model, tokenizer, asked, conditions=["no-prompt"], max_new_tokens=3, with_rouge=False, with_perplexity=True
+    )
+    words: Any = tokenizer.tokenizer
+    with torch.no_grad():
+        target = torch.tensor([[*words("w3")["input_ids"], tokenizer.eos_token_id]])
+        loss = tiny.stock_twin("t5", model)(input_ids=torch.tensor([[tokenizer.eos_token_id]]), labels=target).loss
+    assert found.scores["nll"][0] == pytest.approx(2 * loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("condition", ["gist", "no-prompt"])
+def test_no_answer_holds_a_gist_token(condition: str) -> None:
+    """Not even where a ``generation_config`` is given that suppresses another."""
+    model, tokenizer = tiny.patched("llama")
+
+    def prefer(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.index_fill(-1, torch.tensor([tokenizer.gist_token_id]), 1e4)
+
+    head: Any = model.get_output_embeddings()
+    head.register_forward_hook(prefer)
+    (found,) = evaluate(
+        model,
+        tokenizer,
+        records(),
+        conditions=[condition],
+        max_new_tokens=3,
+        with_rouge=False,
+        generation_config=GenerationConfig(eos_token_id=2, pad_token_id=0, suppress_tokens=[5]),
+    )
+    assert [len(text.split()) for text in found.predictions] == [3] * 7
+
+
+def test_metrics_by_hand() -> None:
+    scores = {
+        "exact_match": [1.0, 0.0],
+        "tokens": [2.0, 6.0],
+        "reference_tokens": [4.0, 4.0],
+        "characters": [1.0, 2.0],
+        "reference_characters": [3.0, 3.0],
+        "nll": [2.0, 12.0],
+        "nll_tokens": [1.0, 3.0],
+    }
+    result = ConditionResult("gist", 1, ["a", "b"], scores)
+    expected = {
+        "exact_match": 0.5,
+        "perplexity": math.exp(14 / 4),
+        "record_perplexity": math.exp((2 + 4) / 2),
+        "tokens": 4.0,
+        "tokens_ratio": 1.0,
+        "characters": 1.5,
+        "characters_ratio": 0.5,
+    }
+    assert result.summary() == {
+        "condition": "gist",
+        "num_gist_tokens": 1,
+        "num_records": 2,
+        **{name: pytest.approx(value) for name, value in expected.items()},
+    }
+    assert result.metrics == [name for name in METRICS if name in expected]
+    assert result.rouge_l is None
+    found = result.interval("exact_match")
+    assert (found.low, found.high) == (0.0, 1.0)
+    with pytest.raises(GistError, match=r"metric must be one that was scored, exact_match, .*, got 'rouge_l'"):
+        result.interval("rouge_l")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"conditions": ["gits"]},
+            "condition must be one of gist, positive, negative, truncated, no-prompt, got 'gits'",
+        ),
+        ({"conditions": []}, "no-prompt, got 'none'"),
+        ({"counts": 0}, r"num_gist_tokens must be at least 1, or different such numbers, got \[0\]"),
+        ({"counts": [1, 1]}, r"got \[1, 1\]"),
+        ({"counts": []}, r"got \[\]"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_errors(changes: dict, message: str) -> None:
+    with pytest.raises(GistError, match=message):
+        run("llama", **changes)
+
+
+def test_nothing_to_continue() -> None:
+    model, tokenizer = tiny.patched("llama")
+    with pytest.raises(GistError, match="condition 'no-prompt' leaves nothing for the model to continue in a record"):
+        evaluate(model, tokenizer, [Record("w1", "", "w2")], conditions=["no-prompt"], with_rouge=False)

@@ -1,0 +1,151 @@
+"""Two processes train as one does: the same global batch gives the same losses and weights, under DDP and FSDP2.
+
+This file is also what the processes run. On a CPU, over gloo; nothing here needs an accelerator.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+import gisting
+from gisting import Record
+from gisting.train.finetune import finetune, published_arguments
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_STEPS = 20
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate"),
+    pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+    ),
+]
+
+
+class Seen(TrainerCallback):
+    """What a run did: its losses, what it trained and on how much of each batch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.parameter = ""
+        self.num_rows: set[int] = set()
+
+    def on_train_begin(self, args, state, control, model: PreTrainedModel | None = None, **kwargs):
+        assert model is not None
+        self.parameter = type(next(model.parameters())).__name__
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: self.num_rows.add(len(kwargs["input_ids"])), with_kwargs=True
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.losses += [logs["loss"]] if logs and "loss" in logs else []
+
+
+def train(output: Path, name: str, kind: str) -> None:
+    """Twenty steps of eight rows; completions differ in length, so processes differ in the tokens that they learn."""
+    torch.set_num_threads(1)
+    set_seed(0)
+    model, tokenizer = tiny.patched(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.div_(5)
+    records = [
+        Record(f"w{number} w{number + 1}", tiny.words(1 + number % 3, number), tiny.words(1 + number % 5, number))
+        for number in range(48)
+    ]
+    changes: dict[str, Any] = {}
+    if kind.startswith("fsdp2"):
+        config = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text(encoding="utf-8"))
+        changes = {"fsdp": True, "fsdp_config": config["fsdp_config"]}
+    arguments = published_arguments(
+        output,
+        batch_size=8,
+        max_steps=NUM_STEPS,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_find_unused_parameters=False,
+        **changes,
+    )
+    if kind == "fsdp2":
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+
+        # accelerate shards on accelerators alone; what shards (torch) does so on a CPU too.
+        assert arguments.parallel_mode
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    seen = Seen()
+    # k is drawn from the batch, which is another one in each process: here it is the same for all rows.
+    finetune(model, tokenizer, records, arguments, num_gist_tokens=2, callbacks=[seen])
+    if arguments.process_index == 0:
+        found = {**vars(seen), "num_rows": sorted(seen.num_rows), "num_processes": arguments.world_size}
+        (output / "seen.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def launch(output: Path, name: str, kind: str, num_processes: int) -> subprocess.CompletedProcess[str]:
+    module = ["-m", "tests.test_distributed", str(output), name, kind]
+    if num_processes > 1:
+        module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), *module]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return subprocess.run(
+        [sys.executable, *module], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110
+    )
+
+
+def seen_in(output: Path) -> dict[str, Any]:
+    return json.loads((output / "seen.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What one process makes of each model."""
+    outputs = {}
+    for name in ("llama", "t5"):
+        outputs[name] = tmp_path_factory.mktemp("alone") / name
+        done = launch(outputs[name], name, "one", 1)
+        assert done.returncode == 0, done.stderr
+    return outputs
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "ddp"), ("llama", "fsdp2"), ("t5", "fsdp2")])
+def test_two_processes_train_as_one_does(tmp_path: Path, alone: dict[str, Path], name: str, kind: str) -> None:
+    done = launch(tmp_path, name, kind, 2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = seen_in(alone[name]), seen_in(tmp_path)
+    assert (one["num_processes"], one["num_rows"]) == (1, [8])
+    assert (two["num_processes"], two["num_rows"]) == (2, [4])
+    assert two["parameter"] == {"ddp": "Parameter", "fsdp2": "DTensor"}[kind]  # in shards, not only said to be
+    assert len(two["losses"]) == NUM_STEPS
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=0)
+    assert one["losses"][-1] < one["losses"][0] - 0.3
+    # Loaded, for what is gathered from shards holds tied weights under each of their names.
+    expected, found = (gisting.load(output)[0].state_dict() for output in (alone[name], tmp_path))
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_sharding_is_refused_where_it_would_be_left_out(tmp_path: Path) -> None:
+    """accelerate shards on accelerators alone, and without one trains on whole weights without a word."""
+    done = launch(tmp_path, "llama", "fsdp2-unsupported", 2)
+    assert done.returncode != 0
+    assert "fsdp is asked for, but accelerate shards on accelerators alone" in done.stderr
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,578 @@
+"""Four ways to train: what learns, what stays to the bit, where an adapter acts, and that its files come back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from typer.testing import CliRunner
+
+import gisting
+from gisting import GistCollator, GistError, GistTokenizer, Record, visibility
+from gisting.errors import CacheMismatchError
+from gisting.models import adapters
+from gisting.models.adapters import KINDS, Adapter, adapter_of, attach, detach, for_base_model, gist_rows
+from gisting.models.fingerprint import fingerprint
+from gisting.models.gist_lora import gist_places
+from gisting.models.patch import guarded_stack
+from gisting.train.finetune import finetune
+from gisting.train.methods import METHODS, Method, count_parameters, prepare
+from tests import tiny
+from tests.test_train import RECORDS, arguments
+
+RAGGED = [Record("w1 w2 w3", "w7 w8", "w3"), Record("w4 w5", "w5 w6 w1", "w6 w2")]
+THREE = ["llama", "qwen3", "gemma3_text"]
+# peft 0.21 asks a model for a property by the name that transformers 5.23 deprecates.
+peft_alone = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+GIST_ONLY = ["gist-lora", "embeddings"]
+
+
+def adapted(name: str, kind: str, num_gist_tokens: int = 2) -> tuple[Any, GistTokenizer]:
+    """A patched model with an adapter whose every number is drawn, so that nothing of it is zero."""
+    model, tokenizer = tiny.patched(name)
+    attach(model, Adapter(kind, num_gist_tokens if kind == "embeddings" else 1, rank=2))
+    draw(model)
+    return model, tokenizer
+
+
+def draw(model: Any, seed: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def logits(model: Any, batch: Any = None) -> Tensor:
+    """Of a batch, or of a text without gist tokens."""
+    if batch is None:
+        ids = torch.arange(4, 20).view(2, 8)
+        batch = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    return model(**batch).logits
+
+
+# -- where an adapter acts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*tiny.DECODERS, *tiny.ENCODER_DECODERS])
+def test_every_family(name: str, kind: str) -> None:
+    """A fresh adapter changes nothing; a trained one changes what stands behind a gist, and of ordinary text not one
+    bit unless it is LoRA on everything; taken off, it leaves no trace.
+    """
+    model, tokenizer = tiny.patched(name)
+    batch = GistCollator(tokenizer, 2)(RAGGED)
+    behind_gist, text, base = logits(model, batch), logits(model), fingerprint(model)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    attach(model, Adapter(kind, 2 if kind == "embeddings" else 1, rank=2))
+    assert torch.equal(logits(model, batch), behind_gist)
+    draw(model)
+    assert not torch.allclose(logits(model, batch), behind_gist, atol=1e-2)
+    assert torch.equal(logits(model), text) is (kind != "lora")
+    assert fingerprint(model) != base
+    model(**batch).loss.backward()
+    assert [
+        key for key, parameter in model.named_parameters() if parameter.requires_grad != (parameter.grad is not None)
+    ] == []
+    detach(model)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert fingerprint(model) == base
+    assert torch.equal(logits(model, batch), behind_gist)
+
+
+@pytest.mark.parametrize("kind", GIST_ONLY)
+@pytest.mark.parametrize("name", THREE)
+def test_text_in_one_batch_with_gists_keeps_its_bits(name: str, kind: str) -> None:
+    """A row without gist tokens, and a prompt before its gist; behind the gist the adapter shows."""
+    model, tokenizer = tiny.patched(name)
+    gist = tokenizer.gist_token_id
+    ids = torch.tensor([[5, 6, 7, gist, gist, 8, 9], [10, 11, 12, 13, 14, 15, 16]])
+    seen = visibility.gist(ids == gist)
+    batch = {"input_ids": ids, "attention_mask": seen.as_attention_mask(), "position_ids": seen.position_ids}
+    before = logits(model, batch)
+    attach(model, Adapter(kind, 2 if kind == "embeddings" else 1, rank=2))
+    draw(model)
+    after = logits(model, batch)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[0, :3], before[0, :3])
+    assert not torch.isclose(after[0, 3:], before[0, 3:], atol=1e-3).all(-1).any()
+
+
+@pytest.mark.parametrize("name", [*THREE, "t5"])
+def test_gist_only_lora_is_the_masked_update_of_its_definition(name: str) -> None:
+    """Oracle: the frozen model, with ``B A x`` times its scale added to the gist tokens of every layer by hand."""
+    model, tokenizer = adapted(name, "gist-lora")
+    batch = GistCollator(tokenizer, 2)(RAGGED)
+    found = logits(model, batch)
+    stack = guarded_stack(model)
+    updates = {
+        key: (module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"])
+        for key, module in model.named_modules()
+        if hasattr(module, "lora_variant")
+    }
+    row, plain = gist_rows(model)[0], copy.deepcopy(model)
+    detach(plain)
+    assert len(updates) == (3 * 6 if name == "t5" else 3 * 7)
+    assert all(key.startswith("encoder." if name == "t5" else "model.") for key in updates)
+    is_gist = (batch["input_ids"] == tokenizer.gist_token_id)[..., None]
+    for key, (down, up, scale) in updates.items():
+
+        def add(
+            _module: Any, args: Any, output: Tensor, down: Any = down, up: Any = up, scale: float = scale
+        ) -> Tensor:
+            return output + is_gist * (args[0] @ down.T @ up.T * scale)
+
+        plain.get_submodule(key).register_forward_hook(add)
+    with torch.no_grad():
+        plain.get_input_embeddings().weight[tokenizer.gist_token_id] = row
+        if plain.get_output_embeddings().weight is plain.get_input_embeddings().weight:
+            found, expected = found[..., :-1], logits(plain, batch)[..., :-1]  # the hook moves no output row
+        else:
+            expected = logits(plain, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert stack is guarded_stack(model)
+
+
+@pytest.mark.parametrize("kind", GIST_ONLY)
+def test_a_cached_gist_is_read_by_the_base_model(kind: str) -> None:
+    """Behind a cache the adapter is not at work: the base model goes on from it with the same bits, so that many
+    adapters can share one base model.
+    """
+    model, tokenizer = adapted("llama", kind)
+    cache = gisting.compress(model, tokenizer, ["w1 w2 w3", "w4 w5"], 2)
+    rest = torch.tensor([[10, 11, 12], [13, 14, 15]])
+    mask = torch.ones(2, 5, dtype=torch.long)
+
+    def go_on(reader: Any) -> Tensor:
+        return logits(
+            reader, {"input_ids": rest, "attention_mask": mask, "past_key_values": cache.as_past_key_values()}
+        )
+
+    expected = go_on(model)
+    full = GistCollator(tokenizer, 2)([Record("w1 w2 w3", "w7", "w8")])
+    assert not torch.equal(logits(model, full), logits(tiny.patched("llama")[0], full))
+    assert torch.equal(go_on(tiny.patched("llama")[0]), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("kind", GIST_ONLY)
+def test_caches_of_several_adapters_are_answered_in_one_batch_of_the_base_model(name: str, kind: str) -> None:
+    """Each row as the model with its own adapter answers it."""
+    base, tokenizer = tiny.patched(name)
+    caches, expected = [], []
+    for seed in range(2):
+        model, _ = tiny.patched(name)
+        attach(model, Adapter(kind, 2 if kind == "embeddings" else 1, rank=2))
+        draw(model, seed)
+        own = gisting.compress(model, tokenizer, ["w1 w2 w3"], 2)
+        expected += gisting.generate(model, tokenizer, ["w7 w8"], cache=own, max_new_tokens=6, do_sample=False)
+        with pytest.raises(CacheMismatchError, match="cache was made for"):
+            gisting.generate(base, tokenizer, ["w7 w8"], cache=own)
+        caches.append(for_base_model(model, own))
+        with pytest.raises(CacheMismatchError, match=r"this model is .*; compress it again"):
+            for_base_model(model, caches[-1])
+    assert not torch.equal(caches[0].keys[1], caches[1].keys[1])
+    joined = gisting.GistCache.cat(caches)
+    answers = gisting.generate(base, tokenizer, ["w7 w8"] * 2, cache=joined, max_new_tokens=6, do_sample=False)
+    assert answers == expected
+    with pytest.raises(GistError, match="model has no adapter, and its caches are for itself alone"):
+        for_base_model(base, joined)
+
+
+def test_places_in_a_gist() -> None:
+    gist = 9
+    ids = torch.tensor([[0, 1, 2, 9, 9, 9, 3], [9, 9, 1, 9, 9, 2, 9], [1, 9, 9, 9, 9, 2, 9]])
+    positions = torch.tensor([[-3, -2, -1, 0, 1, 2, 3], [0, 1, -1, 0, 1, 2, 3], [-1, 0, 0, 1, 1, -1, 2]])
+    assert gist_places(ids, positions, gist).tolist() == [
+        [-1, -1, -1, 0, 1, 2, -1],
+        [0, 1, -1, 0, 1, -1, 0],
+        [-1, 0, 0, 1, 1, -1, 0],  # chained: each with a copy behind it
+    ]
+    assert gist_places(ids[:1], None, gist).tolist() == [[-1, -1, -1, 0, 1, 2, -1]]
+    assert gist_places(ids[:1], positions[:1] + 7, gist).tolist() == [[-1, -1, -1, 0, 1, 2, -1]]
+
+
+def test_chained_gists_in_training_are_those_of_the_cache() -> None:
+    """With distinct rows: a copy has the row of its gist token."""
+    model, tokenizer = adapted("llama", "embeddings")
+    batch = GistCollator(tokenizer, 2, part_separator=" | ")([Record("w1 w2 | w3 w4", "w7 w8", "w5")])
+    trained = logits(model, batch)
+    parts = [gisting.compress(model, tokenizer, [part], 2) for part in ("w1 w2", "w3 w4")]
+    chained = gisting.GistCache.chain(parts)
+    rest = batch["input_ids"][:, -(int((batch["labels"] >= 0).sum()) + 2) :]
+    read = logits(
+        model,
+        {
+            "input_ids": rest,
+            "attention_mask": torch.ones(1, 4 + rest.shape[1], dtype=torch.long),
+            "past_key_values": chained.as_past_key_values(),
+        },
+    )
+    torch.testing.assert_close(trained[:, -rest.shape[1] :], read, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*THREE, "t5"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_layers_run_again_with_the_places_of_their_own_call(name: str, kind: str) -> None:
+    """Two batches forwards, then both backwards: a layer that is run again then must not see the other batch."""
+    model, tokenizer = adapted(name, kind)
+    batches = [
+        GistCollator(tokenizer, 2)(RAGGED),
+        GistCollator(tokenizer, 1)([Record("w9", "w8 w7 w6", "w5"), *RAGGED]),
+    ]
+
+    def gradients() -> dict[str, Tensor]:
+        model.train().zero_grad()
+        torch.stack([model(**batch).loss for batch in batches]).sum().backward()
+        return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
+
+    expected = gradients()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for key, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_torch_compile(kind: str) -> None:
+    model, tokenizer = adapted("llama", kind)
+    batch = GistCollator(tokenizer, 2)(RAGGED)
+    expected, text = logits(model, batch), logits(model)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(logits(compiled, batch), expected)
+    torch.testing.assert_close(logits(compiled), text)
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_rows_are_plain_token_embeddings(name: str) -> None:
+    """A stock model with k more rows in its table, k distinct ids and a dense causal mask gives the keys and values
+    that ``compress`` caches.
+    """
+    model, tokenizer = adapted(name, "embeddings", num_gist_tokens=3)
+    cache = gisting.compress(model, tokenizer, ["w1 w2 w3 w4"], 3)
+    rows = gist_rows(model)
+    assert rows.shape == (3, 32)
+    assert len(rows.unique(dim=0)) == 3
+
+    stock: Any = tiny.model(name)
+    first = stock.get_input_embeddings().weight.shape[0]
+    stock.resize_token_embeddings(first + 3, mean_resizing=False)
+    with torch.no_grad():
+        stock.get_input_embeddings().weight[first:] = rows
+        prompt = tokenizer.encode_prompts(["w1 w2 w3 w4"], 3)[0]
+        ids = torch.tensor([[*prompt.input_ids[: prompt.gist_start], first, first + 1, first + 2]])
+        positions = torch.arange(ids.shape[1])[None] - prompt.gist_start
+        past = stock(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
+    for layer, held in zip(past.layers, layers_of(cache), strict=True):
+        torch.testing.assert_close(layer.keys[:, :, -3:], held.keys[:, :, -3:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.values[:, :, -3:], held.values[:, :, -3:], rtol=1e-4, atol=1e-5)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def base_directory(name: str, folder: Path) -> Path:
+    """A stock checkpoint with weights that learn well, and its tokenizer."""
+    set_seed(0)
+    model = tiny.model(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.div_(5)
+    model.save_pretrained(folder)
+    tiny.word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Optimised(TrainerCallback):
+    """Keeps how many numbers the optimiser holds a first moment of."""
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        assert optimizer is not None
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self.num_moments = sum(held["exp_avg"].numel() for held in inner.state.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*THREE, "t5"])
+def test_training_changes_the_adapter_and_nothing_else(tmp_path: Path, name: str, kind: str) -> None:
+    base = base_directory(name, tmp_path / "base")
+    model, tokenizer = gisting.load(base, "plain")
+    frozen = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    text, seen = logits(model), Optimised()
+    out = tmp_path / "adapter"
+    steps = {"max_steps": 8, "batch_size": 8, "per_device_batch_size": 8}
+    metrics = finetune(
+        model, tokenizer, RECORDS, arguments(out, **steps), method=kind, num_gist_tokens=2, callbacks=[seen]
+    )
+    model.eval()
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert metrics["num_trainable_parameters"] == seen.num_moments == trainable < metrics["num_parameters"]
+    assert kind != "embeddings" or trainable == 2 * 32
+    assert torch.equal(logits(model), text) is (kind != "lora")
+
+    # What was saved is what was trained, for Python and for the command line; a file of peft's and no base model.
+    loaded, again = gisting.load(out)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert fingerprint(loaded) == fingerprint(model)
+    assert gisting.models.load.trained_num_gist_tokens(loaded) == (2, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    assert not (out / "config.json").exists()
+    assert "adapter" in (out / "README.md").read_text() or kind == "embeddings"
+    batch = GistCollator(tokenizer, 2)(RAGGED)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+    trained = fingerprint(model)
+    gisting.unpatch(model)
+    assert not any("lora" in key or "gist" in key for key in model.state_dict())
+    gisting.patch(model, tokenizer)
+    assert all(torch.equal(tensor, frozen[key]) for key, tensor in model.state_dict().items())
+    assert fingerprint(model) != trained
+
+
+@pytest.mark.parametrize("kind", ["gist-lora", "lora"])
+def test_it_learns_through_the_gist_alone(tmp_path: Path, kind: str) -> None:
+    """The answer is in the prompt and nowhere else. The base model has learned the task with the prompt in view."""
+    set_seed(0)
+    model, tokenizer = gisting.load(base_directory("llama", tmp_path / "base"), "plain")
+    finetune(model, tokenizer, RECORDS, arguments(tmp_path / "task", max_steps=80), conditions="positive")
+    model, tokenizer = gisting.load(tmp_path / "task")
+    settings = arguments(tmp_path / kind, max_steps=120, learning_rate=2e-2)
+    finetune(model, tokenizer, RECORDS, settings, method=Method(kind, rank=8), num_gist_tokens=2)
+    model, tokenizer = gisting.load(tmp_path / kind)
+    cache = gisting.compress(model, tokenizer, [record.instruction for record in RECORDS], 2)
+    answers = gisting.generate(
+        model, tokenizer, ["w50 w51"] * len(RECORDS), cache=cache, max_new_tokens=3, do_sample=False
+    )
+    assert answers == [record.output for record in RECORDS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_ends_at_the_same_bits(tmp_path: Path, kind: str) -> None:
+    """Checkpoints hold what learns and nothing that is frozen, and nobody takes one for a model."""
+    base = base_directory("llama", tmp_path / "base")
+
+    def run(name: str, *, resume: bool = False, callbacks: Any = ()) -> Any:
+        model, tokenizer = gisting.load(base, "plain")
+        settings = arguments(tmp_path / name, max_steps=8, save_strategy="steps", save_steps=4)
+        extra = {"method": kind, "num_gist_tokens": 2, "resume": resume, "callbacks": callbacks}
+        finetune(model, tokenizer, RECORDS, settings, **extra)
+        return model
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    whole = fingerprint(run("whole"))
+    assert fingerprint(run("halves", callbacks=[Stop()])) != whole
+    checkpoint = tmp_path / "halves" / "checkpoint-4"
+    assert (checkpoint / "model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
+    with pytest.raises(GistError, match="is a training checkpoint of an adapter"):
+        gisting.load(checkpoint)
+    assert fingerprint(run("halves", resume=True)) == whole
+
+
+def test_training_goes_on_from_a_loaded_adapter(tmp_path: Path) -> None:
+    model, tokenizer = gisting.load(base_directory("llama", tmp_path / "base"), "plain")
+    settings = {"method": "gist-lora", "num_gist_tokens": 2}
+    finetune(model, tokenizer, RECORDS, arguments(tmp_path / "a", max_steps=3), **settings)
+    loaded, _ = gisting.load(tmp_path / "a")
+    before = fingerprint(loaded)
+    finetune(loaded, tokenizer, RECORDS, arguments(tmp_path / "b", max_steps=3), **settings)
+    assert fingerprint(loaded) != before
+    with pytest.raises(GistError, match=r"^method is 'full', but the model has an adapter of kind 'gist-lora'"):
+        finetune(loaded, tokenizer, RECORDS, arguments(tmp_path / "c", max_steps=3))
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def layers_of(cache: gisting.GistCache) -> list[Any]:
+    return list(cache.as_past_key_values().layers)
+
+
+def trained(tmp_path: Path, kind: str, name: str = "llama") -> tuple[Any, GistTokenizer, Path]:
+    model, tokenizer = gisting.load(base_directory(name, tmp_path / "base"), "plain")
+    prepare(model, Method(kind, rank=2), 2)
+    draw(model)
+    gisting.models.hub.save_pretrained(model, tokenizer, tmp_path / "out")  # pyright: ignore[reportAttributeAccessIssue]
+    return model, tokenizer, tmp_path / "out"
+
+
+@peft_alone
+@pytest.mark.parametrize("name", THREE)
+def test_plain_peft_reads_lora(tmp_path: Path, name: str) -> None:
+    """peft alone, on the stock base model with one row more: the same model, for text and behind gists."""
+    from peft import PeftModel
+
+    model, tokenizer, out = trained(tmp_path, "lora", name)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    stock.resize_token_embeddings(tokenizer.gist_token_id + 1, mean_resizing=False)
+    merged: Any = PeftModel.from_pretrained(stock, str(out)).merge_and_unload()
+    merged.config.gist = {**model.config.gist, "num_gist_tokens": [2, 2]}
+    del merged.config.gist["adapter"]
+    gisting.patch(merged, tokenizer)
+    batch = GistCollator(tokenizer, 2)(RAGGED)
+    size = tokenizer.gist_token_id  # peft moves the tied output row of the gist token too, which is never generated
+    for given in (None, batch):
+        expected = logits(model, given)[..., :size]
+        found = logits(merged, given)[..., :size]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@peft_alone
+def test_plain_peft_reads_rows_as_trained_tokens(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model, tokenizer, out = trained(tmp_path, "embeddings")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    stock.resize_token_embeddings(tokenizer.gist_token_id + 2, mean_resizing=False)
+    merged: Any = PeftModel.from_pretrained(stock, str(out)).merge_and_unload()
+    assert torch.equal(merged.get_input_embeddings().weight[-2:], gist_rows(model))
+
+
+@peft_alone
+def test_plain_peft_applies_gist_only_lora_everywhere(tmp_path: Path) -> None:
+    """Which is another model than the one that was trained: the files say so, and gisting loads them right."""
+    from peft import PeftModel
+
+    model, tokenizer, out = trained(tmp_path, "gist-lora")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    stock.resize_token_embeddings(tokenizer.gist_token_id + 1, mean_resizing=False)
+    assert not torch.allclose(logits(PeftModel.from_pretrained(stock, str(out))), logits(model))
+    assert "plain peft would apply it at all tokens" in (out / "README.md").read_text()
+    assert json.loads((out / "gist_adapter.json").read_text())["adapter"]["kind"] == "gist-lora"
+    with pytest.raises(GistError, match="gist-only LoRA cannot be merged"):
+        guarded_stack(model).layers[0].self_attn.q_proj.merge()
+
+
+def test_peft_switches_an_adapter_off_and_on(tmp_path: Path) -> None:
+    model, _, _ = trained(tmp_path, "lora")
+    on, name = logits(model), fingerprint(model)
+    model.disable_adapters()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    torch.testing.assert_close(logits(model)[..., :-1], logits(stock))
+    assert fingerprint(model) != name
+    model.enable_adapters()
+    assert torch.equal(logits(model), on)
+    assert fingerprint(model) == name
+
+
+def test_the_command_line_takes_an_adapter(tmp_path: Path) -> None:
+    from gisting.cli import app
+
+    model, tokenizer, out = trained(tmp_path, "gist-lora")
+    cache = tmp_path / "one.gist.safetensors"
+    done = CliRunner().invoke(app, ["compress", str(out), "--prompt", "w1 w2", "--output", str(cache), "-k", "2"])
+    assert done.exit_code == 0, done.output
+    expected = gisting.compress(model, tokenizer, ["w1 w2"], 2)
+    assert torch.equal(layers_of(gisting.GistCache.load(cache))[0].keys, layers_of(expected)[0].keys)
+
+
+def test_sixteen_bits(tmp_path: Path) -> None:
+    """The adapter of a model in bfloat16 is kept and trained in float32."""
+    base = base_directory("gemma3_text", tmp_path / "base")
+    model, tokenizer = gisting.load(base, "plain", dtype=torch.bfloat16)
+    finetune(model, tokenizer, RECORDS, arguments(tmp_path / "out", max_steps=2), method="gist-lora", num_gist_tokens=2)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    loaded, _ = gisting.load(tmp_path / "out", dtype=torch.bfloat16)
+    batch = GistCollator(tokenizer, 2)(RAGGED)
+    assert logits(model, batch).dtype == torch.bfloat16
+    assert torch.equal(logits(loaded, batch), logits(model.eval(), batch))
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_four_methods() -> None:
+    assert METHODS == ("full", "lora", "gist-lora", "embeddings")
+    model, _ = tiny.patched("llama")
+    whole = prepare(model, "full", 2)
+    assert whole.trainable == whole.total == count_parameters(model).total
+    assert str(prepare(model, "embeddings", 2)) == f"64 of {whole.total + 64:,} parameters learn (0.233 %)"
+    assert adapter_of(model) == Adapter("embeddings", 2)
+
+
+def test_errors(tmp_path: Path) -> None:
+    model, tokenizer = tiny.patched("llama")
+    with pytest.raises(GistError, match=r"^method must be one of full, lora, gist-lora, embeddings, got 'prefix'$"):
+        finetune(model, tokenizer, RECORDS, arguments(tmp_path), method="prefix")
+    with pytest.raises(GistError, match=r"^kind must be one of lora, gist-lora, embeddings, got 'full'$"):
+        Adapter("full")
+    with pytest.raises(GistError, match="num_rows must be 1 for lora, got 2"):
+        Adapter("lora", 2)
+    with pytest.raises(GistError, match=r"is not patched; call gisting\.patch"):
+        attach(tiny.model("llama"), Adapter("lora"))
+    with pytest.raises(GistError, match="there is nothing to take off"):
+        detach(model)
+    with pytest.raises(GistError, match="no adapter to save"):
+        adapters.save(model, tokenizer, tmp_path)
+    with pytest.raises(GistError, match=r"holds no adapter of gisting's: it has no gist_adapter.json"):
+        adapters.load(model, tmp_path)
+    attach(model, Adapter("embeddings", 2))
+    with pytest.raises(GistError, match="model has an adapter already"):
+        attach(model, Adapter("lora"))
+    with pytest.raises(GistError, match=r"^num_gist_tokens must be at most 2, got 3: the adapter has a row for each"):
+        gisting.compress(model, tokenizer, ["w1"], 3)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(GistError, match="holds a whole checkpoint, which would be loaded in place of the adapter"):
+        finetune(model, tokenizer, RECORDS, arguments(tmp_path), method="embeddings", num_gist_tokens=2)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    _, _, out = trained(tmp_path, "gist-lora")
+    other, _ = tiny.patched("llama", num_hidden_layers=2)
+    with pytest.raises(
+        GistError, match=r"does not fit LlamaForCausalLM: model.layers.2.* it was trained beside /.*base"
+    ):
+        adapters.load(other, out)
+    assert adapter_of(other) is None
+    assert not any("lora" in key for key in other.state_dict())
+    about = json.loads((out / "gist_adapter.json").read_text())
+    for change, message in (
+        ({"format": 9}, "has format 9, this version reads 1"),
+        ({"base": ""}, "does not say which"),
+    ):
+        (out / "gist_adapter.json").write_text(json.dumps({**about, **change}))
+        with pytest.raises(GistError, match=message):
+            gisting.load(out)
+    (out / "gist_adapter.json").write_text(json.dumps(about))
+    with pytest.raises(GistError, match="template must be None for an adapter"):
+        gisting.load(out, "plain")
+
+
+# -- the benchmark -----------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few steps: every method has a row, and the table is made from the rows."""
+    from gisting.bench.methods import _main, methods_table
+    from gisting.bench.report import read_rows
+
+    output = tmp_path / "methods.jsonl"
+    sizes = ["--base-steps", "3", "--steps", "3", "--records", "8", "--rank", "4", "--lora-rate", "0.001"]
+    _main(["--output", str(output), "--checkpoints", str(tmp_path / "runs"), *sizes])
+    rows = {row["method"]: row for row in read_rows(output)}
+    assert list(rows) == ["base", *METHODS]
+    assert {name: row["is_text_unchanged"] for name, row in rows.items()} == {
+        "base": True, "full": False, "lora": False, "gist-lora": True, "embeddings": True
+    }  # fmt: skip
+    assert rows["full"]["num_trainable_parameters"] == rows["full"]["num_parameters"]
+    assert rows["embeddings"]["num_trainable_parameters"] == 2 * 128
+    assert rows["lora"]["num_trainable_parameters"] == rows["gist-lora"]["num_trainable_parameters"]
+    assert (rows["lora"]["learning_rate"], rows["gist-lora"]["learning_rate"]) == (0.001, 0.005)
+    assert set(rows["lora"]["exact_match"]) == {
+        f"{split}/{condition}" for split in ("seen", "unseen") for condition in ("gist", "positive", "negative")
+    }
+    table = methods_table(list(rows.values()))
+    assert "| gist-lora |" in table
+    assert "| same bits |" in table
+    assert "gist-lora: 3 steps" in capsys.readouterr().out

@@ -18,6 +18,8 @@ from gisting.bench import latency
 from gisting.bench.cpu_attention import attention_table
 from gisting.bench.latency import first_token
 from gisting.bench.report import append_row, demo_table, read_rows, write_between
+from gisting.bench.storage import storage_table
+from gisting.bench.store import store_table
 from gisting.eval.conditions import evaluate
 from gisting.eval.cost import cache_bytes, forward_flops
 from gisting.eval.metrics import exact_match, rouge, rouge_l
@@ -197,14 +199,19 @@ def test_a_row_describes_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "table"),
-    [("demo results", "demo.jsonl", demo_table), ("cpu attention results", "cpu_attention.jsonl", attention_table)],
-    ids=["demo", "cpu-attention"],
+    ("page", "name", "file", "table"),
+    [
+        ("README.md", "demo results", "demo.jsonl", demo_table),
+        ("README.md", "cpu attention results", "cpu_attention.jsonl", attention_table),
+        ("docs/stores.md", "storage results", "storage.jsonl", storage_table),
+        ("docs/stores.md", "store results", "store.jsonl", store_table),
+    ],
+    ids=["demo", "cpu-attention", "storage", "store"],
 )
-def test_the_readme_shows_the_committed_rows(name: str, file: str, table: Callable[[Any], str]) -> None:
-    """Nobody typed a number into the README: its tables are what `python -m gisting.bench.report` writes."""
+def test_pages_show_the_committed_rows(page: str, name: str, file: str, table: Callable[[Any], str]) -> None:
+    """Nobody typed a number into a page: its tables are what `python -m gisting.bench.report` writes."""
     rows = read_rows(ROOT / "docs" / "results" / file)
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").split(f"<!-- {name} -->\n")[1]
+    shown = (ROOT / page).read_text(encoding="utf-8").split(f"<!-- {name} -->\n")[1]
     assert shown.split(f"\n<!-- end of {name} -->")[0] == table(rows)
 
 

@@ -141,6 +141,8 @@ class Objects:
                 if is_removed:
                     shutil.rmtree(path, ignore_errors=True)
             finally:
+                # A child that was forked meanwhile has the handle as well, and would keep the lock.
+                fcntl.flock(handle, fcntl.LOCK_UN)
                 os.close(handle)
         return found
 

@@ -52,6 +52,7 @@ setup(
         # All of these come with torch or transformers anyway; named because gisting imports them itself.
         "tokenizers>=0.22",
         "huggingface_hub>=1.3",
+        "pyyaml>=6",
         "jinja2>=3.1",
         "typer>=0.12",
         "rich>=13",

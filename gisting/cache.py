@@ -111,8 +111,7 @@ class GistCache:
         """int64 ``(B, P)``: 1 at slots that hold a token. What stands in front of the mask of the rest in stock
         ``generate``.
         """
-        slots = torch.arange(self.num_slots)
-        return (slots[None] >= self.num_slots - self.lengths[:, None]).long().to(self.device)
+        return self._is_held().long().to(self.device)
 
     def __repr__(self) -> str:
         return (
@@ -250,7 +249,7 @@ class GistCache:
         lengths = torch.stack([cache.lengths.expand(batch) for cache in caches])
         offsets = lengths.cumsum(0) - lengths
         # What each row holds moves to the right in its order: the last slots of a stable sort by "holds a token".
-        is_held = torch.cat([cache.attention_mask.expand(batch, -1) for cache in caches], dim=1).cpu()
+        is_held = torch.cat([cache._is_held().expand(batch, -1) for cache in caches], dim=1)
         slots = int(lengths.sum(0).max())
         source = is_held.sort(dim=1, stable=True).indices[:, is_held.shape[1] - slots :, None]
 
@@ -281,7 +280,7 @@ class GistCache:
         Nobody sees those, but in a ragged batch the model leaves there what it thought of the *prompt*, which is to
         stay behind: in no file, and not in the range of numbers that a quantised file covers.
         """
-        is_empty = self.attention_mask == 0
+        is_empty = ~self._is_held()
 
         def blank(tensor: Tensor, dim: int) -> Tensor:
             here = is_empty.to(tensor.device)
@@ -441,6 +440,10 @@ class GistCache:
             for layer in layers:
                 layer.fp8_max = layer.fp8_max / _FP8_HEADROOM
         return past
+
+    def _is_held(self) -> Tensor:
+        """bool ``(B, P)`` on the CPU, where ``lengths`` are: the slots that hold a token."""
+        return torch.arange(self.num_slots)[None] >= self.num_slots - self.lengths[:, None]
 
     def _check(self) -> None:
         """Raise ValueError unless the parts fit together: a file with a right checksum may still hold anything.

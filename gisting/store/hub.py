@@ -124,9 +124,9 @@ class Source:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Path(constants.HF_HOME) / "gisting" / "stores" / digest
 
-    def keys(self) -> set[str]:
-        """Of all its entries. Raises as :meth:`read` does."""
-        return {entry.key for entry, _ in self._entries()}
+    def labels(self) -> set[str]:
+        """The name of each entry, or its key where it has none. Raises as :meth:`read` does."""
+        return {entry.name or entry.key for entry, _ in self._entries()}
 
     def read(self, target: Path) -> tuple[list[NewEntry], dict[str, str]]:
         """Copy every file to ``target``, and check the copies.

@@ -554,7 +554,7 @@ class GistStore:
 
         source = Source.find(name_or_path, revision=revision, token=token, api=api)
         store = cls(source.default_path if path is None else path, storage=storage, max_open_bytes=max_open_bytes)
-        if len(store) and path is None and source.keys() <= {entry.key for entry in store.list()}:
+        if len(store) and path is None and all(label in store for label in source.labels()):
             return store
         if len(store) and path is not None:
             raise StoreError(f"{path} holds a store already; open it: GistStore({str(path)!r}), or give another path")

@@ -113,6 +113,19 @@ def test_save_and_load(store: GistStore, tmp_path: Path) -> None:
     assert held == ["README.md", "index.jsonl", "objects"], "no SQLite"
 
 
+def test_what_was_removed_does_not_travel_on(store: GistStore, tmp_path: Path) -> None:
+    store.save_pretrained(tmp_path / "saved")
+    store.remove("b")
+    store.save_pretrained(tmp_path / "saved")
+    assert len([*(tmp_path / "saved" / "objects").rglob("*.safetensors")]) == 1, "a, and the same as a"
+    assert [entry.name for entry in GistStore.from_pretrained(tmp_path / "saved", tmp_path / "taken").list()] == [
+        "a",
+        "same as a",
+    ]
+    with pytest.raises(StoreError, match="is the store itself; save it in another directory"):
+        store.save_pretrained(store.path)
+
+
 def test_push_and_load(store: GistStore, hub: FakeHub, tmp_path: Path) -> None:
     url = store.push_to_hub("owner/gists", private=True, api=hub)
     assert url == "https://huggingface.co/owner/gists/commit/1"
@@ -142,6 +155,8 @@ def test_without_a_path_it_is_taken_over_once(store: GistStore, hub: FakeHub, tm
     again = GistStore.from_pretrained("owner/gists", api=hub)
     assert again.path == found.path
     assert "own" in again
+    again.remove("a")
+    assert "a" in GistStore.from_pretrained("owner/gists", api=hub), "what was asked for is there"
     store.put("c", made(3))
     store.push_to_hub("owner/gists", api=hub)
     assert "c" in GistStore.from_pretrained("owner/gists", api=hub), "other entries are another store"
@@ -245,6 +260,12 @@ OTHER = "0123456789abcdef" * 4
         ({"model": "llama/ffffffffffff"}, "line 1: .* is another file than its entry speaks of"),
         ({"sha256": OTHER}, "line 1: .* is altered: its checksum is"),
         ({"is_keyed_by_text": None}, "line 1 is altered"),
+        ({"num_prompt_tokens": []}, "line 1 is altered"),
+        ({"num_prompt_tokens": ""}, "line 1 is altered"),
+        ({"num_prompt_tokens": 0.0}, "line 1 is altered"),
+        ({"created": "\ud800"}, "line 1 is altered"),
+        ({"created": "\x1b[31m"}, "line 1 is altered"),
+        ({"storage": "int8"}, "line 1: .* is stored as float32, its entry says 'int8'"),
         ({"more": 1}, "line 1: holds other things than a store writes"),
         ({"format": 2}, "line 1 has format 2, this version reads up to 1; upgrade gisting"),
         ({"format": "1"}, "line 1: holds other things than a store writes"),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import gisting
+from gisting import GistError
 from gisting.cli import main
 from tests import tiny
 from tests.test_repository import fences_in
@@ -80,6 +81,18 @@ def test_what_the_demo_shows_and_leaves(demo_checkpoint: Path) -> None:
         "instruction.gist.safetensors",
         "unseen.jsonl",
     }
+
+
+def test_the_demo_is_printed_with_its_headings(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gisting import demo
+
+    def stop(*args: object) -> None:
+        raise GistError("far enough")
+
+    monkeypatch.setattr(demo, "_train", stop)
+    result = run("demo", "--output", tmp_path)
+    assert "far enough" in result.err
+    assert "1. The task: follow" in result.out
 
 
 def test_the_demo_learns(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def demo(
     from gisting.bench.report import append_row
     from gisting.demo import run_demo
 
-    result = run_demo(output, steps=steps, seed=seed, console=out)
+    result = run_demo(output, steps=steps, seed=seed)  # in a console of its own, with markup
     if results is not None:
         append_row(results, result.to_row())
     out.print(f"\n   {result.total_s:.0f} s in all, {result.train_s:.0f} s of them training.", highlight=False)

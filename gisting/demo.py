@@ -10,27 +10,25 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from gisting.bench.latency import LatencyRow, first_token
+from gisting.bench.quality import BATCH_SIZE, task_arguments, task_model
 from gisting.data.records import save_records
 from gisting.data.tasks import LETTERS, Instruction, LetterTask, task_tokenizer
 from gisting.eval.conditions import evaluate
 from gisting.generation import compress, generate
-from gisting.models.patch import patch
 from gisting.tokens import GistTokenizer
-from gisting.train.finetune import finetune, published_arguments
+from gisting.train.finetune import finetune
 
 __all__ = ["DemoResult", "run_demo"]
 
 NUM_GIST_TOKENS = 2
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def run_demo(
         f"   instruction  {example.instruction}\n   input        {example.input}\n   output       {example.output}\n"
     )
 
-    model = patch(_small_llama(tokenizer), tokenizer)
+    model = task_model(tokenizer)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"[bold]2. Training[/] a LLaMA of {num_parameters / 1e6:.2f} million parameters from nothing to gist with k "
@@ -134,22 +132,6 @@ def run_demo(
     )
 
 
-def _small_llama(tokenizer: GistTokenizer) -> PreTrainedModel:
-    special: Any = tokenizer.tokenizer
-    config = LlamaConfig(
-        vocab_size=len(special),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=special.pad_token_id,
-        bos_token_id=special.bos_token_id,
-        eos_token_id=special.eos_token_id,
-    )
-    return AutoModelForCausalLM.from_config(config)
-
-
 def _train(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
@@ -159,21 +141,7 @@ def _train(
     seed: int,
     console: Console,
 ) -> float:
-    arguments = published_arguments(
-        output_dir,
-        batch_size=BATCH_SIZE,
-        per_device_batch_size=BATCH_SIZE,
-        max_steps=steps,
-        # Not the published schedule: that one tunes a pretrained model, this one starts from nothing.
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps // 4),
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=seed,
-    )
+    arguments = task_arguments(output_dir, steps, seed)
     disable_progress_bar()  # transformers' own, for the one small file it writes
     with _progress(console) as progress:
         bar = progress.add_task("training", total=steps, loss="")

@@ -207,12 +207,7 @@ def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Any
         GistError: its tensors take more than ``max_bytes``.
         OSError: there is no such file, or it cannot be read.
     """
-    raw = _map(path)
-    manifest, places = _parse(path, raw)
-    try:
-        storage, dtype = _kinds(manifest, places)
-    except ValueError as error:
-        raise malformed(path, error) from error
+    raw, manifest, places, storage, dtype = _open(path)
     num_bytes = max(raw.numel(), _num_bytes_decoded(places, storage, dtype))
     if num_bytes > max_bytes:
         raise GistError(
@@ -242,12 +237,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         CacheFormatError: the file's header is not that of a gist cache.
         OSError: there is no such file, or it cannot be read.
     """
-    raw = _map(path)
-    manifest, places = _parse(path, raw)
-    try:
-        storage, dtype = _kinds(manifest, places)
-    except ValueError as error:
-        raise malformed(path, error) from error
+    raw, manifest, places, storage, dtype = _open(path)
     names = {kind: name for name, kind in _STORED.items()}
     return {
         "format": manifest["format"],
@@ -273,6 +263,16 @@ def malformed(path: str | Path, reason: object) -> CacheFormatError:
 # The header is parsed here and not by safetensors, which takes a path: what is checked must be what is read, from one
 # descriptor, opened once. It also has to be refused where safetensors is content: a header of 100 MB, a name given
 # twice (the last one wins), numbers that do not lie on a multiple of their size. The tests hold both readers together.
+
+
+def _open(path: str | Path) -> tuple[Tensor, dict[str, Any], dict[str, _Place], str, torch.dtype]:
+    """The bytes of a file; its manifest; where its tensors lie; what they are stored as, and what they were before."""
+    raw = _map(path)
+    manifest, places = _parse(path, raw)
+    try:
+        return raw, manifest, places, *_kinds(manifest, places)
+    except ValueError as error:
+        raise malformed(path, error) from error
 
 
 def _map(path: str | Path) -> Tensor:

@@ -97,13 +97,13 @@ def test_the_demo_is_printed_with_its_headings(run, monkeypatch: pytest.MonkeyPa
 
 def test_the_demo_learns(tmp_path: Path) -> None:
     """A part of the demo's training: the loss falls as it does on the way to the committed accuracies."""
+    from gisting.bench.quality import task_model
     from gisting.data.collate import GistCollator
     from gisting.data.tasks import LetterTask, task_tokenizer
-    from gisting.demo import _small_llama
     from gisting.train.finetune import finetune, published_arguments
 
     tokenizer = task_tokenizer()
-    model = gisting.patch(_small_llama(tokenizer), tokenizer)
+    model = task_model(tokenizer)
     arguments = published_arguments(
         tmp_path,
         batch_size=64,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from gisting.bench.latency import LatencyRow, first_token
-from gisting.bench.quality import BATCH_SIZE, task_arguments, task_model
+from gisting.bench.quality import ANSWERS_AT_ONCE, BATCH_SIZE, task_arguments, task_model
 from gisting.data.records import save_records
 from gisting.data.tasks import LETTERS, Instruction, LetterTask, task_tokenizer
 from gisting.eval.conditions import evaluate
@@ -55,7 +55,7 @@ class DemoResult:
 def run_demo(
     output_dir: str | Path = "runs/demo",
     *,
-    steps: int = 1800,
+    steps: int = 2400,
     seed: int = 0,
     eval_records: int = 512,
     console: Console | None = None,
@@ -64,7 +64,7 @@ def run_demo(
 
     Args:
         output_dir: where checkpoint, data and the compressed instruction are saved.
-        steps: optimiser steps of 64 rows.
+        steps: optimiser steps of 32 rows.
         seed: of the held-out combinations, the weights and the data.
         eval_records: records for each split and condition.
         console: where to print; standard output by default.
@@ -186,7 +186,7 @@ def _evaluate(
                 task.records(split, count, seed + 1),
                 NUM_GIST_TOKENS,
                 max_new_tokens=task.length + 3,
-                batch_size=BATCH_SIZE,
+                batch_size=ANSWERS_AT_ONCE,
                 with_rouge=False,
                 progress=lambda done: progress.advance(bar, done),
             )

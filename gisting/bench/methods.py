@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import set_seed
 
-from gisting.bench.quality import BATCH_SIZE, CONDITIONS, SPLITS, task_arguments, task_model
+from gisting.bench.quality import ANSWERS_AT_ONCE, BATCH_SIZE, CONDITIONS, SPLITS, task_arguments, task_model
 from gisting.bench.report import append_row
 from gisting.data.records import Record
 from gisting.data.tasks import LETTERS, LetterTask, task_tokenizer
@@ -81,7 +81,7 @@ def measure(
     Args:
         directory: where a folder for each is made.
         methods: names of ``METHODS``.
-        base_steps: optimiser steps of 64 rows for the base model.
+        base_steps: optimiser steps of ``BATCH_SIZE`` rows for the base model.
         steps: the same for each method.
         seed: of the held-out combinations, the weights and the data.
         num_records: records of each split.
@@ -181,7 +181,7 @@ def _accuracy(
             NUM_GIST_TOKENS,
             conditions=CONDITIONS,
             max_new_tokens=length,
-            batch_size=BATCH_SIZE,
+            batch_size=ANSWERS_AT_ONCE,
             with_rouge=False,
         )
     }

@@ -31,7 +31,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory for checkpoint, data and the compressed instruction.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 rows.")] = 1800,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 rows.")] = 2400,
     seed: Annotated[int, typer.Option(help="Seed of held-out combinations, weights and data.")] = 0,
     results: Annotated[Path | None, typer.Option(help="JSONL file to add the run's numbers to.")] = None,
 ) -> None:

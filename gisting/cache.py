@@ -61,7 +61,7 @@ class GistCache:
         keys: one ``(B, G, P, D)`` for each layer, rotated at positions ``0 .. lengths[b] - 1``; for an
             encoder-decoder, of each encoder layer.
         values: one ``(B, G, P, Dv)`` for each layer.
-        lengths: int64 ``(B,)`` on the CPU: k of each prompt.
+        lengths: int64 ``(B,)`` on the CPU: k of each prompt, of all chunks together where it has several.
         origin: what the states belong to.
         last_hidden: ``(B, P, d_model)``, an encoder's last hidden states, else None.
         rotary: how the keys are rotated, which :meth:`chain` needs; None where nobody said (files of format 1) and for
@@ -83,7 +83,7 @@ class GistCache:
 
     @property
     def num_gist_tokens(self) -> list[int]:
-        """k of each prompt."""
+        """k of each prompt; of a long one in chunks, the gist tokens of all."""
         return self.lengths.tolist()
 
     @property

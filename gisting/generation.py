@@ -66,6 +66,7 @@ def compress(
     *,
     condition: str = "gist",
     batch_size: int = 32,
+    chunk_length: int | None = None,
 ) -> GistCache:
     """Press each prompt into the keys and values of its gist tokens (Gisting, section 3).
 
@@ -77,13 +78,18 @@ def compress(
         condition: what a later text may see of the prompt: ``"gist"``, or for comparison on a decoder ``"positive"``
             (prompt and gist: ordinary prefix caching) and ``"negative"`` (nothing).
         batch_size: how many prompts are run at once; longer and shorter ones are run apart.
+        chunk_length: for long prompts: one of more ids than that, template and start ids among them, is cut into
+            chunks of nearly equal length (``tokens.cut_into_chunks``) with k gist tokens behind each. A chunk sees the
+            gists before it and is hidden once its own are read, so the states are those of running it chunk by chunk
+            behind a cache of gists. No single chunk may exceed the model's positions, nor all gists together. Decoders
+            only.
 
     Returns:
-        One cache of B prompts, in their order.
+        One cache of B prompts, in their order, with k tokens for each of a prompt's chunks.
 
     Raises:
         GistError: the model is not patched, there is no prompt or an empty one, or a prompt exceeds the model's
-            positions.
+            positions; ``chunk_length`` cannot be, or a prompt in chunks exceeds a sliding window.
         GistTokenError: a k is less than 1.
     """
     from gisting.models.patch import require_patched
@@ -91,7 +97,7 @@ def compress(
     require_patched(model, tokenizer)
     _check_condition(condition)
     _check_count("batch_size", batch_size)
-    encodings = tokenizer.encode_prompts(prompts, num_gist_tokens)
+    encodings = tokenizer.encode_prompts(prompts, num_gist_tokens, chunk_length)
     if not encodings:
         raise GistError("prompts is empty; give at least one prompt")
     return _compress(model, tokenizer, encodings, _origin(model, tokenizer, condition), batch_size)
@@ -115,8 +121,11 @@ def _compress(
             f"condition {origin.condition!r} leaves no states to cache in an encoder, where prompt and rest read each "
             "other; use generate(prompts=..., condition=...)"
         )
-    _check_positions(model, [len(encoding.input_ids) for encoding in encodings], "prompt", "its gist")
-    check_num_gist_tokens(model, max(encoding.num_gist_tokens for encoding in encodings))
+    positions = [_num_positions(model, encoding, origin.condition) for encoding in encodings]
+    _check_positions(model, positions, "prompt", "its gist")
+    if origin.condition == "gist":
+        _check_window(model, encodings)
+    check_num_gist_tokens(model, max(end - start for encoding in encodings for start, end in encoding.gist_spans))
     run = encoder_decoder.prefix_states if is_encoder_decoder else decoder.prefix_states
     # Sorted by length, so that a batch holds little padding.
     order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].input_ids))
@@ -179,6 +188,7 @@ def generate(
     prompts: Sequence[str] | None = None,
     num_gist_tokens: int | Sequence[int] = 1,
     condition: str = "gist",
+    chunk_length: int | None = None,
     max_new_tokens: int | None = None,
     cache_implementation: str | None = None,
     assistant_model: PreTrainedModel | None = None,
@@ -196,6 +206,7 @@ def generate(
             ``condition``.
         num_gist_tokens: k, where ``prompts`` are given.
         condition: ``"gist"``, ``"positive"`` or ``"negative"``, where ``prompts`` are given.
+        chunk_length: where ``prompts`` are given, as for :func:`compress`.
         max_new_tokens: how many tokens an answer may have; None for what a given ``generation_config`` says, or 128.
         cache_implementation: which transformers cache goes on from the gists: ``"dynamic"``, ``"static"`` (for
             ``torch.compile``), ``"offloaded"``, ``"offloaded_static"`` or ``"quantized"`` (with ``cache_config``, as in
@@ -227,6 +238,12 @@ def generate(
         raise GistError("give either cache or prompts: generate(..., cache=compress(model, tokenizer, prompts))")
     if isinstance(prompts, str):
         raise GistError("prompts must be a list of texts, got one text; put it in a list")
+    if cache is not None and chunk_length is not None:
+        raise GistError(
+            f"chunk_length ({chunk_length}) is for prompts, and cache holds some that were compressed before; give it "
+            "to compress"
+        )
+    tokenizer.check_chunk_length(chunk_length)
     if cache is None:
         prompts = list(prompts or ())
         _check_rows("prompts", len(prompts), len(inputs))
@@ -238,7 +255,7 @@ def generate(
                 )
         # This cache stays inside: nobody will ask whose it is, and the fingerprint of a large model takes its time.
         origin = CacheOrigin("", "", "", condition)
-        cache = _compress(model, tokenizer, tokenizer.encode_prompts(prompts, num_gist_tokens), origin)
+        cache = _compress(model, tokenizer, tokenizer.encode_prompts(prompts, num_gist_tokens, chunk_length), origin)
     else:
         check_origin(model, tokenizer, cache)
     return _answer(model, tokenizer, cache, inputs, call).texts
@@ -763,6 +780,45 @@ def _check_count(name: str, value: Any) -> None:
 def _check_rows(name: str, have: int, inputs: int) -> None:
     if have not in (1, inputs):
         raise CacheMismatchError(f"{name} must be one for all {inputs} inputs or one each, got {have}")
+
+
+def _num_positions(model: PreTrainedModel, encoding: GistEncoding, condition: str) -> int:
+    """How many positions a prompt with its gists takes.
+
+    Rotary embeddings know two positions by their difference alone, so what counts is how far a row and what it sees lie
+    apart. A chunk stands right before its gist, at positions that count back from it: the row of a gist sees at most
+    its whole chunk, or the first gist of all. Where frequencies depend on the length, all positions of a sequence count
+    together; they begin with the first chunk, which is a longest one.
+    """
+    from gisting.models.registry import is_length_dependent
+
+    if condition != "gist":
+        return len(encoding.input_ids)
+    k, longest = encoding.gist_spans[0][1] - encoding.gist_start, max(map(len, encoding.chunks))
+    if is_length_dependent(model.config):
+        return longest + encoding.num_gist_tokens
+    return max(longest + k, encoding.num_gist_tokens)
+
+
+def _check_window(model: PreTrainedModel, encodings: Sequence[GistEncoding]) -> None:
+    """Raise where a sliding window would cut a prompt in chunks.
+
+    A window counts columns. With several chunks in a sequence, the columns between a gist and what stands behind a
+    later chunk hold that chunk; run chunk by chunk, and in the cache, they do not. As long as the row behind the prompt
+    still sees the first gist, nobody can tell.
+    """
+    from gisting.models.registry import sliding_windows
+
+    window = sliding_windows(model.config)
+    for row, encoding in enumerate(encodings):
+        reach = len(encoding.input_ids) - encoding.gist_start + 1
+        if window is not None and len(encoding.gist_spans) > 1 and reach > window:
+            raise GistError(
+                f"prompt {row} has {len(encoding.gist_spans)} chunks, and from its first gist to what follows its last "
+                f"there are {reach} columns, more than the sliding window of {model.config.model_type}, {window}: how "
+                "far a gist reaches would depend on the chunks between, which no cache holds; raise chunk_length so "
+                "that the prompt is one chunk, or shorten it"
+            )
 
 
 def _check_positions(model: PreTrainedModel, lengths: list[int], what: str, beside: str) -> None:

@@ -1,4 +1,4 @@
-"""Text to ids: the gist token, the prompt template and where the gist span lies.
+"""Text to ids: the gist token, the prompt template and where the gist spans lie.
 
 Place in the flow: **text -> tokens** -> visibility -> attention -> cache -> generation -> text. Knows tokenizers and
 templates; knows nothing of masks, models or tensors.
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from gisting.errors import GistError, GistTokenError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template"]
+__all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template", "cut_into_chunks"]
 
 _FILE = "gist.json"
 _FORMAT = 1
@@ -94,18 +95,44 @@ class GistEncoding:
 
     ``input_ids[:gist_start]`` is the prompt, ``[gist_start:gist_end]`` the gist, ``[gist_end:completion_start]`` the
     continuation and ``[completion_start:]`` the completion (for an encoder-decoder: the target, kept apart by whoever
-    builds the batch).
+    builds the batch). A long prompt in chunks has a gist span behind each: then ``[:gist_start]`` is the first chunk,
+    and ``[gist_start:gist_end]`` holds the later chunks as well as all gists::
+
+        a b G G c d G G e f $        gist_start 2, gist_end 8, gist_spans (2, 4) (6, 8), completion_start 10
+
+    Args:
+        input_ids: all ids.
+        gist_start: where the first gist token stands.
+        gist_end: behind the last one.
+        completion_start: where the completion begins.
+        gist_spans: ``(start, end)`` of each gist span in order; left out, there is one.
     """
 
     input_ids: list[int]
     gist_start: int
     gist_end: int
     completion_start: int
+    gist_spans: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.gist_spans:
+            object.__setattr__(self, "gist_spans", ((self.gist_start, self.gist_end),))
 
     @property
     def num_gist_tokens(self) -> int:
-        """k."""
-        return self.gist_end - self.gist_start
+        """All gist tokens: k, or k times the chunks."""
+        return sum(end - start for start, end in self.gist_spans)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Ids of the prompt, without gist tokens."""
+        return self.gist_end - self.num_gist_tokens
+
+    @property
+    def chunks(self) -> list[list[int]]:
+        """The prompt's ids, without gist tokens: what stands before each gist span."""
+        starts = [0, *(end for _, end in self.gist_spans)]
+        return [self.input_ids[begin:start] for begin, (start, _) in zip(starts, self.gist_spans, strict=False)]
 
 
 class GistTokenizer:
@@ -175,39 +202,110 @@ class GistTokenizer:
         pad: Any = self.tokenizer.pad_token_id
         return self.eos_token_id if pad is None else pad
 
+    @property
+    def start_ids(self) -> list[int]:
+        """What the tokenizer puts before a text, ``<s>`` and the like, found by looking. Prompts begin with it unless
+        the template spells it (``Template.add_special_tokens``).
+        """
+        return list(self._put_before)
+
     def __len__(self) -> int:
         """Number of ids, the gist token's included: what a model's embedding must hold at least."""
         return max(len(self.tokenizer), self.gist_token_id + 1)
 
     # -- encoding ------------------------------------------------------------------------------------------------------
 
-    def encode_prompts(self, prompts: Sequence[str], num_gist_tokens: int | Sequence[int]) -> list[GistEncoding]:
+    def encode_prompts(
+        self, prompts: Sequence[str], num_gist_tokens: int | Sequence[int], chunk_length: int | None = None
+    ) -> list[GistEncoding]:
         """Each prompt with its gist: what is run once, to be compressed.
 
         Args:
             prompts: B texts, none empty.
             num_gist_tokens: k, one for all or one each.
+            chunk_length: a prompt of more ids than that, template and start ids among them, is cut by
+                :func:`cut_into_chunks`, and k gist tokens stand behind each chunk; None cuts none. Decoders only.
 
         Returns:
-            B encodings that end with the gist.
+            B encodings that end with the (last) gist.
 
         Raises:
-            GistError: a prompt is empty, or the numbers do not fit.
+            GistError: a prompt is empty, the numbers do not fit, or as :meth:`check_chunk_length`.
             GistTokenError: a k is less than 1.
         """
         _check_texts("prompts", prompts)
+        self.check_chunk_length(chunk_length)
         counts = _check_counts(num_gist_tokens, len(prompts))
         for row, prompt in enumerate(prompts):
             if not prompt.strip():
                 raise GistError(f"prompt {row} is empty; there is nothing to compress, give its text")
         texts = [self.template.prompt_text(prompt) + self._sentinel for prompt in prompts]
-        start = self._start_ids if self.template.add_special_tokens else []
+        start = self.start_ids if self.template.add_special_tokens else []
         encodings = []
-        for ids, count in zip(self._ids(texts), counts, strict=True):
-            prompt_ids = [*start, *ids[:-1]]
-            end = len(prompt_ids) + count
-            encodings.append(GistEncoding(prompt_ids + [self.gist_token_id] * count, len(prompt_ids), end, end))
+        for ids, count in zip(self.encode_texts(texts), counts, strict=True):
+            whole: list[int] = []
+            spans = []
+            for chunk in cut_into_chunks([*start, *ids[:-1]], chunk_length):
+                whole += chunk + [self.gist_token_id] * count
+                spans.append((len(whole) - count, len(whole)))
+            encodings.append(GistEncoding(whole, spans[0][0], len(whole), len(whole), tuple(spans)))
         return encodings
+
+    def check_chunk_length(self, chunk_length: int | None) -> None:
+        """Raise unless prompts for this tokenizer's model can be cut into chunks of that length.
+
+        Args:
+            chunk_length: ids of a chunk at most, or None: then there is nothing to cut.
+
+        Raises:
+            GistError: it is no whole number of at least 1; or the tokenizer is for an encoder-decoder, whose relative
+                distances count columns: what stands behind a cached gist would see it at another distance than in
+                training, where the chunks stand between.
+        """
+        if chunk_length is None:
+            return
+        if isinstance(chunk_length, bool) or not isinstance(chunk_length, int):
+            raise GistError(f"chunk_length must be a whole number or None, got {chunk_length!r}")
+        if chunk_length < 1:
+            raise GistError(f"chunk_length must be at least 1, got {chunk_length}; or None, for a single gist")
+        if self.is_encoder_decoder:
+            raise GistError(
+                f"chunk_length is {chunk_length}, but prompts of an encoder-decoder cannot be cut into chunks: its "
+                "relative distances count columns, so that a cached gist would stand at other distances than in "
+                "training; pass None"
+            )
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as they stand: without template, gist tokens, or what the tokenizer puts around a text.
+
+        Args:
+            texts: B texts.
+
+        Returns:
+            B lists of ids.
+
+        Raises:
+            GistError: something is no text or holds a gist token that the tokenizer cannot but read as such, or tokens
+                were added to the tokenizer since it was wrapped.
+        """
+        _check_texts("texts", texts)
+        if len(self.tokenizer) != self._num_wrapped:
+            raise GistError(
+                f"the tokenizer had {self._num_wrapped} tokens and has {len(self.tokenizer)}; tokens were added to "
+                "it after the gist token, wrap it again"
+            )
+        if not texts:
+            return []
+        encoded: Any = self._joint(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        found: list[list[int]] = [list(ids) for ids in encoded]
+        marker: Any = self._joint.convert_tokens_to_ids(self._sentinel)
+        for row, ids in enumerate(found):
+            if self.gist_token_id in ids and self.gist_token_id != marker:
+                raise GistError(
+                    f"text {row} holds {self.gist_token!r}, which this tokenizer cannot but read as the gist token; "
+                    "take it out of the text"
+                )
+        return found
 
     def encode_continuations(self, inputs: Sequence[str]) -> list[list[int]]:
         """What stands behind the gist, up to where the answer begins; an empty input uses the layout without one."""
@@ -234,7 +332,13 @@ class GistTokenizer:
         return self._complete(inputs, outputs, self.encode_continuations(inputs))
 
     def encode(
-        self, prompt: str, input: str = "", output: str | None = None, *, num_gist_tokens: int = 1
+        self,
+        prompt: str,
+        input: str = "",
+        output: str | None = None,
+        *,
+        num_gist_tokens: int = 1,
+        chunk_length: int | None = None,
     ) -> GistEncoding:
         """The whole sequence of one example.
 
@@ -243,13 +347,16 @@ class GistTokenizer:
             input: what the prompt is applied to, or "".
             output: the answer, or None for a sequence that the model continues.
             num_gist_tokens: k.
+            chunk_length: as for :meth:`encode_prompts`.
 
         Raises:
-            GistError: the prompt is empty.
+            GistError: the prompt is empty, or as :meth:`check_chunk_length`.
             GistTokenError: k is less than 1.
         """
         outputs = None if output is None else [output]
-        return self.encode_batch([prompt], [input], outputs, num_gist_tokens=num_gist_tokens)[0]
+        return self.encode_batch(
+            [prompt], [input], outputs, num_gist_tokens=num_gist_tokens, chunk_length=chunk_length
+        )[0]
 
     def encode_batch(
         self,
@@ -258,6 +365,7 @@ class GistTokenizer:
         outputs: Sequence[str] | None = None,
         *,
         num_gist_tokens: int | Sequence[int] = 1,
+        chunk_length: int | None = None,
     ) -> list[GistEncoding]:
         """:meth:`encode` for B examples in a few calls of the tokenizer. Raises as it does, and where the numbers
         differ.
@@ -267,22 +375,26 @@ class GistTokenizer:
                 f"inputs and outputs must be as many as prompts, {len(prompts)}, got {len(inputs)} and "
                 f"{'none' if outputs is None else len(outputs)}"
             )
-        heads = self.encode_prompts(prompts, num_gist_tokens)
+        heads = self.encode_prompts(prompts, num_gist_tokens, chunk_length)
         middles = self.encode_continuations(inputs)
         tails = [[] for _ in prompts] if outputs is None else self._complete(inputs, outputs, middles)
         return [
-            GistEncoding(head.input_ids + middle + tail, head.gist_start, head.gist_end, head.gist_end + len(middle))
+            replace(
+                head, input_ids=head.input_ids + middle + tail, completion_start=head.completion_start + len(middle)
+            )
             for head, middle, tail in zip(heads, middles, tails, strict=True)
         ]
 
-    def locate(self, input_ids: Sequence[int]) -> GistEncoding:
+    def locate(self, input_ids: Sequence[int], *, is_chunked: bool = False) -> GistEncoding:
         """Where the gist lies in ids that come from elsewhere, such as another program or a data set of ids.
 
         Args:
             input_ids: prompt, gist and what follows; all of the last counts as continuation.
+            is_chunked: whether the prompt may be in chunks, each with its gist. Otherwise gist tokens apart are taken
+                for the mistake that they mostly are.
 
         Raises:
-            GistTokenError: there is no gist token, or they do not stand together.
+            GistTokenError: there is no gist token, they do not stand together, or those of chunks differ in number.
         """
         ids = [int(token) for token in input_ids]
         places = [place for place, token in enumerate(ids) if token == self.gist_token_id]
@@ -292,12 +404,20 @@ class GistTokenizer:
                 "prompt and input, as GistTokenizer.encode does"
             )
         start, end = places[0], places[-1] + 1
-        if end - start != len(places):
+        if end - start != len(places) and not is_chunked:
             raise GistTokenError(
                 f"input_ids hold {len(places)} gist tokens apart, between {start} and {end}; the gist tokens of a "
-                "prompt stand together"
+                "prompt stand together (those of a prompt in chunks: locate(..., is_chunked=True))"
             )
-        return GistEncoding(ids, start, end, len(ids))
+        starts = [place for place in places if place == start or ids[place - 1] != self.gist_token_id]
+        ends = [place + 1 for place in places if place + 1 == end or ids[place + 1] != self.gist_token_id]
+        spans = tuple(zip(starts, ends, strict=True))
+        counts = [last - first for first, last in spans]
+        if len(set(counts)) > 1:
+            raise GistTokenError(
+                f"input_ids hold gists of {', '.join(map(str, counts))} tokens; a prompt has as many behind each chunk"
+            )
+        return GistEncoding(ids, start, end, len(ids), spans)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Ids to text; gist tokens are shown as ``gist_token``, or left out with the other special tokens."""
@@ -403,32 +523,12 @@ class GistTokenizer:
         return joint
 
     @cached_property
-    def _start_ids(self) -> list[int]:
-        """What the tokenizer puts before a text: ``<s>`` and the like, found by looking."""
+    def _put_before(self) -> tuple[int, ...]:
         ids: Any = self._joint(self._sentinel)["input_ids"]
-        return list(ids[: ids.index(self._joint.convert_tokens_to_ids(self._sentinel))])
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if len(self.tokenizer) != self._num_wrapped:
-            raise GistError(
-                f"the tokenizer had {self._num_wrapped} tokens and has {len(self.tokenizer)}; tokens were added to "
-                "it after the gist token, wrap it again"
-            )
-        if not texts:
-            return []
-        encoded: Any = self._joint(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        found: list[list[int]] = [list(ids) for ids in encoded]
-        marker: Any = self._joint.convert_tokens_to_ids(self._sentinel)
-        for row, ids in enumerate(found):
-            if self.gist_token_id in ids and self.gist_token_id != marker:
-                raise GistError(
-                    f"text {row} holds {self.gist_token!r}, which this tokenizer cannot but read as the gist token; "
-                    "take it out of the text"
-                )
-        return found
+        return tuple(ids[: ids.index(self._joint.convert_tokens_to_ids(self._sentinel))])
 
     def _behind_gist(self, texts: list[str]) -> list[list[int]]:
-        return [ids[1:] for ids in self._ids([self._sentinel + text for text in texts])]
+        return [ids[1:] for ids in self.encode_texts([self._sentinel + text for text in texts])]
 
     def _complete(
         self, inputs: Sequence[str], outputs: Sequence[str], continuations: list[list[int]]
@@ -438,7 +538,7 @@ class GistTokenizer:
             raise GistError(f"outputs must be as many as inputs, {len(inputs)}, got {len(outputs)}")
         texts = [self.template.completion_text(text) for text in outputs]
         if self.is_encoder_decoder:
-            return [[*ids, self.eos_token_id] for ids in self._ids(texts)]
+            return [[*ids, self.eos_token_id] for ids in self.encode_texts(texts)]
         whole = self._behind_gist(
             [self.template.continuation_text(input) + text for input, text in zip(inputs, texts, strict=True)]
         )
@@ -460,6 +560,22 @@ class GistTokenizer:
                 f"template must be one of {', '.join([*TEMPLATES, 'chat'])} or a Template, got {template!r}"
             )
         return TEMPLATES[template]
+
+
+def cut_into_chunks(ids: Sequence[int], chunk_length: int | None) -> list[list[int]]:
+    """A long prompt in the fewest chunks of nearly equal length: sizes differ by at most 1, longer ones first.
+
+    Args:
+        ids: L ids, in order.
+        chunk_length: ids of a chunk at most, at least 1; None for one chunk whatever its length.
+
+    Returns:
+        ``ceil(L / chunk_length)`` chunks, at least one.
+    """
+    number = 1 if chunk_length is None else max(1, -(-len(ids) // chunk_length))
+    size, num_longer = divmod(len(ids), number)
+    ends = [size * count + min(count, num_longer) for count in range(number + 1)]
+    return [list(ids[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:

@@ -289,7 +289,22 @@ def gist(
 ) -> Visibility:
     """Causal gist masking (Gisting, section 3.2): what precedes a gist span is hidden from everything behind it.
 
-    Several spans in one document: each hides what stands between it and the span before it, and all gist tokens stay.
+    Several spans in one document, as a long prompt in chunks has them: each hides what stands between it and the span
+    before it, and all gist tokens stay. A chunk counts back from its own gist, so it may stand at positions of the
+    gists before it, which it sees all the same::
+
+             a  b  G  g  c  d  e  H  h  f
+          a  1  .  .  .  .  .  .  .  .  .     position_ids   -2 -1  0  1 -1  0  1  2  3  4
+          b  1  1  .  .  .  .  .  .  .  .
+          G  1  1  1  .  .  .  .  .  .  .     a b, c d e: the chunks of a prompt
+          g  1  1  1  1  .  .  .  .  .  .     G g, H h: their gists
+          c  .  .  1  1  1  .  .  .  .  .     f: the rest
+          d  .  .  1  1  1  1  .  .  .  .
+          e  .  .  1  1  1  1  1  .  .  .
+          H  .  .  1  1  1  1  1  1  .  .
+          h  .  .  1  1  1  1  1  1  1  .
+          f  .  .  1  1  .  .  .  1  1  1
+
     A document without gist tokens is plainly causal.
 
     Args:

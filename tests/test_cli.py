@@ -4,6 +4,7 @@ written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import pytest
 import gisting
 from gisting import GistError
 from gisting.cli import main
-from tests import tiny
+from tests import garbage, tiny
 from tests.test_repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,6 +180,21 @@ def test_files_for_prompts_and_inputs(run, workplace: Path) -> None:
     assert len(result.out.splitlines()) == 2
 
 
+def test_a_long_prompt_in_chunks(run, workplace: Path) -> None:
+    prompt = "please reverse the letters , drop the last letter and write capitals"
+    words = ("compress", "runs/demo", "--prompt", prompt, "--chunk-length", "5")
+    result = run(*words, "--output", "one.st")
+    assert result.code == 0, result.err
+    _, tokenizer = gisting.load("runs/demo")
+    (encoding,) = tokenizer.encode_prompts([prompt], 2, 5)
+    assert gisting.GistCache.load("one.st").num_gist_tokens == [encoding.num_gist_tokens]
+    assert encoding.num_gist_tokens > 2
+    assert f"│ {encoding.num_prompt_tokens} " in result.out
+    assert run(*words, "--name", "long", "--store", "gists").code == 0
+    (row,) = (json.loads(line) for line in run("store", "list", "gists", "--json").out.splitlines())
+    assert (row["num_gist_tokens"], row["num_prompt_tokens"]) == (encoding.num_gist_tokens, encoding.num_prompt_tokens)
+
+
 def test_sampling_is_reproducible(run, workplace: Path) -> None:
     run("compress", "runs/demo", "--prompt", "answer plainly", "--output", "one.st")
     words = ("generate", "runs/demo", "--cache", "one.st", "--input", "a b", "--sample", "--max-new-tokens", "8")
@@ -312,7 +329,19 @@ def test_inspect_shows_what_a_file_holds(run, workplace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "compress", "generate", "eval", "show", "inspect", "store list", "data alpaca-plus"]
+    "command",
+    [
+        "demo",
+        "train",
+        "internalize",
+        "compress",
+        "generate",
+        "eval",
+        "show",
+        "inspect",
+        "store list",
+        "data alpaca-plus",
+    ],
 )
 def test_help_says_what_and_how(run, command: str) -> None:
     result = run(*command.split(), "--help")
@@ -322,6 +351,92 @@ def test_help_says_what_and_how(run, command: str) -> None:
 
 def test_version(run) -> None:
     assert run("--version").out.strip() == gisting.__version__
+
+
+# -- internalize -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def queries(workplace: Path) -> Iterator[list[str]]:
+    """The words of a small internalisation, but for its output; its files are made."""
+    Path("template.txt").write_text("please reverse the letters and answer plainly\n", encoding="utf-8")
+    rows = [{"instruction": "-", "input": f"{a} {b}", "output": f"{b} {a}"} for a in "abcd" for b in "efgh"]
+    for name, part in (("train", rows[:12]), ("held-out", rows[12:])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    words = "runs/demo --template template.txt --data train.jsonl --max-steps 4 --batch-size 4 --max-new-tokens 3"
+    with garbage.frozen():
+        yield ["internalize", *words.split()]
+
+
+def test_internalize_shows_every_stage_and_says_how_to_run_it(run, queries: list[str]) -> None:
+    result = run(*queries, "--eval", "held-out.jsonl", "--examples", "3", "--output", "runs/in")
+    assert result.code == 0, result.err
+    assert "saved in runs/in; run it on the bare query: " in result.out
+    for cell in ("prompt", "no-prompt", "67 %", "33 %", "exact_match", "as read"):
+        assert cell in result.out
+    found = json.loads(Path("runs/in/internalized.json").read_text(encoding="utf-8"))
+    assert [stage["num_examples"] for stage in found["stages"]] == [3, 2, 1, 0]
+    assert found["template_sha256"] == hashlib.sha256(b"please reverse the letters and answer plainly").hexdigest()
+    assert gisting.load("runs/in")
+    again = run(*queries, "--eval", "held-out.jsonl", "--examples", "3", "--output", "runs/in")
+    assert "holds an internalisation already" in again.err
+    assert run("internalize", "--recipe", "runs/in/recipe.yaml", "--resume").code == 0, "what was done can be read"
+
+
+def test_internalize_by_recipe_and_options(run, queries: list[str]) -> None:
+    recipe = Path("recipe.yaml")
+    recipe.write_text(
+        "model: runs/demo\ntemplate: template.txt\ndata: train.jsonl\neval: held-out.jsonl\noutput: runs/none\n"
+        "schedule: 1,0.5,0\nrewrites: rewrites.json\nmax_steps: 3\nbatch_size: 4\nlearning_rate: 1e-3\ntail: gist\n"
+        "num_gist_tokens: 2\nmax_new_tokens: 3\n",
+        encoding="utf-8",
+    )
+    Path("rewrites.json").write_text('{"0.5": "reverse the letters"}', encoding="utf-8")
+    result = run("internalize", "--recipe", recipe, "--output", "runs/gist", "--metric", "rouge_l")
+    assert result.code == 0, result.err
+    assert "run it on the gist of the template: " in result.out
+    assert "gist, k = 2" in result.out
+    found = json.loads(Path("runs/gist/internalized.json").read_text(encoding="utf-8"))
+    assert (found["settings"]["compressor"], found["settings"]["arguments"]["learning_rate"]) == ("rewrites", 1e-3)
+    assert set(found["stages"][0]["metrics"]["prompt"]) == {"rouge_l"}
+    recipe.write_text("epoch: 3\n", encoding="utf-8")
+    result = run("internalize", "--recipe", recipe, "--output", "runs/x")
+    assert (result.code, "there is no setting 'epoch'; did you mean epochs?" in result.err) == (1, True)
+    recipe.write_text("max_steps: many\n", encoding="utf-8")
+    assert run("internalize", "--recipe", recipe, "--output", "runs/x").code == 2
+
+
+def test_internalize_recipes_are_read(run, queries: list[str]) -> None:
+    """Every file in recipes/internalize, in a few steps."""
+    for path in sorted((ROOT / "recipes" / "internalize").glob("*.yaml")):
+        words = [*queries[2:], "--eval", "held-out.jsonl", "--output", f"runs/{path.stem}"]
+        words += ["--per-device-batch-size", "4", "--compressor", "none"]
+        result = run("internalize", "--recipe", path, *words)
+        assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--schedule steep", "schedule must be one of linear, exponential, inverse, or shares such as 1,0.6,0.3,0"),
+        ("--schedule 1,0.5", "shares must end at exactly 0"),
+        ("--compressor zip", "compressor must be one of none, self-information, llmlingua2, rewrites, got 'zip'"),
+        ("--compressor rewrites", "--compressor rewrites goes with --rewrites FILE"),
+        ("--rewrites train.jsonl", "train.jsonl is not JSON"),
+        ("--rewrites list.json", "list.json must hold texts by their share"),
+        ("--metric bleurt", "metric must be one of exact_match, bleu, rouge_l, got 'bleurt'"),
+        ("--control fool", "control must be one of bare, full, full-run-bare, compressed"),
+        ("--template none.txt", "none.txt"),
+        ("--recipe template.txt", "template.txt must hold settings"),
+        ("--resume", "holds nothing to resume from; start without resume"),
+    ],
+)
+def test_internalize_errors_are_one_line(run, queries: list[str], words: str, message: str) -> None:
+    Path("list.json").write_text("[1]", encoding="utf-8")
+    result = run(*queries, "--output", "runs/x", *words.split())
+    assert result.code == 1
+    assert message in result.err
+    assert "Traceback" not in result.err
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

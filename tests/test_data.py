@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gisting import GistCollator, GistError, GistTokenizer, Record, Visibility, load_records
+from gisting.data import collate
 from gisting.data.records import save_records, to_record
 from gisting.data.tasks import EDITS, ORDERS, STYLES, Instruction, LetterTask, task_tokenizer
 from gisting.errors import GistTokenError, RecordError
+from gisting.tokens import cut_into_chunks
 from tests import tiny
+from tests.test_tokens import llama, with_real_gist_token
 
 # -- records -----------------------------------------------------------------------------------------------------------
 
@@ -39,6 +43,40 @@ def test_alpaca_layout_of_the_published_files(shared: Path) -> None:
         for name in ("human", "seen", "unseen")
     }
     assert sizes == {"human": 252, "seen": 1000, "unseen": 1000}
+
+
+@pytest.mark.parametrize("split", ["seen", "unseen", "human"])
+def test_every_published_record_is_split_as_it_would_be_in_one_text(shared: Path, tmp_path: Path, split: str) -> None:
+    """LLaMA's SentencePiece model, as the paper trains it (k = 10, 512 ids): the ids of a row are those of the whole
+    text with the gist tokens written in it, and no gist is cut.
+    """
+    records = load_records(shared / "data" / f"alpaca_plus_validation_{split}.json")
+    plain = llama(shared, tmp_path)
+    tokenizer, joint, k = GistTokenizer(plain), with_real_gist_token(plain), 10
+    gist_id = joint.convert_tokens_to_ids("<GIST>")
+    whole, cut = (GistCollator(tokenizer, k, max_length=length) for length in (4096, 512))
+    num_cut = 0
+    for start in range(0, len(records), 100):
+        part = records[start : start + 100]
+        texts = []
+        for record in part:
+            layout = tokenizer.template
+            behind = layout.continuation_text(record.input) + layout.completion_text(record.output)
+            texts.append(layout.prompt_text(record.instruction) + "<GIST>" * k + behind)
+        expected: Any = joint(texts)["input_ids"]
+        for ids, found, short in zip(expected, rows_of(whole(part)), rows_of(cut(part)), strict=True):
+            ids = [tokenizer.gist_token_id if token == gist_id else token for token in ids]
+            assert found == [*ids, tokenizer.eos_token_id]
+            assert short.count(tokenizer.gist_token_id) == k
+            num_cut += short != found
+    assert num_cut == {"seen": 0, "unseen": 0, "human": 9}[split]
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The ids of each row, without padding."""
+    visibility = Visibility.from_attention_mask(batch["attention_mask"])
+    is_token = visibility.end > visibility.first
+    return [ids[held].tolist() for ids, held in zip(batch["input_ids"], is_token, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -358,6 +396,156 @@ def test_errors_of_part_separator(tokenizer: GistTokenizer, t5_tokenizer: GistTo
         GistCollator(tokenizer, part_separator="")
     with pytest.raises(GistError, match="part_separator is ' # ', but gists of an encoder-decoder cannot be chained"):
         GistCollator(t5_tokenizer, part_separator=" # ")
+
+
+# -- long prompts in chunks --------------------------------------------------------------------------------------------
+
+
+def test_a_chunked_batch_by_eye(tokenizer: GistTokenizer) -> None:
+    """Five ids in chunks of at most two; a prompt that fits into one is laid out as ever."""
+    record = Record("w1 w2 w3 w4 w5", "w6", "w7")
+    batch = GistCollator(tokenizer, 2, chunk_length=2)([record, Record("w8 w9", "w10", "w11")])
+    assert [written(row) for row in batch["input_ids"].tolist()] == [
+        "w1 w2 G G w3 w4 G G w5 G G w6 w7 $",
+        "_ _ _ _ _ _ _ w8 w9 G G w10 w11 $",
+    ]
+    assert batch["position_ids"].tolist() == [
+        [-2, -1, 0, 1, 0, 1, 2, 3, 3, 4, 5, 6, 7, 8],
+        [0, 0, 0, 0, 0, 0, 0, -2, -1, 0, 1, 2, 3, 4],
+    ]
+    assert batch["labels"].tolist() == [[-100] * 12 + [11, 2], [-100] * 12 + [15, 2]]
+    keys = Visibility.from_attention_mask(batch["attention_mask"])
+    assert keys.draw("a b G G c d G G e G G f h $".split(), row=0).splitlines() == [
+        "  a b G G c d G G e G G f h $",
+        "a 1 . . . . . . . . . . . . .",
+        "b 1 1 . . . . . . . . . . . .",
+        "G 1 1 1 . . . . . . . . . . .",
+        "G 1 1 1 1 . . . . . . . . . .",
+        "c . . 1 1 1 . . . . . . . . .",
+        "d . . 1 1 1 1 . . . . . . . .",
+        "G . . 1 1 1 1 1 . . . . . . .",
+        "G . . 1 1 1 1 1 1 . . . . . .",
+        "e . . 1 1 . . 1 1 1 . . . . .",
+        "G . . 1 1 . . 1 1 1 1 . . . .",
+        "G . . 1 1 . . 1 1 1 1 1 . . .",
+        "f . . 1 1 . . 1 1 . 1 1 1 . .",
+        "h . . 1 1 . . 1 1 . 1 1 1 1 .",
+        "$ . . 1 1 . . 1 1 . 1 1 1 1 1",
+    ]
+
+
+def test_rows_of_one_chunk_are_laid_out_as_ever(tokenizer: GistTokenizer) -> None:
+    settings = {"conditions": {"gist": 1, "positive": 1, "negative": 1}}
+    records = RECORDS * 10
+    torch.manual_seed(3)
+    plain = GistCollator(tokenizer, (1, 4), **settings)(records)
+    torch.manual_seed(3)
+    chunked = GistCollator(tokenizer, (1, 4), **settings, chunk_length=5)(records)
+    assert plain.keys() == chunked.keys()
+    assert all(torch.equal(plain[name], chunked[name]) for name in plain)
+
+
+def test_a_row_draws_one_k_for_all_its_chunks(tokenizer: GistTokenizer) -> None:
+    batch = GistCollator(tokenizer, (1, 3), chunk_length=2)([Record("w1 w2 w3 w4 w5", "w6", "w7")] * 60)
+    rows = [[token for token in row if token] for row in batch["input_ids"].tolist()]
+    counts = [tokenizer.locate(row, is_chunked=True).num_gist_tokens for row in rows]
+    assert sorted(set(counts)) == [3, 6, 9]
+
+
+def test_what_is_cut_of_a_chunked_row(tokenizer: GistTokenizer) -> None:
+    """The completion down to a quarter, then ids of the prompt, with them the gists of chunks that go, then the start
+    of what stands behind; what is left of the prompt is cut into chunks.
+    """
+    record = Record("w1 w2 w3 w4 w5 w6 w7", "w8 w9 w10", "w11 w12 w13 w14")
+    shown = {
+        max_length: written(
+            GistCollator(tokenizer, 2, max_length=max_length, chunk_length=3)([record])["input_ids"][0].tolist()
+        )
+        for max_length in (21, 20, 17, 15, 12, 8, 5)
+    }
+    assert shown == {
+        21: "w1 w2 w3 G G w4 w5 G G w6 w7 G G w8 w9 w10 w11 w12 w13 w14 $",
+        20: "w1 w2 w3 G G w4 w5 w6 G G w8 w9 w10 w11 w12 w13 w14 $",
+        17: "w1 w2 w3 G G w4 w5 w6 G G w8 w9 w10 w11 w12 w13 w14",
+        15: "w1 w2 w3 G G w4 w5 G G w8 w9 w10 w11 w12 w13",
+        12: "w1 w2 w3 G G w8 w9 w10 w11 w12 w13",
+        8: "w1 G G w8 w9 w10 w11 w12",
+        5: "w1 G G w10 w11",
+    }
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    prompt=st.integers(1, 60),
+    input=st.integers(0, 12),
+    output=st.integers(0, 12),
+    k=st.integers(1, 4),
+    chunk_length=st.integers(1, 20),
+    spare=st.integers(3, 60),
+)
+def test_truncation_keeps_every_gist_of_chunks_whole(
+    prompt: int, input: int, output: int, k: int, chunk_length: int, spare: int
+) -> None:
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), "plain")
+    record = Record(tiny.words(prompt, 1), tiny.words(input, 2), tiny.words(output, 3))
+    collate = GistCollator(tokenizer, k, max_length=k + spare, chunk_length=chunk_length)
+    batch = collate([record])
+    ids = batch["input_ids"][0].tolist()
+    assert len(ids) <= k + spare
+    found = tokenizer.locate(ids, is_chunked=True)
+    whole = tokenizer.encode_prompts([record.instruction], k)[0]
+    kept = [token for chunk in found.chunks for token in chunk]
+    assert kept == whole.input_ids[: len(kept)]
+    assert kept
+    assert found.chunks == cut_into_chunks(kept, chunk_length)
+    assert [end - start for start, end in found.gist_spans] == [k] * len(found.chunks)
+    assert (batch["labels"] != -100).any()
+
+
+def test_cutting_a_very_long_prompt_takes_few_steps(tokenizer: GistTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step walks through the prompt, so there must not be one for each of its ids."""
+    calls = []
+    monkeypatch.setattr(collate, "cut_into_chunks", lambda *given: calls.append(given) or cut_into_chunks(*given))
+    record = Record("w1 " * 5_000, "w2", "w3")
+    batch = GistCollator(tokenizer, 2, chunk_length=30, max_length=512)([record])
+    assert 500 < batch["input_ids"].shape[1] <= 512
+    assert len(calls) < 40
+
+
+def test_chunks_and_parts_exclude_each_other(tokenizer: GistTokenizer) -> None:
+    with pytest.raises(
+        GistError, match=r"^part_separator \('\|'\) and chunk_length \(5\) exclude each other: a part sees"
+    ):
+        GistCollator(tokenizer, part_separator="|", chunk_length=5)
+
+
+# -- what a teacher sees -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_length": 2}, {"part_separator": " w2 "}], ids=["one", "chunks", "parts"]
+)
+def test_a_teacher_has_the_same_rows_with_the_prompt_in_view(tokenizer: GistTokenizer, options: dict) -> None:
+    settings = {"num_gist_tokens": 2, "with_teacher": True, **options}
+    conditions = {"gist": 1, "negative": 1, "positive": 1}
+    batch = GistCollator(tokenizer, conditions=conditions, **settings)(RECORDS * 8)
+    positive = GistCollator(tokenizer, conditions="positive", **settings)(RECORDS * 8)
+    assert torch.equal(batch["input_ids"], positive["input_ids"])
+    for name in ("attention_mask", "position_ids"):
+        assert not torch.equal(batch[name], positive[name])
+        for one in (batch, positive):
+            assert one[f"teacher_{name}"].dtype == positive[name].dtype
+            assert torch.equal(one[f"teacher_{name}"], positive[name])
+    plain = GistCollator(tokenizer, 2, **options)(RECORDS)
+    assert plain.keys() == {"input_ids", "attention_mask", "position_ids", "labels"}
+
+
+def test_the_teacher_of_an_encoder_decoder(t5_tokenizer: GistTokenizer) -> None:
+    batch = GistCollator(t5_tokenizer, 2, conditions="negative", with_teacher=True)(RECORDS)
+    positive = GistCollator(t5_tokenizer, 2, conditions="positive")(RECORDS)
+    assert batch.keys() == {"input_ids", "attention_mask", "labels", "teacher_attention_mask"}
+    assert torch.equal(batch["teacher_attention_mask"], positive["attention_mask"])
+    assert not torch.equal(batch["attention_mask"], positive["attention_mask"])
 
 
 # -- the built-in task -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 import gisting
 from gisting import Record
 from gisting.train.finetune import finetune, published_arguments
+from gisting.train.objective import Objective
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,7 @@ def train(output: Path, name: str, kind: str) -> None:
         ddp_find_unused_parameters=False,
         **changes,
     )
-    if kind == "fsdp2":
+    if kind in ("fsdp2", "fsdp2-distilled"):
         from accelerate import PartialState
         from accelerate.utils import DistributedType
 
@@ -90,8 +91,9 @@ def train(output: Path, name: str, kind: str) -> None:
         assert arguments.parallel_mode
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     seen = Seen()
+    objective = Objective(distillation=1.0) if kind.endswith("distilled") else Objective()
     # k is drawn from the batch, which is another one in each process: here it is the same for all rows.
-    finetune(model, tokenizer, records, arguments, num_gist_tokens=2, callbacks=[seen])
+    finetune(model, tokenizer, records, arguments, num_gist_tokens=2, objective=objective, callbacks=[seen])
     if arguments.process_index == 0:
         found = {**vars(seen), "num_rows": sorted(seen.num_rows), "num_processes": arguments.world_size}
         (output / "seen.json").write_text(json.dumps(found), encoding="utf-8")
@@ -115,26 +117,31 @@ def seen_in(output: Path) -> dict[str, Any]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What one process makes of each model."""
     outputs = {}
-    for name in ("llama", "t5"):
-        outputs[name] = tmp_path_factory.mktemp("alone") / name
-        done = launch(outputs[name], name, "one", 1)
+    for name, kind in (("llama", "one"), ("t5", "one"), ("llama", "one-distilled")):
+        key = name + kind.removeprefix("one")
+        outputs[key] = tmp_path_factory.mktemp("alone") / key
+        done = launch(outputs[key], name, kind, 1)
         assert done.returncode == 0, done.stderr
     return outputs
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "ddp"), ("llama", "fsdp2"), ("t5", "fsdp2")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "ddp"), ("llama", "fsdp2"), ("t5", "fsdp2"), ("llama", "fsdp2-distilled")]
+)
 def test_two_processes_train_as_one_does(tmp_path: Path, alone: dict[str, Path], name: str, kind: str) -> None:
     done = launch(tmp_path, name, kind, 2)
     assert done.returncode == 0, done.stderr[-4000:]
-    one, two = seen_in(alone[name]), seen_in(tmp_path)
+    sharding, _, objective = kind.partition("-")
+    reference = alone[f"{name}-{objective}" if objective else name]
+    one, two = seen_in(reference), seen_in(tmp_path)
     assert (one["num_processes"], one["num_rows"]) == (1, [8])
     assert (two["num_processes"], two["num_rows"]) == (2, [4])
-    assert two["parameter"] == {"ddp": "Parameter", "fsdp2": "DTensor"}[kind]  # in shards, not only said to be
+    assert two["parameter"] == {"ddp": "Parameter", "fsdp2": "DTensor"}[sharding]  # in shards, not only said to be
     assert len(two["losses"]) == NUM_STEPS
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=0)
     assert one["losses"][-1] < one["losses"][0] - 0.3
     # Loaded, for what is gathered from shards holds tied weights under each of their names.
-    expected, found = (gisting.load(output)[0].state_dict() for output in (alone[name], tmp_path))
+    expected, found = (gisting.load(output)[0].state_dict() for output in (reference, tmp_path))
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gisting.cli import main
+from tests import garbage
 from tests.test_repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,9 +40,8 @@ def run_all(page: str, names: dict[str, Any], *, skip: str | None = None) -> dic
     return names
 
 
-def test_stores(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("prompts.jsonl").write_text('{"prompt": "answer plainly", "name": "plainly"}\n', encoding="utf-8")
-    (commands,) = fences("stores.md", "bash")
+def run_commands(page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (commands,) = fences(page, "bash")
     for line in commands.splitlines():
         monkeypatch.setattr(sys, "argv", shlex.split(line))
         try:
@@ -49,11 +49,35 @@ def test_stores(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         except SystemExit as stop:
             if stop.code:
                 pytest.fail(f"{line}\n{capsys.readouterr().err}")
+
+
+def test_stores(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "answer plainly", "name": "plainly"}\n', encoding="utf-8")
+    run_commands("stores.md", monkeypatch, capsys)
     names = run_all("stores.md", {})
     assert [entry.name for entry in names["store"].list()] == ["backwards", "capitals", "plainly", "reverse"]
     assert names["chain"].num_gist_tokens == [4]
     assert len(names["copy"]) == 4
     assert "license: apache-2.0" in Path("shared", "README.md").read_text(encoding="utf-8")
+
+
+def test_training(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(ROOT / "recipes", "recipes")
+    run_commands("training.md", monkeypatch, capsys)
+    names = run_all("training.md", {})
+    assert names["metrics"]["train_loss"] > 0
+    made = {path.name for path in Path("runs").iterdir()}
+    assert made == {"demo", "any-k", "packed", "distilled", "adapter", "recipe", "more"}
+
+
+def test_internalisation(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(ROOT / "recipes", "recipes")
+    with garbage.frozen():
+        names = run_all("internalisation.md", {})
+        run_commands("internalisation.md", monkeypatch, capsys)
+    assert [stage.num_examples for stage in names["result"].stages] == [2, 1, 0]
+    made = {path.name for path in Path("runs").iterdir()}
+    assert made == {"demo", "reverse", "in-stages", "control", "by-recipe", "rewritten"}
 
 
 def test_generation(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TrainingArguments
@@ -181,6 +181,186 @@ def test_a_branch_that_saw_its_neighbour_would_show(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(packing.CONDITIONS, "gist", without_branches)
     with pytest.raises(AssertionError):
         assert_same_loss("llama", tokenizer_of(), some(11))
+
+
+@pytest.mark.parametrize("condition", ["gist", "positive", "negative"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_loss_and_gradients_of_chunks_are_those_of_the_padded_batch(name: str, condition: str) -> None:
+    assert_same_loss(name, tokenizer_of(), some(11), conditions=condition, chunk_length=2)
+
+
+# -- prompts that are predicted from their gists -----------------------------------------------------------------------
+
+
+def test_a_row_with_reconstruction_by_eye() -> None:
+    """The prompt w1 w2 behind its gist, and w5 w6 w7 behind the gists of its two chunks."""
+    tokenizer = tokenizer_of()
+    records = [Record("w1 w2", "w3", "w4"), Record("w5 w6 w7", "w8", ""), Record("w1 w2", "w10", "w11")]
+    batch = GistPackingCollator(tokenizer, 1, max_length=20, pack_length=40, chunk_length=2, reconstruct=True)(records)
+    names = {0: "_", 2: "/", tokenizer.gist_token_id: "G"} | {number + 4: f"w{number}" for number in range(60)}
+    assert " ".join(names[token] for token in batch["input_ids"][0].tolist()) == (
+        "w1 w2 G w3 w4 / w10 w11 / w1 w2 w5 w6 G w7 G w8 / w5 w6 w7"
+    )
+    assert batch["position_ids"].tolist() == [
+        [-2, -1, 0, 1, 2, 3, 1, 2, 3, 1, 2, -2, -1, 0, 0, 1, 2, 3, 2, 3, 4],
+    ]
+    assert batch["reconstruction_labels"].dtype == torch.int64
+    shown = ["".join("x" if label != -100 else "." for label in batch[name][0].tolist()) for name in LABELS]
+    assert shown == [
+        "....xx.xx........x...",
+        "..........x........xx",
+    ]
+    learned = batch["reconstruction_labels"] != -100
+    assert torch.equal(batch["reconstruction_labels"][learned], batch["input_ids"][learned])
+    visibility = Visibility.from_attention_mask(batch["attention_mask"])
+    rows = [line.split(" ", 1)[1].strip() for line in visibility.draw(list("abGcd/ef/ABghHiIj/XYZ")).splitlines()[1:]]
+    assert rows[9:11] + rows[18:] == [
+        ". . 1 . . . . . . 1 . . . . . . . . . . .",
+        ". . 1 . . . . . . 1 1 . . . . . . . . . .",
+        ". . . . . . . . . . . . . 1 . 1 . . 1 . .",
+        ". . . . . . . . . . . . . 1 . 1 . . 1 1 .",
+        ". . . . . . . . . . . . . 1 . 1 . . 1 1 1",
+    ]
+    # What stood there before stands there still.
+    assert rows[6:9] == [
+        ". . 1 . . . 1 . . . . . . . . . . . . . .",
+        ". . 1 . . . 1 1 . . . . . . . . . . . . .",
+        ". . 1 . . . 1 1 1 . . . . . . . . . . . .",
+    ]
+
+
+LABELS = ("labels", "reconstruction_labels")
+
+
+def mean_loss(model: Any, batch: dict[str, Tensor], name: str) -> float:
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
+    with torch.no_grad():
+        return float(model(**inputs, labels=batch[name]).loss)
+
+
+@pytest.mark.parametrize("chunk_length", [None, 2], ids=["one-gist", "chunks"])
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_reconstruction_is_the_prompt_behind_its_cache_and_leaves_the_answers_alone(
+    name: str, chunk_length: int | None
+) -> None:
+    import gisting
+
+    tokenizer = tokenizer_of(Template("bare", "{prompt}", "{input}", "", "{output}"))
+    model = gisting.patch(tiny.model(name), tokenizer)
+    # Among them records without continuation, whose first answer token is predicted by the gist itself.
+    records = [*some(9), Record(tiny.words(4, 1), "", "w3 w4"), Record("w50 w51 w52", "", "w5")]
+    settings = {"num_gist_tokens": 2, "max_length": 48, "pack_length": 64, "chunk_length": chunk_length}
+    plain = GistPackingCollator(tokenizer, **settings)(records)
+    batch = GistPackingCollator(tokenizer, **settings, reconstruct=True)(records)
+    assert mean_loss(model, batch, "labels") == pytest.approx(mean_loss(model, plain, "labels"), abs=1e-6)
+
+    # Each document has one: three of the instructions, and one for each record without continuation.
+    prompts = [*dict.fromkeys(record.instruction for record in records[:9]), *[one.instruction for one in records[9:]]]
+    sums, number = 0.0, 0
+    for prompt in prompts:
+        cache = gisting.compress(model, tokenizer, [prompt], 2, chunk_length=chunk_length)
+        ids = torch.tensor(tokenizer.encode_texts([prompt]))
+        with torch.no_grad():
+            logits = model(ids, past_key_values=cache.as_past_key_values()).logits[0, :-1]
+        sums += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        number += ids.shape[1] - 1
+    assert int((batch["reconstruction_labels"] != -100).sum()) == number
+    assert mean_loss(model, batch, "reconstruction_labels") == pytest.approx(sums / number, abs=1e-4)
+
+
+def test_only_gists_are_reconstructed_from() -> None:
+    tokenizer = tokenizer_of()
+    for condition, count in (("gist", 2 * 2), ("positive", 0), ("negative", 0)):
+        batch = GistPackingCollator(tokenizer, 1, conditions=condition, max_length=32, reconstruct=True)(
+            [Record("w1 w2 w3", "w4", "w5"), Record("w6 w7 w8", "w4", "w5")]
+        )
+        assert int((batch["reconstruction_labels"] != -100).sum()) == count
+        assert batch["reconstruction_labels"].shape == batch["labels"].shape
+    # Whatever a document drew, its neighbours in the batch drew for themselves.
+    torch.manual_seed(0)
+    records = [Record(f"w{number} w50 w51", "w52", "w53") for number in range(40)]
+    batch = GistPackingCollator(
+        tokenizer, 1, conditions={"negative": 1, "gist": 1}, max_length=16, reconstruct=True, with_teacher=True
+    )(records)
+    visibility = Visibility.from_attention_mask(batch["attention_mask"])
+    is_gist = batch["input_ids"] == tokenizer.gist_token_id
+    # A gist that is seen by more than itself stands before a prompt that is learned.
+    is_seen = is_gist & (visibility.end > torch.arange(is_gist.shape[1]) + 1)
+    learned = batch["reconstruction_labels"] != -100
+    assert 0 < int(is_seen.sum()) < 40
+    assert int(learned.sum()) == 2 * int(is_seen.sum())
+    assert torch.equal(learned.any(1), is_seen.any(1))
+
+
+def test_start_ids_are_no_part_of_what_is_predicted() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    inner = tiny.word_tokenizer()
+    inner.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = GistTokenizer(inner, TEMPLATE)
+    batch = GistPackingCollator(tokenizer, 1, max_length=32, reconstruct=True)(
+        [Record("w1 w2 w3", "w4", "w5"), Record("w6", "w4", "w5")]
+    )
+    # Of a prompt of one id nothing would be learned.
+    assert batch["input_ids"][0].tolist() == [1, 5, 6, 7, 64, 8, 9, 2, 5, 6, 7, 1, 10, 64, 8, 9, 2]
+    labels = batch["reconstruction_labels"][0].tolist()
+    assert labels == [-100] * 9 + [6, 7] + [-100] * 6
+
+
+def test_a_branch_that_does_not_fit_is_left_out() -> None:
+    """Prompt, gist, continuation and completion take 8, the prompt once more 4."""
+    record = Record("w1 w2 w3 w4", "w5", "w6")
+    counts = {}
+    for pack_length in (12, 11):
+        batch = GistPackingCollator(tokenizer_of(), 1, max_length=8, pack_length=pack_length, reconstruct=True)(
+            [record]
+        )
+        counts[pack_length] = (batch["input_ids"].shape[1], int((batch["reconstruction_labels"] != -100).sum()))
+    assert counts == {12: (12, 3), 11: (8, 0)}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=12),
+    st.integers(8, 30),
+    st.integers(0, 20),
+    st.sampled_from([None, 1, 3]),
+)
+def test_rows_are_never_longer_than_pack_length(
+    rows: list[tuple[int, int, int]], max_length: int, more: int, chunk_length: int | None
+) -> None:
+    records = [Record(tiny.words(4 * p, p), tiny.words(i, 40), tiny.words(o, 50)) for p, i, o in rows]
+    collate = GistPackingCollator(
+        tokenizer_of(),
+        2,
+        max_length=max_length,
+        pack_length=max_length + more,
+        chunk_length=chunk_length,
+        reconstruct=True,
+    )
+    batch = collate(records)
+    assert batch["input_ids"].shape[1] <= max_length + more
+    assert not ((batch["labels"] != -100) & (batch["reconstruction_labels"] != -100)).any()
+    plain = GistPackingCollator(
+        tokenizer_of(), 2, max_length=max_length, pack_length=max_length + more, chunk_length=chunk_length
+    )(records)
+    assert int((batch["labels"] != -100).sum()) == int((plain["labels"] != -100).sum())
+    assert "reconstruction_labels" not in plain
+
+
+@pytest.mark.parametrize("chunk_length", [None, 2], ids=["one-gist", "chunks"])
+def test_a_teacher_of_packed_rows_sees_the_prompts(chunk_length: int | None) -> None:
+    collate = {
+        condition: GistPackingCollator(
+            tokenizer_of(), 2, conditions=condition, max_length=48, chunk_length=chunk_length, with_teacher=True
+        )
+        for condition in ("gist", "positive")
+    }
+    batch, positive = collate["gist"](some(9)), collate["positive"](some(9))
+    assert torch.equal(batch["input_ids"], positive["input_ids"])
+    for name in ("attention_mask", "position_ids"):
+        assert torch.equal(batch[f"teacher_{name}"], positive[name])
+        assert not torch.equal(batch[name], positive[name])
 
 
 # -- training, and what is refused -------------------------------------------------------------------------------------

@@ -435,8 +435,12 @@ def test_rows_of_a_batch_are_about_equally_long(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
-    [({"dataloader_num_workers": 2}, 0.0), ({"bf16": True}, 2e-2)],
-    ids=["workers", "bf16"],
+    [
+        ({"dataloader_num_workers": 2}, 0.0),
+        ({"bf16": True}, 2e-2),
+        ({"torch_compile": True, "torch_compile_backend": "eager"}, 0.0),
+    ],
+    ids=["workers", "bf16", "compile"],
 )
 def test_options_of_trainer_give_the_losses_of_the_plain_run(
     tmp_path: Path, changes: dict[str, Any], tolerance: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -32,7 +33,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gisting.errors import GistError, GistTokenError
-from gisting.tokens import TEMPLATES, GistEncoding, GistTokenizer, Template
+from gisting.tokens import TEMPLATES, GistEncoding, GistTokenizer, Template, cut_into_chunks
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -905,6 +906,91 @@ def test_gist_tokens_missing_or_apart(line: str, message: str) -> None:
     ids = [tokenizer.gist_token_id if word == "G" else int(word) for word in line.split()]
     with pytest.raises(GistTokenError, match=message):
         tokenizer.locate(ids)
+
+
+# -- long prompts in chunks --------------------------------------------------------------------------------------------
+
+
+@given(length=st.integers(0, 300), chunk_length=st.integers(1, 80))
+@example(length=0, chunk_length=5)
+@example(length=80, chunk_length=80)
+@example(length=81, chunk_length=80)
+@settings(FUZZ, max_examples=200)
+def test_chunks_hold_all_ids_in_order_and_differ_by_one_at_most(length: int, chunk_length: int) -> None:
+    chunks = cut_into_chunks(range(length), chunk_length)
+    assert [token for chunk in chunks for token in chunk] == list(range(length))
+    assert len(chunks) == max(1, math.ceil(length / chunk_length))
+    sizes = [len(chunk) for chunk in chunks]
+    assert max(sizes) <= chunk_length
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert cut_into_chunks(range(length), None) == [list(range(length))]
+
+
+@given(
+    prompt=prompts,
+    input=texts,
+    output=texts,
+    k=st.integers(1, 4),
+    length=st.integers(1, 12),
+    layout=st.sampled_from(LAYOUTS),
+)
+@settings(FUZZ, max_examples=30)
+def test_a_gist_stands_behind_each_chunk(
+    kind: Kind, prompt: str, input: str, output: str, k: int, length: int, layout: Template
+) -> None:
+    tokenizer = kind.wrapped(layout)
+    whole = tokenizer.encode(prompt, input, output, num_gist_tokens=k)
+    encoding = tokenizer.encode(prompt, input, output, num_gist_tokens=k, chunk_length=length)
+    chunks = cut_into_chunks(whole.input_ids[: whole.gist_start], length)
+    assert encoding.chunks == chunks
+    before = [token for chunk in chunks for token in chunk + [tokenizer.gist_token_id] * k]
+    assert encoding.input_ids == before + whole.input_ids[whole.gist_end :]
+    assert encoding.num_gist_tokens == k * len(chunks)
+    assert encoding.num_prompt_tokens == whole.num_prompt_tokens == whole.gist_start
+    assert (encoding.gist_start, encoding.gist_end) == (len(chunks[0]), len(before))
+    assert encoding.completion_start - encoding.gist_end == whole.completion_start - whole.gist_end
+    assert all(encoding.input_ids[start:end] == [tokenizer.gist_token_id] * k for start, end in encoding.gist_spans)
+    located = tokenizer.locate(encoding.input_ids[: encoding.completion_start], is_chunked=True)
+    assert (located.gist_spans, located.chunks) == (encoding.gist_spans, chunks)
+    if len(chunks) == 1:
+        assert encoding == whole
+
+
+def test_chunks_by_eye() -> None:
+    """Seven ids in chunks of at most three: 3, 2 and 2."""
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), BARE)
+    encoding = tokenizer.encode("w1 w2 w3 w4 w5 w6 w7", "w8", "w9", num_gist_tokens=2, chunk_length=3)
+    names = {tokenizer.gist_token_id: "G", 2: "$"} | {number + 4: str(number) for number in range(60)}
+    assert " ".join(names[token] for token in encoding.input_ids) == "1 2 3 G G 4 5 G G 6 7 G G 8 9 $"
+    assert encoding == GistEncoding(encoding.input_ids, 3, 13, 14, ((3, 5), (7, 9), (11, 13)))
+    assert (encoding.num_gist_tokens, encoding.num_prompt_tokens) == (6, 7)
+
+
+def test_start_ids_are_part_of_the_first_chunk() -> None:
+    inner = tiny.word_tokenizer()
+    inner.backend_tokenizer.post_processor = starting("<s>", inner.backend_tokenizer)
+    tokenizer = GistTokenizer(inner, BARE)
+    assert tokenizer.start_ids == [1]
+    (encoding,) = tokenizer.encode_prompts(["w1 w2 w3"], 1, 2)
+    assert encoding.chunks == [[1, 5], [6, 7]]
+    (alone,) = tokenizer.encode_prompts(["w1"], 1, 2)
+    assert alone.chunks == [[1, 5]]
+    assert tokenizer.encode_texts(["w1", ""]) == [[5], []]
+
+
+def test_gists_of_several_lengths_are_no_chunks() -> None:
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), "plain")
+    with pytest.raises(GistTokenError, match=r"input_ids hold gists of 2, 1 tokens; a prompt has as many behind each"):
+        tokenizer.locate([5, 64, 64, 6, 64, 7], is_chunked=True)
+
+
+def test_texts_must_be_texts() -> None:
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), "plain")
+    with pytest.raises(GistError, match="texts must be a list of texts, got one text"):
+        tokenizer.encode_texts("w1")
+    with pytest.raises(GistError, match=r"texts\[1\] must be a text, got int"):
+        tokenizer.encode_texts(["w1", 2])  # pyright: ignore[reportArgumentType]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -147,6 +147,25 @@ DRAWINGS = [
         id="several-gist-spans",
     ),
     pytest.param(
+        vis.gist,
+        "a b G G c d e G G f",
+        {},
+        """
+            a b G G c d e G G f
+          a 1 . . . . . . . . .
+          b 1 1 . . . . . . . .
+          G 1 1 1 . . . . . . .
+          G 1 1 1 1 . . . . . .
+          c . . 1 1 1 . . . . .
+          d . . 1 1 1 1 . . . .
+          e . . 1 1 1 1 1 . . .
+          G . . 1 1 1 1 1 1 . .
+          G . . 1 1 1 1 1 1 1 .
+          f . . 1 1 . . . 1 1 1
+        """,
+        id="chunks-of-a-long-prompt",
+    ),
+    pytest.param(
         vis.positive,
         "a b G c d",
         {},
@@ -654,6 +673,7 @@ POSITIONS = [
     pytest.param(vis.gist, "_ a b G G c d", {}, "0 -2 -1 0 1 2 3", id="the-gist-stands-at-0"),
     pytest.param(vis.gist, "a b G _ _", {}, "-2 -1 0 0 0", id="gist-ends-the-sequence"),
     pytest.param(vis.gist, "a G b c G G d", {}, "-1 0 -1 0 1 2 3", id="a-second-span-goes-on-from-the-first"),
+    pytest.param(vis.gist, "a b G G c d e G G f", {}, "-2 -1 0 1 -1 0 1 2 3 4", id="chunks-of-a-long-prompt"),
     pytest.param(vis.positive, "a b G c", {}, "0 1 2 3", id="positive-hides-nothing"),
     pytest.param(vis.negative, "a b G c d", {}, "-3 -2 -1 0 1", id="negative-starts-behind-the-gist"),
     pytest.param(vis.negative, "a b G _ _", {}, "-3 -2 -1 0 0", id="negative-ends-with-its-gist"),

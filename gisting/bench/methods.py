@@ -34,7 +34,7 @@ from gisting.tokens import GistTokenizer
 from gisting.train.finetune import finetune
 from gisting.train.methods import METHODS, Method
 
-__all__ = ["LEARNING_RATES", "MethodRow", "measure", "methods_table"]
+__all__ = ["LEARNING_RATES", "MethodRow", "measure", "methods_table", "task_accuracy"]
 
 NUM_GIST_TOKENS = 2
 #: The peak of the schedule by method.
@@ -112,7 +112,7 @@ def measure(
             num_trainable_parameters=int(metrics["num_trainable_parameters"]),
             num_parameters=int(metrics["num_parameters"]),
             num_records=num_records,
-            exact_match=_accuracy(model, tokenizer, splits, task.length + 3),
+            exact_match=task_accuracy(model, tokenizer, splits, NUM_GIST_TOKENS, task.length + 3),
             is_text_unchanged=True,
             train_s=round(metrics["train_runtime"], 1),
         )
@@ -167,9 +167,10 @@ def methods_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _accuracy(
-    model: Any, tokenizer: GistTokenizer, splits: Mapping[str, list[Record]], length: int
+def task_accuracy(
+    model: Any, tokenizer: GistTokenizer, splits: Mapping[str, list[Record]], num_gist_tokens: int, length: int
 ) -> dict[str, Interval]:
+    """Exact match by ``split/condition``, with answers of at most ``length`` tokens."""
     model.eval()
     return {
         f"{split}/{result.condition}": result.interval("exact_match")
@@ -178,7 +179,7 @@ def _accuracy(
             model,
             tokenizer,
             records,
-            NUM_GIST_TOKENS,
+            num_gist_tokens,
             conditions=CONDITIONS,
             max_new_tokens=length,
             batch_size=ANSWERS_AT_ONCE,

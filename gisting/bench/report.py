@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import transformers
 from gisting._version import __version__
 from gisting.errors import GistError
 
-__all__ = ["append_row", "demo_table", "environment", "read_rows", "write_between"]
+__all__ = ["append_row", "demo_table", "environment", "page_tables", "read_rows", "write_between"]
 
 FORMAT = 1
 
@@ -123,14 +124,29 @@ def write_between(path: str | Path, name: str, text: str) -> None:
     path.write_text(head + start + text + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")
 
 
-if __name__ == "__main__":
-    # python -m gisting.bench.report: the tables of the README and of docs/ from the committed rows.
+def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]]:
+    """Every table of the README and of docs/ that is made from committed rows: page, mark, file of rows, function."""
     from gisting.bench.cpu_attention import attention_table
+    from gisting.bench.distillation import distillation_table
+    from gisting.bench.methods import methods_table
+    from gisting.bench.quality import quality_table
     from gisting.bench.storage import storage_table
     from gisting.bench.store import store_table
+    from gisting.bench.training import training_table
 
-    write_between("README.md", "demo results", demo_table(read_rows("docs/results/demo.jsonl")))
-    rows = read_rows("docs/results/cpu_attention.jsonl")
-    write_between("README.md", "cpu attention results", attention_table(rows))
-    write_between("docs/stores.md", "storage results", storage_table(read_rows("docs/results/storage.jsonl")))
-    write_between("docs/stores.md", "store results", store_table(read_rows("docs/results/store.jsonl")))
+    return [
+        ("README.md", "demo results", "demo.jsonl", demo_table),
+        ("README.md", "cpu attention results", "cpu_attention.jsonl", attention_table),
+        ("docs/stores.md", "storage results", "storage.jsonl", storage_table),
+        ("docs/stores.md", "store results", "store.jsonl", store_table),
+        ("docs/evaluation.md", "quality results", "quality.jsonl", quality_table),
+        ("docs/training.md", "training results", "training.jsonl", training_table),
+        ("docs/training.md", "methods results", "methods.jsonl", methods_table),
+        ("docs/training.md", "distillation results", "distillation.jsonl", distillation_table),
+    ]
+
+
+if __name__ == "__main__":
+    # python -m gisting.bench.report: writes them, in the root of the repository.
+    for page, name, file, table in page_tables():
+        write_between(page, name, table(read_rows(Path("docs/results") / file)))

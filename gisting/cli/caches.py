@@ -68,6 +68,10 @@ def compress(
         list[str] | None, typer.Option(help="With --store: name of a --prompt or --prompt-file, in their order.")
     ] = None,
     num_gist_tokens: KOption = None,
+    chunk_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cut prompts of more tokens into chunks of at most so many, each with k gist tokens."),
+    ] = None,
     storage: StorageOption = None,
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
@@ -98,12 +102,12 @@ def compress(
     if output is not None:
         from gisting.generation import compress as run
 
-        cache = run(loaded, tokenizer, texts, counts)
+        cache = run(loaded, tokenizer, texts, counts, chunk_length=chunk_length)
         cache.to("cpu").save(output, storage)
         _print_compressed(records, cache, tokenizer)
         out.print(f"saved in {output} ({output.stat().st_size} bytes)", highlight=False)
     elif store is not None:
-        _compress_into(store, storage, loaded, tokenizer, records, counts)
+        _compress_into(store, storage, loaded, tokenizer, records, counts, chunk_length)
 
 
 def _named(texts: list[str], names: list[str]) -> list[PromptRecord]:
@@ -121,6 +125,7 @@ def _compress_into(
     tokenizer: GistTokenizer,
     records: list[PromptRecord],
     counts: list[int],
+    chunk_length: int | None,
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -139,6 +144,7 @@ def _compress_into(
                 [record.prompt for record in records[rows]],
                 counts[rows],
                 names=[record.name for record in records[rows]],
+                chunk_length=chunk_length,
             )
             if len(records) <= _BATCH_SIZE:
                 _print_compressed(records, cache, tokenizer)
@@ -155,7 +161,7 @@ def _print_compressed(records: list[PromptRecord], cache: GistCache, tokenizer: 
     one = cache.num_bytes // (len(cache) * cache.num_slots)
     for text, encoding, k in zip(texts, tokenizer.encode_prompts(texts, 1), cache.num_gist_tokens, strict=True):
         shown = text if len(text) <= 60 else text[:57] + "..."
-        table.add_row(plain(shown), str(encoding.gist_start), str(k), str(one * k))
+        table.add_row(plain(shown), str(encoding.num_prompt_tokens), str(k), str(one * k))
     out.print(table)
 
 

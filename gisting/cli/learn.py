@@ -113,6 +113,17 @@ def train(
             "batch size then counts instructions, with up to 8 records each."
         ),
     ] = None,
+    chunk_length: Annotated[
+        int | None, typer.Option(help="Give prompts of more tokens a gist for each chunk of at most so many.")
+    ] = None,
+    distillation: Annotated[
+        float | None,
+        typer.Option(help="Weight of the divergence from the same model with the prompt in view. [default: 0]"),
+    ] = None,
+    reconstruction: Annotated[
+        float | None,
+        typer.Option(help="Weight of the prompt's own likelihood behind its gist; needs --pack-length. [default: 0]"),
+    ] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints to resume from. [default: 500]")
     ] = None,
@@ -169,6 +180,9 @@ def train(
         max_target_length=max_target_length,
         part_separator=part_separator,
         pack_length=pack_length,
+        chunk_length=chunk_length,
+        distillation=distillation,
+        reconstruction=reconstruction,
         save_steps=save_steps,
         seed=seed,
         dtype=dtype,

@@ -7,6 +7,7 @@ here knows what it hides.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from gisting.data.records import Record, to_record
 from gisting.errors import GistError, GistTokenError, RecordError
 from gisting.padding import pad_rows
-from gisting.tokens import GistTokenizer
+from gisting.tokens import GistTokenizer, cut_into_chunks
 from gisting.visibility import CHAINED_CONDITIONS, CONDITIONS, ENCODER_CONDITIONS, Condition, Visibility
 
 __all__ = ["GistCollator"]
@@ -28,17 +29,39 @@ IGNORED = -100  # what transformers' losses skip
 
 
 class Example(NamedTuple):
-    """The ids of one record before they are laid out; its prompt in one or more parts, each with its k."""
+    """The ids of one record before they are laid out; its prompt in one or more parts, each with its k, or in one that
+    is cut into chunks where it is longer than ``chunk_length``.
+    """
 
     prompts: list[list[int]]
     counts: list[int]
     continuation: list[int]
     completion: list[int]
+    chunk_length: int | None = None
+
+    @property
+    def stretches(self) -> list[tuple[list[int], int, bool]]:
+        """What stands one behind the other in front of the continuation: ids of a prompt, the number of gist tokens
+        behind them, and whether each of those has a copy.
+        """
+        if len(self.prompts) == 1:
+            chunks = cut_into_chunks(self.prompts[0], self.chunk_length)
+            return [(chunk, self.counts[0], False) for chunk in chunks]
+        last = len(self.prompts) - 1
+        return [
+            (prompt, count, number < last)
+            for number, (prompt, count) in enumerate(zip(self.prompts, self.counts, strict=True))
+        ]
 
     @property
     def num_gist_columns(self) -> int:
-        """Gist tokens, and a copy of each that is not in the last part."""
-        return 2 * sum(self.counts) - self.counts[-1]
+        """Gist tokens and their copies."""
+        return sum(count * (1 + has_copies) for _, count, has_copies in self.stretches)
+
+    @property
+    def num_shared_columns(self) -> int:
+        """All that stands in front of the continuation."""
+        return sum(map(len, self.prompts)) + self.num_gist_columns
 
 
 class GistCollator:
@@ -56,9 +79,16 @@ class GistCollator:
             (``visibility.chained``): what trains a model to read what ``GistCache.chain`` puts together. Spaces around
             it belong to the parts. Instructions that do not hold it are one part, as they all are where it is None. The
             gist tokens of all parts but the last stand in the sequence twice. Decoders only.
+        chunk_length: a prompt of more ids than that, once it is cut to ``max_length``, is cut into chunks with the
+            row's k gist tokens behind each, as ``gisting.compress(chunk_length=...)`` does
+            (``tokens.cut_into_chunks``): a chunk sees the gists before it. Layers with a sliding window count columns,
+            the chunks among them, so a model with a window below ``max_length`` would not see in training what it sees
+            in use. Decoders only, and without ``part_separator``.
+        with_teacher: whether a batch also has the intervals and positions of the same rows under the positive control,
+            whatever they drew: what a teacher sees that has the prompt in view.
 
     Raises:
-        GistError: an argument is out of range.
+        GistError: an argument is out of range, or two exclude each other.
     """
 
     def __init__(
@@ -70,6 +100,8 @@ class GistCollator:
         max_length: int = 512,
         max_target_length: int = 256,
         part_separator: str | None = None,
+        chunk_length: int | None = None,
+        with_teacher: bool = False,
     ) -> None:
         if not isinstance(tokenizer, GistTokenizer):
             raise GistError(
@@ -95,12 +127,20 @@ class GistCollator:
             raise GistError(
                 f"part_separator is {part_separator!r}, but gists of an encoder-decoder cannot be chained; pass None"
             )
+        tokenizer.check_chunk_length(chunk_length)
+        if part_separator is not None and chunk_length is not None:
+            raise GistError(
+                f"part_separator ({part_separator!r}) and chunk_length ({chunk_length}) exclude each other: a part "
+                "sees nothing of the parts before it, a chunk the gists before it; pass None for one of them"
+            )
         self.tokenizer = tokenizer
         self.num_gist_tokens = (low, high)
         self.conditions = weights
         self.max_length = max_length
         self.max_target_length = max_target_length
         self.part_separator = part_separator
+        self.chunk_length = chunk_length
+        self.with_teacher = with_teacher
         self._has_warned = False
 
     def __call__(self, records: Sequence[Record | Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -112,7 +152,8 @@ class GistCollator:
         Returns:
             ``input_ids`` int64 ``(B, N)``; ``attention_mask`` int32 ``(B, 1, 2, N)``; ``labels`` int64, -100 where
             there is nothing to learn: ``(B, N)`` for a decoder, with ``position_ids`` int64 ``(B, N)``; ``(B, M)`` for
-            an encoder-decoder.
+            an encoder-decoder. With ``with_teacher`` also ``teacher_attention_mask`` int32 ``(B, 1, 2, N)`` and, for a
+            decoder, ``teacher_position_ids`` int64 ``(B, N)``.
 
         Raises:
             RecordError: a record is not complete, a part of its instruction is empty, there is nothing between several
@@ -170,6 +211,7 @@ class GistCollator:
                     [encoding.num_gist_tokens for encoding in heads_and_last],
                     last.input_ids[last.gist_end : last.completion_start],
                     last.input_ids[last.completion_start :],
+                    self.chunk_length,
                 )
             )
         return examples
@@ -180,24 +222,19 @@ class GistCollator:
         is_gist = (ids == self.tokenizer.gist_token_id) & is_token
         drawn = self._draw_conditions(len(ids))
         if self.part_separator is None:
-            visibility = self._visibility(CONDITIONS, drawn, is_gist, is_token)
+            masks = self._masks(CONDITIONS, drawn, is_gist, is_token)
         else:
             is_copy, parts = pad_rows(copies, 0, left=True)[0].bool(), pad_rows(parts, 0, left=True)[0]
-            visibility = self._visibility(CHAINED_CONDITIONS, drawn, is_gist, is_copy, parts, is_token)
+            masks = self._masks(CHAINED_CONDITIONS, drawn, is_gist, is_copy, parts, is_token)
         completions = torch.tensor([len(example.completion) for example in examples])
         is_completion = torch.arange(ids.shape[1])[None] >= ids.shape[1] - completions[:, None]
-        return {
-            "input_ids": ids,
-            "attention_mask": visibility.as_attention_mask(),
-            "position_ids": visibility.position_ids,  # pyright: ignore[reportReturnType]
-            "labels": ids.masked_fill(~is_completion, IGNORED),
-        }
+        return {"input_ids": ids, **masks, "labels": ids.masked_fill(~is_completion, IGNORED)}
 
     def _columns(self, example: Example) -> tuple[list[int], list[int], list[int]]:
         """The ids of a row; which of them are copies (0 or 1); the part of each, from 1, and 0 for the rest."""
         ids, copies, parts = [], [], []
-        for number, (prompt, count) in enumerate(zip(example.prompts, example.counts, strict=True), start=1):
-            gist = [0] * count if number == len(example.prompts) else [0, 1] * count
+        for number, (prompt, count, has_copies) in enumerate(example.stretches, start=1):
+            gist = [0, 1] * count if has_copies else [0] * count
             ids += prompt + [self.tokenizer.gist_token_id] * len(gist)
             copies += [0] * len(prompt) + gist
             parts += [number] * (len(prompt) + len(gist))
@@ -209,22 +246,26 @@ class GistCollator:
         ids, is_token = pad_rows(sources, self.tokenizer.pad_token_id, left=False)
         labels, is_label = pad_rows([example.completion for example in examples], IGNORED, left=False)
         is_gist = (ids == self.tokenizer.gist_token_id) & is_token
-        visibility = self._visibility(ENCODER_CONDITIONS, self._draw_conditions(len(ids)), is_gist, is_token)
-        return {
-            "input_ids": ids,
-            "attention_mask": visibility.as_attention_mask(),
-            "labels": labels.masked_fill(~is_label, IGNORED),
-        }
+        masks = self._masks(ENCODER_CONDITIONS, self._draw_conditions(len(ids)), is_gist, is_token)
+        return {"input_ids": ids, **masks, "labels": labels.masked_fill(~is_label, IGNORED)}
 
-    def _visibility(
+    def _masks(
         self, conditions: Mapping[str, Condition], drawn: Tensor, *layout: Tensor, **packing: Tensor
-    ) -> Visibility:
-        """The intervals of each row under the condition that it drew."""
+    ) -> dict[str, Tensor]:
+        """Intervals, and of a decoder positions, of each row under the condition that it drew, and the teacher's."""
         names = list(self.conditions)
         visibility = conditions[names[0]](*layout, **packing)
         for number, name in enumerate(names[1:], start=1):
             visibility = Visibility.where(drawn == number, conditions[name](*layout, **packing), visibility)
-        return visibility
+        found = {"": visibility}
+        if self.with_teacher:
+            found["teacher_"] = conditions["positive"](*layout, **packing)
+        masks = {}
+        for prefix, one in found.items():
+            masks[f"{prefix}attention_mask"] = one.as_attention_mask()
+            if one.position_ids is not None:
+                masks[f"{prefix}position_ids"] = one.position_ids
+        return masks
 
     def _fit(self, example: Example, number: int) -> Example:
         """At most ``max_length`` ids, gists, some of every prompt and some completion always among them; the target of
@@ -236,13 +277,13 @@ class GistCollator:
         return self._fit_sequence(example, number)
 
     def _fit_sequence(self, example: Example, number: int) -> Example:
-        prompts, counts, continuation, completion = example
-        length = sum(map(len, prompts)) + example.num_gist_columns + len(continuation) + len(completion)
+        prompts, continuation, completion = example.prompts, example.continuation, example.completion
+        length = example.num_shared_columns + len(continuation) + len(completion)
         excess = length - self.max_length
         if excess <= 0:
             return example
         # One id each of prompts, continuation and completion.
-        needed = example.num_gist_columns + len(prompts) + 2
+        needed = _shortened(example, 1).num_shared_columns + 2
         if needed > self.max_length:
             raise RecordError(
                 f"record {number} of the batch has {len(prompts)} parts, which take at least {needed} ids with their "
@@ -257,11 +298,17 @@ class GistCollator:
             )
         cut = min(excess, max(0, len(completion) - max(1, self.max_length // 4)))
         completion, excess = completion[: len(completion) - cut], excess - cut
-        limit = max(map(len, prompts))
-        while limit > 1 and sum(max(0, len(prompt) - limit) for prompt in prompts) < excess:
-            limit -= 1
-        excess -= sum(max(0, len(prompt) - limit) for prompt in prompts)
-        prompts = [prompt[:limit] for prompt in prompts]
-        cut = min(max(0, excess), max(0, len(continuation) - 1))
-        continuation, excess = continuation[cut:], max(0, excess - cut)
-        return Example(prompts, counts, continuation, completion[: len(completion) - excess])
+        # What is left of a prompt decides how many chunks it has, and so how many gist tokens.
+        room = example.num_shared_columns - excess
+        limits = range(1, max(map(len, prompts)) + 1)
+        limit = bisect.bisect_right(limits, room, key=lambda limit: _shortened(example, limit).num_shared_columns)
+        example = _shortened(example, max(1, limit))
+        excess = max(0, example.num_shared_columns - room)
+        cut = min(excess, max(0, len(continuation) - 1))
+        continuation, excess = continuation[cut:], excess - cut
+        return example._replace(continuation=continuation, completion=completion[: len(completion) - excess])
+
+
+def _shortened(example: Example, limit: int) -> Example:
+    """With at most ``limit`` ids of each prompt."""
+    return example._replace(prompts=[prompt[:limit] for prompt in example.prompts])

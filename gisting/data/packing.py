@@ -4,13 +4,13 @@ Place in the flow: data -> **packing** -> model, in place of the plain collator.
 instructions. Behind one copy of prompt and gist, each completion is a branch that sees the gist and itself and goes on
 from the gist's position; rows are then filled with such documents. Masks and positions make every completion
 independent of its neighbours (``visibility.gist`` with ``documents`` and ``branches``), so loss and gradients are those
-of the padded batch.
+of the padded batch. One more branch may hold the prompt itself, to be predicted from the gist alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +70,40 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+class Branch(NamedTuple):
+    """Ids behind a gist that see that and themselves, and which of them are learned, as an answer or as the prompt."""
+
+    ids: list[int]
+    labels: list[int]
+    reconstruction_labels: list[int]
+
+
+class Document(NamedTuple):
+    """Examples behind one copy of prompt and gist, and the prompt once more where it is to be predicted from the
+    gist.
+    """
+
+    examples: list[Example]
+    reconstruction: list[int]
+
+    @property
+    def branches(self) -> list[Branch]:
+        """What stands behind the gist, one behind the other."""
+        found = []
+        for example in self.examples:
+            ids = example.continuation + example.completion
+            labels = [IGNORED] * len(example.continuation) + example.completion
+            found.append(Branch(ids, labels, [IGNORED] * len(ids)))
+        if ids := self.reconstruction:
+            found.append(Branch(ids, [IGNORED] * len(ids), [IGNORED, *ids[1:]]))
+        return found
+
+    @property
+    def num_columns(self) -> int:
+        """Ids of all."""
+        return self.examples[0].num_shared_columns + sum(len(branch.ids) for branch in self.branches)
+
+
 class GistPackingCollator(GistCollator):
     """Collates records like :class:`GistCollator`, without repeating prompts and with little padding. Decoders only.
 
@@ -80,12 +114,32 @@ class GistPackingCollator(GistCollator):
     Layers with a sliding window count columns, neighbours among them, so a model with a window below ``pack_length``
     would not see in training what it sees in use; :func:`gisting.train.finetune.finetune` refuses that.
 
+    With ``reconstruct``, a document whose condition is gist gets one branch more, its prompt::
+
+             a  b  G  c  d  a  b       labels                  c  d
+          a  1  .  .  .  .  .  .       reconstruction_labels         b
+          b  1  1  .  .  .  .  .
+          G  1  1  1  .  .  .  .       a, the cue, is given
+          c  .  .  1  1  .  .  .
+          d  .  .  1  1  1  .  .
+          a  .  .  1  .  .  1  .
+          b  .  .  1  .  .  1  1
+
+    The branch stands behind all completions and its first id is not learned, so nothing of it is predicted by what it
+    does not see: neither by a completion's last token nor, in the document of a record without continuation, by the
+    gist that answers there. Every document has its own, so a prompt that fills several rows is learned in each. It is
+    left out where the document would no longer fit into a row, and where the prompt has a single id.
+
     Args:
         tokenizer: as for :class:`GistCollator`, of a decoder.
         num_gist_tokens: as for :class:`GistCollator`.
         conditions: as for :class:`GistCollator`.
         max_length: as for :class:`GistCollator`, of one record with its prompt.
         pack_length: ids of a row, at least ``max_length``; None for ``max_length``.
+        chunk_length: as for :class:`GistCollator`; a whole prompt is reconstructed from the gists of all its chunks.
+        with_teacher: as for :class:`GistCollator`.
+        reconstruct: whether prompts, as they were cut to ``max_length`` and without ``tokenizer.start_ids``, are to be
+            predicted from their gists as well.
 
     Raises:
         GistError: an argument is out of range, or the tokenizer is for an encoder-decoder.
@@ -99,13 +153,24 @@ class GistPackingCollator(GistCollator):
         conditions: str | Mapping[str, float] = "gist",
         max_length: int = 512,
         pack_length: int | None = None,
+        chunk_length: int | None = None,
+        with_teacher: bool = False,
+        reconstruct: bool = False,
     ) -> None:
-        super().__init__(tokenizer, num_gist_tokens, conditions=conditions, max_length=max_length)
+        super().__init__(
+            tokenizer,
+            num_gist_tokens,
+            conditions=conditions,
+            max_length=max_length,
+            chunk_length=chunk_length,
+            with_teacher=with_teacher,
+        )
         if tokenizer.is_encoder_decoder:
             raise GistError(
                 "tokenizer is for an encoder-decoder, whose encoder reads in both directions and cannot share a "
                 "prompt; use GistCollator"
             )
+        self.reconstruct = reconstruct
         self.pack_length = max_length if pack_length is None else pack_length
         if self.pack_length < max_length:
             raise GistError(
@@ -120,7 +185,9 @@ class GistPackingCollator(GistCollator):
                 :func:`group_by_instruction` gives.
 
         Returns:
-            As :meth:`GistCollator.__call__` for a decoder, with fewer and fuller rows: B is the number of rows.
+            As :meth:`GistCollator.__call__` for a decoder, with fewer and fuller rows: B is the number of rows. With
+            ``reconstruct`` also ``reconstruction_labels`` int64 ``(B, N)``: the ids of prompts behind their gists, but
+            for the first of each, and -100 elsewhere; there ``labels`` are -100.
 
         Raises:
             RecordError: a record is not complete.
@@ -134,8 +201,13 @@ class GistPackingCollator(GistCollator):
         documents = self._documents(examples, instructions)
         packed, drawn = [], []
         for condition in sorted(set(conditions)):
-            chosen = [document for number, document in documents if conditions[number] == condition]
-            for numbers in pack([_length(document) for document in chosen], self.pack_length):
+            is_gist = [*self.conditions][condition] == "gist"
+            chosen = [
+                self._document(examples, has_reconstruction=self.reconstruct and is_gist)
+                for number, examples in documents
+                if conditions[number] == condition
+            ]
+            for numbers in pack([document.num_columns for document in chosen], self.pack_length):
                 packed.append([chosen[number] for number in numbers])
                 drawn.append(condition)
         return self._rows(packed, torch.tensor(drawn))
@@ -149,7 +221,11 @@ class GistPackingCollator(GistCollator):
         for instruction, example in zip(instructions, examples, strict=True):
             key = (instruction, *example.prompts[0])
             place = open_at.get(key)
-            if place is None or not example.continuation or _length([*found[place][1], example]) > self.pack_length:
+            if (
+                place is None
+                or not example.continuation
+                or Document([*found[place][1], example], []).num_columns > self.pack_length
+            ):
                 place = len(found)
                 found.append((instruction, []))
             found[place][1].append(example)
@@ -157,23 +233,34 @@ class GistPackingCollator(GistCollator):
                 open_at[key] = place
         return found
 
-    def _rows(self, packed: list[list[list[Example]]], drawn: Tensor) -> dict[str, Tensor]:
-        """Rows of documents of examples, as tensors."""
-        ids, labels, documents, branches = ([[] for _ in packed] for _ in range(4))
+    def _document(self, examples: list[Example], *, has_reconstruction: bool) -> Document:
+        document = Document(examples, [])
+        if not has_reconstruction:
+            return document
+        prompt, start = examples[0].prompts[0], self.tokenizer.start_ids
+        own = prompt[len(start) :] if prompt[: len(start)] == start else prompt
+        longer = Document(examples, own)
+        return longer if len(own) > 1 and longer.num_columns <= self.pack_length else document
+
+    def _rows(self, packed: list[list[Document]], drawn: Tensor) -> dict[str, Tensor]:
+        """Rows of documents, as tensors."""
+        ids, labels, prompt_labels, documents, branches = ([[] for _ in packed] for _ in range(5))
         for row, chosen in enumerate(packed):
             for number, document in enumerate(chosen, start=1):
-                shared = document[0].prompts[0] + [self.tokenizer.gist_token_id] * document[0].counts[0]
-                ids[row] += shared
-                labels[row] += [IGNORED] * len(shared)
-                branches[row] += [0] * len(shared)
-                for branch, example in enumerate(document, start=1):
-                    rest = example.continuation + example.completion
-                    ids[row] += rest
-                    labels[row] += [IGNORED] * len(example.continuation) + example.completion
-                    branches[row] += [branch] * len(rest)
+                for chunk, count, _ in document.examples[0].stretches:
+                    ids[row] += chunk + [self.tokenizer.gist_token_id] * count
+                shared = len(ids[row]) - len(labels[row])
+                labels[row] += [IGNORED] * shared
+                prompt_labels[row] += [IGNORED] * shared
+                branches[row] += [0] * shared
+                for place, branch in enumerate(document.branches, start=1):
+                    ids[row] += branch.ids
+                    labels[row] += branch.labels
+                    prompt_labels[row] += branch.reconstruction_labels
+                    branches[row] += [place] * len(branch.ids)
                 documents[row] += [number] * (len(ids[row]) - len(documents[row]))
         ids, is_token = pad_rows(ids, self.tokenizer.pad_token_id, left=True)
-        visibility = self._visibility(
+        masks = self._masks(
             CONDITIONS,
             drawn,
             (ids == self.tokenizer.gist_token_id) & is_token,
@@ -181,16 +268,7 @@ class GistPackingCollator(GistCollator):
             documents=pad_rows(documents, 0, left=True)[0],
             branches=pad_rows(branches, 0, left=True)[0],
         )
-        return {
-            "input_ids": ids,
-            "attention_mask": visibility.as_attention_mask(),
-            "position_ids": visibility.position_ids,  # pyright: ignore[reportReturnType]
-            "labels": pad_rows(labels, IGNORED, left=True)[0],
-        }
-
-
-def _length(document: list[Example]) -> int:
-    """Ids of examples that share the first one's prompt and gist."""
-    first = document[0]
-    rests = sum(len(example.continuation) + len(example.completion) for example in document)
-    return len(first.prompts[0]) + first.counts[0] + rests
+        batch = {"input_ids": ids, **masks, "labels": pad_rows(labels, IGNORED, left=True)[0]}
+        if self.reconstruct:
+            batch["reconstruction_labels"] = pad_rows(prompt_labels, IGNORED, left=True)[0]
+        return batch

@@ -1,12 +1,16 @@
-"""The built-in task: instructions over letters that a small model learns to follow, and to gist, within minutes.
+"""The built-in tasks, which a small model learns within minutes. All is made from a seed; no file, no download.
 
-Place in the flow: **data**. An instruction has three independent parts (order, edit, style), said in one of several
-phrasings:
+Place in the flow: **data**. :class:`LetterTask` is for gisting, where prompts differ: instructions over letters, each
+of three independent parts (order, edit, style), said in one of several phrasings:
 
     please reverse the letters , drop the last letter and write capitals      a b c d e      ->      E D C B
 
 Whole combinations of parts are held out, so an unseen instruction tests whether the gist carries each part, not
-whether it names one of the instructions seen in training. Everything is made from a seed; no file, no download.
+whether it names one of the instructions seen in training.
+
+:class:`CodeTask` is for internalising, where one long prompt comes with every query, and holds what the query lacks:
+
+    table : birch = k7 ; coral = k2 ; ... . answer backwards and end with done .      coral birch   ->   k7 k2 done
 """
 
 from __future__ import annotations
@@ -15,16 +19,21 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from gisting.data.records import Record
 from gisting.errors import GistError
 from gisting.tokens import GistTokenizer, Template
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-__all__ = ["LETTERS", "TEMPLATE", "Instruction", "LetterTask", "task_tokenizer"]
+__all__ = [
+    "LETTERS",
+    "TEMPLATE",
+    "CodeTable",
+    "CodeTask",
+    "Instruction",
+    "LetterTask",
+    "code_tokenizer",
+    "task_tokenizer",
+]
 
 LETTERS = "abcdefgh"
 _Rule = Callable[[list[str]], list[str]]
@@ -146,27 +155,134 @@ class LetterTask:
             )
 
 
+# -- codes -------------------------------------------------------------------------------------------------------------
+
+NAMES = (
+    *("amber", "birch", "coral", "delta", "ember", "fjord", "grove", "heron", "indigo", "jade", "karst", "larch"),
+    *("maple", "north", "onyx", "pearl", "quartz", "raven", "slate", "tundra", "umber", "violet", "willow", "zephyr"),
+)
+CODES = tuple(f"k{number}" for number in range(len(NAMES)))
+CODE_ORDERS: dict[str, _Rule] = {"in order": lambda codes: codes, "backwards": lambda codes: codes[::-1]}
+CODE_ENDINGS: dict[str, _Rule] = {
+    "stop there": lambda codes: codes,
+    "end with done": lambda codes: [*codes, "done"],
+}
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """A template of :class:`CodeTask`: which code each name has, and how to answer."""
+
+    codes: tuple[tuple[str, str], ...]
+    order: str
+    ending: str
+
+    def text(self) -> str:
+        """The template in words."""
+        table = " ; ".join(f"{name} = {code}" for name, code in self.codes)
+        return f"table : {table} . answer {self.order} and {self.ending} ."
+
+    def answer(self, names: list[str]) -> list[str]:
+        """What follows from it for these names."""
+        codes = dict(self.codes)
+        return CODE_ENDINGS[self.ending](CODE_ORDERS[self.order]([codes[name] for name in names]))
+
+
+@dataclass(frozen=True)
+class CodeTask:
+    """Look names up in a table that stands in the prompt.
+
+    Args:
+        num_names: entries of a table, at most 24.
+        length: names in a query.
+        seed: of the task's own table.
+    """
+
+    num_names: int = 16
+    length: int = 3
+    seed: int = 0
+    table: CodeTable = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_names <= len(NAMES):
+            raise GistError(f"num_names must be in 1..{len(NAMES)}, got {self.num_names}")
+        object.__setattr__(self, "table", self._draw_table(random.Random(f"table {self.seed}")))
+
+    def records(self, split: str, count: int, seed: int) -> list[Record]:
+        """``count`` different queries to the task's own table, with its text as instruction.
+
+        Every name is asked for in training; a query of ``"eval"`` is none of ``"train"``, whatever the seeds.
+
+        Raises:
+            GistError: there is no such split, or it has fewer queries.
+        """
+        if split not in ("train", "eval"):
+            raise GistError(f"split must be train or eval, got {split!r}")
+        names = [name for name, _ in self.table.codes]
+        # Which half of all queries one belongs to does not depend on the seed of the records.
+        half = random.Random(f"split {self.seed}")
+        queries = [
+            query
+            for query in itertools.product(names, repeat=self.length)
+            if (half.random() < 0.5) == (split == "train")
+        ]
+        if not 0 < count <= len(queries):
+            raise GistError(f"count must be in 1..{len(queries)}, the queries of {split}, got {count}")
+        return [
+            self._record(self.table, list(query), split)
+            for query in random.Random(f"{split} {seed}").sample(queries, count)
+        ]
+
+    def lookups(self, num_tables: int, per_table: int, seed: int) -> list[Record]:
+        """Queries to random tables, those of a table together: what teaches a model to read a table at all, and nothing
+        of the task's own.
+        """
+        chance = random.Random(f"lookups {seed}")
+        found: list[Record] = []
+        for _ in range(num_tables):
+            table = self._draw_table(chance)
+            names = [name for name, _ in table.codes]
+            found += [
+                self._record(table, [chance.choice(names) for _ in range(self.length)], "lookup")
+                for _ in range(per_table)
+            ]
+        return found
+
+    def _draw_table(self, chance: random.Random) -> CodeTable:
+        names, codes = chance.sample(NAMES, self.num_names), chance.sample(CODES, self.num_names)
+        pairs = tuple(zip(names, codes, strict=True))
+        return CodeTable(pairs, chance.choice([*CODE_ORDERS]), chance.choice([*CODE_ENDINGS]))
+
+    def _record(self, table: CodeTable, names: list[str], source: str) -> Record:
+        return Record(table.text(), " ".join(names), " ".join(table.answer(names)), source)
+
+
+# -- their tokenizers --------------------------------------------------------------------------------------------------
+
+
 def task_tokenizer() -> GistTokenizer:
-    """A tokenizer with one id for each word and letter of the task, and its template."""
-    return GistTokenizer(_word_tokenizer(), TEMPLATE)
+    """A tokenizer with one id for each word and letter of :class:`LetterTask`, and its template."""
+    texts = [*ORDERS, *EDITS, *STYLES, *(phrasing.format(order="", edit="", style="") for phrasing in PHRASINGS)]
+    return _word_tokenizer([*texts, "! * -", " ".join(LETTERS), " ".join(LETTERS.upper())])
 
 
-def _word_tokenizer() -> PreTrainedTokenizerFast:
+def code_tokenizer() -> GistTokenizer:
+    """A tokenizer with one id for each word of :class:`CodeTask`, and its template."""
+    empty = CodeTable((("", ""),), "", "").text()
+    return _word_tokenizer([empty, *CODE_ORDERS, *CODE_ENDINGS, *NAMES, *CODES, "done -> ;"])
+
+
+def _word_tokenizer(texts: list[str]) -> GistTokenizer:
+    """One id for each word of the texts and of the template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [*ORDERS, *EDITS, *STYLES, *(phrasing.format(order="", edit="", style="") for phrasing in PHRASINGS)]
-    texts += [
-        TEMPLATE.prompt_text(""),
-        TEMPLATE.continuation_text(" "),
-        "! * -",
-        " ".join(LETTERS),
-        " ".join(LETTERS.upper()),
-    ]
+    texts = [*texts, TEMPLATE.prompt_text(""), TEMPLATE.continuation_text(" ")]
     words = sorted({word for text in texts for word in text.split()})
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+    return GistTokenizer(tokenizer, TEMPLATE)

@@ -1,4 +1,4 @@
-"""A model under the conditions of the paper and two baselines without gist tokens.
+"""A model under the conditions of the paper, two baselines without gist tokens, and the prompt as ordinary text.
 
 Place in the flow: records -> answers and the loss of the references -> scores of each record. The positive control
 bounds what a gist can reach, the negative control shows what the model knows without the prompt; a gist is worth the
@@ -9,11 +9,13 @@ share of the gap between them that it keeps (Gisting, section 5). What the rows 
     negative     the input, at the place that it has behind a gist
     truncated    the first k tokens of the instruction in place of the gist tokens: the baseline of equal cost
     no-prompt    the input alone
+    prompt       the whole instruction, then the input; where there is no instruction, the input alone
 
-The first three are what :mod:`gisting.visibility` says. The last two are ordinary texts without gist tokens, so a
-patched model runs them as it did before: what the tokenizer puts before every text (``<s>``), the k tokens of the
-instruction, split alone and without the template's words around it, and the template's continuation. An encoder that
-would be left without any token reads the end of sequence.
+The first three are what :mod:`gisting.visibility` says. The others are ordinary texts without gist tokens, so a
+patched model runs them as it did before. With the prompt, that is the template's text, its gist left out; without, what
+the tokenizer puts before every text (``<s>``), the k tokens of the instruction, split alone and without the template's
+words around it, and the template's continuation. An encoder that would be left without any token reads the end of
+sequence.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gisting.data.collate import IGNORED, GistCollator
+from gisting.data.plain import plain_batch, plain_sources
 from gisting.data.records import Record
 from gisting.errors import GistError
 from gisting.eval.metrics import exact_matches, rouge
@@ -47,9 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["BASELINES", "EVAL_CONDITIONS", "METRICS", "ConditionResult", "Metric", "evaluate"]
 
 BASELINES = ("truncated", "no-prompt")
-EVAL_CONDITIONS = (*CONDITIONS, *BASELINES)
+EVAL_CONDITIONS = (*CONDITIONS, *BASELINES, "prompt")
 # What the answer sees does not depend on k, so it is run once for all k.
-_WITHOUT_K = ("negative", "no-prompt")
+_WITHOUT_K = ("negative", "no-prompt", "prompt")
 # No sequence is cut: a loss of a part would not be the reference's.
 _NO_LIMIT = 1 << 30
 
@@ -184,8 +187,8 @@ def evaluate(
         **generate_kwargs: for ``model.generate``.
 
     Returns:
-        A result for each k and, within it, each condition. Those of ``"negative"`` and ``"no-prompt"`` are the same for
-        every k.
+        A result for each k and, within it, each condition. Those of ``"negative"``, ``"no-prompt"`` and ``"prompt"``
+        are the same for every k.
 
     Raises:
         GistError: there is no record, a condition or k cannot be, or as :func:`gisting.generate`.
@@ -277,6 +280,7 @@ class _Run:
 
     def _taught(self, records: Sequence[Record]) -> dict[str, Tensor]:
         """Inputs of a forward pass with the references behind them, and ``labels``, on the model's device."""
+        device = input_weight(self.model).device
         if self.condition in CONDITIONS:
             collator = GistCollator(
                 self.tokenizer,
@@ -288,36 +292,30 @@ class _Run:
             # The collator draws k and condition, of one each here; whoever trains meanwhile keeps their random numbers.
             with torch.random.fork_rng(devices=[]):
                 batch = collator(records)
-            device = input_weight(self.model).device
             return {name: tensor.to(device) for name, tensor in batch.items()}
         sources = self._sources(records)
         answers = self.tokenizer.encode_completions(
             [record.input for record in records], [record.output for record in records]
         )
-        if self.tokenizer.is_encoder_decoder:
-            labels = pad_rows(answers, IGNORED, left=False)[0]
-            return {**self._plain(sources), "labels": labels.to(input_weight(self.model).device)}
-        batch = self._plain([source + answer for source, answer in zip(sources, answers, strict=True)])
-        labels = [[IGNORED] * len(source) + answer for source, answer in zip(sources, answers, strict=True)]
-        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        labels = pad_rows(labels, IGNORED, left=True)[0].to(positions.device)
-        return {**batch, "position_ids": positions, "labels": labels}
+        return {name: tensor.to(device) for name, tensor in plain_batch(self.tokenizer, sources, answers).items()}
 
     def _sources(self, records: Sequence[Record]) -> list[list[int]]:
         """The ids of a text without gist tokens, up to where the answer begins."""
-        tokenizer = self.tokenizer
-        before: list[list[int]] = [[] for _ in records]
+        tokenizer, inputs = self.tokenizer, [record.input for record in records]
         if self.condition == "truncated":
-            before = [ids[: self.k] for ids in tokenizer._ids([record.instruction for record in records])]
-        behind = tokenizer.encode_continuations([record.input for record in records])
-        sources = [tokenizer._start_ids + first + rest for first, rest in zip(before, behind, strict=True)]
-        for row, source in enumerate(sources):
+            before = [ids[: self.k] for ids in tokenizer.encode_texts([record.instruction for record in records])]
+            behind = tokenizer.encode_continuations(inputs)
+            sources = [tokenizer.start_ids + first + rest for first, rest in zip(before, behind, strict=True)]
+        else:
+            is_shown = self.condition == "prompt"
+            sources = plain_sources(tokenizer, [record.instruction if is_shown else "" for record in records], inputs)
+        for record, source in zip(records, sources, strict=True):
             if not source and tokenizer.is_encoder_decoder:
                 source.append(tokenizer.eos_token_id)
             elif not source:
                 raise GistError(
                     f"condition {self.condition!r} leaves nothing for the model to continue in a record without input "
-                    f"({records[row].instruction!r}); give an input, or a template with text there"
+                    f"({record.instruction!r}); give an input, or a template with text there"
                 )
         return sources
 
@@ -331,7 +329,7 @@ def _scores(
     tokenizer: GistTokenizer, predictions: list[str], references: list[str], with_rouge: bool
 ) -> dict[str, list[float]]:
     def lengths(texts: list[str]) -> list[float]:
-        return [float(len(ids)) for ids in tokenizer._ids(texts)]
+        return [float(len(ids)) for ids in tokenizer.encode_texts(texts)]
 
     return {
         "exact_match": exact_matches(predictions, references),

@@ -300,7 +300,7 @@ def evaluate_splits(
             **settings,
         )
         encodings = tokenizer.encode_prompts([record.instruction for record in records], 1)
-        evaluated.append(Split(split, list(records), [encoding.gist_start for encoding in encodings], results))
+        evaluated.append(Split(split, list(records), [encoding.num_prompt_tokens for encoding in encodings], results))
     trained = trained_num_gist_tokens(model)
     about = {
         "name": name,

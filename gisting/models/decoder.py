@@ -27,12 +27,14 @@ __all__ = ["Assistant", "continued", "needs_equal_lengths", "prefix_states", "pr
 def prefix_states(
     model: PreTrainedModel, tokenizer: GistTokenizer, encodings: Sequence[GistEncoding], origin: CacheOrigin
 ) -> GistCache:
-    """Run a ragged batch of prompts with their gists and keep what survives under ``origin.condition``."""
-    # On the left, so that all gists stand in the last columns.
+    """Run a ragged batch of prompts with their gists and keep what survives under ``origin.condition``, its columns
+    moved together: the gists of a prompt in chunks stand apart.
+    """
     ids, is_token = pad_rows([encoding.input_ids for encoding in encodings], tokenizer.pad_token_id, left=True)
     visibility = CONDITIONS[origin.condition](ids == tokenizer.gist_token_id, is_token)
-    lengths = visibility.survivors().sum(-1)
-    start = ids.shape[1] - int(lengths.max())
+    kept = visibility.survivors()
+    lengths = kept.sum(-1)
+    columns = _last_columns(kept, int(lengths.max()))
     device = input_weight(model).device
     # Without a config every layer keeps all keys, sliding ones too; whoever goes on from here applies the window.
     cache = DynamicCache()
@@ -45,10 +47,9 @@ def prefix_states(
             use_cache=True,
         )
     layers: list[Any] = list(cache.layers)
-    # Cloned: a slice would keep the whole prompt's keys alive behind a gist of k.
     return GistCache(
-        tuple(layer.keys[:, :, start:].clone() for layer in layers),
-        tuple(layer.values[:, :, start:].clone() for layer in layers),
+        tuple(_gather(layer.keys, columns) for layer in layers),
+        tuple(_gather(layer.values, columns) for layer in layers),
         lengths,
         origin,
         rotary=rotary_of(model),
@@ -109,14 +110,11 @@ def continued(
     kept = torch.cat([cache.attention_mask.bool().cpu(), given, said], dim=1)
     lengths = kept.sum(-1)
     slots = int(lengths.max())
-    # Stable: columns to keep move to the right end in their order.
-    columns = kept.long().argsort(dim=1, stable=True)[:, kept.shape[1] - slots :, None]
+    columns = _last_columns(kept, slots)
     is_empty = (torch.arange(slots)[None] < slots - lengths[:, None])[:, None, :, None]
 
     def gather(states: torch.Tensor) -> torch.Tensor:
-        # To the device of each layer, as a model may be spread over several.
-        kept_states = states.take_along_dim(columns[:, None].to(states.device), dim=2)
-        return kept_states.masked_fill(is_empty.to(states.device), 0)
+        return _gather(states, columns).masked_fill(is_empty.to(states.device), 0)
 
     before = replace(
         cache,
@@ -141,6 +139,20 @@ def continued(
         values=tuple(layer.values for layer in layers),
         lengths=lengths + 1,
     )
+
+
+def _last_columns(kept: torch.Tensor, slots: int) -> torch.Tensor:
+    """Where the last ``slots`` columns come from when those that are ``kept``, bool ``(B, N)``, move to the right end
+    in their order: int64 ``(B, slots)``.
+    """
+    return kept.long().argsort(dim=1, stable=True)[:, kept.shape[1] - slots :]
+
+
+def _gather(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``states`` ``(B, G, N, D)`` at ``columns`` ``(B, P)``, copied, so that a gist of k keeps no whole prompt's keys
+    alive. On the device of the layer, as a model may be spread over several.
+    """
+    return states.take_along_dim(columns[:, None, :, None].to(states.device), dim=2)
 
 
 class Assistant:

@@ -286,7 +286,7 @@ def _check_interval_call(config: Any, kwargs: dict[str, Any], mask: Any) -> None
     if is_length_dependent(config) and not torch.compiler.is_compiling():
         if positions is None:
             positions = torch.arange(mask.shape[-1])
-        limit, span = position_limit(config), int(positions.max() - positions.min()) + 1
+        limit, span = position_limit(config), int((positions.amax(-1) - positions.amin(-1)).amax()) + 1
         if limit is not None and span > limit:
             raise GistError(
                 f"position_ids span {span} positions, more than the {limit} up to which the rotary frequencies of "

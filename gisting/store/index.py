@@ -84,8 +84,8 @@ class StoreEntry:
         name: what it is called, or None: it is found by its text or key.
         key: 64 hex digits: SHA-256 of the prompt text and what it was compressed for, or of the file's content.
         is_keyed_by_text: which of the two.
-        num_gist_tokens: k.
-        num_prompt_tokens: tokens of the prompt before its gist; None for a cache that was put in.
+        num_gist_tokens: k, of all chunks together where the prompt has several.
+        num_prompt_tokens: tokens of the prompt without its gist; None for a cache that was put in.
         num_bytes: size of the file.
         sha256: of the file, 64 hex digits.
         storage: how its numbers are stored, ``"float32"`` or ``"int8"`` for instance.

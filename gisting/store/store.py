@@ -92,11 +92,11 @@ class GistStore:
     SQLite's write-ahead log does not work over a network (sqlite.org/wal.html). Linux and macOS.
 
     An entry is found by its *key*. For ``get_or_compress`` that is a SHA-256 over the prompt as the template writes it,
-    k, the fingerprints of model and tokenizer (with its template), the condition and the dtype of the states; for a
-    cache that was put in, over the content of its file. *Names* are aliases for keys: 1 to 200 printable characters
-    without ``/`` and ``\\``, with no space at the ends, not ``.`` or ``..``, not 64 hex digits (that is a key), in
-    Unicode's composed form. They live in the index alone and never become part of a path. Prompts are not stored,
-    though whoever guesses one can check the guess against its key.
+    k, the fingerprints of model and tokenizer (with its template), the condition, the dtype of the states and the
+    ``chunk_length`` where one is given; for a cache that was put in, over the content of its file. *Names* are aliases
+    for keys: 1 to 200 printable characters without ``/`` and ``\\``, with no space at the ends, not ``.`` or ``..``,
+    not 64 hex digits (that is a key), in Unicode's composed form. They live in the index alone and never become part of
+    a path. Prompts are not stored, though whoever guesses one can check the guess against its key.
 
     A directory that somebody else made is read with suspicion: an index with other tables, files that are altered or
     links are refused in words. Whose states they are it cannot tell; a store is trusted like a checkpoint is.
@@ -223,6 +223,7 @@ class GistStore:
         names: Sequence[str | None] | None = None,
         condition: str = "gist",
         batch_size: int = 32,
+        chunk_length: int | None = None,
     ) -> GistCache:
         """The caches of prompts: what is here is read, what is missing or damaged is compressed and stored.
 
@@ -238,6 +239,8 @@ class GistStore:
                 meant stays, found by its text, until it is removed.
             condition: as for :func:`gisting.compress`.
             batch_size: how many prompts are run at once.
+            chunk_length: as for :func:`gisting.compress`. With another one, or none, a prompt is another entry, even
+                where it fits into one chunk.
 
         Returns:
             One cache of B prompts in their order, on the model's device and in its dtype.
@@ -251,6 +254,7 @@ class GistStore:
         from gisting.models.weights import input_weight
 
         require_patched(model, tokenizer)
+        tokenizer.check_chunk_length(chunk_length)
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise GistError("prompts must be a list of one text or more, and nothing else")
         counts = [num_gist_tokens] * len(prompts) if isinstance(num_gist_tokens, int) else list(num_gist_tokens)
@@ -262,6 +266,8 @@ class GistStore:
             raise GistError(f"num_gist_tokens must be whole numbers, got {num_gist_tokens!r:.100}")
         weight = input_weight(model)
         owner = [fingerprint(model), tokenizer.fingerprint, condition, str(weight.dtype)]
+        # At the end, and only where there is one: entries that were made before there were chunks keep their keys.
+        owner += [] if chunk_length is None else [chunk_length]
         keys = [
             text_key([tokenizer.template.prompt_text(prompt), k, *owner])
             for prompt, k in zip(prompts, counts, strict=True)
@@ -276,7 +282,16 @@ class GistStore:
                 return GistCache.cat([caches[key] for key in keys]).to(weight.device, weight.dtype)
             self._check_writable(f"{len(missing)} of {len(texts)} prompts are not in it, or have other names")
             if attempt < _ATTEMPTS:
-                self._compress(model, tokenizer, missing, meaning, damaged, condition=condition, batch_size=batch_size)
+                self._compress(
+                    model,
+                    tokenizer,
+                    missing,
+                    meaning,
+                    damaged,
+                    condition=condition,
+                    batch_size=batch_size,
+                    chunk_length=chunk_length,
+                )
         raise StoreError(f"{self.path}: entries were removed {_ATTEMPTS} times as they were made; look who empties it")
 
     def put(self, name: str, cache: GistCache) -> None:
@@ -647,14 +662,17 @@ class GistStore:
         *,
         condition: str,
         batch_size: int,
+        chunk_length: int | None,
     ) -> None:
         """Compress and store ``wanted``, {key: (prompt, k)}, and give names their meaning."""
         if not wanted:
             self._commit([], meaning)
             return
         prompts, counts = [prompt for prompt, _ in wanted.values()], [k for _, k in wanted.values()]
-        cache = compress(model, tokenizer, prompts, counts, condition=condition, batch_size=batch_size).to("cpu")
-        lengths = [encoding.gist_start for encoding in tokenizer.encode_prompts(prompts, counts)]
+        cache = compress(
+            model, tokenizer, prompts, counts, condition=condition, batch_size=batch_size, chunk_length=chunk_length
+        ).to("cpu")
+        lengths = [encoding.num_prompt_tokens for encoding in tokenizer.encode_prompts(prompts, counts)]
         with self._objects.writing() as folder:
             written = self._write(folder, [*cache])
             made = [

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from gisting.data.collate import GistCollator
 from gisting.data.packing import GistPackingCollator, group_by_instruction
@@ -27,6 +27,7 @@ from gisting.models.patch import require_patched
 from gisting.models.registry import sliding_windows
 from gisting.tokens import GistTokenizer
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
+from gisting.train.objective import Objective, ObjectiveTrainer, TokenMeanTrainer
 from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume
 
 __all__ = ["PUBLISHED", "finetune", "published_arguments"]
@@ -118,6 +119,8 @@ def finetune(
     part_separator: str | None = None,
     pack_length: int | None = None,
     max_per_group: int = 8,
+    chunk_length: int | None = None,
+    objective: Objective = Objective(),  # noqa: B008
     eval_records: Sequence[Record] | None = None,
     resume: bool | str = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -142,6 +145,9 @@ def finetune(
             batch of ``arguments`` then counts groups of records with one instruction, not records. A stream is not
             grouped; what shares an instruction in a batch of it shares a copy.
         max_per_group: the largest such group.
+        chunk_length: as for :class:`GistCollator`: longer prompts get a gist for each chunk.
+        objective: losses beside the language model's: distillation from the prompt in view, reconstruction of the
+            prompt, which needs ``pack_length``.
         eval_records: records for the loss that ``arguments.eval_strategy`` asks for.
         resume: go on from the last whole checkpoint in the output directory, or from the named one. What a killed
             process left of a checkpoint is passed over, and the run ends with the weights of an uninterrupted one.
@@ -153,14 +159,21 @@ def finetune(
 
     Raises:
         GistError: the model is not patched, there are no records, a stream has no end (``max_steps``) or cannot be
-            sorted, records cannot be packed for this model, there is nothing to resume from, or weights would not be
-            sharded although ``fsdp`` asks for it; or an adapter is to be trained on shards, or to be saved beside a
-            whole checkpoint.
+            sorted, rows are longer than a sliding window of the model where that counts, the prompt is to be
+            reconstructed without ``pack_length``, there is nothing to resume from, or weights would not be sharded
+            although ``fsdp`` asks for it; or an adapter is to be trained on shards, or to be saved beside a whole
+            checkpoint.
     """
     require_patched(model, tokenizer)
     checkpoint = checkpoint_to_resume(str(arguments.output_dir), resume)
     items: Any = records if isinstance(records, IterableDataset) else list(records)
     _check_records(items, arguments, pack_length)
+    if pack_length is None and objective.reconstruction:
+        raise GistError(
+            "objective weighs the reconstruction of the prompt, which is one more branch behind its gist in a packed "
+            "row; give pack_length, at least max_length"
+        )
+    _check_window(model, pack_length=pack_length, max_length=max_length if chunk_length is not None else None)
     if pack_length is None:
         collator = GistCollator(
             tokenizer,
@@ -169,13 +182,23 @@ def finetune(
             max_length=max_length,
             max_target_length=max_target_length,
             part_separator=part_separator,
+            chunk_length=chunk_length,
+            with_teacher=objective.distillation > 0,
         )
     else:
-        _check_packing(model, pack_length, part_separator)
+        if part_separator is not None:
+            raise GistError("pack_length and part_separator exclude each other: chained gists are not packed; give one")
         if isinstance(items, list):
             items = group_by_instruction([to_record(item) for item in items], max_per_group)
         collator = GistPackingCollator(
-            tokenizer, num_gist_tokens, conditions=conditions, max_length=max_length, pack_length=pack_length
+            tokenizer,
+            num_gist_tokens,
+            conditions=conditions,
+            max_length=max_length,
+            pack_length=pack_length,
+            chunk_length=chunk_length,
+            with_teacher=objective.distillation > 0,
+            reconstruct=objective.reconstruction > 0,
         )
     if arguments.train_sampling_strategy in _BY_LENGTH:
         items = _with_lengths(items, tokenizer, arguments.length_column_name)
@@ -189,11 +212,12 @@ def finetune(
                 "an adapter cannot be trained with fsdp, which shards it; leave fsdp out: a frozen model has no "
                 "gradients and no optimiser state to shard"
             )
-    trainer = (_TokenMeanTrainer if tokenizer.is_encoder_decoder else Trainer)(
+    make: Any = TokenMeanTrainer if objective.is_plain else partial(ObjectiveTrainer, objective=objective)
+    trainer = make(
         model=model,
         args=arguments,
         train_dataset=items,
-        eval_dataset=None if eval_records is None else list(eval_records),  # pyright: ignore[reportArgumentType]
+        eval_dataset=None if eval_records is None else list(eval_records),
         data_collator=RepeatableDraws(collator, arguments.seed),
         callbacks=list(callbacks),
     )
@@ -213,24 +237,6 @@ def finetune(
         else:
             tokenizer.save_pretrained(str(arguments.output_dir))
     return {**result.metrics, "num_trainable_parameters": count.trainable, "num_parameters": count.total}
-
-
-class _TokenMeanTrainer(Trainer):
-    """The mean over all target tokens of an optimiser step, however it is split into forward passes and processes.
-
-    T5's kind counts as dividing its loss by the tokens of the whole step, for its ``forward`` takes any keyword, and
-    does not (transformers 5.17 to 5.23): gradients would be so many times too large as there are forward passes in a
-    step, and processes. Goes when its loss is that of ``loss_function``, as for decoders.
-    """
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if num_items_in_batch is None or self.args.n_gpu > 1:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs, labels = model(**inputs), inputs["labels"]
-        total = cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")  # skips IGNORED
-        # Processes average their gradients, and the tokens are those of all of them.
-        loss = total / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
 
 
 def _is_to_be_sharded(arguments: TrainingArguments) -> bool:
@@ -263,12 +269,14 @@ def _with_lengths(items: list[Any], tokenizer: GistTokenizer, name: str) -> Any:
     )
 
 
-def _check_packing(model: PreTrainedModel, pack_length: int, part_separator: str | None) -> None:
-    if part_separator is not None:
-        raise GistError("pack_length and part_separator exclude each other: chained gists are not packed; give one")
+def _check_window(model: PreTrainedModel, **lengths: int | None) -> None:
+    """Raise where a row would be longer than a sliding window, which counts columns: those of neighbours and of chunks
+    that are hidden among them.
+    """
     window = sliding_windows(model.config)
-    if window is not None and window < pack_length:
-        raise GistError(
-            f"pack_length must be at most {window}, the sliding window of {model.config.model_type}, got "
-            f"{pack_length}: a window counts columns, neighbours in the row among them"
-        )
+    for name, length in lengths.items():
+        if window is not None and length is not None and window < length:
+            raise GistError(
+                f"{name} must be at most {window}, the sliding window of {model.config.model_type}, got {length}: a "
+                "window counts columns, those of neighbours in the row and of hidden chunks among them"
+            )

@@ -24,6 +24,7 @@ from gisting.models.load import load
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import finetune, published_arguments
 from gisting.train.methods import METHODS, Method
+from gisting.train.objective import Objective
 from gisting.train.repeat import checkpoint_to_resume
 from gisting.visibility import CONDITIONS
 
@@ -125,6 +126,10 @@ class Recipe:
         part_separator: text at which instructions are cut into chained gists.
         pack_length: ids of a packed row.
         max_per_group: records of one instruction that are packed together.
+        chunk_length: ids of a prompt up to which one gist is enough; longer ones get a gist for each such chunk.
+        distillation: weight of the KL divergence from the same model with the prompt in view.
+        distillation_top_k: how many of its likeliest tokens are compared one by one.
+        reconstruction: weight of the prompt's likelihood behind its gist; needs ``pack_length``.
         save_steps: steps between checkpoints; the last one is kept.
         logging_steps: steps between reports of the loss.
         seed: of weights, data order and draws.
@@ -163,6 +168,10 @@ class Recipe:
     part_separator: str | None = _setting(_TEXT)
     pack_length: int | None = _setting(_COUNT)
     max_per_group: int = _setting(_COUNT, 8)
+    chunk_length: int | None = _setting(_COUNT)
+    distillation: float = _setting(_NOT_NEGATIVE, 0.0)
+    distillation_top_k: int = _setting(_COUNT, 32)
+    reconstruction: float = _setting(_NOT_NEGATIVE, 0.0)
     save_steps: int = _setting(_COUNT, 500)
     logging_steps: int = _setting(_COUNT, 10)
     seed: int = _setting(_SEED, 42)
@@ -363,6 +372,8 @@ def train_recipe(
         part_separator=recipe.part_separator,
         pack_length=recipe.pack_length,
         max_per_group=recipe.max_per_group,
+        chunk_length=recipe.chunk_length,
+        objective=Objective(recipe.distillation, recipe.distillation_top_k, recipe.reconstruction),
         resume=resume,
         callbacks=callbacks,
     )

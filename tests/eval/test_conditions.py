@@ -42,8 +42,8 @@ def test_batches_change_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "t5"])
-@pytest.mark.parametrize(("condition", "num_words"), [("truncated", 2), ("no-prompt", 0)])
-def test_a_baseline_is_what_a_stock_model_does(name: str, condition: str, num_words: int) -> None:
+@pytest.mark.parametrize(("condition", "num_words"), [("truncated", 2), ("no-prompt", 0), ("prompt", None)])
+def test_a_baseline_is_what_a_stock_model_does(name: str, condition: str, num_words: int | None) -> None:
     """Answers and losses of a model that nobody has patched, given the text that the baseline stands for."""
     model, tokenizer = tiny.patched(name)
     stock: Any = tiny.stock_twin(name, model)
@@ -82,7 +82,7 @@ def test_a_baseline_is_what_a_stock_model_does(name: str, condition: str, num_wo
 
 
 def test_start_ids_stand_before_every_baseline() -> None:
-    """What the tokenizer puts before a text is there once, the template's words are not."""
+    """What the tokenizer puts before a text is there once, the template's words are where the whole prompt is."""
     from tokenizers.processors import TemplateProcessing
 
     inner = tiny.word_tokenizer(("Instruction:", "Input:", "Output:"))
@@ -94,7 +94,11 @@ def test_start_ids_stand_before_every_baseline() -> None:
         lambda module, args, kwargs: given.append(tokenizer.decode(kwargs["input_ids"][0], skip_special_tokens=False)),
         with_kwargs=True,
     )
-    for condition, start in (("truncated", "<s> w1 w2"), ("no-prompt", "<s>")):
+    for condition, start in (
+        ("truncated", "<s> w1 w2"),
+        ("no-prompt", "<s>"),
+        ("prompt", "<s> Instruction: w1 w2 w3"),
+    ):
         given.clear()
         one = [Record("w1 w2 w3", "w4", "w5")]
         evaluate(model, tokenizer, one, 2, conditions=[condition], max_new_tokens=1, with_rouge=False)
@@ -134,16 +138,16 @@ def test_the_loss_of_a_gist_is_that_of_the_collator() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_every_k_is_what_it_is_alone(name: str) -> None:
-    """Also negative and no-prompt, which are run once for all k."""
+    """Also negative, no-prompt and prompt, which are run once for all k."""
     done: list[int] = []
     both = run(name, [1, 3], with_perplexity=True, progress=done.append)
     assert [(one.num_gist_tokens, one.condition) for one in both] == [(k, c) for k in (1, 3) for c in EVAL_CONDITIONS]
-    assert sum(done) == 7 * 5 * 2
+    assert sum(done) == 7 * len(EVAL_CONDITIONS) * 2
     alone = [*run(name, 1, with_perplexity=True), *run(name, 3, with_perplexity=True)]
     for one, other in zip(both, alone, strict=True):
         assert one.predictions == other.predictions
         assert one.scores["nll"] == pytest.approx(other.scores["nll"], rel=1e-5)
-    assert both[0].scores["nll"] != both[5].scores["nll"]
+    assert both[0].scores["nll"] != both[len(EVAL_CONDITIONS)].scores["nll"]
 
 
 def test_random_numbers_of_the_caller_stay() -> None:
@@ -231,9 +235,9 @@ def test_metrics_by_hand() -> None:
     [
         (
             {"conditions": ["gits"]},
-            "condition must be one of gist, positive, negative, truncated, no-prompt, got 'gits'",
+            "condition must be one of gist, positive, negative, truncated, no-prompt, prompt, got 'gits'",
         ),
-        ({"conditions": []}, "no-prompt, got 'none'"),
+        ({"conditions": []}, "no-prompt, prompt, got 'none'"),
         ({"counts": 0}, r"num_gist_tokens must be at least 1, or different such numbers, got \[0\]"),
         ({"counts": [1, 1]}, r"got \[1, 1\]"),
         ({"counts": []}, r"got \[\]"),
@@ -243,6 +247,20 @@ def test_metrics_by_hand() -> None:
 def test_errors(changes: dict, message: str) -> None:
     with pytest.raises(GistError, match=message):
         run("llama", **changes)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_without_an_instruction_the_prompt_is_the_bare_query(name: str) -> None:
+    """Answers and losses; a batch may hold both kinds."""
+    model, tokenizer = tiny.patched(name)
+    asked = [
+        Record("" if n % 2 else record.instruction, record.input, record.output) for n, record in enumerate(records())
+    ]
+    settings: dict[str, Any] = {"max_new_tokens": 4, "with_rouge": False, "with_perplexity": True}
+    shown, bare = evaluate(model, tokenizer, asked, conditions=["prompt", "no-prompt"], **settings)
+    same = [a == pytest.approx(b, rel=1e-4) for a, b in zip(shown.scores["nll"], bare.scores["nll"], strict=True)]
+    assert same == [bool(n % 2) for n in range(7)]
+    assert shown.predictions[1::2] == bare.predictions[1::2]
 
 
 def test_nothing_to_continue() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import os
 import random
 import re
@@ -21,6 +23,7 @@ import torch
 import gisting
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, CacheMismatchError, GistError, GistTokenError, StoreError
+from gisting.models.fingerprint import fingerprint
 from gisting.store import GistStore
 from gisting.store import index as index_module
 from gisting.store import store as store_module
@@ -289,6 +292,23 @@ def test_only_what_is_missing_is_compressed_and_once(store: GistStore, compressi
     store.get_or_compress(model, tokenizer, [a], condition="positive")
     assert compressions.calls[2:] == [[a], [a]], "another k and another condition are other entries"
     assert len(store) == 5
+
+
+def test_a_prompt_in_chunks_is_another_entry(store: GistStore, compressions: Compressions) -> None:
+    """For each length one; without a length the key is what it was before there were chunks."""
+    model, tokenizer = tiny.patched("llama")
+    prompt = tiny.words(9, 1)
+    for chunk_length in (None, 4, 5, 5, None, 20):
+        found = store.get_or_compress(model, tokenizer, [prompt], 2, chunk_length=chunk_length)
+        assert is_same(found, gisting.compress(model, tokenizer, [prompt], 2, chunk_length=chunk_length))
+    assert len(compressions.calls) == 4
+    held = sorted((entry.num_gist_tokens, entry.num_prompt_tokens) for entry in store.list())
+    assert held == [(2, 9), (2, 9), (4, 9), (6, 9)]
+    owner = [fingerprint(model), tokenizer.fingerprint, "gist", "torch.float32"]
+    parts = ["gist of a text", tokenizer.template.prompt_text(prompt), 2, *owner]
+    assert hashlib.sha256(json.dumps(parts).encode()).hexdigest() in store
+    with pytest.raises(GistError, match="chunk_length must be at least 1, got 0"):
+        store.get_or_compress(model, tokenizer, [prompt], 2, chunk_length=0)
 
 
 def test_another_model_tokenizer_template_or_dtype_is_another_entry(

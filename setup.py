@@ -52,6 +52,7 @@ setup(
         # All of these come with torch or transformers anyway; named because gisting imports them itself.
         "tokenizers>=0.22",
         "huggingface_hub>=1.3",
+        "numpy>=1.26",
         "pyyaml>=6",
         "jinja2>=3.1",
         "typer>=0.12",
@@ -61,11 +62,12 @@ setup(
         "kernels": ["triton>=3.6; sys_platform == 'linux'"],
         "train": ["accelerate>=1.1", "datasets>=2.15", "peft>=0.20"],  # the floors that transformers asks for itself
         "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.4", "matplotlib>=3.8"],
-        "internalize": ["bm25s>=0.2"],
+        "internalize": ["bm25s>=0.3", "llmlingua>=0.2.2"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
         "vllm": ["vllm>=0.32"],
         "dev": [
             "gisting[kernels,train,eval,sentencepiece]",
+            "bm25s>=0.3",  # of the extra internalize; llmlingua is tested by a stand-in, its models are large
             "hypothesis>=6.100",
             "pyright[nodejs]>=1.1.400",  # node as a wheel: pyright needs nothing but the package registry
             "pytest>=8",

@@ -377,7 +377,7 @@ def test_internalize_shows_every_stage_and_says_how_to_run_it(run, queries: list
     found = json.loads(Path("runs/in/internalized.json").read_text(encoding="utf-8"))
     assert [stage["num_examples"] for stage in found["stages"]] == [3, 2, 1, 0]
     assert found["template_sha256"] == hashlib.sha256(b"please reverse the letters and answer plainly").hexdigest()
-    assert gisting.load("runs/in")
+    gisting.load("runs/in")
     again = run(*queries, "--eval", "held-out.jsonl", "--examples", "3", "--output", "runs/in")
     assert "holds an internalisation already" in again.err
     assert run("internalize", "--recipe", "runs/in/recipe.yaml", "--resume").code == 0, "what was done can be read"

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from gisting import GistCollator, GistError, GistTokenizer, Record, Visibility, load_records
 from gisting.data import collate
 from gisting.data.records import save_records, to_record
-from gisting.data.tasks import EDITS, ORDERS, STYLES, Instruction, LetterTask, task_tokenizer
+from gisting.data.tasks import (
+    EDITS,
+    ORDERS,
+    STYLES,
+    CodeTable,
+    CodeTask,
+    Instruction,
+    LetterTask,
+    code_tokenizer,
+    task_tokenizer,
+)
 from gisting.errors import GistTokenError, RecordError
 from gisting.tokens import cut_into_chunks
 from tests import tiny
@@ -596,3 +606,48 @@ def test_task_errors() -> None:
     with pytest.raises(GistError, match="split must be seen or unseen, got 'test'"):
         LetterTask().records("test", 1, 0)
     assert replace(LetterTask(), seed=1).unseen != LetterTask().unseen
+
+
+# -- codes -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_of_codes_by_eye() -> None:
+    table = CodeTable((("birch", "k7"), ("coral", "k2"), ("amber", "k9")), "backwards", "end with done")
+    assert table.text() == "table : birch k7 ; coral k2 ; amber k9 . answer backwards and end with done ."
+    assert table.answer(["coral", "birch", "birch"]) == "birch k7 birch k7 coral k2 done".split()
+    plain = CodeTable(table.codes, "in order", "stop there")
+    assert plain.answer(["coral", "birch", "birch"]) == "coral k2 birch k7 birch k7".split()
+
+
+def test_queries_of_training_and_evaluation_are_apart() -> None:
+    task = CodeTask(num_names=6, length=2, seed=3)
+    everything = 6**2
+    train = {record.input for record in task.records("train", 10, 0)} | {
+        record.input for record in task.records("train", 10, 1)
+    }
+    held_out = {record.input for record in task.records("eval", 10, 0)}
+    assert not train & held_out
+    assert len(train | held_out) <= everything
+    assert {record.instruction for record in task.records("train", 5, 0)} == {task.table.text()}
+    names = {name for record in task.records("train", 15, 0) for name in record.input.split()}
+    assert names == {name for name, _ in task.table.codes}
+    for record in task.records("eval", 10, 5):
+        assert record.output.split() == task.table.answer(record.input.split())
+    with pytest.raises(GistError, match=r"count must be in 1\.\.\d+, the queries of eval, got 36"):
+        task.records("eval", everything, 0)
+    with pytest.raises(GistError, match="split must be train or eval, got 'seen'"):
+        task.records("seen", 1, 0)
+    with pytest.raises(GistError, match=r"num_names must be in 1\.\.24, got 25"):
+        CodeTask(num_names=25)
+
+
+def test_lookups_are_in_other_tables_and_have_no_unknown_word() -> None:
+    task, tokenizer = CodeTask(seed=1), code_tokenizer()
+    records = task.lookups(5, 3, 0)
+    assert len({record.instruction for record in records}) == 5
+    assert task.table.text() not in {record.instruction for record in records}
+    assert task.lookups(5, 3, 0) == records
+    inner: Any = tokenizer.tokenizer
+    for record in [*records, *task.records("train", 20, 0)]:
+        encoding = tokenizer.encode(record.instruction, record.input, record.output)
+        assert inner.unk_token_id not in encoding.input_ids

@@ -62,7 +62,7 @@ LEVELS = {
 MAY_IMPORT_TRANSFORMERS_AT_TOP = {"models", "pipeline", "train", "eval", "bench", "demo", "cli"}
 # Modules of optional packages; what needs one imports it where it is used.
 OPTIONAL = (
-    *("triton", "vllm", "accelerate", "datasets", "peft", "bm25s"),
+    *("triton", "vllm", "accelerate", "datasets", "peft", "bm25s", "llmlingua"),
     *("rouge_score", "nltk", "sacrebleu", "matplotlib", "sentencepiece", "google.protobuf"),
 )
 

@@ -10,7 +10,7 @@ whether it names one of the instructions seen in training.
 
 :class:`CodeTask` is for internalising, where one long prompt comes with every query, and holds what the query lacks:
 
-    table : birch = k7 ; coral = k2 ; ... . answer backwards and end with done .      coral birch   ->   k7 k2 done
+    table : birch k7 ; coral k2 ; ... . answer backwards and stop there .      coral birch   ->   birch k7 coral k2
 """
 
 from __future__ import annotations
@@ -162,10 +162,10 @@ NAMES = (
     *("maple", "north", "onyx", "pearl", "quartz", "raven", "slate", "tundra", "umber", "violet", "willow", "zephyr"),
 )
 CODES = tuple(f"k{number}" for number in range(len(NAMES)))
-CODE_ORDERS: dict[str, _Rule] = {"in order": lambda codes: codes, "backwards": lambda codes: codes[::-1]}
+CODE_ORDERS: dict[str, _Rule] = {"in order": lambda names: names, "backwards": lambda names: names[::-1]}
 CODE_ENDINGS: dict[str, _Rule] = {
-    "stop there": lambda codes: codes,
-    "end with done": lambda codes: [*codes, "done"],
+    "stop there": lambda words: words,
+    "end with done": lambda words: [*words, "done"],
 }
 
 
@@ -179,13 +179,14 @@ class CodeTable:
 
     def text(self) -> str:
         """The template in words."""
-        table = " ; ".join(f"{name} = {code}" for name, code in self.codes)
+        table = " ; ".join(f"{name} {code}" for name, code in self.codes)
         return f"table : {table} . answer {self.order} and {self.ending} ."
 
     def answer(self, names: list[str]) -> list[str]:
-        """What follows from it for these names."""
+        """What follows from it for these names: each with its code."""
         codes = dict(self.codes)
-        return CODE_ENDINGS[self.ending](CODE_ORDERS[self.order]([codes[name] for name in names]))
+        words = [word for name in CODE_ORDERS[self.order](names) for word in (name, codes[name])]
+        return CODE_ENDINGS[self.ending](words)
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class CodeTask:
     def __post_init__(self) -> None:
         if not 1 <= self.num_names <= len(NAMES):
             raise GistError(f"num_names must be in 1..{len(NAMES)}, got {self.num_names}")
-        object.__setattr__(self, "table", self._draw_table(random.Random(f"table {self.seed}")))
+        object.__setattr__(self, "table", self._draw_table(random.Random(f"table {self.seed}"), self.num_names))
 
     def records(self, split: str, count: int, seed: int) -> list[Record]:
         """``count`` different queries to the task's own table, with its text as instruction.
@@ -234,13 +235,13 @@ class CodeTask:
         ]
 
     def lookups(self, num_tables: int, per_table: int, seed: int) -> list[Record]:
-        """Queries to random tables, those of a table together: what teaches a model to read a table at all, and nothing
-        of the task's own.
+        """Queries to random tables of 2 to ``num_names`` entries, those of a table together: what teaches a model to
+        read a table at all, and nothing of the task's own. From the short ones it learns how, and reads the long ones.
         """
         chance = random.Random(f"lookups {seed}")
         found: list[Record] = []
         for _ in range(num_tables):
-            table = self._draw_table(chance)
+            table = self._draw_table(chance, chance.randint(min(2, self.num_names), self.num_names))
             names = [name for name, _ in table.codes]
             found += [
                 self._record(table, [chance.choice(names) for _ in range(self.length)], "lookup")
@@ -248,8 +249,8 @@ class CodeTask:
             ]
         return found
 
-    def _draw_table(self, chance: random.Random) -> CodeTable:
-        names, codes = chance.sample(NAMES, self.num_names), chance.sample(CODES, self.num_names)
+    def _draw_table(self, chance: random.Random, size: int) -> CodeTable:
+        names, codes = chance.sample(NAMES, size), chance.sample(CODES, size)
         pairs = tuple(zip(names, codes, strict=True))
         return CodeTable(pairs, chance.choice([*CODE_ORDERS]), chance.choice([*CODE_ENDINGS]))
 

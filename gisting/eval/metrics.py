@@ -1,4 +1,4 @@
-"""Scores of predictions against references, one number for each record.
+"""Scores of predictions against references, one number for each record; BLEU also one for all of them.
 
 Place in the flow: texts in, numbers out; knows no model. Means stay with whoever reports them: intervals
 (``statistics.py``) need the scores of the records.
@@ -7,10 +7,11 @@ Place in the flow: texts in, numbers out; knows no model. Means stay with whoeve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from gisting.errors import GistError
 
-__all__ = ["ROUGE", "exact_match", "exact_matches", "rouge", "rouge_l"]
+__all__ = ["ROUGE", "bleu", "bleu_scores", "exact_match", "exact_matches", "rouge", "rouge_l"]
 
 #: Our names of the published metrics, and the names that ``rouge-score`` has for them.
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
@@ -55,6 +56,44 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
     """The mean ROUGE-L of :func:`rouge`. Raises as it does."""
     scores = rouge(predictions, references)["rouge_l"]
     return sum(scores) / len(scores)
+
+
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU of all predictions together, by sacrebleu with its own settings (13a tokens, case, exponential smoothing).
+
+    N-grams are counted over all records before anything is divided, so this is no mean of :func:`bleu_scores`.
+
+    Returns:
+        A score in 0..100; 0 where no prediction has four tokens.
+
+    Raises:
+        GistError: the numbers differ, there are none, or ``sacrebleu`` is not installed (the ``eval`` extra).
+    """
+    _check(predictions, references)
+    return _sacrebleu().corpus_bleu(list(predictions), [list(references)]).score
+
+
+def bleu_scores(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """BLEU of each prediction by itself, by sacrebleu, smoothed; where a text is shorter than four tokens, of the
+    n-grams that it has.
+
+    Returns:
+        A score in 0..100 for each prediction.
+
+    Raises:
+        GistError: as :func:`bleu`.
+    """
+    _check(predictions, references)
+    sentence_bleu = _sacrebleu().sentence_bleu
+    return [sentence_bleu(a, [b]).score for a, b in zip(predictions, references, strict=True)]
+
+
+def _sacrebleu() -> Any:
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise GistError("BLEU needs the sacrebleu package; run: pip install 'gisting[eval]'") from error
+    return sacrebleu
 
 
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:

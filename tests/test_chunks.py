@@ -333,3 +333,43 @@ def test_training_in_chunks_is_refused_beyond_a_sliding_window(tmp_path: Path) -
     with pytest.raises(GistError, match=r"^max_length must be at most 8, the sliding window of mistral, got 9"):
         finetune(model, tokenizer, records, arguments(tmp_path), **settings)
     finetune(model, tokenizer, records, arguments(tmp_path, max_steps=1), **{**settings, "max_length": tiny.WINDOW})
+
+
+def test_a_checkpoint_in_chunks_is_evaluated_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library where it is told so, by the command line because the checkpoint says so."""
+    from typer.testing import CliRunner
+
+    from gisting.cli import app
+    from gisting.data.records import save_records
+    from gisting.eval.conditions import evaluate
+    from gisting.eval.results import Evaluation
+    from gisting.models.load import trained_chunk_length
+
+    model, tokenizer = built()
+    records = [Record(prompt, "w1 w2", "w3") for prompt in PROMPTS]
+    finetune(
+        model, tokenizer, records, arguments(tmp_path / "out", max_steps=1), num_gist_tokens=2, chunk_length=LENGTH
+    )
+    save_records(records, tmp_path / "data.jsonl")
+    spans: list[int] = []
+    stock = generation._compress
+
+    def spying(model: Any, tokenizer: Any, encodings: list[GistEncoding], *rest: Any) -> GistCache:
+        spans.extend(len(encoding.gist_spans) for encoding in encodings)
+        return stock(model, tokenizer, encodings, *rest)
+
+    monkeypatch.setattr(generation, "_compress", spying)
+    settings: dict[str, Any] = {"conditions": ["gist"], "max_new_tokens": 2, "with_rouge": False}
+    (result,) = evaluate(model, tokenizer, records, 2, chunk_length=LENGTH, with_perplexity=True, **settings)
+    expected = [len(encoding.gist_spans) for encoding in tokenizer.encode_prompts(PROMPTS, 2, LENGTH)]
+    assert spans == expected
+    assert max(spans) > 1
+    (plain,) = evaluate(model, tokenizer, records, 2, with_perplexity=True, **settings)
+    assert result.scores["nll"] != plain.scores["nll"]
+    assert trained_chunk_length(gisting.load(tmp_path / "out")[0]) == LENGTH
+    spans.clear()
+    command = ["eval", str(tmp_path / "out"), "--data", str(tmp_path / "data.jsonl"), "--condition", "gist"]
+    done = CliRunner().invoke(app, [*command, "--max-new-tokens", "2", "--output", str(tmp_path / "e.json")])
+    assert done.exit_code == 0, done.output
+    assert spans == expected
+    assert Evaluation.load(tmp_path / "e.json").settings["chunk_length"] == LENGTH

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -420,6 +422,32 @@ def test_a_stream_is_trained_on_as_the_list_is(tmp_path: Path) -> None:
         trained(tmp_path, stream, max_steps=-1)
     with pytest.raises(GistError, match="'group_by_length', but a stream cannot be sorted; leave it at 'random'"):
         trained(tmp_path, stream, train_sampling_strategy="group_by_length")
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_the_next_epoch_draws_anew(tmp_path: Path, kind: str) -> None:
+    """Where the same batches come again, in an order that is always the same: a row's width tells its k."""
+    datasets = pytest.importorskip("datasets")
+    rows = [asdict(record) for record in RECORDS[:8]]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    settings = {} if kind == "stream" else {"train_sampling_strategy": "sequential"}
+    settings |= {"batch_size": 1, "per_device_batch_size": 1, "max_steps": 24, "k": (1, 8)}
+    records = stream if kind == "stream" else rows
+    widths = trained(tmp_path, records, **settings).widths
+    epochs = [widths[start : start + 8] for start in (0, 8, 16)]
+    assert all(one != other for one, other in itertools.combinations(epochs, 2))
+    assert widths == trained(tmp_path, records, **settings).widths
+
+
+def test_a_finished_run_is_not_trained_on(checkpoint: Path, tmp_path: Path) -> None:
+    """Its last checkpoint lies in the middle of an epoch, from where stock Trainer would take one step more."""
+    recipe = recipe_for(checkpoint, max_steps=5, save_steps=5)
+    train_recipe(recipe, tmp_path / "out")
+    before = load_file(tmp_path / "out" / "model.safetensors")
+    again = train_recipe(recipe, tmp_path / "out", resume=True)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert math.isnan(again.metrics["train_loss"])
 
 
 def test_rows_of_a_batch_are_about_equally_long(tmp_path: Path) -> None:

@@ -184,6 +184,26 @@ def test_published_hyper_parameters() -> None:
     assert set(PUBLISHED) == {"decoder", "encoder-decoder"}
 
 
+@pytest.mark.parametrize(
+    ("launched", "visible", "use_cpu", "accumulation"),
+    [(None, 0, False, 8), (None, 8, False, 1), ("4", 8, False, 2), ("2", 0, False, 4), (None, 8, True, 8)],
+)
+def test_the_batch_is_that_of_all_devices(
+    monkeypatch: pytest.MonkeyPatch, launched: str | None, visible: int, use_cpu: bool, accumulation: int
+) -> None:
+    """128 rows of a step, 16 at once on each device: as many as processes, where a launcher made them."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("WORLD_SIZE", launched)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(gisting.train.finetune, "TrainingArguments", lambda **settings: found.update(settings))
+    published_arguments("unused", **({"use_cpu": True} if use_cpu else {}))
+    assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (16, accumulation)
+
+
 def test_training_errors(tmp_path: Path) -> None:
     model, tokenizer = fresh("llama")
     with pytest.raises(GistError, match="records is empty"):
@@ -192,3 +212,6 @@ def test_training_errors(tmp_path: Path) -> None:
         finetune(gisting.unpatch(model), tokenizer, RECORDS, arguments(tmp_path))
     with pytest.raises(GistError, match="batch_size must be a multiple of per_device_batch_size, got 10 and 4"):
         published_arguments("unused", batch_size=10, per_device_batch_size=4)
+    model, tokenizer = fresh("t5")
+    with pytest.raises(GistError, match=r"label_smoothing_factor must be 0 for an encoder-decoder, got 0.1"):
+        finetune(model, tokenizer, RECORDS, arguments(tmp_path, label_smoothing_factor=0.1))

@@ -70,7 +70,11 @@ def compress(
     num_gist_tokens: KOption = None,
     chunk_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Cut prompts of more tokens into chunks of at most so many, each with k gist tokens."),
+        typer.Option(
+            min=1,
+            help="Cut prompts of more tokens into chunks of at most so many, each with k gist tokens. By default "
+            "as the checkpoint was trained.",
+        ),
     ] = None,
     storage: StorageOption = None,
     template: TemplateOption = None,
@@ -85,6 +89,7 @@ def compress(
     Example: gisting compress runs/demo --prompts prompts.jsonl --store gists --storage bfloat16
     """
     from gisting.data.prompts import load_prompts
+    from gisting.models.load import trained_chunk_length
 
     records = _named([*(prompt or []), *(read_text(path) for path in prompt_file or [])], name or [])
     records += [] if prompts is None else load_prompts(prompts)
@@ -98,6 +103,7 @@ def compress(
         raise GistError("names are for a store; give --store DIR in place of --output")
     loaded, tokenizer = load_patched(model, template, dtype, device)
     counts = [record.num_gist_tokens or wanted_k(loaded, num_gist_tokens) for record in records]
+    chunk_length = chunk_length or trained_chunk_length(loaded)
     texts = [record.prompt for record in records]
     if output is not None:
         from gisting.generation import compress as run

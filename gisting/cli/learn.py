@@ -211,7 +211,7 @@ def train(
     for path, held_out in evals.items():
         _print_conditions(
             path,
-            _evaluate(trained.model, trained.tokenizer, held_out, k, list(CONDITIONS), effective.max_new_tokens, 32),
+            _evaluate(trained.model, trained.tokenizer, held_out, k, effective.chunk_length, effective.max_new_tokens),
         )
 
 
@@ -238,8 +238,15 @@ def evaluate(
     condition: Annotated[
         list[str] | None,
         typer.Option(
-            help="gist, positive, negative, truncated (the first k tokens of the instruction in place of the gist) or "
-            "no-prompt (the input alone); may be repeated. [default: the first three]"
+            help="gist, positive, negative, truncated (the first k tokens of the instruction in place of the gist), "
+            "prompt (the whole instruction, without gist tokens) or no-prompt (the input alone); may be repeated. "
+            "[default: the first three]"
+        ),
+    ] = None,
+    chunk_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Give longer prompts a gist for each chunk. By default as the checkpoint was trained."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records of each split.")] = None,
@@ -292,6 +299,7 @@ def evaluate(
     from gisting.eval.judge import Judge
     from gisting.eval.report import write_report
     from gisting.eval.results import Evaluation
+    from gisting.models.load import trained_chunk_length
 
     if results and (model or data):
         raise GistError("give either a model with --data, or --results; a results file holds what was answered")
@@ -305,12 +313,14 @@ def evaluate(
         splits = _splits(data, limit)
         loaded, tokenizer = load_patched(model, template, dtype, device)
         counts = [wanted_k(loaded, None)] if num_gist_tokens is None else _parse_counts(num_gist_tokens)
-        conditions = condition or list(CONDITIONS)
-        found = [
-            _evaluate_splits(
-                loaded, tokenizer, model, splits, counts, conditions, max_new_tokens, batch_size, perplexity
-            )
-        ]
+        settings = {
+            "conditions": condition or list(CONDITIONS),
+            "chunk_length": chunk_length or trained_chunk_length(loaded),
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "with_perplexity": perplexity,
+        }
+        found = [_evaluate_splits(loaded, tokenizer, model, splits, counts, settings)]
     else:
         raise GistError("give a model and --data FILE, or --results FILE")
     if judge_url is not None and judge_model is not None:
@@ -387,21 +397,19 @@ def _evaluate(
     tokenizer: GistTokenizer,
     records: list[Any],
     k: int,
-    conditions: list[str],
+    chunk_length: int | None,
     max_new_tokens: int,
-    batch_size: int,
 ) -> list[Any]:
     from gisting.eval.conditions import evaluate as run
 
-    with _bar("answering", len(records) * len(conditions)) as progress:
+    with _bar("answering", len(records) * len(CONDITIONS)) as progress:
         return run(
             model,
             tokenizer,
             records,
             k,
-            conditions=conditions,
+            chunk_length=chunk_length,
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
             with_rouge=_has_rouge(),
             progress=progress,
         )
@@ -413,15 +421,12 @@ def _evaluate_splits(
     name: str,
     splits: dict[str, list[Any]],
     counts: list[int],
-    conditions: list[str],
-    max_new_tokens: int,
-    batch_size: int,
-    with_perplexity: bool,
+    settings: dict[str, Any],
 ) -> Any:
     from gisting.bench.report import environment
     from gisting.eval.results import evaluate_splits
 
-    total = sum(map(len, splits.values())) * len(conditions) * len(counts)
+    total = sum(map(len, splits.values())) * len(settings["conditions"]) * len(counts)
     with _bar("answering", total) as progress:
         return evaluate_splits(
             model,
@@ -430,12 +435,9 @@ def _evaluate_splits(
             counts,
             name=name,
             environment=environment(),
-            conditions=conditions,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
             with_rouge=_has_rouge(),
-            with_perplexity=with_perplexity,
             progress=progress,
+            **settings,
         )
 
 

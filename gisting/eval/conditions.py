@@ -163,6 +163,7 @@ def evaluate(
     num_gist_tokens: int | Sequence[int] = 1,
     *,
     conditions: Sequence[str] = tuple(CONDITIONS),
+    chunk_length: int | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 32,
     with_rouge: bool = True,
@@ -178,6 +179,7 @@ def evaluate(
         records: what to answer; the output is the reference.
         num_gist_tokens: k, or several, each of which is evaluated.
         conditions: names of ``EVAL_CONDITIONS``, each gives a result for each k.
+        chunk_length: as for :func:`gisting.generate`, for a model that was trained in chunks.
         max_new_tokens: length of an answer.
         batch_size: records at once.
         with_rouge: also ROUGE (needs the ``eval`` extra).
@@ -204,7 +206,7 @@ def evaluate(
                 if progress is not None:
                     progress(len(records))
                 continue
-            run = _Run(model, tokenizer, condition, k)
+            run = _Run(model, tokenizer, condition, k, chunk_length)
             predictions: list[str] = []
             losses: list[tuple[float, float]] = []
             for start in range(0, len(records), batch_size):
@@ -228,6 +230,7 @@ class _Run:
     tokenizer: GistTokenizer
     condition: str
     k: int
+    chunk_length: int | None
 
     def answers(self, records: Sequence[Record], max_new_tokens: int, generate_kwargs: dict[str, Any]) -> list[str]:
         settings = {"do_sample": False, "num_beams": 1, **generate_kwargs}
@@ -239,6 +242,7 @@ class _Run:
                 prompts=[record.instruction for record in records],
                 num_gist_tokens=self.k,
                 condition=self.condition,
+                chunk_length=self.chunk_length,
                 max_new_tokens=max_new_tokens,
                 **settings,
             )
@@ -286,6 +290,7 @@ class _Run:
                 self.tokenizer,
                 self.k,
                 conditions=self.condition,
+                chunk_length=self.chunk_length,
                 max_length=_NO_LIMIT,
                 max_target_length=_NO_LIMIT,
             )

@@ -256,6 +256,7 @@ def evaluate_splits(
     name: str,
     environment: Mapping[str, Any],
     conditions: Sequence[str] = tuple(CONDITIONS),
+    chunk_length: int | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 32,
     with_rouge: bool = True,
@@ -273,6 +274,7 @@ def evaluate_splits(
         name: what to call the model: where it was loaded from.
         environment: what to say of device, versions and commit: ``gisting.bench.report.environment()``.
         conditions: names of ``EVAL_CONDITIONS``.
+        chunk_length: as for ``evaluate``; the settings say it.
         max_new_tokens: length of an answer.
         batch_size: records at once.
         with_rouge: also ROUGE.
@@ -286,6 +288,8 @@ def evaluate_splits(
     if not splits:
         raise GistError("splits is empty; give at least one data set with its name")
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, **generate_kwargs}
+    if chunk_length is not None:
+        settings["chunk_length"] = chunk_length
     evaluated = []
     for split, records in splits.items():
         results = evaluate(

@@ -13,7 +13,7 @@ from gisting.models.patch import patch
 from gisting.models.registry import family_of
 from gisting.tokens import GistTokenizer, Template
 
-__all__ = ["load", "trained_num_gist_tokens"]
+__all__ = ["load", "trained_chunk_length", "trained_num_gist_tokens"]
 
 # Where files come from, which config and tokenizer are asked as well as the model.
 _SOURCE = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
@@ -103,3 +103,8 @@ def trained_num_gist_tokens(model: PreTrainedModel) -> tuple[int, int] | None:
     """The range of k that the checkpoint says it was trained with, or None where it was not trained to gist."""
     found = (getattr(model.config, "gist", None) or {}).get("num_gist_tokens")
     return None if found is None else (found[0], found[1])
+
+
+def trained_chunk_length(model: PreTrainedModel) -> int | None:
+    """The chunk length that the checkpoint says it was trained with, or None where its prompts were not cut."""
+    return (getattr(model.config, "gist", None) or {}).get("chunk_length")

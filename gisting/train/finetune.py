@@ -28,7 +28,7 @@ from gisting.models.registry import sliding_windows
 from gisting.tokens import GistTokenizer
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import Objective, ObjectiveTrainer, TokenMeanTrainer
-from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume
+from gisting.train.repeat import CountEpochs, RepeatableDraws, checkpoint_to_resume, num_steps_in
 
 __all__ = ["PUBLISHED", "finetune", "published_arguments"]
 
@@ -78,16 +78,18 @@ def published_arguments(
     settings = dict(PUBLISHED["encoder-decoder" if is_encoder_decoder else "decoder"])
     published: int = settings.pop("batch_size")
     rows = published if batch_size is None else batch_size
-    devices = max(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count(), 1)
+    on_gpu = torch.cuda.is_available() and not changes.get("use_cpu", False)
+    # One process for each device where a launcher made them; else one process that spreads a batch over all it sees.
+    launched = os.environ.get("WORLD_SIZE")
+    devices = int(launched) if launched else torch.cuda.device_count() if on_gpu else 1
     per_device = min(max(rows // devices, 1), 16) if per_device_batch_size is None else per_device_batch_size
     if per_device < 1 or rows < 1 or rows % (per_device * devices):
         raise GistError(
             f"batch_size must be a multiple of per_device_batch_size, got {rows} and {per_device}"
-            + (f" on {devices} devices" if devices > 1 else "")
+            + (f" on each of {devices} devices, {per_device * devices} rows at once" if devices > 1 else "")
         )
     if "num_train_epochs" in changes:
         settings.pop("max_steps", None)
-    on_gpu = torch.cuda.is_available()
     defaults = {
         "per_device_train_batch_size": per_device,
         "per_device_eval_batch_size": per_device,
@@ -154,7 +156,8 @@ def finetune(
         callbacks: for ``Trainer``; with any, its own printing of logs is left out.
 
     Returns:
-        What ``Trainer`` measured: ``train_loss``, ``train_runtime`` in seconds, ..., and how much of the model learned:
+        What ``Trainer`` measured: ``train_loss`` (NaN where a resumed run had no step left), ``train_runtime`` in
+        seconds, ..., and how much of the model learned:
         ``num_trainable_parameters`` of ``num_parameters``.
 
     Raises:
@@ -212,23 +215,35 @@ def finetune(
                 "an adapter cannot be trained with fsdp, which shards it; leave fsdp out: a frozen model has no "
                 "gradients and no optimiser state to shard"
             )
+    draws = RepeatableDraws(collator, arguments.seed)
     make: Any = TokenMeanTrainer if objective.is_plain else partial(ObjectiveTrainer, objective=objective)
     trainer = make(
         model=model,
         args=arguments,
         train_dataset=items,
         eval_dataset=None if eval_records is None else list(eval_records),
-        data_collator=RepeatableDraws(collator, arguments.seed),
-        callbacks=list(callbacks),
+        data_collator=draws,
+        callbacks=[CountEpochs(draws), *callbacks],
     )
     if callbacks:
         trainer.remove_callback(PrinterCallback)  # Whoever brings callbacks shows the progress.
+    if tokenizer.is_encoder_decoder and arguments.label_smoothing_factor:
+        raise GistError(
+            f"label_smoothing_factor must be 0 for an encoder-decoder, got {arguments.label_smoothing_factor:g}: its "
+            "loss is the mean over the step's tokens, which stock Trainer's smoothing is not"
+        )
     if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # left out without a word
         raise GistError("fsdp is asked for, but accelerate shards on accelerators alone; leave it out on a CPU")
     low, high = collator.num_gist_tokens
-    model.config.gist = {**model.config.gist, "num_gist_tokens": [low, high]}
+    about = {"num_gist_tokens": [low, high], **({} if chunk_length is None else {"chunk_length": chunk_length})}
+    model.config.gist = {**model.config.gist, **about}
     with checkpointing_what_learns(model):
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and 0 < arguments.max_steps <= num_steps_in(checkpoint):
+            # Trainer, asked to go on from a last step in the middle of an epoch, would take one step more.
+            trainer._load_from_checkpoint(checkpoint)
+            measured = {"train_runtime": 0.0, "train_loss": float("nan")}
+        else:
+            measured = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if not has_adapter:
         trainer.save_model()  # by every process, for sharded weights are gathered; the first one writes
     if trainer.is_world_process_zero():
@@ -236,7 +251,7 @@ def finetune(
             save_pretrained(model, tokenizer, str(arguments.output_dir))
         else:
             tokenizer.save_pretrained(str(arguments.output_dir))
-    return {**result.metrics, "num_trainable_parameters": count.trainable, "num_parameters": count.total}
+    return {**measured, "num_trainable_parameters": count.trainable, "num_parameters": count.total}
 
 
 def _is_to_be_sharded(arguments: TrainingArguments) -> bool:

@@ -36,7 +36,9 @@ class Objective:
     """Weights of the losses beside the language model's, which has weight 1.
 
     Args:
-        distillation: of the KL divergence from the model with the prompt in view, in nats a token of the answers.
+        distillation: of the KL divergence from the model with the prompt in view, in nats a token of the answers. Rows
+            of every condition count: those with the prompt in view diverge by nothing, and those of the negative
+            control are drawn to what they cannot know.
         top_k: how many of the teacher's likeliest tokens are compared one by one; all others count as one.
         reconstruction: of the prompt's negative log-likelihood behind its gist, in nats a token of the prompts.
 
@@ -73,7 +75,8 @@ def truncated_kl(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
     Returns:
         float32 ``(T,)``, in nats.
     """
-    student, teacher = student.float(), teacher.detach().float()
+    # A forbidden token's -inf would make its gradient NaN; so low a logit is no probability either.
+    student, teacher = student.float().clamp(min=-1e4), teacher.detach().float().clamp(min=-1e4)
     size = min(top_k, teacher.shape[-1])
     values, places = teacher.topk(size, dim=-1)
     target = values - teacher.logsumexp(-1, keepdim=True)
@@ -85,9 +88,9 @@ def truncated_kl(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
 
 
 def _log_rest(logits: Tensor, places: Tensor) -> Tensor:
-    """Log-probability ``(T, 1)`` of all tokens but those at ``places``; not below -1e4, which is no probability."""
+    """Log-probability ``(T, 1)`` of all tokens but those at ``places``."""
     rest = logits.scatter(-1, places, float("-inf")).logsumexp(-1, keepdim=True)
-    return (rest - logits.logsumexp(-1, keepdim=True)).clamp(min=-1e4)
+    return rest - logits.logsumexp(-1, keepdim=True)
 
 
 class TokenMeanTrainer(Trainer):
@@ -123,15 +126,16 @@ class ObjectiveTrainer(TokenMeanTrainer):
 
     Batches hold the teacher's mask and positions, and the labels of the reconstruction, where the objective weighs
     them (``with_teacher`` and ``reconstruct`` of the collators). The logs have the losses one by one (``lm_loss``,
-    ``distillation_loss``, ``reconstruction_loss``: means over the first process's batches since the last log) beside
-    their weighted sum, ``loss``. The loss of an evaluation is the language model's alone.
+    ``distillation_loss``, ``reconstruction_loss``: means over the steps since the last log) beside their weighted sum,
+    ``loss``. The loss of an evaluation is the language model's alone.
     """
 
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
         self._sums: dict[str, Tensor] = {}
-        self._num_batches = 0
+        self._first_noted = 0
+        self._num_prompt_labels: Tensor | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         """As ``Trainer.compute_loss``."""
@@ -158,19 +162,34 @@ class ObjectiveTrainer(TokenMeanTrainer):
                 loss = loss + self.objective.distillation * parts["distillation_loss"]
             if self.objective.reconstruction:
                 found, wanted = self._labelled(outputs.logits, prompt_labels)
-                likelihood = cross_entropy(found.float(), wanted, reduction="sum") / max(len(wanted), 1)
-                parts["reconstruction_loss"] = self._share(likelihood, num_labels, num_items_in_batch)
+                total = cross_entropy(found.float(), wanted, reduction="sum")
+                parts["reconstruction_loss"] = (
+                    total / max(len(wanted), 1)
+                    if num_items_in_batch is None
+                    else total / self._num_prompt_labels.clamp(min=1) * self._num_averaged  # pyright: ignore
+                )
                 loss = loss + self.objective.reconstruction * parts["reconstruction_loss"]
-            self._note(parts)
+            self._note(parts, is_share=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.get_batch_samples``; counts the step's tokens of prompts as Trainer does those of answers."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if self.objective.reconstruction:
+            counts = [(batch["reconstruction_labels"] != IGNORED).sum() for batch in batches]
+            number = torch.stack(counts).sum().to(self.args.device) if counts else torch.zeros((), dtype=torch.long)
+            if self._num_averaged > 1:
+                number = self.accelerator.gather(number).sum()  # pyright: ignore[reportAttributeAccessIssue]
+            self._num_prompt_labels = number
+        return batches, num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As ``Trainer.log``."""
-        if "loss" in logs and self._num_batches:
-            # What a batch adds is its share of an optimiser step.
-            steps = self._num_batches / self.args.gradient_accumulation_steps
-            logs = {**logs, **{name: total.item() / steps for name, total in self._sums.items()}}
-            self._sums, self._num_batches = {}, 0
+        steps = self.state.global_step - self._first_noted
+        if "loss" in logs and self._sums and steps:
+            means: Any = self.accelerator.reduce(torch.stack([*self._sums.values()]) / steps, "mean")
+            logs = {**logs, **dict(zip(self._sums, means.tolist(), strict=True))}
+            self._sums = {}
         super().log(logs, start_time)
 
     def _labelled(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +207,10 @@ class ObjectiveTrainer(TokenMeanTrainer):
             return mean
         return mean * num_labels / num_items_in_batch * self._num_averaged
 
-    def _note(self, parts: dict[str, Tensor]) -> None:
+    def _note(self, parts: dict[str, Tensor], *, is_share: bool) -> None:
+        """Add what a batch gives its step: a share of it, or a mean that Trainer divides by the step's batches."""
+        if not self._sums:
+            self._first_noted = self.state.global_step
+        batches = 1 if is_share else self.args.gradient_accumulation_steps
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-        self._num_batches += 1
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float() / batches

@@ -16,21 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gisting.errors import GistError
 
-__all__ = ["RepeatableDraws", "checkpoint_to_resume"]
+__all__ = ["CountEpochs", "RepeatableDraws", "checkpoint_to_resume", "num_steps_in"]
 
 
 class RepeatableDraws:
-    """A collator whose draws (k, condition) depend on the batch and the run's seed alone.
+    """A collator whose draws (k, condition) depend on the batch, the epoch and the run's seed alone.
 
     ``Trainer`` restores the state of the random generator behind the first batches that it collates, and workers have
     generators of their own; so a k that is drawn from the generator's state differs after a resume. Here the same
-    records in the same order draw the same, in whichever process; a new epoch has a new order and draws anew. The
-    generator itself is left as it was, so that dropout does not depend on how far ahead batches are collated.
+    records in the same order draw the same in an epoch, in whichever process, and draw anew in the next one
+    (:class:`CountEpochs` says which it is). The generator itself is left as it was, so that dropout does not depend on
+    how far ahead batches are collated.
 
     Args:
         collator: what makes a batch of records, drawing from torch's generator of the CPU.
@@ -40,12 +42,29 @@ class RepeatableDraws:
     def __init__(self, collator: Callable[[Sequence[Any]], dict[str, torch.Tensor]], seed: int) -> None:
         self.collator = collator
         self.seed = seed
+        self.epoch = 0
 
     def __call__(self, records: Sequence[Any]) -> dict[str, torch.Tensor]:
         """The batch that ``collator`` makes of ``records``."""
+        drawn_from = (self.seed, self.epoch, records) if self.epoch else (self.seed, records)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(repr((self.seed, records)).encode()))
+            torch.manual_seed(zlib.crc32(repr(drawn_from).encode()))
             return self.collator(records)
+
+
+class CountEpochs(TrainerCallback):
+    """Tells :class:`RepeatableDraws` which epoch begins, before its batches are asked for. Workers that outlive an
+    epoch (``dataloader_persistent_workers``) do not hear of it.
+    """
+
+    def __init__(self, draws: RepeatableDraws) -> None:
+        self.draws = draws
+        self.num_begun = 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # A resumed run begins with a later one, a stream (of which Trainer knows no epochs) each time it is read.
+        self.draws.epoch = max(int((state.epoch or 0) + 1e-6), self.num_begun)
+        self.num_begun = self.draws.epoch + 1
 
 
 def checkpoint_to_resume(output_dir: str | Path, wanted: bool | str) -> str | None:
@@ -78,6 +97,11 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: bool | str) -> str | No
             return str(found[step])
     torn = f" ({', '.join(found[step].name for step in sorted(found))} was cut off while written)" if found else ""
     raise GistError(f"{output_dir} holds no checkpoint to resume from{torn}; start without resume")
+
+
+def num_steps_in(checkpoint: str | Path) -> int:
+    """Optimiser steps that a whole checkpoint holds."""
+    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -240,6 +240,15 @@ def test_the_committed_rows_of_quality_hold_what_is_promised() -> None:
     assert all(row["train_s"] + row["eval_s"] < 20 * 60 for row in rows)
 
 
+def test_the_committed_rows_of_training_hold_what_is_promised() -> None:
+    """Eight completions of a prompt of 64 tokens: three times as many a second behind a shared copy of it."""
+    rows = read_rows(ROOT / "docs" / "results" / "training.jsonl")
+    rates = {
+        row["mode"]: row["completions_per_s"] for row in rows if (row["prompt_tokens"], row["per_prompt"]) == (64, 8)
+    }
+    assert rates["shared prompt"] >= 3 * rates["padded"]
+
+
 def test_writing_between_marks(tmp_path: Path) -> None:
     path = tmp_path / "a.md"
     path.write_text("x\n<!-- t -->\nold\n<!-- end of t -->\ny\n", encoding="utf-8")

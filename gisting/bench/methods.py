@@ -1,8 +1,9 @@
 """Four ways to train side by side: from one base model that knows the task, in as many steps each.
 
-The base model learns the built-in task as the positive control does: prompt in view, gist tokens in place and of no use.
-Each method then teaches a copy of it to gist, with the same records in the same order; learning rates differ, for an
-adapter bears more than a whole model, and none was searched for. No row is written for a method that promises to keep ordinary text and changes a bit of it.
+The base model learns the built-in task as the positive control does: prompt in view, gist tokens in place and of no
+use. Each method then teaches a copy of it to gist, with the same records in the same order; learning rates differ, for
+an adapter bears more than a whole model, and none was searched for. No row is written for a method that promises to
+keep ordinary text and changes a bit of it.
 
     python -m gisting.bench.methods --output docs/results/methods.jsonl
 """

@@ -135,7 +135,7 @@ class ObjectiveTrainer(TokenMeanTrainer):
         self.objective = objective
         self._sums: dict[str, Tensor] = {}
         self._first_noted = 0
-        self._num_prompt_labels: Tensor | None = None
+        self._num_prompt_labels = torch.ones(())  # of the step at hand, over all processes
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         """As ``Trainer.compute_loss``."""
@@ -166,7 +166,7 @@ class ObjectiveTrainer(TokenMeanTrainer):
                 parts["reconstruction_loss"] = (
                     total / max(len(wanted), 1)
                     if num_items_in_batch is None
-                    else total / self._num_prompt_labels.clamp(min=1) * self._num_averaged  # pyright: ignore
+                    else total / self._num_prompt_labels.clamp(min=1) * self._num_averaged
                 )
                 loss = loss + self.objective.reconstruction * parts["reconstruction_loss"]
             self._note(parts, is_share=num_items_in_batch is not None)
@@ -176,8 +176,9 @@ class ObjectiveTrainer(TokenMeanTrainer):
         """As ``Trainer.get_batch_samples``; counts the step's tokens of prompts as Trainer does those of answers."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self.objective.reconstruction:
-            counts = [(batch["reconstruction_labels"] != IGNORED).sum() for batch in batches]
-            number = torch.stack(counts).sum().to(self.args.device) if counts else torch.zeros((), dtype=torch.long)
+            number = torch.zeros((), dtype=torch.long, device=self.args.device)
+            for batch in batches:
+                number += (batch["reconstruction_labels"] != IGNORED).sum().to(number.device)
             if self._num_averaged > 1:
                 number = self.accelerator.gather(number).sum()  # pyright: ignore[reportAttributeAccessIssue]
             self._num_prompt_labels = number

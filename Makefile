@@ -15,7 +15,7 @@ demo: $(STAMP) ## train a small model to gist, compress a prompt, answer from th
 	OMP_PROC_BIND=true HF_HUB_OFFLINE=1 $(BIN)/gisting demo
 
 test: $(STAMP) ## run the tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

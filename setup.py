@@ -72,6 +72,7 @@ setup(
             "pyright[nodejs]>=1.1.400",  # node as a wheel: pyright needs nothing but the package registry
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
         ],
     },

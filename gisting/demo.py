@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from gisting.bench.latency import LatencyRow, first_token
-from gisting.bench.quality import ANSWERS_AT_ONCE, BATCH_SIZE, task_arguments, task_model
+from gisting.bench.task import ANSWERS_AT_ONCE, BATCH_SIZE, task_arguments, task_model
 from gisting.data.records import save_records
 from gisting.data.tasks import LETTERS, Instruction, LetterTask, task_tokenizer
 from gisting.eval.conditions import evaluate

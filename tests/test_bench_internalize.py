@@ -29,7 +29,7 @@ def trained(run: str, seed: int, condition: str, tokens: float, value: float, ti
         "query_tokens": 6.0,
         "exact_match": {"value": value, "low": value - 0.01, "high": value + 0.01},
         "stages": [stage, {"realised_share": 0.0, "tokens": 6.0, "bare": value}],
-        "train_s": time,
+        "seconds": time,
         **ABOUT,
     }
 

@@ -13,39 +13,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import gisting
 from gisting import GistError
-from gisting.cli import main
-from tests import garbage, tiny
+from tests import garbage, shell, tiny
 from tests.test_repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Ran:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Call the entry point as the shell would."""
-
-    def call(*words: str | Path) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["gisting", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
+    return partial(shell.call, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -99,7 +83,7 @@ def test_the_demo_is_printed_with_its_headings(run, monkeypatch: pytest.MonkeyPa
 
 def test_the_demo_learns(tmp_path: Path) -> None:
     """A part of the demo's training: the loss falls as it does on the way to the committed accuracies."""
-    from gisting.bench.quality import task_model
+    from gisting.bench.task import task_model
     from gisting.data.collate import GistCollator
     from gisting.data.tasks import LetterTask, task_tokenizer
     from gisting.train.finetune import finetune, published_arguments

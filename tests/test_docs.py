@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shlex
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gisting.cli import main
-from tests import garbage
+from tests import garbage, shell
 from tests.test_repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,12 +41,10 @@ def run_all(page: str, names: dict[str, Any], *, skip: str | None = None) -> dic
 def run_commands(page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (commands,) = fences(page, "bash")
     for line in commands.splitlines():
-        monkeypatch.setattr(sys, "argv", shlex.split(line))
-        try:
-            main()
-        except SystemExit as stop:
-            if stop.code:
-                pytest.fail(f"{line}\n{capsys.readouterr().err}")
+        program, *words = shlex.split(line)
+        assert program == "gisting"
+        done = shell.call(monkeypatch, capsys, *words)
+        assert done.code == 0, f"{line}\n{done.err}"
 
 
 def test_stores(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

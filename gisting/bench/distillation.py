@@ -1,7 +1,7 @@
 """Distillation beside the plain loss on the built-in task: same weights, records and steps, several seeds.
 
 Every row of a step draws its condition, so the teacher learns to read the prompt in the same run. Distilled steps read
-each batch twice and take longer; the table has both counts.
+each batch twice and take longer; the table has the times.
 
     python -m gisting.bench.distillation --output docs/results/distillation.jsonl
 """
@@ -17,9 +17,8 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from gisting.bench.methods import task_accuracy
-from gisting.bench.quality import BATCH_SIZE, SPLITS, task_arguments, task_model
-from gisting.bench.report import append_row, environment
+from gisting.bench.report import append_row, environment, interval_cell
+from gisting.bench.task import BATCH_SIZE, SPLITS, task_accuracy, task_arguments, task_model
 from gisting.data.tasks import LetterTask, task_tokenizer
 from gisting.eval.statistics import Interval
 from gisting.train.finetune import finetune
@@ -109,7 +108,7 @@ def distillation_table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = (_cell(row["exact_match"][name]) for name in shown)
+        cells = (interval_cell(row["exact_match"][name]) for name in shown)
         lines.append(f"| {row['seed']} | {row['objective']} | {' | '.join(cells)} | {row['train_s']:,.0f} s |")
     for name in dict.fromkeys(row["objective"] for row in rows):
         mine = [row for row in rows if row["objective"] == name]
@@ -125,11 +124,6 @@ def distillation_table(rows: Sequence[dict[str, Any]]) -> str:
         f"{first['torch']}, transformers {first['transformers']}).",
     ]
     return "\n".join(lines)
-
-
-def _cell(interval: Mapping[str, float]) -> str:
-    value, low, high = (100 * interval[name] for name in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _main(arguments: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import shutil
 import statistics
 import time
@@ -23,21 +24,23 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, set_seed
+from transformers import DynamicCache, PreTrainedModel, set_seed
 
-from gisting.bench.report import append_row, environment
+from gisting.bench.report import append_row, environment, interval_cell
+from gisting.bench.task import ANSWERS_AT_ONCE, task_arguments, task_model
 from gisting.data.plain import plain_sources
 from gisting.data.records import Record
 from gisting.data.tasks import CodeTask, code_tokenizer
 from gisting.errors import GistError
-from gisting.eval.conditions import evaluate
+from gisting.eval.conditions import ConditionResult
+from gisting.eval.metrics import exact_matches
 from gisting.eval.statistics import Interval
 from gisting.models.mode import evaluating
-from gisting.models.patch import patch
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import finetune, published_arguments
 from gisting.train.internalize.compressors import SelfInformation
+from gisting.train.internalize.directory import read_records
 from gisting.train.internalize.schedule import Schedule
 from gisting.train.internalize.stages import internalize
 
@@ -45,7 +48,6 @@ __all__ = ["RUNS", "InternalizeRow", "ServingRow", "internalize_table", "measure
 
 NUM_GIST_TOKENS = 8
 MAX_EXAMPLES = 4
-_ANSWERS_AT_ONCE = 128
 #: Every way to train, with what it asks of ``internalize``.
 RUNS: dict[str, dict[str, Any]] = {
     "in stages": {},
@@ -60,8 +62,8 @@ RUNS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class InternalizeRow:
     """One way to train. ``tokens`` are those of a request to the finished model, means; scores are exact matches on
-    held-out queries in 0..1 with intervals of 95 %, times in seconds. ``stages`` has, for each, the share of the
-    template that was kept, its tokens and the bare query's score.
+    held-out queries in 0..1 with intervals of 95 %; ``seconds`` are of training and of what is asked after each stage.
+    ``stages`` has, for each, the share of the template that was kept, its tokens and the bare query's score.
     """
 
     run: str
@@ -75,7 +77,7 @@ class InternalizeRow:
     query_tokens: float
     exact_match: Interval
     stages: list[dict[str, Any]]
-    train_s: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def measure(
                 folder / name,
                 batch_size=32,
                 per_device_batch_size=32,
-                per_device_eval_batch_size=_ANSWERS_AT_ONCE,
+                per_device_eval_batch_size=ANSWERS_AT_ONCE,
                 max_steps=steps,
                 learning_rate=1e-3,
                 lr_scheduler_type="cosine",
@@ -156,18 +158,7 @@ def measure(
             max_length=192,
             **RUNS[name],
         )
-        stage = f"stage-{len(result.stages)}"
-        asked = held_out if result.condition == "no-prompt" else load_asked(folder / name / stage)
-        answered = evaluate(
-            model,
-            tokenizer,
-            asked,
-            NUM_GIST_TOKENS,
-            conditions=[result.condition],
-            max_new_tokens=2 * task.length + 2,
-            batch_size=_ANSWERS_AT_ONCE,
-            with_rouge=False,
-        )[0]
+        answered = _answered(folder / name / f"stage-{len(result.stages)}", result.condition)
         rows.append(
             InternalizeRow(
                 run=name,
@@ -188,23 +179,16 @@ def measure(
                     }
                     for stage in result.stages
                 ],
-                train_s=round(result.seconds, 1),
+                seconds=round(result.seconds, 1),
             )
         )
         if not served:
             say("serving")
-            full = load_asked(folder / name / "stage-1")
+            full = read_records(folder / name / "stage-1" / "eval.jsonl") or []
             served = [
                 row for size in (1, 8) for row in serving(model, tokenizer, full, task.table.text(), batch_size=size)
             ]
     return rows, served
-
-
-def load_asked(directory: Path) -> list[Record]:
-    """What a stage is asked: the full prompts of the first one, or those of the last."""
-    from gisting.data.records import load_records
-
-    return load_records(directory / "eval.jsonl")
 
 
 def serving(
@@ -307,9 +291,9 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
         tokens = sum(row["tokens"] for row in mine.values()) / len(mine)
         times = "–".join(
             f"{one:,.0f}"
-            for one in sorted({min(r["train_s"] for r in mine.values()), max(r["train_s"] for r in mine.values())})
+            for one in sorted({min(r["seconds"] for r in mine.values()), max(r["seconds"] for r in mine.values())})
         )
-        cells = " | ".join(_cell(mine[seed]["exact_match"]) if seed in mine else "-" for seed in seeds)
+        cells = " | ".join(interval_cell(mine[seed]["exact_match"]) if seed in mine else "-" for seed in seeds)
         lines.append(f"| {name} | {run_on[first['condition']]} | {tokens:.1f} | {cells} | {times} |")
     staged = [row for row in rows if row["run"] == next(iter(RUNS))]
     if staged:
@@ -360,41 +344,14 @@ def serving_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _base(task: CodeTask, tokenizer: GistTokenizer, folder: Path, steps: int, seed: int) -> PreTrainedModel:
     """A model that looks up in whichever table is in its prompt."""
-    special: Any = tokenizer.tokenizer
     set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(special),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        pad_token_id=special.pad_token_id,
-        bos_token_id=special.bos_token_id,
-        eos_token_id=special.eos_token_id,
-        initializer_range=0.06,
-    )
-    model = patch(AutoModelForCausalLM.from_config(config), tokenizer)
+    model = task_model(tokenizer, max_position_embeddings=512)
     groups, per_group = 8, 8
-    arguments = published_arguments(
-        folder,
-        batch_size=groups,
-        per_device_batch_size=groups,
-        max_steps=steps,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps // 4),
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=seed,
-    )
     finetune(
         model,
         tokenizer,
         task.lookups(steps * groups, per_group, seed),
-        arguments,
+        task_arguments(folder, steps, seed, batch_size=groups),
         num_gist_tokens=NUM_GIST_TOKENS,
         conditions="positive",
         max_length=128,
@@ -404,9 +361,12 @@ def _base(task: CodeTask, tokenizer: GistTokenizer, folder: Path, steps: int, se
     return model
 
 
-def _cell(interval: dict[str, float]) -> str:
-    value, low, high = (100 * interval[name] for name in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+def _answered(directory: Path, condition: str) -> ConditionResult:
+    """What a stage left of the answers under a condition."""
+    lines = [json.loads(line) for line in (directory / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    predictions = [line[condition] for line in lines]
+    scores = {"exact_match": exact_matches(predictions, [line["output"] for line in lines])}
+    return ConditionResult(condition, NUM_GIST_TOKENS, predictions, scores)
 
 
 def _main(arguments: Sequence[str] | None = None) -> None:

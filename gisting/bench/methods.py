@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import set_seed
 
-from gisting.bench.quality import ANSWERS_AT_ONCE, BATCH_SIZE, CONDITIONS, SPLITS, task_arguments, task_model
 from gisting.bench.report import append_row
-from gisting.data.records import Record
+from gisting.bench.task import BATCH_SIZE, SPLITS, task_accuracy, task_arguments, task_model
 from gisting.data.tasks import LETTERS, LetterTask, task_tokenizer
 from gisting.errors import GistError
-from gisting.eval.conditions import evaluate
 from gisting.eval.statistics import Interval
 from gisting.models.load import load
 from gisting.models.weights import input_weight
@@ -35,7 +33,7 @@ from gisting.tokens import GistTokenizer
 from gisting.train.finetune import finetune
 from gisting.train.methods import METHODS, Method
 
-__all__ = ["LEARNING_RATES", "MethodRow", "measure", "methods_table", "task_accuracy"]
+__all__ = ["LEARNING_RATES", "MethodRow", "measure", "methods_table"]
 
 NUM_GIST_TOKENS = 2
 #: The peak of the schedule by method.
@@ -100,7 +98,15 @@ def measure(
     task, tokenizer, folder = LetterTask(seed=seed), task_tokenizer(), Path(directory)
     splits = {split: task.records(split, num_records, seed + 1) for split in SPLITS}
 
-    def row(model: Any, method: str, rate: float, rank: int | None, metrics: dict[str, float], steps: int) -> MethodRow:
+    def row(
+        model: Any,
+        method: str,
+        rate: float,
+        rank: int | None,
+        metrics: dict[str, float],
+        steps: int,
+        is_text_unchanged: bool,
+    ) -> MethodRow:
         if progress is not None:
             progress(f"{method}: answering")
         return MethodRow(
@@ -114,7 +120,7 @@ def measure(
             num_parameters=int(metrics["num_parameters"]),
             num_records=num_records,
             exact_match=task_accuracy(model, tokenizer, splits, NUM_GIST_TOKENS, task.length + 3),
-            is_text_unchanged=True,
+            is_text_unchanged=is_text_unchanged,
             train_s=round(metrics["train_runtime"], 1),
         )
 
@@ -126,7 +132,7 @@ def measure(
     records = task.records("seen", base_steps * BATCH_SIZE, seed)
     metrics = finetune(model, tokenizer, records, arguments, num_gist_tokens=NUM_GIST_TOKENS, conditions="positive")
     text = _text_logits(model, tokenizer)
-    rows = [row(model, "base", arguments.learning_rate, None, metrics, base_steps)]
+    rows = [row(model, "base", arguments.learning_rate, None, metrics, base_steps, True)]
     # Other records than the base model's.
     records = task.records("seen", steps * BATCH_SIZE, seed + 2)
     for method in wanted:
@@ -141,8 +147,7 @@ def measure(
         if method.name in _KEEPS_TEXT and not is_unchanged:
             raise GistError(f"{method.name} changed the logits of text without gist tokens; nothing is reported")
         rank_of = rank if "lora" in method.name else None
-        found = row(model, method.name, rate, rank_of, metrics, steps)
-        rows.append(replace(found, is_text_unchanged=is_unchanged))
+        rows.append(row(model, method.name, rate, rank_of, metrics, steps, is_unchanged))
     return rows
 
 
@@ -166,27 +171,6 @@ def methods_table(rows: Sequence[dict[str, Any]]) -> str:
         f"{first['transformers']}).",
     ]
     return "\n".join(lines)
-
-
-def task_accuracy(
-    model: Any, tokenizer: GistTokenizer, splits: Mapping[str, list[Record]], num_gist_tokens: int, length: int
-) -> dict[str, Interval]:
-    """Exact match by ``split/condition``, with answers of at most ``length`` tokens."""
-    model.eval()
-    return {
-        f"{split}/{result.condition}": result.interval("exact_match")
-        for split, records in splits.items()
-        for result in evaluate(
-            model,
-            tokenizer,
-            records,
-            num_gist_tokens,
-            conditions=CONDITIONS,
-            max_new_tokens=length,
-            batch_size=ANSWERS_AT_ONCE,
-            with_rouge=False,
-        )
-    }
 
 
 @torch.no_grad()

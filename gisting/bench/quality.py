@@ -19,32 +19,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from gisting.bench.report import append_row, environment
+from gisting.bench.report import append_row, environment, interval_cell
+from gisting.bench.task import ANSWERS_AT_ONCE, BATCH_SIZE, CONDITIONS, SPLITS, task_arguments, task_model
 from gisting.data.tasks import LetterTask, task_tokenizer
 from gisting.errors import GistError
 from gisting.eval.report import gap_kept
 from gisting.eval.results import Evaluation, evaluate_splits
 from gisting.eval.statistics import Interval, difference
-from gisting.models.patch import patch
-from gisting.tokens import GistTokenizer
-from gisting.train.finetune import finetune, published_arguments
+from gisting.train.finetune import finetune
 
-__all__ = ["QualityRow", "measure", "quality_table", "task_arguments", "task_model"]
-
-BATCH_SIZE = 32
-ANSWERS_AT_ONCE = 128
-SPLITS = ("seen", "unseen")
-CONDITIONS = ("positive", "gist", "negative")
+__all__ = ["QualityRow", "measure", "quality_table"]
 
 
 @dataclass(frozen=True)
@@ -70,43 +57,6 @@ class QualityRow:
     difference: Interval | None
     train_s: float
     eval_s: float
-
-
-def task_model(tokenizer: GistTokenizer) -> PreTrainedModel:
-    """The small LLaMA that learns the built-in task from nothing, patched, with fresh weights."""
-    special: Any = tokenizer.tokenizer
-    config = LlamaConfig(
-        vocab_size=len(special),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        # The usual 0.02 is for wide models: this narrow one learns in half the steps from larger weights.
-        initializer_range=0.06,
-        pad_token_id=special.pad_token_id,
-        bos_token_id=special.bos_token_id,
-        eos_token_id=special.eos_token_id,
-    )
-    return patch(AutoModelForCausalLM.from_config(config), tokenizer)
-
-
-def task_arguments(output_dir: str | Path, steps: int, seed: int) -> TrainingArguments:
-    """How it learns: not by the published schedule, which tunes a pretrained model."""
-    return published_arguments(
-        output_dir,
-        batch_size=BATCH_SIZE,
-        per_device_batch_size=BATCH_SIZE,
-        max_steps=steps,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps // 4),
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=seed,
-    )
 
 
 def measure(
@@ -227,8 +177,8 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
             [
                 str(k),
                 f"{together['unseen', 'gist', k]['prompt_tokens'] / k:.1f}",
-                *(_cell(together[split, name, k]["exact_match"]) for split in SPLITS for name in CONDITIONS),
-                *(_cell(together[split, "gist", k]["gap_kept"]) for split in SPLITS),
+                *(interval_cell(together[split, name, k]["exact_match"]) for split in SPLITS for name in CONDITIONS),
+                *(interval_cell(together[split, "gist", k]["gap_kept"]) for split in SPLITS),
             ]
             for k in ks
         ]
@@ -254,9 +204,9 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
                         cell
                         for split in SPLITS
                         for cell in (
-                            _cell(together[split, "gist", k]["exact_match"]),
-                            _cell(beside[split, k]["exact_match"]),
-                            _cell(beside[split, k]["difference"], sign="+"),
+                            interval_cell(together[split, "gist", k]["exact_match"]),
+                            interval_cell(beside[split, k]["exact_match"]),
+                            interval_cell(beside[split, k]["difference"], sign="+"),
                         )
                     ),
                 ]
@@ -269,13 +219,6 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _table(header: list[str], body: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in body)]
-
-
-def _cell(found: dict[str, float] | None, sign: str = "") -> str:
-    if found is None:
-        return "-"
-    value, low, high = (100 * found[name] for name in ("value", "low", "high"))
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 class _Bar:

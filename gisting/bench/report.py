@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ import transformers
 from gisting._version import __version__
 from gisting.errors import GistError
 
-__all__ = ["append_row", "demo_table", "environment", "page_tables", "read_rows", "write_between"]
+__all__ = [
+    "append_row",
+    "demo_table",
+    "environment",
+    "interval_cell",
+    "page_tables",
+    "read_rows",
+    "write_between",
+]
 
 FORMAT = 1
 
@@ -107,6 +115,16 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
         )
     lines += ["", f"({first['device']}, torch {first['torch']}, transformers {first['transformers']})"]
     return "\n".join(lines)
+
+
+def interval_cell(found: Mapping[str, float] | None, sign: str = "") -> str:
+    """A share in 0..1 with its interval as a cell in per cent, ``"-"`` where there is none; ``sign="+"`` for one that
+    may be negative.
+    """
+    if found is None:
+        return "-"
+    value, low, high = (100 * found[name] for name in ("value", "low", "high"))
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def write_between(path: str | Path, name: str, text: str) -> None:

@@ -23,8 +23,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import set_seed
 
-from gisting.bench.quality import task_model
 from gisting.bench.report import append_row, environment
+from gisting.bench.task import task_model
 from gisting.data.collate import IGNORED, GistCollator
 from gisting.data.packing import GistPackingCollator
 from gisting.data.records import Record

@@ -21,7 +21,7 @@ from gisting.errors import GistError, RecordError
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
 
-__all__ = ["PlainCollator", "plain_batch", "plain_sources"]
+__all__ = ["PlainCollator", "excerpt", "plain_batch", "plain_sources"]
 
 
 def plain_sources(tokenizer: GistTokenizer, prompts: Sequence[str], inputs: Sequence[str]) -> list[list[int]]:
@@ -118,7 +118,7 @@ class PlainCollator:
         sources = plain_sources(self.tokenizer, [record.instruction for record in records], inputs)
         completions = self.tokenizer.encode_completions(inputs, [record.output for record in records])
         for number, (source, completion) in enumerate(zip(sources, completions, strict=True)):
-            where = f"record {number} of the batch ({_short(inputs[number])})"
+            where = f"record {number} of the batch ({excerpt(inputs[number])})"
             if not source:
                 raise RecordError(f"{where} has nothing to continue; give an input, or a template with text there")
             if self.tokenizer.is_encoder_decoder and len(completion) > self.max_target_length:
@@ -135,5 +135,6 @@ class PlainCollator:
         return plain_batch(self.tokenizer, sources, completions)
 
 
-def _short(text: str) -> str:
+def excerpt(text: str) -> str:
+    """A text as a message shows it: quoted, at most 40 characters of it."""
     return repr(text if len(text) <= 40 else text[:37] + "...")

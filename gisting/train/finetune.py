@@ -177,16 +177,15 @@ def finetune(
             "row; give pack_length, at least max_length"
         )
     _check_window(model, pack_length=pack_length, max_length=max_length if chunk_length is not None else None)
+    layout: dict[str, Any] = {
+        "conditions": conditions,
+        "max_length": max_length,
+        "chunk_length": chunk_length,
+        "with_teacher": objective.distillation > 0,
+    }
     if pack_length is None:
         collator = GistCollator(
-            tokenizer,
-            num_gist_tokens,
-            conditions=conditions,
-            max_length=max_length,
-            max_target_length=max_target_length,
-            part_separator=part_separator,
-            chunk_length=chunk_length,
-            with_teacher=objective.distillation > 0,
+            tokenizer, num_gist_tokens, max_target_length=max_target_length, part_separator=part_separator, **layout
         )
     else:
         if part_separator is not None:
@@ -196,12 +195,9 @@ def finetune(
         collator = GistPackingCollator(
             tokenizer,
             num_gist_tokens,
-            conditions=conditions,
-            max_length=max_length,
             pack_length=pack_length,
-            chunk_length=chunk_length,
-            with_teacher=objective.distillation > 0,
             reconstruct=objective.reconstruction > 0,
+            **layout,
         )
     if arguments.train_sampling_strategy in _BY_LENGTH:
         items = _with_lengths(items, tokenizer, arguments.length_column_name)

@@ -265,7 +265,7 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
 import tempfile
 from gisting.eval.execution import run_python
 tempfile.tempdir = {str(tmp_path)!r}
-run_python("import time; open('ready', 'w'); time.sleep(60)", ["assert True"], timeout_s=60)
+run_python("import time; open('ready', 'w'); time.sleep(60)", ["pass"], timeout_s=60)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
     end = time.monotonic() + 60

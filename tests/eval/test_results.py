@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ import pytest
 
 from gisting import GistError, Record
 from gisting.bench.report import environment
-from gisting.cli import main
 from gisting.eval.conditions import ConditionResult
 from gisting.eval.judge import Judge
 from gisting.eval.report import gap_kept, markdown, write_report
 from gisting.eval.results import Evaluation, Judgement, Split, evaluate_splits
-from tests import tiny
+from tests import shell, tiny
 from tests.test_repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,17 +234,7 @@ def gisting_eval(
     shutil.copytree(demo_checkpoint, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
 
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gisting", "eval", *words])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(shell.call, monkeypatch, capsys, "eval")
 
 
 DATA = ("model", "--data", "model/unseen.jsonl", "--limit", "4", "--max-new-tokens", "3")

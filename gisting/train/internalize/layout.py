@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gisting.data.plain import plain_sources
+from gisting.data.plain import excerpt, plain_sources
 from gisting.data.records import Record
 from gisting.errors import GistError, RecordError
 from gisting.tokens import GistTokenizer
@@ -106,7 +106,7 @@ def lay_out(
         for number, length in enumerate(answers, start=1):
             if length > max_target_length:
                 raise RecordError(
-                    f"record {number} ({_short(inputs[number - 1])}) has an answer of {length} ids, more than "
+                    f"record {number} ({excerpt(inputs[number - 1])}) has an answer of {length} ids, more than "
                     f"max_target_length={max_target_length}; raise it"
                 )
         answers = [0] * len(answers)
@@ -124,7 +124,7 @@ def lay_out(
                 continue
             if not kept[row]:
                 raise RecordError(
-                    f"record {row + 1} ({_short(inputs[row])}) has {length} ids with the template and without "
+                    f"record {row + 1} ({excerpt(inputs[row])}) has {length} ids with the template and without "
                     f"examples, more than max_length={max_length}; raise it: template and query are never cut"
                 )
             kept[row].pop(0)
@@ -139,7 +139,3 @@ def lay_out(
         [length - query for length, query in zip(lengths, bare, strict=True)],
         bare,
     )
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")

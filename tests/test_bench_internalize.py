@@ -9,8 +9,9 @@ import pytest
 
 from gisting import GistError
 from gisting.bench import internalize
-from gisting.bench.internalize import internalize_table, measure, serving_table
+from gisting.bench.internalize import internalize_table, measure
 from gisting.bench.report import read_rows
+from gisting.bench.requests import serving_table
 
 ABOUT = {"device": "d", "threads": 2, "torch": "t", "transformers": "f"}
 
@@ -28,6 +29,7 @@ def trained(run: str, seed: int, condition: str, tokens: float, value: float, ti
         "tokens": tokens,
         "query_tokens": 6.0,
         "exact_match": {"value": value, "low": value - 0.01, "high": value + 0.01},
+        "edited": {"value": 0.5, "low": 0.4, "high": 0.6} if condition == "prompt" else None,
         "stages": [stage, {"realised_share": 0.0, "tokens": 6.0, "bare": value}],
         "seconds": time,
         **ABOUT,
@@ -42,10 +44,10 @@ def test_the_tables_by_eye() -> None:
     ]
     lines = internalize_table([*rows, {"mode": "full prompt"}]).splitlines()
     assert lines[:9] == [
-        "| trained | run on | tokens of a request | seed 0 | seed 1 | seconds |",
-        "|---|---|---|---|---|---|",
-        "| in stages | the bare query | 6.0 | 98.0 [97.0, 99.0] | 97.0 [96.0, 98.0] | 60–62 |",
-        "| full prompt | its prompt | 110.0 | 99.0 [98.0, 100.0] | - | 70 |",
+        "| trained | run on | tokens of a request | seed 0 | seed 1 | edited template | seconds |",
+        "|---|---|---|---|---|---|---|",
+        "| in stages | the bare query | 6.0 | 98.0 [97.0, 99.0] | 97.0 [96.0, 98.0] | - | 60–62 |",
+        "| full prompt | its prompt | 110.0 | 99.0 [98.0, 100.0] | - | 50.0 | 70 |",
         "",
         "| in stages | stage 1 | stage 2 |",
         "|---|---|---|",
@@ -58,6 +60,8 @@ def test_the_tables_by_eye() -> None:
             "batch_size": 8,
             "num_cached_tokens": 70 if mode == "prefix cache" else 0,
             "num_new_tokens": 6.0,
+            "num_answer_tokens": 7,
+            "num_parameters": 660_000,
             "requests_per_s": rate,
             "requests_per_s_low": rate - 1,
             "requests_per_s_high": rate + 1,
@@ -67,16 +71,16 @@ def test_the_tables_by_eye() -> None:
         for mode, rate in (("full prompt", 100), ("prefix cache", 150), ("bare query", 300))
     ]
     assert serving_table([*rows, *served]).splitlines()[2:5] == [
-        "| 8 | full prompt | 0 | 6.0 | 100 (99–101) | 1.00x |",
-        "| 8 | prefix cache | 70 | 6.0 | 150 (149–151) | 1.50x |",
-        "| 8 | bare query | 0 | 6.0 | 300 (299–301) | 3.00x |",
+        "| 0.7 M | 8 | full prompt | 0 | 6.0 | 100 (99–101) | 1.00x |",
+        "| 0.7 M | 8 | prefix cache | 70 | 6.0 | 150 (149–151) | 1.50x |",
+        "| 0.7 M | 8 | bare query | 0 | 6.0 | 300 (299–301) | 3.00x |",
     ]
 
 
 def test_the_command_with_few_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ("in stages", "in stages, gist at the end", "full prompt, run bare")
+    names = ("in stages", "in stages, gist at the end", "full prompt", "full prompt, run bare")
     monkeypatch.setattr(internalize, "measure", lambda *args, **kwargs: measure(*args, runs=names, **kwargs))
     output = tmp_path / "rows.jsonl"
     internalize._main(
@@ -90,8 +94,10 @@ def test_the_command_with_few_steps(
     assert [(name, row["condition"], len(row["stages"])) for name, row in found.items()] == [
         (names[0], "no-prompt", 4),
         (names[1], "gist", 4),
-        (names[2], "no-prompt", 1),
+        (names[2], "prompt", 1),
+        (names[3], "no-prompt", 1),
     ]
+    assert [row["edited"] is not None for row in found.values()] == [False, True, True, False]
     first = found[names[0]]
     assert first["tokens"] == first["query_tokens"] < 0.1 * first["stages"][0]["tokens"]
     shares = [stage["realised_share"] for stage in first["stages"]]
@@ -99,7 +105,7 @@ def test_the_command_with_few_steps(
     assert shares[3] == 0
     assert 0.5 < shares[1] <= 2 / 3
     served = [row for row in rows if "mode" in row]
-    assert [(row["batch_size"], row["mode"]) for row in served] == [
+    assert [(row["batch_size"], row["mode"]) for row in served] == 2 * [
         (size, mode) for size in (1, 8) for mode in ("full prompt", "prefix cache", "bare query")
     ]
     assert all(row["requests_per_s"] > 0 for row in served)

@@ -318,6 +318,7 @@ def test_inspect_shows_what_a_file_holds(run, workplace: Path) -> None:
         "demo",
         "train",
         "internalize",
+        "report",
         "compress",
         "generate",
         "eval",

@@ -612,11 +612,13 @@ def test_task_errors() -> None:
 
 
 def test_a_table_of_codes_by_eye() -> None:
-    table = CodeTable((("birch", "k7"), ("coral", "k2"), ("amber", "k9")), "backwards", "end with done")
-    assert table.text() == "table : birch k7 ; coral k2 ; amber k9 . answer backwards and end with done ."
-    assert table.answer(["coral", "birch", "birch"]) == "birch k7 birch k7 coral k2 done".split()
+    table = CodeTable(("birch-7", "coral-2", "amber-7"), "backwards", "end with done")
+    assert table.names == ["birch", "coral", "amber"]
+    assert table.text() == "table : birch-7 ; coral-2 ; amber-7 . answer backwards and end with done ."
+    assert table.answer(["coral", "birch", "birch"]) == "birch birch-7 birch birch-7 coral coral-2 done".split()
+    assert table.edited() == CodeTable(("birch-0", "coral-3", "amber-0"), "backwards", "end with done")
     plain = CodeTable(table.codes, "in order", "stop there")
-    assert plain.answer(["coral", "birch", "birch"]) == "coral k2 birch k7 birch k7".split()
+    assert plain.answer(["coral", "birch", "birch"]) == "coral coral-2 birch birch-7 birch birch-7".split()
 
 
 def test_queries_of_training_and_evaluation_are_apart() -> None:
@@ -630,7 +632,7 @@ def test_queries_of_training_and_evaluation_are_apart() -> None:
     assert len(train | held_out) <= everything
     assert {record.instruction for record in task.records("train", 5, 0)} == {task.table.text()}
     names = {name for record in task.records("train", 15, 0) for name in record.input.split()}
-    assert names == {name for name, _ in task.table.codes}
+    assert names == set(task.table.names)
     for record in task.records("eval", 10, 5):
         assert record.output.split() == task.table.answer(record.input.split())
     with pytest.raises(GistError, match=r"count must be in 1\.\.\d+, the queries of eval, got 36"):

@@ -71,3 +71,17 @@ def test_trl_trains_with_the_collator_alone(demo_checkpoint: Path, tmp_path: Pat
     out = run_example("04_trl_sft_trainer.py", demo_checkpoint, cwd=tmp_path)
     first, last = map(float, re.findall(r"^loss ([\d.]+) -> ([\d.]+)$", out, re.M)[0])
     assert last < first / 2
+
+
+def test_internalize_a_template(tmp_path: Path) -> None:
+    """The staged run answers the bare query as its control answers the full prompt, for a fraction of the tokens."""
+    out = run_example("05_internalize_a_template.py", "--output", tmp_path / "runs", cwd=tmp_path)
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if re.match(r"\| (in-stages|full) \| ", line)]
+    staged, full, cached = rows[:3]
+    assert [row[2] for row in rows[:3]] == ["bare query", "full prompt", "full prompt behind a prefix cache"]
+    assert float(staged[6].split()[0]) >= 90
+    assert float(full[6].split()[0]) >= 90
+    assert float(staged[3]) < 0.1 * float(full[3])
+    assert float(staged[7]) < float(cached[7]) < float(full[7]), "money for 1,000 requests"
+    assert [row[3] for row in rows[3:]] == ["100 %", "38 %", "0 %"], "the template that each stage keeps"
+    assert (tmp_path / "runs" / "report.md").read_text(encoding="utf-8") in out

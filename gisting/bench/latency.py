@@ -101,8 +101,8 @@ def first_token(
                 rest_ids, past_key_values=compressed.as_past_key_values(), use_cache=True, logits_to_keep=1
             ).logits
 
-        _gate("prefix cache", run_prefix(), run_plain())
-        _gate("gist cache", run_gist(), _uncached_gist(model, tokenizer, encoding.input_ids, device))
+        check_logits("prefix cache", run_prefix(), run_plain())
+        check_logits("gist cache", run_gist(), _uncached_gist(model, tokenizer, encoding.input_ids, device))
         runs: dict[str, Callable[[], Tensor]] = {
             "no cache": run_plain,
             "prefix cache": run_prefix,
@@ -111,10 +111,10 @@ def first_token(
         times: dict[str, list[float]] = {mode: [] for mode in runs}
         for number in range(warmup + repeats):
             for mode, run in runs.items():
-                _wait(device)
+                wait(device)
                 start = time.perf_counter()
                 run()
-                _wait(device)
+                wait(device)
                 if number >= warmup:
                     times[mode].append(1000 * (time.perf_counter() - start))
     return [
@@ -143,7 +143,7 @@ def _uncached_gist(model: PreTrainedModel, tokenizer: GistTokenizer, ids: list[i
     ).logits
 
 
-def _gate(mode: str, found: Tensor, expected: Tensor) -> None:
+def check_logits(mode: str, found: Tensor, expected: Tensor) -> None:
     """Cached and uncached logits agree up to rounding, in machine epsilons of the largest logit.
 
     Rounding grows with depth; a thousand are granted in single precision, sixteen in half, where more would let
@@ -158,6 +158,6 @@ def _gate(mode: str, found: Tensor, expected: Tensor) -> None:
         )
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

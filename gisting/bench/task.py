@@ -23,15 +23,16 @@ SPLITS = ("seen", "unseen")
 CONDITIONS = ("positive", "gist", "negative")
 
 
-def task_model(tokenizer: GistTokenizer, max_position_embeddings: int = 256) -> PreTrainedModel:
-    """The small LLaMA that learns a built-in task from nothing, patched, with fresh weights."""
+def task_model(tokenizer: GistTokenizer, max_position_embeddings: int = 256, **sizes: int) -> PreTrainedModel:
+    """The small LLaMA that learns a built-in task from nothing, patched, with fresh weights; ``sizes`` are those of its
+    configuration that are to be others.
+    """
     special: Any = tokenizer.tokenizer
+    shape: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384}
+    shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, **sizes}
     config = LlamaConfig(
         vocab_size=len(special),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        **shape,
         max_position_embeddings=max_position_embeddings,
         # The usual 0.02 is for wide models: this narrow one learns in half the steps from larger weights.
         initializer_range=0.06,

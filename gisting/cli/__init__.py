@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gisting._version import __version__
-from gisting.cli import caches, data, internalize, learn
+from gisting.cli import caches, data, internalize, learn, report
 from gisting.cli.shared import err, out
 from gisting.errors import GistError
 
@@ -55,6 +55,7 @@ def _root(
 app.command()(learn.demo)
 app.command()(learn.train)
 app.command()(internalize.internalize)
+app.command()(report.report)
 app.command()(caches.compress)
 app.command()(caches.generate)
 app.command("eval")(learn.evaluate)

@@ -10,7 +10,8 @@ whether it names one of the instructions seen in training.
 
 :class:`CodeTask` is for internalising, where one long prompt comes with every query, and holds what the query lacks:
 
-    table : birch k7 ; coral k2 ; ... . answer backwards and stop there .      coral birch   ->   birch k7 coral k2
+    table : birch-7 ; coral-2 ; ... . answer backwards and stop there .
+    coral birch      ->      birch birch-7 coral coral-2
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gisting.data.records import Record
 from gisting.errors import GistError
@@ -161,7 +162,10 @@ NAMES = (
     *("amber", "birch", "coral", "delta", "ember", "fjord", "grove", "heron", "indigo", "jade", "karst", "larch"),
     *("maple", "north", "onyx", "pearl", "quartz", "raven", "slate", "tundra", "umber", "violet", "willow", "zephyr"),
 )
-CODES = tuple(f"k{number}" for number in range(len(NAMES)))
+# An answer says each name before its code, and a code begins with its name, so that every word is found in one hop of
+# attention, which a small model learns in minutes. What stands behind a name takes two hops (an induction head), which$
+# it did not learn in a thousand steps.
+NUM_CODES = 8
 CODE_ORDERS: dict[str, _Rule] = {"in order": lambda names: names, "backwards": lambda names: names[::-1]}
 CODE_ENDINGS: dict[str, _Rule] = {
     "stop there": lambda words: words,
@@ -171,20 +175,30 @@ CODE_ENDINGS: dict[str, _Rule] = {
 
 @dataclass(frozen=True)
 class CodeTable:
-    """A template of :class:`CodeTask`: which code each name has, and how to answer."""
+    """A template of :class:`CodeTask`: which of its codes each name has (``"birch-7"``), and how to answer."""
 
-    codes: tuple[tuple[str, str], ...]
+    codes: tuple[str, ...]
     order: str
     ending: str
 
+    @property
+    def names(self) -> list[str]:
+        """The names that have a code."""
+        return [code.partition("-")[0] for code in self.codes]
+
     def text(self) -> str:
         """The template in words."""
-        table = " ; ".join(f"{name} {code}" for name, code in self.codes)
-        return f"table : {table} . answer {self.order} and {self.ending} ."
+        return f"table : {' ; '.join(self.codes)} . answer {self.order} and {self.ending} ."
+
+    def edited(self) -> CodeTable:
+        """The same names and rule with every code another: the next number."""
+        numbers = (int(code.partition("-")[2]) for code in self.codes)
+        pairs = zip(self.names, numbers, strict=True)
+        return replace(self, codes=tuple(f"{name}-{(number + 1) % NUM_CODES}" for name, number in pairs))
 
     def answer(self, names: list[str]) -> list[str]:
         """What follows from it for these names: each with its code."""
-        codes = dict(self.codes)
+        codes = dict(zip(self.names, self.codes, strict=True))
         words = [word for name in CODE_ORDERS[self.order](names) for word in (name, codes[name])]
         return CODE_ENDINGS[self.ending](words)
 
@@ -219,7 +233,7 @@ class CodeTask:
         """
         if split not in ("train", "eval"):
             raise GistError(f"split must be train or eval, got {split!r}")
-        names = [name for name, _ in self.table.codes]
+        names = self.table.names
         # Which half of all queries one belongs to does not depend on the seed of the records.
         half = random.Random(f"split {self.seed}")
         queries = [
@@ -242,7 +256,7 @@ class CodeTask:
         found: list[Record] = []
         for _ in range(num_tables):
             table = self._draw_table(chance, chance.randint(min(2, self.num_names), self.num_names))
-            names = [name for name, _ in table.codes]
+            names = table.names
             found += [
                 self._record(table, [chance.choice(names) for _ in range(self.length)], "lookup")
                 for _ in range(per_table)
@@ -250,9 +264,8 @@ class CodeTask:
         return found
 
     def _draw_table(self, chance: random.Random, size: int) -> CodeTable:
-        names, codes = chance.sample(NAMES, size), chance.sample(CODES, size)
-        pairs = tuple(zip(names, codes, strict=True))
-        return CodeTable(pairs, chance.choice([*CODE_ORDERS]), chance.choice([*CODE_ENDINGS]))
+        codes = tuple(f"{name}-{chance.randrange(NUM_CODES)}" for name in chance.sample(NAMES, size))
+        return CodeTable(codes, chance.choice([*CODE_ORDERS]), chance.choice([*CODE_ENDINGS]))
 
     def _record(self, table: CodeTable, names: list[str], source: str) -> Record:
         return Record(table.text(), " ".join(names), " ".join(table.answer(names)), source)
@@ -269,8 +282,8 @@ def task_tokenizer() -> GistTokenizer:
 
 def code_tokenizer() -> GistTokenizer:
     """A tokenizer with one id for each word of :class:`CodeTask`, and its template."""
-    empty = CodeTable((("", ""),), "", "").text()
-    return _word_tokenizer([empty, *CODE_ORDERS, *CODE_ENDINGS, *NAMES, *CODES, "done -> ;"])
+    codes = tuple(f"{name}-{number}" for name in NAMES for number in range(NUM_CODES))
+    return _word_tokenizer([CodeTable(codes, "", "").text(), *CODE_ORDERS, *CODE_ENDINGS, *NAMES, "done ->"])
 
 
 def _word_tokenizer(texts: list[str]) -> GistTokenizer:

@@ -1,0 +1,120 @@
+"""Put a template into a model's weights stage by stage, and report what that saves beside what it costs.
+
+A tiny LLaMA starts from nothing. Every request begins with the same rules of a store, and asks where three things are.
+One model is trained in stages in which the rules shrink to nothing, and answers the bare query in the end; its control
+is trained in as many steps with the rules in view, and needs them for ever. The report sets them beside each other, and
+beside prefix caching, with prices that you give. About half a minute on one CPU core.
+
+    python examples/05_internalize_a_template.py --steps 300 --output runs/store
+"""
+
+import argparse
+import itertools
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
+
+import gisting
+from gisting.train.finetune import published_arguments
+from gisting.train.internalize.compressors import Rewrites
+from gisting.train.internalize.prices import Prices
+from gisting.train.internalize.report import make_report
+from gisting.train.internalize.schedule import Schedule
+from gisting.train.internalize.stages import internalize
+
+ROOMS = {"tea": "4", "soap": "2", "glue": "6", "rice": "1", "paper": "5", "bread": "3"}
+TEMPLATE = "answer with rooms alone . " + " ".join(
+    f"the {thing} stands in room {room} ." for thing, room in ROOMS.items()
+)
+SHORTER = " ".join(f"{thing} {room} ." for thing, room in ROOMS.items())
+
+
+def make_tokenizer() -> gisting.GistTokenizer:
+    words = ["<pad>", "<s>", "</s>", "<unk>", *sorted({*TEMPLATE.split()})]
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return gisting.GistTokenizer(PreTrainedTokenizerFast(tokenizer_object=inner, **special), "plain")
+
+
+def make_records() -> list[gisting.Record]:
+    """All queries, in an order of chance; the instruction is ignored, for the template is given once."""
+    queries = list(itertools.product(ROOMS, repeat=3))
+    random.Random(0).shuffle(queries)
+    return [gisting.Record("-", " ".join(query), " ".join(ROOMS[thing] for thing in query)) for query in queries]
+
+
+def fresh_model(tokenizer: gisting.GistTokenizer):
+    """The same weights each time."""
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer.tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.06,  # the usual 0.02 is for wide models
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return gisting.patch(AutoModelForCausalLM.from_config(config), tokenizer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300, help="of each run, over all its stages")
+    parser.add_argument("--output", type=Path, default=Path("runs/store"))
+    parser.add_argument("--input-price", type=float, default=2.5, help="of a million tokens")
+    parser.add_argument("--cached-input-price", type=float, default=1.25)
+    parser.add_argument("--output-price", type=float, default=10.0)
+    parser.add_argument("--training-price", type=float, default=25.0)
+    arguments = parser.parse_args()
+
+    tokenizer, records = make_tokenizer(), make_records()
+    training, held_out = records[:160], records[160:]
+
+    for name, control in (("in-stages", None), ("full", "full")):
+        model = fresh_model(tokenizer)
+        result = internalize(
+            model,
+            tokenizer,
+            TEMPLATE,
+            training,
+            published_arguments(
+                arguments.output / name,
+                batch_size=16,
+                per_device_batch_size=16,
+                max_steps=arguments.steps,
+                learning_rate=3e-3,  # a tiny model bears more than the published 2e-5 for 7 billion parameters
+                warmup_steps=10,
+                save_strategy="no",
+                logging_steps=1000,
+                disable_tqdm=True,
+            ),
+            schedule=Schedule((1.0, 0.5, 0.0)),
+            compressor=Rewrites({0.5: SHORTER}),
+            control=control,
+            eval_records=held_out,
+            max_new_tokens=4,
+            on_stage=lambda stage, name=name: print(f"{name}, stage {stage.number}: loss {stage.train_loss:.3f}"),
+        )
+        print(f"{name}: {result.tokens:.1f} tokens a request, {100 * result.metrics['exact_match']:.1f} % exact\n")
+
+    prices = Prices(
+        "USD",
+        arguments.input_price,
+        arguments.cached_input_price,
+        arguments.output_price,
+        arguments.training_price,
+    )
+    report = make_report([arguments.output / "in-stages", arguments.output / "full"], prices)
+    (arguments.output / "report.md").write_text(report.markdown(), encoding="utf-8")
+    print(report.markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,7 @@ def trained(run: str, seed: int, condition: str, tokens: float, value: float, ti
         "exact_match": {"value": value, "low": value - 0.01, "high": value + 0.01},
         "edited": {"value": 0.5, "low": 0.4, "high": 0.6} if condition == "prompt" else None,
         "stages": [stage, {"realised_share": 0.0, "tokens": 6.0, "bare": value}],
+        "base_seconds": 100.0,
         "seconds": time,
         **ABOUT,
     }

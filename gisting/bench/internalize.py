@@ -16,6 +16,7 @@ import copy
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -65,7 +66,8 @@ READERS = ("in stages, gist at the end", "full prompt")
 @dataclass(frozen=True)
 class InternalizeRow:
     """One way to train. ``tokens`` are those of a request to the finished model, means; scores are exact matches on
-    held-out queries in 0..1 with intervals of 95 %; ``seconds`` are of training and of what is asked after each stage.
+    held-out queries in 0..1 with intervals of 95 %; ``seconds`` are of training and of what is asked after each stage,
+    ``base_seconds`` of the base model before.
     ``stages`` has, for each, the share of the template that was kept, its tokens and the bare query's score.
     ``edited`` is the score with a table of other codes in place of the trained one, None where none is read.
     """
@@ -82,6 +84,7 @@ class InternalizeRow:
     exact_match: Interval
     edited: Interval | None
     stages: list[dict[str, Any]]
+    base_seconds: float
     seconds: float
 
 
@@ -116,7 +119,9 @@ def measure(
     task, tokenizer, folder = CodeTask(seed=seed), code_tokenizer(), Path(directory)
     training, held_out = task.records("train", 512, seed), task.records("eval", num_records, seed)
     say(f"base: {base_steps} steps")
+    start = time.perf_counter()
     base = _base(task, tokenizer, folder / "base", base_steps, seed)
+    base_seconds = round(time.perf_counter() - start, 1)
     rows = []
     for name in runs:
         say(f"{name}: {steps} steps")
@@ -173,6 +178,7 @@ def measure(
                     }
                     for stage in result.stages
                 ],
+                base_seconds=base_seconds,
                 seconds=round(result.seconds, 1),
             )
         )
@@ -223,10 +229,7 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
         mine = {row["seed"]: row for row in rows if row["run"] == name}
         first = next(iter(mine.values()))
         tokens = sum(row["tokens"] for row in mine.values()) / len(mine)
-        times = "–".join(
-            f"{one:,.0f}"
-            for one in sorted({min(r["seconds"] for r in mine.values()), max(r["seconds"] for r in mine.values())})
-        )
+        times = _span([row["seconds"] for row in mine.values()])
         cells = " | ".join(interval_cell(mine[seed]["exact_match"]) if seed in mine else "-" for seed in seeds)
         edited = [100 * row["edited"]["value"] for row in mine.values() if row["edited"] is not None]
         after = ", ".join(f"{score:.1f}" for score in edited) or "-"
@@ -247,15 +250,21 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
             bare = (f"{100 * stage['bare']:.1f}" for stage in row["stages"])
             lines.append(f"| bare query answered, seed {row['seed']} | {' | '.join(bare)} |")
     first = rows[0]
+    base_times = _span([row["base_seconds"] for row in rows])
     lines += [
         "",
         f"Exact match in per cent with its 95 % interval on {first['num_records']} held-out queries, "
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']:,} steps of 32 requests for each "
-        f"way, from a base of {first['base_steps']:,} steps on random tables. Edited template: another code for every "
+        f"way, from a base of {first['base_steps']:,} steps on random tables ({base_times} s). Edited template: another code for every "
         f"name, read without training anew ({first['device']}, {first['threads']} threads, torch {first['torch']}, "
         f"transformers {first['transformers']}).",
     ]
     return "\n".join(lines)
+
+
+def _span(values: Sequence[float]) -> str:
+    """The least and the largest, or the one that there is."""
+    return "–".join(dict.fromkeys(f"{value:,.0f}" for value in (min(values), max(values))))
 
 
 def _base(task: CodeTask, tokenizer: GistTokenizer, folder: Path, steps: int, seed: int) -> PreTrainedModel:

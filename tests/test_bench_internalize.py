@@ -87,7 +87,7 @@ def test_the_command_with_few_steps(
     internalize._main(
         [
             *("--output", str(output), "--checkpoints", str(tmp_path / "models"), "--seeds", "3"),
-            *("--base-steps", "2", "--steps", "4", "--records", "8"),
+            *("--base-steps", "2", "--steps", "4", "--records", "8", "--repeats", "2"),
         ]
     )
     rows = read_rows(output)

@@ -185,16 +185,17 @@ def measure(
     return rows
 
 
-def requests(directory: str | Path, run: str = "in stages") -> list[ServingRow]:
+def requests(directory: str | Path, run: str = "in stages", *, repeats: int = 30) -> list[ServingRow]:
     """Time requests, one and eight at once, to a model that ``measure`` saved, and to one of 26 million random
     parameters, for what is saved is arithmetic, and the small model does hardly any.
 
     Args:
         directory: the one that ``measure`` was given.
         run: which of its models; one that was asked full prompts in its first stage.
+        repeats: measured rounds.
 
     Raises:
-        GistError: there is no such model.
+        GistError: there is no such model, or ``repeats`` is out of range.
     """
     folder = Path(directory) / run
     asked = read_records(folder / "stage-1" / "eval.jsonl")
@@ -211,7 +212,9 @@ def requests(directory: str | Path, run: str = "in stages") -> list[ServingRow]:
         row
         for model in (small, large)
         for size in (1, 8)
-        for row in serving(model, tokenizer, asked, template, batch_size=size, num_answer_tokens=length)
+        for row in serving(
+            model, tokenizer, asked, template, batch_size=size, num_answer_tokens=length, repeats=repeats
+        )
     ]
 
 
@@ -255,9 +258,9 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"Exact match in per cent with its 95 % interval on {first['num_records']} held-out queries, "
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']:,} steps of 32 requests for each "
-        f"way, from a base of {first['base_steps']:,} steps on random tables ({base_times} s). Edited template: another code for every "
-        f"name, read without training anew ({first['device']}, {first['threads']} threads, torch {first['torch']}, "
-        f"transformers {first['transformers']}).",
+        f"way, from a base of {first['base_steps']:,} steps on random tables ({base_times} s). Edited template: "
+        f"another code for every name, read without training anew ({first['device']}, {first['threads']} threads, "
+        f"torch {first['torch']}, transformers {first['transformers']}).",
     ]
     return "\n".join(lines)
 
@@ -319,6 +322,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base-steps", type=int, default=600, help="training steps of the base model")
     parser.add_argument("--steps", type=int, default=200, help="training steps of each way")
     parser.add_argument("--records", type=int, default=256, help="held-out queries")
+    parser.add_argument("--repeats", type=int, default=30, help="measured rounds of requests")
     parser.add_argument("--part", choices=("both", "training", "requests"), default="both", help="what is measured")
     options = parser.parse_args(arguments)
     console = Console(markup=False, highlight=False)
@@ -343,7 +347,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
         )
     if options.part != "training":
         console.print("requests")
-        keep(requests(options.checkpoints / str(options.seeds[0])))
+        keep(requests(options.checkpoints / str(options.seeds[0]), repeats=options.repeats))
     shown = [{**row, **environment()} for row in found]
     if options.part != "requests":
         console.print(internalize_table(shown), soft_wrap=True)

@@ -165,7 +165,8 @@ def serving_table(rows: Sequence[dict[str, Any]]) -> str:
         gain = row["requests_per_s"] / full[row["num_parameters"], row["batch_size"]]
         lines.append(
             f"| {row['num_parameters'] / 1e6:.1f} M | {row['batch_size']} | {row['mode']} | "
-            f"{row['num_cached_tokens']} | {row['num_new_tokens']:.1f} | {row['requests_per_s']:,.0f} ({spread}) | {gain:.2f}x |"
+            f"{row['num_cached_tokens']} | {row['num_new_tokens']:.1f} | {row['requests_per_s']:,.0f} ({spread}) | "
+            f"{gain:.2f}x |"
         )
     first = rows[0]
     lines += [

@@ -29,6 +29,7 @@ def trained(run: str, seed: int, condition: str, tokens: float, value: float, ti
         "tokens": tokens,
         "query_tokens": 6.0,
         "exact_match": {"value": value, "low": value - 0.01, "high": value + 0.01},
+        "unasked": {"value": 0.25, "low": 0.2, "high": 0.3},
         "edited": {"value": 0.5, "low": 0.4, "high": 0.6} if condition == "prompt" else None,
         "stages": [stage, {"realised_share": 0.0, "tokens": 6.0, "bare": value}],
         "base_seconds": 100.0,
@@ -45,10 +46,10 @@ def test_the_tables_by_eye() -> None:
     ]
     lines = internalize_table([*rows, {"mode": "full prompt"}]).splitlines()
     assert lines[:9] == [
-        "| trained | run on | tokens of a request | seed 0 | seed 1 | edited template | seconds |",
-        "|---|---|---|---|---|---|---|",
-        "| in stages | the bare query | 6.0 | 98.0 [97.0, 99.0] | 97.0 [96.0, 98.0] | - | 60–62 |",
-        "| full prompt | its prompt | 110.0 | 99.0 [98.0, 100.0] | - | 50.0 | 70 |",
+        "| trained | run on | tokens of a request | seed 0 | seed 1 | unasked names | edited template | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        "| in stages | the bare query | 6.0 | 98.0 [97.0, 99.0] | 97.0 [96.0, 98.0] | 25.0, 25.0 | - | 60–62 |",
+        "| full prompt | its prompt | 110.0 | 99.0 [98.0, 100.0] | - | 25.0 | 50.0 | 70 |",
         "",
         "| in stages | stage 1 | stage 2 |",
         "|---|---|---|",

@@ -637,10 +637,23 @@ def test_queries_of_training_and_evaluation_are_apart() -> None:
         assert record.output.split() == task.table.answer(record.input.split())
     with pytest.raises(GistError, match=r"count must be in 1\.\.\d+, the queries of eval, got 36"):
         task.records("eval", everything, 0)
-    with pytest.raises(GistError, match="split must be train or eval, got 'seen'"):
+    with pytest.raises(GistError, match="split must be train, eval or unasked, got 'seen'"):
         task.records("seen", 1, 0)
     with pytest.raises(GistError, match=r"num_names must be in 1\.\.24, got 25"):
         CodeTask(num_names=25)
+    with pytest.raises(GistError, match=r"num_unasked must be in 0\.\.5, got 6"):
+        CodeTask(num_names=6, num_unasked=6)
+
+
+def test_some_names_only_the_table_knows() -> None:
+    task = CodeTask(num_names=6, length=2, seed=3, num_unasked=2)
+    assert len(task.unasked) == 2
+    assert task.table == CodeTask(num_names=6, length=2, seed=3).table
+    asked = [record.input.split() for split in ("train", "eval") for record in task.records(split, 6, 0)]
+    assert task.unasked.isdisjoint(name for query in asked for name in query)
+    for record in task.records("unasked", 20, 0):
+        assert task.unasked & {*record.input.split()}
+        assert record.output.split() == task.table.answer(record.input.split())
 
 
 def test_lookups_are_in_other_tables_and_have_no_unknown_word() -> None:

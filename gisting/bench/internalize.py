@@ -2,9 +2,10 @@
 
 A small LLaMA first learns to look names up in random tables (and nothing of the task's own). From there the task's own
 table, which stands in the template of every request, is internalised in stages; each control is trained from the same
-base, on the same records, in as many steps. A model that still reads something is also given an edited table, in which
-every code is another: in its prompt, or as a new gist; what is in the weights takes a new training. Then requests are
-served in turn: the full prompt, the full prompt behind a prefix cache of its template, the bare query.
+base, on the same records, in as many steps. Some names of the table no training query asks for: who answers them has
+what only the template says. A model that still reads something is also given an edited table, in which every code is
+another: in its prompt, or as a new gist; what is in the weights takes a new training. Then requests are served in turn:
+the full prompt, the full prompt behind a prefix cache of its template, the bare query.
 
     python -m gisting.bench.internalize --output docs/results/internalize.jsonl
 """
@@ -50,6 +51,9 @@ __all__ = ["RUNS", "InternalizeRow", "internalize_table", "measure", "requests"]
 NUM_GIST_TOKENS = 8
 MAX_EXAMPLES = 4
 MAX_LENGTH = 192
+NUM_UNASKED = 2
+# Each name with its code, a last word, and the end.
+ANSWER = 2 * CodeTask.length + 2
 #: Every way to train, with what it asks of ``internalize``.
 RUNS: dict[str, dict[str, Any]] = {
     "in stages": {},
@@ -69,7 +73,8 @@ class InternalizeRow:
     held-out queries in 0..1 with intervals of 95 %; ``seconds`` are of training and of what is asked after each stage,
     ``base_seconds`` of the base model before.
     ``stages`` has, for each, the share of the template that was kept, its tokens and the bare query's score.
-    ``edited`` is the score with a table of other codes in place of the trained one, None where none is read.
+    ``unasked`` is the score on queries with a name that no training query has, ``edited`` that with a table of other
+    codes in place of the trained one, None where none is read; both without examples.
     """
 
     run: str
@@ -82,6 +87,7 @@ class InternalizeRow:
     tokens: float
     query_tokens: float
     exact_match: Interval
+    unasked: Interval
     edited: Interval | None
     stages: list[dict[str, Any]]
     base_seconds: float
@@ -116,8 +122,12 @@ def measure(
     if unknown or not runs:
         raise GistError(f"runs must be names of {', '.join(RUNS)}, got {unknown[0] if unknown else 'none'!r}")
     say = progress or (lambda what: None)
-    task, tokenizer, folder = CodeTask(seed=seed), code_tokenizer(), Path(directory)
+    task, tokenizer, folder = CodeTask(seed=seed, num_unasked=NUM_UNASKED), code_tokenizer(), Path(directory)
     training, held_out = task.records("train", 512, seed), task.records("eval", num_records, seed)
+    unasked, other = task.records("unasked", num_records, seed), task.table.edited()
+    edited = [
+        replace(one, instruction=other.text(), output=" ".join(other.answer(one.input.split()))) for one in held_out
+    ]
     say(f"base: {base_steps} steps")
     start = time.perf_counter()
     base = _base(task, tokenizer, folder / "base", base_steps, seed)
@@ -140,7 +150,7 @@ def measure(
                 max_steps=steps,
                 learning_rate=1e-3,
                 lr_scheduler_type="cosine",
-                warmup_steps=10,
+                warmup_steps=min(10, steps // 8),
                 weight_decay=0.05,
                 save_strategy="no",
                 logging_strategy="no",
@@ -151,12 +161,15 @@ def measure(
             compressor=SelfInformation(base, tokenizer),
             max_examples=MAX_EXAMPLES,
             eval_records=held_out,
-            max_new_tokens=2 * task.length + 2,
+            max_new_tokens=ANSWER,
             max_length=MAX_LENGTH,
             callbacks=[TrainerCallback()],  # so that Trainer does not print
             **RUNS[name],
         )
-        answered = _answered(folder / name / f"stage-{len(result.stages)}", result.condition)
+        last = folder / name / f"stage-{len(result.stages)}"
+        answered = _answered(last, result.condition)
+        read = json.loads((last / "stage.json").read_text(encoding="utf-8"))["template"]
+        untaught = [replace(one, instruction=read) for one in unasked]
         rows.append(
             InternalizeRow(
                 run=name,
@@ -169,7 +182,8 @@ def measure(
                 tokens=result.tokens,
                 query_tokens=result.stages[-1].query_tokens,
                 exact_match=answered.interval("exact_match"),
-                edited=_edited(model, tokenizer, task, held_out, result.condition) if name in READERS else None,
+                unasked=_score(model, tokenizer, untaught, result.condition),
+                edited=_score(model, tokenizer, edited, result.condition) if name in READERS else None,
                 stages=[
                     {
                         "realised_share": stage.realised_share,
@@ -224,8 +238,8 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     lines = [
         f"| trained | run on | tokens of a request | {' | '.join(f'seed {seed}' for seed in seeds)} "
-        "| edited template | seconds |",
-        "|---" * (5 + len(seeds)) + "|",
+        "| unasked names | edited template | seconds |",
+        "|---" * (6 + len(seeds)) + "|",
     ]
     run_on = {"no-prompt": "the bare query", "prompt": "its prompt", "gist": "k gist tokens"}
     for name in dict.fromkeys(row["run"] for row in rows):
@@ -234,9 +248,13 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
         tokens = sum(row["tokens"] for row in mine.values()) / len(mine)
         times = _span([row["seconds"] for row in mine.values()])
         cells = " | ".join(interval_cell(mine[seed]["exact_match"]) if seed in mine else "-" for seed in seeds)
-        edited = [100 * row["edited"]["value"] for row in mine.values() if row["edited"] is not None]
-        after = ", ".join(f"{score:.1f}" for score in edited) or "-"
-        lines.append(f"| {name} | {run_on[first['condition']]} | {tokens:.1f} | {cells} | {after} | {times} |")
+        others = (
+            ", ".join(f"{100 * row[what]['value']:.1f}" for row in mine.values() if row[what] is not None) or "-"
+            for what in ("unasked", "edited")
+        )
+        lines.append(
+            f"| {name} | {run_on[first['condition']]} | {tokens:.1f} | {cells} | {' | '.join(others)} | {times} |"
+        )
     staged = [row for row in rows if row["run"] == next(iter(RUNS))]
     if staged:
         numbers = range(1, len(staged[0]["stages"]) + 1)
@@ -258,9 +276,10 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"Exact match in per cent with its 95 % interval on {first['num_records']} held-out queries, "
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']:,} steps of 32 requests for each "
-        f"way, from a base of {first['base_steps']:,} steps on random tables ({base_times} s). Edited template: "
-        f"another code for every name, read without training anew ({first['device']}, {first['threads']} threads, "
-        f"torch {first['torch']}, transformers {first['transformers']}).",
+        f"way, from a base of {first['base_steps']:,} steps on random tables ({base_times} s). For each seed, "
+        "without examples: queries with a name that no training query has, and the held-out ones with another code for "
+        f"every name of the template ({first['device']}, {first['threads']} threads, torch {first['torch']}, "
+        f"transformers {first['transformers']}).",
     ]
     return "\n".join(lines)
 
@@ -292,14 +311,10 @@ def _base(task: CodeTask, tokenizer: GistTokenizer, folder: Path, steps: int, se
     return model
 
 
-def _edited(
-    model: PreTrainedModel, tokenizer: GistTokenizer, task: CodeTask, records: Sequence[Record], condition: str
-) -> Interval:
-    """How well the same queries are answered from a table of other codes."""
-    table = task.table.edited()
-    asked = [Record(table.text(), one.input, " ".join(table.answer(one.input.split()))) for one in records]
-    settings: dict[str, Any] = {"max_new_tokens": 2 * task.length + 2, "batch_size": ANSWERS_AT_ONCE}
-    (result,) = evaluate(model, tokenizer, asked, NUM_GIST_TOKENS, conditions=[condition], with_rouge=False, **settings)
+def _score(model: PreTrainedModel, tokenizer: GistTokenizer, records: Sequence[Record], condition: str) -> Interval:
+    """How well a finished model answers other records."""
+    settings: dict[str, Any] = {"max_new_tokens": ANSWER, "batch_size": ANSWERS_AT_ONCE, "with_rouge": False}
+    (result,) = evaluate(model, tokenizer, records, NUM_GIST_TOKENS, conditions=[condition], **settings)
     return result.interval("exact_match")
 
 

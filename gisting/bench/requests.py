@@ -141,7 +141,7 @@ def serving(
                     times[mode].append(batch_size / (time.perf_counter() - start))
     rows = []
     for mode, rates in times.items():
-        low, median, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
+        low, median, high = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
         served = [length for start in starts for length in map(len, rests[mode][start : start + batch_size])]
         cached = num_cached if mode == PREFIX_CACHE else 0
         new = round(sum(served) / len(served), 1)

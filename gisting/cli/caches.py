@@ -105,6 +105,7 @@ def compress(
     counts = [record.num_gist_tokens or wanted_k(loaded, num_gist_tokens) for record in records]
     chunk_length = chunk_length or trained_chunk_length(loaded)
     texts = [record.prompt for record in records]
+    _say_other_templates(model, texts)
     if output is not None:
         from gisting.generation import compress as run
 
@@ -114,6 +115,24 @@ def compress(
         out.print(f"saved in {output} ({output.stat().st_size} bytes)", highlight=False)
     elif store is not None:
         _compress_into(store, storage, loaded, tokenizer, records, counts, chunk_length)
+
+
+def _say_other_templates(model: str, texts: list[str]) -> None:
+    """Where a template was internalised, a model has no reason to read another one."""
+    from gisting.data.plain import excerpt
+    from gisting.train.internalize.result import RESULT_NAME, load_internalized, template_hash
+
+    if not (Path(model) / RESULT_NAME).is_file():
+        return
+    trained = load_internalized(model).template_sha256
+    for text in texts:
+        if template_hash(text) != trained:
+            err.print(
+                f"warning: {excerpt(text)} is another template than the one that {model} was trained on, which it may "
+                "not read; compare answers before using its gist",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _named(texts: list[str], names: list[str]) -> list[PromptRecord]:

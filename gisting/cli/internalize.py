@@ -59,7 +59,9 @@ def internalize(
     template: Annotated[Path, typer.Option(help="Text file with the template that every request would begin with.")],
     data: Annotated[
         Path,
-        typer.Option(help="Training records, .jsonl or .json: input (the query) and output; instructions are ignored."),
+        typer.Option(
+            help="Training records, .jsonl or .json: input (the query) and output; instructions are not read."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Directory for the checkpoint, and for what each stage read.")],
     recipe: Annotated[
@@ -91,6 +93,14 @@ def internalize(
     examples: Annotated[
         int, typer.Option(min=0, help="Most similar training records in a full prompt; fewer with each stage.")
     ] = 0,
+    min_answer_words: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="No example has nearly the record's own answer; answers of fewer words may be alike. 1 for commands "
+            "and other short texts, as far as they are free text.",
+        ),
+    ] = 4,
     tail: Annotated[str, typer.Option(help="What is left in the end: none, or gist (k tokens).")] = "none",
     num_gist_tokens: Annotated[
         int, typer.Option("--num-gist-tokens", "-k", min=1, help="With --tail gist: gist tokens.")
@@ -149,6 +159,7 @@ def internalize(
     import yaml
 
     from gisting.data.records import load_records
+    from gisting.train.internalize.examples import ExamplePool
     from gisting.train.internalize.stages import internalize as run
     from gisting.train.methods import Method
     from gisting.train.recipe import Recipe
@@ -168,8 +179,10 @@ def internalize(
     )
     scores = {metric: _metric(metric)}
     shares = _schedule(schedule, stages)
-    records = load_records(data)
-    asked = None if eval_data is None else load_records(eval_data)
+    if control == "compressed" and share is None:
+        raise GistError("--control compressed goes with --share, the kept share of the template: --share 0.5")
+    records = load_records(data, needs_instruction=False)
+    asked = None if eval_data is None else load_records(eval_data, needs_instruction=False)
     loaded, tokenizer = load_patched(model, layout, dtype, is_to_be_trained=True)
     result = run(
         loaded,
@@ -180,6 +193,7 @@ def internalize(
         schedule=shares,
         compressor=_compressor(compressor, rewrites, loaded, tokenizer),
         max_examples=examples,
+        pool=ExamplePool(records, min_answer_words=min_answer_words) if examples else None,
         eval_records=asked,
         metrics=scores,
         max_new_tokens=max_new_tokens,
@@ -256,7 +270,9 @@ def _metric(name: str) -> Any:
 
     if name not in _METRICS:
         raise GistError(f"metric must be one of {', '.join(_METRICS)}, got {name!r}")
-    return getattr(metrics, name)
+    score = getattr(metrics, name)
+    score(["a b"], ["a b"])  # what it needs is missed now, not after the first stage
+    return score
 
 
 def _table(result: Any, metric: str) -> Table:

@@ -30,12 +30,13 @@ class Record:
     source: str = ""
 
 
-def to_record(item: Record | Mapping[str, Any], where: str = "record") -> Record:
+def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_instruction: bool = True) -> Record:
     """A record from a mapping with ``instruction``, ``output`` and, where there is one, ``input``.
 
     Args:
         item: the mapping, or a record, which is returned as it is.
         where: what an error calls it, such as ``train.jsonl, line 3``.
+        needs_instruction: False where it is not read, and may be missing or empty.
 
     Raises:
         RecordError: a field is missing, empty or no text.
@@ -44,7 +45,8 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record") -> Record
         return item
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with instruction, input and output, got {type(item).__name__}")
-    for name in ("instruction", "output"):
+    needed = ("instruction", "output") if needs_instruction else ("output",)
+    for name in needed:
         if name not in item:
             hint = (
                 "; stock Trainer removes such keys from dictionaries: pass load_records(...) or "
@@ -53,21 +55,23 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record") -> Record
                 else ""
             )
             raise RecordError(f"{where} has no {name!r}; it has {', '.join(map(repr, item)) or 'nothing'}{hint}")
-    fields = {name: item[name] for name in ("instruction", "output")}
-    fields |= {name: "" if item.get(name) is None else item[name] for name in ("input", "source")}
+    fields = {name: item[name] for name in needed}
+    optional = (name for name in ("instruction", "input", "source") if name not in fields)
+    fields |= {name: "" if item.get(name) is None else item[name] for name in optional}
     for name, value in fields.items():
         if not isinstance(value, str):
             raise RecordError(f"{where}: {name!r} must be a text, got {type(value).__name__}")
-    if not fields["instruction"].strip():
+    if needs_instruction and not fields["instruction"].strip():
         raise RecordError(f"{where}: 'instruction' is empty; it is the prompt that is to be compressed")
     return Record(**fields)
 
 
-def load_records(path: str | Path) -> list[Record]:
+def load_records(path: str | Path, *, needs_instruction: bool = True) -> list[Record]:
     """Read ``.jsonl`` (one object a line, empty lines skipped) or ``.json`` (a list of objects).
 
     Args:
         path: the file, UTF-8.
+        needs_instruction: as for :func:`to_record`.
 
     Returns:
         The records in the file's order.
@@ -99,7 +103,7 @@ def load_records(path: str | Path) -> list[Record]:
         items = [(f"{path}, record {number}", item) for number, item in enumerate(whole, start=1)]
     if not items:
         raise RecordError(f"{path} holds no record")
-    return [to_record(item, where) for where, item in items]
+    return [to_record(item, where, needs_instruction=needs_instruction) for where, item in items]
 
 
 def save_records(records: Iterable[Record], path: str | Path) -> None:

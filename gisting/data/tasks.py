@@ -211,36 +211,45 @@ class CodeTask:
         num_names: entries of a table, at most 24.
         length: names in a query.
         seed: of the task's own table.
+        num_unasked: names of it that neither training nor evaluation asks for: the table alone knows their codes.
     """
 
     num_names: int = 16
     length: int = 3
     seed: int = 0
+    num_unasked: int = 0
     table: CodeTable = field(init=False)
+    unasked: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_names <= len(NAMES):
             raise GistError(f"num_names must be in 1..{len(NAMES)}, got {self.num_names}")
-        object.__setattr__(self, "table", self._draw_table(random.Random(f"table {self.seed}"), self.num_names))
+        if not 0 <= self.num_unasked < self.num_names:
+            raise GistError(f"num_unasked must be in 0..{self.num_names - 1}, got {self.num_unasked}")
+        chance = random.Random(f"table {self.seed}")
+        object.__setattr__(self, "table", self._draw_table(chance, self.num_names))
+        object.__setattr__(self, "unasked", frozenset(chance.sample(self.table.names, self.num_unasked)))
 
     def records(self, split: str, count: int, seed: int) -> list[Record]:
         """``count`` different queries to the task's own table, with its text as instruction.
 
-        Every name is asked for in training; a query of ``"eval"`` is none of ``"train"``, whatever the seeds.
+        A query of ``"eval"`` is none of ``"train"``, whatever the seeds, but asks for the same names; one of
+        ``"unasked"`` has at least one name that neither of them has.
 
         Raises:
             GistError: there is no such split, or it has fewer queries.
         """
-        if split not in ("train", "eval"):
-            raise GistError(f"split must be train or eval, got {split!r}")
+        if split not in ("train", "eval", "unasked"):
+            raise GistError(f"split must be train, eval or unasked, got {split!r}")
         names = self.table.names
         # Which half of all queries one belongs to does not depend on the seed of the records.
         half = random.Random(f"split {self.seed}")
         queries = [
             query
             for query in itertools.product(names, repeat=self.length)
-            if (half.random() < 0.5) == (split == "train")
+            if (half.random() < 0.5) == (split == "train") or split == "unasked"
         ]
+        queries = [query for query in queries if self.unasked.isdisjoint(query) != (split == "unasked")]
         if not 0 < count <= len(queries):
             raise GistError(f"count must be in 1..{len(queries)}, the queries of {split}, got {count}")
         return [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gisting import GistError
-from gisting.train.internalize.schedule import SCHEDULES, Schedule, split_epochs
+from gisting.train.internalize.schedule import SCHEDULES, Schedule
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,3 @@ def test_errors() -> None:
         Schedule.named("cosine", 4)
     with pytest.raises(GistError, match="max_examples must be at least 0, got -1"):
         Schedule.linear().example_counts(-1)
-    with pytest.raises(GistError, match="total must be above 0 and num_stages at least 1, got 3 and 0"):
-        split_epochs(3, 0)
-
-
-def test_epochs_are_split_evenly() -> None:
-    assert split_epochs(10, 4) == (2.5, 2.5, 2.5, 2.5)

@@ -49,7 +49,7 @@ def check_directory(output: Path, settings: dict[str, Any], resume: bool, *, is_
         is_adapter: whether an adapter is to be saved in it.
 
     Raises:
-        GistError: there is another run, or none to resume, or a whole checkpoint where an adapter is to be saved.
+        GistError: there is another run, or none to resume, or a checkpoint of something else.
     """
     path = output / SETTINGS_NAME
     if not resume:
@@ -59,6 +59,8 @@ def check_directory(output: Path, settings: dict[str, Any], resume: bool, *, is_
             )
         if is_adapter:
             adapters.check_directory(output)
+        elif (output / "config.json").exists():
+            raise GistError(f"{output} holds a checkpoint, which would be lost; give another directory")
         return
     if not path.exists():
         raise GistError(f"{output} holds nothing to resume from; start without resume")

@@ -20,12 +20,15 @@ Pure arithmetic: knows no text and no model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from transformers import TrainingArguments
 
 from gisting.errors import GistError
 from gisting.train.internalize.schedule import Schedule
 
-__all__ = ["CONTROLS", "TAILS", "Plan", "Stage", "make_plan", "split_steps"]
+__all__ = ["CONTROLS", "TAILS", "Plan", "Stage", "make_plan", "num_steps", "split_steps", "warmup_of"]
 
 #: What an internalisation is compared with.
 CONTROLS = ("bare", "full", "full-run-bare", "compressed")
@@ -108,6 +111,34 @@ def make_plan(
     return Plan(tuple(stages), stages[-1].condition)
 
 
+def num_steps(arguments: TrainingArguments, num_records: int) -> int:
+    """The optimiser steps of a training in one stage: ``max_steps``, or those of its epochs as ``Trainer`` counts them.
+
+    Args:
+        arguments: of which batch sizes, epochs and steps are read.
+        num_records: of an epoch.
+    """
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    whole, rest = divmod(num_records, arguments.train_batch_size)
+    num_batches = max(whole + bool(rest and not arguments.dataloader_drop_last), 1)
+    return math.ceil(arguments.num_train_epochs * -(-num_batches // arguments.gradient_accumulation_steps))
+
+
+def warmup_of(arguments: TrainingArguments, count: int) -> int:
+    """Steps of warm-up in a stage of ``count`` steps: ``warmup_steps``, or that share of them, rounded down. (Rounded
+    up, as ``Trainer`` does, the one step of a short stage would be all warm-up, with a learning rate of 0.)
+
+    Raises:
+        GistError: there would be nothing but warm-up.
+    """
+    share = arguments.warmup_steps
+    steps = math.floor(share * count) if share < 1 else int(share)
+    if steps >= count:
+        raise GistError(f"warmup_steps must be less than the steps of a stage, {count}, got {share:g}; lower it")
+    return steps
+
+
 def split_steps(total: int, num_stages: int) -> tuple[int, ...]:
     """Split optimiser steps over stages as evenly as whole numbers allow, the later ones first to get one more.
 
@@ -120,7 +151,10 @@ def split_steps(total: int, num_stages: int) -> tuple[int, ...]:
     """
     size, rest = divmod(total, num_stages)
     if size < 1:
-        raise GistError(f"max_steps must be at least {num_stages}, one for each stage, got {total}")
+        raise GistError(
+            f"max_steps must be at least {num_stages}, one for each stage, got {total}; give more steps or epochs, or "
+            "smaller batches"
+        )
     return tuple(size + (number >= num_stages - rest) for number in range(num_stages))
 
 

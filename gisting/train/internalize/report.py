@@ -26,10 +26,8 @@ from gisting.eval.metrics import exact_matches
 from gisting.eval.statistics import bootstrap
 from gisting.tokens import GistTokenizer
 from gisting.train.internalize.directory import read_records
-from gisting.train.internalize.plan import split_steps
 from gisting.train.internalize.prices import Prices
 from gisting.train.internalize.result import Internalized, StageResult, load_internalized, template_hash
-from gisting.train.internalize.schedule import split_epochs
 
 __all__ = [
     "BARE_QUERY",
@@ -77,14 +75,17 @@ def shared_prefix(tokenizer: GistTokenizer, template: str, sources: Sequence[Seq
     return count
 
 
-def num_rows_read(num_records: int, num_steps: int, batch_size: int) -> int:
-    """How many records ``Trainer`` reads in so many optimiser steps: the last batch of each epoch may be a small one.
+def num_rows_read(num_records: int, num_steps: int, batch_size: int, drop_last: bool = False) -> int:
+    """How many records ``Trainer`` reads in so many optimiser steps.
 
     Args:
         num_records: of an epoch.
         num_steps: optimiser steps.
         batch_size: rows of one of them.
+        drop_last: whether the last batch of an epoch, where it is a smaller one, is left out.
     """
+    if drop_last and num_records >= batch_size:
+        return num_steps * batch_size
     num_epochs, rest = divmod(num_steps, -(-num_records // batch_size))
     return num_epochs * num_records + min(rest * batch_size, num_records)
 
@@ -145,19 +146,18 @@ class _Run:
 
     def training_tokens(self) -> float:
         """What it was trained on, in tokens: prompts, gist tokens, queries and answers of all steps."""
-        settings, num_stages = self.result.settings["arguments"], len(self.result.stages)
-        batch_size = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+        settings = self.result.settings
         total = 0.0
-        for place, stage in enumerate(self.result.stages):
+        for stage, num_steps in zip(self.result.stages, settings["steps"], strict=True):
             records = self.records(stage.number, "data.jsonl")
-            if settings["max_steps"] > 0:
-                num_steps = split_steps(settings["max_steps"], num_stages)[place]
-            else:
-                num_epochs = split_epochs(settings["num_train_epochs"], num_stages)[place]
-                num_steps = math.ceil(num_epochs * -(-len(records) // batch_size))
             prompted = self.tokens(records, "no-prompt" if stage.condition == "no-prompt" else "prompt", stage)
             each = prompted + (stage.num_gist_tokens or 0) + self.output_tokens(records)
-            total += num_rows_read(len(records), num_steps, batch_size) * each
+            total += (
+                num_rows_read(
+                    len(records), num_steps, settings["batch_size"], settings["arguments"]["dataloader_drop_last"]
+                )
+                * each
+            )
         return total
 
     def score(self, metric: str, condition: str) -> tuple[float, float | None, float | None]:
@@ -361,7 +361,8 @@ class Report:
                 f"Prices for a million tokens, {prices.currency}: {prices.input_per_million:g} input, "
                 f"{prices.cached_input_per_million:g} cached input, {prices.output_per_million:g} output"
                 + ("" if prices.training_per_million is None else f", {prices.training_per_million:g} training")
-                + ". What is asked for keeping a cache, or for hosting a model, is not among them."
+                + ". What is asked for keeping a cache, or for hosting a model, is not among them; nor is what many "
+                "providers add for the tokens of a finetuned model: give its prices, and compare with care."
             )
         if any(row.training_cost is not None for row in self.rows):
             lines.append(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from gisting.errors import GistError
 
-__all__ = ["SCHEDULES", "Schedule", "split_epochs"]
+__all__ = ["SCHEDULES", "Schedule"]
 
 #: The names that :meth:`Schedule.named` knows.
 SCHEDULES = ("linear", "exponential", "inverse")
@@ -133,24 +133,6 @@ class Schedule:
         if max_examples < 0:
             raise GistError(f"max_examples must be at least 0, got {max_examples}")
         return tuple(math.floor(max_examples * share + _ROUNDING) for share in self.shares)
-
-
-def split_epochs(total: float, num_stages: int) -> tuple[float, ...]:
-    """Split the epochs of a whole training over its stages, so that it costs what training in one stage would.
-
-    Args:
-        total: epochs of all stages together, above 0.
-        num_stages: at least 1.
-
-    Returns:
-        The epochs of each stage, all equal.
-
-    Raises:
-        GistError: one of them is less.
-    """
-    if not total > 0 or num_stages < 1:
-        raise GistError(f"total must be above 0 and num_stages at least 1, got {total} and {num_stages}")
-    return (total / num_stages,) * num_stages
 
 
 def _along(num_stages: int, share: Callable[[float], float]) -> tuple[float, ...]:

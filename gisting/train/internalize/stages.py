@@ -25,7 +25,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ from gisting.train.internalize.directory import (
 )
 from gisting.train.internalize.examples import ExamplePool
 from gisting.train.internalize.layout import PromptLayout, Requests, lay_out
-from gisting.train.internalize.plan import Plan, Stage, make_plan, split_steps
+from gisting.train.internalize.plan import Plan, Stage, make_plan, num_steps, split_steps, warmup_of
 from gisting.train.internalize.result import (
     RESULT_NAME,
     Internalized,
@@ -69,7 +69,7 @@ from gisting.train.internalize.result import (
     template_hash,
     write_json,
 )
-from gisting.train.internalize.schedule import Schedule, split_epochs
+from gisting.train.internalize.schedule import Schedule
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import TokenMeanTrainer
 from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume
@@ -124,15 +124,17 @@ def internalize(
         tokenizer: the tokenizer it was patched for; its template lays out query and answer, the same in all stages.
         template: the text that every request would begin with.
         records: queries (``input``) and answers (``output``); their instructions are ignored.
-        arguments: of stock ``Trainer``, for all stages together: ``num_train_epochs`` is split over them equally (a
-            stage's steps are rounded up), ``max_steps`` as evenly as whole numbers allow. Learning rate schedule and
-            warm-up are those of each stage. The results go to ``output_dir``.
+        arguments: of stock ``Trainer``, for all stages together: ``max_steps``, or the steps that ``num_train_epochs``
+            are in one stage, are split over them as evenly as whole numbers allow. Learning rate schedule and warm-up
+            are those of each stage; of a warm-up that is a share of the steps, whole steps are taken, rounded down. The
+            results go to ``output_dir``.
         schedule: the kept share of the template in each stage.
         compressor: what shortens the template to a share; asked once a stage, before it is trained.
         max_examples: examples in a full prompt; those of a stage fall with its share.
         pool: where examples come from; None for ``records``.
         layout: how template and examples become one prompt.
-        eval_records: queries that are answered after each stage, bare and with the stage's own prompt.
+        eval_records: queries that are answered after each stage, bare and with the stage's own prompt, whose examples
+            are found by the query alone, as in use.
         metrics: how answers are scored, by name: functions of predictions and references; None for exact match.
         max_new_tokens: length of such an answer.
         method: what learns, ``"full"`` or ``"lora"`` (:mod:`gisting.train.methods`), of which the adapter alone is
@@ -172,8 +174,15 @@ def internalize(
         control=control,
         control_share=control_share,
     )
-    if arguments.max_steps > 0:
-        split_steps(arguments.max_steps, len(plan.stages))  # refuses before anything is done
+    if control == "compressed" and isinstance(compressor, NoCompression):
+        raise GistError(
+            "control 'compressed' with a compressor that leaves the template whole is control 'full'; give rewrites or "
+            "another compressor"
+        )
+    metrics = {"exact_match": exact_match} if metrics is None else dict(metrics)
+    steps = split_steps(num_steps(arguments, len(rows)), len(plan.stages))
+    for count in steps:
+        warmup_of(arguments, count)  # refuses before anything is done
     settings = {
         "model": fingerprint(model),
         "tokenizer": tokenizer.fingerprint,
@@ -187,12 +196,16 @@ def internalize(
         "tail": tail,
         "num_gist_tokens": num_gist_tokens if tail == "gist" else None,
         "stages": [asdict(stage) for stage in plan.stages],
+        "steps": list(steps),
+        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps,
         "control": control,
         "max_length": max_length,
         "max_target_length": max_target_length if tokenizer.is_encoder_decoder else None,
         "method": asdict(way),
         "records": records_hash(rows),
         "eval_records": None if asked is None else records_hash(asked),
+        "metrics": sorted(metrics),
+        "max_new_tokens": max_new_tokens,
         "arguments": {name: _plain(getattr(arguments, name)) for name in _DECISIVE if hasattr(arguments, name)},
     }
     output = Path(str(arguments.output_dir))
@@ -214,10 +227,11 @@ def internalize(
         eval_records=asked,
         arguments=arguments,
         plan=plan,
+        steps=steps,
         compressor=compressor,
         pool=pool,
         layout=layout,
-        metrics={"exact_match": exact_match} if metrics is None else dict(metrics),
+        metrics=metrics,
         max_new_tokens=max_new_tokens,
         max_length=max_length,
         max_target_length=max_target_length,
@@ -274,6 +288,7 @@ class _Run:
     eval_records: list[Record] | None
     arguments: TrainingArguments
     plan: Plan
+    steps: tuple[int, ...]
     compressor: TemplateCompressor
     pool: ExamplePool | None
     layout: PromptLayout
@@ -291,7 +306,7 @@ class _Run:
         """Make a stage's data."""
         stage, directory = self.plan.stages[number - 1], self.directory(number)
         text = compress_template(self.compressor, self.template, stage.share)
-        training = self._requests(stage, text, self.records)
+        training = self._requests(stage, text, self.records, self.records)
         about = {
             "number": number,
             "condition": stage.condition,
@@ -308,7 +323,9 @@ class _Run:
         directory.mkdir(parents=True, exist_ok=True)
         write_records(directory / _DATA, training.records)
         if self.eval_records is not None:
-            write_records(directory / _EVAL, self._requests(stage, text, self.eval_records).records)
+            # Nobody who asks knows the answer, so no example is chosen by it.
+            unanswered = [replace(record, output="") for record in self.eval_records]
+            write_records(directory / _EVAL, self._requests(stage, text, self.eval_records, unanswered).records)
         write_json(directory / _STAGE, about)
 
     def stage(self, number: int) -> StageResult:
@@ -332,10 +349,11 @@ class _Run:
             shutil.rmtree(checkpoint)
         return result
 
-    def _requests(self, stage: Stage, text: str, records: list[Record]) -> Requests:
+    def _requests(self, stage: Stage, text: str, records: list[Record], known: list[Record]) -> Requests:
+        """The requests of records, with examples for what is known of each."""
         examples: Sequence[Sequence[Record]] = [[] for _ in records]
         if stage.num_examples and self.pool is not None:
-            examples = self.pool.retrieve_many(records, stage.num_examples)
+            examples = self.pool.retrieve_many(known, stage.num_examples)
         return lay_out(
             self.tokenizer,
             records,
@@ -375,13 +393,11 @@ class _Run:
             return trainer.train(resume_from_checkpoint=checkpoint).training_loss
 
     def _arguments(self, number: int) -> TrainingArguments:
-        """Those of one stage: its part of epochs or steps, a seed and a directory of its own."""
-        own, num_stages = copy.copy(self.arguments), len(self.plan.stages)
+        """Those of one stage: its part of the steps, a seed and a directory of its own."""
+        own = copy.copy(self.arguments)
         own.output_dir = str(self.directory(number))
-        if own.max_steps > 0:
-            own.max_steps = split_steps(own.max_steps, num_stages)[number - 1]
-        else:
-            own.num_train_epochs = split_epochs(own.num_train_epochs, num_stages)[number - 1]
+        own.max_steps = self.steps[number - 1]
+        own.warmup_steps = warmup_of(self.arguments, own.max_steps)
         own.seed += number
         own.data_seed = None if own.data_seed is None else own.data_seed + number
         return own

@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check format clean bench-kernels
+.PHONY: help demo test test-vllm lint types check format clean bench-kernels
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: $(STAMP) ## train a small model to gist, compress a prompt, answer from th
 
 test: $(STAMP) ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-vllm: ## run the tests against real vLLM on the CPU, in .venv-vllm
+	GISTING_VLLM_ENV=.venv-vllm tests/vllm/run
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

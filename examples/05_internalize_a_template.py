@@ -2,8 +2,9 @@
 
 A tiny LLaMA starts from nothing. Every request begins with the same rules of a store, and asks where three things are.
 One model is trained in stages in which the rules shrink to nothing, and answers the bare query in the end; its control
-is trained in as many steps with the rules in view, and needs them for ever. The report sets them beside each other, and
-beside prefix caching, with prices that you give. About half a minute on one CPU core.
+is trained in as many steps with the rules in view, and needs them for ever; another control is trained on bare queries
+alone, which is enough where, as here, the answers name everything that the rules say. The report sets them beside each
+other, and beside prefix caching, with prices that you give. About half a minute on one CPU core.
 
     python examples/05_internalize_a_template.py --steps 300 --output runs/store
 """
@@ -77,7 +78,7 @@ def main() -> None:
     tokenizer, records = make_tokenizer(), make_records()
     training, held_out = records[:160], records[160:]
 
-    for name, control in (("in-stages", None), ("full", "full")):
+    for name, control in (("in-stages", None), ("full", "full"), ("bare", "bare")):
         model = fresh_model(tokenizer)
         result = internalize(
             model,
@@ -111,7 +112,7 @@ def main() -> None:
         arguments.output_price,
         arguments.training_price,
     )
-    report = make_report([arguments.output / "in-stages", arguments.output / "full"], prices)
+    report = make_report([arguments.output / name for name in ("in-stages", "full", "bare")], prices)
     (arguments.output / "report.md").write_text(report.markdown(), encoding="utf-8")
     print(report.markdown())
 

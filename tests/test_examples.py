@@ -85,3 +85,10 @@ def test_internalize_a_template(tmp_path: Path) -> None:
     assert float(staged[7]) < float(cached[7]) < float(full[7]), "money for 1,000 requests"
     assert [row[3] for row in rows[3:]] == ["100 %", "38 %", "0 %"], "the template that each stage keeps"
     assert (tmp_path / "runs" / "report.md").read_text(encoding="utf-8") in out
+
+
+def test_vllm_client_compresses_its_prompts(demo_checkpoint: Path, tmp_path: Path) -> None:
+    """What it says to a server is tested where there is one: tests/vllm."""
+    store = tmp_path / "store"
+    out = run_example("06_vllm_openai_client.py", demo_checkpoint, "--store", store, "--only-compress", cwd=tmp_path)
+    assert out == f"{store} holds first, shout\n"

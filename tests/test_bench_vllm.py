@@ -1,0 +1,104 @@
+"""The vLLM benchmark's setup, gates and table; that it runs is tested beside vLLM (tests/vllm)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gisting.bench import vllm as bench
+from gisting.bench.report import environment
+from gisting.bench.vllm import VllmRow, make_setup, measure, vllm_table
+from gisting.errors import GistError
+from gisting.store import GistStore
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> bench.Setup:
+    sizes = {"num_layers": 2, "hidden_size": 64, "head_size": 32}
+    return make_setup(tmp_path, prompt_length=9, num_prompts=3, num_gist_tokens=2, num_new_tokens=4, **sizes)
+
+
+def test_a_setup_holds_what_is_measured(setup: bench.Setup) -> None:
+    assert [len(prompt) for prompt in setup.prompts] == [9, 9, 9]
+    assert len(setup.answer) == 4
+    store = GistStore(setup.folder / "store")
+    assert sorted(entry.name or "" for entry in store.list()) == ["0", "1", "2"]
+    assert setup.token_bytes == store["1"].num_bytes // 2 == 2 * 2 * 2 * 32 * 4  # keys, values; layers; heads; size
+
+
+def cells(setup: bench.Setup, answers: list[int]) -> list[dict[str, Any]]:
+    times = [0.001 * number for number in range(1, 5)]
+    return [
+        {
+            "concurrency": number,
+            "requests_per_s": 2.0,
+            "first_token_s": times,
+            "answers": [answers],
+            "num_preemptions": 0,
+        }
+        for number in (1, 8)
+    ]
+
+
+def test_every_configuration_has_its_cache(setup: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = {}
+    for configuration in bench.CONFIGURATIONS:
+        monkeypatch.setattr(
+            bench,
+            "_in_a_process",
+            lambda task, name=configuration: tasks.setdefault(name, task) and cells(setup, setup.answer),
+        )
+        rows, _ = measure(setup, configuration, concurrencies=(1, 8), num_requests=4)
+        assert [row.concurrency for row in rows] == [1, 8]
+        assert (rows[0].first_token_p50_ms, rows[0].first_token_p99_ms) == (2.5, 4.0)
+    assert [tasks[name].is_prefix_cached for name in bench.CONFIGURATIONS] == [False, True, True, True]
+    assert [task.store is not None for task in tasks.values()] == [False, False, False, True]
+    assert tasks["prefix, overflowing"].num_blocks < tasks["prefix"].num_blocks
+    assert tasks["gist"].requests[0][0][:3] == [512, 512, setup.input[0]]
+    assert [gist for _, gist in tasks["gist"].requests] == ["0", "0", "1", "2"]
+    # All read the same inputs, behind the prompt or behind its gist.
+    inputs = {name: [ids[-16:] for ids, _ in task.requests] for name, task in tasks.items()}
+    assert len({str(found) for found in inputs.values()}) == 1
+
+
+def test_no_time_is_reported_for_wrong_answers(setup: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_in_a_process", lambda task: cells(setup, [0, 0, 0, 0]))
+    with pytest.raises(GistError, match="with other tokens than transformers"):
+        measure(setup, "gist", num_requests=4)
+    with pytest.raises(GistError, match="none and prefix answer with other tokens"):
+        bench._gate({"none": [[1]], "prefix": [[2]]})
+    bench._gate({"none": [[1]], "prefix": [[1]]})
+    with pytest.raises(GistError, match="configuration must be one of none"):
+        measure(setup, "fast")
+
+
+def test_a_failed_engine_is_told(setup: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    def run(words: list[str], **settings: Any) -> Any:
+        return subprocess.CompletedProcess(words, 1, "", "out of memory")
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(GistError, match="vLLM failed: out of memory"):
+        measure(setup, "none", num_requests=2)
+
+
+def test_the_table_says_how_many_times() -> None:
+    def row(configuration: str, concurrency: int, speed: float, held: int) -> dict[str, Any]:
+        made = VllmRow(configuration, 1500, 1, concurrency, speed, 5, 9, held, 1, 64, 32, 8, 26_000_000, 0, "vllm 0")
+        return {**asdict(made), **environment()}
+
+    table = vllm_table(
+        [
+            row("prefix", 1, 2.0, 48_000),
+            row("prefix", 8, 1.0, 48_000),
+            row("gist", 1, 2.0, 256),
+            row("gist", 8, 4.0, 256),
+        ]
+    ).splitlines()
+    assert table[2] == "| 1,500 | 1 | prefix | 48,000 | 2.00 (gist 1.0x) | 5 / 9 | 1.00 (gist 4.0x) | 5 / 9 |"
+    assert table[3] == "| 1,500 | 1 | gist | 256 | 2.00 | 5 / 9 | 4.00 | 5 / 9 |"
+    assert {line.count("|") for line in table[:4]} == {9}

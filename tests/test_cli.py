@@ -345,7 +345,7 @@ def test_version(run) -> None:
 def queries(workplace: Path) -> Iterator[list[str]]:
     """The words of a small internalisation, but for its output; its files are made."""
     Path("template.txt").write_text("please reverse the letters and answer plainly\n", encoding="utf-8")
-    rows = [{"instruction": "-", "input": f"{a} {b}", "output": f"{b} {a}"} for a in "abcd" for b in "efgh"]
+    rows = [{"input": f"{a} {b}", "output": f"{b} {a}"} for a in "abcd" for b in "efgh"]
     for name, part in (("train", rows[:12]), ("held-out", rows[12:])):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     words = "runs/demo --template template.txt --data train.jsonl --max-steps 4 --batch-size 4 --max-new-tokens 3"
@@ -363,6 +363,10 @@ def test_internalize_shows_every_stage_and_says_how_to_run_it(run, queries: list
     assert [stage["num_examples"] for stage in found["stages"]] == [3, 2, 1, 0]
     assert found["template_sha256"] == hashlib.sha256(b"please reverse the letters and answer plainly").hexdigest()
     gisting.load("runs/in")
+    for prompt, warned in (("please reverse the letters and answer plainly", False), ("answer plainly", True)):
+        done = run("compress", "runs/in", "--prompt", prompt, "--output", "in.gist.safetensors", "-k", "1")
+        assert done.code == 0
+        assert ("'answer plainly' is another template than the one that runs/in was trained on" in done.err) is warned
     again = run(*queries, "--eval", "held-out.jsonl", "--examples", "3", "--output", "runs/in")
     assert "holds an internalisation already" in again.err
     assert run("internalize", "--recipe", "runs/in/recipe.yaml", "--resume").code == 0, "what was done can be read"
@@ -410,6 +414,8 @@ def test_internalize_recipes_are_read(run, queries: list[str]) -> None:
         ("--rewrites train.jsonl", "train.jsonl is not JSON"),
         ("--rewrites list.json", "list.json must hold texts by their share"),
         ("--metric bleurt", "metric must be one of exact_match, bleu, rouge_l, got 'bleurt'"),
+        ("--control compressed", "--control compressed goes with --share, the kept share of the template: --share 0.5"),
+        ("--control compressed --share 0.5", "a compressor that leaves the template whole is control 'full'"),
         ("--control fool", "control must be one of bare, full, full-run-bare, compressed"),
         ("--template none.txt", "none.txt"),
         ("--recipe template.txt", "template.txt must hold settings"),

@@ -24,11 +24,12 @@ from gisting.models.load import trained_num_gist_tokens
 from gisting.train.finetune import published_arguments
 from gisting.train.internalize.compressors import Rewrites
 from gisting.train.internalize.layout import PromptLayout, lay_out
-from gisting.train.internalize.plan import CONTROLS, Plan, Stage, make_plan, split_steps
+from gisting.train.internalize.plan import CONTROLS, Plan, Stage, make_plan, num_steps, split_steps, warmup_of
 from gisting.train.internalize.result import TemplateWarning, check_template, load_internalized
 from gisting.train.internalize.schedule import Schedule
 from gisting.train.internalize.stages import internalize
 from gisting.train.methods import Method
+from gisting.train.objective import TokenMeanTrainer
 from tests import garbage, tiny
 
 TEMPLATE = "w50 w51 w52 w53 w54 w55"
@@ -148,8 +149,45 @@ def test_plans_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 
 
 def test_fewer_steps_than_stages() -> None:
-    with pytest.raises(GistError, match="max_steps must be at least 4, one for each stage, got 3"):
+    with pytest.raises(GistError, match="max_steps must be at least 4, one for each stage, got 3; give more steps or"):
         split_steps(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"num_train_epochs": 3.0}, 9),  # batches of 4, 4 and 2
+        ({"num_train_epochs": 0.5}, 2),
+        ({"num_train_epochs": 3.0, "dataloader_drop_last": True}, 6),
+        ({"num_train_epochs": 3.0, "batch_size": 8}, 6),  # two batches a step, and one
+    ],
+)
+def test_steps_are_those_that_trainer_counts(tmp_path: Path, changes: dict[str, Any], expected: int) -> None:
+    settings = arguments(tmp_path, **{"max_steps": -1, **changes})
+    assert num_steps(settings, 10) == expected
+    model, tokenizer = fresh()
+    trainer = TokenMeanTrainer(
+        model=model, args=settings, train_dataset=[RECORDS[0]] * 10, data_collator=PlainCollator(tokenizer)
+    )
+    trainer.train()
+    assert trainer.state.global_step == expected
+
+
+def test_warm_up_leaves_a_step_to_learn_in(tmp_path: Path) -> None:
+    for share, count, expected in ((0.03, 1, 0), (0.03, 100, 3), (0.5, 3, 1), (2, 3, 2), (0, 1, 0)):
+        assert warmup_of(arguments(tmp_path, warmup_steps=share), count) == expected
+    with pytest.raises(GistError, match="warmup_steps must be less than the steps of a stage, 3, got 3; lower it"):
+        warmup_of(arguments(tmp_path, warmup_steps=3), 3)
+
+
+def test_stages_of_one_step_train(tmp_path: Path) -> None:
+    """Trainer's share of one step, rounded up, was all of it, at a learning rate of 0."""
+    model, tokenizer = fresh()
+    before = state(model)
+    settings = arguments(tmp_path, max_steps=3, warmup_steps=0.03, lr_scheduler_type="cosine")
+    internalize(model, tokenizer, TEMPLATE, RECORDS, settings, schedule=HALF, compressor=SHORTER)
+    assert not same(before, state(model))
 
 
 # -- what a request holds ----------------------------------------------------------------------------------------------
@@ -331,6 +369,54 @@ def test_epochs_are_split_and_each_stage_has_its_own_order(tmp_path: Path) -> No
         callbacks=[Watch()],
     )
     assert seen[-1][:2] == ("stage-1", 12), "as many steps in all"
+    odd, _ = fresh()
+    few = {"max_steps": -1, "num_train_epochs": 2.0, "per_device_batch_size": 8, "batch_size": 8}
+    with pytest.raises(GistError, match="max_steps must be at least 3, one for each stage, got 2; give more steps or"):
+        internalize(odd, tokenizer, TEMPLATE, RECORDS, arguments(tmp_path / "few", **few), schedule=HALF)
+    assert not (tmp_path / "few").exists()
+
+
+def test_no_example_is_chosen_by_an_answer_that_nobody_knows(tmp_path: Path) -> None:
+    """In training the record with the same answer is no example; of a held-out request it may be, for who asks does not
+    know its answer.
+    """
+    answer = "w41 w42 w43 w44 w45"
+    pool = [
+        Record("", "w1 w2 w3", answer),
+        Record("", "w1 w5 w6", "w46 w47 w48 w49 w40"),
+        Record("", "w1 w2 w9", answer),
+    ]
+    model, tokenizer = fresh()
+    internalize(
+        model,
+        tokenizer,
+        TEMPLATE,
+        pool,
+        arguments(tmp_path, max_steps=2),
+        schedule=Schedule((1.0, 0.0)),
+        max_examples=1,
+        eval_records=[Record("", "w1 w2 w8", answer)],
+        max_new_tokens=2,
+    )
+    (asked,) = lines(tmp_path / "stage-1" / "eval.jsonl")
+    assert asked["instruction"].endswith(f"w1 w2 w9 -> {answer}") or asked["instruction"].endswith(f"w3 -> {answer}")
+    assert asked["output"] == answer
+    for row in lines(tmp_path / "stage-1" / "data.jsonl"):
+        assert (row["output"] == answer) != row["instruction"].endswith(answer)
+
+
+def test_a_compressed_control_that_compresses_nothing_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = fresh()
+    with pytest.raises(GistError, match="a compressor that leaves the template whole is control 'full'; give rewrites"):
+        internalize(model, tokenizer, TEMPLATE, RECORDS, arguments(tmp_path), control="compressed", control_share=0.5)
+
+
+def test_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    model, tokenizer = fresh()
+    gisting.save_pretrained(model, tokenizer, tmp_path)
+    with pytest.raises(GistError, match="holds a checkpoint, which would be lost; give another directory"):
+        internalize(model, tokenizer, TEMPLATE, RECORDS, arguments(tmp_path), schedule=HALF, compressor=SHORTER)
+    assert not list(tmp_path.glob("stage-*"))
 
 
 # -- killed and resumed ------------------------------------------------------------------------------------------------
@@ -462,6 +548,8 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         ({"records": RECORDS[:3]}, "records was"),
         ({"max_length": 100}, "max_length was 512, is 100"),
         ({"method": "lora"}, "name was full, is lora"),
+        ({"metrics": {"mine": exact_match}}, r"metrics was \['exact_match'\], is \['mine'\]"),
+        ({"max_new_tokens": 1}, "max_new_tokens was 128, is 1"),
     ):
         again, _ = fresh()
         settings: dict[str, Any] = {

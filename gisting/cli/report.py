@@ -22,7 +22,7 @@ def report(
         Path | None,
         typer.Option(
             help="YAML or JSON file with currency, input_per_million, cached_input_per_million, output_per_million "
-            "and, if it counts, training_per_million."
+            "and, if they count, training_per_million and finetuned_factor."
         ),
     ] = None,
     metric: Annotated[

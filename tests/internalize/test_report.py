@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ def test_a_request_by_eye() -> None:
     assert PRICES.request(1_000_000, 400_000, 100_000) == pytest.approx(1.2 + 0.2 + 1.0)
     assert PRICES.training(3_000_000) == pytest.approx(60)
     assert Prices("USD", 1, 1, 1).training(5) is None
+    dearer = replace(PRICES, finetuned_factor=1.5)
+    assert dearer.request(1_000_000, 400_000, 100_000) == pytest.approx(2.4)
+    assert dearer.request(1_000_000, 400_000, 100_000, is_finetuned=True) == pytest.approx(3.6)
 
 
 COUNTS = st.integers(0, 10**7)
@@ -217,6 +221,12 @@ def test_runs_beside_each_other(runs: Path) -> None:
     gain = 2 * (full - bare) / 1e6
     assert staged.pays_after_full_prompt == pytest.approx(staged.training_cost / gain)
     assert rows["full"].pays_after_full_prompt is None
+    # Where a finetuned model's tokens are dearer, its own are, and not those of the model as it is beside it.
+    dearer = make_report([runs / "staged"], replace(PRICES, finetuned_factor=1.1))
+    own, without, behind_cache = dearer.rows
+    assert own.cost == pytest.approx(1.1 * staged.cost)
+    assert (without.cost, behind_cache.cost) == pytest.approx((rows["full"].cost, cached.cost))
+    assert own.pays_after_full_prompt == pytest.approx(staged.training_cost / (rows["full"].cost - own.cost))
     stages = [(row.run, row.stage, row.reads, round(row.kept, 2), row.tokens) for row in report.stages]
     assert stages == [
         ("staged", 1, "prompt", 1.0, full),
@@ -311,7 +321,7 @@ def test_the_tables_by_eye(runs: Path) -> None:
     ]
     assert "## By stage" in text
     assert "| staged | 2 | prompt | 50 % | 0.0 |" in "\n".join(text)
-    assert "Prices for a million tokens, USD: 2 input, 0.5 cached input, 10 output, 20 training." in "\n".join(text)
+    assert "Prices for a million tokens, USD: 2 input, 0.5 cached input, 10 output, 20 training; of a finetuned model 1 times" in "\n".join(text)
     assert "ms: a request with its answer, on paper." in text
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Prices:
         cached_input_per_million: the same, behind a prefix cache.
         output_per_million: of an answer.
         training_per_million: of finetuning, for a million tokens that are trained on; None where it is not counted.
+        finetuned_factor: what tokens of a finetuned model cost against those of the model as it is, the prices above.
 
     Raises:
         GistError: a price is no finite number of at least 0, or the currency is no text.
@@ -38,6 +39,7 @@ class Prices:
     cached_input_per_million: float
     output_per_million: float
     training_per_million: float | None = None
+    finetuned_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.currency, str) or not self.currency.strip():
@@ -47,17 +49,19 @@ class Prices:
             if value is None and one.name == "training_per_million":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise GistError(
-                    f"{one.name} must be a price for a million tokens, a number of at least 0, got {value!r}"
-                )
+                what = "a factor" if one.name == "finetuned_factor" else "a price for a million tokens"
+                raise GistError(f"{one.name} must be {what}, a number of at least 0, got {value!r}")
 
-    def request(self, tokens: float, cached_tokens: float, output_tokens: float) -> float:
+    def request(
+        self, tokens: float, cached_tokens: float, output_tokens: float, *, is_finetuned: bool = False
+    ) -> float:
         """What one request costs.
 
         Args:
             tokens: of the prompt with its query, cached ones included.
             cached_tokens: those of them that are behind a prefix cache.
             output_tokens: of the answer.
+            is_finetuned: whether the model is.
 
         Returns:
             Money, in ``currency``.
@@ -71,7 +75,8 @@ class Prices:
                 f"{tokens:g} with {cached_tokens:g} cached and {output_tokens:g} answered"
             )
         paid = (tokens - cached_tokens) * self.input_per_million + cached_tokens * self.cached_input_per_million
-        return (paid + output_tokens * self.output_per_million) / 1e6
+        paid += output_tokens * self.output_per_million
+        return paid * (self.finetuned_factor if is_finetuned else 1.0) / 1e6
 
     def training(self, tokens: float) -> float | None:
         """What it costs to train on so many tokens, in ``currency``; None where the table does not say."""
@@ -113,7 +118,7 @@ def load_prices(path: str | Path) -> Prices:
         if name in found:
             raise GistError(f"{path}: {name} stands twice; take one out")
         found[name] = value if name == "currency" else _number(value)
-    missing = [name for name in names[:-1] if name not in found]
+    missing = [one.name for one in fields(Prices) if one.default is MISSING and one.name not in found]
     if missing:
         raise GistError(f"{path}: {', '.join(missing)} must be there")
     try:

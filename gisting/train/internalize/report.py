@@ -361,8 +361,8 @@ class Report:
                 f"Prices for a million tokens, {prices.currency}: {prices.input_per_million:g} input, "
                 f"{prices.cached_input_per_million:g} cached input, {prices.output_per_million:g} output"
                 + ("" if prices.training_per_million is None else f", {prices.training_per_million:g} training")
-                + ". What is asked for keeping a cache, or for hosting a model, is not among them; nor is what many "
-                "providers add for the tokens of a finetuned model: give its prices, and compare with care."
+                + f"; of a finetuned model {prices.finetuned_factor:g} times as much. What is asked for keeping a "
+                "cache, or for hosting a model, is not among them."
             )
         if any(row.training_cost is not None for row in self.rows):
             lines.append(
@@ -549,12 +549,13 @@ def _priced(rows: Sequence[RequestRow], prices: Prices) -> list[RequestRow]:
     priced = [
         replace(
             row,
-            cost=prices.request(row.tokens, row.cached_tokens, row.output_tokens),
+            cost=prices.request(row.tokens, row.cached_tokens, row.output_tokens, is_finetuned=row.trained is not None),
             training_cost=None if row.training_tokens is None else prices.training(row.training_tokens),
         )
         for row in rows
     ]
-    costs = {row.mode: row.cost for row in priced}
+    # What is saved is saved against a model as it is.
+    costs = {row.mode: prices.request(row.tokens, row.cached_tokens, row.output_tokens) for row in rows}
 
     def pays_after(row: RequestRow, mode: str) -> float | None:
         other = costs.get(mode)

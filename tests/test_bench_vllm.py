@@ -29,7 +29,7 @@ def test_a_setup_holds_what_is_measured(setup: bench.Setup) -> None:
     assert setup.token_bytes == store["1"].num_bytes // 2 == 2 * 2 * 2 * 32 * 4  # keys, values; layers; heads; size
 
 
-def cells(setup: bench.Setup, answers: list[int]) -> list[dict[str, Any]]:
+def cells(answers: list[int]) -> list[dict[str, Any]]:
     times = [0.001 * number for number in range(1, 5)]
     return [
         {
@@ -38,6 +38,7 @@ def cells(setup: bench.Setup, answers: list[int]) -> list[dict[str, Any]]:
             "first_token_s": times,
             "answers": [answers],
             "num_preemptions": 0,
+            "hit_rate": 0.5,
         }
         for number in (1, 8)
     ]
@@ -49,28 +50,31 @@ def test_every_configuration_has_its_cache(setup: bench.Setup, monkeypatch: pyte
         monkeypatch.setattr(
             bench,
             "_in_a_process",
-            lambda task, name=configuration: tasks.setdefault(name, task) and cells(setup, setup.answer),
+            lambda task, name=configuration: (
+                tasks.setdefault(name, task) and cells(setup.answer if name == "gist" else setup.plain_answer)
+            ),
         )
-        rows, _ = measure(setup, configuration, concurrencies=(1, 8), num_requests=4)
+        rows = measure(setup, configuration, concurrencies=(1, 8), num_requests=4)
         assert [row.concurrency for row in rows] == [1, 8]
         assert (rows[0].first_token_p50_ms, rows[0].first_token_p99_ms) == (2.5, 4.0)
     assert [tasks[name].is_prefix_cached for name in bench.CONFIGURATIONS] == [False, True, True, True]
     assert [task.store is not None for task in tasks.values()] == [False, False, False, True]
     assert tasks["prefix, overflowing"].num_blocks < tasks["prefix"].num_blocks
     assert tasks["gist"].requests[0][0][:3] == [512, 512, setup.input[0]]
-    assert [gist for _, gist in tasks["gist"].requests] == ["0", "0", "1", "2"]
-    # All read the same inputs, behind the prompt or behind its gist.
+    # All ask for the same prompts, the first for the one that is checked, and read the same inputs.
+    asked = [gist for _, gist in tasks["gist"].requests]
+    assert asked[0] == "0"
+    for name in bench.CONFIGURATIONS[:3]:
+        assert [str(setup.prompts.index(ids[:9])) for ids, _ in tasks[name].requests] == asked
     inputs = {name: [ids[-16:] for ids, _ in task.requests] for name, task in tasks.items()}
     assert len({str(found) for found in inputs.values()}) == 1
 
 
 def test_no_time_is_reported_for_wrong_answers(setup: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_in_a_process", lambda task: cells(setup, [0, 0, 0, 0]))
-    with pytest.raises(GistError, match="with other tokens than transformers"):
-        measure(setup, "gist", num_requests=4)
-    with pytest.raises(GistError, match="none and prefix answer with other tokens"):
-        bench._gate({"none": [[1]], "prefix": [[2]]})
-    bench._gate({"none": [[1]], "prefix": [[1]]})
+    monkeypatch.setattr(bench, "_in_a_process", lambda task: cells([0, 0, 0, 0]))
+    for configuration in bench.CONFIGURATIONS:
+        with pytest.raises(GistError, match=f"{configuration}: vLLM answers with other tokens than transformers"):
+            measure(setup, configuration, num_requests=4)
     with pytest.raises(GistError, match="configuration must be one of none"):
         measure(setup, "fast")
 
@@ -88,7 +92,9 @@ def test_a_failed_engine_is_told(setup: bench.Setup, monkeypatch: pytest.MonkeyP
 
 def test_the_table_says_how_many_times() -> None:
     def row(configuration: str, concurrency: int, speed: float, held: int) -> dict[str, Any]:
-        made = VllmRow(configuration, 1500, 1, concurrency, speed, 5, 9, held, 1, 64, 32, 8, 26_000_000, 0, "vllm 0")
+        made = VllmRow(
+            configuration, 1500, 1, concurrency, speed, 5, 9, 0.5, held, 1, 64, 32, 8, 26_000_000, 0, "vllm 0"
+        )
         return {**asdict(made), **environment()}
 
     table = vllm_table(

@@ -98,3 +98,19 @@ def test_generation(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None
     run_all("generation.md", names, skip='"cuda"')
     assert len(names["turn"].texts) == 2
     capsys.readouterr()
+
+
+def test_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two tables of the page are what its commands print."""
+    monkeypatch.chdir(tmp_path)
+    (config,) = fences("costs.md", "json")
+    Path("llama-7b.json").write_text(config, encoding="utf-8")
+    (commands,) = fences("costs.md", "bash")
+    for command, expected in zip(commands.splitlines(), fences("costs.md", "text"), strict=True):
+        done = shell.call(monkeypatch, capsys, *shlex.split(command)[1:])
+        assert (done.code, done.err) == (0, "")
+        assert [line.rstrip() for line in done.out.splitlines()] == expected.splitlines()
+    names = run_all("costs.md", {})
+    assert names["gist"].saved_to_first_token(names["none"]) > 0.4
+    assert len(names["curve"]) == 999
+    capsys.readouterr()

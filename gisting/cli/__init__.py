@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gisting._version import __version__
-from gisting.cli import caches, data, internalize, learn, report
+from gisting.cli import caches, checkpoints, cost, data, internalize, learn, report, serve
 from gisting.cli.shared import err, out
 from gisting.errors import GistError
 
@@ -56,10 +56,14 @@ app.command()(learn.demo)
 app.command()(learn.train)
 app.command()(internalize.internalize)
 app.command()(report.report)
+app.command()(cost.cost)
 app.command()(caches.compress)
 app.command()(caches.generate)
 app.command("eval")(learn.evaluate)
 app.command()(learn.show)
 app.command()(caches.inspect)
+app.command()(checkpoints.apply_difference)
+app.command()(checkpoints.make_difference)
+app.command(context_settings=serve.SERVE_SETTINGS)(serve.serve)
 app.add_typer(caches.store_app, name="store")
 app.add_typer(data.data_app, name="data")

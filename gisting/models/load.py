@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from gisting.errors import GistError
 from gisting.models import adapters
 from gisting.models.patch import patch
+from gisting.models.published import ALPACA_STRIPPED, published
 from gisting.models.registry import family_of
+from gisting.models.weight_difference import looks_like_difference, refusal, weight_difference
 from gisting.tokens import GistTokenizer, Template
 
 __all__ = ["load", "trained_chunk_length", "trained_num_gist_tokens"]
@@ -24,14 +26,15 @@ def load(
 ) -> tuple[PreTrainedModel, GistTokenizer]:
     """Load a model and its tokenizer and patch them.
 
-    A checkpoint that was saved patched brings its gist tokenizer along; any other gets a new gist token, which it has
-    yet to learn. A directory with an adapter (:mod:`gisting.models.adapters`) names its base model, which is loaded and
-    frozen beside it.
+    A checkpoint that was saved patched brings its gist tokenizer along. One of the published code has the gist token in
+    its tokenizer, and keeps it. Any other gets a new gist token, which it has yet to learn. A directory with an adapter
+    (:mod:`gisting.models.adapters`) names its base model, which is loaded and frozen beside it.
 
     Args:
         name_or_path: a directory, or a repository on the Hugging Face hub.
-        template: as for :class:`GistTokenizer`; None for what the checkpoint was saved with, or the family's Alpaca
-            layout.
+        template: as for :class:`GistTokenizer`; None for what the checkpoint was saved with, what a decoder of the
+            published code was trained with (:data:`~gisting.models.published.ALPACA_STRIPPED`), or the family's
+            Alpaca layout.
         **model_kwargs: for ``from_pretrained`` of the model: ``dtype``, ``device_map``, ...; those that say where files
             come from (``revision``, ``token``, ...) for that of config and tokenizer too.
 
@@ -40,8 +43,12 @@ def load(
 
     Raises:
         UnsupportedModelError: the model cannot be gisted correctly.
-        GistError: there is no such checkpoint, or the template is not the one that it was saved with.
+        GistError: there is no such checkpoint, it is a weight difference, or the template is not the one that it was
+            saved with.
     """
+    known = published(name_or_path)
+    if known is not None and known.is_difference:
+        raise refusal(name_or_path)
     source = {key: value for key, value in model_kwargs.items() if key in _SOURCE}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **source)
@@ -53,6 +60,8 @@ def load(
             f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did not "
             f"give one ({error})"
         ) from error
+    if weight_difference(name_or_path, **source) is not None:
+        raise refusal(name_or_path)
     family_of(config)  # before the weights are fetched
     if (getattr(config, "gist", None) or {}).get("adapter") is not None:
         raise GistError(
@@ -62,14 +71,18 @@ def load(
     if getattr(config, "gist", None) is not None and template is None:
         tokenizer = GistTokenizer.from_pretrained(name_or_path, **source)
     else:
-        tokenizer = GistTokenizer(
-            AutoTokenizer.from_pretrained(name_or_path, **source),
-            template,
-            is_encoder_decoder=bool(config.is_encoder_decoder),
-        )
+        wrapped = AutoTokenizer.from_pretrained(name_or_path, **source)
+        tokenizer = GistTokenizer(wrapped, template, is_encoder_decoder=bool(config.is_encoder_decoder))
+        if template is None and tokenizer.has_own_gist_token and not tokenizer.is_encoder_decoder:
+            tokenizer = GistTokenizer(wrapped, ALPACA_STRIPPED)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_pretrained(name_or_path, **model_kwargs)
-    return patch(model, tokenizer).eval(), tokenizer
+    if tokenizer.has_own_gist_token and looks_like_difference(model):
+        raise refusal(name_or_path)
+    patch(model, tokenizer)
+    if known is not None:
+        model.config.gist.update(known.about_gists)
+    return model.eval(), tokenizer
 
 
 def _load_with_adapter(

@@ -59,6 +59,7 @@ class LoadCell:
         first_token_s: from handing a request in to its first token, of each request.
         answers: ids of the answers, in the order of the requests.
         num_preemptions: how often a request was put off.
+        hit_rate: share of the ids that vLLM's own cache held, of all that it looked up.
     """
 
     concurrency: int
@@ -66,6 +67,7 @@ class LoadCell:
     first_token_s: list[float]
     answers: list[list[int]]
     num_preemptions: int
+    hit_rate: float
 
 
 def run(task: LoadTask) -> list[LoadCell]:
@@ -103,11 +105,11 @@ def run(task: LoadTask) -> list[LoadCell]:
     cells = []
     for concurrency in task.concurrencies:
         gc.collect()
-        before = _num_preemptions(llm)
+        before = _counts(llm)
         elapsed, first, answers = _answer_all(llm, task, task.requests, concurrency)
-        cells.append(
-            LoadCell(concurrency, len(task.requests) / elapsed, first, answers, int(_num_preemptions(llm) - before))
-        )
+        put_off, asked, hits = (now - then for now, then in zip(_counts(llm), before, strict=True))
+        rate = hits / asked if asked else 0.0
+        cells.append(LoadCell(concurrency, len(task.requests) / elapsed, first, answers, int(put_off), rate))
     return cells
 
 
@@ -145,8 +147,12 @@ def _answer_all(
     return elapsed, [first[number] for number in range(len(requests))], [answers[n] for n in range(len(requests))]
 
 
-def _num_preemptions(llm: Any) -> float:
-    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+def _counts(llm: Any) -> tuple[float, float, float]:
+    """Preemptions, ids looked up in vLLM's own cache, ids found there."""
+    found = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    names = ("vllm:num_preemptions", "vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
+    preemptions, queries, hits = (found.get(name, 0.0) for name in names)
+    return preemptions, queries, hits
 
 
 def _main(source: str, target: str) -> None:

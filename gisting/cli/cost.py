@@ -1,0 +1,191 @@
+"""``gisting cost``: FLOPs and bytes of a request with no cache, a prefix cache and a gist cache, from a configuration
+alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from gisting.cli.shared import err, out
+from gisting.errors import GistError
+
+if TYPE_CHECKING:
+    from gisting.eval.cost import RequestCost
+
+__all__ = ["cost"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def cost(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A config.json, a directory with one, or a repository on the Hugging Face hub. Weights are not read."
+        ),
+    ],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that repeats.")],
+    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens of what follows it in a request.")],
+    num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens.")] = 1,
+    output_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the answer; of 1 the first pass alone is counted.")
+    ] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at once, for the bytes that they need.")] = 1,
+    requests_per_day: Annotated[
+        int | None, typer.Option(min=1, help="Adds the FLOPs of a day, each answer as long as --output-tokens.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Adds the bytes to keep so many prompts.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the cached states: float32, bfloat16, float16.")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for each way to answer.")] = False,
+) -> None:
+    """Count what a request costs: no cache, prefix cache, gist cache.
+
+    FLOPs as torch's flop counter sees them (matrix products, logits at every token that is run) and bytes of keys and
+    values. Nothing is loaded or run but the configuration, so a model of any size takes seconds. A row of the tables
+    published with the gisting paper has the prompt and input together as num_prompt_tokens, and costs "no cache"
+    (standard) and "gist cache" (gist) up to the first token: row 0 of LLaMA-7B, 58 tokens of which 34 are the input,
+    is the example, 768 and 450 GFLOPs.
+
+    Example: gisting cost huggyllama/llama-7b --prompt-tokens 24 --input-tokens 34 -k 1
+    """
+    import torch
+
+    from gisting.eval.cost import request_costs
+    from gisting.models.registry import position_limit
+
+    if dtype not in _DTYPES:
+        raise GistError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    config = _configuration(model)
+    rows = request_costs(
+        config,
+        prompt_tokens,
+        input_tokens,
+        num_gist_tokens,
+        output_tokens=output_tokens,
+        batch_size=batch_size,
+        dtype=getattr(torch, dtype),
+    )
+    limit, longest = position_limit(config), prompt_tokens + input_tokens + output_tokens
+    if limit is not None and longest > limit:
+        err.print(
+            f"note: prompt, input and answer are {longest:,} tokens, the model's positions end at {limit:,}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if as_json:
+        asked = {"model": model, "model_type": config.model_type, "requests_per_day": requests_per_day}
+        asked |= {"prompt_tokens": prompt_tokens, "input_tokens": input_tokens, "num_gist_tokens": num_gist_tokens}
+        asked |= {"num_prompts": prompts}
+        for row in rows:
+            print(json.dumps(asked | _as_dict(row, rows, requests_per_day, prompts), ensure_ascii=False))
+        return
+    out.print(_table(rows, requests_per_day, prompts))
+    for sentence in _legend(rows, bool(config.is_encoder_decoder)):
+        out.print(sentence, highlight=False)
+
+
+def _configuration(model: str) -> Any:
+    from transformers import AutoConfig
+
+    from gisting.models.adapters import read_about
+
+    try:
+        try:
+            return AutoConfig.from_pretrained(model)
+        except (OSError, ValueError):
+            about = read_about(model)
+            if about is None or not about["base"]:
+                raise
+            return AutoConfig.from_pretrained(about["base"])
+    except (OSError, ValueError) as error:
+        raise GistError(
+            f"{model} has no configuration that transformers can read: give a config.json, a directory with one, or "
+            f"the name of a repository on the hub ({error})"
+        ) from error
+
+
+def _as_dict(
+    row: RequestCost, rows: list[RequestCost], requests_per_day: int | None, num_prompts: int | None
+) -> dict[str, Any]:
+    others = [other for other in rows if other is not row]
+    return {
+        **asdict(row),
+        "prompts_per_gb": row.prompts_per_gb,
+        "saved_to_first_token": {other.mode: row.saved_to_first_token(other) for other in others},
+        "saved": {other.mode: row.saved(other) for other in others},
+        "pflops_per_day": None if requests_per_day is None else row.pflops_per_day(requests_per_day),
+        "storage_bytes": None if num_prompts is None else row.storage_bytes(num_prompts),
+    }
+
+
+def _table(rows: list[RequestCost], requests_per_day: int | None, num_prompts: int | None) -> Table:
+    first = rows[0]
+    table = Table("", *(row.mode for row in rows))
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(name: str, cells: list[str]) -> None:
+        table.add_row(name, *cells)
+
+    add("tokens there already", [f"{row.num_cached_tokens:,}" for row in rows])
+    add("tokens read", [f"{row.num_new_tokens:,}" for row in rows])
+    add("GFLOPs to the first token", [_giga(row.first_token_flops) for row in rows])
+    if first.num_output_tokens > 1:
+        add(f"GFLOPs of {first.num_output_tokens:,} tokens", [_giga(row.answer_flops) for row in rows])
+    add("GFLOPs once for a prompt", [_giga(row.fill_flops) if row.fill_flops else "-" for row in rows])
+    if requests_per_day is not None:
+        add(
+            f"PFLOPs for {requests_per_day:,} requests",
+            [_number(row.pflops_per_day(requests_per_day)) for row in rows],
+        )
+    add("kept for a prompt", [_size(row.prompt_bytes) if row.prompt_bytes else "-" for row in rows])
+    add("prompts in a GB", ["-" if row.prompts_per_gb is None else f"{row.prompts_per_gb:,}" for row in rows])
+    if num_prompts is not None:
+        kept = [row.storage_bytes(num_prompts) for row in rows]
+        add(f"kept for {num_prompts:,} prompts", [_size(number) if number else "-" for number in kept])
+    add(f"used by {first.batch_size:,} at once", [_size(row.batch_bytes) for row in rows])
+    return table
+
+
+def _legend(rows: list[RequestCost], is_encoder_decoder: bool) -> list[str]:
+    *others, gist = rows
+    parts = []
+    for other in others:
+        part = f"{_share(gist.saved_to_first_token(other))} against {other.mode}"
+        if gist.num_output_tokens > 1:
+            part += f" ({_share(gist.saved(other))} over the whole answer)"
+        parts.append(part)
+    sentences = [f"FLOPs saved by the gist cache to the first token: {', '.join(parts)}."]
+    if is_encoder_decoder:
+        sentences.append(
+            "No prefix cache: an encoder reads in both directions, so a prompt's states depend on the rest."
+        )
+    sentences.append(
+        f"States in {gist.dtype}, 1 GB = 10^9 bytes; in use are keys and values at the last token, each request with "
+        "its own. FLOPs are no time."
+    )
+    return sentences
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _giga(flops: int) -> str:
+    return _number(flops / 1e9)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1e4 else f"{value:,.5g}"
+
+
+def _size(number: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= scale:
+            return f"{number / scale:,.2f} {unit}"
+    return f"{number} B"

@@ -321,7 +321,8 @@ def test_the_tables_by_eye(runs: Path) -> None:
     ]
     assert "## By stage" in text
     assert "| staged | 2 | prompt | 50 % | 0.0 |" in "\n".join(text)
-    assert "Prices for a million tokens, USD: 2 input, 0.5 cached input, 10 output, 20 training; of a finetuned model 1 times" in "\n".join(text)
+    prices = "Prices for a million tokens, USD: 2 input, 0.5 cached input, 10 output, 20 training; of a finetuned model"
+    assert f"{prices} 1 times as much." in "\n".join(text)
     assert "ms: a request with its answer, on paper." in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ def serve(
     ] = None,
     fingerprint: Annotated[
         str | None,
-        typer.Option(help="The checkpoint's, as its card shows it: then its weights are read once."),
+        typer.Option(help="The checkpoint's, as its card shows it: then its weights are not read to find it."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command line and stop.")] = False,
 ) -> None:
@@ -34,9 +35,14 @@ def serve(
 
     All other options go to `vllm serve`: gisting serve MODEL --store DIR --port 8001 --max-model-len 4096
     """
-    from gisting.serving.command import require_vllm, serve_command
+    from gisting.serving.command import require_vllm, serve_command, served_fingerprints
 
-    words = serve_command(model, store, max_bytes=max_bytes, fingerprint=fingerprint, others=context.args)
+    def command(known: str | Sequence[str] | None) -> list[str]:
+        return serve_command(model, store, max_bytes=max_bytes, fingerprint=known, others=context.args)
+
+    words = command(fingerprint)  # says what is wrong with them before the weights are read
+    if fingerprint is None:
+        words = command(served_fingerprints(model, context.args))
     out.print(shlex.join(words), highlight=False, soft_wrap=True)
     if not dry_run:
         require_vllm()

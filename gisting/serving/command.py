@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gisting.errors import GistError
-from gisting.serving.gists import StoredGists
+from gisting.serving.gists import StoredGists, fingerprints
 from gisting.tokens import GistTokenizer
 
-__all__ = ["CONNECTOR", "PROCESSOR", "require_vllm", "serve_command"]
+__all__ = ["CONNECTOR", "PROCESSOR", "require_vllm", "serve_command", "served_fingerprints"]
 
 _MODULE = "gisting.serving.vllm"
 CONNECTOR = "GistConnector"
@@ -26,7 +26,7 @@ def serve_command(
     store: str | Path,
     *,
     max_bytes: int | None = None,
-    fingerprint: str | None = None,
+    fingerprint: str | Sequence[str] | None = None,
     others: Sequence[str] = (),
 ) -> list[str]:
     """``vllm serve MODEL`` with the options that gists need, as words.
@@ -35,7 +35,8 @@ def serve_command(
         model: directory of a checkpoint that was saved patched, or a repository on the hub.
         store: directory of a store.
         max_bytes: of prepared gists that each worker holds; None for 256 MiB.
-        fingerprint: of the checkpoint, where it is known, so that its weights need not be read a second time.
+        fingerprint: of the checkpoint, or those of :func:`served_fingerprints`, so that no process of the server need
+            read its weights once more to know.
         others: further words for vLLM, as they are.
 
     Raises:
@@ -47,9 +48,10 @@ def serve_command(
             raise GistError(f"{word.split('=')[0]} is written by gisting serve; for one of your own call vllm serve")
     GistTokenizer.from_pretrained(model)
     StoredGists(store)
-    settings: dict[str, str | int] = {"store": str(Path(store).absolute())}
+    settings: dict[str, str | int | list[str]] = {"store": str(Path(store).absolute())}
     settings |= {} if max_bytes is None else {"max_bytes": max_bytes}
-    settings |= {} if fingerprint is None else {"fingerprint": fingerprint}
+    if fingerprint is not None:
+        settings["fingerprint"] = fingerprint if isinstance(fingerprint, str) else list(fingerprint)
     transfer = {
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": _MODULE,
@@ -63,6 +65,46 @@ def serve_command(
         *("--middleware", f"{_MODULE}.GistMiddleware"),
         *others,
     ]
+
+
+def served_fingerprints(model: str | Path, others: Sequence[str] = ()) -> tuple[str, ...]:
+    """Fingerprints that gists for this server may have: of the checkpoint in its own dtype, and in the server's.
+
+    Without ``--dtype`` vLLM serves a checkpoint of float32 in one of 16 bits, which one depends on the device, so it
+    counts in both. Reads the weights, once for each dtype.
+
+    Args:
+        model: directory of a checkpoint that was saved patched, or a repository on the hub.
+        others: the words for vLLM, of which ``--dtype`` and ``--revision`` count.
+
+    Raises:
+        GistError: there is no such checkpoint.
+        UnsupportedModelError: the model cannot be gisted.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    revision = _value("--revision", others)
+    asked = _value("--dtype", others) or "auto"
+    if asked == "auto":
+        own = AutoConfig.from_pretrained(model, **({} if revision is None else {"revision": revision})).dtype
+        dtypes = [torch.bfloat16, torch.float16] if own in (None, torch.float32) else []
+    else:
+        dtype = getattr(torch, asked, None)
+        if not isinstance(dtype, torch.dtype):
+            raise GistError(f"--dtype must be auto or a dtype of torch, got {asked!r}")
+        dtypes = [dtype]
+    return fingerprints(model, dtypes, revision=revision)
+
+
+def _value(option: str, words: Sequence[str]) -> str | None:
+    """What the last ``--option VALUE`` or ``--option=VALUE`` says."""
+    found = None
+    for place, word in enumerate(words):
+        name, is_given, value = word.partition("=")
+        if name == option:
+            found = value if is_given else next(iter(words[place + 1 :]), None)
+    return found
 
 
 def _program(model: str) -> list[str]:

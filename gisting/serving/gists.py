@@ -6,6 +6,7 @@ in words why one is refused, and keeps what was loaded within a number of bytes.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gisting.cache import GistCache
-from gisting.errors import GistError, StoreError
+from gisting.errors import CacheFormatError, GistError, StoreError
 from gisting.store.index import Index, StoreEntry, canonical
 from gisting.store.objects import Objects
 from gisting.store.reading import load_entry
@@ -27,6 +28,7 @@ __all__ = [
     "LoadedGists",
     "Served",
     "StoredGists",
+    "fingerprints",
     "gist_name",
     "head_shard",
     "salt_of",
@@ -74,7 +76,7 @@ class Served:
         dtype: torch.dtype,
         *,
         revision: str | None = None,
-        fingerprint: str | None = None,
+        fingerprint: str | Sequence[str] | None = None,
         tokenizer: GistTokenizer | None = None,
     ) -> Served:
         """What a server has loaded from a checkpoint that was saved patched.
@@ -86,7 +88,7 @@ class Served:
             name_or_path: a directory, or a repository on the Hugging Face hub.
             dtype: what the server computes in.
             revision: branch, tag or commit on the hub.
-            fingerprint: that of the checkpoint, from whoever started the server and knows it.
+            fingerprint: that of the checkpoint, or those in several dtypes, from whoever started the server.
             tokenizer: the checkpoint's, where it is loaded already.
 
         Raises:
@@ -95,7 +97,8 @@ class Served:
         """
         if tokenizer is None:
             tokenizer = GistTokenizer.from_pretrained(name_or_path, revision=revision)
-        models = (fingerprint,) if fingerprint else _fingerprints(name_or_path, dtype, revision)
+        known = [fingerprint] if isinstance(fingerprint, str) else list(fingerprint or ())
+        models = tuple(known) or fingerprints(name_or_path, [dtype], revision=revision)
         return cls(models, tokenizer.fingerprint, tokenizer.template.name, tokenizer.gist_token_id)
 
 
@@ -154,9 +157,15 @@ class StoredGists:
 
         Raises:
             FileNotFoundError: it was removed meanwhile.
-            CacheFormatError: its file is damaged.
+            CacheFormatError: its file is damaged, or another than when the entry was found.
         """
-        return load_entry(self._objects.path(entry.key), entry)
+        path = self._objects.path(entry.key)
+        cache = load_entry(path, entry)
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry.sha256:  # by which the states are kept and their blocks are found
+            raise CacheFormatError(f"{path} is altered: its checksum is {found}, its entry says {entry.sha256}")
+        return cache
 
 
 class LoadedGists:
@@ -283,18 +292,27 @@ def slots_of(block_ids: Sequence[int], block_size: int, first: int, end: int) ->
     return blocks * block_size + positions % block_size
 
 
-def _fingerprints(name_or_path: str | Path, dtype: torch.dtype, revision: str | None) -> tuple[str, ...]:
+def fingerprints(
+    name_or_path: str | Path, dtypes: Sequence[torch.dtype], *, revision: str | None = None
+) -> tuple[str, ...]:
+    """Fingerprints of a checkpoint: in its own dtype, then in each of these that is another. Reads its weights.
+
+    Raises:
+        GistError: there is no such checkpoint.
+        UnsupportedModelError: the model cannot be gisted.
+    """
     from gisting.models.fingerprint import fingerprint
     from gisting.models.load import load
     from gisting.models.weights import input_weight
 
     source = {} if revision is None else {"revision": revision}
     model, _ = load(name_or_path, dtype="auto", **source)
-    found = [fingerprint(model)]
-    if input_weight(model).dtype != dtype:
-        del model
-        model, _ = load(name_or_path, dtype=dtype, **source)
-        found.append(fingerprint(model))
+    found, own = [fingerprint(model)], input_weight(model).dtype
+    for dtype in dtypes:
+        if dtype != own:
+            del model
+            model, _ = load(name_or_path, dtype=dtype, **source)
+            found.append(fingerprint(model))
     return tuple(dict.fromkeys(found))
 
 

@@ -1,21 +1,23 @@
 """Requests with a gist made ready in front of an OpenAI-compatible server, and refused in words where they cannot be.
 
 Place in the flow: HTTP -> **middleware** -> the server. An ASGI application around another one: it reads the bodies of
-JSON requests, has :mod:`gisting.serving.requests` put ids and the places of the gist tokens in, and answers 400 or 404
-itself. A request that names no gist passes as it came, byte for byte. Knows ASGI; imports no server.
+JSON requests when the server asks for them, which is after it has seen who asks; has :mod:`gisting.serving.requests`
+put ids and the places of the gist tokens in; and answers 400 or 404 itself. The body of a request that names no gist
+passes as it came, byte for byte. Knows ASGI; imports no server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from gisting.errors import GistError
 from gisting.serving.gists import GistRefusedError, Served, StoredGists
-from gisting.serving.requests import ROUTES, check_without_gist
+from gisting.serving.requests import ROUTES, check_extra, check_without_gist, completion_with_ids
 from gisting.tokens import GistTokenizer
 
 __all__ = ["GistMiddleware"]
@@ -25,8 +27,15 @@ _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
-_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
-_DENIED = (401, 403)
+_TYPES = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    413: "RequestEntityTooLargeError",
+    500: "InternalServerError",
+}
+#: Of a body of JSON, which is read whole before the server sees it.
+MAX_BODY_BYTES = 64 * 2**20
+_logger = logging.getLogger("vllm.gisting")
 
 
 class GistMiddleware:
@@ -42,6 +51,7 @@ class GistMiddleware:
         self._app = app
         self._ready: asyncio.Future[tuple[StoredGists, GistTokenizer]] | None = None
         self._given = None if gists is None or tokenizer is None else (gists, tokenizer)
+        self._has_failed = False
         # One thread: tokenizers are not made for several, and a long text must not hold up the others' streams.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gisting")
 
@@ -52,27 +62,51 @@ class GistMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
             await self._app(scope, receive, send)
             return
-        body = b""
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":  # the client has gone
-                return
-            body += message.get("body", b"")
-            if not message.get("more_body", False):
-                break
-        try:
-            made = await self._made_ready(scope, body)
-        except GistRefusedError as error:
-            await self._refuse(scope, receive, send, error.status, str(error))
-            return
-        except (GistError, OSError) as error:  # the store or checkpoint of this server, not the request
-            await self._refuse(scope, receive, send, 500, str(error))
-            return
-        await self._app(_resized(scope, made), _again(made, receive), send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        refused: GistRefusedError | None = None
+        is_read = has_answered = False
 
-    async def _made_ready(self, scope: _Scope, body: bytes) -> bytes:
-        gist_token_id = None if self._given is None else self._given[1].gist_token_id
-        if b"kv_transfer_params" not in body and str(gist_token_id).encode() not in body:
+        async def receive_ready() -> MutableMapping[str, Any]:
+            # The server asks for the body when it has seen who asks: nothing is read for those whom it turns away.
+            nonlocal is_read, refused
+            if is_read:
+                return await receive()
+            is_read = True
+            try:
+                body = await _whole(receive)
+                if body is None:
+                    return {"type": "http.disconnect"}
+                body = await self._made_ready(scope, path, body)
+            except GistRefusedError as error:
+                refused = error
+            except (GistError, OSError) as error:  # the store or checkpoint of this server, not the request
+                refused = GistRefusedError(str(error), status=500)
+            except Exception as error:
+                _logger.exception("a request with a gist could not be made ready")
+                refused = GistRefusedError(f"the gist could not be put in: {type(error).__name__}: {error}", status=500)
+            else:
+                return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.disconnect"}  # the server lets go of the request, and the answer is written here
+
+        async def send_unless_refused(event: MutableMapping[str, Any]) -> None:
+            nonlocal has_answered
+            if refused is None:
+                has_answered = True
+                await send(event)
+
+        try:
+            await self._app(_without_length(scope) if path in ROUTES else scope, receive_ready, send_unless_refused)
+        except Exception:
+            if refused is None:
+                raise
+        if refused is not None and not has_answered:
+            await _answer(refused, send)
+
+    async def _made_ready(self, scope: _Scope, path: str, body: bytes) -> bytes:
+        # Another spelling of the name, or of all letters, shows in one of these; gist tokens only come in a list.
+        marks = (b"kv_transfer_params", b"\\u", b"\0", b"\xfe\xff", b"\xff\xfe", b"\xef\xbb\xbf")
+        is_plain = not any(mark in body for mark in marks)
+        if is_plain and (b"[" not in body or ROUTES.get(path) is not completion_with_ids):
             return body
         try:
             parsed = json.loads(body)
@@ -80,26 +114,39 @@ class GistMiddleware:
             return body  # the server says what is wrong with it
         if not isinstance(parsed, dict):
             return body
+        check_extra(parsed)
         params = parsed.get("kv_transfer_params")
         if not isinstance(params, dict) or "gist" not in params:
-            if gist_token_id is not None:
-                check_without_gist(parsed, gist_token_id)
+            if path in ROUTES and (tokenizer := await self._tokenizer(scope, parsed)) is not None:
+                check_without_gist(parsed, tokenizer.gist_token_id)
             return body
-        route = next((route for path, route in ROUTES.items() if scope["path"].endswith(path)), None)
+        route = ROUTES.get(path)
         if route is None:
-            raise GistRefusedError(
-                f"{scope['path']} takes no gist; send the request to {' or '.join(ROUTES)}", status=400
-            )
+            raise GistRefusedError(f"{path} takes no gist; send the request to {' or '.join(ROUTES)}", status=400)
         gists, tokenizer = await self._gists_and_tokenizer(scope)
         made = await asyncio.get_running_loop().run_in_executor(self._thread, route, parsed, gists, tokenizer)
         return body if made is None else json.dumps(made).encode()
+
+    async def _tokenizer(self, scope: _Scope, body: dict[str, Any]) -> GistTokenizer | None:
+        """The checkpoint's tokenizer, if a request that names no gist has ids to be looked at, and there is one."""
+        params = body.get("kv_transfer_params")
+        ids = params.get("prompt_token_ids") if isinstance(params, dict) else None
+        if not isinstance(body.get("prompt"), list) and ids is None:
+            return None
+        if self._given is None and self._has_failed:
+            return None  # a request that names a gist tries again, this one is the engine's to look at
+        try:
+            return (await self._gists_and_tokenizer(scope))[1]
+        except Exception:
+            _logger.warning("ids are not looked at for gist tokens here, but in the engine", exc_info=True)
+            return None
 
     async def _gists_and_tokenizer(self, scope: _Scope) -> tuple[StoredGists, GistTokenizer]:
         if self._given is None:
             try:
                 self._given = await asyncio.shield(self._begin_to_load(scope))
-            except (GistError, OSError):
-                self._ready = None  # the next request tries again
+            except Exception:
+                self._ready, self._has_failed = None, True  # the next request with a gist tries again
                 raise
         return self._given
 
@@ -110,29 +157,33 @@ class GistMiddleware:
             self._ready = asyncio.get_running_loop().run_in_executor(self._thread, _of_config, config)
         return self._ready
 
-    async def _refuse(self, scope: _Scope, receive: _Receive, send: _Send, status: int, message: str) -> None:
-        """Answer with an error; but who may not use the server hears that from the server, and nothing of its store."""
-        denied: list[MutableMapping[str, Any]] = []
-        found = 0
 
-        async def overhear(event: MutableMapping[str, Any]) -> None:
-            nonlocal found
-            if event["type"] == "http.response.start":
-                found = event["status"]
-            if found in _DENIED:
-                denied.append(event)
+async def _whole(receive: _Receive) -> bytes | None:
+    """The body, or None where the client has gone.
 
-        # Without any field the server has nothing to do but to look at who asks.
-        await self._app(_resized(scope, b"{}"), _again(b"{}", receive), overhear)
-        if denied:
-            for event in denied:
-                await send(event)
-            return
-        error = {"message": message, "type": _TYPES[status], "param": "kv_transfer_params", "code": status}
-        content = json.dumps({"error": error}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+    Raises:
+        GistRefusedError: it is larger than :data:`MAX_BODY_BYTES`.
+    """
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY_BYTES:
+            raise GistRefusedError(f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB; send less", status=413)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _answer(error: GistRefusedError, send: _Send) -> None:
+    """An error as the OpenAI-compatible routes write it."""
+    given = {"message": str(error), "type": _TYPES[error.status], "param": "kv_transfer_params", "code": error.status}
+    content = json.dumps({"error": given}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
 
 
 def _of_config(config: Any) -> tuple[StoredGists, GistTokenizer]:
@@ -158,25 +209,7 @@ def _is_json(scope: _Scope) -> bool:
     return any(b"json" in kind.lower() for kind in kinds)
 
 
-def _resized(scope: _Scope, body: bytes) -> _Scope:
-    """The scope of a request with this body."""
-    headers = [
-        (name, value)
-        for name, value in scope["headers"]
-        if name.lower() not in (b"content-length", b"transfer-encoding")
-    ]
-    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-
-
-def _again(body: bytes, receive: _Receive) -> _Receive:
-    """What receives this body, and then what comes from the client: that it has gone."""
-    is_sent = False
-
-    async def replay() -> MutableMapping[str, Any]:
-        nonlocal is_sent
-        if is_sent:
-            return await receive()
-        is_sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+def _without_length(scope: _Scope) -> _Scope:
+    """The scope of a request whose body may become another."""
+    lengths = (b"content-length", b"transfer-encoding")
+    return {**scope, "headers": [(name, value) for name, value in scope["headers"] if name.lower() not in lengths]}

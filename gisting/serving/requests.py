@@ -21,6 +21,7 @@ __all__ = [
     "GistRequest",
     "chat_ids",
     "chat_with_ids",
+    "check_extra",
     "check_without_gist",
     "completion_with_ids",
     "request",
@@ -39,6 +40,7 @@ _NOT_WITH_A_GIST = {
     "documents": "documents are part of the prompt, and this one is compressed already",
     "chat_template": "the template is the one that the gist was made with",
     "chat_template_kwargs": "the template is the one that the gist was made with",
+    "reasoning_effort": "it is part of the prompt, and this one is compressed already",
     "continue_final_message": "the answer begins behind the last message",
 }
 
@@ -153,6 +155,12 @@ def chat_ids(tokenizer: GistTokenizer, messages: Sequence[Mapping[str, Any]]) ->
             raise GistRefusedError(
                 f"messages[{place}] must be of the {wanted}, by turns behind a gist; got {role!r:.40}"
             )
+        for field in ("tool_calls", "function_call"):
+            if message.get(field):
+                raise GistRefusedError(
+                    f"messages[{place}] holds {field}, and tools are part of the prompt, which is compressed already; "
+                    "leave such turns out"
+                )
         texts.append(_text(message.get("content"), place))
     if len(texts) % 2 == 0:
         raise GistRefusedError("messages must end with one of the user, which is answered")
@@ -214,6 +222,19 @@ def chat_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTo
     return {**body, "kv_transfer_params": {**_params(body), "prompt_token_ids": ids}}
 
 
+def check_extra(body: Mapping[str, Any]) -> None:
+    """Raise where a body names what is to be loaded in a place where nobody looks for a gist, and vLLM does.
+
+    Raises:
+        GistRefusedError: ``vllm_xargs`` hold ``kv_transfer_params``.
+    """
+    others = body.get("vllm_xargs")
+    if isinstance(others, Mapping) and "kv_transfer_params" in others:
+        raise GistRefusedError(
+            "vllm_xargs holds kv_transfer_params; give kv_transfer_params={'gist': name} beside it, not in it"
+        )
+
+
 def check_without_gist(body: Mapping[str, Any], gist_token_id: int) -> None:
     """Raise unless a body that names no gist is free of gist tokens, which would stand for nothing.
 
@@ -231,7 +252,7 @@ def check_without_gist(body: Mapping[str, Any], gist_token_id: int) -> None:
                 )
 
 
-#: By the end of a route's path, what makes its bodies ready.
+#: By a route's path, what makes its bodies ready.
 ROUTES: dict[str, Callable[[Mapping[str, Any], StoredGists, GistTokenizer], dict[str, Any] | None]] = {
     "/v1/completions": completion_with_ids,
     "/v1/chat/completions": chat_with_ids,
@@ -255,7 +276,7 @@ def _entry(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer
 def _encode(encode: Callable[..., list[list[int]]], *texts: Sequence[str]) -> list[list[int]]:
     try:
         return encode(*texts)
-    except (GistError, UnicodeError) as error:
+    except (GistError, UnicodeError, TypeError) as error:  # TypeError: half of a pair of surrogates
         raise GistRefusedError(f"the text cannot stand behind a gist: {error}") from error
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,13 @@ KNOWN_VERSIONS = ("0.32", "0.33")
 MAX_BYTES = 256 * 2**20
 _SETTINGS = ("store", "max_bytes", "fingerprint")
 # Without these the connector would not be asked, or could say nothing.
-_HOOKS = ("on_new_request", "get_block_ids_with_load_errors", "register_kv_caches", "build_prom_metrics")
+_HOOKS = (
+    "on_new_request",
+    "bind_gpu_block_pool",
+    "get_block_ids_with_load_errors",
+    "register_kv_caches",
+    "build_prom_metrics",
+)
 _COUNTERS = {
     "requests": "Requests that name a gist and were taken",
     "refused": "Requests that were refused in the engine, because they do not fit the gist that they name",
@@ -136,6 +142,20 @@ class _Load:
     block_ids: list[int]
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What a request was given blocks with, until it ends."""
+
+    request: Any
+    num_output_tokens: int
+    block_ids: list[int]
+
+    @property
+    def is_unconfirmed(self) -> bool:
+        """Whether no token has come of these blocks yet, so that nobody knows what became of the load."""
+        return self.request.num_output_tokens <= self.num_output_tokens
+
+
 @dataclass
 class _Step(KVConnectorMetadata):
     """What the scheduler tells the workers for one step."""
@@ -148,8 +168,8 @@ class GistConnector(KVConnectorBase_V1):
     """Loads gists from a :class:`gisting.GistStore` into vLLM's paged cache.
 
     ``--kv-transfer-config`` names it, with these settings in ``kv_connector_extra_config``: ``store``, the directory;
-    ``max_bytes`` of prepared gists that each worker holds (256 MiB); ``fingerprint`` of the checkpoint, where it is
-    known, so that its weights need not be read a second time.
+    ``max_bytes`` of prepared gists that each worker holds (256 MiB); ``fingerprint`` of the checkpoint, or a list of
+    those that it has in several dtypes, where they are known, so that its weights need not be read a second time.
 
     In the scheduler it takes a request's gist from the store as it is now, checks it, and salts the request's blocks
     with the gist's hash before any block is looked up, so that nobody can forget to. What it cannot take, the engine
@@ -188,6 +208,8 @@ class GistConnector(KVConnectorBase_V1):
             self._refused: dict[str, str] = {}
             self._step = _Step()
             self._pending: dict[str, _Load] = {}
+            self._given: dict[str, _Given] = {}
+            self._block_pool: Any = None
         else:
             self._gists = StoredGists(settings["store"])
             self._loaded = LoadedGists(int(settings.get("max_bytes", MAX_BYTES)))
@@ -198,12 +220,17 @@ class GistConnector(KVConnectorBase_V1):
 
     # -- scheduler -----------------------------------------------------------------------------------------------------
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Keep what knows the prefix cache."""
+        self._block_pool = gpu_block_pool
+
     def on_new_request(self, request: Any) -> None:
         """Take the request's gist, or note why it has none, and salt its blocks."""
         try:
             entry = self._admit(request)
-        except (GistError, OSError) as error:
-            logger.error("request %s is refused: %s", request.request_id, error)
+        except Exception as error:  # whatever it is, it must not take the engine along
+            is_known = isinstance(error, (GistError, OSError))
+            logger.error("request %s is refused: %s", request.request_id, error, exc_info=not is_known)
             self._refused[request.request_id] = str(error)
             self._stats.add("refused")
             salt = secrets.token_hex(16)  # shares its blocks with nobody
@@ -219,7 +246,11 @@ class GistConnector(KVConnectorBase_V1):
         request.update_block_hashes()
 
     def _admit(self, request: Any) -> StoreEntry | None:
-        name = gist_name(request.kv_transfer_params)
+        params = request.kv_transfer_params
+        if params is not None and not isinstance(params, Mapping):
+            request.kv_transfer_params = None  # or vLLM would ask it for its keys
+            raise GistRefusedError(f"kv_transfer_params must be an object, got {params!r:.100}")
+        name = gist_name(params)
         ids = request.prompt_token_ids
         gist_token_id = self._served.gist_token_id
         if name is None:
@@ -254,13 +285,17 @@ class GistConnector(KVConnectorBase_V1):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note where the tokens that were promised are to be written."""
-        if num_external_tokens == 0:
+        entry = self._entries.get(request.request_id)
+        if entry is None and num_external_tokens == 0:
             return
         (block_ids,) = blocks.get_block_ids()
-        if request.request_id in self._refused:
+        if entry is None:
             self._step.refused[request.request_id] = list(block_ids)
             return
-        entry = self._entries[request.request_id]
+        # Also where nothing is loaded: another request's load may be what it found in the prefix cache.
+        self._given[request.request_id] = _Given(request, request.num_output_tokens, list(block_ids))
+        if num_external_tokens == 0:
+            return
         k = entry.num_gist_tokens
         num_blocks = -(-k // self._block_size)
         self._pending[request.request_id] = _Load(entry, k - num_external_tokens, list(block_ids[:num_blocks]))
@@ -271,14 +306,27 @@ class GistConnector(KVConnectorBase_V1):
         # What was given blocks and lost them again in the same step gets other ones later.
         step.loads = [load for name, load in self._pending.items() if name in scheduler_output.num_scheduled_tokens]
         self._pending.clear()
+        for name in scheduler_output.preempted_req_ids or ():
+            self._distrust(name)
         return step
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Forget the request; its blocks are vLLM's."""
+        self._distrust(request.request_id, block_ids)
         self._entries.pop(request.request_id, None)
         self._refused.pop(request.request_id, None)
         self._pending.pop(request.request_id, None)
         return False, None
+
+    def _distrust(self, name: str, block_ids: Iterable[int] = ()) -> None:
+        """Take the blocks of a request that loses them out of the prefix cache, if no token has come of them yet.
+
+        vLLM has them there before they are written. When a load fails it takes them out again, but only those of
+        requests that run: not of one that was cancelled, or lost its blocks, before its first step was over.
+        """
+        given = self._given.pop(name, None)
+        if given is not None and given.is_unconfirmed:
+            self._block_pool.evict_blocks({*given.block_ids, *block_ids})
 
     # -- worker --------------------------------------------------------------------------------------------------------
 
@@ -293,8 +341,9 @@ class GistConnector(KVConnectorBase_V1):
         for load in step.loads:
             try:
                 self._write(load)
-            except (GistError, OSError) as error:
-                logger.error("gist %s cannot be read: %s", load.entry.key, error)
+            except Exception as error:  # out of memory, for instance: this request fails, and no other
+                is_known = isinstance(error, (GistError, OSError))
+                logger.error("gist %s cannot be loaded: %s", load.entry.key, error, exc_info=not is_known)
                 self._stats.add("failed")
                 self._invalid_blocks.update(load.block_ids[load.first // self._block_size :])
         for name, block_ids in step.refused.items():

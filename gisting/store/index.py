@@ -174,6 +174,8 @@ class _Connection(sqlite3.Connection):
     """
 
     file: os.stat_result  # which file was opened
+    # What the files looked like before SQLite was told that they never change; None where it looks after changes.
+    frozen: tuple[tuple[int, int, int] | None, ...] | None = None
 
     def __del__(self) -> None:
         _dropped.append(self)
@@ -214,7 +216,7 @@ class Index:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """One state of the index, to be read. Nothing that locks may run inside."""
         with self._read_lock, self._errors_in_words():
-            if self._reader is None or self._is_elsewhere(self._reader):
+            if self._reader is None or self._is_elsewhere(self._reader) or self._has_changed(self._reader):
                 self._reader = _closed(self._reader) or self._connect()
             connection = self._reader
             connection.execute("BEGIN")
@@ -294,6 +296,21 @@ class Index:
         except FileNotFoundError:
             raise self._gone() from None
 
+    def _has_changed(self, connection: _Connection) -> bool:
+        """Whether somebody wrote, where SQLite was told that nobody does."""
+        return connection.frozen is not None and connection.frozen != self._looks()
+
+    def _looks(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """Time, size and inode of the index and of its log, None for what is not there."""
+        found: list[tuple[int, int, int] | None] = []
+        for path in (self.path, Path(f"{self.path}-wal")):
+            try:
+                status = os.stat(path)
+                found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+            except FileNotFoundError:
+                found.append(None)
+        return tuple(found)
+
     def _gone(self) -> StoreError:
         return StoreError(f"{self.path} was moved or deleted while the store was open; open the store anew")
 
@@ -312,9 +329,11 @@ class Index:
             raise StoreError(f"{self.path.parent} is no store: it has no {INDEX}; give the directory of a store")
         if not self.path.exists() and self._was_open:
             raise self._gone()
-        options = "?mode=rwc"
+        options, looks = "?mode=rwc", self._looks()
+        is_frozen = False
         if self._is_read_only:
-            # Where no file can be made, SQLite cannot read along with writers, and there are none.
+            # Where no file can be made, SQLite cannot read along with writers. It is told that there are none, and what
+            # others write is seen by how the files look.
             log = Path(f"{self.path}-wal")
             is_frozen = not os.access(self.path.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
             options = "?immutable=1" if is_frozen else "?mode=ro"
@@ -334,6 +353,7 @@ class Index:
             if not self._is_read_only:
                 connection.execute("PRAGMA synchronous=FULL")
             connection.file, self._was_open = os.stat(self.path), True
+            connection.frozen = looks if is_frozen else None
         except BaseException:
             connection.close()
             raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -18,7 +19,8 @@ from gisting.errors import GistError, StoreError
 from gisting.models.hub import save_pretrained
 from gisting.models.patch import patch
 from gisting.serving import command
-from gisting.serving.command import require_vllm, serve_command
+from gisting.serving.command import require_vllm, serve_command, served_fingerprints
+from gisting.serving.gists import Served
 from gisting.store import GistStore
 from gisting.tokens import GistTokenizer
 from tests import tiny
@@ -52,6 +54,29 @@ def test_the_words_for_vllm(folder: Path) -> None:
     }
     plain = json.loads(option(serve_command(folder / "model", folder / "store"), "--kv-transfer-config"))
     assert plain["kv_connector_extra_config"] == {"store": str(folder / "store")}
+
+
+def test_fingerprints_are_found_once_for_all_processes(folder: Path) -> None:
+    def models(dtype: torch.dtype) -> tuple[str, ...]:
+        return Served.of_checkpoint(folder / "model", dtype).models
+
+    own, half, brain = models(torch.float32)[0], models(torch.float16)[1], models(torch.bfloat16)[1]
+    assert len({own, half, brain}) == 3
+    for words, wanted in (
+        (["--dtype", "float32"], (own,)),
+        (["--port", "1", "--dtype=float16"], (own, half)),
+        (["--dtype", "float16", "--dtype", "bfloat16"], (own, brain)),
+        ([], (own, brain, half)),  # vLLM takes one of them, by the device
+        (["--dtype", "auto"], (own, brain, half)),
+    ):
+        found = served_fingerprints(folder / "model", words)
+        assert found == wanted
+        config = json.loads(
+            option(serve_command(folder / "model", folder / "store", fingerprint=found), "--kv-transfer-config")
+        )
+        assert config["kv_connector_extra_config"]["fingerprint"] == list(wanted)
+    with pytest.raises(GistError, match="--dtype must be auto or a dtype of torch, got 'nn'"):
+        served_fingerprints(folder / "model", ["--dtype", "nn"])
 
 
 def test_the_store_is_found_from_everywhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +130,15 @@ def test_the_command_prints_what_it_runs(folder: Path, monkeypatch: pytest.Monke
     given = ["serve", str(folder / "model"), "--store", str(folder / "store"), "--port", "8001", "--enforce-eager"]
     done = CliRunner().invoke(app(), given)
     assert done.exit_code == 0, done.output
-    words = serve_command(folder / "model", folder / "store", others=["--port", "8001", "--enforce-eager"])
-    assert shlex.split(done.output) == words
+    words = serve_command(
+        folder / "model",
+        folder / "store",
+        fingerprint=served_fingerprints(folder / "model"),
+        others=["--port", "8001", "--enforce-eager"],
+    )
+    assert shlex.split(done.stdout) == words
     assert ran == [(words[0], words)]
     ran.clear()
-    assert CliRunner().invoke(app(), [*given, "--dry-run"]).exit_code == 0
+    done = CliRunner().invoke(app(), [*given, "--dry-run", "--fingerprint", "llama/1"])
+    assert (done.exit_code, '"fingerprint": "llama/1"' in done.output) == (0, True)
     assert ran == []

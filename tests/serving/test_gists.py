@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gisting.cache import GistCache
-from gisting.errors import GistError, StoreError
+from gisting.errors import CacheFormatError, GistError, StoreError
 from gisting.models.fingerprint import fingerprint
 from gisting.models.hub import save_pretrained
 from gisting.models.patch import patch
@@ -58,6 +58,20 @@ def test_gists_are_found_as_the_store_has_them_now(store: GistStore) -> None:
     assert caught.value.status == 404
 
 
+def test_a_file_that_is_another_than_its_entry_is_not_loaded(store: GistStore) -> None:
+    cache = store["three"]
+    gists = StoredGists(store.path, served_by(store))
+    store.put("first", GistCache(cache.values, cache.keys, cache.lengths, cache.origin))
+    store.put("second", GistCache(cache.values, tuple(map(torch.clone, cache.values)), cache.lengths, cache.origin))
+    first, second = gists.find("first"), gists.find("second")
+    assert first.num_bytes == second.num_bytes
+    files = [next(store.path.rglob(f"{entry.key}*")) for entry in (first, second)]
+    files[0].write_bytes(files[1].read_bytes())  # of the same size, model and k
+    with pytest.raises(CacheFormatError, match=f"is altered: its checksum is {second.sha256}"):
+        gists.load(first)
+    assert torch.equal(gists.load(second).keys[0], cache.values[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -105,6 +119,8 @@ def test_what_a_checkpoint_serves(tokenizer: GistTokenizer, tmp_path: Path) -> N
     assert len(both.models) == 2
     known = Served.of_checkpoint(tmp_path / "model", torch.bfloat16, fingerprint="llama/9", tokenizer=tokenizer)
     assert known.models == ("llama/9",)
+    known = Served.of_checkpoint(tmp_path / "model", torch.bfloat16, fingerprint=["llama/9", "llama/8"])
+    assert known.models == ("llama/9", "llama/8")
     with pytest.raises(GistError, match=r"has no gist.json"):
         Served.of_checkpoint(tmp_path, torch.float32)
 

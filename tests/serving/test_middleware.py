@@ -12,6 +12,7 @@ import pytest
 
 from gisting.models.hub import save_pretrained
 from gisting.models.patch import patch
+from gisting.serving import middleware as module
 from gisting.serving.gists import Served, StoredGists
 from gisting.serving.middleware import GistMiddleware
 from gisting.store import GistStore
@@ -32,20 +33,29 @@ def folder(tokenizer: GistTokenizer, tmp_path: Path) -> Path:
 
 
 class App:
-    """Says what it was asked, or no to who has no key."""
+    """Says what it was asked, or no to who has no key, as FastAPI does: a body that does not come is a bad request."""
 
     def __init__(self, config: Any = None) -> None:
         self.state = SimpleNamespace(vllm_config=config)
         self.asked: list[tuple[dict[str, Any], bytes]] = []
+        self.disconnects = 0
+        self.raises = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        body = (await receive())["body"]
-        self.asked.append((scope, body))
-        status = 401 if dict(scope["headers"]).get(b"authorization") == b"wrong" else 200
+        status, content = 200, b"fine"
+        if dict(scope["headers"]).get(b"authorization") == b"wrong":
+            status, content = 401, b"denied"
+        elif (message := await receive())["type"] == "http.request":
+            self.asked.append((scope, message["body"]))
+        else:
+            self.disconnects += 1
+            if self.raises:
+                raise RuntimeError("the client has gone")
+            status, content = 400, b"error parsing the body"
         await send({"type": "http.response.start", "status": status, "headers": []})
-        await send({"type": "http.response.body", "body": b"denied" if status == 401 else b"fine"})
+        await send({"type": "http.response.body", "body": content})
 
 
 def ask(
@@ -71,6 +81,7 @@ def ask(
     sent: list[Any] = []
 
     async def receive() -> Any:
+        assert key == b"right", "nothing is read for strangers"
         return messages.pop(0) if messages else {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
@@ -96,7 +107,7 @@ def test_a_request_with_a_gist_is_made_ready(folder: Path) -> None:
     ((scope, body),) = app.asked
     rest = GistTokenizer.from_pretrained(folder / "model").encode_continuations(["w1 w2"])[0]
     assert json.loads(body) == {**given, "prompt": [G, G, G, *rest]}
-    assert dict(scope["headers"])[b"content-length"] == str(len(body)).encode()
+    assert b"content-length" not in dict(scope["headers"]), "it was that of another body"
 
 
 @pytest.mark.parametrize(
@@ -130,14 +141,17 @@ def test_what_is_no_json_passes_unread(folder: Path) -> None:
         (404, "NotFoundError", "gist 'nobody' is not in the store", "/v1/completions", {"gist": "nobody"}),
         (400, "BadRequestError", "must be the name of a gist", "/v1/completions", {"gist": 1}),
         (400, "BadRequestError", "/v1/responses takes no gist", "/v1/responses", {"gist": "three"}),
+        (400, "BadRequestError", "takes no gist", "/elsewhere/v1/completions", {"gist": "nobody"}),
     ],
 )
-def test_refusals(folder: Path, status: int, kind: str, message: str, path: str, params: Any) -> None:
+@pytest.mark.parametrize("raises", [False, True], ids=["answers", "raises"])
+def test_refusals(folder: Path, status: int, kind: str, message: str, path: str, params: Any, raises: bool) -> None:
     app, middleware = made(folder)
+    app.raises = raises
     found, error = ask(app, middleware, {"prompt": "w1", "kv_transfer_params": params}, path)
     assert (found, error["type"], error["code"]) == (status, kind, status)
     assert message in error["message"]
-    assert [body for _, body in app.asked] == [b"{}"]  # who asks was looked at, and nothing else
+    assert (app.asked, app.disconnects) == ([], 1)  # who asks was looked at, and nothing else
 
 
 @pytest.mark.parametrize(
@@ -154,6 +168,92 @@ def test_gist_tokens_that_stand_for_nothing_are_refused(folder: Path, body: Any)
     assert (status, "has gist tokens (64) and names no gist" in error["message"]) == (400, True)
     for fine in ({"prompt": [1, 640]}, {"prompt": "64"}, {"max_tokens": 64}, {"prompt": None, "seed": G}):
         assert ask(app, middleware, fine) == (200, b"fine")
+
+
+def test_gist_tokens_are_looked_for_from_the_first_request_on(folder: Path) -> None:
+    app = App(configuration(folder))
+    status, error = ask(app, GistMiddleware(app), {"prompt": [G, 1]})
+    assert (status, "has gist tokens (64) and names no gist" in error["message"]) == (400, True)
+    # A server without gists has no gist tokens, and one whose store is gone answers what names no gist.
+    for other in (App(), App(configuration(folder, store=str(folder / "gone")))):
+        middleware = GistMiddleware(other)
+        for _ in range(2):
+            assert ask(other, middleware, {"prompt": [G, 1]}) == (200, b"fine")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("value", ["x", ["a"], 5])
+def test_what_vllm_would_look_for_elsewhere_is_refused(folder: Path, path: str, value: Any) -> None:
+    app, middleware = made(folder)
+    status, error = ask(app, middleware, {"prompt": "w1", "vllm_xargs": {"kv_transfer_params": value}}, path)
+    assert (status, "vllm_xargs holds kv_transfer_params" in error["message"]) == (400, True)
+    assert ask(app, middleware, {"prompt": "w1", "vllm_xargs": {"other": value}}, path) == (200, b"fine")
+
+
+NOBODY = json.dumps({"prompt": "w1", "kv_transfer_params": {"gist": "nobody"}})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [NOBODY.replace("kv_t", "kv\\u005ft").encode(), NOBODY.encode("utf-16"), NOBODY.encode("utf-32-le")],
+    ids=["escaped", "utf-16", "utf-32"],
+)
+def test_a_name_is_found_however_it_is_written(folder: Path, body: bytes) -> None:
+    app, middleware = made(folder)
+    assert ask(app, middleware, body)[0] == 404
+
+
+@pytest.mark.parametrize("ids", ["[6.4e1, 1]", "[64.0, 1]", "[1, 640e-1]"])
+def test_gist_tokens_are_found_however_they_are_written(folder: Path, ids: str) -> None:
+    app, middleware = made(folder)
+    assert ask(app, middleware, f'{{"prompt": {ids}}}'.encode())[0] == 400
+
+
+def test_half_a_letter_is_refused_in_words(folder: Path) -> None:
+    app, middleware = made(folder)
+    for path, body in (
+        ("/v1/completions", {"prompt": "w1 \ud800"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}),
+    ):
+        status, error = ask(app, middleware, {**body, "kv_transfer_params": {"gist": "three"}}, path)
+        assert (status, "the text cannot stand behind a gist" in error["message"]) == (400, True)
+
+
+def test_what_nobody_thought_of_is_answered_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, middleware = made(folder)
+    body = {"prompt": "w1", "kv_transfer_params": {"gist": "three"}}
+
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("of nothing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoredGists, "find", fail)
+        status, error = ask(app, middleware, body)
+    assert (status, "ZeroDivisionError: of nothing" in error["message"]) == (500, True)
+    assert ask(app, middleware, body) == (200, b"fine")
+
+
+def test_a_start_that_failed_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(configuration(folder))
+    middleware = GistMiddleware(app)
+    body = {"prompt": "w1", "kv_transfer_params": {"gist": "three"}}
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Served, "of_checkpoint", fail)
+        assert ask(app, middleware, body)[0] == 500
+    assert ask(app, middleware, body) == (200, b"fine")
+
+
+def test_bodies_have_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BODY_BYTES", 2**20)
+    app, middleware = made(folder)
+    assert ask(app, middleware, b'{"a": "' + b"x" * (2**20 - 9) + b'"}', pieces=50) == (200, b"fine")
+    status, error = ask(app, middleware, b'{"a": "' + b"x" * 2**20 + b'"}', pieces=50)
+    assert (status, error["message"]) == (413, "the body is larger than 1 MiB; send less")
+    assert len(app.asked) == 1
 
 
 def test_strangers_hear_nothing_of_the_store(folder: Path) -> None:
@@ -205,7 +305,7 @@ def test_a_client_that_goes_away_is_let_go(folder: Path) -> None:
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        raise AssertionError(message)
+        pass
 
     asyncio.run(middleware(scope, receive, send))
-    assert app.asked == []
+    assert (app.asked, app.disconnects) == ([], 1)

@@ -71,6 +71,9 @@ def test_a_chat_is_read_as_a_conversation_is(tokenizer: GistTokenizer) -> None:
 
 def test_the_chat_of_one_message_is_an_input(tokenizer: GistTokenizer) -> None:
     assert chat_ids(tokenizer, MESSAGES[:1]) == tokenizer.encode_continuations(["w1 w2"])[0]
+    # As the openai client hands an answer back.
+    answer = {**MESSAGES[1], "tool_calls": None, "function_call": None}
+    assert chat_ids(tokenizer, [MESSAGES[0], answer, MESSAGES[2]]) == chat_ids(tokenizer, MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,8 @@ def test_the_chat_of_one_message_is_an_input(tokenizer: GistTokenizer) -> None:
         ([{"role": "user", "content": None}], "must be of text"),
         ([{"role": "user", "content": []}], "must be of text"),
         ([{"role": "tool", "content": "w1"}], "must be of the user"),
+        ([MESSAGES[0], {**MESSAGES[1], "tool_calls": [{"id": "a"}]}, MESSAGES[2]], r"messages\[1\] holds tool_calls"),
+        ([MESSAGES[0], {**MESSAGES[1], "function_call": {"name": "a"}}, MESSAGES[2]], "holds function_call"),
     ],
 )
 def test_chats_that_cannot_stand_behind_a_gist(tokenizer: GistTokenizer, messages: Any, message: str) -> None:
@@ -161,6 +166,7 @@ def test_what_is_not_asked_for_is_no_hindrance(
     [
         ({"tools": [{}]}, "tools are part of the prompt"),
         ({"chat_template": "x"}, "chat_template does not go"),
+        ({"reasoning_effort": "low"}, "reasoning_effort does not go"),
         ({"add_generation_prompt": False}, "add_generation_prompt does not go"),
         ({"continue_final_message": True}, "continue_final_message does not go"),
         ({"kv_transfer_params": {"gist": "three", "prompt_token_ids": "w1"}}, "must be a list of ids"),

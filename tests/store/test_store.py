@@ -894,6 +894,27 @@ def test_read_only_where_nothing_can_be_written(store: GistStore, monkeypatch: p
         store.path.chmod(0o755)
 
 
+def test_what_others_write_is_seen_where_nothing_can_be_written(
+    store: GistStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("a", made(1))
+    store.close()
+    # As for a server of another user: this process may not write there, the one that does may.
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda *_: False)
+        reader = GistStore(store.path, is_read_only=True)
+        assert is_same(reader["a"], made(1))
+        for number in range(3):
+            store.put("a", made(10 + number))
+            store.put(f"b{number}", made(number))
+            assert is_same(reader["a"], made(10 + number)), "while the writer has the store open"
+            store.remove(f"b{number}")
+            assert f"b{number}" not in reader
+            store.put("a", made(20 + number))
+            store.close()
+            assert is_same(reader["a"], made(20 + number)), "and when it has closed it"
+
+
 def test_an_index_that_is_locked_for_long(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "_TIMEOUT_S", 0.05)
     store.put("a", made(1))

@@ -37,7 +37,7 @@ def configuration(served: Served) -> SimpleNamespace:
     )
 
 
-def connect(found: SimpleNamespace) -> Any:
+def connect(found: SimpleNamespace, role: str = "WORKER") -> Any:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
     from gisting.serving.vllm import GistConnector
@@ -50,7 +50,7 @@ def connect(found: SimpleNamespace) -> Any:
             kv_connector_extra_config=found.extra, kv_load_failure_policy=found.policy, is_kv_producer=True
         ),
     )
-    return GistConnector(config, KVConnectorRole.WORKER, SimpleNamespace(kv_cache_groups=found.groups))
+    return GistConnector(config, KVConnectorRole[role], SimpleNamespace(kv_cache_groups=found.groups))
 
 
 def test_a_plain_configuration_is_taken(served: Served) -> None:
@@ -164,3 +164,30 @@ def test_a_tensor_parallel_worker_takes_its_heads(served: Served, monkeypatch: p
         layer.num_kv_heads = 5
         with pytest.raises(GistError, match="the model 5 of 32"):
             connector._prepared(connector._gists.find("eight"))
+
+
+@pytest.mark.parametrize(
+    ("num_external_tokens", "num_new_tokens", "evicted"), [(8, 0, [{5, 6}]), (0, 0, [{5, 6}]), (8, 1, [])]
+)
+def test_preempted_requests_lose_pages_that_may_not_be_written(
+    served: Served, num_external_tokens: int, num_new_tokens: int, evicted: list[set[int]]
+) -> None:
+    found = configuration(served)
+    found.model.model, found.model.revision = str(served.path), None
+    connector = connect(found, "SCHEDULER")
+    calls: list[set[int]] = []
+    connector.bind_gpu_block_pool(SimpleNamespace(evict_blocks=calls.append))
+    entry = connector._gists.find("eight")
+    request = SimpleNamespace(request_id="a", num_output_tokens=3)  # from before an earlier preemption
+    connector._entries["a"] = entry
+    blocks = SimpleNamespace(get_block_ids=lambda: ([5, 6],))
+    connector.update_state_after_alloc(request, blocks, num_external_tokens)
+    step = connector.build_connector_meta(SimpleNamespace(num_scheduled_tokens={"a": 4}, preempted_req_ids=set()))
+    assert [load.first for load in step.loads] == ([0] if num_external_tokens else [])
+    request.num_output_tokens += num_new_tokens
+    connector.build_connector_meta(SimpleNamespace(num_scheduled_tokens={}, preempted_req_ids={"a", "another"}))
+    assert calls == evicted
+    assert connector._entries == {"a": entry}, "it comes again"
+    connector.request_finished(request, [7])
+    assert calls == evicted
+    assert not connector._entries

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gisting import GistCache, GistStore
+from gisting.serving.gists import LoadedGists
 from tests import tiny
 from tests.vllm.conftest import MAX_TOKENS, PROMPTS, Served, make, prompt_text
 
@@ -307,6 +308,103 @@ def test_cancelled_requests_leave_nothing_behind(served: Served, llm: Any) -> No
     llm.wait_for_completion()
     assert not connector._entries
     assert not connector._pending
+
+
+def test_running_requests_that_are_cancelled_leave_nothing_behind(served: Served, llm: Any) -> None:
+    connector = llm.llm_engine.engine_core.engine_core.scheduler.get_kv_connector()
+    llm.enqueue([{"prompt_token_ids": placed(served, "long", number)} for number in (1, 2)], [params("long")] * 2)
+    first, _ = connector._entries
+    for _ in range(6):
+        llm.llm_engine.step()
+    assert connector._given[first].request.num_output_tokens > 0
+    llm.llm_engine.abort_request([first], internal=True)
+    assert [*connector._entries] == [*connector._given] != [first]
+    (other,) = llm.wait_for_completion()
+    assert list(other.outputs[0].token_ids) == served.answer(rest(served, 2), "long")
+    assert not connector._entries
+    assert not connector._given
+    assert list(ask(llm, placed(served, "long"), "long").token_ids) == served.answer(rest(served), "long")
+
+
+@pytest.mark.parametrize("num_requests", [1, 2])
+def test_pages_that_were_never_written_are_never_read(
+    served: Served, llm: Any, changing: Path, monkeypatch: pytest.MonkeyPatch, num_requests: int
+) -> None:
+    # vLLM has pages in its prefix cache before they are written, and an abort may come before it hears that they were
+    # not. Of two requests the second finds the first one's pages there, and writes its own behind them.
+    with GistStore(changing) as store:
+        cache = store["long"]
+        sign = -1.0 - num_requests
+        store.put(
+            "torn long", GistCache(tuple(sign * keys for keys in cache.keys), cache.values, cache.lengths, cache.origin)
+        )
+        (entry,) = [entry for entry in store.list() if entry.name == "torn long"]
+    (file,) = changing.rglob(f"{entry.key}*")
+    hidden = file.rename(file.with_suffix(".hidden"))
+    core = llm.llm_engine.engine_core.engine_core
+    aborts = core._process_aborts_queue
+    failed = counted(llm)["gist_failed"]
+
+    def abort_all() -> None:
+        llm.llm_engine.abort_request([*core.scheduler.get_kv_connector()._entries], internal=True)
+        aborts()
+
+    ids = placed(served, "long", 4)
+    given = [ids, ids + rest(served, 4) * 2][:num_requests]
+    with monkeypatch.context() as patched:
+        patched.setattr(core, "_process_aborts_queue", abort_all)
+        llm.enqueue([{"prompt_token_ids": ids} for ids in given], [params("torn long")] * num_requests)
+        llm.wait_for_completion()
+        for _ in range(2):
+            core.step_fn()
+    hidden.rename(file)
+    found = [list(ask(llm, ids, "torn long").token_ids) for ids in given * 2]
+    llm.reset_prefix_cache()
+    wanted = [list(ask(llm, ids, "torn long").token_ids) for ids in given]
+    assert found == wanted * 2
+    assert counted(llm)["gist_failed"] > failed
+    assert wanted[0] != served.answer(rest(served, 4), "long")
+
+
+@pytest.mark.parametrize("value", ["x", ["a"], 5])
+def test_what_is_no_object_fails_alone(served: Served, llm: Any, value: Any) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    # What a request's vllm_xargs may hold. vLLM 0.32 stumbles over it in front of the engine, so it is put in behind.
+    settings = SamplingParams(temperature=0, max_tokens=4, extra_args={"kv_transfer_params": value})
+    core = llm.llm_engine.engine_core.engine_core
+    odd = Request("odd", rest(served), settings, None)
+    core.scheduler.add_request(odd)
+    assert "must be an object" in core.scheduler.get_kv_connector()._refused["odd"]
+    assert list(ask(llm, placed(served, "eight"), "eight").token_ids) == served.answer(rest(served), "eight")
+    assert odd.get_finished_reason().name == "ERROR"
+    assert "odd" not in core.scheduler.get_kv_connector()._refused
+
+
+def test_what_nobody_thought_of_fails_alone(served: Served, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gisting.serving.gists import StoredGists
+
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("of memory")
+
+    llm.reset_prefix_cache()
+    for method in ("find", "load"):
+        with monkeypatch.context() as patched:
+            patched.setattr(StoredGists, method, fail)
+            patched.setattr(worker(), "_loaded", LoadedGists(0))
+            prompts = [{"prompt_token_ids": placed(served, "three")}, {"prompt_token_ids": rest(served)}]
+            outputs = llm.generate(prompts, [params("three"), params()], use_tqdm=False)
+        assert outputs[0].outputs[0].finish_reason == "error"
+        assert list(outputs[1].outputs[0].token_ids) == served.answer(rest(served))
+    assert list(ask(llm, placed(served, "three"), "three").token_ids) == served.answer(rest(served), "three")
+
+
+def worker() -> Any:
+    """The connector beside the model, in this process."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()
 
 
 def test_logits_of_other_models_are_left_alone() -> None:

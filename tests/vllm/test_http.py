@@ -23,6 +23,7 @@ from gisting.serving.command import serve_command
 from gisting.serving.requests import chat_ids, request
 from tests import tiny
 from tests.vllm.conftest import PROMPTS, Served, make
+from tests.vllm.tied import Tied
 
 KEY = "a key of the server"
 STARTS_WITHIN_S = 240
@@ -41,12 +42,12 @@ class Server:
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         self.log = log
         with log.open("ab") as file:
-            self.process = subprocess.Popen(words, stdout=file, stderr=file, env=environment, start_new_session=True)
+            self._tied = Tied(words, stdout=file, stderr=file, env=environment)
 
     def wait(self) -> None:
         end = time.monotonic() + STARTS_WITHIN_S
         while time.monotonic() < end:
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert self._tied.process.poll() is None, self.log.read_text()[-4000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).read()
                 return
@@ -55,9 +56,7 @@ class Server:
         raise AssertionError(f"the server did not start: {self.log.read_text()[-4000:]}")
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, how)
-        self.process.wait(60)
+        self._tied.kill(how)
 
     @property
     def client(self) -> Any:
@@ -258,6 +257,48 @@ def test_who_may_not_use_the_server_learns_nothing_of_its_store(server: Server) 
         with pytest.raises(openai.AuthenticationError) as caught:
             stranger.completions.create(**SETTINGS, prompt="w1", extra_body=body(gist))
         assert gist not in json.dumps(caught.value.response.json())
+
+
+@pytest.mark.parametrize("route", ["/completions", "/chat/completions"])
+def test_what_vllm_would_look_for_elsewhere_is_refused(served: Served, server: Server, route: str) -> None:
+    import openai
+
+    given = {**SETTINGS, "vllm_xargs": {"kv_transfer_params": "x"}}
+    given |= {"prompt": "w1"} if route == "/completions" else {"messages": MESSAGES[:1]}
+    with pytest.raises(openai.BadRequestError, match="vllm_xargs holds kv_transfer_params"):
+        server.client.post(route, body=given, cast_to=object)
+    assert complete(server, "w1", "eight") == [served.answer(continuation(served, "w1"), "eight", 12)]
+
+
+def test_strangers_are_turned_away_before_they_are_read(server: Server) -> None:
+    # The answer comes though the body never does.
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as stranger:
+        stranger.sendall(head.encode())
+        assert stranger.recv(100).startswith(b"HTTP/1.1 401")
+
+
+def test_a_server_ends_with_the_tests(tmp_path: Path) -> None:
+    lines = ["import os, sys", "from tests.vllm.tied import Tied"]
+    lines += ["tied = Tied(['sleep', '300'])", "print(tied.process.pid, flush=True)", "os.kill(os.getpid(), 9)"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=False, env=environment, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    end = time.monotonic() + 30
+    while runs(int(done.stdout)):
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.1)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is a process of this number that is more than an entry in a table."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def test_gist_tokens_without_a_gist_fail(server: Server) -> None:

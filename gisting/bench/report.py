@@ -146,8 +146,11 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
     """Every table of the README and of docs/ that is made from committed rows: page, mark, file of rows, function."""
     from gisting.bench.cpu_attention import attention_table
     from gisting.bench.distillation import distillation_table
+    from gisting.bench.internalize import internalize_table
     from gisting.bench.methods import methods_table
+    from gisting.bench.nl2bash import nl2bash_table
     from gisting.bench.quality import quality_table
+    from gisting.bench.requests import serving_table
     from gisting.bench.storage import storage_table
     from gisting.bench.store import store_table
     from gisting.bench.training import training_table
@@ -161,6 +164,9 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
         ("docs/training.md", "training results", "training.jsonl", training_table),
         ("docs/training.md", "methods results", "methods.jsonl", methods_table),
         ("docs/training.md", "distillation results", "distillation.jsonl", distillation_table),
+        ("docs/internalisation.md", "internalize results", "internalize.jsonl", internalize_table),
+        ("docs/internalisation.md", "requests results", "internalize.jsonl", serving_table),
+        ("docs/internalisation.md", "nl2bash results", "nl2bash.jsonl", nl2bash_table),
     ]
 
 

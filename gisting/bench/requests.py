@@ -161,11 +161,12 @@ def serving_table(rows: Sequence[dict[str, Any]]) -> str:
         (row["num_parameters"], row["batch_size"]): row["requests_per_s"] for row in rows if row["mode"] == FULL_PROMPT
     }
     for row in rows:
-        spread = "–".join(f"{row[f'requests_per_s_{end}']:,.0f}" for end in ("low", "high"))
+        digits = 0 if row["requests_per_s"] >= 100 else 1
+        rate, *ends = (f"{row[f'requests_per_s{end}']:,.{digits}f}" for end in ("", "_low", "_high"))
         gain = row["requests_per_s"] / full[row["num_parameters"], row["batch_size"]]
         lines.append(
             f"| {row['num_parameters'] / 1e6:.1f} M | {row['batch_size']} | {row['mode']} | "
-            f"{row['num_cached_tokens']} | {row['num_new_tokens']:.1f} | {row['requests_per_s']:,.0f} ({spread}) | "
+            f"{row['num_cached_tokens']} | {row['num_new_tokens']:.1f} | {rate} ({'–'.join(ends)}) | "
             f"{gain:.2f}x |"
         )
     first = rows[0]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from gisting.bench.vllm import CONFIGURATIONS, make_setup, measure
 
 
+@pytest.mark.slow
 def test_all_configurations_run_and_answer_as_transformers_does(tmp_path: Path) -> None:
     """``measure`` holds the answers against transformers'; here, that caches are hit where there are any."""
     setup = make_setup(

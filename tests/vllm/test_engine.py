@@ -136,6 +136,7 @@ def test_preempted_requests_load_their_gist_again(served: Served, batch: list[An
     assert counts["gist_hits"] + counts["gist_loads"] > 24
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes of the CPU; a GPU has its own layout")
 def test_two_tensor_parallel_workers(served: Served, batch: list[Any]) -> None:
     with engine(served, tensor_parallel_size=2) as llm:

@@ -344,6 +344,7 @@ def test_names_may_come_and_go(served: Served, server: Server, store: Path) -> N
             complete(server, "w1", "new")
 
 
+@pytest.mark.slow
 def test_a_killed_server_comes_back_with_all_it_had(served: Served, store: Path, tmp_path: Path) -> None:
     wanted = [[served.answer(continuation(served, "w1 w2"), name, 12)] for name in PROMPTS]
     for _ in range(2):
@@ -352,6 +353,7 @@ def test_a_killed_server_comes_back_with_all_it_had(served: Served, store: Path,
             server.kill()
 
 
+@pytest.mark.slow
 def test_the_example_runs_as_it_says(served: Served, server: Server, store: Path) -> None:
     words = [served.path, "--store", store, "--url", f"http://127.0.0.1:{server.port}/v1", "--api-key", KEY]
     example = Path(__file__).parents[2] / "examples" / "06_vllm_openai_client.py"

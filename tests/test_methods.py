@@ -520,6 +520,10 @@ def test_errors(tmp_path: Path) -> None:
     attach(model, Adapter("embeddings", 2))
     with pytest.raises(GistError, match="model has an adapter already"):
         attach(model, Adapter("lora"))
+    adapters.save(model, tokenizer, tmp_path / "torn")
+    (tmp_path / "torn" / "adapter_model.safetensors").unlink()
+    with pytest.raises(GistError, match=r"has gist_adapter\.json and no adapter_model\.safetensors; fetch it again"):
+        adapters.load(tiny.patched("llama")[0], tmp_path / "torn")
     with pytest.raises(GistError, match=r"^num_gist_tokens must be at most 2, got 3: the adapter has a row for each"):
         gisting.compress(model, tokenizer, ["w1"], 3)
     (tmp_path / "config.json").write_text("{}")

@@ -34,6 +34,7 @@ from gisting.cache import GistCache
 from gisting.errors import CacheMismatchError, GistError
 from gisting.models import gist_lora
 from gisting.models.fingerprint import fingerprint
+from gisting.models.hub import find_file
 from gisting.models.patch import guarded_stack
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
@@ -290,7 +291,10 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
     about = read_about(name_or_path, **source)
     if about is None:
         raise GistError(f"{name_or_path} holds no adapter of gisting's: it has no {_FILE}")
-    tensors = load_file(_cached(name_or_path, _WEIGHTS, **source))
+    weights = find_file(name_or_path, _WEIGHTS, **source)
+    if weights is None:
+        raise GistError(f"{name_or_path} has {_FILE} and no {_WEIGHTS}; fetch it again")
+    tensors = load_file(weights)
     attach(model, Adapter(**about["adapter"]))
     own = {re.sub(rf"\.{_NAME}(?=\.|$)", "", name): tensor for name, tensor in _trained(model).items()}
     found = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if key != about["rows"]}
@@ -316,7 +320,7 @@ def read_about(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None
     Raises:
         GistError: it is of a later format.
     """
-    found = _cached(name_or_path, _FILE, **source)
+    found = find_file(name_or_path, _FILE, **source)
     if found is None:
         return None
     about = json.loads(Path(found).read_text(encoding="utf-8"))
@@ -389,15 +393,3 @@ def _base(model: Any) -> str:
     """The name of the frozen model; a directory in full, since the adapter lies somewhere else."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
     return str(Path(name).resolve()) if name and os.path.isdir(name) else name
-
-
-def _cached(name_or_path: str | Path, file: str, **source: Any) -> Any:
-    from transformers.utils.hub import cached_file
-
-    return cached_file(
-        str(name_or_path),
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **source,
-    )

@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from gisting.errors import GistError
+from gisting.models.hub import find_file
 from gisting.models.published import ALPACA_STRIPPED, PUBLISHED, PublishedCheckpoint, published
 from gisting.tokens import GistTokenizer
 
@@ -296,7 +296,7 @@ def weight_difference(name_or_path: str | Path, **source: Any) -> WeightDifferen
     Raises:
         GistError: it cannot be read, or is of a later format.
     """
-    found = _cached(name_or_path, _FILE, **source)
+    found = find_file(name_or_path, _FILE, **source)
     if found is None:
         return None
     try:
@@ -434,7 +434,7 @@ class _Weights:
 
 def _weight_files(name_or_path: str | Path, **source: Any) -> list[Path]:
     for name in _WEIGHTS:
-        found = _cached(name_or_path, name, **source)
+        found = find_file(name_or_path, name, **source)
         if found is None:
             continue
         if not name.endswith(".index.json"):
@@ -443,23 +443,13 @@ def _weight_files(name_or_path: str | Path, **source: Any) -> list[Path]:
             parts = list(dict.fromkeys(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise GistError(f"{found} is no index of weights ({error!r}); fetch it again") from error
-        files = [_cached(name_or_path, part, **source) for part in parts]
+        files = [find_file(name_or_path, part, **source) for part in parts]
         if None in files:
             raise GistError(f"{name_or_path} lacks {parts[files.index(None)]}, which {name} names; fetch it again")
-        return [Path(file) for file in files]
+        return [Path(file) for file in files if file is not None]
     raise GistError(
         f"{name_or_path} holds no weights: there is no such directory with one of {', '.join(_WEIGHTS)}, and the hub "
         "did not give one"
-    )
-
-
-def _cached(name_or_path: str | Path, file: str, **source: Any) -> Any:
-    return cached_file(
-        str(name_or_path),
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **source,
     )
 
 
@@ -673,12 +663,12 @@ def _tokenizer(name_or_path: str | Path, **source: Any) -> Any:
 
 def _save_as_it_was(name_or_path: str | Path, folder: Path, config: Any, **source: Any) -> None:
     """What stands beside the weights of a checkpoint of this library, or of any other."""
-    if _cached(name_or_path, "gist.json", **source) is not None:
+    if find_file(name_or_path, "gist.json", **source) is not None:
         GistTokenizer.from_pretrained(name_or_path, **source).save_pretrained(folder)
     else:
         _tokenizer(name_or_path, **source).save_pretrained(folder)
     config.save_pretrained(folder)
-    generation = _cached(name_or_path, "generation_config.json", **source)
+    generation = find_file(name_or_path, "generation_config.json", **source)
     if generation is not None:
         shutil.copyfile(generation, folder / "generation_config.json")
 

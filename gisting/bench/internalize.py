@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
 import shutil
 import time
@@ -33,14 +32,14 @@ from gisting.data.plain import PlainCollator
 from gisting.data.records import Record
 from gisting.data.tasks import CodeTask, code_tokenizer
 from gisting.errors import GistError
-from gisting.eval.conditions import ConditionResult, evaluate
+from gisting.eval.conditions import evaluate
 from gisting.eval.metrics import exact_matches
-from gisting.eval.statistics import Interval
+from gisting.eval.statistics import Interval, bootstrap
 from gisting.models.load import load
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import published_arguments
 from gisting.train.internalize.compressors import SelfInformation
-from gisting.train.internalize.directory import read_records
+from gisting.train.internalize.directory import EVAL_NAME, read_answers, read_records, read_template
 from gisting.train.internalize.layout import PromptLayout
 from gisting.train.internalize.schedule import Schedule
 from gisting.train.internalize.stages import internalize
@@ -144,8 +143,8 @@ def measure(
             training,
             published_arguments(
                 folder / name,
-                batch_size=32,
-                per_device_batch_size=32,
+                batch_size=BATCH_SIZE,
+                per_device_batch_size=BATCH_SIZE,
                 per_device_eval_batch_size=ANSWERS_AT_ONCE,
                 max_steps=steps,
                 learning_rate=1e-3,
@@ -167,8 +166,8 @@ def measure(
             **RUNS[name],
         )
         last = folder / name / f"stage-{len(result.stages)}"
-        answered = _answered(last, result.condition)
-        read = json.loads((last / "stage.json").read_text(encoding="utf-8"))["template"]
+        answers = read_answers(last, result.condition)
+        read = read_template(last)
         untaught = [replace(one, instruction=read) for one in unasked]
         rows.append(
             InternalizeRow(
@@ -181,7 +180,7 @@ def measure(
                 condition=result.condition,
                 tokens=result.tokens,
                 query_tokens=result.stages[-1].query_tokens,
-                exact_match=answered.interval("exact_match"),
+                exact_match=bootstrap([exact_matches(*answers)]),
                 unasked=_score(model, tokenizer, untaught, result.condition),
                 edited=_score(model, tokenizer, edited, result.condition) if name in READERS else None,
                 stages=[
@@ -212,11 +211,11 @@ def requests(directory: str | Path, run: str = "in stages", *, repeats: int = 30
         GistError: there is no such model, or ``repeats`` is out of range.
     """
     folder = Path(directory) / run
-    asked = read_records(folder / "stage-1" / "eval.jsonl")
+    asked = read_records(folder / "stage-1" / EVAL_NAME)
     if asked is None:
         raise GistError(f"directory must hold what measure saved, got {directory}, which has no {run}/stage-1")
     small, tokenizer = load(folder)
-    template = json.loads((folder / "stage-1" / "stage.json").read_text(encoding="utf-8"))["template"]
+    template = read_template(folder / "stage-1")
     (length,) = {len(ids) for ids in tokenizer.encode_completions([""] * len(asked), [one.output for one in asked])}
     set_seed(0)
     large = task_model(
@@ -316,14 +315,6 @@ def _score(model: PreTrainedModel, tokenizer: GistTokenizer, records: Sequence[R
     settings: dict[str, Any] = {"max_new_tokens": ANSWER, "batch_size": ANSWERS_AT_ONCE, "with_rouge": False}
     (result,) = evaluate(model, tokenizer, records, NUM_GIST_TOKENS, conditions=[condition], **settings)
     return result.interval("exact_match")
-
-
-def _answered(directory: Path, condition: str) -> ConditionResult:
-    """What a stage left of the answers under a condition."""
-    lines = [json.loads(line) for line in (directory / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    predictions = [line[condition] for line in lines]
-    scores = {"exact_match": exact_matches(predictions, [line["output"] for line in lines])}
-    return ConditionResult(condition, NUM_GIST_TOKENS, predictions, scores)
 
 
 def _main(arguments: Sequence[str] | None = None) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 import re
 import shutil
 import unicodedata
@@ -43,6 +42,7 @@ from gisting.models.load import load
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import published_arguments
 from gisting.train.internalize.compressors import Rewrites
+from gisting.train.internalize.directory import read_answers
 from gisting.train.internalize.examples import ExamplePool
 from gisting.train.internalize.layout import PromptLayout
 from gisting.train.internalize.schedule import Schedule
@@ -315,7 +315,7 @@ def measure(
             max_length=max_length,
             **RUNS[name],
         )
-        answers, references = _answers(folder / f"stage-{len(result.stages)}", result.condition)
+        answers, references = read_answers(folder / f"stage-{len(result.stages)}", result.condition)
         rows.append(
             Nl2BashRow(
                 run=name,
@@ -457,12 +457,6 @@ def _fitting(tokenizer: GistTokenizer, records: Sequence[Record], max_length: in
         for record, source, answer in zip(records, sources, answers, strict=True)
         if len(answer) <= MAX_ANSWER and len(source) + len(answer) <= max_length
     ]
-
-
-def _answers(directory: Path, condition: str) -> tuple[list[str], list[str]]:
-    """What a stage left of the answers under a condition, and the references."""
-    lines = [json.loads(line) for line in (directory / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    return [line[condition] for line in lines], [line["output"] for line in lines]
 
 
 def _saved(tokens: float, full: float | None) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,16 @@ from gisting.tokens import GistTokenizer
 from gisting.train.internalize.result import write_json
 
 __all__ = [
+    "ANSWERS_NAME",
+    "DATA_NAME",
+    "EVAL_NAME",
     "SETTINGS_NAME",
+    "STAGE_NAME",
     "TRAINING_NAME",
     "check_directory",
+    "read_answers",
     "read_records",
+    "read_template",
     "records_hash",
     "restore_model",
     "save_model",
@@ -36,6 +43,8 @@ __all__ = [
 
 SETTINGS_NAME = "settings.json"
 TRAINING_NAME = "training.json"  # beside the weights of a stage
+# The lines and the template of a stage, in its directory.
+STAGE_NAME, DATA_NAME, EVAL_NAME, ANSWERS_NAME = "stage.json", "data.jsonl", "eval.jsonl", "answers.jsonl"
 _FIELDS = ("instruction", "input", "output")
 
 
@@ -134,6 +143,45 @@ def read_records(path: Path) -> list[Record] | None:
         return None
     # Of an answer, U+2028 is a part: only this ends a line.
     return [Record(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def read_template(directory: Path) -> str:
+    """The template as a stage read it.
+
+    Args:
+        directory: of the stage.
+
+    Raises:
+        GistError: it cannot be read.
+    """
+    with _in_words(directory / STAGE_NAME) as path:
+        return json.loads(path.read_text(encoding="utf-8"))["template"]
+
+
+def read_answers(directory: Path, condition: str) -> tuple[list[str], list[str]]:
+    """What was said after a stage.
+
+    Args:
+        directory: of the stage.
+        condition: under which it was asked, such as ``"no-prompt"``.
+
+    Returns:
+        Answers, and the references, in the order of the evaluation records.
+
+    Raises:
+        GistError: it cannot be read, or was not asked so.
+    """
+    with _in_words(directory / ANSWERS_NAME) as path:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return [line[condition] for line in lines], [line["output"] for line in lines]
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GistError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def write_lines(path: Path, items: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,6 @@ in.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +24,14 @@ from gisting.errors import GistError
 from gisting.eval.metrics import exact_matches
 from gisting.eval.statistics import bootstrap
 from gisting.tokens import GistTokenizer
-from gisting.train.internalize.directory import read_records
+from gisting.train.internalize.directory import (
+    DATA_NAME,
+    EVAL_NAME,
+    STAGE_NAME,
+    read_answers,
+    read_records,
+    read_template,
+)
 from gisting.train.internalize.prices import Prices
 from gisting.train.internalize.result import Internalized, StageResult, load_internalized, template_hash
 
@@ -117,14 +123,13 @@ class _Run:
         """The whole template, and the evaluation requests with it; None where no stage of the run read it."""
         for stage in self.result.stages:
             if stage.share == 1 and stage.num_gist_tokens is None:
-                path = self.directory / f"stage-{stage.number}" / "stage.json"
-                try:
-                    template = json.loads(path.read_text(encoding="utf-8"))["template"]
-                except (OSError, ValueError, KeyError, TypeError) as error:
-                    raise GistError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+                directory = self.directory / f"stage-{stage.number}"
+                template = read_template(directory)
                 if template_hash(template) != self.result.template_sha256:
-                    raise GistError(f"{path} has another template than the one that the run was trained on")
-                return template, self.records(stage.number, "eval.jsonl")
+                    raise GistError(
+                        f"{directory / STAGE_NAME} has another template than the one that the run was trained on"
+                    )
+                return template, self.records(stage.number, EVAL_NAME)
         return None
 
     def tokens(self, records: Sequence[Record], condition: str, stage: StageResult) -> float:
@@ -149,7 +154,7 @@ class _Run:
         settings = self.result.settings
         total = 0.0
         for stage, num_steps in zip(self.result.stages, settings["steps"], strict=True):
-            records = self.records(stage.number, "data.jsonl")
+            records = self.records(stage.number, DATA_NAME)
             prompted = self.tokens(records, "no-prompt" if stage.condition == "no-prompt" else "prompt", stage)
             each = prompted + (stage.num_gist_tokens or 0) + self.output_tokens(records)
             total += (
@@ -165,12 +170,7 @@ class _Run:
         value = self.result.metrics[metric]
         if metric != "exact_match":
             return value, None, None
-        path = self.directory / f"stage-{self.result.stages[-1].number}" / "answers.jsonl"
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            said, references = [line[condition] for line in lines], [line["output"] for line in lines]
-        except (OSError, ValueError, KeyError) as error:
-            raise GistError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        said, references = read_answers(self.directory / f"stage-{self.result.stages[-1].number}", condition)
         found = bootstrap([exact_matches(said, references)])
         # A metric of this name may be the caller's own.
         return (value, found.low, found.high) if math.isclose(found.value, value) else (value, None, None)
@@ -435,7 +435,7 @@ def make_report(
     if prices is not None:
         rows = _priced(rows, prices)
     shorter = {
-        row.mode: tuple(run.records(run.result.stages[-1].number, "eval.jsonl"))
+        row.mode: tuple(run.records(run.result.stages[-1].number, EVAL_NAME))
         for row, run in zip(rows, runs, strict=False)
         if row.mode not in (None, FULL_PROMPT, BARE_QUERY)
     }
@@ -515,7 +515,7 @@ def _run_row(
     run: _Run, name: str, metric: str, full_tokens: float, output_tokens: float, prices: Prices | None
 ) -> RequestRow:
     result, last = run.result, run.result.stages[-1]
-    records = run.records(last.number, "eval.jsonl")
+    records = run.records(last.number, EVAL_NAME)
     tokens = run.tokens(records, result.condition, last)
     score, low, high = run.score(metric, result.condition)
     trained = {None: f"in {len(result.stages)} stages", "bare": BARE_QUERY, "full": FULL_PROMPT}
@@ -578,7 +578,7 @@ def _stage_rows(run: _Run, name: str, metric: str) -> list[StageRow]:
         return []
     rows = []
     for stage in run.result.stages:
-        records = run.records(stage.number, "eval.jsonl")
+        records = run.records(stage.number, EVAL_NAME)
         rows.append(
             StageRow(
                 name,

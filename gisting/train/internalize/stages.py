@@ -48,7 +48,11 @@ from gisting.train.internalize.compressors import (
     realised_share,
 )
 from gisting.train.internalize.directory import (
+    ANSWERS_NAME,
+    DATA_NAME,
+    EVAL_NAME,
     SETTINGS_NAME,
+    STAGE_NAME,
     TRAINING_NAME,
     check_directory,
     read_records,
@@ -78,7 +82,7 @@ __all__ = ["internalize"]
 
 _METHODS = ("full", "lora")
 # The files of a stage, and its weights, which are kept until the next one is finished.
-_DATA, _EVAL, _STAGE, _RESULT, _MODEL = "data.jsonl", "eval.jsonl", "stage.json", "result.json", "model"
+_RESULT, _MODEL = "result.json", "model"
 # What accelerate leaves on a model that it has prepared.
 _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 # What of the arguments decides the weights.
@@ -321,12 +325,12 @@ class _Run:
             "template": text,
         }
         directory.mkdir(parents=True, exist_ok=True)
-        write_records(directory / _DATA, training.records)
+        write_records(directory / DATA_NAME, training.records)
         if self.eval_records is not None:
             # Nobody who asks knows the answer, so no example is chosen by it.
             unanswered = [replace(record, output="") for record in self.eval_records]
-            write_records(directory / _EVAL, self._requests(stage, text, self.eval_records, unanswered).records)
-        write_json(directory / _STAGE, about)
+            write_records(directory / EVAL_NAME, self._requests(stage, text, self.eval_records, unanswered).records)
+        write_json(directory / STAGE_NAME, about)
 
     def stage(self, number: int) -> StageResult:
         """Train and evaluate; what a killed run has done of it is not done again."""
@@ -335,10 +339,10 @@ class _Run:
         if (directory / _MODEL).exists():
             restore_model(self.model, directory / _MODEL)
         else:
-            loss = self._train(number, stage, read_records(directory / _DATA))
+            loss = self._train(number, stage, read_records(directory / DATA_NAME))
             save_model(self.model, self.tokenizer, directory / _MODEL, {"train_loss": loss})
-        about = {**_read_json(directory / _STAGE), **_read_json(directory / _MODEL / TRAINING_NAME)}
-        asking = read_records(directory / _EVAL)
+        about = {**_read_json(directory / STAGE_NAME), **_read_json(directory / _MODEL / TRAINING_NAME)}
+        asking = read_records(directory / EVAL_NAME)
         result = StageResult(
             **{name: value for name, value in about.items() if name != "template"},
             metrics={} if asking is None else self._evaluate(stage, asking, directory),
@@ -419,7 +423,7 @@ class _Run:
         for result in results:
             for line, prediction in zip(lines, result.predictions, strict=True):
                 line[result.condition] = prediction
-        write_lines(directory / "answers.jsonl", lines)
+        write_lines(directory / ANSWERS_NAME, lines)
         return {
             result.condition: {
                 name: float(score(result.predictions, references)) for name, score in self.metrics.items()

@@ -65,9 +65,13 @@ setup(
         "internalize": ["bm25s>=0.3", "llmlingua>=0.2.2"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
         "vllm": ["vllm>=0.32"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "dev": [
-            "gisting[kernels,train,eval,sentencepiece]",
+            "gisting[kernels,train,eval,sentencepiece,docs]",
             "bm25s>=0.3",  # of the extra internalize; llmlingua is tested by a stand-in, its models are large
+            "build>=1.2",
+            "ipykernel>=6.29",  # with nbclient: the notebook is run by a test
+            "nbclient>=0.10",
             "hypothesis>=6.100",
             "pyright[nodejs]>=1.1.400",  # node as a wheel: pyright needs nothing but the package registry
             "pytest>=8",

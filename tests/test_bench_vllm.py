@@ -34,6 +34,7 @@ def cells(answers: list[int]) -> list[dict[str, Any]]:
     return [
         {
             "concurrency": number,
+            "num_requests": 4,
             "requests_per_s": 2.0,
             "first_token_s": times,
             "answers": [answers],
@@ -54,9 +55,10 @@ def test_every_configuration_has_its_cache(setup: bench.Setup, monkeypatch: pyte
                 tasks.setdefault(name, task) and cells(setup.answer if name == "gist" else setup.plain_answer)
             ),
         )
-        rows = measure(setup, configuration, concurrencies=(1, 8), num_requests=4)
-        assert [row.concurrency for row in rows] == [1, 8]
+        rows = measure(setup, [(configuration, 32)], concurrencies=(1, 8), min_requests=4, repeats=2)
+        assert [(row.concurrency, row.num_repeats) for row in rows] == [(1, 2), (8, 2)]
         assert (rows[0].first_token_p50_ms, rows[0].first_token_p99_ms) == (2.5, 4.0)
+        assert tasks[configuration].num_requests == [4, 24]
     assert [tasks[name].is_prefix_cached for name in bench.CONFIGURATIONS] == [False, True, True, True]
     assert [task.store is not None for task in tasks.values()] == [False, False, False, True]
     assert tasks["prefix, overflowing"].num_blocks < tasks["prefix"].num_blocks
@@ -74,9 +76,35 @@ def test_no_time_is_reported_for_wrong_answers(setup: bench.Setup, monkeypatch: 
     monkeypatch.setattr(bench, "_in_a_process", lambda task: cells([0, 0, 0, 0]))
     for configuration in bench.CONFIGURATIONS:
         with pytest.raises(GistError, match=f"{configuration}: vLLM answers with other tokens than transformers"):
-            measure(setup, configuration, num_requests=4)
+            measure(setup, [(configuration, 32)])
     with pytest.raises(GistError, match="configuration must be one of none"):
-        measure(setup, "fast")
+        measure(setup, [("fast", 32)])
+    with pytest.raises(GistError, match="repeats must be at least 1, got 0"):
+        measure(setup, [("none", 32)], repeats=0)
+
+
+def test_runs_take_turns_and_what_takes_long_is_not_repeated(
+    setup: bench.Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[bool, int]] = []
+    rates = iter([4.0, 1.0, 5.0, 6.0])  # requests a second of each run
+
+    def in_a_process(task: Any) -> list[dict[str, Any]]:
+        ran.append((task.is_prefix_cached, task.block_size))
+        return [{**cell, "requests_per_s": rate} for rate in [next(rates)] for cell in cells(setup.plain_answer)]
+
+    monkeypatch.setattr(bench, "_in_a_process", in_a_process)
+    found = [("prefix", 128), ("none", 32)]
+    rows = measure(setup, found, concurrencies=(1, 8), repeats=3, max_s=7)  # none takes 8 s, the other 2 at most
+    assert ran == [(True, 128), (False, 32), (True, 128), (True, 128)]
+    assert [(row.configuration, row.concurrency, row.num_repeats) for row in rows] == [
+        ("prefix", 1, 3),
+        ("prefix", 8, 3),
+        ("none", 1, 1),
+        ("none", 8, 1),
+    ]
+    assert (rows[0].requests_per_s_low, rows[0].requests_per_s, rows[0].requests_per_s_high) == (4, 5, 6)
+    assert (rows[2].requests_per_s_low, rows[2].requests_per_s, rows[2].requests_per_s_high) == (1, 1, 1)
 
 
 def test_a_failed_engine_is_told(setup: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,24 +115,39 @@ def test_a_failed_engine_is_told(setup: bench.Setup, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("subprocess.run", run)
     with pytest.raises(GistError, match="vLLM failed: out of memory"):
-        measure(setup, "none", num_requests=2)
+        measure(setup, [("none", 32)])
 
 
 def test_the_table_says_how_many_times() -> None:
-    def row(configuration: str, concurrency: int, speed: float, held: int) -> dict[str, Any]:
+    def row(configuration: str, concurrency: int, speed: float, held: int, repeats: int = 1) -> dict[str, Any]:
         made = VllmRow(
-            configuration, 1500, 1, concurrency, speed, 5, 9, 0.5, held, 1, 64, 32, 8, 26_000_000, 0, "vllm 0"
+            configuration=configuration,
+            block_size=32,
+            prompt_length=1500,
+            num_prompts=1,
+            concurrency=concurrency,
+            requests_per_s=speed,
+            requests_per_s_low=speed - 0.5,
+            requests_per_s_high=speed + 0.5,
+            first_token_p50_ms=5,
+            first_token_p99_ms=9,
+            hit_rate=0.5,
+            kv_bytes_per_prompt=held,
+            cache_bytes=held,
+            num_requests=64,
+            num_repeats=repeats,
+            num_new_tokens=32,
+            num_gist_tokens=8,
+            num_parameters=26_000_000,
+            num_preemptions=0,
+            vllm="vllm 0",
         )
         return {**asdict(made), **environment()}
 
-    table = vllm_table(
-        [
-            row("prefix", 1, 2.0, 48_000),
-            row("prefix", 8, 1.0, 48_000),
-            row("gist", 1, 2.0, 256),
-            row("gist", 8, 4.0, 256),
-        ]
-    ).splitlines()
-    assert table[2] == "| 1,500 | 1 | prefix | 48,000 | 2.00 (gist 1.0x) | 5 / 9 | 1.00 (gist 4.0x) | 5 / 9 |"
-    assert table[3] == "| 1,500 | 1 | gist | 256 | 2.00 | 5 / 9 | 4.00 | 5 / 9 |"
-    assert {line.count("|") for line in table[:4]} == {9}
+    rows = [row("prefix", 1, 2, 480), row("prefix", 8, 1, 480), row("gist", 1, 2, 256, 3), row("gist", 8, 4, 256, 3)]
+    table = vllm_table(rows).splitlines()
+    assert table[2] == "| 1,500 | 1 | prefix | 32 | 480 | 2.00, gist 1.0x | 5 / 9 | 1.00, gist 4.0x | 5 / 9 |"
+    assert table[3] == "| 1,500 | 1 | gist | 32 | 256 | 2.00 (1.50–2.50) | 5 / 9 | 4.00 (3.50–4.50) | 5 / 9 |"
+    assert {line.count("|") for line in table[:4]} == {10}
+    others = [{**other, "block_size": 128} for other in rows[2:]]
+    assert ", gist" not in vllm_table([*rows[:2], *others]), "a gist with other blocks is no measure of it"

@@ -7,8 +7,9 @@ every configuration must give transformers' greedy tokens to the first request, 
 Four configurations, with what a server would have: ``none`` keeps nothing of earlier requests; ``prefix`` has every
 prompt in vLLM's own cache; ``prefix, overflowing`` has room for half of the prompts, and for requests in flight within
 it; ``gist`` loads k tokens from a store, and is given less room than the others. Prompts come in an order of chance,
-for by turns a cache that is too small would never hold the next one. The gists of all prompts but the first are random
-numbers: they take the time of gists, and say nothing.
+for by turns a cache that is too small would never hold the next one. vLLM caches whole blocks, so what a prompt has in
+its last one is computed for each request: the longest prompts are timed with small blocks as well. The gists of all
+prompts but the first are random numbers: they take the time of gists, and say nothing.
 """
 
 from __future__ import annotations
@@ -48,25 +49,30 @@ __all__ = ["CONFIGURATIONS", "Setup", "VllmRow", "make_setup", "measure", "vllm_
 CONFIGURATIONS = ("none", "prefix", "prefix, overflowing", "gist")
 NUM_WORDS = 509
 INPUT_LENGTH = 16
-BLOCK_SIZE = 32
+BLOCK_SIZE = 128  # what vLLM takes on a CPU
+SMALL_BLOCK_SIZE = 32  # the least that its attention does there: more of a prompt ends at the end of a block
 _MARGIN = 4  # blocks of a request beside its prompt
 
 
 @dataclass(frozen=True)
 class VllmRow:
-    """One configuration at one concurrency; times to the first token in milliseconds."""
+    """One configuration at one concurrency; times to the first token, of all runs, in milliseconds."""
 
     configuration: str
+    block_size: int
     prompt_length: int
     num_prompts: int
     concurrency: int
-    requests_per_s: float
+    requests_per_s: float  # median of the runs
+    requests_per_s_low: float
+    requests_per_s_high: float
     first_token_p50_ms: float
     first_token_p99_ms: float
     hit_rate: float  # share of the ids that vLLM's own cache held
     kv_bytes_per_prompt: int  # what a cached prompt takes in the paged cache
     cache_bytes: int  # the whole paged cache
-    num_requests: int
+    num_requests: int  # of a run
+    num_repeats: int
     num_new_tokens: int
     num_gist_tokens: int
     num_parameters: int
@@ -188,34 +194,70 @@ def make_setup(
 
 def measure(
     setup: Setup,
-    configuration: str,
+    configurations: Sequence[tuple[str, int]],
     *,
     concurrencies: Sequence[int] = (1, 8, 32),
-    num_requests: int = 64,
+    min_requests: int = 32,
+    repeats: int = 3,
+    max_s: float = 100.0,
     seed: int = 0,
 ) -> list[VllmRow]:
-    """Time one configuration, in a process of its own.
+    """Time configurations in turn, each time in a fresh process, for two runs of one differ more than its requests do.
 
     Args:
         setup: what :func:`make_setup` made.
-        configuration: one of ``CONFIGURATIONS``.
+        configurations: names of ``CONFIGURATIONS``, each with the positions in a block of the paged cache.
         concurrencies: how many requests are in flight.
-        num_requests: at each.
+        min_requests: at each of them, and at least three times as many as are in flight.
+        repeats: runs of each configuration.
+        max_s: a configuration that has been timed for as many seconds is not run again.
         seed: of inputs and of the order of prompts, the same for every configuration.
 
     Returns:
-        A row for each concurrency.
+        A row for each configuration and concurrency.
 
     Raises:
         GistError: there is no such configuration; vLLM gave other tokens than transformers; or it failed.
     """
-    if configuration not in CONFIGURATIONS:
-        raise GistError(f"configuration must be one of {', '.join(CONFIGURATIONS)}, got {configuration!r}")
+    if strange := [name for name, _ in configurations if name not in CONFIGURATIONS]:
+        raise GistError(f"configuration must be one of {', '.join(CONFIGURATIONS)}, got {strange[0]!r}")
+    if repeats < 1:
+        raise GistError(f"repeats must be at least 1, got {repeats}")
+    num_requests = [max(min_requests, 3 * number) for number in concurrencies]
+    tasks = {
+        found: _task(setup, *found, concurrencies=concurrencies, num_requests=num_requests, seed=seed)
+        for found in configurations
+    }
+    runs: dict[tuple[str, int], list[list[dict[str, Any]]]] = {found: [] for found in configurations}
+    for _ in range(repeats):
+        for found, task in tasks.items():
+            if sum(cell["num_requests"] / cell["requests_per_s"] for run in runs[found] for cell in run) >= max_s:
+                continue
+            runs[found].append(_in_a_process(task))
+            expected = setup.answer if found[0] == "gist" else setup.plain_answer
+            if any(cell["answers"][0] != expected for cell in runs[found][-1]):
+                raise GistError(f"{found[0]}: vLLM answers with other tokens than transformers; no time is reported")
+    return [
+        _row(setup, found, tasks[found], list(cells))
+        for found in configurations
+        for cells in zip(*runs[found], strict=True)
+    ]
+
+
+def _task(
+    setup: Setup,
+    configuration: str,
+    block_size: int,
+    *,
+    concurrencies: Sequence[int],
+    num_requests: list[int],
+    seed: int,
+) -> LoadTask:
+    """The engine of a configuration, and what it is asked."""
     is_gist = configuration == "gist"
-    num_prompts, prompt_length = len(setup.prompts), len(setup.prompts[0])
-    held = setup.num_gist_tokens if is_gist else prompt_length
-    longest = held + INPUT_LENGTH + len(setup.answer)
-    blocks = math.ceil(longest / BLOCK_SIZE)
+    num_prompts = len(setup.prompts)
+    longest = _held(setup, configuration) + INPUT_LENGTH + len(setup.answer)
+    blocks = math.ceil(longest / block_size)
     # Each request in flight needs its own; beside them lies what is kept.
     num_blocks = max(concurrencies) * (blocks + _MARGIN)
     if configuration == "prefix":
@@ -232,65 +274,71 @@ def measure(
     warm = [request(number, setup.input) for number in range(num_prompts)]
     requests = [
         request(chance.randrange(num_prompts), [chance.randrange(3, NUM_WORDS + 3) for _ in range(INPUT_LENGTH)])
-        for _ in range(num_requests - 1)
+        for _ in range(max(num_requests) - 1)
     ]
-    task = LoadTask(
+    return LoadTask(
         model=str(setup.folder / "model"),
         store=str(setup.folder / "store") if is_gist else None,
         is_prefix_cached=configuration != "none",
         num_blocks=num_blocks,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         concurrencies=list(concurrencies),
+        num_requests=num_requests,
         warm=warm,
         requests=[request(0, setup.input), *requests],
         num_new_tokens=len(setup.answer),
-        max_model_len=longest + BLOCK_SIZE,
+        max_model_len=longest + block_size,
     )
-    cells = _in_a_process(task)
-    expected = setup.answer if is_gist else setup.plain_answer
-    if any(cell["answers"][0] != expected for cell in cells):
-        raise GistError(f"{configuration}: vLLM answers with other tokens than transformers; no time is reported")
-    rows = []
-    for cell in cells:
-        times = [1000 * seconds for seconds in cell["first_token_s"]]
-        rows.append(
-            VllmRow(
-                configuration=configuration,
-                prompt_length=prompt_length,
-                num_prompts=num_prompts,
-                concurrency=cell["concurrency"],
-                requests_per_s=cell["requests_per_s"],
-                first_token_p50_ms=statistics.median(times),
-                first_token_p99_ms=sorted(times)[math.ceil(0.99 * len(times)) - 1],
-                hit_rate=cell["hit_rate"],
-                kv_bytes_per_prompt=0 if configuration == "none" else held * setup.token_bytes,
-                cache_bytes=num_blocks * BLOCK_SIZE * setup.token_bytes,
-                num_requests=num_requests,
-                num_new_tokens=len(setup.answer),
-                num_gist_tokens=setup.num_gist_tokens,
-                num_parameters=setup.num_parameters,
-                num_preemptions=cell["num_preemptions"],
-                vllm=_vllm_version(),
-            )
-        )
-    return rows
+
+
+def _held(setup: Setup, configuration: str) -> int:
+    """Positions of the paged cache that stand for a prompt."""
+    return setup.num_gist_tokens if configuration == "gist" else len(setup.prompts[0])
+
+
+def _row(setup: Setup, found: tuple[str, int], task: LoadTask, cells: list[dict[str, Any]]) -> VllmRow:
+    """One concurrency of one configuration, from its runs."""
+    configuration, block_size = found
+    times = sorted(1000 * seconds for cell in cells for seconds in cell["first_token_s"])
+    rates = [cell["requests_per_s"] for cell in cells]
+    return VllmRow(
+        configuration=configuration,
+        block_size=block_size,
+        prompt_length=len(setup.prompts[0]),
+        num_prompts=len(setup.prompts),
+        concurrency=cells[0]["concurrency"],
+        requests_per_s=statistics.median(rates),
+        requests_per_s_low=min(rates),
+        requests_per_s_high=max(rates),
+        first_token_p50_ms=statistics.median(times),
+        first_token_p99_ms=times[math.ceil(0.99 * len(times)) - 1],
+        hit_rate=statistics.fmean(cell["hit_rate"] for cell in cells),
+        kv_bytes_per_prompt=0 if configuration == "none" else _held(setup, configuration) * setup.token_bytes,
+        cache_bytes=task.num_blocks * block_size * setup.token_bytes,
+        num_requests=cells[0]["num_requests"],
+        num_repeats=len(cells),
+        num_new_tokens=len(setup.answer),
+        num_gist_tokens=setup.num_gist_tokens,
+        num_parameters=setup.num_parameters,
+        num_preemptions=sum(cell["num_preemptions"] for cell in cells),
+        vllm=_vllm_version(),
+    )
 
 
 def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the JSONL file as Markdown: a line for each configuration, and how many times a gist's throughput is."""
-    groups: dict[tuple[int, int, str], dict[int, dict[str, Any]]] = {}
+    groups: dict[tuple[int, int, str, int], dict[int, dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["prompt_length"], row["num_prompts"], row["configuration"]), {})[row["concurrency"]] = (
-            row
-        )
+        key = (row["prompt_length"], row["num_prompts"], row["configuration"], row["block_size"])
+        groups.setdefault(key, {})[row["concurrency"]] = row
     concurrencies = sorted({row["concurrency"] for row in rows})
     heads = [f"{number} in flight: requests/s | first token p50 / p99, ms" for number in concurrencies]
     lines = [
-        f"| prompt | prompts | cache | bytes of a prompt | {' | '.join(heads)} |",
-        "|---|---|---|---|" + "---|---|" * len(concurrencies),
+        f"| prompt | prompts | cache | block | bytes of a prompt | {' | '.join(heads)} |",
+        "|---|---|---|---|---|" + "---|---|" * len(concurrencies),
     ]
-    for (length, prompts, configuration), cells in groups.items():
-        gist = groups.get((length, prompts, "gist"), {})
+    for (length, prompts, configuration, block_size), cells in groups.items():
+        gist = groups.get((length, prompts, "gist", block_size), {})
         parts = []
         for number in concurrencies:
             cell = cells.get(number)
@@ -298,25 +346,30 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
                 parts += ["-", "-"]
                 continue
             speed = f"{cell['requests_per_s']:.2f}"
+            if cell["num_repeats"] > 1:
+                speed += f" ({cell['requests_per_s_low']:.2f}–{cell['requests_per_s_high']:.2f})"
             if configuration != "gist" and number in gist:
-                speed += f" (gist {gist[number]['requests_per_s'] / cell['requests_per_s']:.1f}x)"
+                speed += f", gist {gist[number]['requests_per_s'] / cell['requests_per_s']:.1f}x"
             parts += [speed, f"{cell['first_token_p50_ms']:,.0f} / {cell['first_token_p99_ms']:,.0f}"]
         held = next(iter(cells.values()))["kv_bytes_per_prompt"]
-        lines.append(f"| {length:,} | {prompts} | {configuration} | {held:,} | {' | '.join(parts)} |")
+        lines.append(f"| {length:,} | {prompts} | {configuration} | {block_size} | {held:,} | {' | '.join(parts)} |")
     first = rows[0]
     hits = {
         number: f"{100 * row['hit_rate']:.0f} %"
-        for (*_, configuration), cells in groups.items()
+        for (_, _, configuration, _), cells in groups.items()
         for number, row in cells.items()
         if configuration == "prefix, overflowing"
     }
     overflowing = f" The cache that overflows held {', '.join(hits.values())} of the ids." if hits else ""
+    counts = {row["concurrency"]: row["num_requests"] for row in rows}
+    asked = ", ".join(f"{counts[number]} with {number} in flight" for number in concurrencies)
     lines += [
         "",
-        f"k = {first['num_gist_tokens']}, inputs of {INPUT_LENGTH} tokens, answers of {first['num_new_tokens']}, "
-        f"{first['num_requests']} requests for each number in flight, prompts in an order of chance, a LLaMA of "
-        f"{first['num_parameters'] / 1e6:.0f} million parameters in float32.{overflowing} Of fewer than 100 requests "
-        f"p99 is the slowest ({first['device']}, {first['threads']} threads, vLLM {first['vllm']}, torch "
+        f"k = {first['num_gist_tokens']}, inputs of {INPUT_LENGTH} tokens, answers of {first['num_new_tokens']}, a "
+        f"LLaMA of {first['num_parameters'] / 1e6:.0f} million parameters in float32; requests of a run: {asked}, "
+        f"prompts in an order of chance. Medians of runs in processes of their own that take turns, the least and the "
+        f"greatest in brackets; what stands without brackets took long and was run once.{overflowing} Of fewer than "
+        f"100 requests p99 is the slowest ({first['device']}, {first['threads']} threads, vLLM {first['vllm']}, torch "
         f"{first['torch']}).",
     ]
     return "\n".join(lines)
@@ -356,17 +409,25 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/vllm.jsonl"), help="JSONL file, added to")
     parser.add_argument("--lengths", nargs="+", type=int, default=[26, 512, 1500], help="ids of a prompt")
     parser.add_argument("--concurrencies", nargs="+", type=int, default=[1, 8, 32], help="requests in flight")
-    parser.add_argument("--prompts", type=int, default=1, help="prompts that every cache holds")
+    parser.add_argument("--prompts", type=int, default=1, help="prompts that every cache holds; 0 for none")
     parser.add_argument("--many", type=int, default=40, help="prompts of which prefix caching holds half; 0 for none")
-    parser.add_argument("--requests", type=int, default=64, help="requests for each number in flight")
+    parser.add_argument("--requests", type=int, default=32, help="at least so many, and three for each in flight")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each configuration, in turn")
+    parser.add_argument("--max-seconds", type=float, default=100, help="no further run of what was timed for so long")
     parser.add_argument("--layers", type=int, default=8, help="layers of the model")
     parser.add_argument("--hidden-size", type=int, default=512, help="width of the model")
     parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer")
     options = parser.parse_args(arguments)
-    table = Table("prompt", "prompts", "cache", "in flight", "requests/s", "first token p50, ms", "p99, ms")
-    plan = [(length, options.prompts, ("none", "prefix", "gist")) for length in options.lengths]
-    plan += [(max(options.lengths), options.many, ("prefix, overflowing", "gist"))] if options.many else []
+    table = Table("prompt", "prompts", "cache", "block", "in flight", "requests/s", "first token p50, ms", "p99, ms")
+    usual = [("none", BLOCK_SIZE), ("prefix", BLOCK_SIZE), ("gist", BLOCK_SIZE)]
+    small = [("prefix", SMALL_BLOCK_SIZE), ("gist", SMALL_BLOCK_SIZE)]
+    longest = max(options.lengths)
+    plan = [(length, options.prompts, usual + small * (length == longest)) for length in options.lengths]
+    if options.many:
+        plan.append((longest, options.many, [("prefix, overflowing", BLOCK_SIZE), ("gist", BLOCK_SIZE)]))
     for length, num_prompts, configurations in plan:
+        if num_prompts < 1:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             setup = make_setup(
                 Path(folder),
@@ -376,19 +437,21 @@ def _main(arguments: Sequence[str] | None = None) -> None:
                 num_layers=options.layers,
                 hidden_size=options.hidden_size,
             )
-            rows = [
-                row
-                for configuration in configurations
-                for row in measure(
-                    setup, configuration, concurrencies=options.concurrencies, num_requests=options.requests
-                )
-            ]
+            rows = measure(
+                setup,
+                configurations,
+                concurrencies=options.concurrencies,
+                min_requests=options.requests,
+                repeats=options.repeats,
+                max_s=options.max_seconds,
+            )
         for row in rows:
             append_row(options.output, {"command": "python -m gisting.bench.vllm", **asdict(row)})
             table.add_row(
                 f"{row.prompt_length:,}",
                 str(row.num_prompts),
                 row.configuration,
+                str(row.block_size),
                 str(row.concurrency),
                 f"{row.requests_per_s:.2f}",
                 f"{row.first_token_p50_ms:,.1f}",

@@ -31,8 +31,9 @@ class LoadTask:
         num_blocks: of the paged cache.
         block_size: positions in a block.
         concurrencies: how many requests are in flight, one after another.
+        num_requests: of those below, how many are asked at each concurrency.
         warm: requests that come before the clock starts: ids and the name of a gist, or None.
-        requests: those that are timed, at each concurrency.
+        requests: those that are timed.
         num_new_tokens: length of each answer.
         max_model_len: the longest sequence.
     """
@@ -43,6 +44,7 @@ class LoadTask:
     num_blocks: int
     block_size: int
     concurrencies: list[int]
+    num_requests: list[int]
     warm: list[tuple[list[int], str | None]]
     requests: list[tuple[list[int], str | None]]
     num_new_tokens: int
@@ -55,6 +57,7 @@ class LoadCell:
 
     Args:
         concurrency: requests in flight.
+        num_requests: in all.
         requests_per_s: of all requests.
         first_token_s: from handing a request in to its first token, of each request.
         answers: ids of the answers, in the order of the requests.
@@ -63,6 +66,7 @@ class LoadCell:
     """
 
     concurrency: int
+    num_requests: int
     requests_per_s: float
     first_token_s: list[float]
     answers: list[list[int]]
@@ -71,7 +75,7 @@ class LoadCell:
 
 
 def run(task: LoadTask) -> list[LoadCell]:
-    """Make the engine, warm it up and time it."""
+    """What each concurrency of ``task`` gave: the engine is made, warmed up and timed."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
@@ -103,13 +107,13 @@ def run(task: LoadTask) -> list[LoadCell]:
     )
     _answer_all(llm, task, task.warm, max(task.concurrencies))
     cells = []
-    for concurrency in task.concurrencies:
+    for concurrency, count in zip(task.concurrencies, task.num_requests, strict=True):
         gc.collect()
         before = _counts(llm)
-        elapsed, first, answers = _answer_all(llm, task, task.requests, concurrency)
+        elapsed, first, answers = _answer_all(llm, task, task.requests[:count], concurrency)
         put_off, asked, hits = (now - then for now, then in zip(_counts(llm), before, strict=True))
         rate = hits / asked if asked else 0.0
-        cells.append(LoadCell(concurrency, len(task.requests) / elapsed, first, answers, int(put_off), rate))
+        cells.append(LoadCell(concurrency, count, count / elapsed, first, answers, int(put_off), rate))
     return cells
 
 

@@ -18,7 +18,7 @@ def test_all_configurations_run_and_answer_as_transformers_does(tmp_path: Path) 
     assert setup.answer != setup.plain_answer
     hits = {}
     for configuration in CONFIGURATIONS:
-        rows = measure(setup, configuration, concurrencies=(1, 4), num_requests=8)
+        rows = measure(setup, [(configuration, 32)], concurrencies=(1, 4), min_requests=8, repeats=1)
         assert [row.concurrency for row in rows] == [1, 4]
         assert all(row.requests_per_s > 0 for row in rows)
         assert all(0 < row.first_token_p50_ms <= row.first_token_p99_ms for row in rows)

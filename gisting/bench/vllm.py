@@ -272,10 +272,13 @@ def _task(
         return setup.prompts[prompt] + ids, None
 
     warm = [request(number, setup.input) for number in range(num_prompts)]
-    requests = [
-        request(chance.randrange(num_prompts), [chance.randrange(3, NUM_WORDS + 3) for _ in range(INPUT_LENGTH)])
-        for _ in range(max(num_requests) - 1)
-    ]
+
+    def by_chance(count: int) -> list[tuple[list[int], str | None]]:
+        return [
+            request(chance.randrange(num_prompts), [chance.randrange(3, NUM_WORDS + 3) for _ in range(INPUT_LENGTH)])
+            for _ in range(count)
+        ]
+
     return LoadTask(
         model=str(setup.folder / "model"),
         store=str(setup.folder / "store") if is_gist else None,
@@ -283,9 +286,9 @@ def _task(
         num_blocks=num_blocks,
         block_size=block_size,
         concurrencies=list(concurrencies),
-        num_requests=num_requests,
         warm=warm,
-        requests=[request(0, setup.input), *requests],
+        # Others for each number in flight: the same ones again would find just their prompts in the cache.
+        requests=[[request(0, setup.input), *by_chance(count - 1)] for count in num_requests],
         num_new_tokens=len(setup.answer),
         max_model_len=longest + block_size,
     )

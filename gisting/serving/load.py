@@ -31,9 +31,8 @@ class LoadTask:
         num_blocks: of the paged cache.
         block_size: positions in a block.
         concurrencies: how many requests are in flight, one after another.
-        num_requests: of those below, how many are asked at each concurrency.
         warm: requests that come before the clock starts: ids and the name of a gist, or None.
-        requests: those that are timed.
+        requests: those that are timed, for each concurrency.
         num_new_tokens: length of each answer.
         max_model_len: the longest sequence.
     """
@@ -44,9 +43,8 @@ class LoadTask:
     num_blocks: int
     block_size: int
     concurrencies: list[int]
-    num_requests: list[int]
     warm: list[tuple[list[int], str | None]]
-    requests: list[tuple[list[int], str | None]]
+    requests: list[list[tuple[list[int], str | None]]]
     num_new_tokens: int
     max_model_len: int
 
@@ -107,13 +105,13 @@ def run(task: LoadTask) -> list[LoadCell]:
     )
     _answer_all(llm, task, task.warm, max(task.concurrencies))
     cells = []
-    for concurrency, count in zip(task.concurrencies, task.num_requests, strict=True):
+    for concurrency, requests in zip(task.concurrencies, task.requests, strict=True):
         gc.collect()
         before = _counts(llm)
-        elapsed, first, answers = _answer_all(llm, task, task.requests[:count], concurrency)
+        elapsed, first, answers = _answer_all(llm, task, requests, concurrency)
         put_off, asked, hits = (now - then for now, then in zip(_counts(llm), before, strict=True))
         rate = hits / asked if asked else 0.0
-        cells.append(LoadCell(concurrency, count, count / elapsed, first, answers, int(put_off), rate))
+        cells.append(LoadCell(concurrency, len(requests), len(requests) / elapsed, first, answers, int(put_off), rate))
     return cells
 
 

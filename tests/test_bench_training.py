@@ -43,17 +43,21 @@ def test_the_table_by_eye() -> None:
     ]
 
 
-def test_both_layouts_hold_the_same_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_layouts_hold_the_same_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "rows.jsonl"
     training._main(
         [*("--output", str(output), "--prompt-tokens", "20", "--per-prompt", "4"), "--completions=8", "--repeats=2"]
     )
-    padded, shared = read_rows(output)
-    assert [one["mode"] for one in (padded, shared)] == ["padded", "shared prompt"]
+    padded, packed, shared = rows = read_rows(output)
+    assert [one["mode"] for one in rows] == ["padded", "packed", "shared prompt"]
     assert (padded["num_rows"], shared["num_rows"]) == (8, 2)
+    # Each its own prompt, several in a row as long as a prompt with its four completions.
+    assert packed["num_tokens"] == padded["num_tokens"]
+    assert 2 < packed["num_rows"] < 8
+    assert packed["row_length"] <= padded["row_length"] + 3 * (padded["row_length"] - 22)
     # Six copies of prompt and gist less: two of eight are left.
     assert padded["num_tokens"] - shared["num_tokens"] == 6 * (20 + 2)
-    assert all(one["completions_per_s"] == pytest.approx(8 / one["step_s"]) for one in (padded, shared))
+    assert all(one["completions_per_s"] == pytest.approx(8 / one["step_s"]) for one in rows)
     assert "| shared prompt | 2 x 4 | 20 |" in capsys.readouterr().out
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from gisting.bench import vllm as bench
-from gisting.bench.report import environment
+from gisting.bench.report import environment, read_rows
 from gisting.bench.vllm import VllmRow, make_setup, measure, vllm_table
 from gisting.errors import GistError
 from gisting.store import GistStore
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -58,18 +60,22 @@ def test_every_configuration_has_its_cache(setup: bench.Setup, monkeypatch: pyte
         rows = measure(setup, [(configuration, 32)], concurrencies=(1, 8), min_requests=4, repeats=2)
         assert [(row.concurrency, row.num_repeats) for row in rows] == [(1, 2), (8, 2)]
         assert (rows[0].first_token_p50_ms, rows[0].first_token_p99_ms) == (2.5, 4.0)
-        assert tasks[configuration].num_requests == [4, 24]
+        assert [len(asked) for asked in tasks[configuration].requests] == [4, 24]
     assert [tasks[name].is_prefix_cached for name in bench.CONFIGURATIONS] == [False, True, True, True]
     assert [task.store is not None for task in tasks.values()] == [False, False, False, True]
     assert tasks["prefix, overflowing"].num_blocks < tasks["prefix"].num_blocks
-    assert tasks["gist"].requests[0][0][:3] == [512, 512, setup.input[0]]
-    # All ask for the same prompts, the first for the one that is checked, and read the same inputs.
-    asked = [gist for _, gist in tasks["gist"].requests]
-    assert asked[0] == "0"
-    for name in bench.CONFIGURATIONS[:3]:
-        assert [str(setup.prompts.index(ids[:9])) for ids, _ in tasks[name].requests] == asked
-    inputs = {name: [ids[-16:] for ids, _ in task.requests] for name, task in tasks.items()}
-    assert len({str(found) for found in inputs.values()}) == 1
+    for number in range(2):
+        requests = {name: task.requests[number] for name, task in tasks.items()}
+        assert requests["gist"][0][0][:3] == [512, 512, setup.input[0]]
+        # All ask for the same prompts, the first for the one that is checked, and read the same inputs.
+        asked = [gist for _, gist in requests["gist"]]
+        assert asked[0] == "0"
+        for name in bench.CONFIGURATIONS[:3]:
+            assert [str(setup.prompts.index(ids[:9])) for ids, _ in requests[name]] == asked
+        inputs = {name: [ids[-16:] for ids, _ in found] for name, found in requests.items()}
+        assert len({str(found) for found in inputs.values()}) == 1
+    first, second = tasks["none"].requests
+    assert first[1:] != second[1:4], "what was asked just before is no fair sample"
 
 
 def test_no_time_is_reported_for_wrong_answers(setup: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +157,27 @@ def test_the_table_says_how_many_times() -> None:
     assert {line.count("|") for line in table[:4]} == {10}
     others = [{**other, "block_size": 128} for other in rows[2:]]
     assert ", gist" not in vllm_table([*rows[:2], *others]), "a gist with other blocks is no measure of it"
+
+
+def test_the_committed_rows_hold_what_is_promised() -> None:
+    """Prompts of 1,500 tokens, vLLM's own block size: against its hot prefix cache twice the requests a second with 8
+    in flight and three times with 32; six times where it cannot hold the prompts. Small blocks help the baseline.
+    """
+    rows = read_rows(ROOT / "docs" / "results" / "vllm.jsonl")
+    rates = {
+        (row["configuration"], row["block_size"], row["prompt_length"], row["num_prompts"], row["concurrency"]): row[
+            "requests_per_s"
+        ]
+        for row in rows
+    }
+
+    def gain(other: str, length: int, num_prompts: int, concurrency: int, block_size: int = bench.BLOCK_SIZE) -> float:
+        where = (block_size, length, num_prompts, concurrency)
+        return rates["gist", *where] / rates[other, *where]
+
+    assert gain("prefix", 1500, 1, 8) >= 2
+    assert gain("prefix", 1500, 1, 32) >= 3
+    assert gain("prefix, overflowing", 1500, 40, 32) >= 6
+    assert gain("none", 1500, 1, 8) > gain("none", 512, 1, 8) > gain("none", 26, 1, 8)
+    assert 1.2 < gain("prefix", 1500, 1, 32, bench.SMALL_BLOCK_SIZE) < gain("prefix", 1500, 1, 32)
+    assert gain("prefix", 26, 1, 1) < 1.3, "where it does not pay is shown as well"

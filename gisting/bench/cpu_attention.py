@@ -9,7 +9,6 @@ unless outputs and gradients of the two agree, and where pieces are not what is 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from gisting.attention.pieces import plan_if_cheaper
 from gisting.attention.sdpa import dense_attention, sdpa_attention
-from gisting.bench.report import append_row
+from gisting.bench.progress import tracked
+from gisting.bench.report import append_row, spread
 from gisting.errors import GistError
 from gisting.visibility import Visibility, gist
 
@@ -118,7 +118,7 @@ def measure(layout: str, num_tokens: int, *, repeats: int) -> list[CpuAttentionR
                 start = time.perf_counter()
                 run(way)
                 times[way].append(1000 * (time.perf_counter() - start))
-        pieces, dense = (_quartiles(times[way]) for way in ("pieces", "dense"))
+        pieces, dense = (spread(times[way]) for way in ("pieces", "dense"))
         rows.append(
             CpuAttentionRow(
                 layout=layout,
@@ -165,11 +165,6 @@ def _spread(row: dict[str, Any], way: str) -> str:
     return f"{row[f'{way}_ms']:,.1f} ({row[f'{way}_ms_low']:,.1f}–{row[f'{way}_ms_high']:,.1f})"
 
 
-def _quartiles(times: list[float]) -> tuple[float, float, float]:
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-    return low, median, high
-
-
 def _gate(layout: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """Two orders of the same float32 sums over thousands of keys or rows: 200 machine epsilons of the largest number
     are granted; a pair of row and key too many or too few shows at a hundred times that.
@@ -193,20 +188,20 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, help="measured rounds, in place of 50, 15 and 5 by length")
     options = parser.parse_args(arguments)
     table = Table("layout", "tokens", "pass", "pieces", "seen", "by pieces, ms", "dense mask, ms", "ratio")
-    for layout in LAYOUTS:
-        for num_tokens in options.tokens:
-            for row in measure(layout, num_tokens, repeats=options.repeats or REPEATS.get(num_tokens, 5)):
-                append_row(options.output, asdict(row))
-                table.add_row(
-                    row.layout,
-                    f"{row.num_tokens:,}",
-                    _pass(row.is_training),
-                    str(row.num_pieces),
-                    f"{100 * row.share_seen:.1f} %",
-                    _spread(asdict(row), "pieces"),
-                    _spread(asdict(row), "dense"),
-                    f"{row.ratio:.2f}",
-                )
+    cells = [(layout, num_tokens) for layout in LAYOUTS for num_tokens in options.tokens]
+    for layout, num_tokens in tracked(cells, "measuring"):
+        for row in measure(layout, num_tokens, repeats=options.repeats or REPEATS.get(num_tokens, 5)):
+            append_row(options.output, asdict(row))
+            table.add_row(
+                row.layout,
+                f"{row.num_tokens:,}",
+                _pass(row.is_training),
+                str(row.num_pieces),
+                f"{100 * row.share_seen:.1f} %",
+                _spread(asdict(row), "pieces"),
+                _spread(asdict(row), "dense"),
+                f"{row.ratio:.2f}",
+            )
     Console().print(table)
 
 

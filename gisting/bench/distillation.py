@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
+from gisting.bench.progress import tracked
 from gisting.bench.report import append_row, environment, interval_cell
 from gisting.bench.task import BATCH_SIZE, SPLITS, task_accuracy, task_arguments, task_model
 from gisting.data.tasks import LetterTask, task_tokenizer
@@ -70,7 +71,7 @@ def measure(
         task = LetterTask(seed=seed)
         records = task.records("seen", steps * BATCH_SIZE, seed)
         splits = {split: task.records(split, num_records, seed + 1) for split in SPLITS}
-        for name, objective in objectives.items():
+        for name, objective in tracked(objectives.items(), f"training, seed {seed}"):
             if progress is not None:
                 progress(f"seed {seed}, {name}: {steps} steps")
             set_seed(seed)

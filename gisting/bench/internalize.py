@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
+from gisting.bench.progress import tracked
 from gisting.bench.report import append_row, environment, interval_cell
 from gisting.bench.requests import ServingRow, serving, serving_table
 from gisting.bench.task import ANSWERS_AT_ONCE, BATCH_SIZE, task_arguments, task_model
@@ -132,7 +133,7 @@ def measure(
     base = _base(task, tokenizer, folder / "base", base_steps, seed)
     base_seconds = round(time.perf_counter() - start, 1)
     rows = []
-    for name in runs:
+    for name in tracked(runs, "training"):
         say(f"{name}: {steps} steps")
         shutil.rmtree(folder / name, ignore_errors=True)
         model = copy.deepcopy(base)

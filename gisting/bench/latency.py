@@ -6,15 +6,18 @@ both start from states in memory, and nothing is reported unless the cached runs
 
 from __future__ import annotations
 
-import statistics
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from gisting.bench.report import spread
 from gisting.cache import GistCache
 from gisting.errors import GistError
 from gisting.eval.cost import cache_bytes, forward_flops
@@ -25,7 +28,7 @@ from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 from gisting.visibility import gist
 
-__all__ = ["LatencyRow", "first_token"]
+__all__ = ["LatencyRow", "check_logits", "first_token", "hand_over", "wait"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def first_token(
     """Measure one forward pass up to the first token of the answer, three ways.
 
     ``no cache`` reads prompt and input as plain text, ``prefix cache`` has the prompt's keys and values, ``gist
-    cache`` those of its gist. Handing the states to the model (a fresh ``DynamicCache``) is part of the time.
+    cache`` those of its gist. Handing the states to the model is part of the time: those of the prefix as
+    :func:`hand_over` does, those of the gist as ``GistCache.as_past_key_values`` does.
 
     Args:
         model: a patched decoder.
@@ -85,16 +89,12 @@ def first_token(
     compressed = compress(model, tokenizer, [prompt], num_gist_tokens)
     with evaluating(model), torch.inference_mode():
         kept = model(prompt_ids, use_cache=True).past_key_values
-        prefix = [(layer.keys, layer.values) for layer in kept.layers]
 
         def run_plain() -> Tensor:
             return model(plain_ids, use_cache=True, logits_to_keep=1).logits
 
         def run_prefix() -> Tensor:
-            cache = DynamicCache()
-            for layer, (keys, values) in enumerate(prefix):
-                cache.update(keys, values, layer)
-            return model(rest_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return model(rest_ids, past_key_values=hand_over(kept), use_cache=True, logits_to_keep=1).logits
 
         def run_gist() -> Tensor:
             return model(
@@ -127,10 +127,35 @@ def first_token(
     ]
 
 
+def hand_over(kept: Any, batch_size: int = 1) -> Any:
+    """A transformers cache of its own for one call, with the states of ``kept``, which stay as they are.
+
+    No state is copied: a dynamic cache grows by joining what it holds with what is new, which is a copy, and never
+    writes in place, so every call may begin from the same tensors. This is less than the ``copy.deepcopy`` of
+    transformers' own recipe for prefix caching, and leaves a prefix cache nothing to wait for. Layers of other kinds,
+    which do write in place, are copied.
+
+    Args:
+        kept: a transformers cache of a decoder, of ``batch_size`` rows or of one.
+        batch_size: rows of the call; one kept row is then seen by all of them.
+    """
+    fresh = copy.copy(kept)
+    fresh.layers = [
+        copy.copy(layer) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else copy.deepcopy(layer)
+        for layer in kept.layers
+    ]
+    for layer in fresh.layers:
+        layer.keys, layer.values = (
+            states if len(states) == batch_size else states.expand(batch_size, -1, -1, -1)
+            for states in (layer.keys, layer.values)
+        )
+    return fresh
+
+
 def _row(
     model: PreTrainedModel, mode: str, cached: int, new: int, times: list[float], compressed: GistCache
 ) -> LatencyRow:
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    low, median, high = spread(times)
     size = compressed.num_bytes if mode == "gist cache" else cache_bytes(model.config, cached, compressed.dtype)
     return LatencyRow(mode, cached, new, size, forward_flops(model.config, new, cached), median, low, high, len(times))
 
@@ -148,6 +173,9 @@ def check_logits(mode: str, found: Tensor, expected: Tensor) -> None:
 
     Rounding grows with depth; a thousand are granted in single precision, sixteen in half, where more would let
     anything pass.
+
+    Raises:
+        GistError: they do not; ``mode`` is named.
     """
     eps = torch.finfo(expected.dtype).eps
     tolerance = (1000 if eps < 1e-6 else 16) * eps * expected.abs().max()
@@ -159,5 +187,6 @@ def check_logits(mode: str, found: Tensor, expected: Tensor) -> None:
 
 
 def wait(device: torch.device) -> None:
+    """Return when ``device`` has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import set_seed
 
+from gisting.bench.progress import tracked
 from gisting.bench.report import append_row
 from gisting.bench.task import BATCH_SIZE, SPLITS, task_accuracy, task_arguments, task_model
 from gisting.data.tasks import LETTERS, LetterTask, task_tokenizer
@@ -135,7 +136,7 @@ def measure(
     rows = [row(model, "base", arguments.learning_rate, None, metrics, base_steps, True)]
     # Other records than the base model's.
     records = task.records("seen", steps * BATCH_SIZE, seed + 2)
-    for method in wanted:
+    for method in tracked(wanted, "training"):
         if progress is not None:
             progress(f"{method.name}: {steps} steps")
         model, _ = load(folder / "base")

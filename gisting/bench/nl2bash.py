@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import set_seed
 
+from gisting.bench.progress import tracked
 from gisting.bench.report import append_row, environment, interval_cell
 from gisting.bench.task import ANSWERS_AT_ONCE, task_model
 from gisting.data.plain import plain_sources
@@ -279,7 +280,7 @@ def measure(
         )
     pool = ExamplePool(training, min_answer_words=1)
     rows = []
-    for name in runs:
+    for name in tracked(runs, "training"):
         say(f"{name}: {steps} steps")
         folder = Path(directory) / name
         shutil.rmtree(folder, ignore_errors=True)

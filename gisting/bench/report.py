@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ __all__ = [
     "demo_table",
     "environment",
     "interval_cell",
+    "new_figure",
     "page_tables",
     "read_rows",
+    "spread",
     "write_between",
 ]
 
@@ -81,6 +84,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of repeated measurements, none of them beyond what was measured; of a
+    single one, that three times.
+    """
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
 def demo_table(rows: list[dict[str, Any]]) -> str:
     """The demo's rows as Markdown: accuracies of each seed, then the cost of a request."""
     lines = [
@@ -127,6 +140,19 @@ def interval_cell(found: Mapping[str, float] | None, sign: str = "") -> str:
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches, that no window shows.
+
+    Raises:
+        GistError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise GistError("plots need matplotlib; pip install 'gisting[eval]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def write_between(path: str | Path, name: str, text: str) -> None:
     """Replace what stands between ``<!-- name -->`` and ``<!-- end of name -->`` in a Markdown file.
 
@@ -146,6 +172,7 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
     """Every table of the README and of docs/ that is made from committed rows: page, mark, file of rows, function."""
     from gisting.bench.cpu_attention import attention_table
     from gisting.bench.distillation import distillation_table
+    from gisting.bench.inference import highlights_table, inference_table, losses_table
     from gisting.bench.internalize import internalize_table
     from gisting.bench.methods import methods_table
     from gisting.bench.nl2bash import nl2bash_table
@@ -154,10 +181,15 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
     from gisting.bench.storage import storage_table
     from gisting.bench.store import store_table
     from gisting.bench.training import training_table
+    from gisting.bench.vllm import vllm_highlights, vllm_table
 
     return [
         ("README.md", "demo results", "demo.jsonl", demo_table),
-        ("README.md", "cpu attention results", "cpu_attention.jsonl", attention_table),
+        ("README.md", "inference highlights", "inference.jsonl", highlights_table),
+        ("README.md", "vllm highlights", "vllm.jsonl", vllm_highlights),
+        ("docs/benchmarks.md", "cpu attention results", "cpu_attention.jsonl", attention_table),
+        ("docs/benchmarks.md", "inference results", "inference.jsonl", inference_table),
+        ("docs/benchmarks.md", "inference losses", "inference.jsonl", losses_table),
         ("docs/stores.md", "storage results", "storage.jsonl", storage_table),
         ("docs/stores.md", "store results", "store.jsonl", store_table),
         ("docs/evaluation.md", "quality results", "quality.jsonl", quality_table),
@@ -167,6 +199,7 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
         ("docs/internalisation.md", "internalize results", "internalize.jsonl", internalize_table),
         ("docs/internalisation.md", "requests results", "internalize.jsonl", serving_table),
         ("docs/internalisation.md", "nl2bash results", "nl2bash.jsonl", nl2bash_table),
+        ("docs/vllm.md", "vllm results", "vllm.jsonl", vllm_table),
     ]
 
 

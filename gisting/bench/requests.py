@@ -8,8 +8,6 @@ answers. Knows requests; knows no training.
 
 from __future__ import annotations
 
-import copy
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gisting.bench.latency import check_logits, wait
+from gisting.bench.latency import check_logits, hand_over, wait
+from gisting.bench.progress import tracked
+from gisting.bench.report import spread
 from gisting.data.plain import plain_sources
 from gisting.data.records import Record
 from gisting.errors import GistError
@@ -107,7 +107,7 @@ def serving(
     generating: Any = model
     with evaluating(model), torch.inference_mode():
         front = torch.tensor([full[0][:num_cached]] * batch_size, device=device)
-        kept: Any = model(front, use_cache=True, logits_to_keep=1).past_key_values
+        kept: Any = model(front[:1], use_cache=True, logits_to_keep=1).past_key_values
 
         def padded(sources: list[list[int]], start: int) -> tuple[Tensor, Tensor]:
             ids, is_token = pad_rows(sources[start : start + batch_size], pad, left=True)
@@ -119,7 +119,7 @@ def serving(
         def behind_prefix(ids: Tensor, mask: Tensor, **more: Any) -> Any:
             # The cached columns stand in front, so padding goes between them and the rest.
             ids, mask = torch.cat([front, ids], dim=1), torch.cat([torch.ones_like(front), mask], dim=1)
-            return run(ids, mask, past_key_values=_fresh(kept), **more)
+            return run(ids, mask, past_key_values=hand_over(kept, batch_size), **more)
 
         rests = {**plain, PREFIX_CACHE: [row[num_cached:] for row in full]}
         batches = {mode: [padded(sources, start) for start in starts] for mode, sources in rests.items()}
@@ -130,7 +130,7 @@ def serving(
             expected, found = (ways[mode](*batches[mode][number], **shown) for mode in (FULL_PROMPT, PREFIX_CACHE))
             _check_answers(expected, found, input_weight(model).dtype)
         times: dict[str, list[float]] = {mode: [] for mode in ways}
-        for number in range(warmup + repeats):
+        for number in tracked(range(warmup + repeats), "serving"):
             for mode, way in ways.items():
                 batch = batches[mode][number % len(starts)]
                 wait(device)
@@ -141,7 +141,7 @@ def serving(
                     times[mode].append(batch_size / (time.perf_counter() - start))
     rows = []
     for mode, rates in times.items():
-        low, median, high = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
+        low, median, high = spread(rates)
         served = [length for start in starts for length in map(len, rests[mode][start : start + batch_size])]
         cached = num_cached if mode == PREFIX_CACHE else 0
         new = round(sum(served) / len(served), 1)
@@ -204,11 +204,6 @@ def _check(
     for name, asked in shorter.items():
         if [record.input for record in asked] != [record.input for record in records]:
             raise GistError(f"shorter[{name!r}] must ask the queries of records, in their order; it asks others")
-
-
-def _fresh(cache: Any) -> Any:
-    """States of their own: generating writes into the cache that it is given."""
-    return copy.deepcopy(cache)
 
 
 def _check_answers(expected: Any, found: Any, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gisting import storage
+from gisting.bench.progress import tracked
 from gisting.bench.report import append_row
 from gisting.cache import GistCache
 from gisting.data.records import Record
@@ -103,7 +104,7 @@ def measure(
     device = input_weight(model).device
     expected = _logits(model, tokenizer, cache.select(rows), records)
     found = []
-    for name in storage.STORAGES:
+    for name in tracked(storage.STORAGES, "measuring"):
         if progress is not None:
             progress(name)
         stored, file_bytes, tensor_bytes = _through_files(cache, name)

@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gisting.bench.report import append_row
+from gisting.bench.progress import tracked
+from gisting.bench.report import append_row, spread
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
 from gisting.store import GistStore
@@ -82,7 +83,7 @@ def measure(
         raise GistError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     fill_s = 0.0
     with GistStore(directory, storage=storage) as store:
-        for first in range(0, num_caches, _PER_PUT):
+        for first in tracked(range(0, num_caches, _PER_PUT), "filling"):
             numbers = range(first, min(first + _PER_PUT, num_caches))
             named = {_name(number): _made(shape, number) for number in numbers}
             start = time.perf_counter()
@@ -97,7 +98,7 @@ def measure(
     chance = random.Random(0)
     ways: dict[str, Callable[[list[str]], GistCache]] = {"open_caches": store.get, "gather": table.gather}
     times: dict[str, list[float]] = {"files": [], "open_caches": [], "gather": []}
-    for number in range(repeats):
+    for number in tracked(range(repeats), "handing out"):
         rows = chance.sample(range(num_caches), min(BATCH_SIZE, num_caches))
         names = [_name(row) for row in rows]
         with GistStore(directory) as fresh:
@@ -110,7 +111,7 @@ def measure(
                 if number == 0:
                     _gate(way, found, GistCache.cat([_made(shape, row) for row in rows]), is_exact=storage is None)
     store.close()
-    quartiles = {way: statistics.quantiles(found, n=4) if len(found) > 1 else found * 3 for way, found in times.items()}
+    quartiles = {way: spread(found) for way, found in times.items()}
     held = [path.stat() for path in directory.rglob("*") if path.is_file()]
     return StoreRow(
         shape=shape,

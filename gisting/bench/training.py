@@ -1,9 +1,11 @@
-"""Training steps a second: a row for each completion, or completions packed behind one copy of their prompt.
+"""Training steps a second: a padded row for each completion, rows packed with several, or completions packed behind one
+copy of their prompt.
 
-Both ways train the built-in task's model on the same completions, alternating in one process; a step is all of it:
-collating, forward, backward and the optimiser. No time is reported unless both have the same loss and gradients.
+All ways train the built-in task's model on the same completions, alternating in one process; a step is all of it:
+collating, forward, backward and the optimiser. No time is reported unless all have the same loss and gradients.
+``gisting bench training`` and ``python -m gisting.bench.training`` are the same measurement.
 
-    python -m gisting.bench.training --output docs/results/training.jsonl
+    gisting bench training --output docs/results/training.jsonl
 """
 
 from __future__ import annotations
@@ -11,9 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,20 @@ from rich.console import Console
 from torch import Tensor
 from transformers import set_seed
 
-from gisting.bench.report import append_row, environment
+from gisting.bench.progress import tracked
+from gisting.bench.report import append_row, environment, new_figure, spread
 from gisting.bench.task import task_model
-from gisting.data.collate import IGNORED, GistCollator
+from gisting.data.collate import IGNORED, Example, GistCollator
 from gisting.data.packing import GistPackingCollator
 from gisting.data.records import Record
 from gisting.data.tasks import LetterTask, task_tokenizer
 from gisting.errors import GistError
 from gisting.tokens import GistTokenizer
 
-__all__ = ["TrainingRow", "measure", "training_table"]
+__all__ = ["LAYOUTS", "TrainingRow", "measure", "measure_all", "plot", "result_table", "training_table"]
 
 NUM_GIST_TOKENS = 2
+LAYOUTS = ("padded", "packed", "shared prompt")
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,14 @@ def measure(
         num_prompts: prompts of a step.
         per_prompt: completions of each.
         prompt_tokens: ids of a prompt; an instruction of the task is said over and over up to there.
-        repeats: measured rounds; in each, both ways take a step on the same completions.
+        repeats: measured rounds; in each, all ways take a step on the same completions.
         warmup: rounds before that.
 
+    Returns:
+        A row for each of ``LAYOUTS``.
+
     Raises:
-        GistError: a number is too small, or the two ways differ in loss or gradients.
+        GistError: a number is too small, or the ways differ in loss or gradients.
     """
     for name, value, low in (
         ("num_prompts", num_prompts, 1),
@@ -93,6 +99,7 @@ def measure(
     whole = prompt_tokens + NUM_GIST_TOKENS + per_prompt * (longest - prompt_tokens - NUM_GIST_TOKENS)
     collators: dict[str, Callable[[list[Record]], dict[str, Tensor]]] = {
         "padded": GistCollator(tokenizer, NUM_GIST_TOKENS, max_length=longest),
+        "packed": _OwnPrompts(tokenizer, NUM_GIST_TOKENS, max_length=longest, pack_length=whole),
         "shared prompt": GistPackingCollator(tokenizer, NUM_GIST_TOKENS, max_length=longest, pack_length=whole),
     }
     set_seed(0)
@@ -113,7 +120,7 @@ def measure(
     rows = []
     for mode, collate in collators.items():
         batch = collate(steps[0])
-        low, median, high = statistics.quantiles(times[mode], n=4) if repeats > 1 else times[mode] * 3
+        low, median, high = spread(times[mode])
         first, end = batch["attention_mask"][:, 0].unbind(1)
         rows.append(
             TrainingRow(
@@ -135,22 +142,38 @@ def measure(
     return rows
 
 
+def measure_all(
+    prompt_tokens: Sequence[int], per_prompt: Sequence[int], completions: int = 64, repeats: int = 30
+) -> Iterator[TrainingRow]:
+    """:func:`measure` for every length of a prompt with every number of completions of it, a progress bar beside it.
+
+    Args:
+        prompt_tokens: ids of a prompt.
+        per_prompt: completions of a prompt.
+        completions: of a step, in all.
+        repeats: measured rounds.
+
+    Raises:
+        GistError: as :func:`measure`.
+    """
+    for length, shared in tracked(list(itertools.product(prompt_tokens, per_prompt)), "measuring"):
+        yield from measure(
+            num_prompts=max(1, completions // shared), per_prompt=shared, prompt_tokens=length, repeats=repeats
+        )
+
+
+class _OwnPrompts(GistPackingCollator):
+    """Packs as ever, but leaves each completion its own copy of the prompt."""
+
+    def _documents(self, examples: list[Example], instructions: list[int]) -> list[tuple[int, list[Example]]]:
+        return [(instruction, [example]) for instruction, example in zip(instructions, examples, strict=True)]
+
+
 def training_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the JSONL file as Markdown."""
-    lines = [
-        "| layout | prompts x completions | tokens of a prompt | tokens of a step | rows x length | ms a step | "
-        "completions a second | against padded |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    padded: dict[str, Any] = {}
-    for row in rows:
-        padded = row if row["mode"] == "padded" else padded
-        spread = "–".join(f"{1000 * row[f'step_s_{end}']:.0f}" for end in ("low", "high"))
-        lines.append(
-            f"| {row['mode']} | {row['num_prompts']} x {row['per_prompt']} | {row['prompt_tokens']} | "
-            f"{row['num_tokens']:,} | {row['num_rows']} x {row['row_length']} | {1000 * row['step_s']:.0f} ({spread}) "
-            f"| {row['completions_per_s']:,.0f} | {row['completions_per_s'] / padded['completions_per_s']:.1f}x |"
-        )
+    _, columns, cells = result_table(rows)
+    lines = [f"| {' | '.join(line)} |" for line in (columns, *cells)]
+    lines.insert(1, "|---" * len(columns) + "|")
     first = rows[0]
     lines += [
         "",
@@ -160,6 +183,68 @@ def training_table(rows: Sequence[dict[str, Any]]) -> str:
         f"{first['transformers']}).",
     ]
     return "\n".join(lines)
+
+
+def result_table(rows: Sequence[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and lines."""
+    columns = [
+        "layout",
+        "prompts x completions",
+        "tokens of a prompt",
+        "tokens of a step",
+        "rows x length",
+        "ms a step",
+    ]
+    lines = []
+    padded: dict[str, Any] = {}
+    for row in rows:
+        padded = row if row["mode"] == "padded" else padded
+        ends = "–".join(f"{1000 * row[f'step_s_{end}']:.0f}" for end in ("low", "high"))
+        lines.append(
+            [
+                row["mode"],
+                f"{row['num_prompts']} x {row['per_prompt']}",
+                str(row["prompt_tokens"]),
+                f"{row['num_tokens']:,}",
+                f"{row['num_rows']} x {row['row_length']}",
+                f"{1000 * row['step_s']:.0f} ({ends})",
+                f"{row['completions_per_s']:,.0f}",
+                f"{row['completions_per_s'] / padded['completions_per_s']:.1f}x",
+            ]
+        )
+    return "Training steps", [*columns, "completions a second", "against padded"], lines
+
+
+def plot(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draw completions a second as bars, a group for each shape of a step.
+
+    Args:
+        rows: as :func:`gisting.bench.report.read_rows` gives them.
+        path: an image; its ending says which kind.
+
+    Raises:
+        GistError: matplotlib is not installed.
+    """
+    figure = new_figure(8, 4)
+    axis: Any = figure.subplots()
+    shapes = list(dict.fromkeys((row["prompt_tokens"], row["num_prompts"], row["per_prompt"]) for row in rows))
+    layouts = [layout for layout in LAYOUTS if any(row["mode"] == layout for row in rows)]
+    width = 0.8 / len(layouts)
+    for number, layout in enumerate(layouts):
+        shown = [row for row in rows if row["mode"] == layout]
+        places = [
+            shapes.index((row["prompt_tokens"], row["num_prompts"], row["per_prompt"])) + number * width
+            for row in shown
+        ]
+        axis.bar(places, [row["completions_per_s"] for row in shown], width, label=layout)
+    labels = [f"{tokens} tokens\n{prompts} x {each}" for tokens, prompts, each in shapes]
+    axis.set_xticks([place + (len(layouts) - 1) * width / 2 for place in range(len(shapes))], labels)
+    axis.set_ylabel("completions a second")
+    axis.set_xlabel("tokens of a prompt, prompts x completions")
+    axis.legend()
+    first = rows[0]
+    axis.set_title(f"{first['num_parameters'] / 1e6:.2f} million parameters; {first['device']}")
+    figure.savefig(path, dpi=110)
 
 
 def _step_records(
@@ -198,8 +283,9 @@ def _gate(model: Any, batches: dict[str, dict[str, Tensor]]) -> None:
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         counts.append(int((batch["labels"] != IGNORED).sum()))
     model.zero_grad()
-    apart = max(float((one - other).abs().max()) for one, other in zip(*gradients, strict=True))
-    if counts[0] != counts[1] or abs(losses[0] - losses[1]) > 1e-5 or apart > 1e-5:
+    first, *others = gradients
+    apart = max(float((one - its).abs().max()) for other in others for one, its in zip(first, other, strict=True))
+    if len(set(counts)) > 1 or max(losses) - min(losses) > 1e-5 or apart > 1e-5:
         raise GistError(
             f"the layouts differ: {counts} labels, losses {losses}, gradients by {apart:.1e}; no time is reported"
         )
@@ -215,14 +301,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--completions", type=int, default=64, help="completions of a step")
     parser.add_argument("--repeats", type=int, default=30, help="measured steps of each layout")
     options = parser.parse_args(arguments)
-    rows = []
-    for prompt_tokens, per_prompt in itertools.product(options.prompt_tokens, options.per_prompt):
-        rows += measure(
-            num_prompts=max(1, options.completions // per_prompt),
-            per_prompt=per_prompt,
-            prompt_tokens=prompt_tokens,
-            repeats=options.repeats,
-        )
+    rows = list(measure_all(options.prompt_tokens, options.per_prompt, options.completions, options.repeats))
     for row in rows:
         if options.output is not None:
             append_row(options.output, asdict(row))

@@ -44,7 +44,7 @@ from gisting.serving.load import LoadTask
 from gisting.store import GistStore
 from gisting.tokens import GistTokenizer
 
-__all__ = ["CONFIGURATIONS", "Setup", "VllmRow", "make_setup", "measure", "vllm_table"]
+__all__ = ["CONFIGURATIONS", "Setup", "VllmRow", "make_setup", "measure", "vllm_highlights", "vllm_table"]
 
 CONFIGURATIONS = ("none", "prefix", "prefix, overflowing", "gist")
 NUM_WORDS = 509
@@ -375,6 +375,26 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
         f"100 requests p99 is the slowest ({first['device']}, {first['threads']} threads, vLLM {first['vllm']}, torch "
         f"{first['torch']}).",
     ]
+    return "\n".join(lines)
+
+
+def vllm_highlights(rows: Sequence[dict[str, Any]]) -> str:
+    """How many times the requests a second with gists are those of other ways at vLLM's own block size, as Markdown."""
+    cells = {
+        (row["configuration"], row["prompt_length"], row["num_prompts"], row["concurrency"]): row["requests_per_s"]
+        for row in rows
+        if row["block_size"] == BLOCK_SIZE
+    }
+    concurrencies = sorted({row["concurrency"] for row in rows})
+    lines = [
+        f"| prompts x tokens | against | {' | '.join(f'{number} in flight' for number in concurrencies)} |",
+        "|---|---|" + "---|" * len(concurrencies),
+    ]
+    for configuration, length, prompts in dict.fromkeys(key[:3] for key in cells):
+        if configuration != "gist":
+            rates = ((configuration, length, prompts, number) for number in concurrencies)
+            gains = " | ".join(f"{cells['gist', *rate[1:]] / cells[rate]:.1f}x" for rate in rates)
+            lines.append(f"| {prompts} x {length:,} | {configuration} | {gains} |")
     return "\n".join(lines)
 
 

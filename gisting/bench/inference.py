@@ -1,0 +1,718 @@
+"""Requests behind one prompt, three ways in turn: the prompt read anew, a prefix cache, a gist cache; over lengths of
+the prompt and numbers of requests at once.
+
+Place in the flow: a patched decoder -> **inference** -> rows, tables, a plot. Prompts and inputs are random ids, for
+their values change no work. Everything that is timed is stock transformers: one forward pass up to the first token, and
+greedy ``generate``. Both caches are handed over in the same way, without a copy (``latency.hand_over``), and for the
+first token also by transformers' own recipe, which copies. Knows time and memory; knows nothing of quality.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from gisting.bench.latency import check_logits, hand_over, wait
+from gisting.bench.report import new_figure, spread
+from gisting.cache import CacheOrigin
+from gisting.data.tasks import task_tokenizer
+from gisting.errors import GistError
+from gisting.eval.cost import FlopCounts, cache_bytes, count_flops
+from gisting.models.decoder import prefix_states
+from gisting.models.mode import evaluating
+from gisting.models.patch import patch, require_patched
+from gisting.models.registry import position_limit
+from gisting.models.weights import input_weight
+from gisting.tokens import GistTokenizer
+from gisting.visibility import gist
+
+__all__ = [
+    "BATCHES",
+    "GIST",
+    "LENGTHS",
+    "MODES",
+    "NO_CACHE",
+    "PREFIX",
+    "InferenceRow",
+    "highlights_table",
+    "inference_table",
+    "losses_table",
+    "measure",
+    "plot",
+    "random_llama",
+    "result_tables",
+]
+
+NO_CACHE, PREFIX, GIST = MODES = ("no cache", "prefix cache", "gist cache")
+LENGTHS, BATCHES = (26, 128, 512, 2000, 8000), (1, 8, 32)
+_VOCABULARY, _HEAD_SIZE = 32_000, 64
+_GATE_TOKENS = 8  # of an answer whose logits are compared
+_LEAST_REPEATS = 2
+_SHARE_OF_MEMORY = 0.7  # of what is free at the start
+_HIGHLIGHTS = ((26, 1), (512, 1), (512, 8), (2000, 8))
+_NEAR = 1.1  # up to this many times as fast as prefix caching, a cell is named as one without gain
+
+
+@dataclass(frozen=True)
+class InferenceRow:
+    """One way to answer ``batch_size`` requests behind one prompt. What was not run is None, and ``not_run`` says why.
+
+    Times are in milliseconds, medians with their quartiles. ``copied_first_token_ms`` begins with transformers' recipe
+    for a kept cache, ``copy.deepcopy`` and then a copy for each request; the other times hand over views.
+    ``cache_bytes`` is kept for the prompt between requests, ``held_bytes`` are all keys and values at the last token of
+    the answers, a copy of the prompt's for each request. ``peak_bytes`` is the most that torch's allocator had out at
+    once while the answers were made, ``cache_bytes`` among it, the weights not.
+    """
+
+    mode: str
+    prompt_tokens: int
+    batch_size: int
+    input_tokens: int
+    answer_tokens: int
+    num_gist_tokens: int
+    model: str
+    num_parameters: int
+    dtype: str
+    cache_bytes: int
+    held_bytes: int
+    first_token_ms: float | None = None
+    first_token_ms_low: float | None = None
+    first_token_ms_high: float | None = None
+    num_first_token_repeats: int = 0
+    copied_first_token_ms: float | None = None
+    copied_first_token_ms_low: float | None = None
+    copied_first_token_ms_high: float | None = None
+    tokens_per_s: float | None = None
+    tokens_per_s_low: float | None = None
+    tokens_per_s_high: float | None = None
+    num_answer_repeats: int = 0
+    peak_bytes: int | None = None
+    not_run: str | None = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    num_gist_tokens: int
+    input_tokens: int
+    answer_tokens: int
+    repeats: int
+    seconds: float
+    max_seconds: float
+    max_bytes: int
+    name: str
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt, ``ids`` of shape ``(1, P)``, with what is kept of it, and how long reading it once took."""
+
+    ids: Tensor
+    gist_ids: Tensor  # (1, k)
+    prefix: Any
+    gist: Any  # of one row, as prefix
+    read_s: float
+
+
+def random_llama(
+    hidden_size: int = 640,
+    num_layers: int = 12,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, GistTokenizer]:
+    """A patched LLaMA with random weights, about 100 million by default, and a tokenizer for it: a head for every 64 of
+    the hidden size, keys and values in all of them, a vocabulary of 32,000, no tied embeddings.
+
+    Raises:
+        GistError: a size is out of range.
+    """
+    if hidden_size < _HEAD_SIZE or hidden_size % _HEAD_SIZE:
+        raise GistError(f"hidden_size must be a multiple of {_HEAD_SIZE}, the size of a head, got {hidden_size}")
+    if num_layers < 1:
+        raise GistError(f"num_layers must be at least 1, got {num_layers}")
+    tokenizer = task_tokenizer()
+    special: Any = tokenizer.tokenizer
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=hidden_size,
+        intermediate_size=-(-hidden_size * 8 // (3 * 64)) * 64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // _HEAD_SIZE,
+        max_position_embeddings=32_768,
+        pad_token_id=special.pad_token_id,
+        bos_token_id=special.bos_token_id,
+        eos_token_id=special.eos_token_id,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return patch(model.to(device), tokenizer), tokenizer
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    batches: Sequence[int] = BATCHES,
+    num_gist_tokens: int = 4,
+    input_tokens: int = 16,
+    answer_tokens: int = 32,
+    repeats: int = 30,
+    seconds: float = 5.0,
+    max_seconds: float = 60.0,
+    max_bytes: int | None = None,
+    name: str = "random LLaMA",
+) -> Iterator[list[InferenceRow]]:
+    """Measure every prompt length with every number of requests, all three ways in turn in one process.
+
+    Nothing is reported of a cell before both caches pass a gate: of every request the logits of the first token in the
+    batch are those of the request run alone, and of the first request the logits of eight tokens of its answer are
+    those of a forward pass over the whole text without a cache, which would have chosen the same tokens.
+
+    Args:
+        model: a patched decoder.
+        tokenizer: the tokenizer it was patched for.
+        lengths: tokens of the prompt, which all requests of a batch share.
+        batches: requests at once.
+        num_gist_tokens: k.
+        input_tokens: tokens of a request behind the prompt; each has others.
+        answer_tokens: tokens that ``generate`` makes for each.
+        repeats: the most runs of each kind.
+        seconds: how long each kind of run may take in all, but it runs at least twice.
+        max_seconds: a single run that would take longer is not run.
+        max_bytes: what would need more memory is not run; None for seven tenths of what is free.
+        name: of the model, for the rows.
+
+    Yields:
+        Of each length and number the rows ``no cache``, ``prefix cache`` and ``gist cache``.
+
+    Raises:
+        GistError: an argument is out of range, the model is an encoder-decoder, or a gate does not hold.
+    """
+    whole = {"num_gist_tokens": num_gist_tokens, "input_tokens": input_tokens, "answer_tokens": answer_tokens}
+    for argument, values in {**{key: [value] for key, value in whole.items()}, "repeats": [repeats]}.items():
+        _check_numbers(argument, values)
+    _check_numbers("lengths", lengths)
+    _check_numbers("batches", batches)
+    if seconds < 0 or max_seconds <= 0:
+        raise GistError(
+            f"seconds must be at least 0 and max_seconds above it, got {seconds} and {max_seconds}; by default 5 and 60"
+        )
+    if require_patched(model, tokenizer).is_encoder_decoder:
+        raise GistError("inference measures decoders, where a prompt has a prefix cache to compare with")
+    if max_bytes is None:
+        free = _free_bytes(input_weight(model).device)
+        max_bytes = 2**62 if free is None else int(_SHARE_OF_MEMORY * free)
+    settings = _Settings(num_gist_tokens, input_tokens, answer_tokens, repeats, seconds, max_seconds, max_bytes, name)
+    return _cells(_Bench(model, tokenizer, settings), sorted(set(lengths)), sorted(set(batches)))
+
+
+def _cells(bench: _Bench, lengths: list[int], batches: list[int]) -> Iterator[list[InferenceRow]]:
+    for length in lengths:
+        prompt, reason = bench.read_prompt(length)
+        for batch_size in batches:
+            rows = {mode: bench.empty_row(mode, length, batch_size) for mode in MODES}
+            if prompt is None:
+                yield [replace(row, not_run=reason) for row in rows.values()]
+            else:
+                yield _Cell(bench, prompt, batch_size).measure(rows)
+
+
+class _Bench:
+    """The model, and what is the same for all cells."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: GistTokenizer, settings: _Settings) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.device, self.dtype = input_weight(model).device, input_weight(model).dtype
+        self.counts: FlopCounts = count_flops(model.config)
+        special = {*tokenizer.tokenizer.all_special_ids, tokenizer.gist_token_id}
+        self.words = torch.tensor([word for word in range(len(input_weight(model))) if word not in special])
+        self.flops_per_s: float | None = None
+
+    def empty_row(self, mode: str, length: int, batch_size: int) -> InferenceRow:
+        config, settings = self.model.config, self.settings
+        in_front = settings.num_gist_tokens if mode == GIST else length
+        kept = {NO_CACHE: 0, PREFIX: length, GIST: settings.num_gist_tokens}[mode]
+        last = in_front + settings.input_tokens + settings.answer_tokens - 1
+        return InferenceRow(
+            mode=mode,
+            prompt_tokens=length,
+            batch_size=batch_size,
+            input_tokens=settings.input_tokens,
+            answer_tokens=settings.answer_tokens,
+            num_gist_tokens=settings.num_gist_tokens,
+            model=settings.name,
+            num_parameters=self.model.num_parameters(),
+            dtype=str(self.dtype).removeprefix("torch."),
+            cache_bytes=cache_bytes(config, kept, self.dtype, is_windowed=mode == PREFIX),
+            held_bytes=batch_size * cache_bytes(config, last, self.dtype, is_windowed=True),
+        )
+
+    def draw(self, rows: int, columns: int, seed: int) -> Tensor:
+        places = torch.randint(len(self.words), (rows, columns), generator=torch.Generator().manual_seed(seed))
+        return self.words[places].to(self.device)
+
+    def timed(self, run: Callable[[], Any]) -> float:
+        """Seconds."""
+        wait(self.device)
+        start = time.perf_counter()
+        run()
+        wait(self.device)
+        return time.perf_counter() - start
+
+    def read_prompt(self, length: int) -> tuple[_Prompt | None, str | None]:
+        """A prompt with its two caches, or why there is none."""
+        limit, settings = position_limit(self.model.config), self.settings
+        longest = length + max(settings.num_gist_tokens, settings.input_tokens + settings.answer_tokens)
+        if limit is not None and longest > limit:
+            return None, f"the model's positions end at {limit:,}"
+        with evaluating(self.model), torch.inference_mode():
+            if self.flops_per_s is None:
+                some = self.draw(1, 64, 0)
+                self.model(some)  # warms up
+                self.flops_per_s = self.counts.forward(64) / self.timed(lambda: self.model(some))
+            if (estimate := self.counts.forward(length) / self.flops_per_s) > settings.max_seconds:
+                return None, _too_slow("reading the prompt once", estimate)
+            ids = self.draw(1, length, length)
+            found: list[Any] = []
+            read_s = self.timed(lambda: found.append(self.model(ids, use_cache=True, logits_to_keep=1).past_key_values))
+            self.flops_per_s = self.counts.forward(length) / read_s
+            gist_ids = ids.new_full((1, settings.num_gist_tokens), self.tokenizer.gist_token_id)
+            encoding = self.tokenizer.locate(torch.cat([ids, gist_ids], dim=1)[0].tolist())
+            compressed = prefix_states(self.model, self.tokenizer, [encoding], CacheOrigin("", "", "", "gist"))
+            return _Prompt(ids, gist_ids, found[0], compressed, read_s), None
+
+
+class _Cell:
+    """One prompt and a number of requests behind it."""
+
+    def __init__(self, bench: _Bench, prompt: _Prompt, batch_size: int) -> None:
+        self.bench, self.prompt, self.batch_size = bench, prompt, batch_size
+        self.inputs = bench.draw(batch_size, bench.settings.input_tokens, 1)
+        in_front = {NO_CACHE: prompt.ids, PREFIX: prompt.ids, GIST: prompt.gist_ids}
+        self.whole = {
+            mode: torch.cat([ids.expand(batch_size, -1), self.inputs], dim=1) for mode, ids in in_front.items()
+        }
+        # A patched model looks whether the ids in front are a gist's, row by row; so this cache has all its rows.
+        self.kept = {PREFIX: prompt.prefix, GIST: prompt.gist.select([0] * batch_size).as_past_key_values()}
+        self.one_row = {PREFIX: prompt.prefix, GIST: prompt.gist.as_past_key_values()}
+
+    def past(self, mode: str, batch_size: int) -> Any:
+        return None if mode == NO_CACHE else hand_over(self.kept[mode], batch_size)
+
+    def first_logits(self, mode: str) -> Tensor:
+        """``(B, V)``, of one forward pass."""
+        ids = self.whole[mode] if mode == NO_CACHE else self.inputs
+        past = self.past(mode, self.batch_size)
+        return self.bench.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def first_token(self, mode: str) -> Tensor:
+        return self.first_logits(mode).argmax(-1)
+
+    def copied_first_token(self, mode: str) -> Tensor:
+        """By the recipe of transformers' documentation: a deep copy of what is kept, then a copy for each request."""
+        past = copy.deepcopy(self.one_row[mode])
+        past.batch_repeat_interleave(self.batch_size)
+        ids = self.inputs
+        return self.bench.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+
+    def answers(self, mode: str, num_tokens: int, **more: Any) -> Any:
+        ids = self.whole[mode]
+        return self.bench.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=self.past(mode, self.batch_size),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+            pad_token_id=self.bench.tokenizer.pad_token_id,
+            **more,
+        )
+
+    def measure(self, rows: dict[str, InferenceRow]) -> list[InferenceRow]:
+        bench, settings = self.bench, self.bench.settings
+        with evaluating(bench.model), torch.inference_mode():
+            first_s, step_s = self._gated(rows)
+            # Read anew, a prompt takes as many times as long as there are requests; then a step costs what it costs
+            # behind a prefix cache, for as many keys and values are held.
+            length = self.prompt.ids.shape[1]
+            longer = bench.counts.forward(length + settings.input_tokens) / bench.counts.forward(length)
+            first_s[NO_CACHE] = self.batch_size * self.prompt.read_s * longer
+            step_s[NO_CACHE] = step_s.get(PREFIX, 0.0)
+            firsts, answers = {}, {}
+            for mode, row in rows.items():
+                if row.not_run is not None:
+                    continue
+                answer_s = first_s[mode] + (settings.answer_tokens - 1) * step_s[mode]
+                if first_s[mode] > settings.max_seconds:
+                    rows[mode] = replace(row, not_run=_too_slow("the first token", first_s[mode]))
+                    continue
+                firsts[mode] = partial(self.first_token, mode)
+                if answer_s > settings.max_seconds:
+                    rows[mode] = replace(row, not_run=_too_slow("the answers", answer_s))
+                    continue
+                answers[mode] = partial(self.answers, mode, settings.answer_tokens)
+            for mode, run in answers.items():  # warms up as well
+                rows[mode] = replace(rows[mode], peak_bytes=rows[mode].cache_bytes + _peak_bytes(bench.device, run))
+            copied = {
+                mode: partial(self.copied_first_token, mode)
+                for mode in firsts
+                if mode != NO_CACHE and 2 * rows[mode].held_bytes <= settings.max_bytes
+            }
+            copied_s = {mode: bench.timed(run) for mode, run in copied.items()}  # warms up as well
+            for runs, seconds, key, counted in (
+                (firsts, first_s, "first_token_ms", True),
+                (copied, copied_s, "copied_first_token_ms", False),
+            ):
+                for mode, times in self._alternating(runs, seconds).items():
+                    low, median, high = (1000 * value for value in spread(times))
+                    found: dict[str, Any] = {key: median, f"{key}_low": low, f"{key}_high": high}
+                    if counted:
+                        found["num_first_token_repeats"] = len(times)
+                    rows[mode] = replace(rows[mode], **found)
+            num_tokens = self.batch_size * settings.answer_tokens
+            answer_s = {mode: first_s[mode] + (settings.answer_tokens - 1) * step_s[mode] for mode in answers}
+            for mode, times in self._alternating(answers, answer_s).items():
+                low, median, high = spread([num_tokens / value for value in times])
+                rows[mode] = replace(
+                    rows[mode],
+                    tokens_per_s=median,
+                    tokens_per_s_low=low,
+                    tokens_per_s_high=high,
+                    num_answer_repeats=len(times),
+                )
+        return list(rows.values())
+
+    def _gated(self, rows: dict[str, InferenceRow]) -> tuple[dict[str, float], dict[str, float]]:
+        """Check both caches; seconds of a first token and of a step behind each. What does not fit is marked."""
+        first_s, step_s = {}, {}
+        for mode, row in rows.items():
+            if (need := self._bytes_needed(row)) > self.bench.settings.max_bytes:
+                limit = self.bench.settings.max_bytes
+                rows[mode] = replace(row, not_run=f"would need {_size(need)}, allowed are {_size(limit)}")
+            elif mode != NO_CACHE:
+                self._gate(mode)
+                first_s[mode] = self.bench.timed(lambda mode=mode: self.first_token(mode))
+                count = min(_GATE_TOKENS, self.bench.settings.answer_tokens)
+                answers_s = self.bench.timed(lambda mode=mode, count=count: self.answers(mode, count))
+                step_s[mode] = max(0.0, answers_s - first_s[mode]) / max(1, count - 1)
+        return first_s, step_s
+
+    def _gate(self, mode: str) -> None:
+        together, dtype = self.first_logits(mode), self.bench.dtype
+        for number in range(self.batch_size):
+            row = slice(number, number + 1)
+            past = self.past(mode, self.batch_size)
+            for layer in past.layers:
+                layer.keys, layer.values = layer.keys[row], layer.values[row]
+            alone = self.bench.model(self.inputs[row], past_key_values=past, logits_to_keep=1).logits[:, -1]
+            check_logits(f"{mode}, request {number} of {self.batch_size}", together[row], alone)
+        count = min(_GATE_TOKENS, self.bench.settings.answer_tokens)
+        found = self.answers(mode, count, output_logits=True, output_scores=True, return_dict_in_generate=True)
+        answer = found.sequences[:1, -count:]
+        expected = self._uncached(mode, answer)
+        # generate gives float32 whatever the weights are; rounding is that of the weights.
+        logits = torch.stack([step[0] for step in found.logits]).to(dtype)
+        check_logits(mode, logits, expected)
+        # The choice, among what generate may choose: with equal logits up to rounding it is the same up to rounding.
+        is_allowed = torch.stack([step[0] for step in found.scores]).isfinite()
+        best = expected.float().masked_fill(~is_allowed, -torch.inf).amax(-1)
+        chosen = expected.float().gather(1, answer.T)[:, 0]
+        check_logits(f"{mode}, the logits of its greedy tokens,", chosen.to(dtype), best.to(dtype))
+
+    def _uncached(self, mode: str, answer: Tensor) -> Tensor:
+        """``(N, V)``: the logits before each of the N answered tokens of the first request, of one forward pass over
+        the whole text.
+        """
+        behind = torch.cat([self.inputs[:1], answer[:, :-1]], dim=1)
+        call: dict[str, Any] = {"use_cache": False, "logits_to_keep": answer.shape[1]}
+        if mode == GIST:
+            ids = torch.cat([self.prompt.ids, self.prompt.gist_ids, behind], dim=1)
+            visibility = gist(ids == self.bench.tokenizer.gist_token_id)
+            call |= {"attention_mask": visibility.as_attention_mask(), "position_ids": visibility.position_ids}
+        else:
+            ids = torch.cat([self.prompt.ids, behind], dim=1)
+        return self.bench.model(ids, **call).logits[0]
+
+    def _bytes_needed(self, row: InferenceRow) -> int:
+        """About what the answers take: all keys and values, one layer of them twice while it grows, and the widest
+        layer's activations and the logits of the first pass.
+        """
+        config = self.bench.model.config
+        width = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) + 8 * config.hidden_size
+        tokens = self.batch_size * (row.input_tokens + (row.prompt_tokens if row.mode == NO_CACHE else 0))
+        states = row.cache_bytes + row.held_bytes + 2 * row.held_bytes // config.num_hidden_layers
+        logits = 12 * self.batch_size * config.vocab_size
+        return states + tokens * width * self.bench.dtype.itemsize + logits
+
+    def _alternating(self, runs: dict[str, Callable[[], Any]], seconds: dict[str, float]) -> dict[str, list[float]]:
+        """Seconds of each run. Slow ones run less often, spread over the rounds; each round begins with another one."""
+        settings = self.bench.settings
+        counts = {
+            mode: min(settings.repeats, max(_LEAST_REPEATS, int(settings.seconds / max(seconds[mode], 1e-6))))
+            for mode in runs
+        }
+        times: dict[str, list[float]] = {mode: [] for mode in runs}
+        modes, rounds = list(runs), max(counts.values(), default=0)
+        for number in range(rounds):
+            first = number % len(modes)
+            for mode in modes[first:] + modes[:first]:
+                if (number + 1) * counts[mode] // rounds > number * counts[mode] // rounds:
+                    times[mode].append(self.bench.timed(runs[mode]))
+        return times
+
+
+def _check_numbers(name: str, values: Sequence[int]) -> None:
+    if not values or any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
+        shown = values[0] if len(values) == 1 else list(values)
+        raise GistError(f"{name} must be whole numbers of at least 1, got {shown!r}")
+
+
+def _too_slow(what: str, seconds: float) -> str:
+    return f"{what} would take about {seconds:,.0f} s"
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that may be taken, or None where nobody says."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
+    """The most bytes that torch's allocator gave out during a run and had not yet taken back.
+
+    On a CPU its profiler notes every allocation and release, those inside of operators too; the size of the process
+    would say less, for pages stay with it once it has touched them.
+    """
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _quiet_stderr():
+        profiler.start()
+    try:
+        run()
+    finally:
+        with _quiet_stderr():
+            profiler.stop()
+    inner: Any = profiler.profiler
+    events = [event for event in inner.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Without what the profiler's C++ writes there when it starts and stops, in the middle of a progress bar."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+# -- shown -------------------------------------------------------------------------------------------------------------
+
+_Rows = Sequence[dict[str, Any]]
+_FIRST = ("first_token_ms", "copied_first_token_ms")
+
+
+def _by_cell(rows: _Rows) -> dict[tuple[int, int], dict[str, dict[str, Any]]]:
+    cells: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["prompt_tokens"], row["batch_size"]), {})[row["mode"]] = row
+    return dict(sorted(cells.items()))
+
+
+def _gain(cell: dict[str, dict[str, Any]], mode: str, key: str) -> float | None:
+    """How many times as fast the gist cache is as another way; without a cache, nothing is handed over."""
+    other, ours = cell[mode]["first_token_ms" if mode == NO_CACHE and key in _FIRST else key], cell[GIST][key]
+    if other is None or ours is None:
+        return None
+    return other / ours if key in _FIRST else ours / other
+
+
+def _times(gain: float | None) -> str:
+    return "-" if gain is None else f"{gain:,.1f}x" if gain >= 10 else f"{gain:.2f}x"
+
+
+def _value(row: dict[str, Any], key: str) -> str:
+    if row[key] is None:
+        return "-" if row["not_run"] is None else f"not run: {row['not_run']}"
+    digits = 0 if row[key] >= 1000 else 1
+    median, *ends = (f"{row[f'{key}{end}']:,.{digits}f}" for end in ("", "_low", "_high"))
+    return f"{median} ({'–'.join(ends)})"
+
+
+def _size(number: int | None) -> str:
+    if number is None:
+        return "-"
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= scale:
+            return f"{number / scale:,.1f} {unit}"
+    return f"{number} B"
+
+
+def result_tables(rows: _Rows) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and lines of each table: first tokens with both ways of handing over, tokens a second, memory."""
+    cells = _by_cell(rows)
+    tables = []
+    for title, key in (
+        ("Time to the first token, ms, what is kept handed over without a copy", "first_token_ms"),
+        ("Time to the first token, ms, copied for the requests first", "copied_first_token_ms"),
+        ("Tokens a second, prompt or input read among it", "tokens_per_s"),
+    ):
+        modes = (PREFIX, GIST) if key == "copied_first_token_ms" else MODES
+        lines = [
+            [f"{length:,}", str(batch), *(_value(cell[mode], key) for mode in modes)]
+            + [_times(_gain(cell, mode, key)) for mode in (NO_CACHE, PREFIX)]
+            for (length, batch), cell in cells.items()
+        ]
+        columns = ["prompt", "batch", *modes, "gist against no cache", "gist against prefix cache"]
+        tables.append((title, columns, lines))
+    lines = []
+    for (length, batch), cell in cells.items():
+        kept = cell[PREFIX]["cache_bytes"], cell[GIST]["cache_bytes"]
+        peaks = [_size(cell[mode]["peak_bytes"]) for mode in MODES]
+        smaller = f"{kept[0] / kept[1]:,.1f}x"
+        lines.append([f"{length:,}", str(batch), *map(_size, kept), smaller, *peaks])
+    columns = ["prompt", "batch", "kept: prefix", "kept: gist", "smaller", *(f"peak: {mode}" for mode in MODES)]
+    tables.append(("Memory", columns, lines))
+    return tables
+
+
+def inference_table(rows: _Rows) -> str:
+    """Rows of the JSONL file as Markdown."""
+    parts = []
+    for title, columns, lines in result_tables(rows):
+        parts += [f"{title}:", "", *_markdown(columns, lines), ""]
+    first = rows[0]
+    fewest, most = (
+        pick(row[name] for row in rows for name in ("num_first_token_repeats", "num_answer_repeats") if row[name])
+        for pick in (min, max)
+    )
+    parts.append(
+        f"{first['model']}, {first['num_parameters'] / 1e6:.0f} million parameters, {first['dtype']}; k = "
+        f"{first['num_gist_tokens']}, inputs of {first['input_tokens']} tokens, answers of {first['answer_tokens']}; "
+        f"medians of {fewest} to {most} alternating runs, the slower the fewer, quartiles in brackets "
+        f"({first['device']}, {first['threads']} threads, torch {first['torch']}, transformers "
+        f"{first['transformers']})."
+    )
+    return "\n".join(parts)
+
+
+def losses_table(rows: _Rows) -> str:
+    """The cells in which a gist cache gains less than a tenth over prefix caching, or loses, as Markdown."""
+    lines = []
+    for (length, batch), cell in _by_cell(rows).items():
+        for what, key in (("time to the first token", "first_token_ms"), ("tokens a second", "tokens_per_s")):
+            gain = _gain(cell, PREFIX, key)
+            if gain is not None and gain < _NEAR:
+                both = (_value(cell[mode], key) for mode in (PREFIX, GIST))
+                lines.append([f"{length:,}", str(batch), what, *both, _times(gain)])
+    if not lines:
+        return "None of the cells above."
+    return "\n".join(_markdown(["prompt", "batch", "", PREFIX, GIST, "gist against prefix cache"], lines))
+
+
+def highlights_table(rows: _Rows) -> str:
+    """How many times a gist cache is as fast and as small, in few cells, as Markdown; among them one without gain."""
+    lines = []
+    for (length, batch), cell in _by_cell(rows).items():
+        if (length, batch) not in _HIGHLIGHTS:
+            continue
+        gains = [
+            _times(_gain(cell, mode, key))
+            for mode, key in ((NO_CACHE, "first_token_ms"), (PREFIX, "first_token_ms"), (PREFIX, "tokens_per_s"))
+        ]
+        smaller = cell[PREFIX]["cache_bytes"] / cell[GIST]["cache_bytes"]
+        lines.append([f"{length:,}", str(batch), *gains, f"{smaller:,.1f}x"])
+    columns = [
+        "prompt",
+        "batch",
+        "first token, no cache",
+        "first token, prefix cache",
+        "tokens/s, prefix cache",
+        "bytes",
+    ]
+    return "\n".join(_markdown(columns, lines))
+
+
+def _markdown(columns: list[str], lines: list[list[str]]) -> list[str]:
+    head, *rest = (f"| {' | '.join(line)} |" for line in (columns, *lines))
+    return [head, "|---" * len(columns) + "|", *rest]
+
+
+def plot(rows: _Rows, path: str | Path) -> None:
+    """Draw time to the first token and tokens a second over the length of the prompt, a column for each batch size.
+
+    Args:
+        rows: as :func:`gisting.bench.report.read_rows` gives them.
+        path: an image; its ending says which kind.
+
+    Raises:
+        GistError: matplotlib is not installed.
+    """
+    batches, lengths = (sorted({row[name] for row in rows}) for name in ("batch_size", "prompt_tokens"))
+    figure = new_figure(4 * len(batches), 6.5)
+    axes: Any = figure.subplots(2, len(batches), squeeze=False, sharex=True, sharey="row")
+    for column, batch in enumerate(batches):
+        for line, (key, label) in enumerate(
+            (("first_token_ms", "time to the first token, ms"), ("tokens_per_s", "tokens a second"))
+        ):
+            axis = axes[line][column]
+            for mode, color, mark in zip(MODES, ("tab:gray", "tab:orange", "tab:blue"), "osD", strict=True):
+                shown = [row for row in rows if (row["mode"], row["batch_size"]) == (mode, batch) and row[key]]
+                shown.sort(key=lambda row: row["prompt_tokens"])
+                across = [row["prompt_tokens"] for row in shown]
+                axis.plot(across, [row[key] for row in shown], color=color, marker=mark, label=mode)
+                ends = ([row[f"{key}{end}"] for row in shown] for end in ("_low", "_high"))
+                axis.fill_between(across, *ends, color=color, alpha=0.2, linewidth=0)
+            axis.set_xscale("log")
+            axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            axis.minorticks_off()
+            axis.set_yscale("log")
+            axis.grid(visible=True, which="both", alpha=0.2)
+            if not line:
+                axis.set_title(f"batch {batch}")
+            else:
+                axis.set_xlabel("tokens of the prompt")
+            if not column:
+                axis.set_ylabel(label)
+    axes[0][0].legend()
+    first = rows[0]
+    figure.suptitle(
+        f"{first['model']}, {first['num_parameters'] / 1e6:.0f} million parameters, {first['dtype']}, k = "
+        f"{first['num_gist_tokens']}; {first['device']}"
+    )
+    figure.savefig(path, dpi=110)

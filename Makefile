@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint types check format clean bench-kernels
+.PHONY: help demo test test-vllm lint types check format docs clean bench-kernels
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,11 +33,15 @@ format: $(STAMP) ## rewrite the files as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# NO_MKDOCS_2_WARNING: the theme would print an advertisement.
+docs: $(STAMP) ## build the documentation into site/; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench-kernels: $(STAMP) ## time the kernels beside torch's attention; needs a CUDA device
 	$(BIN)/python kernels/bench/attention.py --output docs/results/kernels.jsonl --plot docs/results/kernels.png
 
 clean: ## remove builds and caches; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # Asked before the environment is made, and of one that was there already.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shlex
 import shutil
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import garbage, shell
+from tests import garbage, shell, tiny
 from tests.test_repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +99,104 @@ def test_generation(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None
     run_all("generation.md", names, skip='"cuda"')
     assert len(names["turn"].texts) == 2
     capsys.readouterr()
+
+
+def test_index(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_all("index.md", {})
+    assert names["cache"].num_gist_tokens == [2]
+    run_commands("index.md", monkeypatch, capsys)
+
+
+def test_a_template_of_your_own(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gisting
+
+    model, tokenizer = gisting.load("runs/demo")
+    gisting.unpatch(model).save_pretrained("runs/base")
+    tokenizer.tokenizer.save_pretrained("runs/base")
+    names = run_all("how_to_template.md", {})
+    assert names["encoding"].num_gist_tokens == 2
+    run_commands("how_to_template.md", monkeypatch, capsys)
+    trained = gisting.GistTokenizer.from_pretrained("runs/support-trained")
+    assert trained.template == names["support"]
+
+
+def test_gist_t5(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.model("t5").save_pretrained("runs/t5")
+    tiny.word_tokenizer().save_pretrained("runs/t5")
+    run_commands("how_to_t5.md", monkeypatch, capsys)
+    names = run_all("how_to_t5.md", {})
+    assert names["cache"].last_hidden is not None
+    assert names["tokenizer"].template.name == "alpaca-t5"
+
+
+def test_train_with_lora(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_commands("how_to_lora.md", monkeypatch, capsys)
+    names = run_all("how_to_lora.md", {})
+    assert 0 < names["metrics"]["num_trainable_parameters"] < names["metrics"]["num_parameters"] / 10
+    assert not Path("runs/lora/model.safetensors").exists()
+    capsys.readouterr()
+
+
+def test_the_guide_to_the_code_names_what_is_there() -> None:
+    """In its tables, a function of a file, ``| `models/patch.py` `require_patched` |``; elsewhere, files."""
+    text = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    pairs = re.findall(r"`([\w/]+\.py)` `(?:\w+\.)?(\w+)", text)
+    assert len(pairs) > 10
+    faults = [
+        pair for pair in pairs if not re.search(rf"\b{pair[1]}\b", (ROOT / "gisting" / pair[0]).read_text("utf-8"))
+    ]
+    for path in re.findall(r"`((?:gisting|tests)/[\w/]+\.py)`", text):
+        assert (ROOT / path).is_file(), path
+    assert faults == []
+
+
+def marked(page: str, mark: str) -> str:
+    """The fence below ``<!-- mark -->``."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return fences_in(text[text.index(f"<!-- {mark} -->") :])[0].text
+
+
+def test_a_model_family_is_added_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gisting.models import registry
+    from tests.models import test_families
+
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
+    exec(marked("code.md", "family"), {})
+    monkeypatch.setitem(tiny.DECODERS, "arcee", {})
+    test_families.test_table_is_covered()
+    test_families.test_interval_mask_is_dense_mask("arcee", "gist")
+    test_families.test_cached_is_uncached("arcee")
+
+
+def test_a_mask_is_added_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gisting
+    from gisting import visibility
+    from tests.models import test_families
+
+    names = dict(vars(visibility))  # the lines go into that module
+    exec(marked("code.md", "rule"), names)
+    *drawing, positions = marked("code.md", "drawing").splitlines()
+    tokens = drawing[0].split()
+    mask = names["gist_and_last"](torch.tensor([[token == "G" for token in tokens]]))
+    assert mask.draw(tokens).splitlines() == drawing
+    assert positions.split()[1:] == [str(position) for position in mask.position_ids[0].tolist()]
+
+    monkeypatch.setitem(visibility.CONDITIONS, "gist-and-last", names["gist_and_last"])
+    model, tokenizer = tiny.patched("llama")
+    cache = gisting.compress(model, tokenizer, ["w1 w2 w3", "w4"], 2, condition="gist-and-last")
+    assert cache.num_gist_tokens == [3, 3]
+    test_families.test_interval_mask_is_dense_mask("llama", "gist-and-last")
+
+
+def test_a_compressor_is_added_as_told() -> None:
+    from gisting.train.internalize.compressors import TemplateCompressor, compress_template
+
+    names: dict[str, Any] = {}
+    exec(marked("code.md", "compressor"), names)
+    compressor: TemplateCompressor = names["FirstWords"]()
+    assert [compress_template(compressor, "a b c d", share) for share in (1, 0.5, 0)] == ["a b c d", "a b", ""]
 
 
 def test_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,10 +57,11 @@ setup(
         "jinja2>=3.1",
         "typer>=0.12",
         "rich>=13",
+        "accelerate>=1.1",  # what transformers' Trainer runs on, and so `gisting demo`
     ],
     extras_require={
         "kernels": ["triton>=3.6; sys_platform == 'linux'"],
-        "train": ["accelerate>=1.1", "datasets>=2.15", "peft>=0.20"],  # the floors that transformers asks for itself
+        "train": ["datasets>=2.15", "peft>=0.20"],  # the floors that transformers asks for itself
         "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.4", "matplotlib>=3.8"],
         "internalize": ["bm25s>=0.3", "llmlingua>=0.2.2"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf"],

@@ -1,40 +1,55 @@
-"""The ``gisting`` command: parse, call one public function, print. Errors that a user can mend are one line and exit
-code 1.
+"""The ``gisting`` command: parse, call one public function, print.
+
+Exit codes: 0 where all is done; 1 for an error that a user can mend, said in one line on standard error; 2 for words
+that the command does not take; 130 where it was interrupted. A traceback is a fault of gisting's.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gisting._version import __version__
-from gisting.cli import caches, checkpoints, cost, data, internalize, learn, report, serve
-from gisting.cli.shared import err, out
+from gisting.cli import bench, caches, checkpoints, cost, data, doctor, internalize, learn, report, serve
+from gisting.cli.shared import Commands, err, out, streams_put_back
 from gisting.errors import GistError
 
 __all__ = ["app", "main"]
 
 # What needs torch models is imported by the command that runs it: `gisting --help` and `gisting show` stay quick.
 
-app = typer.Typer(
+app = Commands(
     name="gisting",
     help="Press repeated prompts into a few cached gist tokens, for unmodified Hugging Face models.",
-    no_args_is_help=True,
-    add_completion=True,
+    epilog="Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 130 interrupted.",
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
 
 
 def main() -> None:
     """Entry point: run the command, and turn the errors that a user can mend into one line."""
     try:
-        app()
-    except (GistError, OSError, ImportError) as error:
+        try:
+            with streams_put_back():
+                app(prog_name="gisting")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has gone, as `head` does. Python would flush again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (GistError, OSError, ImportError, *_errors_of_libraries()) as error:
         err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(1)
+
+
+def _errors_of_libraries() -> list[Any]:
+    """What a library raises where a user can mend it, and which is none of the built-in errors above."""
+    named = (("torch", "OutOfMemoryError"), ("safetensors", "SafetensorError"))
+    return [getattr(sys.modules[module], name) for module, name in named if module in sys.modules]
 
 
 def _version(wanted: bool) -> None:
@@ -65,5 +80,7 @@ app.command()(caches.inspect)
 app.command()(checkpoints.apply_difference)
 app.command()(checkpoints.make_difference)
 app.command(context_settings=serve.SERVE_SETTINGS)(serve.serve)
+app.command()(doctor.doctor)
 app.add_typer(caches.store_app, name="store")
 app.add_typer(data.data_app, name="data")
+app.add_typer(bench.bench_app, name="bench")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -12,20 +12,22 @@ import typer
 from rich.table import Table
 
 from gisting.cli.shared import (
+    Commands,
     DeviceOption,
     DtypeOption,
     KOption,
     ModelArgument,
     TemplateOption,
     err,
+    json_option,
     load_patched,
     out,
     plain,
+    print_json,
     read_text,
     wanted_k,
 )
 from gisting.errors import GistError, StoreError
-from gisting.storage import STORAGES
 
 if TYPE_CHECKING:
     from gisting.cache import GistCache
@@ -44,6 +46,22 @@ StorageOption = Annotated[
     ),
 ]
 StoreArgument = Annotated[Path, typer.Argument(help="Directory of the store.")]
+
+
+def _names_in_store(context: typer.Context) -> list[str]:
+    """For the shell's completion: the names in the store that the line has named before; none where it is no store.
+    Typer takes those that fit.
+    """
+    from gisting.store.index import INDEX, Index
+
+    folder = context.params.get("store") or context.params.get("folder")
+    if folder is None or not (Path(folder) / INDEX).is_file():
+        return []
+    try:
+        with contextlib.closing(Index(Path(folder), is_read_only=True)) as index:
+            return [entry.name for entry in index.all() if entry.name is not None]
+    except GistError:
+        return []
 
 
 def compress(
@@ -80,6 +98,7 @@ def compress(
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
+    as_json: Annotated[bool, json_option("an object for each prompt")] = False,
 ) -> None:
     """Compress prompts into one cache file, or each into a store.
 
@@ -90,6 +109,7 @@ def compress(
     """
     from gisting.data.prompts import load_prompts
     from gisting.models.load import trained_chunk_length
+    from gisting.storage import STORAGES
 
     records = _named([*(prompt or []), *(read_text(path) for path in prompt_file or [])], name or [])
     records += [] if prompts is None else load_prompts(prompts)
@@ -111,10 +131,10 @@ def compress(
 
         cache = run(loaded, tokenizer, texts, counts, chunk_length=chunk_length)
         cache.to("cpu").save(output, storage)
-        _print_compressed(records, cache, tokenizer)
+        _print_compressed(records, cache, tokenizer, output, as_json=as_json)
         out.print(f"saved in {output} ({output.stat().st_size} bytes)", highlight=False)
     elif store is not None:
-        _compress_into(store, storage, loaded, tokenizer, records, counts, chunk_length)
+        _compress_into(store, storage, loaded, tokenizer, records, counts, chunk_length, as_json=as_json)
 
 
 def _say_other_templates(model: str, texts: list[str]) -> None:
@@ -151,6 +171,8 @@ def _compress_into(
     records: list[PromptRecord],
     counts: list[int],
     chunk_length: int | None,
+    *,
+    as_json: bool,
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -171,8 +193,8 @@ def _compress_into(
                 names=[record.name for record in records[rows]],
                 chunk_length=chunk_length,
             )
-            if len(records) <= _BATCH_SIZE:
-                _print_compressed(records, cache, tokenizer)
+            if as_json or len(records) <= _BATCH_SIZE:
+                _print_compressed(records[rows], cache, tokenizer, folder, as_json=as_json)
             progress.advance(bar, len(records[rows]))
     out.print(
         f"{len(records)} prompts in {folder}, {len(store) - before} of them new; {len(store)} entries in all",
@@ -180,14 +202,22 @@ def _compress_into(
     )
 
 
-def _print_compressed(records: list[PromptRecord], cache: GistCache, tokenizer: GistTokenizer) -> None:
+def _print_compressed(
+    records: list[PromptRecord], cache: GistCache, tokenizer: GistTokenizer, place: Path, *, as_json: bool
+) -> None:
     table = Table("prompt", "tokens", "gist tokens", "bytes")
     texts = [record.prompt for record in records]
     one = cache.num_bytes // (len(cache) * cache.num_slots)
-    for text, encoding, k in zip(texts, tokenizer.encode_prompts(texts, 1), cache.num_gist_tokens, strict=True):
+    for record, encoding, k in zip(records, tokenizer.encode_prompts(texts, 1), cache.num_gist_tokens, strict=True):
+        text, num_tokens = record.prompt, encoding.num_prompt_tokens
+        if as_json:
+            found = {"prompt": text, "name": record.name, "num_prompt_tokens": num_tokens, "num_gist_tokens": k}
+            print_json({**found, "num_bytes": one * k, "saved_in": str(place)})
+            continue
         shown = text if len(text) <= 60 else text[:57] + "..."
-        table.add_row(plain(shown), str(encoding.num_prompt_tokens), str(k), str(one * k))
-    out.print(table)
+        table.add_row(plain(shown), str(num_tokens), str(k), str(one * k))
+    if not as_json:
+        out.print(table)
 
 
 def generate(
@@ -195,7 +225,11 @@ def generate(
     cache: Annotated[Path | None, typer.Option(help="Cache file of one prompt for all inputs, or of one each.")] = None,
     store: Annotated[Path | None, typer.Option(help="Directory of a store, in place of a file.")] = None,
     name: Annotated[
-        list[str] | None, typer.Option(help="With --store: name of the prompt for all inputs, or repeated, one each.")
+        list[str] | None,
+        typer.Option(
+            help="With --store: name of the prompt for all inputs, or repeated, one each.",
+            autocompletion=_names_in_store,
+        ),
     ] = None,
     input: Annotated[
         list[str] | None, typer.Option(help="An input; may be repeated. Without one, the prompt says it all.")
@@ -209,7 +243,7 @@ def generate(
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: input, output.")] = False,
+    as_json: Annotated[bool, json_option("an object for each answer, with input and output")] = False,
 ) -> None:
     """Answer inputs from a compressed prompt.
 
@@ -234,7 +268,7 @@ def generate(
     answers = run(loaded, tokenizer, inputs, cache=held, max_new_tokens=max_new_tokens, num_beams=num_beams, **settings)
     for text, answer in zip(inputs, answers, strict=True):
         if as_json:
-            print(json.dumps({"input": text, "output": answer}, ensure_ascii=False))
+            print_json({"input": text, "output": answer})
         else:
             out.print(answer, highlight=False, markup=False, soft_wrap=True)
 
@@ -257,7 +291,7 @@ def _held(cache: Path | None, store: Path | None, names: list[str]) -> GistCache
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A cache file.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+    as_json: Annotated[bool, json_option("one object, with the whole manifest and every tensor's shape")] = False,
 ) -> None:
     """Show what a cache file holds and whether it is whole.
 
@@ -269,7 +303,7 @@ def inspect(
     found = storage.inspect(file)
     GistCache.load(file)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print_json(found)
         return
     manifest = found["manifest"]
     table = Table(show_header=False)
@@ -298,9 +332,7 @@ def _short(counts: list[int]) -> str:
 
 # -- a store -----------------------------------------------------------------------------------------------------------
 
-store_app = typer.Typer(
-    name="store", help="List, check and clean a directory of compressed prompts.", no_args_is_help=True
-)
+store_app = Commands(name="store", help="List, check and clean a directory of compressed prompts.")
 
 
 def _open(folder: Path | None, *, is_read_only: bool = True) -> GistStore:
@@ -326,7 +358,7 @@ def _whole(held: GistStore, name: str) -> str:
 @store_app.command("list")
 def store_list(
     folder: StoreArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[bool, json_option("an object for each entry")] = False,
 ) -> None:
     """Show the entries of a store: names, and the beginning of the key where there is none; all fields with --json.
 
@@ -335,7 +367,7 @@ def store_list(
     entries = _open(folder).list()
     if as_json:
         for entry in entries:
-            print(json.dumps(asdict(entry), ensure_ascii=False))
+            print_json(asdict(entry))
         return
     table = Table()
     table.add_column("name, or key", overflow="fold")
@@ -354,7 +386,9 @@ def store_list(
 
 
 @store_app.command("verify")
-def store_verify(folder: StoreArgument) -> None:
+def store_verify(
+    folder: StoreArgument, as_json: Annotated[bool, json_option("an object for each fault")] = False
+) -> None:
     """Read every entry and say what is wrong; exit code 1 where a file or the index is damaged.
 
     Example: gisting store verify gists
@@ -362,7 +396,10 @@ def store_verify(folder: StoreArgument) -> None:
     held = _open(folder)
     faults = held.verify()
     for fault in faults:
-        out.print(str(fault), highlight=False, soft_wrap=True, markup=False)
+        if as_json:
+            print_json({**asdict(fault), "is_harmless": fault.is_harmless})
+        else:
+            out.print(str(fault), highlight=False, soft_wrap=True, markup=False)
     harmful = sum(not fault.is_harmless for fault in faults)
     if harmful:
         raise StoreError(f"{folder} has {harmful} faults; what is damaged is made anew when it is compressed again")
@@ -372,7 +409,11 @@ def store_verify(folder: StoreArgument) -> None:
 @store_app.command("remove")
 def store_remove(
     folder: StoreArgument,
-    names: Annotated[list[str], typer.Argument(help="Names, or keys or their beginnings, from `list`.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Names, or keys or their beginnings, from `list`.", autocompletion=_names_in_store),
+    ],
+    as_json: Annotated[bool, json_option("one object, with the names")] = False,
 ) -> None:
     """Remove names, or by their keys entries with all their names; a file goes with its last name.
 
@@ -380,7 +421,10 @@ def store_remove(
     """
     held = _open(folder, is_read_only=False)
     held.remove([_whole(held, name) for name in names])
-    out.print(f"removed {', '.join(names)}", highlight=False, markup=False)
+    if as_json:
+        print_json({"removed": names})
+    else:
+        out.print(f"removed {', '.join(names)}", highlight=False, markup=False)
 
 
 @store_app.command("gc")
@@ -393,10 +437,14 @@ def store_gc(
     drop_unnamed: Annotated[
         bool, typer.Option("--drop-unnamed", help="Entries that are found by their text alone go as well.")
     ] = False,
+    as_json: Annotated[bool, json_option("one object, with the freed bytes")] = False,
 ) -> None:
     """Delete files that no entry refers to, and what killed writers left.
 
     Example: gisting store gc gists
     """
     freed = _open(folder, is_read_only=False).gc(keep_models=keep_model, keep_unnamed=not drop_unnamed)
-    out.print(f"freed {freed:,} bytes", highlight=False)
+    if as_json:
+        print_json({"freed_bytes": freed})
+    else:
+        out.print(f"freed {freed:,} bytes", highlight=False)

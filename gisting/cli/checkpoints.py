@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from gisting.cli.shared import err, out
+from gisting.cli.shared import err, json_option, out, print_json
 
 __all__ = ["apply_difference", "make_difference"]
 
 _BaseOption = Annotated[str, typer.Option(help="The base model: a directory, or a repository on the Hugging Face hub.")]
-_JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object, for a program.")]
+_JsonOption = Annotated[bool, json_option("one object")]
 
 
 def apply_difference(
@@ -56,7 +55,7 @@ def apply_difference(
             on_progress=on_progress,
         )
     if as_json:
-        print(json.dumps({**asdict(found), "directory": str(found.directory)}))
+        print_json({**asdict(found), "directory": str(found.directory)})
     else:
         out.print(
             f"{found.directory}: {found.num_parameters:,} parameters in {found.dtype}, with the sum "
@@ -91,7 +90,7 @@ def make_difference(
     with _progress("subtracting") as on_progress:
         found = make_weight_difference(model, base, output, base_name=base_name, on_progress=on_progress)
     if as_json:
-        print(json.dumps({**asdict(found), "directory": str(output)}))
+        print_json({**asdict(found), "directory": str(output)})
     else:
         out.print(
             f"{output}: to be added to {found.base or 'its base model'}; the sum of the weights that come out is "

@@ -4,14 +4,13 @@ alone.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from gisting.cli.shared import err, out
+from gisting.cli.shared import err, json_option, out, print_json
 from gisting.errors import GistError
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def cost(
     ] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Adds the bytes to keep so many prompts.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the cached states: float32, bfloat16, float16.")] = "bfloat16",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for each way to answer.")] = False,
+    as_json: Annotated[bool, json_option("an object for each way to answer")] = False,
 ) -> None:
     """Count what a request costs: no cache, prefix cache, gist cache.
 
@@ -82,7 +81,7 @@ def cost(
         asked |= {"prompt_tokens": prompt_tokens, "input_tokens": input_tokens, "num_gist_tokens": num_gist_tokens}
         asked |= {"num_prompts": prompts}
         for row in rows:
-            print(json.dumps(asked | _as_dict(row, rows, requests_per_day, prompts), ensure_ascii=False))
+            print_json(asked | _as_dict(row, rows, requests_per_day, prompts))
         return
     out.print(_table(rows, requests_per_day, prompts))
     for sentence in _legend(rows, bool(config.is_encoder_decoder)):
@@ -97,12 +96,12 @@ def _configuration(model: str) -> Any:
     try:
         try:
             return AutoConfig.from_pretrained(model)
-        except (OSError, ValueError):
+        except (OSError, TypeError, ValueError):
             about = read_about(model)
             if about is None or not about["base"]:
                 raise
             return AutoConfig.from_pretrained(about["base"])
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise GistError(
             f"{model} has no configuration that transformers can read: give a config.json, a directory with one, or "
             f"the name of a repository on the hub ({error})"

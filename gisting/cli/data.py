@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from gisting.cli.shared import out
+from gisting.cli.shared import Commands, json_option, out, print_json
 from gisting.data.alpaca_plus import SIZES, SOURCES, alpaca_plus, read_source, save_splits
 from gisting.errors import GistError
 
 __all__ = ["data_app"]
 
-data_app = typer.Typer(name="data", help="Make training data from public sources.", no_args_is_help=True)
+data_app = Commands(name="data", help="Make training data from public sources.")
 
 
 @data_app.callback()
@@ -31,6 +31,7 @@ def data_alpaca_plus(
     any_size: Annotated[
         bool, typer.Option("--any-size", help="Write splits that have other sizes than the published ones.")
     ] = False,
+    as_json: Annotated[bool, json_option("an object for each split")] = False,
 ) -> None:
     """Rebuild Alpaca+, the data of the Gisting paper, from its three sources, and check the sizes of its splits.
 
@@ -48,5 +49,9 @@ def data_alpaca_plus(
         )
     table = Table("split", "records", "file")
     for name, path in save_splits(splits, output).items():
-        table.add_row(name, f"{sizes[name]:,}", str(path))
-    out.print(table)
+        if as_json:
+            print_json({"split": name, "num_records": sizes[name], "file": str(path)})
+        else:
+            table.add_row(name, f"{sizes[name]:,}", str(path))
+    if not as_json:
+        out.print(table)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from gisting.cli.shared import err, load_patched, out, read_text
+from gisting.cli.shared import err, json_option, load_patched, out, print_json, read_text
 from gisting.errors import GistError
 
 __all__ = ["internalize"]
@@ -18,7 +18,7 @@ __all__ = ["internalize"]
 _COMPRESSORS = ("none", "self-information", "llmlingua2", "rewrites")
 _METRICS = ("exact_match", "bleu", "rouge_l")
 # What says where the other values come from, or goes on with a run, is no setting of it.
-_NO_SETTINGS = ("recipe", "resume", "help")
+_NO_SETTINGS = ("recipe", "resume", "json", "help")
 
 
 def _read_recipe(ctx: typer.Context, recipe: Path | None) -> Path | None:
@@ -146,6 +146,7 @@ def internalize(
         bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 arithmetic. [default: where a GPU has it]")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
+    as_json: Annotated[bool, json_option("one object, with settings, stages and their scores")] = False,
 ) -> None:
     """Finetune a model in stages in which template and examples of its prompt shrink to nothing.
 
@@ -156,6 +157,8 @@ def internalize(
 
     Example: gisting internalize ./llama --template template.txt --data train.jsonl --control full --output runs/full
     """
+    from dataclasses import asdict
+
     import yaml
 
     from gisting.data.records import load_records
@@ -211,7 +214,10 @@ def internalize(
     values = {name: ctx.params[key] for name, key in _settings_of(ctx).items() if ctx.params[key] is not None}
     values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     (output / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    out.print(_table(result, metric))
+    if as_json:
+        print_json({**asdict(result), "directory": str(output), "tokens": result.tokens})
+    else:
+        out.print(_table(result, metric))
     out.print(
         f"saved in {output}; run it on {_RUN_ON[result.condition]}: {result.tokens:.1f} tokens a request",
         highlight=False,

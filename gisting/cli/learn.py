@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,13 +15,16 @@ from gisting.cli.shared import (
     DtypeOption,
     TemplateOption,
     err,
+    json_option,
     load_patched,
     out,
+    print_json,
     wanted_k,
 )
 from gisting.errors import GistError
-from gisting.tokens import GistTokenizer
-from gisting.visibility import CONDITIONS, ENCODER_CONDITIONS, Condition
+
+if TYPE_CHECKING:
+    from gisting.tokens import GistTokenizer
 
 __all__ = ["demo", "evaluate", "show", "train"]
 
@@ -34,6 +36,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 rows.")] = 2400,
     seed: Annotated[int, typer.Option(help="Seed of held-out combinations, weights and data.")] = 0,
     results: Annotated[Path | None, typer.Option(help="JSONL file to add the run's numbers to.")] = None,
+    as_json: Annotated[bool, json_option("one object, with the run's numbers")] = False,
 ) -> None:
     """Watch the main job, in a few minutes on a CPU.
 
@@ -48,6 +51,8 @@ def demo(
     result = run_demo(output, steps=steps, seed=seed)  # in a console of its own, with markup
     if results is not None:
         append_row(results, result.to_row())
+    if as_json:
+        print_json(result.to_row())
     out.print(f"\n   {result.total_s:.0f} s in all, {result.train_s:.0f} s of them training.", highlight=False)
 
 
@@ -150,6 +155,9 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output directory.")
     ] = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in the evaluation. [default: 128]")] = None,
+    as_json: Annotated[
+        bool, json_option("one object: where the checkpoint is, what Trainer measured, and the evaluations")
+    ] = False,
 ) -> None:
     """Finetune a model to gist, with the published hyper-parameters unless told otherwise.
 
@@ -202,17 +210,22 @@ def train(
         f"{output}",
         highlight=False,
     )
-    if evals and trained.arguments.world_size > 1:
+    if trained.arguments.world_size > 1:
         # Sharded weights answer in all processes together or not at all.
         for path in evals:
             out.print(f"evaluate with: gisting eval {output} --data {path}", highlight=False, soft_wrap=True)
-        return
+        evals = {}
     k = effective.num_gist_tokens[1]
-    for path, held_out in evals.items():
-        _print_conditions(
-            path,
-            _evaluate(trained.model, trained.tokenizer, held_out, k, effective.chunk_length, effective.max_new_tokens),
-        )
+    scored = {
+        path: _evaluate(trained.model, trained.tokenizer, held_out, k, effective.chunk_length, effective.max_new_tokens)
+        for path, held_out in evals.items()
+    }
+    if as_json:
+        rows = [{"data": path, **result.summary()} for path, results in scored.items() for result in results]
+        print_json({"directory": str(output), "metrics": trained.metrics, "evaluations": rows})
+        return
+    for path, results in scored.items():
+        _print_conditions(path, results)
 
 
 def evaluate(
@@ -285,9 +298,7 @@ def evaluate(
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object for each split, k and condition, with the predictions.")
-    ] = False,
+    as_json: Annotated[bool, json_option("an object for each split, k and condition, with the predictions")] = False,
 ) -> None:
     """Score a model under gist, positive control, negative control and baselines, for any k.
 
@@ -300,6 +311,7 @@ def evaluate(
     from gisting.eval.report import write_report
     from gisting.eval.results import Evaluation
     from gisting.models.load import trained_chunk_length
+    from gisting.visibility import CONDITIONS
 
     if results and (model or data):
         raise GistError("give either a model with --data, or --results; a results file holds what was answered")
@@ -336,7 +348,7 @@ def evaluate(
             if as_json:
                 for result in split.results:
                     row = {"split": split.name, **result.summary(), "predictions": result.predictions}
-                    print(json.dumps(row, ensure_ascii=False))
+                    print_json(row)
             else:
                 _print_conditions(
                     split.name if len(found) == 1 else f"{split.name}, {one.model['name']}", split.results
@@ -357,12 +369,15 @@ def show(
     encoder: Annotated[bool, typer.Option("--encoder", help="The mask of an encoder (T5), not of a decoder.")] = False,
     window: Annotated[int | None, typer.Option(min=1, help="Sliding window of so many rows.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also draw it to this file.")] = None,
+    as_json: Annotated[bool, json_option("one object, with labels, positions and the mask row by row")] = False,
 ) -> None:
     """Draw a mask: 1 where a row sees a key. Each word stands for a token.
 
     Example: gisting show 'translate to French' 'good morning' -k 2
     """
     import torch
+
+    from gisting.visibility import CONDITIONS, ENCODER_CONDITIONS, Condition
 
     table: dict[str, Condition] = ENCODER_CONDITIONS if encoder else CONDITIONS
     if condition not in table:
@@ -373,9 +388,14 @@ def show(
     visibility = table[condition](is_gist)
     if window is not None:
         visibility = visibility.windowed(window)
-    print(visibility.draw(labels))
-    if visibility.position_ids is not None:
-        print("positions " + " ".join(str(position) for position in visibility.position_ids[0].tolist()))
+    positions = None if visibility.position_ids is None else visibility.position_ids[0].tolist()
+    if as_json:
+        mask = visibility.to_dense()[0].int().tolist()
+        print_json({"labels": labels, "position_ids": positions, "mask": mask})
+    else:
+        print(visibility.draw(labels))
+        if positions is not None:
+            print("positions " + " ".join(map(str, positions)))
     if png is not None:
         visibility.save_drawing(png, labels)
         print(f"saved in {png}")
@@ -401,6 +421,7 @@ def _evaluate(
     max_new_tokens: int,
 ) -> list[Any]:
     from gisting.eval.conditions import evaluate as run
+    from gisting.visibility import CONDITIONS
 
     with _bar("answering", len(records) * len(CONDITIONS)) as progress:
         return run(

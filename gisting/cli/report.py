@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from gisting.cli.shared import DeviceOption, DtypeOption, err, load_patched, out
+from gisting.cli.shared import DeviceOption, DtypeOption, err, json_option, load_patched, out, print_json
 
 __all__ = ["report"]
 
@@ -36,7 +35,7 @@ def report(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     output: Annotated[Path | None, typer.Option(help="Markdown file for the report.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for each line of the tables.")] = False,
+    as_json: Annotated[bool, json_option("an object for each line of the tables")] = False,
 ) -> None:
     """Compare what internalised runs cost and score.
 
@@ -57,7 +56,7 @@ def report(
         write_atomically(output, found.markdown().encode())
     if as_json:
         for item in found.items():
-            print(json.dumps(item, ensure_ascii=False))
+            print_json(item)
     else:
         out.print(_shown(found.request_cells()))
         if found.stages:

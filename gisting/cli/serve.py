@@ -33,7 +33,11 @@ def serve(
 ) -> None:
     """Serve a checkpoint and its gists with vLLM, over the OpenAI-compatible routes.
 
-    All other options go to `vllm serve`: gisting serve MODEL --store DIR --port 8001 --max-model-len 4096
+    All other options go to `vllm serve`.
+
+    Example: gisting serve runs/demo --store gists --port 8001 --max-model-len 4096
+
+    Example: gisting serve runs/demo --store gists --dry-run
     """
     from gisting.serving.command import require_vllm, serve_command, served_fingerprints
 

@@ -1,0 +1,361 @@
+"""What works here: versions, extras, devices, the attention that would run; and whether a checkpoint, a store or a
+cache file is whole.
+
+Place in the flow: beside it, for when something does not work. Every line is asked of the code that would do the work:
+no rule is told a second time. Reads headers, configurations and cache files; loads no model and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gisting._compat import require_transformers
+from gisting._version import __version__
+from gisting.attention import choose_implementation, interval_attention
+from gisting.errors import GistError
+from gisting.visibility import gist as gist_visibility
+
+__all__ = ["EXTRAS", "Finding", "examine_here", "examine_path"]
+
+#: What each optional set of packages is for; a test holds the names to those of the package's metadata.
+EXTRAS = {
+    "kernels": "attention on CUDA by fused kernels",
+    "train": "adapters (LoRA and its kin), and data in streams",
+    "eval": "ROUGE, BLEU, plots and drawings",
+    "internalize": "examples by BM25, and LLMLingua-2",
+    "sentencepiece": "tokenizers that are SentencePiece files",
+    "vllm": "gisting serve",
+}
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_HEAD_SIZE = 64
+# What a damaged file makes its reader raise.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of an examination.
+
+    Args:
+        topic: what it belongs to: ``"versions"``, ``"devices"``, ``"checkpoint"``, ...
+        name: of what was looked at.
+        value: what was found, and where it is a fault what to do.
+        is_fault: whether something is broken.
+    """
+
+    topic: str
+    name: str
+    value: str
+    is_fault: bool = False
+
+
+def examine_here() -> list[Finding]:
+    """Versions, extras, devices, attention and where caches lie, of this environment.
+
+    Returns:
+        The findings by topic; faults are a package that is missing or too old, and attention that computes something
+        else than the reference does.
+    """
+    return [*_versions(), *_extras(), *_devices(), *_attention(), *_caches()]
+
+
+def examine_path(path: str | Path) -> list[Finding]:
+    """What lies at a path, and whether it is whole: a checkpoint, an adapter, a store of gists or a cache file.
+
+    Args:
+        path: a directory, a file, or a repository on the Hugging Face hub; of the last only configuration and
+            tokenizer are fetched, no weights.
+
+    Returns:
+        The findings; faults are a model that cannot be gisted, and files that are missing or damaged.
+    """
+    from gisting.store.index import INDEX
+
+    path = Path(path) if Path(path).exists() else path
+    if isinstance(path, Path) and path.is_file():
+        return list(_cache_file(path))
+    if isinstance(path, Path) and (path / INDEX).is_file():
+        return list(_store(path))
+    return list(_checkpoint(path))
+
+
+# -- this environment --------------------------------------------------------------------------------------------------
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("versions", "gisting", f"{__version__}, in {Path(__file__).parent}")
+    yield Finding("versions", "python", platform.python_version())
+    try:
+        wanted = [name for name, extra in _requirements() if extra is None]
+    except metadata.PackageNotFoundError:
+        yield Finding("versions", "packages", "not known: gisting runs from a folder and is not installed")
+        wanted = ["torch", "transformers"]
+    for name in wanted:
+        found = _version(name)
+        if found is None:
+            yield Finding("versions", name, f"not installed; run: pip install {name}", is_fault=True)
+        elif name == "transformers":
+            try:
+                require_transformers()
+            except ImportError as error:
+                yield Finding("versions", name, _first_line(error), is_fault=True)
+            else:
+                yield Finding("versions", name, found)
+        else:
+            yield Finding("versions", name, found)
+
+
+def _extras() -> Iterator[Finding]:
+    try:
+        requirements = _requirements()
+    except metadata.PackageNotFoundError:
+        return
+    for extra, purpose in EXTRAS.items():
+        versions = {name: _version(name) for name, of in requirements if of == extra}
+        missing = [name for name, version in versions.items() if version is None]
+        parts = [f"{name} {version}" for name, version in versions.items() if version is not None]
+        if missing:
+            parts.append(f"{', '.join(missing)} missing: pip install 'gisting[{extra}]'")
+        yield Finding("extras", extra, f"{', '.join(parts)} ({purpose})")
+
+
+def _requirements() -> list[tuple[str, str | None]]:
+    """Each package that gisting asks for, with the extra that asks for it."""
+    found = []
+    for line in metadata.requires("gisting") or ():
+        name = re.match(r"[\w.-]+", line)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
+        if name is not None and name.group() != "gisting":
+            found.append((name.group(), None if extra is None else extra.group(1)))
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[Finding]:
+    yield Finding(
+        "devices", "cpu", f"{os.cpu_count()} cores, {platform.machine()}, torch's threads: {torch.get_num_threads()}"
+    )
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        yield Finding(
+            "devices",
+            f"cuda:{number}",
+            f"{about.name}, compute capability {about.major}.{about.minor}, {about.total_memory / 2**30:.0f} GiB",
+        )
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or (torch.version.hip and f"ROCm {torch.version.hip}")
+        why = f"torch is built for {built}, but finds no device" if built else "torch is built without it"
+        yield Finding("devices", "cuda", f"none: {why}")
+
+
+def _attention(head_size: int = _HEAD_SIZE, *, has_softcap: bool = False) -> Iterator[Finding]:
+    """What ``impl="auto"`` chooses on every device, and whether it computes there what the reference does."""
+    for device in ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]:
+        for dtype in _DTYPES:
+            name = f"{device}, {str(dtype).removeprefix('torch.')}"
+            try:
+                q = _noise(head_size).to(device, dtype)
+                softcap = 30.0 if has_softcap else None
+                impl, reason = choose_implementation(q, q, head_size**-0.5, has_softcap=has_softcap)
+                is_gist = torch.zeros((1, q.shape[2]), dtype=torch.bool, device=device)
+                is_gist[:, 20:22] = True
+                found, expected = (
+                    interval_attention(q, q, q, gist_visibility(is_gist), softcap=softcap, impl=how).float()
+                    for how in ("auto", "reference")
+                )
+            except _DAMAGE as error:
+                yield Finding("attention", name, f"fails: {_first_line(error)}", is_fault=True)
+                continue
+            difference = float((found - expected).abs().max())
+            # The reference rounds once, at the end; eight roundings are granted.
+            is_right = difference <= 8 * torch.finfo(dtype).eps * float(expected.abs().max())
+            says = "agrees with the reference" if is_right else f"is {difference:.1e} off the reference"
+            yield Finding("attention", name, f"{impl}, {says}; {reason}", is_fault=not is_right)
+
+
+def _noise(head_size: int) -> Tensor:
+    return torch.randn((1, 2, 48, head_size), generator=torch.Generator().manual_seed(0))
+
+
+def _caches() -> Iterator[Finding]:
+    from huggingface_hub import constants
+
+    hub = f"{constants.HF_HUB_CACHE}{', offline (HF_HUB_OFFLINE)' if constants.HF_HUB_OFFLINE else ''}"
+    yield Finding("caches", "models from the hub", hub)
+    kernels = os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    yield Finding("caches", "compiled kernels", kernels)
+    yield Finding("caches", "gists", "in the files and stores that you name, nowhere else")
+
+
+# -- a path ------------------------------------------------------------------------------------------------------------
+
+
+def _cache_file(path: Path) -> Iterator[Finding]:
+    from gisting.cache import GistCache
+
+    try:
+        cache = GistCache.load(path)
+    except _DAMAGE as error:
+        yield Finding("cache file", "states", _first_line(error), is_fault=True)
+        return
+    counts = cache.num_gist_tokens
+    shown = ", ".join(map(str, counts)) if len(counts) <= 8 else f"{min(counts)} to {max(counts)}"
+    yield Finding("cache file", "prompts", f"{len(cache)}, with {shown} gist tokens")
+    yield Finding("cache file", "made for", f"model {cache.origin.model}, tokenizer {cache.origin.tokenizer}")
+    yield Finding("cache file", "template", f"{cache.origin.template}, condition {cache.origin.condition}")
+    yield Finding("cache file", "states", f"whole: {cache.num_bytes:,} bytes, {cache.dtype}")
+
+
+def _store(path: Path) -> Iterator[Finding]:
+    from gisting.store import GistStore
+
+    try:
+        with GistStore(path, is_read_only=True) as store:
+            entries, faults = store.list(), store.verify()
+    except _DAMAGE as error:
+        yield Finding("store", "index", _first_line(error), is_fault=True)
+        return
+    size = sum({entry.key: entry.num_bytes for entry in entries}.values())
+    yield Finding("store", "entries", f"{len(entries):,}, in files of {size:,} bytes")
+    for model, number in Counter(entry.model for entry in entries).items():
+        yield Finding("store", "made for", f"model {model}: {number:,}")
+    for fault in faults:
+        advice = "gisting store gc deletes it" if fault.is_harmless else "compress it again"
+        yield Finding("store", fault.kind, f"{fault.message}; {advice}", is_fault=not fault.is_harmless)
+    if not faults:
+        yield Finding("store", "files", "every one whole")
+
+
+def _checkpoint(name: str | Path) -> Iterator[Finding]:
+    from gisting.models.adapters import read_about
+    from gisting.models.registry import family_of, position_limit, read_config
+    from gisting.models.weight_difference import refusal, weight_difference
+
+    try:
+        about = read_about(name)
+        is_adapter = about is not None and not _has(name, "config.json")
+        base = about["base"] if is_adapter and about is not None else name
+        config = read_config(base)
+    except _DAMAGE as error:
+        message = f"{name} is no checkpoint, store or cache file that can be read: {_first_line(error)}"
+        yield Finding("checkpoint", "configuration", message, is_fault=True)
+        return
+    if is_adapter:
+        yield Finding("checkpoint", "adapter of", str(base))
+    try:
+        family_of(config)
+        limit = position_limit(config)
+        ends = "" if limit is None else f", up to {limit:,} positions"
+        yield Finding("checkpoint", "family", f"{config.model_type}: supported{ends}")
+    except GistError as error:
+        yield Finding("checkpoint", "family", _first_line(error), is_fault=True)
+        return
+    if weight_difference(name) is not None:
+        yield Finding("checkpoint", "weights", _first_line(refusal(name)), is_fault=True)
+        return
+    yield _tried("checkpoint", "weights", lambda: _weights(name, is_adapter=is_adapter))
+    gist = getattr(config, "gist", None)
+    if is_adapter or gist is not None:
+        yield from _gists(name, config, gist)
+    else:
+        yield Finding("checkpoint", "gist token", "none: gisting.load adds one, which training has to teach")
+    head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    head_size = head_size or config.hidden_size // config.num_attention_heads
+    yield from _attention(head_size, has_softcap=getattr(config, "attn_logit_softcapping", None) is not None)
+
+
+def _gists(name: str | Path, config: Any, gist: dict[str, Any] | None) -> Iterator[Finding]:
+    from gisting.models.patch import PATCH_FORMAT
+    from gisting.tokens import GistTokenizer
+
+    if gist is not None and gist.get("format") != PATCH_FORMAT:
+        message = f"format {gist.get('format')}, this version reads {PATCH_FORMAT}: pip install -U gisting"
+        yield Finding("checkpoint", "patch", message, is_fault=True)
+    try:
+        tokenizer = GistTokenizer.from_pretrained(name)
+        fingerprint, _ = tokenizer.fingerprint, tokenizer.eos_token_id
+    except _DAMAGE as error:
+        yield Finding("checkpoint", "tokenizer", _first_line(error), is_fault=True)
+        return
+    token = tokenizer.gist_token_id
+    if gist is not None and gist.get("tokenizer") != fingerprint:
+        message = f"is {fingerprint}, the model was patched for {gist.get('tokenizer')}; save both again together"
+        yield Finding("checkpoint", "tokenizer", message, is_fault=True)
+    else:
+        yield Finding("checkpoint", "tokenizer", fingerprint)
+    is_outside = gist is not None and token >= config.vocab_size
+    says = f"id {token}" + (f", but the model has {config.vocab_size:,} rows" if is_outside else "")
+    yield Finding("checkpoint", "gist token", says, is_fault=is_outside)
+    yield Finding("checkpoint", "template", tokenizer.template.name)
+    trained = (gist or {}).get("num_gist_tokens")
+    low, high = trained or (None, None)
+    says = "not recorded: give -k" if low is None else f"{low}" if low == high else f"{low} to {high}"
+    yield Finding("checkpoint", "gist tokens trained", says)
+    chunk_length = (gist or {}).get("chunk_length")
+    if chunk_length is not None:
+        yield Finding("checkpoint", "chunks", f"of {chunk_length:,} prompt tokens")
+
+
+def _weights(name: str | Path, *, is_adapter: bool) -> str:
+    """What is there, after every file's header was found to fit its size.
+
+    Raises:
+        GistError: a file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not isinstance(name, Path):
+        return "on the hub, not fetched"
+    if is_adapter:
+        names = ["adapter_model.safetensors"]
+    elif (name / "model.safetensors.index.json").is_file():
+        index = json.loads((name / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    elif (name / "model.safetensors").is_file() or not (found := sorted(name.glob("pytorch_model*.bin"))):
+        names = ["model.safetensors"]
+    else:
+        return f"{len(found)} .bin files, which are not examined"
+    num_tensors, num_bytes = 0, 0
+    for file in names:
+        try:
+            with safe_open(name / file, "pt") as tensors:
+                num_tensors += len(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise GistError(f"{file} is missing or damaged ({error}); get the checkpoint again") from error
+        num_bytes += (name / file).stat().st_size
+    return f"{num_tensors:,} tensors in {names[0] if len(names) == 1 else f'{len(names)} files'}, {num_bytes:,} bytes"
+
+
+def _has(name: str | Path, file: str) -> bool:
+    return (Path(name) / file).is_file()
+
+
+def _tried(topic: str, name: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(topic, name, look())
+    except _DAMAGE as error:
+        return Finding(topic, name, _first_line(error), is_fault=True)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,382 @@
+"""What every command keeps: examples in its help that are real, JSON alone with --json, exit codes, no traceback for
+what a user can mend, completion by the shell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from rich.console import Console
+from typer.main import get_command
+
+import gisting
+from gisting.cli import app
+from gisting.cli.shared import print_json
+from tests import shell
+from tests.test_repository import fresh_python
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Call the entry point as the shell would."""
+    return partial(shell.call, monkeypatch, capsys)
+
+
+@pytest.fixture
+def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which `gisting demo` has run."""
+    shutil.copytree(demo_checkpoint, tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that does something, with the words that name it."""
+    group = get_command(app) if group is None else group
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands())
+each_command = pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+
+
+def examples(command: Any) -> list[str]:
+    lines = (command.epilog or "").splitlines()
+    return [line.strip() for line in lines if line.strip().startswith("gisting ")]
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+@each_command
+def test_help_says_what_and_shows_how(run, path: tuple[str, ...]) -> None:
+    command = COMMANDS[path]
+    shown = run(*path, "--help")
+    assert shown.code == 0
+    assert command.help.strip()
+    assert 1 <= len(examples(command)) <= 3
+    for example in examples(command):
+        assert f"  {example}\n" in shown.out, "an example stands on a line of its own, not wrapped, to be copied"
+
+
+@each_command
+def test_examples_are_words_that_the_command_takes(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # recipes/ is named
+    for example in examples(COMMANDS[path]):
+        words = shlex.split(example)
+        assert tuple(words[1 : len(path) + 1]) == path
+        with COMMANDS[path].make_context("gisting", words[len(path) + 1 :]):
+            pass
+
+
+def test_an_example_that_is_not_real_is_caught() -> None:
+    command = COMMANDS["inspect",]
+    with pytest.raises(Exception, match="No such option: --no-such"):
+        command.make_context("gisting", ["a.st", "--no-such"])
+
+
+def test_examples_run_as_they_are_shown(run, workplace: Path) -> None:
+    """Those that need nothing but what `gisting demo` leaves and a file of prompts."""
+    Path("prompts.jsonl").write_text('{"prompt": "write capitals", "name": "capitals"}\n', encoding="utf-8")
+    ran = 0
+    for path in (
+        *(("compress",), ("generate",), ("inspect",), ("doctor",), ("show",), ("store", "list"), ("store", "verify")),
+        *(("store", "remove"), ("store", "gc")),
+    ):
+        for example in examples(COMMANDS[path]):
+            done = run(*shlex.split(example)[1:])
+            assert done.code == 0, f"{example}\n{done.err}"
+            ran += 1
+    assert ran >= 12
+
+
+def test_the_root_tells_the_exit_codes(run) -> None:
+    said = " ".join(run("--help").out.split())
+    assert "Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 130 interrupted." in said
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, gisting.cli\nprint(*sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert fresh_python(code) == ""
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+# serve prints a command line and becomes it; what it does not know is vLLM's.
+WITHOUT_JSON = {("serve",)}
+
+
+@pytest.mark.parametrize("path", COMMANDS.keys() - WITHOUT_JSON, ids=" ".join)
+def test_every_command_has_json(path: tuple[str, ...]) -> None:
+    assert "--json" in {name for option in COMMANDS[path].params for name in option.opts}
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        ("compress runs/demo --prompt a --prompt 'b c' --output c.st", {"prompt", "num_prompt_tokens", "num_bytes"}),
+        ("compress runs/demo --prompt a --name x --store s", {"prompt", "name", "num_gist_tokens", "saved_in"}),
+        ("generate runs/demo --cache one.st --input a --max-new-tokens 2", {"input", "output"}),
+        ("inspect one.st", {"format", "manifest", "tensors"}),
+        ("store list gists", {"name", "key", "num_gist_tokens"}),
+        ("store remove gists plainly", {"removed"}),
+        ("store gc gists", {"freed_bytes"}),
+        ("show 'a b' c", {"labels", "position_ids", "mask"}),
+        ("cost runs/demo --prompt-tokens 8 --input-tokens 4", {"mode", "first_token_flops"}),
+        ("doctor", {"topic", "name", "value", "is_fault"}),
+        (
+            "train runs/demo --data runs/demo/unseen.jsonl --eval few.jsonl --output runs/more --max-steps 1 "
+            "--batch-size 4 --max-new-tokens 2",
+            {"directory", "metrics", "evaluations"},
+        ),
+        ("eval runs/demo --data few.jsonl --max-new-tokens 2 --output e.json", {"split", "condition", "predictions"}),
+    ],
+)
+def test_json_stands_alone_on_standard_output(run, workplace: Path, words: str, keys: set[str]) -> None:
+    """An object a line; what a library prints, as Trainer does its logs, is on standard error."""
+    run("compress", "runs/demo", "--prompt", "answer plainly", "--output", "one.st")
+    run("compress", "runs/demo", "--prompt", "answer plainly", "--name", "plainly", "--store", "gists")
+    records = Path("runs/demo/unseen.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("few.jsonl").write_text("".join(records[:2]), encoding="utf-8")
+    done = run(*shlex.split(words), "--json")
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert rows
+    assert all(keys <= set(row) for row in rows), rows[0]
+
+
+def test_json_has_no_word_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": float("nan"), "rows": [(1, -float("inf")), "ä"]})
+    assert capsys.readouterr().out == '{"loss": null, "rows": [[1, null], "ä"]}\n'
+
+
+def test_json_of_the_demo(run, monkeypatch: pytest.MonkeyPatch, demo_checkpoint: Path) -> None:
+    """What it tells while it runs goes to standard error."""
+    row = json.loads((demo_checkpoint.parent / "demo.json").read_text(encoding="utf-8"))
+
+    class Result:
+        total_s = train_s = 1.0
+
+        def to_row(self) -> dict[str, Any]:
+            return row
+
+    def run_demo(*args: object, **settings: object) -> Result:
+        Console().print("1. The task")
+        return Result()
+
+    monkeypatch.setattr("gisting.demo.run_demo", run_demo)
+    done = run("demo", "--json")
+    assert json.loads(done.out) == row
+    assert done.err.startswith("1. The task\n")
+
+
+def test_a_fault_is_json_too(run, workplace: Path) -> None:
+    run("compress", "runs/demo", "--prompt", "answer plainly", "--store", "gists")
+    (file,) = Path("gists", "objects").glob("*/*")
+    file.write_bytes(file.read_bytes()[:-1])
+    done = run("store", "verify", "gists", "--json")
+    assert done.code == 1
+    (fault,) = (json.loads(line) for line in done.out.splitlines())
+    assert (fault["kind"], fault["is_harmless"]) == ("torn", False)
+    assert done.err.startswith("error: gists has 1 faults")
+
+
+def test_what_is_printed_beside_json_goes_to_standard_error(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gisting import visibility
+
+    monkeypatch.setattr(visibility.Visibility, "save_drawing", lambda *args: print("noise of a library"))
+    done = run("show", "a", "b", "--png", "x.png", "--json")
+    assert [list(json.loads(line)) for line in done.out.splitlines()] == [["labels", "position_ids", "mask"]]
+    assert done.err == "noise of a library\nsaved in x.png\n"
+    assert run("show", "a", "b", "--png", "x.png").out.endswith("noise of a library\nsaved in x.png\n"), "put back"
+
+
+# -- exit codes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", COMMANDS.keys() - WITHOUT_JSON, ids=" ".join)
+def test_an_unknown_option_is_wrong_usage(run, path: tuple[str, ...]) -> None:
+    done = run(*path, "--no-such-option")
+    assert (done.code, done.out) == (2, "")
+    assert "No such option: --no-such-option" in done.err
+
+
+@pytest.mark.parametrize("words", ["no-such-command", "store no-such", "show a b -k many", "show a b -k 0", "cost x"])
+def test_wrong_usage(run, words: str) -> None:
+    assert run(*words.split()).code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "compress runs/nothing --prompt a --output x",
+        "generate runs/nothing --cache {cache}",
+        "eval runs/nothing --data {data}",
+        "train runs/nothing --data {data} --output o",
+        "internalize runs/nothing --template {data} --data {data} --output o",
+        "report runs/nothing",
+        "cost runs/nothing --prompt-tokens 1 --input-tokens 1",
+        "apply-difference runs/nothing --base runs/demo --output o",
+        "make-difference runs/nothing --base runs/demo --output o",
+        "serve runs/nothing --store gists --dry-run",
+        "inspect runs/nothing",
+        "doctor runs/nothing",
+        "bench inference --model runs/nothing",
+        "bench training --plot runs/nothing/training.png",
+        "store list runs/nothing",
+        "store verify runs/nothing",
+        "store remove runs/nothing a",
+        "store gc runs/nothing",
+        "data alpaca-plus --output o --alpaca runs/nothing --self-instruct runs/nothing --human runs/nothing",
+        "demo --output {data}",
+        "show a b --png runs/nothing/mask.png",
+    ],
+)
+def test_what_is_not_there_is_said_in_one_line(run, workplace: Path, words: str) -> None:
+    cache, data = "runs/demo/instruction.gist.safetensors", "runs/demo/unseen.jsonl"
+    done = run(*words.format(cache=cache, data=data).split())
+    assert done.code == 1
+    assert re.search(r"^error: .*(runs/nothing|unseen\.jsonl)", done.err, flags=re.MULTILINE), done.err
+    assert "Traceback" not in done.err
+
+
+def test_every_command_was_shown_something_that_is_not_there() -> None:
+    (mark,) = (m for m in test_what_is_not_there_is_said_in_one_line.pytestmark if m.name == "parametrize")  # pyright: ignore
+    tried = {path for path in COMMANDS for words in mark.args[1] if tuple(words.split()[: len(path)]) == path}
+    assert tried == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("model.safetensors", "model.safetensors"),
+        ("config.json", "config.json"),
+        ("tokenizer.json", "tokenizer.json"),
+        ("gist.json", "gist.json"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe\x00junk"], ids=["empty", "object", "list", "binary"])
+def test_a_damaged_checkpoint_is_said_in_one_line(
+    run, workplace: Path, damage: str, message: str, content: bytes
+) -> None:
+    Path("runs/demo", damage).write_bytes(content)
+    done = run("compress", "runs/demo", "--prompt", "a", "--output", "c.st")
+    assert done.code == 1
+    assert re.search(r"^error: .*runs/demo", done.err, flags=re.MULTILINE), done.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (gisting.GistError("mend it so"), 1, "error: mend it so\n"),
+        (PermissionError(13, "Permission denied", "one.st"), 1, "error: [Errno 13] Permission denied: 'one.st'\n"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (ModuleNotFoundError("No module named 'peft'"), 1, "error: No module named 'peft'\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: CUDA out of memory\n"),
+        (safetensors.SafetensorError("header too small"), 1, "error: header too small\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_user_can_mend_is_one_line(
+    run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("gisting.storage.inspect", fail)
+    assert run("inspect", "one.st") == (code, "", said)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gisting.storage.inspect", lambda path: {}["nothing"])
+    with pytest.raises(KeyError):
+        run("inspect", "one.st")
+
+
+@pytest.mark.parametrize("number", [1, 300], ids=["noticed at the end", "noticed while it prints"])
+def test_a_reader_that_has_gone_is_no_error(number: int) -> None:
+    """``gisting ... | head``: nothing is said, by Python at its exit neither."""
+    words = f"import sys; sys.argv = ['gisting', 'show', 'a ' * {number}, 'b']; from gisting.cli import main; main()"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-c", words],
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+# -- completion --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def complete(run, monkeypatch: pytest.MonkeyPatch):
+    """What bash is offered for a line."""
+
+    def ask(line: str) -> list[str]:
+        monkeypatch.setenv("_GISTING_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+        done = run()
+        assert done.code == 0, done.err
+        return done.out.split()
+
+    return ask
+
+
+def test_the_shell_completes_commands_and_options(complete) -> None:
+    assert complete("gisting ") == [path[0] for path in dict.fromkeys((path[0],) for path in COMMANDS)]
+    assert complete("gisting co") == ["cost", "compress"]
+    assert complete("gisting store ver") == ["verify"]
+    assert complete("gisting store gc --dr") == ["--drop-unnamed"]
+
+
+def test_the_shell_completes_names_of_a_store(complete, run, workplace: Path) -> None:
+    for name in ("capitals", "plainly"):
+        run("compress", "runs/demo", "--prompt", name, "--name", name, "--store", "gists")
+    assert complete("gisting store remove gists ") == ["capitals", "plainly"]
+    assert complete("gisting generate runs/demo --store gists --name pl") == ["plainly"]
+    assert complete("gisting generate runs/demo --store nothing --name pl") == []
+    assert complete("gisting store list gists --json --he") == ["--help"]
+
+
+def test_names_are_completed_without_torch(workplace: Path, run) -> None:
+    run("compress", "runs/demo", "--prompt", "a", "--name", "first", "--store", "gists")
+    code = f"""
+        import os, sys
+        os.environ.update(_GISTING_COMPLETE="complete_bash", COMP_WORDS="gisting store remove {workplace / "gists"} ",
+                          COMP_CWORD="4")
+        sys.argv = ["gisting"]
+        from gisting.cli import main
+        try:
+            main()
+        except SystemExit:
+            print("torch" in sys.modules)
+    """
+    assert fresh_python(code) == "first\nFalse"

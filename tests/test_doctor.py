@@ -1,0 +1,240 @@
+"""`gisting doctor`: it says what is so, finds what was planted, and keeps no rule of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import gisting
+from gisting import doctor
+from gisting.attention import api
+from tests import shell, tiny
+from tests.test_repository import setup_arguments
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Call the entry point as the shell would."""
+    return partial(shell.call, monkeypatch, capsys)
+
+
+@pytest.fixture
+def demo(demo_checkpoint: Path, tmp_path: Path) -> Path:
+    """What `gisting demo` leaves, to be damaged."""
+    return Path(shutil.copytree(demo_checkpoint, tmp_path / "demo"))
+
+
+def by_name(findings: list[doctor.Finding], topic: str) -> dict[str, str]:
+    return {found.name: found.value for found in findings if found.topic == topic}
+
+
+def faults(findings: list[doctor.Finding]) -> list[tuple[str, str]]:
+    return [(found.name, found.value) for found in findings if found.is_fault]
+
+
+# -- this environment --------------------------------------------------------------------------------------------------
+
+
+def test_this_environment() -> None:
+    found = doctor.examine_here()
+    assert faults(found) == []
+    versions = by_name(found, "versions")
+    assert versions["gisting"].startswith(gisting.__version__)
+    assert versions["torch"] == torch.__version__ or versions["torch"] == torch.__version__.partition("+")[0]
+    assert f"torch's threads: {torch.get_num_threads()}" in by_name(found, "devices")["cpu"]
+    assert {"models from the hub", "compiled kernels"} <= set(by_name(found, "caches"))
+
+
+def test_attention_is_asked_of_the_code_that_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = by_name(doctor.examine_here(), "attention")
+    assert found["cpu, float32"].startswith("sdpa, agrees with the reference; not triton: the tensors are not on")
+    assert {"cpu, float32", "cpu, bfloat16"} <= set(found)
+
+    def choose(*args: object, **kwargs: object) -> tuple[str, str]:
+        return "reference", "the moon is full"
+
+    monkeypatch.setattr(api, "choose_implementation", choose)
+    monkeypatch.setattr(doctor, "choose_implementation", choose)
+    found = by_name(doctor.examine_here(), "attention")
+    assert found["cpu, bfloat16"] == "reference, agrees with the reference; the moon is full"
+
+
+def test_attention_that_is_wrong_is_a_fault(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = api.sdpa_attention
+    monkeypatch.setattr(api, "sdpa_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
+    found = doctor.examine_here()
+    assert [name for name, _ in faults(found)] == ["cpu, float32", "cpu, bfloat16"]
+    assert "off the reference" in by_name(found, "attention")["cpu, float32"]
+    done = run("doctor")
+    assert done.code == 1
+    assert "BROKEN: sdpa, is " in " ".join(done.out.split())
+    assert f"error: 2 of {len(found)} findings here are faults" in done.err
+
+
+def test_attention_that_fails_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no kernel image is available\nand a page of help")
+
+    monkeypatch.setattr(api, "sdpa_attention", fail)
+    assert faults(doctor.examine_here())[0] == ("cpu, float32", "fails: no kernel image is available")
+
+
+def test_every_extra_has_a_purpose_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(doctor.EXTRAS) == set(setup_arguments()["extras_require"]) - {"dev", "docs"}
+    installed = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else installed(name))
+    found = doctor.examine_here()
+    assert "peft missing: pip install 'gisting[train]' (" in by_name(found, "extras")["train"]
+    assert faults(found) == [], "what is optional is no fault"
+
+
+def test_a_package_that_is_missing_or_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "tokenizers" else installed(name))
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    assert faults(doctor.examine_here()) == [
+        (
+            "transformers",
+            "gisting needs transformers >= 5.17, found 4.57.1; run: pip install 'transformers>=5.17'",
+        ),
+        ("tokenizers", "not installed; run: pip install tokenizers"),
+    ]
+
+
+# -- a path ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint(demo: Path) -> None:
+    found = doctor.examine_path(demo)
+    assert faults(found) == []
+    told = by_name(found, "checkpoint")
+    _, tokenizer = gisting.load(demo)
+    assert told["family"] == "llama: supported, up to 256 positions"
+    assert told["tokenizer"] == tokenizer.fingerprint
+    assert told["gist token"] == f"id {tokenizer.gist_token_id}"
+    assert told["template"] == "letters"
+    assert told["gist tokens trained"] == "2"
+    assert told["weights"].endswith(f"{(demo / 'model.safetensors').stat().st_size:,} bytes")
+    assert "cpu, float32" in by_name(found, "attention")
+
+
+def test_a_checkpoint_that_was_not_patched(tmp_path: Path) -> None:
+    tiny.model("gemma2").save_pretrained(tmp_path)
+    tiny.word_tokenizer().save_pretrained(tmp_path)
+    found = doctor.examine_path(tmp_path)
+    assert faults(found) == []
+    assert by_name(found, "checkpoint")["gist token"].startswith("none: ")
+    chosen = by_name(found, "attention")["cpu, float32"]
+    assert chosen.startswith("reference, agrees with the reference; there is a softcap"), "as the model would be run"
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    from gisting.models import adapters
+
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = gisting.load(tmp_path / "base", "plain")
+    adapters.attach(model, adapters.Adapter("lora"))
+    adapters.save(model, tokenizer, tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    found = doctor.examine_path(tmp_path / "adapter")
+    assert faults(found) == []
+    assert by_name(found, "checkpoint")["adapter of"] == str(tmp_path / "base")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    assert [name for name, _ in faults(doctor.examine_path(tmp_path / "adapter"))] == ["weights"]
+
+
+def changed(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
+def other_template(path: Path) -> None:
+    template = json.loads(path.read_text(encoding="utf-8"))["template"]
+    changed(path, template={**template, "prompt": "do: {prompt}"})
+
+
+def eos_dropped(path: Path) -> None:
+    state = json.loads(path.read_text(encoding="utf-8"))
+    del state["eos_token"]
+    path.write_text(json.dumps(state), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("plant", "name", "message"),
+    [
+        (lambda folder: changed(folder / "config.json", model_type="gpt2"), "family", "gpt2 cannot be gisted: its abs"),
+        (lambda folder: changed(folder / "config.json", vocab_size=3), "gist token", "but the model has 3 rows"),
+        (lambda folder: other_template(folder / "gist.json"), "tokenizer", "the model was patched for "),
+        (lambda folder: eos_dropped(folder / "tokenizer_config.json"), "tokenizer", "has no eos_token"),
+        (lambda folder: changed(folder / "config.json", gist=3), "configuration", "under 'gist' is damaged"),
+        (lambda folder: (folder / "gist.json").unlink(), "tokenizer", "has no gist.json"),
+        (lambda folder: (folder / "gist.json").write_text("{"), "tokenizer", "gist.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "configuration", "is no checkpoint, store or "),
+        (lambda folder: (folder / "model.safetensors").unlink(), "weights", "model.safetensors is missing or damaged"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1]),
+            "weights",
+            "model.safetensors is missing or damaged",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint(run, demo: Path, plant, name: str, message: str) -> None:
+    plant(demo)
+    ((found, value),) = faults(doctor.examine_path(demo))
+    assert found == name
+    assert message in value
+    done = run("doctor", demo, "--json")
+    assert done.code == 1
+    assert [row["value"] for row in map(json.loads, done.out.splitlines()) if row["is_fault"]] == [value]
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert faults(doctor.examine_path(tmp_path)) == []
+    shards[1].unlink()
+    ((name, value),) = faults(doctor.examine_path(tmp_path))
+    assert (name, value.split()[0]) == ("weights", shards[1].name)
+
+
+def test_a_cache_file(demo: Path) -> None:
+    file = demo / "instruction.gist.safetensors"
+    found = doctor.examine_path(file)
+    assert by_name(found, "cache file")["prompts"] == "1, with 2 gist tokens"
+    assert faults(found) == []
+    file.write_bytes(file.read_bytes().replace(b"llama/", b"lloma/"))
+    ((_, value),) = faults(doctor.examine_path(file))
+    assert "is altered" in value
+
+
+def test_a_store(demo: Path, tmp_path: Path) -> None:
+    model, tokenizer = gisting.load(demo)
+    store = gisting.GistStore(tmp_path / "gists")
+    store.get_or_compress(model, tokenizer, ["answer plainly", "write capitals"], 2, names=["a", "b"])
+    store.close()
+    found = doctor.examine_path(tmp_path / "gists")
+    assert by_name(found, "store")["files"] == "every one whole"
+    assert by_name(found, "store")["entries"].startswith("2, in files of ")
+    file = sorted((tmp_path / "gists" / "objects").glob("*/*"))[0]
+    orphan = tmp_path / "gists" / "objects" / "00" / ("0" * 64 + ".gist.safetensors")
+    orphan.parent.mkdir(exist_ok=True)
+    shutil.copy(file, orphan)
+    file.write_bytes(file.read_bytes()[:-1])
+    told = doctor.examine_path(tmp_path / "gists")
+    assert [name for name, _ in faults(told)] == ["torn"]
+    assert "gisting store gc deletes it" in by_name(told, "store")["orphan"]
+
+
+def test_what_is_not_there(run, tmp_path: Path) -> None:
+    ((name, value),) = faults(doctor.examine_path(tmp_path / "nothing"))
+    assert name == "configuration"
+    assert f"{tmp_path / 'nothing'} is no checkpoint, store or cache file that can be read: " in value
+    done = run("doctor", tmp_path / "nothing")
+    assert done.code == 1
+    assert done.err == f"error: 1 of 1 findings in {tmp_path / 'nothing'} are faults\n"

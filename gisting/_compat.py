@@ -10,10 +10,12 @@ MIN_TRANSFORMERS = (5, 17)
 
 
 def require_transformers() -> None:
-    """Raise ImportError if the installed transformers is older than 5.17, from where T5 runs on the attention
-    interface.
+    """Refuse an installed transformers older than 5.17, from where T5 runs on the attention interface.
 
     Goes when pip refuses such an environment by itself (it does, unless installed with ``--no-deps``).
+
+    Raises:
+        ImportError: it is; what to run is named.
     """
     import transformers
 
@@ -31,6 +33,9 @@ def activation_checkpointing(enabled: bool) -> dict[str, bool]:
 
     ``gradient_checkpointing`` is deprecated in favour of ``activation_checkpointing``. Goes when the floor knows the
     new name.
+
+    Args:
+        enabled: whether less memory is used, for more time.
     """
     from dataclasses import fields
 
@@ -45,6 +50,10 @@ def pipeline_settings(pipeline: Any, settings: dict[str, Any]) -> dict[str, Any]
 
     Until 5.17 or so a pipeline kept one ``generation_config``; now it makes the settings of each call. Goes when the
     floor has the second.
+
+    Args:
+        pipeline: of transformers.
+        settings: what the call says, beside the pipeline's own.
     """
     prepare = getattr(pipeline, "_prepare_generate_kwargs", None)
     return {"generation_config": pipeline.generation_config, **settings} if prepare is None else prepare(settings)

@@ -58,12 +58,12 @@ class GistCache:
     Behind a turn of ``gisting.converse`` the slots hold what was said as well.
 
     Args:
-        keys: one ``(B, G, P, D)`` for each layer, rotated at positions ``0 .. lengths[b] - 1``; for an
+        keys: one ``(B, G, P, D)`` for each layer, floating point, rotated at positions ``0 .. lengths[b] - 1``; for an
             encoder-decoder, of each encoder layer.
-        values: one ``(B, G, P, Dv)`` for each layer.
+        values: one ``(B, G, P, Dv)`` for each layer, in the dtype of the keys.
         lengths: int64 ``(B,)`` on the CPU: k of each prompt, of all chunks together where it has several.
         origin: what the states belong to.
-        last_hidden: ``(B, P, d_model)``, an encoder's last hidden states, else None.
+        last_hidden: ``(B, P, d_model)`` in the dtype of the keys, an encoder's last hidden states, else None.
         rotary: how the keys are rotated, which :meth:`chain` needs; None where nobody said (files of format 1) and for
             an encoder-decoder, whose keys are not rotated.
     """
@@ -125,7 +125,7 @@ class GistCache:
         """The prompts with these numbers, in this order; a number may come more than once.
 
         Args:
-            rows: whole numbers, negative ones from the end; also an integer tensor or array of one dimension.
+            rows: whole numbers, negative ones from the end; also an integer tensor or array ``(rows,)``.
 
         Raises:
             GistError: there is no such prompt, no number at all, or what is none.
@@ -168,6 +168,9 @@ class GistCache:
     @staticmethod
     def cat(caches: Iterable[GistCache]) -> GistCache:
         """One batch of several caches of one model; k may differ.
+
+        Args:
+            caches: with any number of prompts each.
 
         Raises:
             GistError: there is nothing to join.
@@ -271,7 +274,12 @@ class GistCache:
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistCache:
-        """The same states on another device or in another dtype."""
+        """The same states on another device or in another dtype.
+
+        Args:
+            device: where they go; None leaves each layer where it is.
+            dtype: floating point; None for what it is.
+        """
         return self._map(lambda tensor, dim: tensor.to(device=device, dtype=dtype), self.lengths)
 
     def blanked(self) -> GistCache:
@@ -369,6 +377,9 @@ class GistCache:
             device: where the states go.
             max_bytes: how many the states may take. A file can be made to take more than it seems to; at the peak up to
                 three times as many are allocated.
+
+        Returns:
+            The cache, all of it on one device.
 
         Raises:
             CacheFormatError: the file is truncated, altered, of a later format, or no gist cache.

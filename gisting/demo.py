@@ -33,7 +33,21 @@ NUM_GIST_TOKENS = 2
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the run showed. Accuracies are exact matches in 0..1 by ``split/condition``; times are in seconds."""
+    """What the run showed.
+
+    Args:
+        seed: of data, weights and order.
+        num_steps: optimiser steps.
+        num_parameters: of the model.
+        num_gist_tokens: k.
+        num_eval_records: records of each split that were answered.
+        accuracy: exact match in 0..1 by ``split/condition``.
+        fresh_correct: right answers to the fresh instruction.
+        fresh_total: inputs that it was given.
+        train_s: seconds of training.
+        total_s: seconds of the whole run.
+        latency: time to the first token of an answer, with each kind of cache.
+    """
 
     seed: int
     num_steps: int

@@ -288,6 +288,9 @@ def converse(
         **generate_kwargs: as in :func:`generate`. With ``num_return_sequences``, every answer is a conversation of its
             own, and the next turn has that many times as many inputs.
 
+    Returns:
+        The answers, and the cache for the next turn.
+
     Raises:
         GistError: as :func:`generate`; or the model is an encoder-decoder, whose answers its encoder does not read; or
             the answers come from beams, from another than the dynamic cache, or several of one input from stopping
@@ -321,7 +324,7 @@ def converse(
 
 
 def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache) -> None:
-    """Raise unless ``cache`` was made by this model and tokenizer and lies where the model does.
+    """Raise unless ``cache`` was made by this ``model`` and ``tokenizer`` and lies where the model does.
 
     Raises:
         CacheMismatchError: it does not; both sides are named.

@@ -1,4 +1,7 @@
-"""Ragged rows as rectangles: the one place where ids are padded."""
+"""Ragged rows as rectangles: the one place where ids are padded.
+
+Place in the flow: below the collators and the models. Knows lists of ids; knows no tokenizer.
+"""
 
 from __future__ import annotations
 

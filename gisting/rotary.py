@@ -89,7 +89,7 @@ class Rotary:
 
     @classmethod
     def from_dict(cls, found: Any) -> Rotary:
-        """Read what :meth:`to_dict` gave.
+        """The rotation of which :meth:`to_dict` gave ``found``.
 
         Raises:
             ValueError: it is not of that form.

@@ -124,8 +124,8 @@ def write(
         path: the file.
         manifest: JSON values. ``format``, ``storage``, ``dtype`` and ``sha256`` are written by this function, over what
             it may hold under these names.
-        tensors: finite, of one dtype (float64, float32, bfloat16 or float16), on any device. No name ends with
-            ``.scale``. Symmetric storages take two dimensions or more.
+        tensors: of any shape, finite, of one dtype (float64, float32, bfloat16 or float16), on any device. No name ends
+            with ``.scale``. Symmetric storages take two dimensions or more.
         storage: one of ``STORAGES``; None for the tensors' own dtype, which keeps every bit.
 
     Raises:
@@ -198,8 +198,8 @@ def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Any
             is read. At the peak up to three times as many are allocated.
 
     Returns:
-        The manifest as it is in the file, and the tensors by name, on the CPU, in the dtype that they had before they
-        were stored.
+        The manifest as it is in the file, and the tensors by name, on the CPU, in the shape and dtype that they had
+        before they were stored.
 
     Raises:
         CacheFormatError: the file is truncated, altered, of a later format, no gist cache or no regular file, or holds
@@ -254,7 +254,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def malformed(path: str | Path, reason: object) -> CacheFormatError:
-    """The error for a file that is sound and signed, but holds what no gist cache holds."""
+    """The error for a file that is sound and signed, but holds what no gist cache holds: ``path``, and the ``reason``
+    why.
+    """
     return CacheFormatError(f"{path} is no gist cache of format {FORMAT}: {_short(reason)}; compress the prompt again")
 
 

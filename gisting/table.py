@@ -124,7 +124,7 @@ class GistTable:
     # -- handing out ---------------------------------------------------------------------------------------------------
 
     def rows_of(self, names: Iterable[str]) -> Tensor:
-        """The row numbers of these prompts, int64 on the CPU.
+        """The row numbers of the prompts ``names``, int64 ``(B,)`` on the CPU.
 
         A number is a prompt's own for good. A prompt that takes the room of a removed one has another number, so what
         was kept of the removed one is refused by :meth:`gather` and never means somebody else. Numbers of prompts that
@@ -141,7 +141,8 @@ class GistTable:
         """A batch: the prompts of these rows, in this order; a row may come more than once.
 
         Args:
-            rows: B names, or B row numbers. A tensor of them on an accelerator is read back once, to check it.
+            rows: B names, or B row numbers, also as an integer ``(B,)``; one on an accelerator is read back once, to
+                check it.
 
         Returns:
             A copy of their states in as many slots as the largest k among them takes.
@@ -182,7 +183,7 @@ class GistTable:
         return self._put([cache], names)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Take prompts out. Their room is used again by prompts that come, their row numbers are not.
+        """Take the prompts ``names`` out. Their room is used again by prompts that come, their row numbers are not.
 
         Raises:
             GistError: there is no such prompt, or a name comes twice; then none is removed.

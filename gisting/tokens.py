@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gisting.errors import GistError, GistTokenError
+from gisting.source import SOURCE_ARGUMENTS, find_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template", "cut_into_chunks"]
+__all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template", "cut_into_chunks", "read_tokenizer"]
 
 _FILE = "gist.json"
 _FORMAT = 1
-# Where a file comes from; the rest of what AutoTokenizer takes is about the tokenizer itself.
-_HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+# What a damaged file makes its reader raise.
+_DAMAGE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,15 @@ class Template:
                 raise GistError(f"template {self.name!r}: {field} must hold {placeholder} exactly once, got {text!r}")
 
     def prompt_text(self, prompt: str) -> str:
-        """The text before the gist."""
+        """The text before the gist of ``prompt``."""
         return self.prompt.replace("{prompt}", prompt)
 
     def continuation_text(self, input: str) -> str:
-        """The text behind the gist, up to where the answer begins."""
+        """The text behind the gist, with ``input``, up to where the answer begins."""
         return self.continuation.replace("{input}", input) if input else self.continuation_without_input
 
     def completion_text(self, output: str) -> str:
-        """The text of the answer."""
+        """The text of the answer ``output``."""
         return self.completion.replace("{output}", output)
 
 
@@ -308,7 +309,9 @@ class GistTokenizer:
         return found
 
     def encode_continuations(self, inputs: Sequence[str]) -> list[list[int]]:
-        """What stands behind the gist, up to where the answer begins; an empty input uses the layout without one."""
+        """What stands behind the gist for each of ``inputs``, up to where the answer begins; an empty input uses the
+        layout without one.
+        """
         _check_texts("inputs", inputs)
         return self._behind_gist([self.template.continuation_text(text) for text in inputs])
 
@@ -367,8 +370,18 @@ class GistTokenizer:
         num_gist_tokens: int | Sequence[int] = 1,
         chunk_length: int | None = None,
     ) -> list[GistEncoding]:
-        """:meth:`encode` for B examples in a few calls of the tokenizer. Raises as it does, and where the numbers
-        differ.
+        """:meth:`encode` for B examples in a few calls of the tokenizer.
+
+        Args:
+            prompts: B texts to be compressed.
+            inputs: B texts, "" where there is none.
+            outputs: B answers, or None for sequences that the model continues.
+            num_gist_tokens: k of all, or of each.
+            chunk_length: as for :meth:`encode_prompts`.
+
+        Raises:
+            GistError: the numbers differ, or as :meth:`encode`.
+            GistTokenError: as :meth:`encode`.
         """
         if len(inputs) != len(prompts) or (outputs is not None and len(outputs) != len(prompts)):
             raise GistError(
@@ -420,7 +433,9 @@ class GistTokenizer:
         return GistEncoding(ids, start, end, len(ids), spans)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Ids to text; gist tokens are shown as ``gist_token``, or left out with the other special tokens."""
+        """``ids`` to text; gist tokens are shown as ``gist_token``, or with ``skip_special_tokens`` left out like the
+        other special tokens.
+        """
         parts: list[list[int]] = [[]]
         for token in ids:
             if int(token) == self.gist_token_id:
@@ -435,7 +450,7 @@ class GistTokenizer:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the wrapped tokenizer as it is, and ``gist.json`` beside it."""
+        """Write the wrapped tokenizer as it is into ``directory``, and ``gist.json`` beside it."""
         self.tokenizer.save_pretrained(str(directory))
         state = {
             "format": _FORMAT,
@@ -454,37 +469,32 @@ class GistTokenizer:
             name_or_path: a directory, or a repository on the Hugging Face hub.
             **kwargs: handed to ``AutoTokenizer.from_pretrained``.
 
-        Raises:
-            GistError: there is no ``gist.json``, or it is of a later format.
-        """
-        from transformers import AutoTokenizer
-        from transformers.utils.hub import cached_file
+        Returns:
+            The tokenizer, with the template and the gist token that it was saved with.
 
-        found = cached_file(
-            str(name_or_path),
-            _FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **{name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS},
-        )
+        Raises:
+            GistError: there is no ``gist.json``, it is of a later format, or one of the files is damaged.
+        """
+        source = {name: value for name, value in kwargs.items() if name in SOURCE_ARGUMENTS}
+        found = find_file(name_or_path, _FILE, **source)
         if found is None:
             raise GistError(
                 f"{name_or_path} has no {_FILE}, so it is no saved GistTokenizer; wrap the tokenizer instead: "
                 "GistTokenizer(AutoTokenizer.from_pretrained(...))"
             )
-        state = json.loads(Path(found).read_text(encoding="utf-8"))
-        if state.get("format") != _FORMAT:
+        try:
+            state = json.loads(Path(found).read_text(encoding="utf-8"))
+            made_as = state.get("format")
+            if made_as == _FORMAT:
+                template = Template(**state["template"])
+                settings = {key: state[key] for key in ("is_encoder_decoder", "gist_token", "gist_token_id")}
+        except _DAMAGE as error:
+            raise GistError(f"{found} is damaged ({_reason(error)}); get the checkpoint again") from error
+        if made_as != _FORMAT:
             raise GistError(
-                f"{found} has format {state.get('format')}, this version reads {_FORMAT}; upgrade gisting: pip "
-                "install -U gisting"
+                f"{found} has format {made_as}, this version reads {_FORMAT}; upgrade gisting: pip install -U gisting"
             )
-        return cls(
-            AutoTokenizer.from_pretrained(name_or_path, **kwargs),
-            Template(**state["template"]),
-            is_encoder_decoder=state["is_encoder_decoder"],
-            gist_token=state["gist_token"],
-            gist_token_id=state["gist_token_id"],
-        )
+        return cls(read_tokenizer(name_or_path, **kwargs), template, **settings)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -560,6 +570,34 @@ class GistTokenizer:
                 f"template must be one of {', '.join([*TEMPLATES, 'chat'])} or a Template, got {template!r}"
             )
         return TEMPLATES[template]
+
+
+def read_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """A stock tokenizer by name.
+
+    Args:
+        name_or_path: a directory, or a repository on the Hugging Face hub.
+        **kwargs: handed to ``AutoTokenizer.from_pretrained``.
+
+    Returns:
+        The tokenizer, without gist token.
+
+    Raises:
+        GistError: its files are missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except _DAMAGE as error:
+        raise GistError(
+            f"{name_or_path} has no tokenizer that can be read ({_reason(error)}); get its tokenizer files again"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def cut_into_chunks(ids: Sequence[int], chunk_length: int | None) -> list[list[int]]:

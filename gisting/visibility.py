@@ -171,7 +171,7 @@ class Visibility:
 
     @staticmethod
     def from_attention_mask(attention_mask: Tensor) -> Visibility:
-        """The inverse of :meth:`as_attention_mask`.
+        """The inverse of :meth:`as_attention_mask`: ``attention_mask`` is int32 ``(B, 1, 2, K)``.
 
         Raises:
             GistError: the mask is not int32 of shape ``(B, 1, 2, K)``.
@@ -269,8 +269,8 @@ def causal(padding: Tensor, *, documents: Tensor | None = None, branches: Tensor
     """Plain causal attention over the tokens that are no padding.
 
     Args:
-        padding: ``(B, K)``, true or 1 for tokens, false or 0 for padding, on either side: transformers'
-            ``attention_mask``.
+        padding: bool or integer ``(B, K)``, true or 1 for tokens, false or 0 for padding, on either side:
+            transformers' ``attention_mask``.
         documents: int ``(B, K)``, or None: packed documents, equal numbers in a row are one document, none sees
             another.
         branches: int ``(B, K)``, or None: 0 for what all completions of a document share, then 1, 2, ... for each
@@ -323,8 +323,8 @@ def positive(
     documents: Tensor | None = None,
     branches: Tensor | None = None,
 ) -> Visibility:
-    """The positive control (Gisting, section 4): ordinary causal attention with the gist tokens in place. Arguments
-    as :func:`gist`.
+    """The positive control (Gisting, section 4): ordinary causal attention with the gist tokens in place.
+    Arguments as :func:`gist`.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_nothing)
 
@@ -336,8 +336,8 @@ def negative(
     documents: Tensor | None = None,
     branches: Tensor | None = None,
 ) -> Visibility:
-    """The negative control (Gisting, section 4): what follows the last gist sees neither prompt nor gist. Arguments
-    as :func:`gist`.
+    """The negative control (Gisting, section 4): what follows the last gist sees neither prompt nor gist.
+    Arguments as :func:`gist`.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_to_last_span)
 
@@ -414,7 +414,7 @@ def encoder_gist(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
 
     Args:
         is_gist: bool ``(B, K)``; several spans hide chunk by chunk, and a chunk sees the gists before it.
-        padding: ``(B, K)``, 1 for tokens and 0 for padding; None for no padding.
+        padding: bool or integer ``(B, K)``, 1 for tokens and 0 for padding; None for no padding.
     """
     return _encoder(is_gist, padding, hide_prompt=True, hide_gist=False)
 
@@ -425,19 +425,22 @@ def encoder_positive(is_gist: Tensor, padding: Tensor | None = None) -> Visibili
 
 
 def encoder_negative(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
-    """The negative control of an encoder: the gist is hidden from the rest as well. Arguments as
-    :func:`encoder_gist`.
+    """The negative control of an encoder: the gist is hidden from the rest as well.
+    Arguments as :func:`encoder_gist`.
     """
     return _encoder(is_gist, padding, hide_prompt=True, hide_gist=True)
 
 
 Condition = Callable[..., Visibility]
+#: The conditions of a decoder by name.
 CONDITIONS: dict[str, Condition] = {"gist": gist, "positive": positive, "negative": negative}
+#: The conditions of a decoder whose prompt is in parts.
 CHAINED_CONDITIONS: dict[str, Condition] = {
     "gist": chained,
     "positive": chained_positive,
     "negative": chained_negative,
 }
+#: The conditions of an encoder.
 ENCODER_CONDITIONS: dict[str, Condition] = {
     "gist": encoder_gist,
     "positive": encoder_positive,

@@ -316,7 +316,7 @@ def test_the_command_gives_a_published_row(run, shared: Path, tmp_path: Path) ->
     """As its help says: row 0 of LLaMA-7B."""
     help_text = " ".join(run("cost", "--help").out.split())
     words = "--prompt-tokens 24 --input-tokens 34 -k 1"
-    assert f"Example: gisting cost huggyllama/llama-7b {words}" in help_text
+    assert f"Examples: gisting cost huggyllama/llama-7b {words}" in help_text
     PUBLISHED["llama-7b"].save_pretrained(tmp_path)
     done = run("cost", tmp_path / "config.json", *words.split(), "--json")
     assert done.code == 0

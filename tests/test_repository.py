@@ -7,7 +7,6 @@ compiled here and run elsewhere: ``from test_repository import readme_fences; re
 
 import ast
 import functools
-import inspect
 import os
 import re
 import runpy
@@ -16,8 +15,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import types
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +32,7 @@ LEVELS = {
     "errors": 0,
     "_compat": 0,
     "_version": 0,
+    "source": 0,
     "padding": 1,
     "tokens": 1,
     "visibility": 1,
@@ -54,8 +52,8 @@ LEVELS = {
     "serving": 6,
     "bench": 7,
     "demo": 8,
+    "doctor": 8,
     "cli": 9,
-    "__main__": 10,
     "__init__": 10,
 }
 # transformers takes seconds to import: only what cannot do without it may import it at the top.
@@ -211,6 +209,48 @@ def plant(root: Path, path: str, source: str) -> None:
     (root / path).write_text(source, encoding="utf-8")
 
 
+def design_faults(text: str, modules: list[str]) -> list[str]:
+    """Where the tree that docs/design.md draws is another than that of the levels and of the modules (``cache.py``,
+    ``models/patch.py``), which it names each; of benchmarks it names some.
+    """
+    _, _, rest = text.partition("\ngisting/\n")
+    drawn = rest.partition("\nkernels/ ")[0]
+    levels = {name: int(level) for name, level in re.findall(r"^  (\w+)(?:\.py|/)? +\[(\d+)\]", drawn, re.M)}
+    wanted = {name: level for name, level in LEVELS.items() if name not in {"__init__", "_version"}}
+    faults = [
+        f"{name}: level {wanted.get(name)} in the test, {levels.get(name)} in docs/design.md"
+        for name in sorted(wanted.keys() | levels.keys())
+        if wanted.get(name) != levels.get(name)
+    ]
+    told = set(re.findall(r"\w+\.py\b", drawn))
+    names = {module: module.rpartition("/")[2] for module in modules if not module.startswith("bench/")}
+    return faults + [
+        f"{module} is not in docs/design.md"
+        for module, name in names.items()
+        if name not in told | {"__init__.py", "_version.py"}
+    ]
+
+
+def test_the_page_on_the_design_draws_the_tree() -> None:
+    modules = sorted(path.relative_to(ROOT / "gisting").as_posix() for path in (ROOT / "gisting").rglob("*.py"))
+    assert design_faults((ROOT / "docs" / "design.md").read_text(encoding="utf-8"), modules) == []
+    assert {name for name in LEVELS if f"{name}.py" not in modules and not (ROOT / "gisting" / name).is_dir()} == set()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fault"),
+    [
+        ("errors.py        [0]", "errors.py        [1]", "errors: level 0 in the test, 1 in docs/design.md"),
+        ("  card.py ", "  cards.py ", "card: level 2 in the test, None in docs/design.md"),
+        ("objects.py", "files.py", "store/objects.py is not in docs/design.md"),
+    ],
+)
+def test_the_page_on_the_design_catches_a_planted_fault(before: str, after: str, fault: str) -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert before in text
+    assert fault in design_faults(text.replace(before, after), ["store/objects.py"])
+
+
 VERSION_HELPERS = re.compile(r"greater_or_equal|version_at_least|is_transformers_version|parse_version|LooseVersion")
 
 
@@ -298,11 +338,11 @@ def test_core_names_need_neither_transformers_nor_an_extra() -> None:
 
 
 def test_every_module_imports_without_the_extras() -> None:
-    # serving is loaded by vLLM, so it may count on vLLM; __main__ runs the command.
+    # serving is loaded by vLLM, so it may count on vLLM.
     names = [
         ".".join(path.with_suffix("").parts).removesuffix(".__init__")
         for path, unit, _ in modules_under(ROOT, ".", "gisting")
-        if unit not in {"serving", "__main__"}
+        if unit != "serving"
     ]
     code = f"""
         import importlib
@@ -627,87 +667,343 @@ def test_every_folder_of_modules_is_a_package() -> None:
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
-def docstring_faults(module: types.ModuleType) -> list[str]:
-    """What of ``module.__all__`` is not documented: classes, their public methods and properties, functions.
+# A command's options are described by its --help, a benchmark's columns by the page that shows its table.
+ARGUMENTS_TOLD_ELSEWHERE = ("gisting/cli/", "gisting/bench/")
+# A first line that begins so says what is done, not what comes back.
+VERBS = frozenset(
+    "add answer apply ask build call change check choose collect compare compress compute convert copy count create cut"
+    " decode delete do draw drop encode evaluate fill find forget gather generate get give hand hold keep launch lay"
+    " learn list load make mark measure merge move open pack parse place plan prepare print put quantise raise read"
+    " reduce refuse register remember remove rename replace report return run save search serve set show sort split"
+    " start store switch take tell test time train translate try turn undo wait walk write".split()
+)
+# The arguments, the result or the errors are those of another name, which the docstring gives.
+SAME = re.compile(r"\AAs (?:``|:)")
+SAME_ARGUMENTS = re.compile(rf"{SAME.pattern}|\b[Aa]rguments\b[\w ,]*\sas\b")
+SAME_ERRORS = re.compile(rf"{SAME.pattern}|\b(?:[Rr]aises|errors)\b[\w ,]*\sas\b")
+TENSOR = re.compile(r"\b(?:Tensor|ndarray)\b")
+SHAPE = re.compile(r"``\([^`]*\)``|\bshape|\bscalar\b")
+DTYPE = re.compile(r"\b(?:int|bool|integer|floating|dtypes?|(?:u?int|b?float)\d+)\b")
+SAME_TENSOR = re.compile(r"\bas (?:for |in )?(?:``|:\w+:`|[a-z]\b)")
+# Published methods, and what stands in the docstrings of a module that is about one: where it was published.
+PUBLISHED = {
+    r"\bLoRA\b": r"arXiv 2106\.09685",
+    r"\bPromptIntern\b": r"arXiv 2407\.02211",
+    r"\bLLMLingua-2\b": r"arXiv 2403\.12968",
+    r"\b[Ss]elf-information\b": r"arXiv 2310\.06201",
+    r"\b[Dd]istillation\b": r"arXiv 2112\.00861",
+    r"\b[Rr]elative (?:position )?bias\b": r"arXiv 1910\.10683",
+    r"\bROUGE\b": r"\bLin\b.*2004",
+    r"\bBLEU\b": r"\bPapineni\b.*2002",
+    r"\bBM25\b": r"\bRobertson\b",
+    r"\b[Bb]ootstrap\b": r"\bEfron\b",
+    r"\bpass@k\b": r"arXiv 2107\.03374",
+}
 
-    A function with parameters needs more than one line: what they mean, what comes back, what is raised.
+
+class Definition(NamedTuple):
+    """A public function, class or method of a source, and the class that a method is in."""
+
+    name: str
+    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    owner: ast.ClassDef | None
+
+    @property
+    def doc(self) -> str:
+        return ast.get_docstring(self.node) or ""
+
+    @property
+    def decorators(self) -> set[str]:
+        return {name_of(item.func if isinstance(item, ast.Call) else item) for item in self.node.decorator_list}
+
+    @property
+    def overrides(self) -> bool:
+        """Whether the signature may be one that a base class prescribes, and documents."""
+        bases = self.owner.bases if self.owner else self.node.bases if isinstance(self.node, ast.ClassDef) else []
+        named = {name_of(base.value if isinstance(base, ast.Subscript) else base) for base in bases}
+        return bool(named - {"NamedTuple", "Protocol", "Generic"})
+
+    def arguments(self) -> dict[str, str]:
+        """Names and annotations of the parameters, those of a class being its fields or those of its ``__init__``."""
+        node = self.node
+        if isinstance(node, ast.ClassDef):
+            init = next((item for item in node.body if getattr(item, "name", "") == "__init__"), None)
+            if not isinstance(init, ast.FunctionDef):
+                fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+                return {
+                    name_of(field.target): ast.unparse(field.annotation)
+                    for field in fields
+                    if not name_of(field.target).startswith("_")
+                    and "init=False" not in ast.unparse(field)
+                    and "ClassVar" not in ast.unparse(field.annotation)
+                }
+            node = init
+        given = node.args
+        every = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
+        return {
+            item.arg: ast.unparse(item.annotation) if item.annotation else ""
+            for item in every
+            if item is not None and item.arg not in {"self", "cls"} and not item.arg.startswith("_")
+        }
+
+    def result(self) -> str:
+        """The annotation of what is returned; empty where that is nothing, and for a class."""
+        if isinstance(self.node, ast.ClassDef) or self.node.returns is None:
+            return ""
+        returned = ast.unparse(self.node.returns)
+        return "" if returned in {"None", "NoReturn", "Never", "Iterator[None]"} else returned
+
+    def raised(self) -> set[str]:
+        """The exception classes that the body itself raises and does not catch; of a class, while one is made."""
+        if isinstance(self.node, ast.ClassDef):
+            made = [item for item in self.node.body if getattr(item, "name", "") in {"__init__", "__post_init__"}]
+        else:
+            made = [self.node]
+        found: set[str] = set()
+
+        def visit(node: ast.AST, caught: set[str]) -> None:
+            match node:
+                case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Lambda():
+                    return
+                case ast.Try(body=body, handlers=handlers):
+                    types = [handler.type for handler in handlers if handler.type is not None]
+                    here = {name_of(child) for each in types for child in ast.walk(each)}
+                    for child in body:
+                        visit(child, caught | here)
+                    for child in [*handlers, *node.orelse, *node.finalbody]:
+                        visit(child, caught)
+                    return
+                case ast.Raise(exc=exc) if exc is not None:
+                    raised = name_of(exc.func if isinstance(exc, ast.Call) else exc)
+                    # `raise error` and `raise refusal(path)` name no class.
+                    if raised[:1].isupper() and raised not in caught:
+                        found.add(raised)
+            for child in ast.iter_child_nodes(node):
+                visit(child, caught)
+
+        for function in made:
+            for child in function.body:
+                visit(child, set())
+        return found
+
+
+def public_definitions(source: str) -> Iterator[Definition]:
+    """What ``__all__`` names of a source, or everything without an underscore where there is none; kernels aside, whose
+    many strides follow the grammar of their module.
     """
+    tree = ast.parse(source)
+    exported = next(
+        (
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and name_of(node.targets[0]) == "__all__"
+        ),
+        None,
+    )
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if node.name.startswith("_") if exported is None else node.name not in exported:
+            continue
+        found = Definition(node.name, node, None)
+        if "jit" in found.decorators:
+            continue
+        yield found
+        for item in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) and not item.name.startswith("_"):
+                yield Definition(f"{node.name}.{item.name}", item, node)
+
+
+def entries(doc: str, *titles: str) -> dict[str, str]:
+    """The entries ``name: text`` (or ``name, other: text``) of the sections with these titles."""
+    found: dict[str, str] = {}
+    for title in titles:
+        for section in re.findall(rf"^{title}:\n((?: {{4}}.*\n?|\s*\n)*)", doc, re.M):
+            parts = re.split(r"^ {4}((?:\*{0,2}[\w.]+, )*\*{0,2}[\w.]+):", section, flags=re.M)
+            for names, text in zip(parts[1::2], parts[2::2], strict=True):
+                found |= dict.fromkeys(re.findall(r"[\w.]+", names), text)
+    return found
+
+
+def argument_faults(found: Definition) -> list[str]:
+    """Parameters that have no line under ``Args:`` and are not named ``so`` either; lines for what is no parameter."""
+    told = entries(found.doc, "Args", "Attributes")
+    arguments = found.arguments()
+    faults = [f"Args: has {name}, which is no parameter" for name in told if name not in arguments]
+    if isinstance(found.node, ast.ClassDef) and "Attributes:" in found.doc:
+        faults = []
+    if found.overrides or SAME_ARGUMENTS.search(found.doc):
+        return faults
+    # A docstring without the section may name them in its sentences.
+    text = "\n".join(told.values()) if told else found.doc
+    is_named = {name for name in arguments if re.search(rf"``[^`\n]*\b{name}\b[^`\n]*``", text)}
+    return faults + [f"{name} is not documented" for name in arguments if name not in told and name not in is_named]
+
+
+def result_faults(found: Definition) -> list[str]:
+    """A result of which nothing is said: neither a section ``Returns:`` nor a first line that names what comes back."""
+    if not found.result() or found.overrides or SAME.search(found.doc):
+        return []
+    if re.search(r"^(?:Returns|Yields):|\bReturns\b|\breturned\b", found.doc, re.M):
+        return []
+    first = re.match(r"\w*", found.doc)[0]  # pyright: ignore[reportOptionalSubscript]
+    return [f"says what is done ({first} ...), not what is returned"] if first.lower() in VERBS else []
+
+
+def raises_faults(found: Definition) -> list[str]:
+    """Exceptions that the body raises and ``Raises:`` has not."""
+    if SAME_ERRORS.search(found.doc):
+        return []
+    return [f"Raises: lacks {name}" for name in sorted(found.raised() - set(entries(found.doc, "Raises")))]
+
+
+def tensor_faults(found: Definition) -> list[str]:
+    """Tensors, given or returned, of which shape or dtype is not said."""
+    if found.overrides or SAME_ARGUMENTS.search(found.doc):
+        return []
+    told = entries(found.doc, "Args", "Attributes")
+    prose = re.sub(r"^(?:Args|Attributes|Raises):\n(?:    .*\n?|\s*\n)*", "", found.doc, flags=re.M)
+    tensors = {name: annotation for name, annotation in found.arguments().items() if TENSOR.search(annotation)}
+    texts = {name: told.get(name, prose) for name in tensors}
+    if TENSOR.search(found.result()):
+        texts["the result"] = prose
     faults = []
-    for name in module.__all__:
-        value = getattr(module, name)
-        if inspect.isclass(value):
-            # dataclass and NamedTuple write a docstring by themselves, `Name(field: type, ...)`.
-            if not value.__doc__ or value.__doc__.startswith(f"{value.__name__}("):
-                faults.append(f"{name}: no docstring")
-            package = value.__module__.partition(".")[0]
-            own = [base for base in value.__mro__ if base.__module__.partition(".")[0] == package]
-            members = {member: raw for base in reversed(own) for member, raw in vars(base).items()}
-            for member, raw in members.items():
-                is_documentable = callable(raw) or isinstance(
-                    raw, property | functools.cached_property | classmethod | staticmethod
-                )
-                # getdoc also finds what an overridden method inherits.
-                if not member.startswith("_") and is_documentable and not inspect.getdoc(getattr(value, member)):
-                    faults.append(f"{name}.{member}: no docstring")
-        elif callable(value):
-            lines = [line for line in (inspect.getdoc(value) or "").splitlines() if line.strip()]
-            if not lines:
-                faults.append(f"{name}: no docstring")
-            elif inspect.signature(value).parameters and len(lines) < 2:
-                faults.append(f"{name}: has parameters, so say what they are, what is returned and what is raised")
+    for name, text in texts.items():
+        if "Callable" in tensors.get(name, "") or SAME_TENSOR.search(text):
+            continue
+        faults += [f"{name}: no shape"] if not SHAPE.search(text) else []
+        faults += [f"{name}: no dtype"] if not DTYPE.search(text) else []
     return faults
 
 
-def test_public_names_are_documented() -> None:
-    import gisting
-
-    assert docstring_faults(gisting) == []
-
-
-def test_docstrings_catch_a_planted_fault() -> None:
-    source = '''
-        import functools
-        from dataclasses import dataclass
-        __all__ = ["LIMIT", "bare", "short", "fine", "none", "Bare", "Data", "Fine"]
-        LIMIT = 3
-        def bare(): pass
-        def short(a):
-            """One line."""
-        def fine(a):
-            """One line.
-
-            And what it raises.
-            """
-        def none():
-            """No parameters, so one line does."""
-        class Bare: pass
-        @dataclass
-        class Data:
-            a: int
-        class Fine:
-            """A class."""
-            limit = 3
-            def method(self): pass
-            @property
-            def prop(self): pass
-            @functools.cached_property
-            def cached(self): pass
-            @classmethod
-            def make(cls): pass
-            def _hidden(self): pass
-            def told(self):
-                """Told."""
-    '''
-    module = types.ModuleType("planted")
-    exec(textwrap.dedent(source), module.__dict__)
-    assert [fault.partition(":")[0] for fault in docstring_faults(module)] == [
-        *("bare", "short", "Bare", "Data", "Fine.method", "Fine.prop", "Fine.cached", "Fine.make"),
+def source_faults(source: str) -> list[str]:
+    """Published methods that a module is about, by its docstring and the first lines of what is public, where no
+    docstring says their source.
+    """
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    text = "\n".join(ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented))
+    heads = [found.doc.split("\n\n")[0] for found in public_definitions(source)]
+    # Where another name is pointed to, that one has its source.
+    about = re.sub(r":\w+:`[^`]*`", "", "\n".join([ast.get_docstring(tree) or "", *heads]))
+    return [
+        f"names {match.group()}, and no docstring says where it was published ({published})"
+        for method, published in PUBLISHED.items()
+        if (match := re.search(method, about)) and not re.search(published, text)
     ]
+
+
+def contract_faults(source: str, path: str = "") -> list[str]:
+    """Where the docstrings of a source's public names leave out what a caller must know."""
+    told_elsewhere = path.startswith(ARGUMENTS_TOLD_ELSEWHERE)
+    faults = [] if told_elsewhere else source_faults(source)
+    for found in public_definitions(source):
+        if not found.doc:
+            faults += [] if found.owner and found.overrides else [f"{found.name}: no docstring"]
+            continue
+        here = raises_faults(found) if "cli" not in path else []
+        if not told_elsewhere:
+            here += argument_faults(found) + result_faults(found) + tensor_faults(found)
+        faults += [f"{found.name}: {fault}" for fault in here]
+    return faults
+
+
+def package_sources() -> list[str]:
+    """The modules of both packages, relative to the root."""
+    paths = [*(ROOT / "gisting").rglob("*.py"), *(ROOT / "kernels" / "gisting_kernels").rglob("*.py")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+def test_docstrings_say_what_a_caller_must_know() -> None:
+    faults = [
+        f"{path}: {fault}"
+        for path in package_sources()
+        for fault in contract_faults((ROOT / path).read_text(encoding="utf-8"), path)
+    ]
+    assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("signature", "doc", "fault"),
+    [
+        ("f()", "A number.\n\nArgs:\n    wide: in metres.", "f: Args: has wide, which is no parameter"),
+        ("f(size, wide)", "A ``wide`` number.\n\nArgs:\n    size: in metres.", "f: wide is not documented"),
+        ("f(size, wide)", "A number.\n\nArgs:\n    size: in metres, like ``wide``.", None),
+        ("f(size, wide)", "A number.\n\nArgs:\n    size: in metres.", "f: wide is not documented"),
+        ("f(size)", "A number of some size.", "f: size is not documented"),
+        ("f(size)", "A number of ``size`` metres.", None),
+        (
+            "f(*, size=1, **rest)",
+            "A number.\n\nArgs:\n    size: in metres.\n        Of course.\n    **rest: more.",
+            None,
+        ),
+        ("f(self, size)", "A number. Arguments as :func:`g`.", None),
+        ("f() -> int", "Count.", "f: says what is done (Count ...), not what is returned"),
+        ("f() -> int", "Count.\n\nReturns:\n    How many.", None),
+        ("f() -> int", "How many there are.", None),
+        ("f() -> None", "Count.", None),
+        ("f(): raise ValueError(1)", "A.", "f: Raises: lacks ValueError"),
+        ("f(): raise errors.GistError", "A.\n\nRaises:\n    ValueError: no.", "f: Raises: lacks GistError"),
+        ("f(): raise ValueError(1)", "A.\n\nRaises:\n    ValueError: it is\n        so.", None),
+        ("f(): raise refusal(1)", "A.", None),
+        ("f() -> Tensor", "The mask, bool.", "f: the result: no shape"),
+        ("f() -> Tensor", "The mask ``(B, K)``.", "f: the result: no dtype"),
+        ("f() -> Tensor", "The mask, bool ``(B, K)``.", None),
+        ("f(q: Tensor)", "A.\n\nArgs:\n    q: queries, bool.", "f: q: no shape"),
+        ("f(q: Tensor)", "A.\n\nArgs:\n    q: ``(B, K)``.", "f: q: no dtype"),
+        ("f(q: Tensor)", "A.\n\nArgs:\n    q: ``(B, K)``, floating point.", None),
+    ],
+)
+def test_contract_faults_are_found(signature: str, doc: str, fault: str | None) -> None:
+    head, _, body = signature.partition(": raise")
+    quoted = textwrap.indent(f'"""{doc}"""', "    ")
+    source = f"def {head}:\n{quoted}\n    {'raise' + body if body else 'pass'}\n"
+    assert contract_faults(source) == ([] if fault is None else [fault])
+    assert contract_faults(f"__all__ = []\n{source}") == []
+    # The same of a method, and not of one whose signature is a base's.
+    method = f"class A:\n    '''A.'''\n{textwrap.indent(source, '    ')}"
+    assert contract_faults(method) == ([] if fault is None else [f"A.{fault}"])
+
+
+@pytest.mark.parametrize(
+    ("source", "faults"),
+    [
+        ("def f(): pass", ["f: no docstring"]),
+        ("def _f(): pass", []),
+        ("class A(Base):\n    'A.'\n    def f(self): pass", []),
+        ("class A:\n    'A.'\n    def f(self): pass", ["A.f: no docstring"]),
+        ("class A:\n    'A.'\n    size: int", ["A: size is not documented"]),
+        ("class A(NamedTuple):\n    'A.'\n    size: int", ["A: size is not documented"]),
+        ("class A:\n    'A.'\n    def __init__(self, size): pass", ["A: size is not documented"]),
+        ("class A:\n    'A of ``size``.'\n    size: int\n    made: int = field(init=False)", []),
+        ("class A:\n    'A.'\n    def __post_init__(self): raise ValueError(1)", ["A: Raises: lacks ValueError"]),
+        ("def f():\n    'A.'\n    try:\n        raise ValueError(1)\n    except ValueError:\n        pass", []),
+        ("def f():\n    'A.'\n    def g():\n        raise ValueError(1)", []),
+        ("@triton.jit\ndef f(a): pass", []),
+        ("def f():\n    'The BLEU of a text.'", ["names BLEU, and no docstring says where it was published"]),
+        ("'''Scores.\n\nPapineni and others, 2002.'''\ndef f():\n    'The BLEU of a text.'", []),
+    ],
+)
+def test_contract_faults_of_classes_and_bodies(source: str, faults: list[str]) -> None:
+    found = contract_faults(source)
+    assert [fault.partition(" (")[0] for fault in found] == faults
 
 
 def test_every_module_has_a_docstring() -> None:
     paths = [*(ROOT / "gisting").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     assert [str(path) for path in paths if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))] == []
+
+
+def test_every_module_says_its_place_in_the_flow() -> None:
+    """Those of the command line and the benchmarks stand above everything, each on its own."""
+    silent = [
+        path
+        for path in package_sources()
+        if not path.startswith(ARGUMENTS_TOLD_ELSEWHERE)
+        and not path.endswith(("__init__.py", "/_version.py"))
+        and "Place in the flow: " not in (ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8"))) or "")
+    ]
+    assert silent == []
 
 
 # Each pattern has a character in brackets so that this file does not match it. {pattern: the one file that may hold it}
@@ -778,26 +1074,3 @@ def test_license_is_the_whole_apache_license() -> None:
         assert part in text
     assert text.split()[:2] == ["Apache", "License"]
     assert setup_arguments()["license_expression"] == "Apache-2.0"
-
-
-def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
-    """An editable install reads the folder itself, so that a data file which the wheel lacks is not missed there."""
-    tree = tmp_path / "tree"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("gisting", "kernels"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, tree)
-    subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path)],
-        cwd=tree,
-        check=True,
-        capture_output=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    wanted = {str(path.relative_to(tree)) for path in (tree / "gisting").rglob("*") if path.is_file()}
-    package = tree / "kernels" / "gisting_kernels"
-    wanted |= {str(path.relative_to(tree / "kernels")) for path in package.rglob("*") if path.is_file()}
-    assert held == wanted

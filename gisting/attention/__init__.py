@@ -4,6 +4,6 @@
 import neither each other nor the oracle.
 """
 
-from gisting.attention.api import IMPLEMENTATIONS, interval_attention
+from gisting.attention.api import IMPLEMENTATIONS, choose_implementation, interval_attention
 
-__all__ = ["IMPLEMENTATIONS", "interval_attention"]
+__all__ = ["IMPLEMENTATIONS", "choose_implementation", "interval_attention"]

@@ -20,8 +20,9 @@ from gisting.attention.sdpa import sdpa_attention
 from gisting.errors import GistError
 from gisting.visibility import Visibility
 
-__all__ = ["IMPLEMENTATIONS", "interval_attention"]
+__all__ = ["IMPLEMENTATIONS", "choose_implementation", "interval_attention"]
 
+#: What ``impl=`` may be.
 IMPLEMENTATIONS = ("auto", "reference", "sdpa", "flex", "triton")
 
 _logger = logging.getLogger("gisting")
@@ -53,9 +54,10 @@ def interval_attention(
         k: ``(B, G, K, D)``, dtype and device of q; query head h reads key head ``h // (H // G)``.
         v: ``(B, G, K, Dv)``, as k.
         visibility: B sequences of K keys, on the device of q. B = 1 serves every sequence.
-        bias: ``(B or 1, H or 1, T, K)``, added to the scores, or None. Differentiable.
-        relative_bias: ``(H, 2 W + 1)``, or None: row i adds ``relative_bias[h, clamp(j - i, -W, W) + W]`` to its score
-            with key j, as T5 does (arXiv 1910.10683, section 2.1). Not together with ``bias``. Differentiable.
+        bias: ``(B or 1, H or 1, T, K)``, floating point, added to the scores, or None. Differentiable.
+        relative_bias: ``(H, 2 W + 1)``, floating point, or None: row i adds
+            ``relative_bias[h, clamp(j - i, -W, W) + W]`` to its score with key j, as T5 does (arXiv 1910.10683, section
+            2.1). Not together with ``bias``. Differentiable.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2), or None.
         dropout: probability with which an attention weight is dropped.
@@ -85,7 +87,9 @@ def interval_attention(
         raise GistError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if impl == "auto":
-        impl, reason = _choose(as_autocast(q), v, scale, has_bias=bias is not None, has_softcap=softcap is not None)
+        impl, reason = choose_implementation(
+            as_autocast(q), v, scale, has_bias=bias is not None, has_softcap=softcap is not None
+        )
         if not torch.compiler.is_compiling():
             _log_choice(impl, reason)
     if impl == "triton":
@@ -105,8 +109,21 @@ def interval_attention(
     return sdpa_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout)
 
 
-def _choose(q: Tensor, v: Tensor, scale: float, *, has_bias: bool, has_softcap: bool) -> tuple[str, str]:
-    """What ``impl="auto"`` stands for, and why."""
+def choose_implementation(
+    q: Tensor, v: Tensor, scale: float, *, has_bias: bool = False, has_softcap: bool = False
+) -> tuple[str, str]:
+    """What ``impl="auto"`` stands for in a call, and why. Of the tensors, only device, dtype and head size count.
+
+    Args:
+        q: ``(B, H, T, D)``, as for :func:`interval_attention`.
+        v: ``(B, G, K, Dv)``, as q.
+        scale: factor of the scores.
+        has_bias: whether there is a dense bias.
+        has_softcap: whether there is a softcap.
+
+    Returns:
+        One of :data:`IMPLEMENTATIONS`, and the reason in words.
+    """
     from gisting_kernels import why_not
 
     reason = why_not(q, v, scale, has_bias=has_bias) if q.is_cuda else "the tensors are not on a CUDA device"

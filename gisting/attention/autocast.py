@@ -1,4 +1,7 @@
-"""What autocast would do to the arguments of attention, for operators that it does not know."""
+"""What autocast would do to the arguments of attention, for operators that it does not know.
+
+Place in the flow: below the implementations. Knows dtypes alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ __all__ = ["as_autocast"]
 
 
 def as_autocast(tensor: Tensor) -> Tensor:
-    """What autocast makes of an argument of torch's scaled_dot_product_attention; it leaves float64 alone."""
+    """What autocast makes of an argument of torch's scaled_dot_product_attention: the same ``tensor``, of any shape, in
+    the dtype of autocast where that is on; it leaves float64 alone.
+    """
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensor

@@ -3,6 +3,9 @@ intervals tile plans and pieces.
 
 The memory hangs on the tensors themselves: it goes with them, and is not trusted after one was written to. So nothing
 that is remembered may hold the first of its tensors, nor a view of it, or neither would ever go.
+
+Place in the flow: beside ``api``, and asked by ``models/registry.py`` for the intervals of a mask. Knows nothing of
+what is built.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _MEMORY: Any = WeakIdKeyDictionary()
 
 
 def remembered(visibility: Visibility, key: Hashable, build: Callable[[], _Result]) -> _Result:
-    """:func:`remembered_on` the two tensors of the intervals."""
+    """:func:`remembered_on` the two tensors of the intervals of ``visibility``. Arguments otherwise as there."""
     return remembered_on((visibility.first, visibility.end), key, build)
 
 
@@ -35,6 +38,11 @@ def remembered_on(tensors: tuple[Tensor, ...], key: Hashable, build: Callable[[]
     It is built anew each time where that cannot be known: inside ``torch.compile``; while a CUDA graph is captured,
     which is replayed on other contents; and under ``torch.inference_mode``, whose tensors count no writes and cannot be
     used in training afterwards.
+
+    Args:
+        tensors: of any shape and dtype; what is built is forgotten with the first of them.
+        key: what is asked of them.
+        build: what makes the answer. It must not hold the tensors, which would then never be freed.
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or any(map(_is_untracked, tensors)):
         return build()

@@ -61,6 +61,13 @@ KEY_BLOCK = 512
 class Piece(NamedTuple):
     """Rows ``first_row <= i < end_row`` see keys ``first_key <= j < end_key``: all of them, or, if causal, those with
     ``j - first_key <= i - first_row``. Rows are counted from the first of the T.
+
+    Args:
+        first_row: from this row on.
+        end_row: up to this row, which is none of them.
+        first_key: from this key on.
+        end_key: up to this key, which is none of them.
+        is_causal: whether the rows see the keys only up to the diagonal.
     """
 
     first_row: int
@@ -81,7 +88,13 @@ class Piece(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Rows of a piece that no piece before it had (``is_new``), or that all were in some piece before."""
+    """Rows of a piece that no piece before it had (``is_new``), or that all were in some piece before.
+
+    Args:
+        first_row: from this row on.
+        end_row: up to this row, which is none of them.
+        is_new: whether nothing is there yet, so that nothing is merged.
+    """
 
     first_row: int
     end_row: int
@@ -89,14 +102,24 @@ class Stretch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A piece, and its rows by whether they are merged with what is there already."""
+    """A piece, and its rows by whether they are merged with what is there already.
+
+    Args:
+        piece: what is seen.
+        stretches: all its rows, cut where it changes whether they are new.
+    """
 
     piece: Piece
     stretches: tuple[Stretch, ...]
 
 
 class Group(NamedTuple):
-    """Sequences of a batch (a slice or their numbers) with the same intervals, and what is done for them in turn."""
+    """Sequences of a batch (a slice or their numbers) with the same intervals, and what is done for them in turn.
+
+    Args:
+        sequences: a slice, or int64 ``(sequences,)``.
+        steps: what is done, in this order.
+    """
 
     sequences: slice | Tensor
     steps: tuple[Step, ...]
@@ -108,7 +131,11 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a batch is computed by: every (row, key) that is seen is in one piece of its sequence's group."""
+    """What a batch is computed by: every (row, key) that is seen is in one piece of its sequence's group.
+
+    Args:
+        groups: every sequence is in one of them.
+    """
 
     groups: tuple[Group, ...]
 
@@ -284,7 +311,7 @@ def attend_pieces(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
     """Attention over the pieces of a plan; rows in no piece give zeros and have zero gradients.
 
     Args:
-        q: ``(B, H, T, D)`` on the CPU.
+        q: ``(B, H, T, D)``, floating point, on the CPU.
         k: ``(B, G, K, D)``, dtype of q; query head h reads key head ``h // (H // G)``.
         v: ``(B, G, K, D)``, as k.
         plan: what :func:`plan_pieces` gives for the T, and for these B sequences or one.

@@ -1,6 +1,9 @@
 """The oracle of interval attention: plain, dense, in float32 or better. It defines the corners.
 
 Corner: a query row that sees no key gives zeros and has zero gradients. Nothing here is meant to be fast.
+
+Place in the flow: ``api`` -> **reference** -> the caller. Tests hold the other implementations against it, which import
+nothing of it.
 """
 
 from __future__ import annotations

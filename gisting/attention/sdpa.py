@@ -3,6 +3,8 @@
 On a CPU the intervals are cut into rectangles and causal pieces (``pieces.py``) where that is cheaper: time then goes
 by the pairs that are seen, and memory by T and K. With a dense mask, memory is O(T K) for each sequence (not for each
 head). No softcap: torch's operator has none.
+
+Place in the flow: ``api`` -> **sdpa** -> torch. Knows no other implementation but the pieces.
 """
 
 from __future__ import annotations

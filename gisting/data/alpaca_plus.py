@@ -129,7 +129,15 @@ def read_source(where: str | Path) -> list[Any]:
 
 
 def save_splits(splits: Mapping[str, list[Record]], directory: str | Path) -> dict[str, Path]:
-    """Write ``alpaca_plus_<split>.json`` for each split, in the published layout, and say where."""
+    """Write ``alpaca_plus_<split>.json`` for each split, in the published layout, and say where.
+
+    Args:
+        splits: records by the name of their split.
+        directory: where the files go; made where there is none.
+
+    Returns:
+        The file of each split.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths = {name: directory / f"alpaca_plus_{name}.json" for name in splits}

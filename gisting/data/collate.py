@@ -89,6 +89,7 @@ class GistCollator:
 
     Raises:
         GistError: an argument is out of range, or two exclude each other.
+        GistTokenError: ``num_gist_tokens`` is less than 1.
     """
 
     def __init__(

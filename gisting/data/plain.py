@@ -136,5 +136,5 @@ class PlainCollator:
 
 
 def excerpt(text: str) -> str:
-    """A text as a message shows it: quoted, at most 40 characters of it."""
+    """``text`` as a message shows it: quoted, at most 40 characters of it."""
     return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -16,7 +16,13 @@ __all__ = ["PromptRecord", "load_prompts"]
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt to compress: its text, what it is called in a store, and k, each None where the file does not say."""
+    """A prompt to compress; None where the file does not say.
+
+    Args:
+        prompt: its text.
+        name: what it is called in a store, or None.
+        num_gist_tokens: k, or None.
+    """
 
     prompt: str
     name: str | None = None
@@ -29,6 +35,9 @@ def load_prompts(path: str | Path) -> list[PromptRecord]:
 
     Args:
         path: the file, UTF-8.
+
+    Returns:
+        The prompts, in their order.
 
     Raises:
         RecordError: a line is no such object, a prompt is empty, a name comes twice, or there is no prompt at all.

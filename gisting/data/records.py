@@ -22,6 +22,12 @@ class Record:
     """One example: what is asked (the prompt that will be compressed), what it is asked of, and the answer.
 
     Not a dictionary on purpose: stock ``Trainer`` strips dictionaries of the keys that ``model.forward`` does not name.
+
+    Args:
+        instruction: what is asked; empty where nothing is compressed.
+        input: what it is asked of; may be empty.
+        output: the answer.
+        source: where it comes from, such as the split of a task; read by nobody that trains.
     """
 
     instruction: str
@@ -107,14 +113,22 @@ def load_records(path: str | Path, *, needs_instruction: bool = True) -> list[Re
 
 
 def save_records(records: Iterable[Record], path: str | Path) -> None:
-    """Write records as JSONL."""
+    """Write records as JSONL, an object a line.
+
+    Args:
+        records: written in their order.
+        path: the file, UTF-8, which :func:`load_records` reads.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with Path(path).open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
 
 
 def parse_json(text: str, where: str) -> Any:
-    """JSON of a file that a person wrote.
+    """What ``text``, the JSON of a file that a person wrote, says.
 
     Raises:
         RecordError: it is not JSON; ``where`` says what a message calls it.

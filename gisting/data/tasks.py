@@ -36,6 +36,7 @@ __all__ = [
     "task_tokenizer",
 ]
 
+#: What the inputs of the letter task are made of.
 LETTERS = "abcdefgh"
 _Rule = Callable[[list[str]], list[str]]
 
@@ -85,18 +86,24 @@ TEMPLATE = Template(
 
 @dataclass(frozen=True)
 class Instruction:
-    """One combination of the three parts; ``text`` says it, ``answer`` does it."""
+    """One combination of the three parts; ``text`` says it, ``answer`` does it.
+
+    Args:
+        order: a name of ``ORDERS``.
+        edit: a name of ``EDITS``.
+        style: a name of ``STYLES``.
+    """
 
     order: str
     edit: str
     style: str
 
     def text(self, phrasing: str = PHRASINGS[0]) -> str:
-        """The instruction in words."""
+        """The instruction in words: ``phrasing`` with the three parts put in."""
         return phrasing.format(order=self.order, edit=self.edit, style=self.style)
 
     def answer(self, letters: list[str]) -> list[str]:
-        """What follows from it for these letters."""
+        """What follows from it for these ``letters``."""
         return STYLES[self.style](EDITS[self.edit](ORDERS[self.order](letters)))
 
 
@@ -109,6 +116,9 @@ class LetterTask:
             combination are trained on together, only never with its third.
         length: letters in an input.
         seed: which combinations are held out.
+
+    Raises:
+        GistError: ``num_unseen`` is out of range.
     """
 
     num_unseen: int = 16
@@ -135,6 +145,11 @@ class LetterTask:
 
     def records(self, split: str, count: int, seed: int) -> list[Record]:
         """``count`` records of ``"seen"`` or ``"unseen"`` combinations with fresh inputs.
+
+        Args:
+            split: ``"seen"`` or ``"unseen"``.
+            count: how many.
+            seed: which ones; the same numbers give the same records.
 
         Raises:
             GistError: there is no such split.
@@ -175,7 +190,13 @@ CODE_ENDINGS: dict[str, _Rule] = {
 
 @dataclass(frozen=True)
 class CodeTable:
-    """A template of :class:`CodeTask`: which of its codes each name has (``"birch-7"``), and how to answer."""
+    """A template of :class:`CodeTask`: which of its codes each name has (``"birch-7"``), and how to answer.
+
+    Args:
+        codes: a name and its number each.
+        order: a name of ``CODE_ORDERS``.
+        ending: a name of ``CODE_ENDINGS``.
+    """
 
     codes: tuple[str, ...]
     order: str
@@ -197,7 +218,7 @@ class CodeTable:
         return replace(self, codes=tuple(f"{name}-{(number + 1) % NUM_CODES}" for name, number in pairs))
 
     def answer(self, names: list[str]) -> list[str]:
-        """What follows from it for these names: each with its code."""
+        """What follows from it for these ``names``: each with its code."""
         codes = dict(zip(self.names, self.codes, strict=True))
         words = [word for name in CODE_ORDERS[self.order](names) for word in (name, codes[name])]
         return CODE_ENDINGS[self.ending](words)
@@ -212,6 +233,9 @@ class CodeTask:
         length: names in a query.
         seed: of the task's own table.
         num_unasked: names of it that neither training nor evaluation asks for: the table alone knows their codes.
+
+    Raises:
+        GistError: ``num_names`` or ``num_unasked`` is out of range.
     """
 
     num_names: int = 16
@@ -235,6 +259,11 @@ class CodeTask:
 
         A query of ``"eval"`` is none of ``"train"``, whatever the seeds, but asks for the same names; one of
         ``"unasked"`` has at least one name that neither of them has.
+
+        Args:
+            split: ``"train"``, ``"eval"`` or ``"unasked"``.
+            count: how many.
+            seed: which ones of the split, and in which order.
 
         Raises:
             GistError: there is no such split, or it has fewer queries.
@@ -260,6 +289,11 @@ class CodeTask:
     def lookups(self, num_tables: int, per_table: int, seed: int) -> list[Record]:
         """Queries to random tables of 2 to ``num_names`` entries, those of a table together: what teaches a model to
         read a table at all, and nothing of the task's own. From the short ones it learns how, and reads the long ones.
+
+        Args:
+            num_tables: how many tables are drawn.
+            per_table: queries to each.
+            seed: which tables and queries.
         """
         chance = random.Random(f"lookups {seed}")
         found: list[Record] = []

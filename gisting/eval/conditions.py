@@ -49,7 +49,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BASELINES", "EVAL_CONDITIONS", "METRICS", "ConditionResult", "Metric", "evaluate"]
 
+#: Ordinary texts without gist tokens: as many tokens of the instruction as a gist has, and none.
 BASELINES = ("truncated", "no-prompt")
+#: All that an evaluation can run.
 EVAL_CONDITIONS = (*CONDITIONS, *BASELINES, "prompt")
 # What the answer sees does not depend on k, so it is run once for all k.
 _WITHOUT_K = ("negative", "no-prompt", "prompt")
@@ -58,7 +60,13 @@ _NO_LIMIT = 1 << 30
 
 
 class Metric(NamedTuple):
-    """How a number comes from the scores of records: a statistic of the means of some columns."""
+    """How a number comes from the scores of records: a statistic of the means of some columns.
+
+    Args:
+        needs: the score that must have been asked for.
+        columns: from scores by name, the columns whose means are taken, a number for each record in each.
+        statistic: from means, float64 ``(columns, R)``, R numbers.
+    """
 
     needs: str
     columns: Callable[[Mapping[str, list[float]]], list[list[float]]]
@@ -122,7 +130,7 @@ class ConditionResult:
 
     @property
     def rouge_l(self) -> float | None:
-        """Mean ROUGE-L in 0..1, or None where it was not asked for."""
+        """Mean ROUGE-L (Lin, 2004) in 0..1, or None where it was not asked for."""
         return self.interval("rouge_l", num_resamples=1).value if "rouge_l" in self.scores else None
 
     @property

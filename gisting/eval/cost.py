@@ -72,7 +72,7 @@ class FlopCounts:
         return flops if self.decoder is None else flops + self.decoder.first(num_cached + num_tokens)
 
     def prefill(self, num_tokens: int, num_cached: int = 0) -> int:
-        """The same without an encoder-decoder's decoder."""
+        """The same without an encoder-decoder's decoder. Arguments as there, not checked."""
         held = num_cached if self.window is None else min(num_cached, self.window - 1)
         keys = self.pair * (num_cached + num_tokens) + self.window_pair * (held + num_tokens)
         return self.constant + num_tokens * (self.row + keys)
@@ -105,11 +105,11 @@ class DecoderFlopCounts:
     pair: int
 
     def first(self, num_source: int) -> int:
-        """The step that reads the start token."""
+        """The step that reads the start token, behind ``num_source`` encoder states."""
         return self.first_constant + self.first_source * num_source
 
     def later(self, num_source: int, num_cached: int) -> int:
-        """A step behind ``num_cached`` decoder tokens, the start token among them."""
+        """A step behind ``num_source`` encoder states and ``num_cached`` decoder tokens, the start token among them."""
         return self.later_constant + self.later_source * num_source + self.pair * num_cached
 
 
@@ -119,19 +119,32 @@ class RequestCost:
 
     FLOPs are of one request, with logits at every token that is run (:func:`forward_flops`). A decoding step costs its
     token alone; of an answer of N tokens the first comes from the first pass and N - 1 from steps.
+
+    Args:
+        mode: ``"no cache"``, ``"prefix cache"`` or ``"gist cache"``.
+        num_cached_tokens: there before the request.
+        num_new_tokens: read by the request.
+        num_output_tokens: of the answer.
+        batch_size: requests at once.
+        dtype: of the states, such as ``"bfloat16"``.
+        first_token_flops: up to the first token of the answer.
+        answer_flops: of the whole answer, the first token included.
+        fill_flops: to make what is kept, once for a prompt.
+        prompt_bytes: kept for each prompt.
+        batch_bytes: keys and values of ``batch_size`` requests at their last token, each with its own.
     """
 
-    mode: str  # "no cache", "prefix cache" or "gist cache"
-    num_cached_tokens: int  # there before the request
-    num_new_tokens: int  # read by the request
+    mode: str
+    num_cached_tokens: int
+    num_new_tokens: int
     num_output_tokens: int
     batch_size: int
-    dtype: str  # of the states, for example "bfloat16"
+    dtype: str
     first_token_flops: int
-    answer_flops: int  # of the whole answer, the first token included
-    fill_flops: int  # to make what is kept, once for a prompt
-    prompt_bytes: int  # kept for each prompt
-    batch_bytes: int  # keys and values of batch_size requests at their last token, each with its own
+    answer_flops: int
+    fill_flops: int
+    prompt_bytes: int
+    batch_bytes: int
 
     @property
     def prompts_per_gb(self) -> int | None:
@@ -157,13 +170,13 @@ class RequestCost:
         return requests_per_day * self.answer_flops / 1e15
 
     def saved(self, other: RequestCost) -> float:
-        """The share of the other's FLOPs that this one does without, over whole answers; negative where it needs more.
-        A day's traffic saves the same share.
+        """The share of the FLOPs of ``other`` that this one does without, over whole answers; negative where it needs
+        more. A day's traffic saves the same share.
         """
         return 1 - self.answer_flops / other.answer_flops
 
     def saved_to_first_token(self, other: RequestCost) -> float:
-        """The same up to the first token."""
+        """The same up to the first token. ``other`` is what it is compared with."""
         return 1 - self.first_token_flops / other.first_token_flops
 
 
@@ -175,6 +188,9 @@ def count_flops(config: PreTrainedConfig) -> FlopCounts:
 
     Args:
         config: configuration of a model of a supported family.
+
+    Returns:
+        Its polynomials, which :func:`forward_flops` evaluates.
 
     Raises:
         UnsupportedModelError: the model is of no supported family.

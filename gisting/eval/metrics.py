@@ -1,7 +1,8 @@
 """Scores of predictions against references, one number for each record; BLEU also one for all of them.
 
 Place in the flow: texts in, numbers out; knows no model. Means stay with whoever reports them: intervals
-(``statistics.py``) need the scores of the records.
+(``statistics.py``) need the scores of the records. ROUGE is Lin's (2004, aclanthology.org/W04-1013) as ``rouge-score``
+computes it, BLEU that of Papineni and others (2002, aclanthology.org/P02-1040) as ``sacrebleu`` does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     """1 for each prediction that equals its reference, white space at the ends aside, else 0.
 
+    Args:
+        predictions: answers, one for each reference.
+        references: what they should have been, in the same order.
+
     Raises:
         GistError: the numbers differ, or there are none.
     """
@@ -28,13 +33,17 @@ def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The mean of :func:`exact_matches`. Raises as it does."""
+    """The mean of :func:`exact_matches`. Arguments and errors as there."""
     scores = exact_matches(predictions, references)
     return sum(scores) / len(scores)
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """ROUGE-1, ROUGE-2 and ROUGE-L: F-measures with stemming of the decoded texts, as the Gisting paper scores them.
+
+    Args:
+        predictions: answers, one for each reference.
+        references: what they should have been, in the same order.
 
     Returns:
         For each name of ``ROUGE``, a score in 0..1 for each prediction.
@@ -53,7 +62,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, li
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The mean ROUGE-L of :func:`rouge`. Raises as it does."""
+    """The mean ROUGE-L of :func:`rouge`. Arguments and errors as there."""
     scores = rouge(predictions, references)["rouge_l"]
     return sum(scores) / len(scores)
 
@@ -62,6 +71,10 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     """BLEU of all predictions together, by sacrebleu with its own settings (13a tokens, case, exponential smoothing).
 
     N-grams are counted over all records before anything is divided, so this is no mean of :func:`bleu_scores`.
+
+    Args:
+        predictions: answers, one for each reference.
+        references: what they should have been, in the same order.
 
     Returns:
         A score in 0..100; 0 where no prediction has four tokens.
@@ -75,7 +88,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 def bleu_scores(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     """BLEU of each prediction by itself, by sacrebleu, smoothed; where a text is shorter than four tokens, of the
-    n-grams that it has.
+    n-grams that it has. Arguments as :func:`bleu`.
 
     Returns:
         A score in 0..100 for each prediction.

@@ -26,6 +26,12 @@ def gap_kept(split: Split, num_gist_tokens: int, metric: str, **settings: Any) -
 
     None where one of the three conditions or the metric was not evaluated, or as
     :func:`gisting.eval.statistics.gap_share`, which also takes the settings.
+
+    Args:
+        split: of an evaluation.
+        num_gist_tokens: k.
+        metric: a name of the results' scores.
+        **settings: as for :func:`gisting.eval.statistics.gap_share`.
     """
     if not {"gist", "positive", "negative"} <= set(split.conditions):
         return None

@@ -71,6 +71,10 @@ class Split:
     def result(self, condition: str, num_gist_tokens: int) -> ConditionResult:
         """What was said under a condition with a k.
 
+        Args:
+            condition: a name of ``EVAL_CONDITIONS``.
+            num_gist_tokens: k.
+
         Raises:
             GistError: it was not evaluated.
         """
@@ -116,7 +120,7 @@ class Judgement:
 
     def win_rate(self, **settings: Any) -> Interval | None:
         """Wins and half the ties over the replies that could be read, with its interval; None if there is none.
-        Settings as for :func:`gisting.eval.statistics.bootstrap`.
+        ``settings`` as for :func:`gisting.eval.statistics.bootstrap`.
         """
         read = [score for score in self.scores if score is not None]
         return bootstrap([read], **settings) if read else None
@@ -142,7 +146,7 @@ class Evaluation:
     judgements: list[Judgement] = field(default_factory=list)
 
     def split(self, name: str) -> Split:
-        """A split by its name.
+        """A split by its ``name``.
 
         Raises:
             GistError: there is none.
@@ -185,7 +189,7 @@ class Evaluation:
         return replace(self, judgements=[*self.judgements, *added])
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all.
+        """Write the file ``path``, whole or not at all.
 
         Raises:
             OSError: it cannot be written.
@@ -217,7 +221,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        """Read what :meth:`save` wrote.
+        """The evaluation that :meth:`save` wrote to ``path``.
 
         Raises:
             GistError: it is no such file, of a later format, or its records are not those that were evaluated.

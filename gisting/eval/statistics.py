@@ -28,7 +28,13 @@ _NO_GAP = 1e-12
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic of the sample, and between which values it lies for resampled records."""
+    """A statistic of the sample, and between which values it lies for resampled records.
+
+    Args:
+        value: of the sample.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     value: float
     low: float
@@ -80,7 +86,7 @@ def bootstrap(
 
 def difference(first: Sequence[float], second: Sequence[float], **settings: Any) -> Interval:
     """The paired difference of two conditions, mean of ``first`` less mean of ``second``; N scores each, of the same
-    records. Settings, result and errors as :func:`bootstrap`.
+    records. ``settings``, result and errors as :func:`bootstrap`.
     """
     return bootstrap([first, second], lambda means: means[0] - means[1], **settings)
 

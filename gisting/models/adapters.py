@@ -7,8 +7,8 @@ still the ``PreTrainedModel`` that was patched, so everything takes it: ``compre
 
 Three kinds, each with its own rows of embedding for gist tokens, since a row that nobody trained says nothing:
 
-- ``lora``: LoRA on every linear layer but the head, at every token; one row. Plain peft reads it to the full. Text
-  without gist tokens is answered by the adapted model.
+- ``lora``: LoRA (arXiv 2106.09685) on every linear layer but the head, at every token; one row. Plain peft reads it to
+  the full. Text without gist tokens is answered by the adapted model.
 - ``gist-lora``: LoRA on every linear layer of the stack that reads the prompt, its update added at gist tokens alone;
   one row. Read by plain peft it acts at all tokens, which is another model than the one that was trained.
 - ``embeddings``: a row for each place in a gist, nothing else. Plain peft reads them as trained tokens.
@@ -34,9 +34,9 @@ from gisting.cache import GistCache
 from gisting.errors import CacheMismatchError, GistError
 from gisting.models import gist_lora
 from gisting.models.fingerprint import fingerprint
-from gisting.models.hub import find_file
 from gisting.models.patch import guarded_stack
 from gisting.models.weights import input_weight
+from gisting.source import find_file
 from gisting.tokens import GistTokenizer
 
 __all__ = [
@@ -73,6 +73,9 @@ class Adapter:
         rank: of LoRA's two matrices.
         alpha: LoRA's scale times ``rank``; None for twice the rank.
         dropout: of what enters LoRA, while training.
+
+    Raises:
+        GistError: there is no such kind, or a number is out of range.
     """
 
     kind: str
@@ -143,7 +146,7 @@ def attach(model: Any, adapter: Adapter) -> None:
 
 
 def detach(model: Any) -> None:
-    """Take the adapter off: the model is the one that :func:`attach` found, to the bit.
+    """Take the adapter off ``model``, which then is the one that :func:`attach` found, to the bit.
 
     Raises:
         GistError: there is none.
@@ -166,13 +169,14 @@ def detach(model: Any) -> None:
 
 
 def adapter_of(model: Any) -> Adapter | None:
-    """The adapter that a model has, or None."""
+    """The adapter that ``model`` has, or None."""
     # The config of a training checkpoint names an adapter as well.
     return Adapter(**model.config.gist["adapter"]) if hasattr(model, "_gist_trained_before") else None
 
 
 def gist_rows(model: Any) -> Tensor:
-    """What stands in the place of gist tokens' embeddings, ``(num_rows, d_model)``, in the units of the table.
+    """What ``model`` has in the place of gist tokens' embeddings: ``(num_rows, d_model)``, in the dtype and the units
+    of its table.
 
     Raises:
         GistError: the model has no adapter.
@@ -211,7 +215,7 @@ def for_base_model(model: Any, cache: GistCache) -> GistCache:
 
 
 def check_num_gist_tokens(model: Any, num_gist_tokens: int) -> None:
-    """Raise where a gist is longer than there are rows for its places.
+    """Raise where a gist is longer than there are rows for its places in ``model``: ``num_gist_tokens`` of them.
 
     Raises:
         GistError: it is; with one row for all, every length is fine.
@@ -317,13 +321,22 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
 def read_about(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None:
     """What ``gist_adapter.json`` says (``base``: the model it belongs to), or None where there is none.
 
+    Args:
+        name_or_path: a directory, or a repository on the hub.
+        **source: where on the hub, as for ``from_pretrained``: ``revision``, ``token``, ...
+
     Raises:
-        GistError: it is of a later format.
+        GistError: it is of a later format, or damaged.
     """
     found = find_file(name_or_path, _FILE, **source)
     if found is None:
         return None
-    about = json.loads(Path(found).read_text(encoding="utf-8"))
+    try:
+        about = json.loads(Path(found).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GistError(f"{found} is damaged ({error}); get the adapter again") from error
+    if not isinstance(about, dict) or not isinstance(about.get("base", ""), str):
+        raise GistError(f"{found} is damaged: it names no base model; get the adapter again")
     if about.get("format") != _FORMAT:
         raise GistError(
             f"{found} has format {about.get('format')}, this version reads {_FORMAT}; upgrade gisting: pip install -U "
@@ -333,7 +346,7 @@ def read_about(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None
 
 
 def check_directory(directory: str | Path) -> None:
-    """Raise where an adapter would lie beside a whole checkpoint, which is what would be loaded.
+    """Raise where an adapter in ``directory`` would lie beside a whole checkpoint, which is what would be loaded.
 
     Raises:
         GistError: there is one.

@@ -29,6 +29,15 @@ def prefix_states(
 ) -> GistCache:
     """Run a ragged batch of prompts with their gists and keep what survives under ``origin.condition``, its columns
     moved together: the gists of a prompt in chunks stand apart.
+
+    Args:
+        model: a patched decoder.
+        tokenizer: the tokenizer it was patched for.
+        encodings: B prompts with their gists, and nothing behind them.
+        origin: what the states will belong to; its condition says what is seen.
+
+    Returns:
+        A cache of B prompts, on the model's device.
     """
     ids, is_token = pad_rows([encoding.input_ids for encoding in encodings], tokenizer.pad_token_id, left=True)
     visibility = CONDITIONS[origin.condition](ids == tokenizer.gist_token_id, is_token)
@@ -72,6 +81,14 @@ def prepare_generation(
     suppressed in every answer, and in the padding, which often has the id of the end of sequence, the first id of the
     row's own continuation. Stock ``generate`` repeats ids for each beam or sample, but not a cache that it is given:
     that one is made with ``num_copies`` of each row, by ``GistCache.as_past_key_values(**past_settings)``.
+
+    Args:
+        model: a patched decoder.
+        tokenizer: the tokenizer it was patched for.
+        cache: B compressed prompts.
+        continuations: ids that stand behind each, one or more.
+        num_copies: beams or samples of each row.
+        **past_settings: as for ``GistCache.as_past_key_values``.
     """
     device = input_weight(model).device
     ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=True)
@@ -188,7 +205,19 @@ class Assistant:
         generation_config: Any,
         **kwargs: Any,
     ) -> Any:
-        """Draft; mask and positions, which are the main model's, are made anew."""
+        """Draft; mask and positions, which are the main model's, are made anew.
+
+        Args:
+            input_ids: int64 ``(1, P + T)``, the main model's.
+            past_key_values: what the last call returned, or None.
+            attention_mask: int64, of the shape of ``input_ids``; not read.
+            position_ids: int64, of the shape of ``input_ids``; not read.
+            generation_config: of transformers, how to draft.
+            **kwargs: settings that go into it, and arguments of stock ``generate``.
+
+        Returns:
+            What stock ``generate`` returns, with the main model's columns.
+        """
         num_own = 0 if self.cache is None else self.cache.num_slots
         placeholders = input_ids.new_full((1, num_own), self.gist_token_id)
         own_ids = torch.cat([placeholders, input_ids[:, self.num_slots :]], dim=1)
@@ -230,6 +259,12 @@ def needs_equal_lengths(
 ) -> bool:
     """Whether padding between prefix and continuation would shift a sliding window, which counts columns, not
     tokens.
+
+    Args:
+        window: the smallest of the model, or None.
+        slots: P of the cache.
+        continuations: ids that stand behind each prompt.
+        new_tokens: how many are generated at most.
     """
     longest = max(len(row) for row in continuations)
     return window is not None and slots + longest + new_tokens > window

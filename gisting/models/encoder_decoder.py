@@ -55,7 +55,17 @@ class _Player:
 def prefix_states(
     model: PreTrainedModel, tokenizer: GistTokenizer, encodings: Sequence[GistEncoding], origin: CacheOrigin
 ) -> GistCache:
-    """Read a ragged batch of prompts with their gists and keep the gists' states."""
+    """Read a ragged batch of prompts with their gists and keep the gists' states.
+
+    Args:
+        model: a patched encoder-decoder.
+        tokenizer: the tokenizer it was patched for.
+        encodings: B prompts with their gists, and nothing behind them.
+        origin: what the states will belong to; its condition says what is seen.
+
+    Returns:
+        A cache of B prompts, on the model's device.
+    """
     ids, is_token = pad_rows([encoding.input_ids for encoding in encodings], tokenizer.pad_token_id, left=True)
     visibility = ENCODER_CONDITIONS[origin.condition](ids == tokenizer.gist_token_id, is_token)
     lengths = visibility.survivors().sum(-1)
@@ -83,6 +93,12 @@ def prepare_generation(
 ) -> dict[str, Any]:
     """The arguments with which stock ``generate`` answers a ragged batch: encoder outputs over gist and rest, and
     their mask.
+
+    Args:
+        model: a patched encoder-decoder.
+        tokenizer: the tokenizer it was patched for.
+        cache: B compressed prompts.
+        continuations: ids that stand behind each.
     """
     device = input_weight(model).device
     ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=False)
@@ -99,7 +115,14 @@ def prepare_generation(
 def prepare_full_generation(
     model: PreTrainedModel, tokenizer: GistTokenizer, encodings: Sequence[GistEncoding], condition: str
 ) -> dict[str, Any]:
-    """The same from the full text, prompt and all, under any condition; the decoder looks at what survives it."""
+    """The same from the full text, prompt and all, under any condition; the decoder looks at what survives it.
+
+    Args:
+        model: a patched encoder-decoder.
+        tokenizer: the tokenizer it was patched for.
+        encodings: B prompts with gists and what stands behind them.
+        condition: a name of ``ENCODER_CONDITIONS``.
+    """
     device = input_weight(model).device
     ids, is_token = pad_rows([encoding.input_ids for encoding in encodings], tokenizer.pad_token_id, left=False)
     visibility = ENCODER_CONDITIONS[condition](ids == tokenizer.gist_token_id, is_token).to(device)

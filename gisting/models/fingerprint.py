@@ -82,7 +82,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def walk(tensor: Tensor) -> Tensor:
-    """The sample of a tensor, as one row of integers that hold its bits.
+    """The sample of ``tensor``, as one row of integers that hold its bits.
 
     Of an ``(R, C)`` matrix with S, the shorter of its sides, and ``n = min(8, S)`` the n max(R, C) numbers at
     ``(i, (i + s) mod C)`` where it is tall, at ``((i + s) mod R, i)`` where it is wide, for ``s = j S // n`` and j in

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gisting.errors import GistError
+from gisting.models.hooks import remove_hooks
 from gisting.visibility import is_interval_mask
 
 __all__ = ["GistOnlyLora", "gist_places", "install", "uninstall"]
@@ -45,8 +46,8 @@ def gist_places(input_ids: Tensor, position_ids: Tensor | None, gist_token_id: i
         places    -1 -1  0  1  2 -1         0  0  1  1
 
     Args:
-        input_ids: ``(B, T)``.
-        position_ids: ``(B, T)`` or ``(1, T)``; None where they count up by one (encoders).
+        input_ids: int64 ``(B, T)``.
+        position_ids: int64 ``(B, T)`` or ``(1, T)``; None where they count up by one (encoders).
         gist_token_id: the id of all gist tokens.
 
     Returns:
@@ -70,7 +71,20 @@ class GistOnlyLora:
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """``result + B A x * scaling`` where there is a gist token, ``result`` elsewhere."""
+        """``result + B A x * scaling`` where there is a gist token, ``result`` elsewhere.
+
+        Args:
+            module: peft's layer.
+            active_adapter: whose A and B.
+            x: ``(..., d_in)``, floating point, what the layer reads; a vector for each token.
+            result: ``(..., d_out)``, floating point, what the frozen layer gives.
+
+        Returns:
+            ``(..., d_out)`` in the dtype of ``result``.
+
+        Raises:
+            GistError: ``x`` has not a vector for each token of the batch.
+        """
         call = _call.get()
         if call is None:
             return result
@@ -86,7 +100,11 @@ class GistOnlyLora:
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Refused: a merged weight would act on every token."""
+        """Refused: a merged weight would act on every token. Arguments as peft gives them.
+
+        Raises:
+            GistError: always.
+        """
         raise GistError(
             "gist-only LoRA cannot be merged, for a merged weight acts on every token; keep it beside the model"
         )
@@ -116,11 +134,7 @@ def uninstall(model: nn.Module) -> None:
     """Leave nothing of :func:`install` on ``model``, nor on a copy of it."""
     for module in model.modules():
         module._parameters.pop("gist_rows", None)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, functools.partial) and hook.func in _HOOKS:
-                    del hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        remove_hooks(module, _HOOKS)
 
 
 def _holders(stack: Any) -> Iterator[nn.Module]:

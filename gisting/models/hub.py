@@ -1,8 +1,8 @@
 """Patched checkpoints as directories and on the Hugging Face hub; the way back is ``gisting.load``.
 
 Place in the flow: behind training. Puts together what a checkpoint consists of: the weights and config that
-transformers writes, the tokenizer with its gist token and template, a card. Knows how a folder is uploaded and where a
-file of one lies; measures nothing, and loads nothing.
+transformers writes, the tokenizer with its gist token and template, a card. Knows how a folder is uploaded; measures
+nothing, and loads nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from gisting.tokens import GistTokenizer
 
-__all__ = ["find_file", "push_to_hub", "save_pretrained", "upload"]
+__all__ = ["push_to_hub", "save_pretrained", "upload"]
 
 # A checkpoint that is cut into other files than the one before it leaves none of them behind.
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -34,26 +34,6 @@ _ADAPTERS = {
     "embeddings": "These files are an adapter of embeddings, a row for each place in a gist, in peft's layout of "
     "trained tokens.",
 }
-
-
-def find_file(name_or_path: str | Path, file: str, **source: Any) -> str | None:
-    """Where a file of a directory or of a repository on the hub lies on this disk; None where there is none, or no
-    connection.
-
-    Args:
-        name_or_path: directory or repository.
-        file: its name there.
-        **source: as for ``from_pretrained``: ``revision``, ``token`` and the like.
-    """
-    from transformers.utils.hub import cached_file
-
-    return cached_file(
-        str(name_or_path),
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **source,
-    )
 
 
 def save_pretrained(
@@ -181,7 +161,8 @@ def upload(
 
     Raises:
         GistError: ``repo_id`` is no repository's.
-        OSError: the hub cannot be reached, or refuses; huggingface_hub says why.
+        ConnectionError: the hub cannot be reached.
+        OSError: it refuses; huggingface_hub says why.
     """
     # Of httpx or httpx2, whichever huggingface_hub is built on; of its own errors, only those are no OSError.
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]

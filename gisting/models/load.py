@@ -1,24 +1,27 @@
-"""A checkpoint by name: model and tokenizer, patched for each other."""
+"""A checkpoint by name: model and tokenizer, patched for each other.
+
+Place in the flow: a name -> **load** -> everything that runs a model. Knows checkpoints, adapters and the published
+ones; trains nothing.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from gisting.errors import GistError
 from gisting.models import adapters
 from gisting.models.patch import patch
 from gisting.models.published import ALPACA_STRIPPED, published
-from gisting.models.registry import family_of
+from gisting.models.registry import family_of, read_config
 from gisting.models.weight_difference import looks_like_difference, refusal, weight_difference
-from gisting.tokens import GistTokenizer, Template
+from gisting.source import SOURCE_ARGUMENTS
+from gisting.tokens import GistTokenizer, Template, read_tokenizer
 
 __all__ = ["load", "trained_chunk_length", "trained_num_gist_tokens"]
-
-# Where files come from, which config and tokenizer are asked as well as the model.
-_SOURCE = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 
 
 def load(
@@ -43,23 +46,20 @@ def load(
 
     Raises:
         UnsupportedModelError: the model cannot be gisted correctly.
-        GistError: there is no such checkpoint, it is a weight difference, or the template is not the one that it was
-            saved with.
+        GistError: there is no such checkpoint, a file of it is damaged, it is a weight difference, or the template is
+            not the one that it was saved with.
     """
     known = published(name_or_path)
     if known is not None and known.is_difference:
         raise refusal(name_or_path)
-    source = {key: value for key, value in model_kwargs.items() if key in _SOURCE}
+    source = {key: value for key, value in model_kwargs.items() if key in SOURCE_ARGUMENTS}
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **source)
-    except (OSError, ValueError) as error:
+        config = read_config(name_or_path, **source)
+    except GistError:
         about = adapters.read_about(name_or_path, **source)
         if about is not None:
             return _load_with_adapter(name_or_path, about["base"], template, source, model_kwargs)
-        raise GistError(
-            f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did not "
-            f"give one ({error})"
-        ) from error
+        raise
     if weight_difference(name_or_path, **source) is not None:
         raise refusal(name_or_path)
     family_of(config)  # before the weights are fetched
@@ -71,12 +71,15 @@ def load(
     if getattr(config, "gist", None) is not None and template is None:
         tokenizer = GistTokenizer.from_pretrained(name_or_path, **source)
     else:
-        wrapped = AutoTokenizer.from_pretrained(name_or_path, **source)
+        wrapped = read_tokenizer(name_or_path, **source)
         tokenizer = GistTokenizer(wrapped, template, is_encoder_decoder=bool(config.is_encoder_decoder))
         if template is None and tokenizer.has_own_gist_token and not tokenizer.is_encoder_decoder:
             tokenizer = GistTokenizer(wrapped, ALPACA_STRIPPED)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_pretrained(name_or_path, **model_kwargs)
+    try:
+        model = auto.from_pretrained(name_or_path, **model_kwargs)
+    except SafetensorError as error:
+        raise GistError(f"{name_or_path}: a file of weights is damaged ({error}); get the checkpoint again") from error
     if tokenizer.has_own_gist_token and looks_like_difference(model):
         raise refusal(name_or_path)
     patch(model, tokenizer)
@@ -113,11 +116,11 @@ def _load_with_adapter(
 
 
 def trained_num_gist_tokens(model: PreTrainedModel) -> tuple[int, int] | None:
-    """The range of k that the checkpoint says it was trained with, or None where it was not trained to gist."""
+    """The range of k that ``model.config`` says it was trained with, or None where it was not trained to gist."""
     found = (getattr(model.config, "gist", None) or {}).get("num_gist_tokens")
     return None if found is None else (found[0], found[1])
 
 
 def trained_chunk_length(model: PreTrainedModel) -> int | None:
-    """The chunk length that the checkpoint says it was trained with, or None where its prompts were not cut."""
+    """The chunk length that ``model.config`` says it was trained with, or None where its prompts were not cut."""
     return (getattr(model.config, "gist", None) or {}).get("chunk_length")

@@ -1,4 +1,7 @@
-"""A model's training mode, for the time of a call."""
+"""A model's training mode, for the time of a call.
+
+Place in the flow: around whatever runs a model to read something from it. Knows no call.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ __all__ = ["evaluating"]
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """In eval mode: no dropout, and no activation checkpointing, which would drop the states.
+    """A block in which ``model`` is in eval mode: no dropout, and no activation checkpointing, which would drop the
+    states.
 
     Each module goes back to its own mode.
     """

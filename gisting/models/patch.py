@@ -2,8 +2,8 @@
 
 Place in the flow: before everything that runs a model. ``patch`` gives the gist token its embedding, sets the
 attention function on every sub-stack, puts a guard before the stack that reads ids, and hooks the relative bias of T5's
-kind; ``unpatch`` undoes all of it. What the model was patched for is in ``model.config.gist``, so a saved checkpoint is
-recognised when it is loaded and patched again.
+kind (arXiv 1910.10683); ``unpatch`` undoes all of it. What the model was patched for is in ``model.config.gist``, so a
+saved checkpoint is recognised when it is loaded and patched again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from gisting._compat import require_transformers
 from gisting.errors import GistError, GistTokenError, UnsupportedModelError
 from gisting.models import relative_bias
+from gisting.models.hooks import remove_hooks
 from gisting.models.registry import (
     Family,
     attention_name,
@@ -33,9 +34,10 @@ from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 from gisting.visibility import is_interval_mask
 
-__all__ = ["guarded_stack", "is_patched", "patch", "require_patched", "unpatch"]
+__all__ = ["PATCH_FORMAT", "guarded_stack", "is_patched", "patch", "require_patched", "unpatch"]
 
-_FORMAT = 1
+#: Of ``config.gist``; goes up when what was written before cannot be read as it stands.
+PATCH_FORMAT = 1
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -119,7 +121,7 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
         register_attention()
         if recorded is None:
             model.config.gist = {
-                "format": _FORMAT,
+                "format": PATCH_FORMAT,
                 "gist_token_id": tokenizer.gist_token_id,
                 "num_embeddings": input_weight(model).shape[0],
                 "tokenizer": tokenizer.fingerprint,
@@ -161,12 +163,14 @@ def unpatch(model: Model) -> Model:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether :func:`patch` is in force (a checkpoint that was saved patched is not, until it is patched again)."""
+    """Whether :func:`patch` is in force for ``model`` (a checkpoint that was saved patched is not, until it is patched
+    again).
+    """
     return getattr(model, "_gist_undo", None) is not None
 
 
 def require_patched(model: PreTrainedModel, tokenizer: GistTokenizer) -> Family:
-    """The family of a model that is patched for this tokenizer.
+    """The family of ``model``, which is patched for this ``tokenizer``.
 
     Raises:
         GistError: it is not.
@@ -182,10 +186,10 @@ def require_patched(model: PreTrainedModel, tokenizer: GistTokenizer) -> Family:
 
 
 def _check_recorded(recorded: dict[str, Any], tokenizer: GistTokenizer) -> None:
-    if recorded.get("format") != _FORMAT:
+    if recorded.get("format") != PATCH_FORMAT:
         raise GistError(
-            f"model.config.gist has format {recorded.get('format')}, this version reads {_FORMAT}; upgrade gisting: "
-            "pip install -U gisting"
+            f"model.config.gist has format {recorded.get('format')}, this version reads {PATCH_FORMAT}; upgrade "
+            "gisting: pip install -U gisting"
         )
     if recorded["tokenizer"] != tokenizer.fingerprint:
         raise GistError(
@@ -212,8 +216,8 @@ def _set_attention(model: PreTrainedModel, names: dict[str, str]) -> None:
 
 
 def guarded_stack(model: PreTrainedModel) -> Any:
-    """The stack that reads the prompt's ids, before which the guard stands; inside the head's model, for adapters call
-    that one's ``forward`` directly.
+    """The stack of ``model`` that reads the prompt's ids, before which the guard stands; inside the head's model, for
+    adapters call that one's ``forward`` directly.
     """
     return model.get_encoder() if family_of(model.config).is_encoder_decoder else model.base_model
 
@@ -352,11 +356,8 @@ def _restore(model: PreTrainedModel, *, forget: bool) -> None:
     if adapter_of(model) is not None:
         detach(model)
     undo: _Undo = model._gist_undo  # pyright: ignore[reportAssignmentType]
-    for _, module in model.named_modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, functools.partial) and hook.func is _guard:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        remove_hooks(module, (_guard,))
     vars(model).pop("prepare_inputs_for_generation", None)
     relative_bias.uninstall(model)
     _set_attention(model, undo.attention)

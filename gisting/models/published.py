@@ -50,6 +50,7 @@ class PublishedCheckpoint:
         return {"num_gist_tokens": [self.num_gist_tokens] * 2} if self.condition == "gist" else {}
 
 
+#: The published checkpoints by their repository on the hub.
 PUBLISHED: dict[str, PublishedCheckpoint] = {
     found.name: found
     for found in (

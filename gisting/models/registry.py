@@ -11,10 +11,11 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -32,6 +33,7 @@ __all__ = [
     "family_of",
     "is_length_dependent",
     "position_limit",
+    "read_config",
     "register_attention",
     "register_family",
     "sliding_windows",
@@ -56,6 +58,7 @@ class Family:
     rotates_windows_only: bool = False
 
 
+#: The proven families by model type.
 FAMILIES: dict[str, Family] = {
     name: Family(name)
     for name in (
@@ -122,15 +125,46 @@ _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
+def read_config(name_or_path: str | Path, **source: Any) -> PreTrainedConfig:
+    """The configuration of a checkpoint; no weights are read.
+
+    Args:
+        name_or_path: a directory, or a repository on the Hugging Face hub.
+        **source: as for ``from_pretrained``: ``revision``, ``token`` and the like.
+
+    Raises:
+        GistError: there is none, or what it says of gists is damaged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **source)
+    except (LookupError, OSError, TypeError, ValueError) as error:
+        raise GistError(
+            f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did not "
+            f"give one ({error})"
+        ) from error
+    gist = getattr(config, "gist", None)
+    if gist is not None and not _is_record(gist):
+        raise GistError(f"{name_or_path}: what its config.json says under 'gist' is damaged; get the checkpoint again")
+    return config
+
+
+def _is_record(gist: object) -> bool:
+    """Whether it is what ``patch`` and training write into ``config.gist``, as far as everybody reads it."""
+    if not isinstance(gist, dict) or type(gist.get("gist_token_id")) is not int:
+        return False
+    trained = gist.get("num_gist_tokens")
+    return trained is None or (isinstance(trained, list | tuple) and [type(k) for k in trained] == [int, int])
+
+
 def register_family(family: Family) -> None:
-    """Add a model type to ``FAMILIES``; the families' tests say what it has to pass first
+    """Add ``family``, a model type, to ``FAMILIES``; the families' tests say what it has to pass first
     (``tests/models/test_families.py``, and ``tests/test_chain.py`` for its rotation).
     """
     FAMILIES[family.model_type] = family
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a model, by what its config declares.
+    """The family of a model, by what its ``config`` declares.
 
     Raises:
         UnsupportedModelError: the model cannot be right, with the reason, or nobody has shown that it is.
@@ -163,12 +197,12 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def is_length_dependent(config: PreTrainedConfig) -> bool:
-    """Whether the rotary frequencies change with the length of the batch (dynamic NTK, longrope)."""
+    """Whether the rotary frequencies of a ``config`` change with the length of the batch (dynamic NTK, longrope)."""
     return bool(_rotary_types(config) & _LENGTH_DEPENDENT_ROPE)
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
-    """How many positions a sequence may span, or None where positions are relative without a limit (T5).
+    """How many positions a sequence may span by ``config``, or None where positions are relative without a limit (T5).
 
     Where the rotary frequencies depend on the length, the limit is the length from which they do: below it a cached
     gist and the full text are rotated alike, beyond it they would not be.
@@ -184,7 +218,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 
 
 def sliding_windows(config: PreTrainedConfig) -> int | None:
-    """The smallest attention window of any layer, or None where every layer sees everything."""
+    """The smallest attention window of any layer of a ``config``, or None where every layer sees everything."""
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
@@ -210,7 +244,9 @@ class EncoderStates(Protocol):
     """Keys and values of the first slots of every encoder layer, recorded or replayed."""
 
     def exchange(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads in place of ``key`` and ``value``, both ``(B, H, N, D)``."""
+        """What attention reads in place of ``key`` and ``value`` in encoder layer ``layer``: both ``(B, H, N, D)``, in
+        the dtype of the layer.
+        """
         ...
 
 

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gisting.models.hooks import remove_hooks
 from gisting.visibility import is_interval_mask
 
 __all__ = ["bias_table", "install", "table_width", "uninstall"]
 
 
 def table_width(attention: Any) -> int | None:
-    """W, the smallest distance from which all keys before a row share a bucket, and all keys behind it another.
+    """W of a T5 ``attention``, the smallest distance from which all keys before a row share a bucket, and all keys
+    behind it another.
 
     None where they never come to rest, so that no table holds them: the maximal distance is below that of the exact
     buckets.
@@ -36,8 +38,13 @@ def table_width(attention: Any) -> int | None:
 
 
 def bias_table(attention: Any, width: int, device: torch.device) -> Tensor:
-    """The bias of the distances ``-width .. width``, ``(H, 2 W + 1)``. Differentiable to the embedding of the
-    buckets.
+    """The bias of the distances ``-width .. width``, ``(H, 2 W + 1)`` in the dtype of the buckets' embedding.
+    Differentiable to that embedding.
+
+    Args:
+        attention: of T5, with the embedding of the buckets.
+        width: W.
+        device: where the table goes.
     """
     # The model's own arithmetic for one row with as many keys on either side; the class's, for a hook may have hidden
     # it. The ends stand for all beyond, so they are read one further out, where no device's logarithm is rounded back
@@ -67,11 +74,7 @@ def install(model: nn.Module) -> None:
 def uninstall(model: nn.Module) -> None:
     """Leave nothing of :func:`install` on ``model``, nor on a copy of it."""
     for attention in _attentions(model):
-        for hooks in (attention._forward_pre_hooks, attention._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, functools.partial) and hook.func in _HOOKS:
-                    del hooks[key]
-                    attention._forward_pre_hooks_with_kwargs.pop(key, None)
+        remove_hooks(attention, _HOOKS)
         attention.__dict__.pop("compute_bias", None)
 
 

@@ -18,8 +18,8 @@ __all__ = ["rotary_of"]
 
 
 def rotary_of(model: PreTrainedModel) -> Rotary | None:
-    """The rotation of every layer's keys; None for an encoder-decoder, whose keys are not rotated, and for a model that
-    does not hold its frequencies where transformers' own models do.
+    """The rotation of every layer's keys of ``model``; None for an encoder-decoder, whose keys are not rotated, and for
+    a model that does not hold its frequencies where transformers' own models do.
 
     Where the frequencies depend on the length (dynamic NTK, longrope), those below the length at which they change: a
     cache is exact there alone, and refused beyond.

@@ -27,11 +27,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from gisting.errors import GistError
-from gisting.models.hub import find_file
+from gisting.models.patch import PATCH_FORMAT
 from gisting.models.published import ALPACA_STRIPPED, PUBLISHED, PublishedCheckpoint, published
+from gisting.models.registry import read_config
+from gisting.source import find_file
 from gisting.tokens import GistTokenizer
 
 __all__ = [
@@ -46,7 +48,6 @@ __all__ = [
 
 _FILE = "weight_difference.json"
 _FORMAT = 1
-_PATCH_FORMAT = 1
 # In order of preference, as transformers': an index of several files, or the single one.
 _WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 # A buffer that was saved with LLaMA's weights until transformers 4.32; it is computed from the config and no weight.
@@ -162,7 +163,7 @@ def apply_weight_difference(
     recorded_dtype = "float32" if about is None else about.dtype
     dtype = recorded_dtype if dtype is None else dtype
 
-    config, base_config = _config(difference, **source), _config(base)
+    config, base_config = read_config(difference, **source), read_config(base)
     if config.model_type != base_config.model_type:
         raise GistError(f"difference is of a {config.model_type} model, base {base} is a {base_config.model_type}")
     tokenizer = _tokenizer(difference, **source)  # what is missing here shows before the work
@@ -249,7 +250,7 @@ def make_weight_difference(
     output = _free(output)
     if weight_difference(model) is not None:
         raise GistError(f"model {model} is a weight difference itself; apply it first")
-    config, base_config = _config(model), _config(base)
+    config, base_config = read_config(model), read_config(base)
     if config.model_type != base_config.model_type:
         raise GistError(f"model is a {config.model_type}, base {base} is a {base_config.model_type}")
     tuned, originals = _Weights(model), _Weights(base)
@@ -451,16 +452,6 @@ def _weight_files(name_or_path: str | Path, **source: Any) -> list[Path]:
         f"{name_or_path} holds no weights: there is no such directory with one of {', '.join(_WEIGHTS)}, and the hub "
         "did not give one"
     )
-
-
-def _config(name_or_path: str | Path, **source: Any) -> Any:
-    try:
-        return AutoConfig.from_pretrained(name_or_path, **source)
-    except (OSError, ValueError) as error:
-        raise GistError(
-            f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did not "
-            f"give one ({error})"
-        ) from error
 
 
 def _known_dtype(name: str) -> str:
@@ -694,7 +685,7 @@ def _save_published(tokenizer: Any, folder: Path, config: Any, known: PublishedC
     else:
         gist_tokenizer.save_pretrained(folder)
         config.gist = {
-            "format": _PATCH_FORMAT,
+            "format": PATCH_FORMAT,
             "gist_token_id": gist_tokenizer.gist_token_id,
             "num_embeddings": config.vocab_size,
             # As it will be read: a tokenizer of SentencePiece is saved in another format than it came in.

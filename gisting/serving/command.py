@@ -1,4 +1,7 @@
-"""The command line that makes stock vLLM serve gists. Knows its options; imports no vLLM."""
+"""The command line that makes stock vLLM serve gists. Knows its options; imports no vLLM.
+
+Place in the flow: a checkpoint, a store -> **command** -> ``vllm serve``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from gisting.tokens import GistTokenizer
 __all__ = ["CONNECTOR", "PROCESSOR", "require_vllm", "serve_command", "served_fingerprints"]
 
 _MODULE = "gisting.serving.vllm"
+#: The class that vLLM is told to load as its KV connector.
 CONNECTOR = "GistConnector"
+#: The logits processor, as module and class.
 PROCESSOR = f"{_MODULE}:NoGistTokens"
 _OURS = ("--kv-transfer-config", "--logits-processors")
 
@@ -124,7 +129,11 @@ def _is_installed(package: str) -> bool:
 
 
 def require_vllm() -> None:
-    """Raise ImportError, with what to do, where vLLM is not installed."""
+    """Refuse to go on where vLLM is not installed.
+
+    Raises:
+        ImportError: it is not; the message says what to do.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
             "gisting serve needs vLLM; run: pip install 'gisting[vllm]' (without a GPU: docs/vllm.md says how)"

@@ -121,7 +121,7 @@ class StoredGists:
         self._objects = Objects(self.path)
 
     def find(self, name: str) -> StoreEntry:
-        """The entry of a name or key, if requests may ask for it.
+        """The entry of a ``name`` or key, if requests may ask for it.
 
         Raises:
             GistRefusedError: there is no such entry (404), or it belongs to another model or tokenizer (400).
@@ -153,7 +153,7 @@ class StoredGists:
         return entry
 
     def load(self, entry: StoreEntry) -> GistCache:
-        """The states of an entry, on the CPU, in the dtype that they had before they were stored.
+        """The states of ``entry``, on the CPU, in the dtype that they had before they were stored.
 
         Raises:
             FileNotFoundError: it was removed meanwhile.
@@ -175,6 +175,9 @@ class LoadedGists:
 
     Args:
         max_bytes: what they may take together; 0 holds none.
+
+    Raises:
+        GistError: ``max_bytes`` is negative.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -191,7 +194,15 @@ class LoadedGists:
         return version in self._held
 
     def get(self, version: str, make: Callable[[], list[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, made where they are not held."""
+        """What is held under a version, or is made now.
+
+        Args:
+            version: of a name, changes with what it stands for.
+            make: what makes the states where they are not held.
+
+        Returns:
+            Keys and values of each layer, in the shape and dtype that ``make`` gives them.
+        """
         found = self._held.get(version)
         if found is not None:
             self._held.move_to_end(version)
@@ -208,7 +219,7 @@ class LoadedGists:
 
 
 def gist_name(params: Mapping[str, Any] | None) -> str | None:
-    """The gist that a request's ``kv_transfer_params`` name, or None.
+    """The gist that ``params``, a request's ``kv_transfer_params``, name, or None.
 
     Raises:
         GistRefusedError: it is no text, or there is something beside it that would have another cache loaded as well.
@@ -257,6 +268,11 @@ def salt_of(entry: StoreEntry, secret: str, salt: str | None) -> str:
     Placeholders look the same for every prompt. The content's hash tells them apart, also where a name has moved to
     another prompt; the secret of the process keeps others from spelling the salt; a salt that the request brings counts
     as well.
+
+    Args:
+        entry: the gist.
+        secret: of this process.
+        salt: the request's own ``cache_salt``, or None.
     """
     return "\n".join(("gist", secret, entry.sha256, salt or ""))
 
@@ -265,6 +281,11 @@ def head_shard(num_heads: int, rank: int, size: int) -> range:
     """The key heads of one process of a tensor parallel group, as vLLM and Megatron place them.
 
     ``num_heads // size`` heads each; where there are fewer heads than processes, neighbours hold the same one.
+
+    Args:
+        num_heads: key heads of the model.
+        rank: number of the process in its group.
+        size: processes of the group.
 
     Raises:
         GistError: neither number divides the other.
@@ -296,6 +317,11 @@ def fingerprints(
     name_or_path: str | Path, dtypes: Sequence[torch.dtype], *, revision: str | None = None
 ) -> tuple[str, ...]:
     """Fingerprints of a checkpoint: in its own dtype, then in each of these that is another. Reads its weights.
+
+    Args:
+        name_or_path: a directory, or a repository on the hub.
+        dtypes: in which else it may be served.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         GistError: there is no such checkpoint.

@@ -177,6 +177,11 @@ def completion_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: 
     A prompt of text is an input, and the template is written around it. A prompt of ids stays as it is, but for the
     places of the gist tokens in front.
 
+    Args:
+        body: of a request, as JSON says it.
+        gists: those that may be asked for.
+        tokenizer: of the model that is served.
+
     Raises:
         GistRefusedError: the gist is refused, or something in the body does not go with one.
     """
@@ -202,6 +207,11 @@ def completion_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: 
 def chat_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer) -> dict[str, Any] | None:
     """The body of a chat completion with the ids of its messages beside them; None where it names no gist.
 
+    Args:
+        body: of a request, as JSON says it.
+        gists: those that may be asked for.
+        tokenizer: of the model that is served.
+
     Raises:
         GistRefusedError: the gist is refused, or something in the body does not go with one.
     """
@@ -223,7 +233,7 @@ def chat_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTo
 
 
 def check_extra(body: Mapping[str, Any]) -> None:
-    """Raise where a body names what is to be loaded in a place where nobody looks for a gist, and vLLM does.
+    """Raise where ``body`` names what is to be loaded in a place where nobody looks for a gist, and vLLM does.
 
     Raises:
         GistRefusedError: ``vllm_xargs`` hold ``kv_transfer_params``.
@@ -236,7 +246,8 @@ def check_extra(body: Mapping[str, Any]) -> None:
 
 
 def check_without_gist(body: Mapping[str, Any], gist_token_id: int) -> None:
-    """Raise unless a body that names no gist is free of gist tokens, which would stand for nothing.
+    """Raise unless ``body``, which names no gist, is free of gist tokens (``gist_token_id``), which would stand for
+    nothing.
 
     Raises:
         GistRefusedError: its prompt has some.

@@ -39,8 +39,15 @@ def write_folder(
 ) -> None:
     """Write entries with their files, lines and card.
 
+    Args:
+        folder: where they go; made where there is none.
+        objects: the files of the store.
+        entries: those that are written, one for each name.
+        title: of the card.
+        card: further arguments of :func:`gisting.card.make_card`.
+
     Raises:
-        StoreError: a file has gone.
+        StoreError: a file has gone, or ``folder`` is the store itself.
         CacheFormatError: a file is damaged.
         OSError: something cannot be written.
     """
@@ -93,6 +100,12 @@ class Source:
     @classmethod
     def find(cls, name_or_path: str | Path, *, revision: str | None, token: str | None, api: Any) -> Source:
         """A directory, or a repository of the hub, downloaded.
+
+        Args:
+            name_or_path: the directory or repository.
+            revision: branch, tag or commit on the hub.
+            token: for a repository that is not public.
+            api: a ``HfApi``; None for a new one.
 
         Raises:
             StoreError: it is neither.

@@ -131,27 +131,27 @@ class NewEntry:
 
 
 def text_key(parts: Sequence[str | int]) -> str:
-    """The key of a prompt: of its text and of all that its states depend on."""
+    """The key of a prompt from ``parts``: its text and all that its states depend on."""
     return hashlib.sha256(json.dumps(["gist of a text", *parts]).encode()).hexdigest()
 
 
 def content_key(sha256: str) -> str:
-    """The key of a file that was put in."""
+    """The key of a file that was put in, from ``sha256``, its checksum in hex."""
     return hashlib.sha256(json.dumps(["gist in a file", sha256]).encode()).hexdigest()
 
 
 def is_key(text: object) -> bool:
-    """Whether something has the form of a key: 64 hex digits, small letters."""
+    """Whether ``text`` has the form of a key: 64 hex digits, small letters."""
     return isinstance(text, str) and _KEY.fullmatch(text) is not None
 
 
 def canonical(name: str) -> str:
-    """A key as it is, or a name as :func:`check_name` gives it. Raises as that does."""
+    """``name``, where it is a key, else what :func:`check_name` makes of it. Raises as that does."""
     return name if is_key(name) else check_name(name)
 
 
 def check_name(name: str) -> str:
-    """A name as the index holds it, in Unicode's composed form (NFC), so that two spellings of a letter are one name.
+    """``name`` as the index holds it, in Unicode's composed form (NFC), so that two spellings of a letter are one name.
 
     Raises:
         StoreError: it is no name: 1 to 200 printable characters without / and \\, no space at its ends, not ``.`` or
@@ -230,6 +230,9 @@ class Index:
     def writing(self) -> Iterator[sqlite3.Connection]:
         """The one writer of all processes: what is written is there for all when the block ends, or not at all when it
         raises. Nothing that locks may run inside.
+
+        Raises:
+            StoreError: the index was opened to be read alone.
         """
         if self._is_read_only:
             raise StoreError(
@@ -248,7 +251,7 @@ class Index:
                     connection.execute("ROLLBACK")
 
     def find(self, names: Sequence[str]) -> dict[str, StoreEntry]:
-        """The entries of these keys and names (as :func:`check_name` gives them), as far as there are any.
+        """The entries of ``names``, keys and names (as :func:`check_name` gives them), as far as there are any.
 
         Raises:
             CacheFormatError: a row is not what a store writes.
@@ -438,7 +441,9 @@ class Index:
 
 
 def find_in(connection: sqlite3.Connection, names: Sequence[str], where: str) -> dict[str, StoreEntry]:
-    """:meth:`Index.find` inside a block of reading or writing; ``where`` names the index in messages."""
+    """:meth:`Index.find` on a ``connection``, inside a block of reading or writing; ``names`` as there, ``where`` names
+    the index in messages.
+    """
     rows: list[tuple[Any, ...]] = []
     for source, name, column, values in (
         ("names JOIN entries USING (key)", "names.name", "names.name", [name for name in names if not is_key(name)]),
@@ -453,7 +458,7 @@ def find_in(connection: sqlite3.Connection, names: Sequence[str], where: str) ->
 
 
 def entry_of(row: Sequence[Any], where: str) -> StoreEntry:
-    """A row ``(name, *columns)`` as an entry.
+    """A ``row``, ``(name, *columns)``, as an entry; ``where`` names the index in messages.
 
     Raises:
         CacheFormatError: it is not what a store writes.
@@ -484,7 +489,7 @@ def entry_of(row: Sequence[Any], where: str) -> StoreEntry:
 
 
 def put_entry(connection: sqlite3.Connection, entry: StoreEntry) -> None:
-    """Insert or replace an entry, without its name."""
+    """Insert or replace ``entry``, without its name, on a ``connection`` that writes."""
     connection.execute(_INSERT, astuple(entry)[1:])
 
 

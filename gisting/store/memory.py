@@ -34,7 +34,7 @@ class OpenCaches:
         return len(self._caches)
 
     def get(self, key: str, version: str) -> GistCache | None:
-        """The cache, if it is held in this version."""
+        """The cache of ``key``, if it is held in this ``version``."""
         with self._lock:
             found = self._caches.get(key)
             if found is None or found[0] != version:
@@ -43,7 +43,13 @@ class OpenCaches:
             return found[1]
 
     def put(self, key: str, version: str, cache: GistCache) -> None:
-        """Hold a cache in place of any other version; one that is larger than all there may be is not held."""
+        """Hold a cache in place of any other version; one that is larger than all there may be is not held.
+
+        Args:
+            key: of its entry.
+            version: changes with what the key stands for.
+            cache: what is held, and must not be written to.
+        """
         size = cache.num_bytes + 2 * len(cache.keys) * _TENSOR_BYTES + _CACHE_BYTES
         with self._lock:
             self._drop(key)

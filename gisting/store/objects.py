@@ -43,22 +43,26 @@ class Objects:
         sync_directory(self.root)
 
     def check(self) -> None:
-        """Raise StoreError unless the directories are there and no links."""
+        """Refuse directories that are not there, or are links.
+
+        Raises:
+            StoreError: one is missing or is none.
+        """
         for folder in (self.root / OBJECTS, self.root / TEMPORARY):
             if folder.is_symlink() or not folder.is_dir():
                 raise StoreError(f"{folder} is missing, or a link or file; it must be a directory of the store")
 
     def path(self, key: str) -> Path:
-        """Where the file of a key lies; the first two of its 64 digits name a directory."""
+        """Where the file of ``key`` lies; the first two of its 64 digits name a directory."""
         return self.root / self.name(key)
 
     @staticmethod
     def name(key: str) -> str:
-        """The same relative to the store, with ``/``."""
+        """Where the file of ``key`` lies, relative to the store, with ``/``."""
         return f"{OBJECTS}/{key[:2]}/{key}{SUFFIX}"
 
     def size(self, key: str) -> int | None:
-        """Bytes of the file of a key, or None where there is no such file; a link is none, nor what a link leads to."""
+        """Bytes of the file of ``key``, or None where there is none; a link is none, nor what a link leads to."""
         try:
             if self.path(key).parent.is_symlink():
                 return None
@@ -68,9 +72,12 @@ class Objects:
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def place(self, files: dict[str, Path]) -> None:
-        """Rename finished files, by key, to where they belong; to be called with the index's write lock.
+        """Rename finished ``files``, by key, to where they belong; to be called with the index's write lock.
 
         What was renamed is there after a power failure too, when this returns.
+
+        Raises:
+            StoreError: a link stands where a directory should.
         """
         shards = {self.path(key).parent for key in files}
         new = [shard for shard in shards if not shard.is_dir()]
@@ -86,7 +93,7 @@ class Objects:
             sync_directory(shard)
 
     def remove(self, key: str) -> int:
-        """Delete the file of a key, with the index's write lock held. Returns the bytes freed."""
+        """Delete the file of ``key``, with the index's write lock held. Returns the bytes freed."""
         size = self.size(key)
         if size is None:
             return 0
@@ -118,7 +125,7 @@ class Objects:
             os.close(handle)
 
     def stale(self, *, is_removed: bool = False) -> dict[Path, int]:
-        """What writers left who are no more: {path: bytes}; optionally removed."""
+        """What writers left who are no more: {path: bytes}; taken away where ``is_removed``."""
         found: dict[Path, int] = {}
         for path in sorted((self.root / TEMPORARY).iterdir()):
             try:
@@ -149,7 +156,7 @@ class Objects:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a directory, once whoever has it lets go."""
+    """Hold the lock of ``folder``, once whoever has it lets go."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

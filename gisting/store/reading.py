@@ -21,6 +21,10 @@ __all__ = ["check_entry", "load_entry"]
 def load_entry(path: Path, entry: StoreEntry) -> GistCache:
     """The cache of an entry.
 
+    Args:
+        path: its file, in the store.
+        entry: what the index says of it.
+
     Raises:
         CacheFormatError: the file is damaged, or another than the entry speaks of.
         FileNotFoundError: it is not there.
@@ -42,6 +46,10 @@ def load_entry(path: Path, entry: StoreEntry) -> GistCache:
 
 def check_entry(path: Path, entry: StoreEntry) -> None:
     """Raise unless the file is the very one that the entry speaks of: :func:`load_entry`, and checksum and key.
+
+    Args:
+        path: its file, in the store.
+        entry: what the index says of it.
 
     Raises:
         CacheFormatError: it is not.

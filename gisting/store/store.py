@@ -113,6 +113,7 @@ class GistStore:
     Raises:
         StoreError: the directory is no store and may not become one, or cannot be used.
         CacheFormatError: its index is damaged, altered or of a later format.
+        GistError: ``storage`` or ``max_open_bytes`` is out of range.
     """
 
     def __init__(
@@ -176,6 +177,15 @@ class GistStore:
     def __len__(self) -> int:
         """How many entries :meth:`list` gives."""
         return self._index.count()
+
+    def entry(self, name: str) -> StoreEntry:
+        """What the index says of one ``name`` or key; its file is not read.
+
+        Raises:
+            StoreError: there is no such entry, or it is neither a name nor a key.
+        """
+        wanted = canonical(name)
+        return self._found([wanted])[wanted]
 
     def list(self) -> builtins.list[StoreEntry]:
         """Every name with its entry, sorted by name, then entries without a name in the order they were made.
@@ -333,7 +343,7 @@ class GistStore:
     # -- keeping -------------------------------------------------------------------------------------------------------
 
     def rename(self, name: str, new_name: str) -> None:
-        """Give an entry another name in place of this one.
+        """Give an entry ``new_name`` in place of ``name``.
 
         Raises:
             StoreError: there is no such name, or the new one is taken or cannot be one.
@@ -346,8 +356,8 @@ class GistStore:
                 raise self._no_such([old])
 
     def remove(self, names: str | Collection[str]) -> None:
-        """Remove names, or with their keys entries and all their names. An entry goes with its last name, and its file
-        with it.
+        """Remove ``names``, or with their keys entries and all their names. An entry goes with its last name, and its
+        file with it.
 
         Raises:
             StoreError: there is no such entry; then nothing is removed.

@@ -14,6 +14,8 @@ method          what learns                              ordinary text        us
 ``embeddings``  a row for each place in a gist           same bits as before  the least to train; plain token rows
 =============== ======================================== ==================== ====================================
 
+LoRA is that of Hu and others (arXiv 2106.09685).
+
 The last two serve at the base model's cost: a cached gist is keys and values, and behind it there is no gist token for
 them to act on, so requests of any adapter, and of none, can share a batch of one base model
 (``models.adapters.for_base_model``). They teach how a prompt is pressed, and cannot teach the model that reads the gist
@@ -45,6 +47,9 @@ class Method:
         rank: of LoRA.
         alpha: LoRA's scale times its rank; None for twice the rank.
         dropout: of LoRA.
+
+    Raises:
+        GistError: there is no such method.
     """
 
     name: str
@@ -59,7 +64,12 @@ class Method:
 
 @dataclass(frozen=True)
 class TrainableCount:
-    """Numbers of a model: those that learn, and all."""
+    """Numbers of a model.
+
+    Args:
+        trainable: numbers that learn.
+        total: all numbers.
+    """
 
     trainable: int
     total: int
@@ -100,7 +110,7 @@ def prepare(model: Any, method: str | Method, num_gist_tokens: int) -> Trainable
 
 
 def count_parameters(model: Any) -> TrainableCount:
-    """How many numbers of a model learn, and how many it has; tied ones count once."""
+    """How many numbers of ``model`` learn, and how many it has; tied ones count once."""
     parameters = list(model.parameters())
     return TrainableCount(
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
@@ -110,7 +120,8 @@ def count_parameters(model: Any) -> TrainableCount:
 
 @contextmanager
 def checkpointing_what_learns(model: Any) -> Iterator[None]:
-    """While training, save checkpoints without what is frozen, which the base model's files hold.
+    """While ``model`` is trained in this block, save checkpoints without what is frozen, which the base model's files
+    hold.
 
     Trainer resumes from them: what they lack stays as it is.
     """

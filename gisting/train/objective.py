@@ -69,7 +69,7 @@ def truncated_kl(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
 
     Args:
         student: logits ``(T, V)``, floating.
-        teacher: logits ``(T, V)``; no gradient goes there.
+        teacher: logits ``(T, V)``, floating; no gradient goes there.
         top_k: of at least 1.
 
     Returns:

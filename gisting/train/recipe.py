@@ -199,7 +199,8 @@ class Recipe:
             )
 
     def updated(self, **changes: Any) -> Recipe:
-        """With other values; ``epochs`` takes the place of ``max_steps`` and the other way round. None changes nothing.
+        """With the values of ``changes``; ``epochs`` takes the place of ``max_steps`` and the other way round. None
+        changes nothing.
 
         Raises:
             GistError: as the class does.
@@ -212,6 +213,10 @@ class Recipe:
 
     def arguments(self, output_dir: str | Path, *, is_encoder_decoder: bool = False) -> TrainingArguments:
         """For stock ``Trainer``, with the published values of the model's kind where the recipe says nothing.
+
+        Args:
+            output_dir: for checkpoints.
+            is_encoder_decoder: whose published values stand for what is not said.
 
         Raises:
             GistError: the batch size is no multiple of the rows of a forward pass, or a place to report to is not
@@ -245,7 +250,7 @@ class Recipe:
         )
 
     def save(self, path: str | Path) -> None:
-        """As a file that :func:`load_recipe` reads, without what has its default value."""
+        """Write ``path``, a file that :func:`load_recipe` reads, without what has its default value."""
         import torch
         import transformers
         import yaml
@@ -282,6 +287,9 @@ def load_recipe(path: str | Path) -> Recipe:
 
     Args:
         path: the file, UTF-8.
+
+    Returns:
+        The recipe; what the file does not name has its default value.
 
     Raises:
         GistError: it is no such mapping, a key is unknown or stands twice, or a value is not what it should be; file,
@@ -322,7 +330,14 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 class TrainedModel(NamedTuple):
-    """What a run leaves in memory: the model, what ``Trainer`` measured, and with which arguments."""
+    """What a run leaves in memory.
+
+    Args:
+        model: trained, patched.
+        tokenizer: the one it is patched for.
+        metrics: what ``Trainer`` measured.
+        arguments: those it was trained with.
+    """
 
     model: PreTrainedModel
     tokenizer: GistTokenizer
@@ -342,6 +357,9 @@ def train_recipe(
         output_dir: for checkpoint and recipe.
         resume: go on from the last whole checkpoint in ``output_dir``.
         callbacks: as for :func:`gisting.train.finetune.finetune`.
+
+    Returns:
+        Model, tokenizer and what was measured.
 
     Raises:
         GistError: the recipe lacks model or data, or as ``load``, ``load_records`` and ``finetune`` do.

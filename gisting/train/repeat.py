@@ -100,7 +100,7 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: bool | str) -> str | No
 
 
 def num_steps_in(checkpoint: str | Path) -> int:
-    """Optimiser steps that a whole checkpoint holds."""
+    """Optimiser steps that ``checkpoint``, a whole one, holds."""
     return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
 
 

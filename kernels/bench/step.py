@@ -44,7 +44,7 @@ def attention_through(impl: str) -> Iterator[None]:
     """Every interval attention of a model that leaves the choice open runs on ``impl``."""
     chosen = impl, "the benchmark asked for it"
     # No `return_value`: a mock would keep every tensor that it is called with.
-    with mock.patch("gisting.attention.api._choose", lambda *args, **kwargs: chosen):  # noqa: PT008
+    with mock.patch("gisting.attention.api.choose_implementation", lambda *args, **kwargs: chosen):  # noqa: PT008
         yield
 
 

@@ -1,5 +1,7 @@
 """The namespace of the operators. A build for the Kernel Hub writes this file anew, with a name of its own, so that
 several versions can be loaded into one process.
+
+Place in the flow: below op.
 """
 
 import torch
@@ -10,5 +12,5 @@ ops = torch.ops.gisting
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
-    """The full name of an operator."""
+    """The full name of the operator ``op_name``."""
     return f"gisting::{op_name}"

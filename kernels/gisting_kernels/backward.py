@@ -15,11 +15,11 @@ dQ walks the lists of the plan, as the forward does. dK/dV keeps a tile of keys 
 for an interval they are one contiguous range. One flat loop over (head of the group, tile of rows), the mask always
 tested: nested loops and unmasked variants spill registers.
 
-dbias: distances of W and more have one entry on each side, whose sum dQ takes on the way (two numbers a row). For those
-below W near tiles are visited once more by a kernel of their own: it shears the tile of dS, so that diagonals become
-columns, sums those, and adds the sums to a row of partial results that belongs to this program alone; a sum over
-programs follows. Each pair is counted by exactly one of the two, whatever the shapes of their tiles. Names as in
-``forward.py``.
+dbias (of a bias as T5's, arXiv 1910.10683): distances of W and more have one entry on each side, whose sum dQ takes on
+the way (two numbers a row). For those below W near tiles are visited once more by a kernel of their own: it shears the
+tile of dS, so that diagonals become columns, sums those, and adds the sums to a row of partial results that belongs to
+this program alone; a sum over programs follows. Each pair is counted by exactly one of the two, whatever the shapes of
+their tiles. Names as in ``forward.py``.
 """
 
 # What stands in a kernel is Triton's language, typed for its compiler; so are the launches.

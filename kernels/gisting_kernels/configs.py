@@ -4,6 +4,8 @@ Nothing is timed at run time: the same input on the same card always runs the sa
 ``kernels/bench/tune.py`` on a card; rows that no card has timed yet are the seeds from which it starts, and say so
 (``"measured": false``). The environment variable ``GISTING_KERNEL_CONFIG`` forces sizes, for instance
 ``forward=128,64,8,3;key=64,64,4,2`` (rows, keys, warps, stages; kernels: forward, query, key, table).
+
+Place in the flow: a card, a shape -> **configs** -> op, which plans with these sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ __all__ = [
     "ENVIRONMENT_VARIABLE",
     "HEAD_SIZES",
     "KERNELS",
-    "SEGMENTS",
     "has_little_shared_memory",
     "read_table",
     "tile_sizes",
@@ -28,7 +29,6 @@ __all__ = [
 
 KERNELS = ("forward", "query", "key", "table")
 HEAD_SIZES = (64, 128, 256)
-SEGMENTS = ("short", "long")
 # Mean rows per key up to which a segment is short: there most of a large tile would be masked.
 SHORT = 384
 # Compute capability from which a class of the table serves, and the shared memory that its tiles fit in, in bytes.
@@ -88,7 +88,9 @@ def tile_sizes(
 
 
 def has_little_shared_memory(capability: tuple[int, int]) -> bool:
-    """Whether a card (8.6, 8.7, 8.9, 12.x) has less of it, 99 KiB a program, than the class that it would fall in."""
+    """Whether a card of compute ``capability`` 8.6, 8.7, 8.9 or 12.x has less of it, 99 KiB a program, than the class
+    that it would fall in.
+    """
     return capability in ((8, 6), (8, 7), (8, 9)) or capability >= (12, 0)
 
 

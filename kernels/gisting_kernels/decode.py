@@ -30,7 +30,14 @@ _MAX_SPLITS = 64
 
 
 def decode_size(num_packed: int, head_size: int, bits: int, *, is_small: bool = False) -> TileSizes:
-    """The tile of the decoding kernel for so many packed rows; ``is_small``: for a card with little shared memory."""
+    """The tile of the decoding kernel.
+
+    Args:
+        num_packed: rows that are packed, those of a group's heads, or of all sequences too where keys are shared.
+        head_size: D.
+        bits: of a number of q.
+        is_small: for a card with little shared memory.
+    """
     rows, keys, warps = (64, 64, 8 if head_size > 128 else 4) if bits <= 16 else (32, 32, 4)
     if is_small and head_size > 128:
         rows, keys = 32, 32
@@ -146,7 +153,25 @@ def run_decode(
     *,
     is_small: bool = False,
 ) -> Tensor:
-    """Launch what :func:`gisting_kernels.decode_attention` asks for, its arguments checked."""
+    """Launch what :func:`gisting_kernels.decode_attention` asks for, its arguments checked.
+
+    Args:
+        q: ``(B, H, T, D)``, floating point.
+        k: ``(B, G, K, D)``, dtype of q.
+        v: ``(B, G, K, D)``, dtype of q.
+        first: int32 ``(B or 1, K)``, contiguous.
+        end: int32 ``(B or 1, K)``, contiguous.
+        prefix_k: ``(1, G, P, D)``, dtype of q, or None.
+        prefix_v: ``(1, G, P, D)``, dtype of q, or None.
+        scale: factor of the scores.
+        softcap: 0 for none.
+        precision: of the matrix products, as ``tl.dot`` names it.
+        num_processors: of the device, by which keys are split.
+        is_small: whether it has little shared memory.
+
+    Returns:
+        ``(B, H, T, D)`` in the dtype and layout of q.
+    """
     out = torch.empty_like(q)
     if out.numel() == 0:
         return out

@@ -1,8 +1,9 @@
 """The forward kernel: out = softmax(scores) v over the keys that a row sees, and the log-sum-exp of each row.
 
 Place in the flow: plan -> **forward** -> op. With ``s = scale q k^T`` (then ``softcap tanh(s / softcap)``, then plus
-the relative bias) a program keeps, for its tile of rows, the running maximum m, the running sum l and the unnormalised
-output of the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691):
+T5's relative bias, arXiv 1910.10683) a program keeps, for its tile of rows, the running maximum m, the running sum l
+and the unnormalised output of the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867; FlashAttention-2,
+arXiv 2307.08691):
 
     m' = max(m, max_j s_j)      l' = l 2^(m - m') + sum_j 2^(s_j - m')      acc' = acc 2^(m - m') + 2^(s - m') v
 

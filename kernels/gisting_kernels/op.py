@@ -38,7 +38,14 @@ def is_interpreting() -> bool:
 
 
 def why_not(q: Tensor, v: Tensor, scale: float, *, has_bias: bool) -> str | None:
-    """Why the kernels cannot serve a call, or None: they can. ``has_bias``: whether there is a dense bias."""
+    """Why the kernels cannot serve a call, or None: they can.
+
+    Args:
+        q: ``(B, H, T, D)``, of any dtype.
+        v: ``(B, G, K, Dv)``, of any dtype.
+        scale: factor of the scores.
+        has_bias: whether there is a dense bias.
+    """
     if q.device.type != "cuda" and not (is_interpreting() and q.device.type == "cpu"):
         return f"the tensors are on {q.device.type}, not on a CUDA device"
     if torch.version.hip is not None:
@@ -167,10 +174,10 @@ def decode_attention(
     head are packed. No gradients.
 
     Args:
-        q: ``(B, H, T, D)``; row t stands at ``max(K - T, 0) + t`` among the own keys.
-        k, v: ``(B, G, K, D)``, own keys and values; K may be 0.
+        q: ``(B, H, T, D)``, float16, bfloat16 or float32; row t stands at ``max(K - T, 0) + t`` among the own keys.
+        k, v: ``(B, G, K, D)``, dtype of q, own keys and values; K may be 0.
         first, end: integer ``(B or 1, K)``: own key j is seen by the rows ``first[j] <= i < end[j]``.
-        prefix_k, prefix_v: ``(1, G, P, D)``, seen by every row, or None.
+        prefix_k, prefix_v: ``(1, G, P, D)``, dtype of q, seen by every row, or None.
         scale, softcap: as for :func:`interval_attention`.
 
     Returns:
@@ -305,7 +312,7 @@ def _forward_op(
             q.float(), k.float(), v.float(), plan, table, seed, scale, softcap, dropout, width, sizes, precision
         )
         return out.copy_(wide), lse
-    launch = _Launch(q, k, v, plan, table, seed, scale, softcap, dropout, width, precision)
+    launch = _Launch(q, k, plan, table, seed, scale, softcap, dropout, width, precision)
     size = TileSizes(*sizes[0:4])
     tiles, counts, order = plan[_FORWARD : _FORWARD + 3]
     num_tiles = counts.shape[1]
@@ -358,7 +365,7 @@ def _backward_op(
         )  # fmt: skip
         return dq.copy_(wide[0]), dk.copy_(wide[1]), dv.copy_(wide[2]), wide[3]
 
-    launch = _Launch(q, k, v, plan, table, seed, scale, softcap, dropout, width, precision)
+    launch = _Launch(q, k, plan, table, seed, scale, softcap, dropout, width, precision)
     num_keys = k.shape[2]
     delta = torch.empty_like(lse)
     rows = 64
@@ -492,7 +499,6 @@ class _Launch:
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
         plan: Sequence[Tensor],
         table: Tensor | None,
         seed: Tensor | None,

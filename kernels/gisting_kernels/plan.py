@@ -44,7 +44,14 @@ _INT_MAX = torch.iinfo(torch.int32).max
 
 @dataclass(frozen=True)
 class TileSizes:
-    """A kernel's configuration: the shape of a tile, and how Triton is to compile it."""
+    """A kernel's configuration: the shape of a tile, and how Triton is to compile it.
+
+    Args:
+        rows: query rows of a tile.
+        keys: keys of a tile.
+        warps: of a program.
+        stages: of its software pipeline.
+    """
 
     rows: int
     keys: int
@@ -115,7 +122,9 @@ class Plan:
         return self.first.shape[1]
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor, in the order in which the custom op takes them."""
+        """Every tensor, int32, in the order in which the custom op takes them; of lists and ranges the shapes are
+        theirs.
+        """
         lists = (self.forward, self.backward_query, self.backward_table)
         return [
             self.first,
@@ -170,7 +179,16 @@ def make_plan(
 def list_tiles(
     first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int], near: int | None = None
 ) -> TileLists:
-    """The lists for tiles of ``size`` (rows, keys); rows stand at ``start .. start + num_rows - 1``."""
+    """The lists for tiles of a size.
+
+    Args:
+        first: int32 ``(B, K)``.
+        end: int32 ``(B, K)``.
+        num_rows: T; the rows stand at ``start .. start + num_rows - 1``.
+        start: where the first row stands.
+        size: rows and keys of a tile.
+        near: W of a relative bias: key tiles with some ``|j - i| < W`` are listed apart; None for none.
+    """
     if _is_fused(first, num_rows):
         from .plan_kernels import list_tiles_fused
 
@@ -199,7 +217,15 @@ def list_tiles(
 
 
 def range_rows(first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int]) -> RowRanges:
-    """The ranges for tiles of ``size`` (rows, keys)."""
+    """The ranges for tiles of a size.
+
+    Args:
+        first: int32 ``(B, K)``.
+        end: int32 ``(B, K)``.
+        num_rows: T; the rows stand at ``start .. start + num_rows - 1``.
+        start: where the first row stands.
+        size: rows and keys of a tile.
+    """
     if _is_fused(first, num_rows):
         from .plan_kernels import range_rows_fused
 
@@ -243,6 +269,11 @@ def mean_segment_length(first: Tensor, end: Tensor, num_rows: int) -> float:
     """How many rows see a key, averaged over the keys that anybody sees: what tile sizes are chosen by.
 
     Reads one number back from the device.
+
+    Args:
+        first: integer ``(B, K)``.
+        end: integer ``(B, K)``.
+        num_rows: T.
     """
     start = max(first.shape[1] - num_rows, 0)
     seen = (end.clamp(max=start + num_rows) - first.clamp(min=start)).clamp(min=0)

@@ -132,7 +132,9 @@ def order_kernel(p_lengths, p_order, num_tiles, BLOCK: tl.constexpr, CHUNK: tl.c
 def list_tiles_fused(
     first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int], near: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles, counts and order of :class:`gisting_kernels.plan.TileLists`."""
+    """Tiles, counts and order, int32, of the shapes that :class:`gisting_kernels.plan.TileLists` has. Arguments as
+    :func:`gisting_kernels.plan.list_tiles`, the intervals contiguous.
+    """
     batch, num_keys = first.shape
     tile_rows, tile_keys = size
     num_tiles, num_row_tiles = -(-num_keys // tile_keys), -(-num_rows // tile_rows)
@@ -151,7 +153,9 @@ def list_tiles_fused(
 def range_rows_fused(
     first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Bounds and order of :class:`gisting_kernels.plan.RowRanges`."""
+    """Bounds and order, int32, of the shapes that :class:`gisting_kernels.plan.RowRanges` has. Arguments as
+    :func:`gisting_kernels.plan.range_rows`, the intervals contiguous.
+    """
     batch, num_keys = first.shape
     num_tiles = -(-num_keys // size[1])
     ranges = first.new_empty((batch, num_tiles, 2))

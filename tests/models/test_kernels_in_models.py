@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         chosen.append("triton")
         return "triton", "a test asks for it"
 
-    monkeypatch.setattr(api, "_choose", choose)
+    monkeypatch.setattr(api, "choose_implementation", choose)
     monkeypatch.setenv("GISTING_KERNEL_CONFIG", "forward=32,32,4,1;query=32,32,4,1;key=32,32,4,1;table=32,32,4,1")
     return chosen
 
@@ -115,7 +115,7 @@ def test_llama_outputs_and_gradients_are_those_of_the_oracle(calls: list[str], m
     }
     found = result_of(model, model(**call).logits, is_token)
     assert len(calls) == model.config.num_hidden_layers
-    monkeypatch.setattr(api, "_choose", lambda *args, **kwargs: ("reference", "a test asks for it"))
+    monkeypatch.setattr(api, "choose_implementation", lambda *args, **kwargs: ("reference", "a test asks for it"))
     plain = result_of(model, model(**call).logits, is_token)
     truth = result_of(model.double(), model(**call).logits, is_token)
     assert_as_good_as(found, plain, truth)

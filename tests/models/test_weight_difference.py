@@ -627,14 +627,6 @@ def test_the_page_runs_with_small_checkpoints(
     assert len(load_file("mine-again/model.safetensors")) == len(layout.changes)
 
 
-@pytest.mark.parametrize("command", ["apply-difference", "make-difference"])
-def test_help_says_what_and_how(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    result = shell.call(monkeypatch, capsys, command, "--help")
-    assert f"Example: gisting {command}" in " ".join(result.out.split())
-
-
 def test_the_tokenizer_is_one_that_gisting_knows(layout: Layout) -> None:
     apply_weight_difference(layout.difference, layout.base, layout.output)
     model = json.loads((layout.output / "config.json").read_text())

@@ -150,6 +150,19 @@ def test_rename(store: GistStore) -> None:
             store.rename(*arguments)
 
 
+def test_entry(store: GistStore) -> None:
+    """What the index says, whether or not the file is there."""
+    store.put("a", made(1))
+    (entry,) = store.list()
+    file_of(store, "a").unlink()
+    assert store.entry("a") == entry
+    assert store.entry(entry.key).key == entry.key
+    with pytest.raises(StoreError, match=r"has no entry 'b'; store.list\(\) tells what it has"):
+        store.entry("b")
+    with pytest.raises(StoreError, match="'a/b'"):
+        store.entry("a/b")
+
+
 def test_remove(store: GistStore) -> None:
     store.put_many({"a": made(1), "b": made(1), "c": made(2), "d": made(3)})
     with pytest.raises(StoreError, match=r"store has no entry 'x', 'y'; store.list\(\) tells what it has$"):

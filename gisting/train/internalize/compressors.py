@@ -58,7 +58,7 @@ class TemplateCompressor(Protocol):
         ...
 
     def compress(self, template: str, share: float) -> str:
-        """The template in about ``share`` of its tokens, for 0 < share < 1."""
+        """``template`` in about ``share`` of its tokens, for 0 < share < 1."""
         ...
 
 
@@ -106,7 +106,7 @@ class NoCompression:
     name = "none"
 
     def compress(self, template: str, share: float) -> str:
-        """The template as it is."""
+        """``template`` as it is, whatever the ``share``."""
         return template
 
 
@@ -132,7 +132,7 @@ class Rewrites:
             )
 
     def compress(self, template: str, share: float) -> str:
-        """The text that was written for this share.
+        """The text that was written for this ``share``; ``template`` is not read.
 
         Raises:
             GistError: none was.
@@ -190,7 +190,7 @@ class SelfInformation:
         return f"self-information-{self.unit}"
 
     def compress(self, template: str, share: float) -> str:
-        """The template without its most predictable units.
+        """``template`` without its most predictable units, in at most ``share`` of its tokens.
 
         Raises:
             GistError: the template has no token.
@@ -256,7 +256,7 @@ class LLMLingua2:
         self.device_map = device_map
 
     def compress(self, template: str, share: float) -> str:
-        """The template in about ``share`` of its tokens, as LLMLingua-2 counts them.
+        """``template`` in about ``share`` of its tokens, as LLMLingua-2 counts them.
 
         Raises:
             GistError: the package is not installed (the ``internalize`` extra).

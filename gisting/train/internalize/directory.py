@@ -133,12 +133,12 @@ def restore_model(model: Any, directory: Path) -> None:
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Write what a stage asks, an object a line; an instruction may be empty."""
+    """Write ``records``, what a stage asks, to ``path``, an object a line; an instruction may be empty."""
     write_lines(path, [{name: getattr(record, name) for name in _FIELDS} for record in records])
 
 
 def read_records(path: Path) -> list[Record] | None:
-    """Read what :func:`write_records` wrote; None where there is no file."""
+    """What :func:`write_records` wrote to ``path``; None where there is no file."""
     if not path.exists():
         return None
     # Of an answer, U+2028 is a part: only this ends a line.
@@ -185,12 +185,12 @@ def _in_words(path: Path) -> Iterator[Path]:
 
 
 def write_lines(path: Path, items: Sequence[Mapping[str, Any]]) -> None:
-    """A file with an object on each line."""
+    """Write ``path`` with an object of ``items`` on each line, whole or not at all."""
     text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     write_atomically(path, text.encode())
 
 
 def records_hash(records: Sequence[Record]) -> str:
-    """SHA-256 over queries and answers, in hex."""
+    """SHA-256 over queries and answers of ``records``, in hex."""
     rows = [[record.input, record.output] for record in records]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """Which solved examples stand in a query's prompt: the most similar ones of the training split, without leaks.
 
-Place in the flow: training records, a query -> **examples** -> a stage's data. Similar is what BM25 says of the
-queries (the records' inputs). An example that gives the answer away teaches a model to copy, so what is nearly the
-record itself never is one. Knows texts and nothing of tokens or prompts.
+Place in the flow: training records, a query -> **examples** -> a stage's data. Similar is what BM25 (Robertson and
+Zaragoza, 2009) says of the queries (the records' inputs). An example that gives the answer away teaches a model to
+copy, so what is nearly the record itself never is one. Knows texts and nothing of tokens or prompts.
 
 Two texts are *nearly the same* where few of their words differ: words are runs of letters and digits, compared without
 regard to case, punctuation and white space, and the edit distance over words (Levenshtein: put in, left out, replaced)
@@ -110,7 +110,7 @@ class ExamplePool:
         return [self.records[number] for number in reversed(found)]
 
     def retrieve_many(self, records: Sequence[Record], count: int) -> list[list[Record]]:
-        """The examples for each of several records, as :meth:`retrieve`. Raises as it does."""
+        """The examples for each of several ``records``, ``count`` each, as :meth:`retrieve`. Raises as it does."""
         return [self.retrieve(record, count) for record in records]
 
     def _case(self, record: Record) -> _Case:

@@ -93,6 +93,9 @@ def lay_out(
         max_target_length: ids of the answer of an encoder-decoder at most.
         num_gist_tokens: k that stand behind the prompt and cost in its place; None for ordinary text.
 
+    Returns:
+        The requests, in the records' order.
+
     Raises:
         RecordError: a record has no query, or does not fit even without examples; it is named by number and query.
     """

@@ -60,7 +60,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in their order, and the condition under which the finished model is run."""
+    """Stages in their order, and the condition under which the finished model is run.
+
+    Args:
+        stages: one or more.
+        condition: ``"prompt"``, ``"no-prompt"`` or ``"gist"``.
+    """
 
     stages: tuple[Stage, ...]
     condition: str
@@ -126,8 +131,8 @@ def num_steps(arguments: TrainingArguments, num_records: int) -> int:
 
 
 def warmup_of(arguments: TrainingArguments, count: int) -> int:
-    """Steps of warm-up in a stage of ``count`` steps: ``warmup_steps``, or that share of them, rounded down. (Rounded
-    up, as ``Trainer`` does, the one step of a short stage would be all warm-up, with a learning rate of 0.)
+    """Steps of warm-up in a stage of ``count`` steps: ``arguments.warmup_steps``, or that share of them, rounded down.
+    (Rounded up, as ``Trainer`` does, the one step of a short stage would be all warm-up, with a learning rate of 0.)
 
     Raises:
         GistError: there would be nothing but warm-up.
@@ -145,6 +150,9 @@ def split_steps(total: int, num_stages: int) -> tuple[int, ...]:
     Args:
         total: of all stages together.
         num_stages: at least 1.
+
+    Returns:
+        The steps of each stage; their sum is ``total``.
 
     Raises:
         GistError: there are fewer steps than stages.

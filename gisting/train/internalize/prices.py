@@ -79,12 +79,12 @@ class Prices:
         return paid * (self.finetuned_factor if is_finetuned else 1.0) / 1e6
 
     def training(self, tokens: float) -> float | None:
-        """What it costs to train on so many tokens, in ``currency``; None where the table does not say."""
+        """What it costs to train on so many ``tokens``, in ``currency``; None where the table does not say."""
         return None if self.training_per_million is None else tokens * self.training_per_million / 1e6
 
 
 def load_prices(path: str | Path) -> Prices:
-    """Read a price table: YAML or JSON, a mapping of the names that :class:`Prices` has.
+    """The price table in the file ``path``: YAML or JSON, a mapping of the names that :class:`Prices` has.
 
     Raises:
         GistError: there is no such file, it is no such mapping, a name is unknown, missing or there twice, or as

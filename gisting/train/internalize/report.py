@@ -49,7 +49,11 @@ __all__ = [
 ]
 
 #: Ways to ask that are no run's own, as a report and a measurement of their time name them.
-FULL_PROMPT, PREFIX_CACHE, BARE_QUERY = "full prompt", "prefix cache", "bare query"
+FULL_PROMPT = "full prompt"
+#: The same, its template behind a prefix cache.
+PREFIX_CACHE = "prefix cache"
+#: The query alone.
+BARE_QUERY = "bare query"
 # What runs must have in common to be compared, and what they should.
 _SAME = {"template_sha256": "template", "eval_records": "evaluation records", "tokenizer": "tokenizer"}
 _ALIKE = ("model", "records", "method", "arguments")
@@ -229,8 +233,17 @@ class RequestRow:
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage of a staged run: the share of the template that was kept, mean examples of a training request, mean
-    tokens of an evaluation request, and scores of the bare query and of the request as the stage reads it.
+    """One stage of a staged run.
+
+    Args:
+        run: name of the run.
+        stage: its number.
+        reads: the condition under which the stage's requests are run, and k where that is a gist.
+        kept: share of the template's tokens that were kept.
+        examples: mean number of examples in a training request.
+        tokens: mean of an evaluation request as the stage reads it.
+        score_bare: of the bare query.
+        score_as_read: of the request as the stage reads it.
     """
 
     run: str
@@ -245,7 +258,12 @@ class StageRow:
 
 @dataclass(frozen=True)
 class Times:
-    """Measured times of a request, by mode: median and quartiles in milliseconds; and how they were taken, in words."""
+    """Measured times of a request.
+
+    Args:
+        ms: by mode, median and quartiles in milliseconds.
+        about: how they were taken, in words.
+    """
 
     ms: Mapping[str, tuple[float, float, float]]
     about: str
@@ -280,7 +298,7 @@ class Report:
     shorter: Mapping[str, tuple[Record, ...]] = field(default_factory=dict, repr=False)
 
     def timed(self, times: Times) -> Report:
-        """The same with measured times, given to the rows by their mode."""
+        """The same with measured ``times``, given to the rows by their mode."""
         rows = []
         for row in self.rows:
             ms = times.ms.get(row.mode or "")
@@ -288,7 +306,7 @@ class Report:
         return replace(self, rows=tuple(rows), times=times)
 
     def noted(self, note: str) -> Report:
-        """The same with one more note."""
+        """The same with one more ``note``."""
         return replace(self, notes=(*self.notes, note))
 
     def items(self) -> list[dict[str, Any]]:
@@ -393,6 +411,9 @@ def make_report(
             whose schedule begins at 1, or the control ``full`` or ``full-run-bare``.
         prices: or None for a report without money.
         metric: a name that the runs were scored by; None for the first that all of them have.
+
+    Returns:
+        Tokens, scores and money of each, side by side.
 
     Raises:
         GistError: a directory holds no finished run or one without evaluation records; the runs were asked other

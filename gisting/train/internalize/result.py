@@ -112,7 +112,7 @@ class Internalized:
         return last.tokens if self.condition == last.condition else last.query_tokens
 
     def save(self, directory: str | Path) -> None:
-        """Write ``internalized.json``, whole or not at all.
+        """Write ``internalized.json`` into ``directory``, whole or not at all.
 
         Raises:
             OSError: it cannot be written.
@@ -121,7 +121,7 @@ class Internalized:
 
 
 def load_internalized(directory: str | Path) -> Internalized:
-    """Read what :meth:`Internalized.save` wrote.
+    """What :meth:`Internalized.save` wrote into ``directory``.
 
     Raises:
         GistError: there is no such file, it is of a later format, or something is missing in it.
@@ -148,7 +148,7 @@ def load_internalized(directory: str | Path) -> Internalized:
 
 
 def template_hash(template: str) -> str:
-    """SHA-256 of a template's text, UTF-8, in hex."""
+    """SHA-256 of the text of ``template``, UTF-8, in hex."""
     return hashlib.sha256(template.encode()).hexdigest()
 
 

@@ -158,6 +158,9 @@ def internalize(
         callbacks: for ``Trainer``, the same in all stages; with any, its own printing of logs is left out.
         on_stage: called with each stage's result, of finished ones too.
 
+    Returns:
+        What it came to, stage by stage; the same as is in the output directory.
+
     Raises:
         GistError: an argument is out of range, the output directory holds another run's results, or there is nothing to
             resume from.

@@ -90,9 +90,9 @@ def test_slow_runs_are_few_and_spread_and_each_round_begins_with_another() -> No
     cell = inference._Cell.__new__(inference._Cell)
     cell.bench = bench
     times = cell._alternating(runs, {NO_CACHE: 100.0, PREFIX: 4.0, GIST: 0.1})
-    assert {mode: len(found) for mode, found in times.items()} == {NO_CACHE: 2, PREFIX: 3, GIST: 6}
+    assert {mode: len(found) for mode, found in times.items()} == {NO_CACHE: 3, PREFIX: 5, GIST: 6}
     n, p, g = MODES
-    assert sorted(ran) == sorted([n] * 2 + [p] * 3 + [g] * 6)
+    assert sorted(ran) == sorted([n] * 3 + [p] * 5 + [g] * 6)
     assert ran[-3:] == [g, n, p], "the last round is the one in which all run"
     assert n in ran[:6]
     assert n in ran[6:]
@@ -418,7 +418,11 @@ def test_what_the_command_refuses(run, words: str, message: str) -> None:
 
 
 def test_the_committed_rows_hold_what_is_promised() -> None:
-    """A LLaMA of 100 million parameters on a CPU, k = 4, 16 input tokens; every cell is there, or says why not."""
+    """A LLaMA of 100 million parameters on a CPU, k = 4, 16 input tokens; every cell is there, or says why not.
+
+    Four times faster to the first token, 8 requests behind 2,000 tokens, is against transformers' recipe for a kept
+    cache, which copies; handed over without a copy a prefix cache loses less.
+    """
     rows = read_rows(ROOT / "docs" / "results" / "inference.jsonl")
     cells = {(one["prompt_tokens"], one["batch_size"], one["mode"]): one for one in rows}
     assert cells.keys() == {(p, b, mode) for p in inference.LENGTHS for b in inference.BATCHES for mode in MODES}
@@ -437,6 +441,7 @@ def test_the_committed_rows_hold_what_is_promised() -> None:
     assert faster(512, 1, PREFIX) >= 1
     assert more(512, 8) >= 1.6
     assert faster(2000, 8, PREFIX, "copied_first_token_ms") >= 4
+    assert faster(2000, 8, PREFIX) > 1.3
     assert more(2000, 8) >= 6
     for length, times in ((512, 128), (2000, 500)):
         assert cells[length, 1, PREFIX]["cache_bytes"] == times * cells[length, 1, GIST]["cache_bytes"]

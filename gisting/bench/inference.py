@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,10 +58,13 @@ NO_CACHE, PREFIX, GIST = MODES = ("no cache", "prefix cache", "gist cache")
 LENGTHS, BATCHES = (26, 128, 512, 2000, 8000), (1, 8, 32)
 _VOCABULARY, _HEAD_SIZE = 32_000, 64
 _GATE_TOKENS = 8  # of an answer whose logits are compared
-_LEAST_REPEATS = 2
+_LEAST_REPEATS, _LEAST_SLOW_REPEATS, _SLOW_S = 5, 3, 5.0
 _SHARE_OF_MEMORY = 0.7  # of what is free at the start
 _HIGHLIGHTS = ((26, 1), (512, 1), (512, 8), (2000, 8))
 _NEAR = 1.1  # up to this many times as fast as prefix caching, a cell is named as one without gain
+
+
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,8 @@ def measure(
     input_tokens: int = 16,
     answer_tokens: int = 32,
     repeats: int = 30,
-    seconds: float = 5.0,
-    max_seconds: float = 60.0,
+    seconds: float = 8.0,
+    max_seconds: float = 25.0,
     max_bytes: int | None = None,
     name: str = "random LLaMA",
 ) -> Iterator[list[InferenceRow]]:
@@ -189,7 +192,8 @@ def measure(
         input_tokens: tokens of a request behind the prompt; each has others.
         answer_tokens: tokens that ``generate`` makes for each.
         repeats: the most runs of each kind.
-        seconds: how long each kind of run may take in all, but it runs at least twice.
+        seconds: how long each kind of run may take in all, but it runs at least five times, and three where one takes
+            more than five seconds.
         max_seconds: a single run that would take longer is not run.
         max_bytes: what would need more memory is not run; None for seven tenths of what is free.
         name: of the model, for the rows.
@@ -207,7 +211,7 @@ def measure(
     _check_numbers("batches", batches)
     if seconds < 0 or max_seconds <= 0:
         raise GistError(
-            f"seconds must be at least 0 and max_seconds above it, got {seconds} and {max_seconds}; by default 5 and 60"
+            f"seconds must be at least 0 and max_seconds above it, got {seconds} and {max_seconds}; by default 8 and 25"
         )
     if require_patched(model, tokenizer).is_encoder_decoder:
         raise GistError("inference measures decoders, where a prompt has a prefix cache to compare with")
@@ -286,6 +290,8 @@ class _Bench:
                 self.flops_per_s = self.counts.forward(64) / self.timed(lambda: self.model(some))
             if (estimate := self.counts.forward(length) / self.flops_per_s) > settings.max_seconds:
                 return None, _too_slow("reading the prompt once", estimate)
+            if (need := 2 * cache_bytes(self.model.config, length, self.dtype)) > settings.max_bytes:
+                return None, f"would need {_size(need)}, allowed are {_size(settings.max_bytes)}"
             ids = self.draw(1, length, length)
             found: list[Any] = []
             read_s = self.timed(lambda: found.append(self.model(ids, use_cache=True, logits_to_keep=1).past_key_values))
@@ -374,16 +380,16 @@ class _Cell:
                 if mode != NO_CACHE and 2 * rows[mode].held_bytes <= settings.max_bytes
             }
             copied_s = {mode: bench.timed(run) for mode, run in copied.items()}  # warms up as well
-            for runs, seconds, key, counted in (
-                (firsts, first_s, "first_token_ms", True),
-                (copied, copied_s, "copied_first_token_ms", False),
-            ):
-                for mode, times in self._alternating(runs, seconds).items():
-                    low, median, high = (1000 * value for value in spread(times))
-                    found: dict[str, Any] = {key: median, f"{key}_low": low, f"{key}_high": high}
-                    if counted:
-                        found["num_first_token_repeats"] = len(times)
-                    rows[mode] = replace(rows[mode], **found)
+            # One alternation for both ways of handing over, so that they can be compared with each other.
+            runs = {(mode, "first_token_ms"): run for mode, run in firsts.items()}
+            runs |= {(mode, "copied_first_token_ms"): run for mode, run in copied.items()}
+            seconds = {(mode, key): (first_s if key == "first_token_ms" else copied_s)[mode] for mode, key in runs}
+            for (mode, key), times in self._alternating(runs, seconds).items():
+                low, median, high = (1000 * value for value in spread(times))
+                found: dict[str, Any] = {key: median, f"{key}_low": low, f"{key}_high": high}
+                if key == "first_token_ms":
+                    found["num_first_token_repeats"] = len(times)
+                rows[mode] = replace(rows[mode], **found)
             num_tokens = self.batch_size * settings.answer_tokens
             answer_s = {mode: first_s[mode] + (settings.answer_tokens - 1) * step_s[mode] for mode in answers}
             for mode, times in self._alternating(answers, answer_s).items():
@@ -459,20 +465,20 @@ class _Cell:
         logits = 12 * self.batch_size * config.vocab_size
         return states + tokens * width * self.bench.dtype.itemsize + logits
 
-    def _alternating(self, runs: dict[str, Callable[[], Any]], seconds: dict[str, float]) -> dict[str, list[float]]:
+    def _alternating(self, runs: dict[_Key, Callable[[], Any]], seconds: dict[_Key, float]) -> dict[_Key, list[float]]:
         """Seconds of each run. Slow ones run less often, spread over the rounds; each round begins with another one."""
         settings = self.bench.settings
-        counts = {
-            mode: min(settings.repeats, max(_LEAST_REPEATS, int(settings.seconds / max(seconds[mode], 1e-6))))
-            for mode in runs
-        }
-        times: dict[str, list[float]] = {mode: [] for mode in runs}
-        modes, rounds = list(runs), max(counts.values(), default=0)
+        counts = {}
+        for key in runs:
+            least = _LEAST_REPEATS if seconds[key] < _SLOW_S else _LEAST_SLOW_REPEATS
+            counts[key] = min(settings.repeats, max(least, int(settings.seconds / max(seconds[key], 1e-6))))
+        times: dict[_Key, list[float]] = {key: [] for key in runs}
+        keys, rounds = list(runs), max(counts.values(), default=0)
         for number in range(rounds):
-            first = number % len(modes)
-            for mode in modes[first:] + modes[:first]:
-                if (number + 1) * counts[mode] // rounds > number * counts[mode] // rounds:
-                    times[mode].append(self.bench.timed(runs[mode]))
+            first = number % len(keys)
+            for key in keys[first:] + keys[:first]:
+                if (number + 1) * counts[key] // rounds > number * counts[key] // rounds:
+                    times[key].append(self.bench.timed(runs[key]))
         return times
 
 
@@ -656,7 +662,7 @@ def highlights_table(rows: _Rows) -> str:
             for mode, key in ((NO_CACHE, "first_token_ms"), (PREFIX, "first_token_ms"), (PREFIX, "tokens_per_s"))
         ]
         smaller = cell[PREFIX]["cache_bytes"] / cell[GIST]["cache_bytes"]
-        lines.append([f"{length:,}", str(batch), *gains, f"{smaller:,.1f}x"])
+        lines.append([f"{length:,}", str(batch), *(f"{gain} as fast" for gain in gains), f"{smaller:,.1f}x smaller"])
     columns = [
         "prompt",
         "batch",

@@ -59,8 +59,7 @@ def first_token(
     """Measure one forward pass up to the first token of the answer, three ways.
 
     ``no cache`` reads prompt and input as plain text, ``prefix cache`` has the prompt's keys and values, ``gist
-    cache`` those of its gist. Handing the states to the model is part of the time: those of the prefix as
-    :func:`hand_over` does, those of the gist as ``GistCache.as_past_key_values`` does.
+    cache`` those of its gist. Both are handed to the model by :func:`hand_over`, which is part of the time.
 
     Args:
         model: a patched decoder.
@@ -89,6 +88,7 @@ def first_token(
     compressed = compress(model, tokenizer, [prompt], num_gist_tokens)
     with evaluating(model), torch.inference_mode():
         kept = model(prompt_ids, use_cache=True).past_key_values
+        kept_gist = compressed.as_past_key_values()
 
         def run_plain() -> Tensor:
             return model(plain_ids, use_cache=True, logits_to_keep=1).logits
@@ -97,9 +97,7 @@ def first_token(
             return model(rest_ids, past_key_values=hand_over(kept), use_cache=True, logits_to_keep=1).logits
 
         def run_gist() -> Tensor:
-            return model(
-                rest_ids, past_key_values=compressed.as_past_key_values(), use_cache=True, logits_to_keep=1
-            ).logits
+            return model(rest_ids, past_key_values=hand_over(kept_gist), use_cache=True, logits_to_keep=1).logits
 
         check_logits("prefix cache", run_prefix(), run_plain())
         check_logits("gist cache", run_gist(), _uncached_gist(model, tokenizer, encoding.input_ids, device))

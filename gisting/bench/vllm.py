@@ -33,6 +33,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gisting.bench.progress import tracked
 from gisting.bench.report import append_row
 from gisting.cache import GistCache
 from gisting.errors import GistError
@@ -59,7 +60,7 @@ class VllmRow:
     """One configuration at one concurrency; times to the first token, of all runs, in milliseconds."""
 
     configuration: str
-    block_size: int
+    block_size: int  # positions
     prompt_length: int
     num_prompts: int
     concurrency: int
@@ -229,7 +230,7 @@ def measure(
         for found in configurations
     }
     runs: dict[tuple[str, int], list[list[dict[str, Any]]]] = {found: [] for found in configurations}
-    for _ in range(repeats):
+    for _ in tracked(range(repeats), f"prompts of {len(setup.prompts[0])} tokens"):
         for found, task in tasks.items():
             if sum(cell["num_requests"] / cell["requests_per_s"] for run in runs[found] for cell in run) >= max_s:
                 continue
@@ -363,7 +364,13 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
         for number, row in cells.items()
         if configuration == "prefix, overflowing"
     }
-    overflowing = f" The cache that overflows held {', '.join(hits.values())} of the ids." if hits else ""
+    waits = sum(row["num_preemptions"] for row in rows if row["configuration"] == "prefix, overflowing")
+    overflowing = (
+        f" The cache that overflows held {', '.join(hits.values())} of the ids; requests in flight, which take their "
+        f"room from the same pages, were put off {waits} times."
+        if hits
+        else ""
+    )
     counts = {row["concurrency"]: row["num_requests"] for row in rows}
     asked = ", ".join(f"{counts[number]} with {number} in flight" for number in concurrencies)
     lines += [
@@ -379,22 +386,24 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def vllm_highlights(rows: Sequence[dict[str, Any]]) -> str:
-    """How many times the requests a second with gists are those of other ways at vLLM's own block size, as Markdown."""
+    """How many times the requests a second of another way gists give, as Markdown; with the same blocks."""
     cells = {
-        (row["configuration"], row["prompt_length"], row["num_prompts"], row["concurrency"]): row["requests_per_s"]
+        (row["configuration"], row["block_size"], row["prompt_length"], row["num_prompts"], row["concurrency"]): row[
+            "requests_per_s"
+        ]
         for row in rows
-        if row["block_size"] == BLOCK_SIZE
     }
     concurrencies = sorted({row["concurrency"] for row in rows})
     lines = [
         f"| prompts x tokens | against | {' | '.join(f'{number} in flight' for number in concurrencies)} |",
         "|---|---|" + "---|" * len(concurrencies),
     ]
-    for configuration, length, prompts in dict.fromkeys(key[:3] for key in cells):
+    for configuration, block_size, length, prompts in dict.fromkeys(key[:4] for key in cells):
         if configuration != "gist":
-            rates = ((configuration, length, prompts, number) for number in concurrencies)
-            gains = " | ".join(f"{cells['gist', *rate[1:]] / cells[rate]:.1f}x" for rate in rates)
-            lines.append(f"| {prompts} x {length:,} | {configuration} | {gains} |")
+            wheres = [(block_size, length, prompts, number) for number in concurrencies]
+            gains = " | ".join(f"{cells['gist', *where] / cells[configuration, *where]:.1f}x" for where in wheres)
+            name = configuration if block_size == BLOCK_SIZE else f"{configuration}, blocks of {block_size}"
+            lines.append(f"| {prompts} x {length:,} | {name} | {gains} |")
     return "\n".join(lines)
 
 

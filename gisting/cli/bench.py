@@ -44,9 +44,9 @@ def bench_inference(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="The most runs of each kind.")] = 30,
     seconds: Annotated[
-        float, typer.Option(min=0, help="How long each kind of run may take in all; it runs at least twice.")
-    ] = 5.0,
-    max_seconds: Annotated[float, typer.Option(help="A single run that would take longer is left out.")] = 60.0,
+        float, typer.Option(min=0, help="How long each kind of run may take in all; it runs at least 3 or 5 times.")
+    ] = 8.0,
+    max_seconds: Annotated[float, typer.Option(help="A single run that would take longer is left out.")] = 25.0,
     max_memory: Annotated[
         float | None, typer.Option(help="GB; what would need more is left out. By default 70 % of what is free.")
     ] = None,

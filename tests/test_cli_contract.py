@@ -125,7 +125,7 @@ def test_help_needs_no_torch() -> None:
 WITHOUT_JSON = {("serve",)}
 
 
-@pytest.mark.parametrize("path", COMMANDS.keys() - WITHOUT_JSON, ids=" ".join)
+@pytest.mark.parametrize("path", sorted(COMMANDS.keys() - WITHOUT_JSON), ids=" ".join)
 def test_every_command_has_json(path: tuple[str, ...]) -> None:
     assert "--json" in {name for option in COMMANDS[path].params for name in option.opts}
 
@@ -213,7 +213,7 @@ def test_what_is_printed_beside_json_goes_to_standard_error(run, monkeypatch: py
 # -- exit codes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", COMMANDS.keys() - WITHOUT_JSON, ids=" ".join)
+@pytest.mark.parametrize("path", sorted(COMMANDS.keys() - WITHOUT_JSON), ids=" ".join)
 def test_an_unknown_option_is_wrong_usage(run, path: tuple[str, ...]) -> None:
     done = run(*path, "--no-such-option")
     assert (done.code, done.out) == (2, "")

@@ -43,6 +43,7 @@ def environment() -> dict[str, Any]:
         "format": FORMAT,
         "device": device,
         "threads": torch.get_num_threads(),
+        "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -438,7 +438,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m gisting.bench.vllm",
         description="Time vLLM under load without a cache, with its own, with gists.",
     )
-    parser.add_argument("--output", type=Path, default=Path("docs/results/vllm.jsonl"), help="JSONL file, added to")
+    parser.add_argument("--output", type=Path, help="JSONL file that the rows are added to")
     parser.add_argument("--lengths", nargs="+", type=int, default=[26, 512, 1500], help="ids of a prompt")
     parser.add_argument("--concurrencies", nargs="+", type=int, default=[1, 8, 32], help="requests in flight")
     parser.add_argument("--prompts", type=int, default=1, help="prompts that every cache holds; 0 for none")
@@ -478,7 +478,8 @@ def _main(arguments: Sequence[str] | None = None) -> None:
                 max_s=options.max_seconds,
             )
         for row in rows:
-            append_row(options.output, {"command": "python -m gisting.bench.vllm", **asdict(row)})
+            if options.output is not None:
+                append_row(options.output, {"command": "python -m gisting.bench.vllm", **asdict(row)})
             table.add_row(
                 f"{row.prompt_length:,}",
                 str(row.num_prompts),

@@ -111,7 +111,7 @@ def bench_inference(
             rows += [asdict(row) for row in cell]
             if output is not None:
                 for row in cell:
-                    append_row(output, asdict(row))
+                    append_row(output, {"command": "gisting bench inference", **asdict(row)})
             advance(_weight(cell[0].prompt_tokens, cell[0].batch_size))
     rows = [{**row, **environment()} for row in rows]
     _show(rows, inference.result_tables(rows), as_json)
@@ -145,7 +145,7 @@ def bench_training(
     rows = [asdict(row) for row in training.measure_all(lengths, shared, completions, repeats)]
     if output is not None:
         for row in rows:
-            append_row(output, row)
+            append_row(output, {"command": "gisting bench training", **row})
     rows = [{**row, **environment()} for row in rows]
     _show(rows, [training.result_table(rows)], as_json)
     if plot is not None:

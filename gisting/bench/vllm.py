@@ -378,7 +378,7 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
         f"k = {first['num_gist_tokens']}, inputs of {INPUT_LENGTH} tokens, answers of {first['num_new_tokens']}, a "
         f"LLaMA of {first['num_parameters'] / 1e6:.0f} million parameters in float32; requests of a run: {asked}, "
         f"prompts in an order of chance. Medians of runs in processes of their own that take turns, the least and the "
-        f"greatest in brackets; what stands without brackets took long and was run once.{overflowing} Of fewer than "
+        f"greatest in brackets; what stands without brackets was run once.{overflowing} Of fewer than "
         f"100 requests p99 is the slowest ({first['device']}, {first['threads']} threads, vLLM {first['vllm']}, torch "
         f"{first['torch']}).",
     ]

@@ -474,14 +474,16 @@ def test_batches_go_round() -> None:
 def test_a_wrong_cache_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.patched("llama")
     records = asked(tokenizer)
-    original = requests._fresh
+    original = requests.hand_over
 
-    def spoilt(cache: Any) -> Any:
-        found = original(cache)
-        found.layers[0].keys[:, :, 2] += 0.5
+    def spoilt(cache: Any, batch_size: int) -> Any:
+        found = original(cache, batch_size)
+        keys = found.layers[0].keys.clone()  # what is handed over are views
+        keys[:, :, 2] += 0.5
+        found.layers[0].keys = keys
         return found
 
-    monkeypatch.setattr(requests, "_fresh", spoilt)
+    monkeypatch.setattr(requests, "hand_over", spoilt)
     with pytest.raises(GistError, match=r"prefix cache differs from its uncached run by .*; no time is reported"):
         serving(model, tokenizer, records, TEMPLATE, batch_size=2, repeats=1, warmup=0)
 

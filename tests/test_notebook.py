@@ -32,11 +32,13 @@ def test_it_is_committed_without_outputs() -> None:
             assert (cell.outputs, cell.execution_count) == ([], None)
 
 
+@pytest.mark.timeout(300)
 def test_it_runs_and_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # beside another worker of pytest, threads wait for each other
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     rows = printed(notebook, "The mask is all there is to it").splitlines()
     assert rows[-1].split() == ["stone", ".", ".", ".", "1", "1", "1"]
     found = re.findall(r"^(\w+) +([\d.]+) % exact$", printed(notebook, "Did it learn?"), re.MULTILINE)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from gisting.tokens import GistTokenizer
-from tests import tiny
+from tests import shell, tiny
 
 # Tiny tensors: with two threads, waiting for each other takes longer than the work (measured: ten times).
 torch.set_num_threads(1)
@@ -81,3 +83,17 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         result = run_demo(folder, steps=30, eval_records=16, console=Console(file=file, width=120))
     (folder.parent / "demo.json").write_text(json.dumps(result.to_row()), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which `gisting demo` has run."""
+    shutil.copytree(demo_checkpoint, tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Call the entry point as the shell would."""
+    return partial(shell.call, monkeypatch, capsys)

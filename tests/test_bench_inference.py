@@ -24,15 +24,10 @@ from gisting.bench.inference import GIST, MODES, NO_CACHE, PREFIX, measure
 from gisting.bench.latency import first_token, hand_over
 from gisting.bench.progress import progress_bar, tracked
 from gisting.bench.report import read_rows, spread
-from tests import shell, tiny
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_TOKEN = 3 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, head size, bytes
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    return partial(shell.call, monkeypatch, capsys)
 
 
 def measured(name: str = "llama", **changes: Any) -> dict[tuple[int, int, str], Any]:

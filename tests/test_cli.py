@@ -9,35 +9,19 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 import gisting
 from gisting import GistError
-from tests import garbage, shell, tiny
+from tests import garbage, tiny
 from tests.test_repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Call the entry point as the shell would."""
-    return partial(shell.call, monkeypatch, capsys)
-
-
-@pytest.fixture
-def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which `gisting demo` has run."""
-    shutil.copytree(demo_checkpoint, tmp_path / "runs" / "demo")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 # -- the demo ----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,9 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +23,9 @@ from typer.main import get_command
 import gisting
 from gisting.cli import app
 from gisting.cli.shared import print_json
-from tests import shell
 from tests.test_repository import fresh_python
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Call the entry point as the shell would."""
-    return partial(shell.call, monkeypatch, capsys)
-
-
-@pytest.fixture
-def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which `gisting demo` has run."""
-    shutil.copytree(demo_checkpoint, tmp_path / "runs" / "demo")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

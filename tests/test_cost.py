@@ -31,7 +31,7 @@ import gisting
 from gisting import GistError
 from gisting.errors import UnsupportedModelError
 from gisting.eval.cost import FlopCounts, RequestCost, cache_bytes, count_flops, forward_flops, request_costs
-from tests import shell, tiny
+from tests import tiny
 
 PUBLISHED: dict[str, PreTrainedConfig] = {
     "llama-7b": LlamaConfig(
@@ -305,11 +305,6 @@ def test_errors() -> None:
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    return partial(shell.call, monkeypatch, capsys)
 
 
 def test_the_command_gives_a_published_row(run, shared: Path, tmp_path: Path) -> None:

@@ -24,14 +24,6 @@ def fences(page: str, language: str) -> list[str]:
     return [fence.text for fence in found if fence.language == language]
 
 
-@pytest.fixture
-def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which `gisting demo` has run."""
-    shutil.copytree(demo_checkpoint, tmp_path / "runs" / "demo")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run_all(page: str, names: dict[str, Any], *, skip: str | None = None) -> dict[str, Any]:
     for number, text in enumerate(fences(page, "python")):
         if skip is None or skip not in text:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,8 @@ import torch
 import gisting
 from gisting import doctor
 from gisting.attention import api
-from tests import shell, tiny
+from tests import tiny
 from tests.test_repository import setup_arguments
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Call the entry point as the shell would."""
-    return partial(shell.call, monkeypatch, capsys)
 
 
 @pytest.fixture

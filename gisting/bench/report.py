@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -60,6 +61,7 @@ def append_row(path: str | Path, row: dict[str, Any]) -> None:
         file.write(json.dumps({**row, **environment()}) + "\n")
 
 
+@functools.cache
 def _commit() -> str | None:
     """The commit of the source that runs, with ``+`` where it has changes; None where it is installed without its
     repository.

@@ -9,14 +9,21 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from gisting.cli.shared import Commands, DeviceOption, json_option, load_patched, out, print_json
+from gisting.cli.shared import (
+    Commands,
+    DeviceOption,
+    device_errors,
+    json_option,
+    load_patched,
+    out,
+    print_json,
+    read_dtype,
+)
 from gisting.errors import GistError
 
 __all__ = ["bench_app"]
 
 bench_app = Commands(name="bench", help="Measure time and memory on the device at hand.")
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 OutputOption = Annotated[
     Path | None, typer.Option(help="JSONL file to which the rows are added, each with device, versions and commit.")
@@ -75,17 +82,13 @@ def bench_inference(
     wanted = {"lengths": _numbers("lengths", lengths), "batches": _numbers("batches", batches)}
     if plot is not None:
         _check_plot(plot)
-    if dtype not in _DTYPES:
-        raise GistError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    weights_dtype = read_dtype(dtype)
     if model is None:
         import torch
 
-        try:
+        with device_errors(device):
             place = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise GistError(f"device {device!r} cannot be used ({reason}); try --device cpu") from error
-        loaded, tokenizer = inference.random_llama(hidden_size, layers, device=place, dtype=getattr(torch, dtype))
+        loaded, tokenizer = inference.random_llama(hidden_size, layers, device=place, dtype=weights_dtype)
         name = f"random LLaMA of {layers} layers, hidden size {hidden_size}"
     else:
         loaded, tokenizer = load_patched(model, None, dtype, device, is_to_be_trained=True)

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from gisting.cli.shared import err, json_option, out, print_json
+from gisting.cli.shared import err, json_option, out, print_json, read_dtype
 from gisting.errors import GistError
 
 if TYPE_CHECKING:
     from gisting.eval.cost import RequestCost
 
 __all__ = ["cost"]
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def cost(
@@ -52,13 +50,11 @@ def cost(
 
     Example: gisting cost huggyllama/llama-7b --prompt-tokens 24 --input-tokens 34 -k 1
     """
-    import torch
 
     from gisting.eval.cost import request_costs
     from gisting.models.registry import position_limit
 
-    if dtype not in _DTYPES:
-        raise GistError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    states_dtype = read_dtype(dtype)
     config = _configuration(model)
     rows = request_costs(
         config,
@@ -67,7 +63,7 @@ def cost(
         num_gist_tokens,
         output_tokens=output_tokens,
         batch_size=batch_size,
-        dtype=getattr(torch, dtype),
+        dtype=states_dtype,
     )
     limit, longest = position_limit(config), prompt_tokens + input_tokens + output_tokens
     if limit is not None and longest > limit:

@@ -17,6 +17,8 @@ from rich.console import Console
 from gisting.errors import GistError
 
 if TYPE_CHECKING:
+    import torch
+
     from gisting.tokens import GistTokenizer
 
 __all__ = [
@@ -26,12 +28,14 @@ __all__ = [
     "KOption",
     "ModelArgument",
     "TemplateOption",
+    "device_errors",
     "err",
     "json_option",
     "load_patched",
     "out",
     "plain",
     "print_json",
+    "read_dtype",
     "read_text",
     "streams_put_back",
     "wanted_k",
@@ -68,6 +72,7 @@ class Commands(typer.Typer):
 
 
 _EXAMPLE = "Example: "
+_DTYPES = ("float32", "bfloat16", "float16")
 # Where JSON goes while everything else that is printed goes to standard error.
 _json_file: TextIO | None = None
 
@@ -145,15 +150,35 @@ def load_patched(
 
     if not sys.stderr.isatty():
         disable_progress_bar()
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+    if dtype not in ("auto", *_DTYPES):
         raise GistError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     loaded, tokenizer = load(model, template, dtype=dtype)
     if trained_num_gist_tokens(loaded) is None and not is_to_be_trained:
         err.print(f"note: {model} has not been trained to gist", highlight=False, soft_wrap=True)
-    try:
+    with device_errors(device):
         return loaded.to(torch.device(device)), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def device_errors(device: str) -> Iterator[None]:
+    """What torch raises within the block, because of a device, is a :class:`GistError` that names it."""
+    try:
+        yield
     except (RuntimeError, AssertionError) as error:
         raise GistError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
+
+
+def read_dtype(dtype: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        GistError: there is none of that name here.
+    """
+    import torch
+
+    if dtype not in _DTYPES:
+        raise GistError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return getattr(torch, dtype)
 
 
 def wanted_k(model: Any, wanted: int | None) -> int:

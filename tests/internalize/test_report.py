@@ -28,7 +28,7 @@ from gisting.train.internalize.prices import Prices, load_prices
 from gisting.train.internalize.report import Times, make_report, num_rows_read, shared_prefix
 from gisting.train.internalize.schedule import Schedule
 from gisting.train.internalize.stages import internalize
-from tests import garbage, shell, tiny
+from tests import garbage, tiny
 
 TEMPLATE = "w50 w51 w52 w53 w54 w55"
 RECORDS = [Record("-", f"w{number} w{number + 10}", f"w{number + 30}") for number in range(8)]
@@ -532,11 +532,6 @@ def test_an_encoder_decoder_is_not_served() -> None:
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    return partial(shell.call, monkeypatch, capsys)
 
 
 def test_the_command(run, runs: Path, tmp_path: Path) -> None:

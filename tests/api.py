@@ -25,14 +25,15 @@ GOLDEN = Path(__file__).resolve().parent / "golden" / "api.txt"
 MODULES = (
     *("gisting", "gisting.attention", "gisting.cache", "gisting.doctor", "gisting.errors", "gisting.generation"),
     *("gisting.pipeline", "gisting.storage", "gisting.store", "gisting.table", "gisting.tokens", "gisting.visibility"),
-    *(f"gisting.models.{name}" for name in ("adapters", "hub", "load", "patch", "published", "registry")),
-    "gisting.models.weight_difference",
-    *(f"gisting.data.{name}" for name in ("collate", "packing", "plain", "prompts", "records", "tasks")),
+    *(f"gisting.models.{name}" for name in ("adapters", "fingerprint", "hub", "load", "patch", "published")),
+    *(f"gisting.models.{name}" for name in ("registry", "weight_difference")),
+    *(f"gisting.data.{name}" for name in ("alpaca_plus", "collate", "packing", "plain", "prompts", "records", "tasks")),
     *(f"gisting.eval.{name}" for name in ("conditions", "cost", "execution", "judge", "metrics", "report", "results")),
     "gisting.eval.statistics",
     *(f"gisting.train.{name}" for name in ("finetune", "methods", "objective", "recipe")),
-    *(f"gisting.train.internalize.{name}" for name in ("compressors", "examples", "plan", "prices", "report")),
-    *(f"gisting.train.internalize.{name}" for name in ("result", "schedule", "stages")),
+    *(f"gisting.train.internalize.{name}" for name in ("compressors", "examples", "layout", "plan", "prices")),
+    *(f"gisting.train.internalize.{name}" for name in ("report", "result", "schedule", "stages")),
+    "gisting.serving.command",
 )
 
 

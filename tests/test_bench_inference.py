@@ -20,7 +20,7 @@ from transformers import StaticCache
 import gisting
 from gisting import GistError
 from gisting.bench import inference, training
-from gisting.bench.inference import GIST, MODES, NO_CACHE, PREFIX, measure
+from gisting.bench.inference import GIST, MODES, NO_CACHE, PREFIX, STATIC, measure
 from gisting.bench.latency import first_token, hand_over
 from gisting.bench.progress import progress_bar, tracked
 from gisting.bench.report import read_rows, spread
@@ -50,14 +50,15 @@ def test_rows_say_what_was_kept_and_how_long_it_took() -> None:
     rows = measured(lengths=[7, 20])
     assert list(rows) == [(length, batch, mode) for length in (7, 20) for batch in (1, 3) for mode in MODES]
     for (length, batch, mode), row in rows.items():
-        kept, front = {NO_CACHE: (0, length), PREFIX: (length, length), GIST: (2, 2)}[mode]
+        whole = batch * (length + 4 + 5 - 1)
+        kept, front = {NO_CACHE: (0, length), PREFIX: (length,) * 2, STATIC: (whole, length), GIST: (2, 2)}[mode]
         assert row.cache_bytes == kept * PER_TOKEN
         assert row.held_bytes == batch * (front + 4 + 5 - 1) * PER_TOKEN
         assert row.first_token_ms_low <= row.first_token_ms <= row.first_token_ms_high
         assert row.tokens_per_s_low <= row.tokens_per_s <= row.tokens_per_s_high
         assert (row.num_first_token_repeats, row.num_answer_repeats, row.not_run) == (3, 3, None)
         assert row.peak_bytes > row.held_bytes
-        if mode == NO_CACHE:
+        if mode in (NO_CACHE, STATIC):
             assert row.copied_first_token_ms is None
         else:
             assert row.copied_first_token_ms_low <= row.copied_first_token_ms <= row.copied_first_token_ms_high
@@ -76,17 +77,19 @@ def test_a_prompt_longer_than_the_window() -> None:
     rows = measured("mistral-window", batches=[2], answer_tokens=12)
     row = rows[20, 2, PREFIX]
     assert (row.cache_bytes, row.not_run) == ((tiny.WINDOW - 1) * PER_TOKEN, None)
+    row = rows[20, 2, STATIC]
+    assert (row.not_run, row.tokens_per_s) == ("a static cache with a sliding window cannot be wound back", None)
 
 
 def test_slow_runs_are_few_and_spread_and_each_round_begins_with_another() -> None:
     ran: list[str] = []
-    runs = {mode: partial(ran.append, mode) for mode in MODES}
+    runs = {mode: partial(ran.append, mode) for mode in (NO_CACHE, PREFIX, GIST)}
     bench = inference._Bench(*tiny.patched("llama"), inference._Settings(4, 4, 4, 6, 12.0, 60.0, 10**9, ""))
     cell = inference._Cell.__new__(inference._Cell)
     cell.bench = bench
     times = cell._alternating(runs, {NO_CACHE: 100.0, PREFIX: 4.0, GIST: 0.1})
     assert {mode: len(found) for mode, found in times.items()} == {NO_CACHE: 3, PREFIX: 5, GIST: 6}
-    n, p, g = MODES
+    n, p, _, g = MODES
     assert sorted(ran) == sorted([n] * 3 + [p] * 5 + [g] * 6)
     assert ran[-3:] == [g, n, p], "the last round is the one in which all run"
     assert n in ran[:6]
@@ -117,6 +120,17 @@ def test_no_time_for_a_gist_that_is_not_the_prompts(monkeypatch: pytest.MonkeyPa
 def test_no_time_for_a_prefix_that_is_not_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "hand_over", lambda kept, rows: shifted(hand_over(kept, rows)))
     with pytest.raises(GistError, match=r"^prefix cache differs from its uncached run by"):
+        measured()
+
+
+def test_no_time_for_a_static_cache_that_is_not_wound_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = inference._Cell.past
+
+    def never_back(self: Any, mode: str) -> Any:
+        return self.static if mode == STATIC and self.static is not None else real(self, mode)
+
+    monkeypatch.setattr(inference._Cell, "past", never_back)
+    with pytest.raises(GistError, match=r"^static prefix cache, request 0 of 1 differs from its uncached run by"):
         measured()
 
 
@@ -199,11 +213,11 @@ def test_what_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_answers_that_would_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ({PREFIX: 1.0, GIST: 1.0}, {PREFIX: 20.0, GIST: 1.0})
+    found = ({PREFIX: 1.0, STATIC: 1.0, GIST: 1.0}, {PREFIX: 20.0, STATIC: 20.0, GIST: 1.0})
     monkeypatch.setattr(inference._Cell, "_gated", lambda self, rows: found)
     rows = measured(batches=[1], max_seconds=70.0)
     # Read anew, a prompt is followed by the steps of a prefix cache.
-    assert rows[20, 1, PREFIX].not_run == "the answers would take about 81 s"
+    assert rows[20, 1, PREFIX].not_run == rows[20, 1, STATIC].not_run == "the answers would take about 81 s"
     assert rows[20, 1, NO_CACHE].not_run == "the answers would take about 80 s"
     for mode in (NO_CACHE, PREFIX):
         assert rows[20, 1, mode].first_token_ms > 0
@@ -297,8 +311,9 @@ def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch, is_terminal: bo
 def row(mode: str, length: int, first_ms: float | None, rate: float | None, **changes: Any) -> dict[str, Any]:
     made: dict[str, Any] = {"mode": mode, "prompt_tokens": length, "batch_size": 8, "input_tokens": 16}
     made |= {"answer_tokens": 32, "num_gist_tokens": 4, "model": "m", "num_parameters": 10**8, "dtype": "float32"}
-    made |= {"cache_bytes": 1000 * {NO_CACHE: 0, PREFIX: length, GIST: 4}[mode], "peak_bytes": 2_500_000}
-    copied_ms = None if mode == NO_CACHE else first_ms and 2 * first_ms
+    kept = {NO_CACHE: 0, PREFIX: length, STATIC: 8 * (length + 47), GIST: 4}[mode]
+    made |= {"cache_bytes": 1000 * kept, "peak_bytes": 2_500_000}
+    copied_ms = None if mode in (NO_CACHE, STATIC) else first_ms and 2 * first_ms
     for key, value in (("first_token_ms", first_ms), ("copied_first_token_ms", copied_ms), ("tokens_per_s", rate)):
         made |= {key: value, f"{key}_low": value and value - 1, f"{key}_high": value and value + 1}
     made |= {"num_first_token_repeats": 30, "num_answer_repeats": 2 if rate else 0, "not_run": None}
@@ -308,9 +323,11 @@ def row(mode: str, length: int, first_ms: float | None, rate: float | None, **ch
 ROWS = [
     row(NO_CACHE, 2000, 2500, None, not_run="it would take about 70 s", peak_bytes=None),
     row(PREFIX, 2000, 100, 20),
+    row(STATIC, 2000, 80, 70),
     row(GIST, 2000, 50, 210),
     row(NO_CACHE, 26, 60, 30),
     row(PREFIX, 26, 50, 41),
+    row(STATIC, 26, 40, 40),
     row(GIST, 26, 50, 40),
 ]
 
@@ -318,14 +335,18 @@ ROWS = [
 def test_the_tables_by_eye() -> None:
     lines = inference.inference_table(ROWS).splitlines()
     assert [line for line in lines if line.startswith(("| 26", "| 2,000"))] == [
-        "| 26 | 8 | 60.0 (59.0–61.0) | 50.0 (49.0–51.0) | 50.0 (49.0–51.0) | 1.20x | 1.00x |",
-        "| 2,000 | 8 | 2,500 (2,499–2,501) | 100.0 (99.0–101.0) | 50.0 (49.0–51.0) | 50.0x | 2.00x |",
+        "| 26 | 8 | 60.0 (59.0–61.0) | 50.0 (49.0–51.0) | 40.0 (39.0–41.0) | 50.0 (49.0–51.0) "
+        "| 1.20x | 1.00x | 0.80x |",
+        "| 2,000 | 8 | 2,500 (2,499–2,501) | 100.0 (99.0–101.0) | 80.0 (79.0–81.0) | 50.0 (49.0–51.0) "
+        "| 50.0x | 2.00x | 1.60x |",
         "| 26 | 8 | 100.0 (99.0–101.0) | 100.0 (99.0–101.0) | 0.60x | 1.00x |",
         "| 2,000 | 8 | 200.0 (199.0–201.0) | 100.0 (99.0–101.0) | 25.0x | 2.00x |",
-        "| 26 | 8 | 30.0 (29.0–31.0) | 41.0 (40.0–42.0) | 40.0 (39.0–41.0) | 1.33x | 0.98x |",
-        "| 2,000 | 8 | not run: it would take about 70 s | 20.0 (19.0–21.0) | 210.0 (209.0–211.0) | - | 10.5x |",
-        "| 26 | 8 | 26.0 kB | 4.0 kB | 6.5x | 2.5 MB | 2.5 MB | 2.5 MB |",
-        "| 2,000 | 8 | 2.0 MB | 4.0 kB | 500.0x | - | 2.5 MB | 2.5 MB |",
+        "| 26 | 8 | 30.0 (29.0–31.0) | 41.0 (40.0–42.0) | 40.0 (39.0–41.0) | 40.0 (39.0–41.0) "
+        "| 1.33x | 0.98x | 1.00x |",
+        "| 2,000 | 8 | not run: it would take about 70 s | 20.0 (19.0–21.0) | 70.0 (69.0–71.0) | 210.0 (209.0–211.0) "
+        "| - | 10.5x | 3.00x |",
+        "| 26 | 8 | 26.0 kB | 584.0 kB | 4.0 kB | 6.5x | 2.5 MB | 2.5 MB | 2.5 MB | 2.5 MB |",
+        "| 2,000 | 8 | 2.0 MB | 16.4 MB | 4.0 kB | 500.0x | - | 2.5 MB | 2.5 MB | 2.5 MB |",
     ]
     assert lines[-1].startswith(
         "m, 100 million parameters, float32; k = 4, inputs of 16 tokens, answers of 32; medians"
@@ -333,12 +354,32 @@ def test_the_tables_by_eye() -> None:
     assert "of 2 to 30 alternating runs" in lines[-1]
 
 
+def test_several_processes_by_eye() -> None:
+    """Each process's ways are compared with each other; of the processes the median is taken."""
+    again = [row(NO_CACHE, 26, None, None, not_run="it would take about 70 s")]
+    again += [row(PREFIX, 26, 80, 30), row(STATIC, 26, 40, 45), row(GIST, 26, 40, 45)]
+    more = [row(NO_CACHE, 26, 90, 30), row(PREFIX, 26, 60, 20), row(STATIC, 26, 40, 30), row(GIST, 26, 20, 60)]
+    lines = inference.inference_table(ROWS + again + more).splitlines()
+    assert [line for line in lines if line.startswith("| 26")][:3] == [
+        "| 26 | 8 | 75.0 (59.0–91.0) | 60.0 (49.0–81.0) | 40.0 (39.0–41.0) | 40.0 (19.0–51.0) "
+        "| 2.85x | 2.00x | 1.00x |",
+        "| 26 | 8 | 120.0 (99.0–161.0) | 80.0 (39.0–101.0) | 1.43x | 2.00x |",
+        "| 26 | 8 | 30.0 (29.0–31.0) | 30.0 (19.0–42.0) | 40.0 (29.0–46.0) | 45.0 (39.0–61.0) "
+        "| 1.67x | 1.50x | 1.00x |",
+    ]
+    assert (
+        "brackets; 26 x 8 in 3 processes, of which the medians are given, and the lowest and the highest" in lines[-1]
+    )
+
+
 def test_losses_are_the_cells_without_gain() -> None:
     assert inference.losses_table(ROWS).splitlines()[2:] == [
-        "| 26 | 8 | time to the first token | 50.0 (49.0–51.0) | 50.0 (49.0–51.0) | 1.00x |",
-        "| 26 | 8 | tokens a second | 41.0 (40.0–42.0) | 40.0 (39.0–41.0) | 0.98x |",
+        "| 26 | 8 | time to the first token | prefix cache | 50.0 (49.0–51.0) | 50.0 (49.0–51.0) | 1.00x |",
+        "| 26 | 8 | time to the first token | static prefix cache | 40.0 (39.0–41.0) | 50.0 (49.0–51.0) | 0.80x |",
+        "| 26 | 8 | tokens a second | prefix cache | 41.0 (40.0–42.0) | 40.0 (39.0–41.0) | 0.98x |",
+        "| 26 | 8 | tokens a second | static prefix cache | 40.0 (39.0–41.0) | 40.0 (39.0–41.0) | 1.00x |",
     ]
-    assert inference.losses_table(ROWS[:3]) == "None of the cells above."
+    assert inference.losses_table(ROWS[:4]) == "None of the cells above."
 
 
 def test_plots(tmp_path: Path) -> None:
@@ -418,27 +459,25 @@ def test_the_committed_rows_hold_what_is_promised() -> None:
     Four times faster to the first token, 8 requests behind 2,000 tokens, is so against both ways of handing over.
     """
     rows = read_rows(ROOT / "docs" / "results" / "inference.jsonl")
-    cells = {(one["prompt_tokens"], one["batch_size"], one["mode"]): one for one in rows}
-    # The run was ended before prompts of 8,000 tokens.
-    assert cells.keys() == {(p, b, mode) for p in inference.LENGTHS[:4] for b in inference.BATCHES for mode in MODES}
+    cells = inference._by_cell(rows)
+    assert cells.keys() == {(length, batch) for length in inference.LENGTHS for batch in inference.BATCHES}
     for one in rows:
         assert (one["num_gist_tokens"], one["input_tokens"]) == (4, 16)
         assert one["num_parameters"] == pytest.approx(100e6, rel=0.1)
         assert one["not_run"] or (one["first_token_ms"] and one["tokens_per_s"] and one["peak_bytes"])
 
-    def faster(length: int, batch: int, other: str, key: str = "first_token_ms") -> float:
-        return cells[length, batch, other][key] / cells[length, batch, GIST][key]
+    def gain(length: int, batch: int, other: str, key: str) -> float:
+        found = inference._gain(cells[length, batch], other, key)
+        assert found is not None
+        return found
 
-    def more(length: int, batch: int) -> float:
-        return cells[length, batch, GIST]["tokens_per_s"] / cells[length, batch, PREFIX]["tokens_per_s"]
-
-    assert faster(512, 1, NO_CACHE) >= 8
-    assert faster(512, 1, PREFIX) >= 1
-    assert more(512, 8) >= 1.5
-    assert faster(2000, 8, PREFIX, "copied_first_token_ms") >= 4
-    assert faster(2000, 8, PREFIX) >= 4
-    assert more(2000, 8) >= 6
+    assert gain(512, 1, NO_CACHE, "first_token_ms") >= 8
+    assert gain(512, 1, PREFIX, "first_token_ms") >= 1
+    assert gain(512, 8, PREFIX, "tokens_per_s") >= 1.6
+    assert gain(2000, 8, PREFIX, "copied_first_token_ms") >= 4
+    assert gain(2000, 8, PREFIX, "first_token_ms") >= 4
+    assert gain(2000, 8, PREFIX, "tokens_per_s") >= 6
     for length, times in ((512, 128), (2000, 500)):
-        assert cells[length, 1, PREFIX]["cache_bytes"] == times * cells[length, 1, GIST]["cache_bytes"]
+        assert inference._smaller(cells[length, 1]) == times
     # A prompt of 26 tokens costs a prefix cache nothing to speak of.
-    assert faster(26, 1, PREFIX) == pytest.approx(1, abs=0.15)
+    assert gain(26, 1, PREFIX, "first_token_ms") == pytest.approx(1, abs=0.15)

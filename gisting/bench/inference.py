@@ -1,16 +1,18 @@
-"""Requests behind one prompt, three ways in turn: the prompt read anew, a prefix cache, a gist cache; over lengths of
-the prompt and numbers of requests at once.
+"""Requests behind one prompt, four ways in turn: the prompt read anew, a prefix cache that grows, one with room for the
+whole answer, a gist cache; over lengths of the prompt and numbers of requests at once.
 
 Place in the flow: a patched decoder -> **inference** -> rows, tables, a plot. Prompts and inputs are random ids, for
 their values change no work. Everything that is timed is stock transformers: one forward pass up to the first token, and
-greedy ``generate``. Both caches are handed over in the same way, without a copy (``latency.hand_over``), and for the
-first token also by transformers' own recipe, which copies. Knows time and memory; knows nothing of quality.
+greedy ``generate``. Caches that grow are handed over in the same way, without a copy (``latency.hand_over``), and for
+the first token also by transformers' own recipe, which copies; the static one is wound back. Knows time and memory;
+knows nothing of quality.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,14 +23,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from gisting.bench.latency import check_logits, hand_over, wait
 from gisting.bench.report import new_figure, spread
 from gisting.cache import CacheOrigin
 from gisting.data.tasks import task_tokenizer
 from gisting.errors import GistError
-from gisting.eval.cost import FlopCounts, cache_bytes, count_flops
+from gisting.eval.cost import FlopCounts, cache_bytes, count_flops, format_bytes
 from gisting.models.decoder import prefix_states
 from gisting.models.mode import evaluating
 from gisting.models.patch import patch, require_patched
@@ -44,6 +47,7 @@ __all__ = [
     "MODES",
     "NO_CACHE",
     "PREFIX",
+    "STATIC",
     "InferenceRow",
     "highlights_table",
     "inference_table",
@@ -54,13 +58,14 @@ __all__ = [
     "result_tables",
 ]
 
-NO_CACHE, PREFIX, GIST = MODES = ("no cache", "prefix cache", "gist cache")
+NO_CACHE, PREFIX, STATIC, GIST = MODES = ("no cache", "prefix cache", "static prefix cache", "gist cache")
 LENGTHS, BATCHES = (26, 128, 512, 2000, 8000), (1, 8, 32)
 _VOCABULARY, _HEAD_SIZE = 32_000, 64
 _GATE_TOKENS = 8  # of an answer whose logits are compared
 _LEAST_REPEATS, _LEAST_SLOW_REPEATS, _SLOW_S = 5, 3, 5.0
 _SHARE_OF_MEMORY = 0.7  # of what is free at the start
 _HIGHLIGHTS = ((26, 1), (512, 1), (512, 8), (2000, 8))
+_COLORS = ("tab:gray", "tab:orange", "tab:brown", "tab:blue")
 _NEAR = 1.1  # up to this many times as fast as prefix caching, a cell is named as one without gain
 
 
@@ -72,10 +77,11 @@ class InferenceRow:
     """One way to answer ``batch_size`` requests behind one prompt. What was not run is None, and ``not_run`` says why.
 
     Times are in milliseconds, medians with their quartiles. ``copied_first_token_ms`` begins with transformers' recipe
-    for a kept cache, ``copy.deepcopy`` and then a copy for each request; the other times hand over views.
-    ``cache_bytes`` is kept for the prompt between requests, ``held_bytes`` are all keys and values at the last token of
-    the answers, a copy of the prompt's for each request. ``peak_bytes`` is the most that torch's allocator had out at
-    once while the answers were made, ``cache_bytes`` among it, the weights not.
+    for a kept cache, ``copy.deepcopy`` and then a copy for each request; the other times hand over views, or wind a
+    static cache back, which is kept for all requests at once. ``cache_bytes`` is kept for the prompt between requests,
+    ``held_bytes`` are all keys and values at the last token of the answers, a copy of the prompt's for each request.
+    ``peak_bytes`` is the most that torch's allocator had out at once while the answers were made, ``cache_bytes`` among
+    it, the weights not.
     """
 
     mode: str
@@ -177,9 +183,9 @@ def measure(
     max_bytes: int | None = None,
     name: str = "random LLaMA",
 ) -> Iterator[list[InferenceRow]]:
-    """Measure every prompt length with every number of requests, all three ways in turn in one process.
+    """Measure every prompt length with every number of requests, all four ways in turn in one process.
 
-    Nothing is reported of a cell before both caches pass a gate: of every request the logits of the first token in the
+    Nothing is reported of a cell before all caches pass a gate: of every request the logits of the first token in the
     batch are those of the request run alone, and of the first request the logits of eight tokens of its answer are
     those of a forward pass over the whole text without a cache, which would have chosen the same tokens.
 
@@ -199,7 +205,8 @@ def measure(
         name: of the model, for the rows.
 
     Yields:
-        Of each length and number the rows ``no cache``, ``prefix cache`` and ``gist cache``.
+        Of each length and number the rows of :data:`MODES`. ``static prefix cache`` is not run for a model with sliding
+        windows, whose static cache cannot be wound back.
 
     Raises:
         GistError: an argument is out of range, the model is an encoder-decoder, or a gate does not hold.
@@ -249,8 +256,10 @@ class _Bench:
     def empty_row(self, mode: str, length: int, batch_size: int) -> InferenceRow:
         config, settings = self.model.config, self.settings
         in_front = settings.num_gist_tokens if mode == GIST else length
-        kept = {NO_CACHE: 0, PREFIX: length, GIST: settings.num_gist_tokens}[mode]
         last = in_front + settings.input_tokens + settings.answer_tokens - 1
+        held = batch_size * cache_bytes(config, last, self.dtype, is_windowed=True)
+        kept = {NO_CACHE: 0, PREFIX: length, STATIC: 0, GIST: settings.num_gist_tokens}[mode]
+        kept_bytes = cache_bytes(config, kept, self.dtype, is_windowed=mode == PREFIX)
         return InferenceRow(
             mode=mode,
             prompt_tokens=length,
@@ -261,8 +270,8 @@ class _Bench:
             model=settings.name,
             num_parameters=self.model.num_parameters(),
             dtype=str(self.dtype).removeprefix("torch."),
-            cache_bytes=cache_bytes(config, kept, self.dtype, is_windowed=mode == PREFIX),
-            held_bytes=batch_size * cache_bytes(config, last, self.dtype, is_windowed=True),
+            cache_bytes=held if mode == STATIC else kept_bytes,
+            held_bytes=held,
         )
 
     def draw(self, rows: int, columns: int, seed: int) -> Tensor:
@@ -308,21 +317,42 @@ class _Cell:
     def __init__(self, bench: _Bench, prompt: _Prompt, batch_size: int) -> None:
         self.bench, self.prompt, self.batch_size = bench, prompt, batch_size
         self.inputs = bench.draw(batch_size, bench.settings.input_tokens, 1)
-        in_front = {NO_CACHE: prompt.ids, PREFIX: prompt.ids, GIST: prompt.gist_ids}
+        in_front = dict.fromkeys(MODES, prompt.ids) | {GIST: prompt.gist_ids}
         self.whole = {
             mode: torch.cat([ids.expand(batch_size, -1), self.inputs], dim=1) for mode, ids in in_front.items()
         }
+        self.static: Any = None  # made when first asked for, when it is known to fit
         # A patched model looks whether the ids in front are a gist's, row by row; so this cache has all its rows.
         self.kept = {PREFIX: prompt.prefix, GIST: prompt.gist.select([0] * batch_size).as_past_key_values()}
         self.one_row = {PREFIX: prompt.prefix, GIST: prompt.gist.as_past_key_values()}
 
-    def past(self, mode: str, batch_size: int) -> Any:
-        return None if mode == NO_CACHE else hand_over(self.kept[mode], batch_size)
+    def past(self, mode: str) -> Any:
+        if mode == STATIC:
+            if self.static is None:
+                self.static = self.make_static()
+            for layer in self.static.layers:
+                layer.cumulative_length.fill_(self.prompt.ids.shape[1])
+            return self.static
+        return None if mode == NO_CACHE else hand_over(self.kept[mode], self.batch_size)
+
+    def make_static(self) -> StaticCache:
+        """The prompt's states once for each request, with room for inputs and answers behind them. What stands there
+        from the last time is hidden by the causal mask until it is written over.
+        """
+        settings = self.bench.settings
+        last = self.prompt.ids.shape[1] + settings.input_tokens + settings.answer_tokens - 1
+        made = StaticCache(self.bench.model.config, last)
+        for layer, kept in zip(made.layers, self.prompt.prefix.layers, strict=True):
+            layer.update(*(states.expand(self.batch_size, -1, -1, -1) for states in (kept.keys, kept.values)))
+        return made
+
+    def can_be_static(self) -> bool:
+        return all(type(layer) is StaticLayer for layer in StaticCache(self.bench.model.config, 1).layers)
 
     def first_logits(self, mode: str) -> Tensor:
         """``(B, V)``, of one forward pass."""
         ids = self.whole[mode] if mode == NO_CACHE else self.inputs
-        past = self.past(mode, self.batch_size)
+        past = self.past(mode)
         return self.bench.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def first_token(self, mode: str) -> Tensor:
@@ -340,7 +370,7 @@ class _Cell:
         return self.bench.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=self.past(mode, self.batch_size),
+            past_key_values=self.past(mode),
             do_sample=False,
             num_beams=1,
             min_new_tokens=num_tokens,
@@ -377,7 +407,7 @@ class _Cell:
             copied = {
                 mode: partial(self.copied_first_token, mode)
                 for mode in firsts
-                if mode != NO_CACHE and 2 * rows[mode].held_bytes <= settings.max_bytes
+                if mode in self.one_row and 2 * rows[mode].held_bytes <= settings.max_bytes
             }
             copied_s = {mode: bench.timed(run) for mode, run in copied.items()}  # warms up as well
             # One alternation for both ways of handing over, so that they can be compared with each other.
@@ -404,12 +434,14 @@ class _Cell:
         return list(rows.values())
 
     def _gated(self, rows: dict[str, InferenceRow]) -> tuple[dict[str, float], dict[str, float]]:
-        """Check both caches; seconds of a first token and of a step behind each. What does not fit is marked."""
+        """Check all caches; seconds of a first token and of a step behind each. What does not fit is marked."""
         first_s, step_s = {}, {}
         for mode, row in rows.items():
             if (need := self._bytes_needed(row)) > self.bench.settings.max_bytes:
                 limit = self.bench.settings.max_bytes
                 rows[mode] = replace(row, not_run=f"would need {_size(need)}, allowed are {_size(limit)}")
+            elif mode == STATIC and not self.can_be_static():
+                rows[mode] = replace(row, not_run="a static cache with a sliding window cannot be wound back")
             elif mode != NO_CACHE:
                 self._gate(mode)
                 first_s[mode] = self.bench.timed(lambda mode=mode: self.first_token(mode))
@@ -422,9 +454,12 @@ class _Cell:
         together, dtype = self.first_logits(mode), self.bench.dtype
         for number in range(self.batch_size):
             row = slice(number, number + 1)
-            past = self.past(mode, self.batch_size)
+            past = copy.copy(self.past(mode))
+            past.layers = [copy.copy(layer) for layer in past.layers]
             for layer in past.layers:
                 layer.keys, layer.values = layer.keys[row], layer.values[row]
+                if mode == STATIC:
+                    layer.cumulative_length = layer.cumulative_length.clone()
             alone = self.bench.model(self.inputs[row], past_key_values=past, logits_to_keep=1).logits[:, -1]
             check_logits(f"{mode}, request {number} of {self.batch_size}", together[row], alone)
         count = min(_GATE_TOKENS, self.bench.settings.answer_tokens)
@@ -461,7 +496,8 @@ class _Cell:
         config = self.bench.model.config
         width = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) + 8 * config.hidden_size
         tokens = self.batch_size * (row.input_tokens + (row.prompt_tokens if row.mode == NO_CACHE else 0))
-        states = row.cache_bytes + row.held_bytes + 2 * row.held_bytes // config.num_hidden_layers
+        grown = 0 if row.mode == STATIC else row.held_bytes + 2 * row.held_bytes // config.num_hidden_layers
+        states = row.cache_bytes + grown
         logits = 12 * self.batch_size * config.vocab_size
         return states + tokens * width * self.bench.dtype.itemsize + logits
 
@@ -550,43 +586,62 @@ def _quiet_stderr() -> Iterator[None]:
 # -- shown -------------------------------------------------------------------------------------------------------------
 
 _Rows = Sequence[dict[str, Any]]
+_Cells = dict[tuple[int, int], dict[str, list[dict[str, Any]]]]
 _FIRST = ("first_token_ms", "copied_first_token_ms")
 
 
-def _by_cell(rows: _Rows) -> dict[tuple[int, int], dict[str, dict[str, Any]]]:
-    cells: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+def _by_cell(rows: _Rows) -> _Cells:
+    """Of each length, number and mode the rows, one of each process that measured it, in the order of the file."""
+    cells: _Cells = {}
     for row in rows:
-        cells.setdefault((row["prompt_tokens"], row["batch_size"]), {})[row["mode"]] = row
+        cells.setdefault((row["prompt_tokens"], row["batch_size"]), {}).setdefault(row["mode"], []).append(row)
     return dict(sorted(cells.items()))
 
 
-def _gain(cell: dict[str, dict[str, Any]], mode: str, key: str) -> float | None:
-    """How many times as fast the gist cache is as another way; without a cache, nothing is handed over."""
-    other, ours = cell[mode]["first_token_ms" if mode == NO_CACHE and key in _FIRST else key], cell[GIST][key]
-    if other is None or ours is None:
-        return None
-    return other / ours if key in _FIRST else ours / other
+def _gain(cell: dict[str, list[dict[str, Any]]], mode: str, key: str) -> float | None:
+    """How many times as fast the gist cache is as another way: the median of what each process found. Without a cache,
+    nothing is handed over.
+    """
+    other_key = "first_token_ms" if mode == NO_CACHE and key in _FIRST else key
+    found = []
+    for theirs, ours in zip(cell[mode], cell[GIST], strict=True):
+        other, gist_value = theirs[other_key], ours[key]
+        if other is not None and gist_value is not None:
+            found.append(other / gist_value if key in _FIRST else gist_value / other)
+    return statistics.median(found) if found else None
 
 
 def _times(gain: float | None) -> str:
     return "-" if gain is None else f"{gain:,.1f}x" if gain >= 10 else f"{gain:.2f}x"
 
 
-def _value(row: dict[str, Any], key: str) -> str:
-    if row[key] is None:
-        return "-" if row["not_run"] is None else f"not run: {row['not_run']}"
-    digits = 0 if row[key] >= 1000 else 1
-    median, *ends = (f"{row[f'{key}{end}']:,.{digits}f}" for end in ("", "_low", "_high"))
-    return f"{median} ({'–'.join(ends)})"
+def _middle(rows: _Rows, key: str) -> tuple[float, float, float] | None:
+    """Lowest lower quartile, median and highest upper quartile of the processes that measured it."""
+    found = [row for row in rows if row[key] is not None]
+    if not found:
+        return None
+    low, high = min(row[f"{key}_low"] for row in found), max(row[f"{key}_high"] for row in found)
+    return low, statistics.median(row[key] for row in found), high
+
+
+def _value(rows: _Rows, key: str) -> str:
+    found = _middle(rows, key)
+    if found is None:
+        return "-" if rows[0]["not_run"] is None else f"not run: {rows[0]['not_run']}"
+    low, median, high = (f"{value:,.{0 if found[1] >= 1000 else 1}f}" for value in found)
+    return f"{median} ({low}–{high})"
 
 
 def _size(number: int | None) -> str:
-    if number is None:
-        return "-"
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= scale:
-            return f"{number / scale:,.1f} {unit}"
-    return f"{number} B"
+    return "-" if number is None else format_bytes(number, 1)
+
+
+def _bytes(rows: _Rows, key: str) -> int | None:
+    return max((row[key] for row in rows if row[key] is not None), default=None)
+
+
+def _smaller(cell: dict[str, list[dict[str, Any]]]) -> float:
+    return cell[PREFIX][0]["cache_bytes"] / cell[GIST][0]["cache_bytes"]
 
 
 def result_tables(rows: _Rows) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -598,22 +653,23 @@ def result_tables(rows: _Rows) -> list[tuple[str, list[str], list[list[str]]]]:
         ("Time to the first token, ms, copied for the requests first", "copied_first_token_ms"),
         ("Tokens a second, prompt or input read among it", "tokens_per_s"),
     ):
-        modes = (PREFIX, GIST) if key == "copied_first_token_ms" else MODES
+        is_copied = key == "copied_first_token_ms"
+        shown, others = ((PREFIX, GIST), (NO_CACHE, PREFIX)) if is_copied else (MODES, MODES[:-1])
         lines = [
-            [f"{length:,}", str(batch), *(_value(cell[mode], key) for mode in modes)]
-            + [_times(_gain(cell, mode, key)) for mode in (NO_CACHE, PREFIX)]
+            [f"{length:,}", str(batch), *(_value(cell[mode], key) for mode in shown)]
+            + [_times(_gain(cell, mode, key)) for mode in others]
             for (length, batch), cell in cells.items()
         ]
-        columns = ["prompt", "batch", *modes, "gist against no cache", "gist against prefix cache"]
+        columns = ["prompt", "batch", *shown, *(f"gist against {mode}" for mode in others)]
         tables.append((title, columns, lines))
     lines = []
     for (length, batch), cell in cells.items():
-        kept = cell[PREFIX]["cache_bytes"], cell[GIST]["cache_bytes"]
-        peaks = [_size(cell[mode]["peak_bytes"]) for mode in MODES]
-        smaller = f"{kept[0] / kept[1]:,.1f}x"
+        kept = [_bytes(cell[mode], "cache_bytes") for mode in MODES[1:]]
+        peaks = [_size(_bytes(cell[mode], "peak_bytes")) for mode in MODES]
+        smaller = f"{_smaller(cell):,.1f}x"
         lines.append([f"{length:,}", str(batch), *map(_size, kept), smaller, *peaks])
-    columns = ["prompt", "batch", "kept: prefix", "kept: gist", "smaller", *(f"peak: {mode}" for mode in MODES)]
-    tables.append(("Memory", columns, lines))
+    columns = ["prompt", "batch", *(f"kept: {mode}" for mode in MODES[1:]), "gist against prefix cache"]
+    tables.append(("Memory", [*columns, *(f"peak: {mode}" for mode in MODES)], lines))
     return tables
 
 
@@ -627,10 +683,18 @@ def inference_table(rows: _Rows) -> str:
         pick(row[name] for row in rows for name in ("num_first_token_repeats", "num_answer_repeats") if row[name])
         for pick in (min, max)
     )
+    processes = {cell: len(modes[GIST]) for cell, modes in _by_cell(rows).items()}
+    again = [f"{length:,} x {batch}" for (length, batch), number in processes.items() if number > 1]
+    several = (
+        f"; {', '.join(again)} in {max(processes.values())} processes, of which the medians are given, and the lowest "
+        "and the highest quartile"
+        if again
+        else ""
+    )
     parts.append(
         f"{first['model']}, {first['num_parameters'] / 1e6:.0f} million parameters, {first['dtype']}; k = "
         f"{first['num_gist_tokens']}, inputs of {first['input_tokens']} tokens, answers of {first['answer_tokens']}; "
-        f"medians of {fewest} to {most} alternating runs, the slower the fewer, quartiles in brackets "
+        f"medians of {fewest} to {most} alternating runs, the slower the fewer, quartiles in brackets{several} "
         f"({first['device']}, {first['threads']} threads, torch {first['torch']}, transformers "
         f"{first['transformers']})."
     )
@@ -638,40 +702,35 @@ def inference_table(rows: _Rows) -> str:
 
 
 def losses_table(rows: _Rows) -> str:
-    """The cells in which a gist cache gains less than a tenth over prefix caching, or loses, as Markdown."""
+    """The cells in which a gist cache gains less than a tenth over a prefix cache, or loses, as Markdown."""
     lines = []
     for (length, batch), cell in _by_cell(rows).items():
         for what, key in (("time to the first token", "first_token_ms"), ("tokens a second", "tokens_per_s")):
-            gain = _gain(cell, PREFIX, key)
-            if gain is not None and gain < _NEAR:
-                both = (_value(cell[mode], key) for mode in (PREFIX, GIST))
-                lines.append([f"{length:,}", str(batch), what, *both, _times(gain)])
+            for mode in (PREFIX, STATIC):
+                gain = _gain(cell, mode, key)
+                if gain is not None and gain < _NEAR:
+                    both = (_value(cell[one], key) for one in (mode, GIST))
+                    lines.append([f"{length:,}", str(batch), what, mode, *both, _times(gain)])
     if not lines:
         return "None of the cells above."
-    return "\n".join(_markdown(["prompt", "batch", "", PREFIX, GIST, "gist against prefix cache"], lines))
+    return "\n".join(_markdown(["prompt", "batch", "", "against", "that", GIST, "gist against that"], lines))
 
 
 def highlights_table(rows: _Rows) -> str:
     """How many times a gist cache is as fast and as small, in few cells, as Markdown; among them one without gain."""
+    shown = (
+        ("first token, no cache", NO_CACHE, "first_token_ms"),
+        ("first token, prefix cache", PREFIX, "first_token_ms"),
+        ("tokens/s, prefix cache", PREFIX, "tokens_per_s"),
+        ("tokens/s, static prefix cache", STATIC, "tokens_per_s"),
+    )
+    cells = _by_cell(rows)
     lines = []
-    for (length, batch), cell in _by_cell(rows).items():
-        if (length, batch) not in _HIGHLIGHTS:
-            continue
-        gains = [
-            _times(_gain(cell, mode, key))
-            for mode, key in ((NO_CACHE, "first_token_ms"), (PREFIX, "first_token_ms"), (PREFIX, "tokens_per_s"))
-        ]
-        smaller = cell[PREFIX]["cache_bytes"] / cell[GIST]["cache_bytes"]
-        lines.append([f"{length:,}", str(batch), *(f"{gain} as fast" for gain in gains), f"{smaller:,.1f}x smaller"])
-    columns = [
-        "prompt",
-        "batch",
-        "first token, no cache",
-        "first token, prefix cache",
-        "tokens/s, prefix cache",
-        "bytes",
-    ]
-    return "\n".join(_markdown(columns, lines))
+    for length, batch in _HIGHLIGHTS:
+        if cell := cells.get((length, batch)):
+            gains = (f"{_times(_gain(cell, mode, key))} as fast" for _, mode, key in shown)
+            lines.append([f"{length:,}", str(batch), *gains, f"{_smaller(cell):,.1f}x smaller"])
+    return "\n".join(_markdown(["prompt", "batch", *(title for title, _, _ in shown), "bytes"], lines))
 
 
 def _markdown(columns: list[str], lines: list[list[str]]) -> list[str]:
@@ -689,6 +748,7 @@ def plot(rows: _Rows, path: str | Path) -> None:
     Raises:
         GistError: matplotlib is not installed.
     """
+    cells = _by_cell(rows)
     batches, lengths = (sorted({row[name] for row in rows}) for name in ("batch_size", "prompt_tokens"))
     figure = new_figure(4 * len(batches), 6.5)
     axes: Any = figure.subplots(2, len(batches), squeeze=False, sharex=True, sharey="row")
@@ -697,13 +757,13 @@ def plot(rows: _Rows, path: str | Path) -> None:
             (("first_token_ms", "time to the first token, ms"), ("tokens_per_s", "tokens a second"))
         ):
             axis = axes[line][column]
-            for mode, color, mark in zip(MODES, ("tab:gray", "tab:orange", "tab:blue"), "osD", strict=True):
-                shown = [row for row in rows if (row["mode"], row["batch_size"]) == (mode, batch) and row[key]]
-                shown.sort(key=lambda row: row["prompt_tokens"])
-                across = [row["prompt_tokens"] for row in shown]
-                axis.plot(across, [row[key] for row in shown], color=color, marker=mark, label=mode)
-                ends = ([row[f"{key}{end}"] for row in shown] for end in ("_low", "_high"))
-                axis.fill_between(across, *ends, color=color, alpha=0.2, linewidth=0)
+            for mode, color, mark in zip(MODES, _COLORS, "osvD", strict=True):
+                measured = [length for length in lengths if (length, batch) in cells]
+                found = {length: _middle(cells[length, batch][mode], key) for length in measured}
+                shown = {length: values for length, values in found.items() if values is not None}
+                axis.plot([*shown], [value for _, value, _ in shown.values()], color=color, marker=mark, label=mode)
+                lows, highs = ([values[end] for values in shown.values()] for end in (0, 2))
+                axis.fill_between([*shown], lows, highs, color=color, alpha=0.2, linewidth=0)
             axis.set_xscale("log")
             axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
             axis.minorticks_off()

@@ -65,11 +65,11 @@ def bench_inference(
     plot: PlotOption = None,
     as_json: Annotated[bool, json_option("an object for each length, batch and way to answer")] = False,
 ) -> None:
-    """Time requests that share a prompt: no cache, prefix cache, gist cache.
+    """Time requests that share a prompt: no cache, prefix cache, static prefix cache, gist cache.
 
-    All three run in turn in one process with stock transformers: one forward pass to the first token, and greedy
-    generate for tokens a second. Logits of both caches must be those without a cache, or nothing is reported. Both
-    caches are handed over in the same way, without a copy. What would take too long or too much memory is left out, and
+    All four run in turn in one process with stock transformers: one forward pass to the first token, and greedy
+    generate for tokens a second. Logits of all caches must be those without a cache, or nothing is reported. None of
+    them is copied to be handed over. What would take too long or too much memory is left out, and
     the table says so. By default a LLaMA with about 100 million random weights, for work does not depend on their
     values; on two CPU cores all of it takes some twenty minutes.
 

@@ -119,6 +119,8 @@ def _as_dict(
 
 
 def _table(rows: list[RequestCost], requests_per_day: int | None, num_prompts: int | None) -> Table:
+    from gisting.eval.cost import format_bytes
+
     first = rows[0]
     table = Table("", *(row.mode for row in rows))
     for column in table.columns[1:]:
@@ -138,12 +140,12 @@ def _table(rows: list[RequestCost], requests_per_day: int | None, num_prompts: i
             f"PFLOPs for {requests_per_day:,} requests",
             [_number(row.pflops_per_day(requests_per_day)) for row in rows],
         )
-    add("kept for a prompt", [_size(row.prompt_bytes) if row.prompt_bytes else "-" for row in rows])
+    add("kept for a prompt", [format_bytes(row.prompt_bytes) if row.prompt_bytes else "-" for row in rows])
     add("prompts in a GB", ["-" if row.prompts_per_gb is None else f"{row.prompts_per_gb:,}" for row in rows])
     if num_prompts is not None:
         kept = [row.storage_bytes(num_prompts) for row in rows]
-        add(f"kept for {num_prompts:,} prompts", [_size(number) if number else "-" for number in kept])
-    add(f"used by {first.batch_size:,} at once", [_size(row.batch_bytes) for row in rows])
+        add(f"kept for {num_prompts:,} prompts", [format_bytes(number) if number else "-" for number in kept])
+    add(f"used by {first.batch_size:,} at once", [format_bytes(row.batch_bytes) for row in rows])
     return table
 
 
@@ -177,10 +179,3 @@ def _giga(flops: int) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1e4 else f"{value:,.5g}"
-
-
-def _size(number: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= scale:
-            return f"{number / scale:,.2f} {unit}"
-    return f"{number} B"

@@ -33,6 +33,7 @@ __all__ = [
     "RequestCost",
     "cache_bytes",
     "count_flops",
+    "format_bytes",
     "forward_flops",
     "request_costs",
 ]
@@ -236,6 +237,19 @@ def forward_flops(config: PreTrainedConfig, num_tokens: int, num_cached: int = 0
     _check_number("num_tokens", num_tokens, 1)
     _check_number("num_cached", num_cached, 0)
     return count_flops(config).forward(num_tokens, num_cached)
+
+
+def format_bytes(number: int, digits: int = 2) -> str:
+    """A number of bytes for people, in decimal units: ``format_bytes(245_760, 1)`` is ``"245.8 kB"``.
+
+    Args:
+        number: bytes.
+        digits: behind the decimal point, from a kB on.
+    """
+    for unit, scale in (("GB", GB), ("MB", 10**6), ("kB", 10**3)):
+        if number >= scale:
+            return f"{number / scale:,.{digits}f} {unit}"
+    return f"{number} B"
 
 
 def cache_bytes(

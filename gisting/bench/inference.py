@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 from transformers.cache_utils import StaticLayer
 
 from gisting.bench.latency import check_logits, hand_over, wait
-from gisting.bench.report import new_figure, spread
+from gisting.bench.report import markdown_table, new_figure, spread
 from gisting.cache import CacheOrigin
 from gisting.data.tasks import task_tokenizer
 from gisting.errors import GistError
@@ -677,7 +677,7 @@ def inference_table(rows: _Rows) -> str:
     """Rows of the JSONL file as Markdown."""
     parts = []
     for title, columns, lines in result_tables(rows):
-        parts += [f"{title}:", "", *_markdown(columns, lines), ""]
+        parts += [f"{title}:", "", *markdown_table(columns, lines), ""]
     first = rows[0]
     fewest, most = (
         pick(row[name] for row in rows for name in ("num_first_token_repeats", "num_answer_repeats") if row[name])
@@ -713,7 +713,7 @@ def losses_table(rows: _Rows) -> str:
                     lines.append([f"{length:,}", str(batch), what, mode, *both, _times(gain)])
     if not lines:
         return "None of the cells above."
-    return "\n".join(_markdown(["prompt", "batch", "", "against", "that", GIST, "gist against that"], lines))
+    return "\n".join(markdown_table(["prompt", "batch", "", "against", "that", GIST, "gist against that"], lines))
 
 
 def highlights_table(rows: _Rows) -> str:
@@ -730,12 +730,7 @@ def highlights_table(rows: _Rows) -> str:
         if cell := cells.get((length, batch)):
             gains = (f"{_times(_gain(cell, mode, key))} as fast" for _, mode, key in shown)
             lines.append([f"{length:,}", str(batch), *gains, f"{_smaller(cell):,.1f}x smaller"])
-    return "\n".join(_markdown(["prompt", "batch", *(title for title, _, _ in shown), "bytes"], lines))
-
-
-def _markdown(columns: list[str], lines: list[list[str]]) -> list[str]:
-    head, *rest = (f"| {' | '.join(line)} |" for line in (columns, *lines))
-    return [head, "|---" * len(columns) + "|", *rest]
+    return "\n".join(markdown_table(["prompt", "batch", *(title for title, _, _ in shown), "bytes"], lines))
 
 
 def plot(rows: _Rows, path: str | Path) -> None:

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from transformers import TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from gisting.bench.report import append_row, environment, interval_cell
+from gisting.bench.report import append_row, environment, interval_cell, markdown_table
 from gisting.bench.task import ANSWERS_AT_ONCE, BATCH_SIZE, CONDITIONS, SPLITS, task_arguments, task_model
 from gisting.data.tasks import LetterTask, task_tokenizer
 from gisting.errors import GistError
@@ -183,7 +183,7 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
             for k in ks
         ]
         lines += [
-            *_table(["k", "compression", *header, *(f"{split}: gap kept" for split in SPLITS)], body),
+            *markdown_table(["k", "compression", *header, *(f"{split}: gap kept" for split in SPLITS)], body),
             "",
             f"Exact match in per cent with its 95 % interval on {first['num_records']:,} records of each split, one "
             f"checkpoint of {first['num_parameters'] / 1e6:.2f} million parameters, trained from nothing with k drawn "
@@ -213,12 +213,8 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
                 for k in ks
                 if ("seen", k) in beside
             ]
-            lines += [*_table(["k", *columns], body), ""]
+            lines += [*markdown_table(["k", *columns], body), ""]
     return "\n".join(lines).strip()
-
-
-def _table(header: list[str], body: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in body)]
 
 
 class _Bar:

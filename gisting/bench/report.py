@@ -23,6 +23,7 @@ __all__ = [
     "demo_table",
     "environment",
     "interval_cell",
+    "markdown_table",
     "new_figure",
     "page_tables",
     "read_rows",
@@ -141,6 +142,12 @@ def interval_cell(found: Mapping[str, float] | None, sign: str = "") -> str:
         return "-"
     value, low, high = (100 * found[name] for name in ("value", "low", "high"))
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Its lines: the columns' names, the rule, the cells."""
+    head, *rest = (f"| {' | '.join(line)} |" for line in (columns, *lines))
+    return [head, "|---" * len(columns) + "|", *rest]
 
 
 def new_figure(width: float, height: float) -> Any:

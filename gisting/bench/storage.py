@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from gisting import storage
 from gisting.bench.progress import tracked
-from gisting.bench.report import append_row
+from gisting.bench.report import append_row, markdown_table
 from gisting.cache import GistCache
 from gisting.data.records import Record
 from gisting.data.tasks import LetterTask
@@ -141,8 +141,7 @@ def measure(
 
 def storage_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the JSONL file as Markdown."""
-    lines = [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    lines = markdown_table(HEADER, [_cells(row) for row in rows])
     first = rows[0]
     lines += [
         "",

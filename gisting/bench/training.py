@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from gisting.bench.progress import tracked
-from gisting.bench.report import append_row, environment, new_figure, spread
+from gisting.bench.report import append_row, environment, markdown_table, new_figure, spread
 from gisting.bench.task import task_model
 from gisting.data.collate import IGNORED, Example, GistCollator
 from gisting.data.packing import GistPackingCollator
@@ -172,8 +172,7 @@ class _OwnPrompts(GistPackingCollator):
 def training_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the JSONL file as Markdown."""
     _, columns, cells = result_table(rows)
-    lines = [f"| {' | '.join(line)} |" for line in (columns, *cells)]
-    lines.insert(1, "|---" * len(columns) + "|")
+    lines = markdown_table(columns, cells)
     first = rows[0]
     lines += [
         "",

@@ -32,6 +32,12 @@ def test_every_example_is_run() -> None:
         assert f'"{path.name}"' in source
 
 
+def test_the_page_names_every_example() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    names = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".ipynb")}
+    assert set(re.findall(r"^\| \[`([\w.]+)`\]", page, re.MULTILINE)) == names
+
+
 def test_compress_and_generate(demo_checkpoint: Path, tmp_path: Path) -> None:
     out = run_example("01_compress_and_generate.py", demo_checkpoint, cwd=tmp_path).splitlines()
     assert out[0].startswith("GistCache(3 prompts, k=[2, 2, 2]")

@@ -86,8 +86,8 @@ def wait(device: torch.device) -> None:
 
 
 def spread(times: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    """Lower quartile, median, upper quartile, none of them beyond what was measured."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
     return low, median, high
 
 

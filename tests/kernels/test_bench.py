@@ -280,7 +280,8 @@ def test_implementations_take_turns(bench: SimpleNamespace) -> None:
 def test_spread(bench: SimpleNamespace) -> None:
     assert bench.clocks.spread([4.0]) == (4.0, 4.0, 4.0)
     low, median, high = bench.clocks.spread([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (low, median, high) == (1.5, 3.0, 4.5)
+    assert (low, median, high) == (2.0, 3.0, 4.0)
+    assert bench.clocks.spread([1.0, 2.0]) == (1.25, 1.5, 1.75)
 
 
 def measured(

@@ -588,6 +588,23 @@ def test_ci_is_executable() -> None:
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("status", [0, 3])
+@pytest.mark.parametrize("beside", ["", "true & vllm=$!; wait $vllm;", "sleep 60 & vllm=$!;"])
+def test_ci_ends_with_the_status_of_its_steps_and_leaves_nothing(tmp_path: Path, beside: str, status: int) -> None:
+    """Whether or not the tests beside it have begun, have ended, or still run."""
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    head = [line for line in lines if line.startswith(("set ", "scratch=", "trap "))]
+    assert len(head) == 3
+    done = subprocess.run(
+        ["bash", "-c", "\n".join([*head, f"{beside} exit {status}"])],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == status
+    assert not list(tmp_path.iterdir())
+
+
 @functools.cache
 def setup_arguments() -> dict:
     """What setup.py hands to setuptools."""

@@ -1,4 +1,4 @@
-"""Requests behind one prompt, three ways: rows, their gate, what is left out, memory, tables, the command; and what is
+"""Requests behind one prompt, four ways: rows, their gate, what is left out, memory, tables, the command; and what is
 promised of the committed rows.
 """
 
@@ -309,7 +309,7 @@ def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch, is_terminal: bo
 
 
 def row(mode: str, length: int, first_ms: float | None, rate: float | None, **changes: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {"mode": mode, "prompt_tokens": length, "batch_size": 8, "input_tokens": 16}
+    made: dict[str, Any] = {"run": "a", "mode": mode, "prompt_tokens": length, "batch_size": 8, "input_tokens": 16}
     made |= {"answer_tokens": 32, "num_gist_tokens": 4, "model": "m", "num_parameters": 10**8, "dtype": "float32"}
     kept = {NO_CACHE: 0, PREFIX: length, STATIC: 8 * (length + 47), GIST: 4}[mode]
     made |= {"cache_bytes": 1000 * kept, "peak_bytes": 2_500_000}
@@ -359,7 +359,9 @@ def test_several_processes_by_eye() -> None:
     again = [row(NO_CACHE, 26, None, None, not_run="it would take about 70 s")]
     again += [row(PREFIX, 26, 80, 30), row(STATIC, 26, 40, 45), row(GIST, 26, 40, 45)]
     more = [row(NO_CACHE, 26, 90, 30), row(PREFIX, 26, 60, 20), row(STATIC, 26, 40, 30), row(GIST, 26, 20, 60)]
-    lines = inference.inference_table(ROWS + again + more).splitlines()
+    ended = [row(NO_CACHE, 26, 1, 1), row(PREFIX, 26, 1, 1), row(NO_CACHE, 3, 1, 1)]
+    runs = [{**one, "run": name} for name, found in (("b", again), ("c", more), ("d", ended)) for one in found]
+    lines = inference.inference_table(ROWS + runs).splitlines()
     assert [line for line in lines if line.startswith("| 26")][:3] == [
         "| 26 | 8 | 75.0 (59.0–91.0) | 60.0 (49.0–81.0) | 40.0 (39.0–41.0) | 40.0 (19.0–51.0) "
         "| 2.85x | 2.00x | 1.00x |",
@@ -367,9 +369,14 @@ def test_several_processes_by_eye() -> None:
         "| 26 | 8 | 30.0 (29.0–31.0) | 30.0 (19.0–42.0) | 40.0 (29.0–46.0) | 45.0 (39.0–61.0) "
         "| 1.67x | 1.50x | 1.00x |",
     ]
-    assert (
-        "brackets; 26 x 8 in 3 processes, of which the medians are given, and the lowest and the highest" in lines[-1]
-    )
+    assert "in brackets; of 3 processes (26 x 8) the medians, and the lowest and the highest quartile (d, " in lines[-1]
+    assert not any(line.startswith("| 3 |") for line in lines)
+
+
+def test_rows_of_other_settings_are_no_table() -> None:
+    other = [{**one, "run": "b", "num_gist_tokens": 1} for one in ROWS]
+    with pytest.raises(GistError, match="rows of one table must have one num_gist_tokens, these have 1, 4; give each"):
+        inference.inference_table(ROWS + other)
 
 
 def test_losses_are_the_cells_without_gain() -> None:
@@ -404,6 +411,7 @@ def test_the_command(run, tmp_path: Path) -> None:
     written = read_rows(tmp_path / "rows.jsonl")
     assert [one["first_token_ms"] for one in written] == [one["first_token_ms"] for one in rows]
     assert {"device", "torch", "commit", "num_parameters"} <= written[0].keys()
+    assert len({one["run"] for one in written}) == 1
 
 
 def test_the_command_of_the_page_shows_tables(
@@ -417,6 +425,7 @@ def test_the_command_of_the_page_shows_tables(
     done = run(*shlex.split(command)[1:], "--repeats", "2")
     assert done.code == 0, done.err
     assert all(title in done.out for title in ("Time to the first token, ms", "Tokens a second", "Memory"))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.out, "no number is cut"
 
 
 def test_the_command_for_training(run, tmp_path: Path) -> None:
@@ -438,6 +447,11 @@ def test_the_command_for_training(run, tmp_path: Path) -> None:
         ("--dtype int8", "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ("--device nowhere", "device 'nowhere' cannot be used"),
         ("--hidden-size 100", "hidden_size must be a multiple of 64"),
+        ("--max-memory nan", "--max-memory must be a finite number above 0, got nan"),
+        ("--max-memory -1", "--max-memory must be a finite number above 0, got -1.0"),
+        ("--seconds inf", "--seconds must be a finite number above 0, got inf"),
+        ("--max-seconds 0", "--max-seconds must be a finite number above 0, got 0.0"),
+        ("--model runs/demo", "--hidden-size and --layers are the random model's; leave them out beside --model"),
         ("--plot rows.jsonl", "--plot must end with a kind of image, such as .png, got 'rows.jsonl'"),
         ("--plot nowhere/rows.png", "--plot: there is no directory nowhere; make it first"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from gisting import GistError
 from gisting.bench import training
-from gisting.bench.report import read_rows
 from gisting.bench.training import measure, training_table
 
 
@@ -43,22 +41,17 @@ def test_the_table_by_eye() -> None:
     ]
 
 
-def test_all_layouts_hold_the_same_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "rows.jsonl"
-    training._main(
-        [*("--output", str(output), "--prompt-tokens", "20", "--per-prompt", "4"), "--completions=8", "--repeats=2"]
-    )
-    padded, packed, shared = rows = read_rows(output)
-    assert [one["mode"] for one in rows] == ["padded", "packed", "shared prompt"]
-    assert (padded["num_rows"], shared["num_rows"]) == (8, 2)
+def test_all_layouts_hold_the_same_completions() -> None:
+    padded, packed, shared = rows = list(training.measure_all([20], [4], completions=8, repeats=2))
+    assert [one.mode for one in rows] == ["padded", "packed", "shared prompt"]
+    assert (padded.num_rows, shared.num_rows) == (8, 2)
     # Each its own prompt, several in a row as long as a prompt with its four completions.
-    assert packed["num_tokens"] == padded["num_tokens"]
-    assert 2 < packed["num_rows"] < 8
-    assert packed["row_length"] <= padded["row_length"] + 3 * (padded["row_length"] - 22)
+    assert packed.num_tokens == padded.num_tokens
+    assert 2 < packed.num_rows < 8
+    assert packed.row_length <= padded.row_length + 3 * (padded.row_length - 22)
     # Six copies of prompt and gist less: two of eight are left.
-    assert padded["num_tokens"] - shared["num_tokens"] == 6 * (20 + 2)
-    assert all(one["completions_per_s"] == pytest.approx(8 / one["step_s"]) for one in rows)
-    assert "| shared prompt | 2 x 4 | 20 |" in capsys.readouterr().out
+    assert padded.num_tokens - shared.num_tokens == 6 * (20 + 2)
+    assert all(one.completions_per_s == pytest.approx(8 / one.step_s) for one in rows)
 
 
 def test_no_time_where_the_layouts_differ(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,9 +198,10 @@ def measure(
         input_tokens: tokens of a request behind the prompt; each has others.
         answer_tokens: tokens that ``generate`` makes for each.
         repeats: the most runs of each kind.
-        seconds: how long each kind of run may take in all, but it runs at least five times, and three where one takes
-            more than five seconds.
-        max_seconds: a single run that would take longer is not run.
+        seconds: how long each kind of run may take in all, but it runs five times anyway, and three where one takes
+            more than five seconds (never more than ``repeats``).
+        max_seconds: a single run that would take longer is not run. The gate goes before, with a first token of each
+            request and eight tokens of an answer.
         max_bytes: what would need more memory is not run; None for seven tenths of what is free.
         name: of the model, for the rows.
 
@@ -322,9 +323,7 @@ class _Cell:
             mode: torch.cat([ids.expand(batch_size, -1), self.inputs], dim=1) for mode, ids in in_front.items()
         }
         self.static: Any = None  # made when first asked for, when it is known to fit
-        # A patched model looks whether the ids in front are a gist's, row by row; so this cache has all its rows.
-        self.kept = {PREFIX: prompt.prefix, GIST: prompt.gist.select([0] * batch_size).as_past_key_values()}
-        self.one_row = {PREFIX: prompt.prefix, GIST: prompt.gist.as_past_key_values()}
+        self.kept = {PREFIX: prompt.prefix, GIST: prompt.gist.as_past_key_values()}
 
     def past(self, mode: str) -> Any:
         if mode == STATIC:
@@ -341,7 +340,7 @@ class _Cell:
         """
         settings = self.bench.settings
         last = self.prompt.ids.shape[1] + settings.input_tokens + settings.answer_tokens - 1
-        made = StaticCache(self.bench.model.config, last)
+        made: Any = StaticCache(self.bench.model.config, last)
         for layer, kept in zip(made.layers, self.prompt.prefix.layers, strict=True):
             layer.update(*(states.expand(self.batch_size, -1, -1, -1) for states in (kept.keys, kept.values)))
         return made
@@ -360,7 +359,7 @@ class _Cell:
 
     def copied_first_token(self, mode: str) -> Tensor:
         """By the recipe of transformers' documentation: a deep copy of what is kept, then a copy for each request."""
-        past = copy.deepcopy(self.one_row[mode])
+        past = copy.deepcopy(self.kept[mode])
         past.batch_repeat_interleave(self.batch_size)
         ids = self.inputs
         return self.bench.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
@@ -375,6 +374,7 @@ class _Cell:
             num_beams=1,
             min_new_tokens=num_tokens,
             max_new_tokens=num_tokens,
+            disable_compile=True,  # or on CUDA transformers would compile behind the static cache, and there alone
             pad_token_id=self.bench.tokenizer.pad_token_id,
             **more,
         )
@@ -407,7 +407,7 @@ class _Cell:
             copied = {
                 mode: partial(self.copied_first_token, mode)
                 for mode in firsts
-                if mode in self.one_row and 2 * rows[mode].held_bytes <= settings.max_bytes
+                if mode in self.kept and 2 * rows[mode].held_bytes <= settings.max_bytes
             }
             copied_s = {mode: bench.timed(run) for mode, run in copied.items()}  # warms up as well
             # One alternation for both ways of handing over, so that they can be compared with each other.
@@ -436,10 +436,13 @@ class _Cell:
     def _gated(self, rows: dict[str, InferenceRow]) -> tuple[dict[str, float], dict[str, float]]:
         """Check all caches; seconds of a first token and of a step behind each. What does not fit is marked."""
         first_s, step_s = {}, {}
+        limit = self.bench.settings.max_bytes
+        needs = {mode: self._bytes_needed(row) for mode, row in rows.items()}
+        # What is static is there while the others run.
+        needs[STATIC] += max((need for mode, need in needs.items() if mode != STATIC and need <= limit), default=0)
         for mode, row in rows.items():
-            if (need := self._bytes_needed(row)) > self.bench.settings.max_bytes:
-                limit = self.bench.settings.max_bytes
-                rows[mode] = replace(row, not_run=f"would need {_size(need)}, allowed are {_size(limit)}")
+            if needs[mode] > limit:
+                rows[mode] = replace(row, not_run=f"would need {_size(needs[mode])}, allowed are {_size(limit)}")
             elif mode == STATIC and not self.can_be_static():
                 rows[mode] = replace(row, not_run="a static cache with a sliding window cannot be wound back")
             elif mode != NO_CACHE:
@@ -586,28 +589,48 @@ def _quiet_stderr() -> Iterator[None]:
 # -- shown -------------------------------------------------------------------------------------------------------------
 
 _Rows = Sequence[dict[str, Any]]
-_Cells = dict[tuple[int, int], dict[str, list[dict[str, Any]]]]
+_Runs = list[dict[str, dict[str, Any]]]  # of each process that measured it, the row of each way
 _FIRST = ("first_token_ms", "copied_first_token_ms")
+_SETTINGS = (
+    "model",
+    "num_parameters",
+    "dtype",
+    "num_gist_tokens",
+    "input_tokens",
+    "answer_tokens",
+    "device",
+    "threads",
+)
 
 
-def _by_cell(rows: _Rows) -> _Cells:
-    """Of each length, number and mode the rows, one of each process that measured it, in the order of the file."""
-    cells: _Cells = {}
+def _by_cell(rows: _Rows) -> dict[tuple[int, int], _Runs]:
+    """The rows of each length and number of requests, by the process (``run``) that wrote them. What a process that was
+    ended has left half done is not among them.
+    """
+    for name in _SETTINGS:
+        if len(found := {row[name] for row in rows}) > 1:
+            raise GistError(
+                f"rows of one table must have one {name}, these have {', '.join(sorted(map(str, found)))}; give each "
+                "its own file"
+            )
+    cells: dict[tuple[int, int], dict[Any, dict[str, dict[str, Any]]]] = {}
     for row in rows:
-        cells.setdefault((row["prompt_tokens"], row["batch_size"]), {}).setdefault(row["mode"], []).append(row)
-    return dict(sorted(cells.items()))
+        runs = cells.setdefault((row["prompt_tokens"], row["batch_size"]), {})
+        runs.setdefault(row.get("run"), {})[row["mode"]] = row
+    whole = {cell: [run for run in runs.values() if run.keys() == set(MODES)] for cell, runs in cells.items()}
+    return {cell: runs for cell, runs in sorted(whole.items()) if runs}
 
 
-def _gain(cell: dict[str, list[dict[str, Any]]], mode: str, key: str) -> float | None:
+def _gain(cell: _Runs, mode: str, key: str) -> float | None:
     """How many times as fast the gist cache is as another way: the median of what each process found. Without a cache,
     nothing is handed over.
     """
     other_key = "first_token_ms" if mode == NO_CACHE and key in _FIRST else key
     found = []
-    for theirs, ours in zip(cell[mode], cell[GIST], strict=True):
-        other, gist_value = theirs[other_key], ours[key]
-        if other is not None and gist_value is not None:
-            found.append(other / gist_value if key in _FIRST else gist_value / other)
+    for run in cell:
+        other, ours = run[mode][other_key], run[GIST][key]
+        if other is not None and ours is not None:
+            found.append(other / ours if key in _FIRST else ours / other)
     return statistics.median(found) if found else None
 
 
@@ -615,19 +638,20 @@ def _times(gain: float | None) -> str:
     return "-" if gain is None else f"{gain:,.1f}x" if gain >= 10 else f"{gain:.2f}x"
 
 
-def _middle(rows: _Rows, key: str) -> tuple[float, float, float] | None:
-    """Lowest lower quartile, median and highest upper quartile of the processes that measured it."""
-    found = [row for row in rows if row[key] is not None]
+def _middle(cell: _Runs, mode: str, key: str) -> tuple[float, float, float] | None:
+    """Lowest lower quartile, median and highest upper quartile of the processes that ran it."""
+    found = [run[mode] for run in cell if run[mode][key] is not None]
     if not found:
         return None
     low, high = min(row[f"{key}_low"] for row in found), max(row[f"{key}_high"] for row in found)
     return low, statistics.median(row[key] for row in found), high
 
 
-def _value(rows: _Rows, key: str) -> str:
-    found = _middle(rows, key)
+def _value(cell: _Runs, mode: str, key: str) -> str:
+    found = _middle(cell, mode, key)
     if found is None:
-        return "-" if rows[0]["not_run"] is None else f"not run: {rows[0]['not_run']}"
+        reason = cell[0][mode]["not_run"]
+        return "-" if reason is None else f"not run: {reason}"
     low, median, high = (f"{value:,.{0 if found[1] >= 1000 else 1}f}" for value in found)
     return f"{median} ({low}–{high})"
 
@@ -636,12 +660,12 @@ def _size(number: int | None) -> str:
     return "-" if number is None else format_bytes(number, 1)
 
 
-def _bytes(rows: _Rows, key: str) -> int | None:
-    return max((row[key] for row in rows if row[key] is not None), default=None)
+def _bytes(cell: _Runs, mode: str, key: str) -> int | None:
+    return max((run[mode][key] for run in cell if run[mode][key] is not None), default=None)
 
 
-def _smaller(cell: dict[str, list[dict[str, Any]]]) -> float:
-    return cell[PREFIX][0]["cache_bytes"] / cell[GIST][0]["cache_bytes"]
+def _smaller(cell: _Runs) -> float:
+    return cell[0][PREFIX]["cache_bytes"] / cell[0][GIST]["cache_bytes"]
 
 
 def result_tables(rows: _Rows) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -656,7 +680,7 @@ def result_tables(rows: _Rows) -> list[tuple[str, list[str], list[list[str]]]]:
         is_copied = key == "copied_first_token_ms"
         shown, others = ((PREFIX, GIST), (NO_CACHE, PREFIX)) if is_copied else (MODES, MODES[:-1])
         lines = [
-            [f"{length:,}", str(batch), *(_value(cell[mode], key) for mode in shown)]
+            [f"{length:,}", str(batch), *(_value(cell, mode, key) for mode in shown)]
             + [_times(_gain(cell, mode, key)) for mode in others]
             for (length, batch), cell in cells.items()
         ]
@@ -664,8 +688,8 @@ def result_tables(rows: _Rows) -> list[tuple[str, list[str], list[list[str]]]]:
         tables.append((title, columns, lines))
     lines = []
     for (length, batch), cell in cells.items():
-        kept = [_bytes(cell[mode], "cache_bytes") for mode in MODES[1:]]
-        peaks = [_size(_bytes(cell[mode], "peak_bytes")) for mode in MODES]
+        kept = [_bytes(cell, mode, "cache_bytes") for mode in MODES[1:]]
+        peaks = [_size(_bytes(cell, mode, "peak_bytes")) for mode in MODES]
         smaller = f"{_smaller(cell):,.1f}x"
         lines.append([f"{length:,}", str(batch), *map(_size, kept), smaller, *peaks])
     columns = ["prompt", "batch", *(f"kept: {mode}" for mode in MODES[1:]), "gist against prefix cache"]
@@ -683,13 +707,13 @@ def inference_table(rows: _Rows) -> str:
         pick(row[name] for row in rows for name in ("num_first_token_repeats", "num_answer_repeats") if row[name])
         for pick in (min, max)
     )
-    processes = {cell: len(modes[GIST]) for cell, modes in _by_cell(rows).items()}
-    again = [f"{length:,} x {batch}" for (length, batch), number in processes.items() if number > 1]
-    several = (
-        f"; {', '.join(again)} in {max(processes.values())} processes, of which the medians are given, and the lowest "
-        "and the highest quartile"
-        if again
-        else ""
+    cells_of: dict[int, list[str]] = {}
+    for (length, batch), runs in _by_cell(rows).items():
+        cells_of.setdefault(len(runs), []).append(f"{length:,} x {batch}")
+    several = "".join(
+        f"; of {number} processes ({', '.join(cells)}) the medians, and the lowest and the highest quartile"
+        for number, cells in cells_of.items()
+        if number > 1
     )
     parts.append(
         f"{first['model']}, {first['num_parameters'] / 1e6:.0f} million parameters, {first['dtype']}; k = "
@@ -709,7 +733,7 @@ def losses_table(rows: _Rows) -> str:
             for mode in (PREFIX, STATIC):
                 gain = _gain(cell, mode, key)
                 if gain is not None and gain < _NEAR:
-                    both = (_value(cell[one], key) for one in (mode, GIST))
+                    both = (_value(cell, one, key) for one in (mode, GIST))
                     lines.append([f"{length:,}", str(batch), what, mode, *both, _times(gain)])
     if not lines:
         return "None of the cells above."
@@ -721,6 +745,7 @@ def highlights_table(rows: _Rows) -> str:
     shown = (
         ("first token, no cache", NO_CACHE, "first_token_ms"),
         ("first token, prefix cache", PREFIX, "first_token_ms"),
+        ("first token, static prefix cache", STATIC, "first_token_ms"),
         ("tokens/s, prefix cache", PREFIX, "tokens_per_s"),
         ("tokens/s, static prefix cache", STATIC, "tokens_per_s"),
     )
@@ -754,7 +779,7 @@ def plot(rows: _Rows, path: str | Path) -> None:
             axis = axes[line][column]
             for mode, color, mark in zip(MODES, _COLORS, "osvD", strict=True):
                 measured = [length for length in lengths if (length, batch) in cells]
-                found = {length: _middle(cells[length, batch][mode], key) for length in measured}
+                found = {length: _middle(cells[length, batch], mode, key) for length in measured}
                 shown = {length: values for length, values in found.items() if values is not None}
                 axis.plot([*shown], [value for _, value, _ in shown.values()], color=color, marker=mark, label=mode)
                 lows, highs = ([values[end] for values in shown.values()] for end in (0, 2))

@@ -147,6 +147,9 @@ def hand_over(kept: Any, batch_size: int = 1) -> Any:
             states if len(states) == batch_size else states.expand(batch_size, -1, -1, -1)
             for states in (layer.keys, layer.values)
         )
+    # By this a patched model knows, row by row, that the ids in front are a gist's.
+    if (mask := getattr(kept, "gist_mask", None)) is not None:
+        fresh.gist_mask = mask.expand(batch_size, -1)
     return fresh
 
 

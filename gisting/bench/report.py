@@ -34,16 +34,16 @@ __all__ = [
 FORMAT = 1
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions and commit of this process."""
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    )
+def environment(device: torch.device | str | None = None) -> dict[str, Any]:
+    """Device, versions and commit of this process.
+
+    Args:
+        device: what was measured; None for the card where there is one.
+    """
+    is_card = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     return {
         "format": FORMAT,
-        "device": device,
+        "device": torch.cuda.get_device_name() if is_card else f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
         "python": platform.python_version(),
@@ -54,12 +54,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def append_row(path: str | Path, row: dict[str, Any]) -> None:
-    """Add one row, with its environment, to a JSONL file."""
+def append_row(path: str | Path, row: dict[str, Any], device: torch.device | str | None = None) -> None:
+    """Add one row, with its environment, to a JSONL file.
+
+    Args:
+        path: of the file; its directory is made.
+        row: what was measured.
+        device: as for :func:`environment`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**row, **environment()}) + "\n")
+        file.write(json.dumps({**row, **environment(device)}) + "\n")
 
 
 @functools.cache
@@ -214,6 +220,11 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
 
 
 if __name__ == "__main__":
-    # python -m gisting.bench.report: writes them, in the root of the repository.
+    # python -m gisting.bench.report: writes them, and the plots, in the root of the repository.
+    from gisting.bench import inference, training
+
+    results = Path("docs/results")
     for page, name, file, table in page_tables():
-        write_between(page, name, table(read_rows(Path("docs/results") / file)))
+        write_between(page, name, table(read_rows(results / file)))
+    for module, name in ((inference, "inference"), (training, "training")):
+        module.plot(read_rows(results / f"{name}.jsonl"), results / f"{name}.png")

@@ -10,22 +10,20 @@ collating, forward, backward and the optimiser. No time is reported unless all h
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import set_seed
 
 from gisting.bench.progress import tracked
-from gisting.bench.report import append_row, environment, markdown_table, new_figure, spread
+from gisting.bench.report import markdown_table, new_figure, spread
 from gisting.bench.task import task_model
 from gisting.data.collate import IGNORED, Example, GistCollator
 from gisting.data.packing import GistPackingCollator
@@ -288,25 +286,3 @@ def _gate(model: Any, batches: dict[str, dict[str, Tensor]]) -> None:
         raise GistError(
             f"the layouts differ: {counts} labels, losses {losses}, gradients by {apart:.1e}; no time is reported"
         )
-
-
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gisting.bench.training", description="Training steps, padded and packed behind shared prompts."
-    )
-    parser.add_argument("--output", type=Path, help="JSONL file to which the rows are added")
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[16, 64, 256], help="lengths of a prompt")
-    parser.add_argument("--per-prompt", type=int, nargs="+", default=[1, 8], help="completions of a prompt")
-    parser.add_argument("--completions", type=int, default=64, help="completions of a step")
-    parser.add_argument("--repeats", type=int, default=30, help="measured steps of each layout")
-    options = parser.parse_args(arguments)
-    rows = list(measure_all(options.prompt_tokens, options.per_prompt, options.completions, options.repeats))
-    for row in rows:
-        if options.output is not None:
-            append_row(options.output, asdict(row))
-    table = training_table([{**asdict(row), **environment()} for row in rows])
-    Console().print(table, soft_wrap=True, markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    _main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +26,8 @@ from gisting.errors import GistError
 __all__ = ["bench_app"]
 
 bench_app = Commands(name="bench", help="Measure time and memory on the device at hand.")
+
+_HIDDEN_SIZE, _LAYERS = 640, 12  # of the random model
 
 OutputOption = Annotated[
     Path | None, typer.Option(help="JSONL file to which the rows are added, each with device, versions and commit.")
@@ -51,14 +55,15 @@ def bench_inference(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="The most runs of each kind.")] = 30,
     seconds: Annotated[
-        float, typer.Option(min=0, help="How long each kind of run may take in all; it runs at least 3 or 5 times.")
+        float,
+        typer.Option(min=0, help="How long each kind of run may take in all; 5 runs are made anyway, of slow ones 3."),
     ] = 8.0,
     max_seconds: Annotated[float, typer.Option(help="A single run that would take longer is left out.")] = 25.0,
     max_memory: Annotated[
         float | None, typer.Option(help="GB; what would need more is left out. By default 70 % of what is free.")
     ] = None,
-    hidden_size: Annotated[int, typer.Option(min=64, help="Of the random model: a multiple of 64.")] = 640,
-    layers: Annotated[int, typer.Option(min=1, help="Of the random model.")] = 12,
+    hidden_size: Annotated[int, typer.Option(min=64, help="Of the random model: a multiple of 64.")] = _HIDDEN_SIZE,
+    layers: Annotated[int, typer.Option(min=1, help="Of the random model.")] = _LAYERS,
     device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16, float16.")] = "float32",
     output: OutputOption = None,
@@ -68,17 +73,23 @@ def bench_inference(
     """Time requests that share a prompt: no cache, prefix cache, static prefix cache, gist cache.
 
     All four run in turn in one process with stock transformers: one forward pass to the first token, and greedy
-    generate for tokens a second. Logits of all caches must be those without a cache, or nothing is reported. None of
-    them is copied to be handed over. What would take too long or too much memory is left out, and
-    the table says so. By default a LLaMA with about 100 million random weights, for work does not depend on their
-    values; on two CPU cores all of it takes some twenty minutes.
+    generate for tokens a second. Logits of all caches must be those without a cache, or nothing is reported. Caches are
+    handed over without a copy, and the growing ones once more with the copy that transformers' recipe makes. What would
+    take too long or too much memory is left out, and the table says so. By default a LLaMA with about 100 million
+    random weights, for work does not depend on their values; on two CPU cores all of it takes some thirty minutes.
 
     Example: gisting bench inference --lengths 26,512 --batches 1,8
     """
     from gisting.bench import inference
     from gisting.bench.progress import progress_bar
     from gisting.bench.report import append_row, environment
+    from gisting.models.weights import input_weight
 
+    if model is not None and (hidden_size, layers) != (_HIDDEN_SIZE, _LAYERS):
+        raise GistError("--hidden-size and --layers are the random model's; leave them out beside --model")
+    for name, value in (("max-memory", max_memory), ("seconds", seconds), ("max-seconds", max_seconds)):
+        if value is not None and not (math.isfinite(value) and (value > 0 or name == "seconds")):
+            raise GistError(f"--{name} must be a finite number above 0, got {value}")
     wanted = {"lengths": _numbers("lengths", lengths), "batches": _numbers("batches", batches)}
     if plot is not None:
         _check_plot(plot)
@@ -106,7 +117,7 @@ def bench_inference(
         max_bytes=None if max_memory is None else int(max_memory * 1e9),
         name=name,
     )
-    rows = []
+    rows, run, used = [], secrets.token_hex(4), input_weight(loaded).device
     # A cell takes longer with more tokens, though not in proportion: most of its time is limited.
     total = sum(_weight(length, batch) for length in wanted["lengths"] for batch in wanted["batches"])
     with progress_bar("measuring", total) as advance:
@@ -114,9 +125,9 @@ def bench_inference(
             rows += [asdict(row) for row in cell]
             if output is not None:
                 for row in cell:
-                    append_row(output, {"command": "gisting bench inference", **asdict(row)})
+                    append_row(output, {"command": "gisting bench inference", "run": run, **asdict(row)}, used)
             advance(_weight(cell[0].prompt_tokens, cell[0].batch_size))
-    rows = [{**row, **environment()} for row in rows]
+    rows = [{**row, **environment(used)} for row in rows]
     _show(rows, inference.result_tables(rows), as_json)
     if plot is not None:
         inference.plot(rows, plot)
@@ -148,8 +159,8 @@ def bench_training(
     rows = [asdict(row) for row in training.measure_all(lengths, shared, completions, repeats)]
     if output is not None:
         for row in rows:
-            append_row(output, {"command": "gisting bench training", **row})
-    rows = [{**row, **environment()} for row in rows]
+            append_row(output, {"command": "gisting bench training", **row}, "cpu")
+    rows = [{**row, **environment("cpu")} for row in rows]
     _show(rows, [training.result_table(rows)], as_json)
     if plot is not None:
         training.plot(rows, plot)
@@ -190,7 +201,9 @@ def _show(rows: list[dict[str, Any]], tables: list[tuple[str, list[str], list[li
             print_json(row)
         return
     for title, columns, lines in tables:
-        table = Table(*columns, title=title, title_justify="left")
+        table = Table(title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for line in lines:
             table.add_row(*line)
         out.print(table)

@@ -28,6 +28,18 @@ def require_transformers() -> None:
         )
 
 
+def is_version_in(specifier: str, version: str) -> bool:
+    """Whether a version is one that ``pip install`` would take for a specifier. Stays: it decides nothing by itself.
+
+    Args:
+        specifier: such as ``">=2.11"``; an empty one takes all.
+        version: such as ``"2.13.0+cpu"``.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
 def activation_checkpointing(enabled: bool) -> dict[str, bool]:
     """The argument of ``TrainingArguments`` that trades time for memory, by the name that this transformers has for it.
 

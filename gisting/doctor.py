@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gisting._compat import require_transformers
+from gisting._compat import is_version_in
 from gisting._version import __version__
 from gisting.attention import choose_implementation, interval_attention
 from gisting.errors import GistError
@@ -62,12 +62,18 @@ class Finding:
     is_fault: bool = False
 
 
+class _Requirement(NamedTuple):
+    name: str
+    specifier: str
+    extra: str | None
+
+
 def examine_here() -> list[Finding]:
     """Versions, extras, devices, attention and where caches lie, of this environment.
 
     Returns:
-        The findings by topic; faults are a package that is missing or too old, and attention that computes something
-        else than the reference does.
+        The findings by topic; faults are a package that is missing or of a version that gisting does not take, and
+        attention that computes something else than the reference does.
     """
     return [*_versions(), *_extras(), *_devices(), *_attention(), *_caches()]
 
@@ -99,23 +105,20 @@ def _versions() -> Iterator[Finding]:
     yield Finding("versions", "gisting", f"{__version__}, in {Path(__file__).parent}")
     yield Finding("versions", "python", platform.python_version())
     try:
-        wanted = [name for name, extra in _requirements() if extra is None]
+        wanted = [requirement for requirement in _requirements() if requirement.extra is None]
     except metadata.PackageNotFoundError:
         yield Finding("versions", "packages", "not known: gisting runs from a folder and is not installed")
-        wanted = ["torch", "transformers"]
-    for name in wanted:
+        wanted = [_Requirement("torch", "", None), _Requirement("transformers", "", None)]
+    for name, specifier, _ in wanted:
         found = _version(name)
         if found is None:
-            yield Finding("versions", name, f"not installed; run: pip install {name}", is_fault=True)
-        elif name == "transformers":
-            try:
-                require_transformers()
-            except ImportError as error:
-                yield Finding("versions", name, _first_line(error), is_fault=True)
-            else:
-                yield Finding("versions", name, found)
+            said = f"not installed; run: pip install '{name}{specifier}'"
+        elif not is_version_in(specifier, found):
+            said = f"{found}, gisting needs {name}{specifier}; run: pip install '{name}{specifier}'"
         else:
             yield Finding("versions", name, found)
+            continue
+        yield Finding("versions", name, said, is_fault=True)
 
 
 def _extras() -> Iterator[Finding]:
@@ -124,22 +127,29 @@ def _extras() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         return
     for extra, purpose in EXTRAS.items():
-        versions = {name: _version(name) for name, of in requirements if of == extra}
-        missing = [name for name, version in versions.items() if version is None]
-        parts = [f"{name} {version}" for name, version in versions.items() if version is not None]
+        parts, missing = [], []
+        for requirement in (one for one in requirements if one.extra == extra):
+            found = _version(requirement.name)
+            if found is None:
+                missing.append(requirement.name)
+            elif is_version_in(requirement.specifier, found):
+                parts.append(f"{requirement.name} {found}")
+            else:
+                parts.append(f"{requirement.name} {found} (gisting needs {requirement.name}{requirement.specifier})")
         if missing:
             parts.append(f"{', '.join(missing)} missing: pip install 'gisting[{extra}]'")
         yield Finding("extras", extra, f"{', '.join(parts)} ({purpose})")
 
 
-def _requirements() -> list[tuple[str, str | None]]:
-    """Each package that gisting asks for, with the extra that asks for it."""
+def _requirements() -> list[_Requirement]:
+    """What gisting asks for, with the extra that asks for it."""
     found = []
     for line in metadata.requires("gisting") or ():
-        name = re.match(r"[\w.-]+", line)
+        named = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;]*)", line)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
-        if name is not None and name.group() != "gisting":
-            found.append((name.group(), None if extra is None else extra.group(1)))
+        if named is not None and named.group(1) != "gisting":
+            specifier = named.group(2).strip()
+            found.append(_Requirement(named.group(1), specifier, None if extra is None else extra.group(1)))
     return found
 
 

@@ -298,6 +298,8 @@ def test_inspect_shows_what_a_file_holds(run, workplace: Path) -> None:
 
 def test_version(run) -> None:
     assert run("--version").out.strip() == gisting.__version__
+    as_module = [sys.executable, "-m", "gisting", "--version"]
+    assert subprocess.run(as_module, capture_output=True, text=True, check=True).stdout.strip() == gisting.__version__
 
 
 # -- internalize -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -87,16 +88,22 @@ def test_every_extra_has_a_purpose_and_says_what_is_missing(monkeypatch: pytest.
 
 
 def test_a_package_that_is_missing_or_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed, planted = doctor._version, {"tokenizers": None, "transformers": "4.57.1", "torch": "2.4.0+cpu"}
+    monkeypatch.setattr(doctor, "_version", lambda name: planted[name] if name in planted else installed(name))
+    found = doctor.examine_here()
+    assert dict(faults(found)) == {
+        "torch": "2.4.0+cpu, gisting needs torch>=2.11; run: pip install 'torch>=2.11'",
+        "transformers": "4.57.1, gisting needs transformers>=5.17; run: pip install 'transformers>=5.17'",
+        "tokenizers": "not installed; run: pip install 'tokenizers'",
+    }
+
+
+def test_an_optional_package_that_is_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "tokenizers" else installed(name))
-    monkeypatch.setattr("transformers.__version__", "4.57.1")
-    assert faults(doctor.examine_here()) == [
-        (
-            "transformers",
-            "gisting needs transformers >= 5.17, found 4.57.1; run: pip install 'transformers>=5.17'",
-        ),
-        ("tokenizers", "not installed; run: pip install tokenizers"),
-    ]
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.1" if name == "peft" else installed(name))
+    found = doctor.examine_here()
+    assert re.search(r"peft 0\.1 \(gisting needs peft>=[\d.]+\)", by_name(found, "extras")["train"])
+    assert faults(found) == []
 
 
 # -- a path ------------------------------------------------------------------------------------------------------------

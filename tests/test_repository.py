@@ -55,6 +55,7 @@ LEVELS = {
     "doctor": 8,
     "cli": 9,
     "__init__": 10,
+    "__main__": 10,
 }
 # transformers takes seconds to import: only what cannot do without it may import it at the top.
 MAY_IMPORT_TRANSFORMERS_AT_TOP = {"models", "pipeline", "train", "eval", "bench", "demo", "cli"}

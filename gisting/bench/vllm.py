@@ -387,12 +387,9 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def vllm_highlights(rows: Sequence[dict[str, Any]]) -> str:
     """How many times the requests a second of another way gists give, as Markdown; with the same blocks."""
-    cells = {
-        (row["configuration"], row["block_size"], row["prompt_length"], row["num_prompts"], row["concurrency"]): row[
-            "requests_per_s"
-        ]
-        for row in rows
-    }
+    names = ("configuration", "block_size", "prompt_length", "num_prompts", "concurrency")
+    by_cell = {tuple(row[name] for name in names): row for row in rows}
+    cells = {key: row["requests_per_s"] for key, row in by_cell.items()}
     concurrencies = sorted({row["concurrency"] for row in rows})
     lines = [
         f"| prompts x tokens | against | {' | '.join(f'{number} in flight' for number in concurrencies)} |",
@@ -403,6 +400,8 @@ def vllm_highlights(rows: Sequence[dict[str, Any]]) -> str:
             wheres = [(block_size, length, prompts, number) for number in concurrencies]
             gains = " | ".join(f"{cells['gist', *where] / cells[configuration, *where]:.1f}x" for where in wheres)
             name = configuration if block_size == BLOCK_SIZE else f"{configuration}, blocks of {block_size}"
+            if any(by_cell[configuration, *where]["num_repeats"] == 1 for where in wheres):
+                name += " (run once)"
             lines.append(f"| {prompts} x {length:,} | {name} | {gains} |")
     return "\n".join(lines)
 

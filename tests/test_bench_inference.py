@@ -25,6 +25,7 @@ from gisting.bench.latency import first_token, hand_over
 from gisting.bench.progress import progress_bar, tracked
 from gisting.bench.report import read_rows, spread
 from tests import tiny
+from tests.memory import requires_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_TOKEN = 3 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, head size, bytes
@@ -280,6 +281,19 @@ def test_peak_bytes_are_what_is_out_at_once() -> None:
         torch.empty(10)
 
     assert inference._peak_bytes(torch.device("cpu"), run) == 12_000_000
+
+
+@requires_peak
+def test_what_was_freed_goes_back() -> None:
+    def held_mb() -> float:
+        return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+
+    blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each, on the C library's heap
+    del blocks[::2]
+    before = held_mb()
+    inference._give_back()
+    assert held_mb() < before - 80
+    assert len(blocks) == 1_000
 
 
 def test_spread_stays_within_what_was_measured() -> None:

@@ -64,6 +64,7 @@ __all__ = [
 NO_CACHE, PREFIX, STATIC, GIST = MODES = ("no cache", "prefix cache", "static prefix cache", "gist cache")
 LENGTHS, BATCHES = (26, 128, 512, 2000, 8000), (1, 8, 32)
 _VOCABULARY, _HEAD_SIZE = 32_000, 64
+_CALIBRATION = 512  # tokens of a text that is read to see how fast that goes
 _GATE_TOKENS = 8  # of an answer whose logits are compared
 _LEAST_REPEATS, _LEAST_SLOW_REPEATS, _SLOW_S = 5, 3, 5.0
 _SHARE_OF_MEMORY = 0.7  # of what is free at the start
@@ -291,6 +292,14 @@ class _Bench:
         wait(self.device)
         return time.perf_counter() - start
 
+    def _rate(self, num_tokens: int) -> float:
+        some = self.draw(1, num_tokens, 0)
+        self.model(some, logits_to_keep=1)  # warms up
+        return self.counts.forward(num_tokens) / self.timed(lambda: self.model(some, logits_to_keep=1))
+
+    def _read_s(self, length: int) -> float:
+        return self.counts.forward(length) / (self.flops_per_s or 1.0)
+
     def read_prompt(self, length: int) -> tuple[_Prompt | None, str | None]:
         """A prompt with its two caches, or why there is none."""
         limit, settings = position_limit(self.model.config), self.settings
@@ -299,10 +308,11 @@ class _Bench:
             return None, f"the model's positions end at {limit:,}"
         with evaluating(self.model), torch.inference_mode():
             if self.flops_per_s is None:
-                some = self.draw(1, 64, 0)
-                self.model(some)  # warms up
-                self.flops_per_s = self.counts.forward(64) / self.timed(lambda: self.model(some))
-            if (estimate := self.counts.forward(length) / self.flops_per_s) > settings.max_seconds:
+                self.flops_per_s = self._rate(64)
+                # Few tokens are slow ones: before a long prompt is left out, a longer text says more.
+                if self._read_s(length) > settings.max_seconds > self._read_s(_CALIBRATION) and length > _CALIBRATION:
+                    self.flops_per_s = self._rate(_CALIBRATION)
+            if (estimate := self._read_s(length)) > settings.max_seconds:
                 return None, _too_slow("reading the prompt once", estimate)
             if (need := 2 * cache_bytes(self.model.config, length, self.dtype)) > settings.max_bytes:
                 return None, f"would need {_size(need)}, allowed are {_size(settings.max_bytes)}"

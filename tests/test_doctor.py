@@ -94,7 +94,7 @@ def test_a_package_that_is_missing_or_old_is_a_fault(monkeypatch: pytest.MonkeyP
     assert dict(faults(found)) == {
         "torch": "2.4.0+cpu, gisting needs torch>=2.11; run: pip install 'torch>=2.11'",
         "transformers": "4.57.1, gisting needs transformers>=5.17; run: pip install 'transformers>=5.17'",
-        "tokenizers": "not installed; run: pip install 'tokenizers'",
+        "tokenizers": "not installed; run: pip install 'tokenizers>=0.22'",
     }
 
 

@@ -206,14 +206,20 @@ def test_the_committed_rows_of_quality_hold_what_is_promised() -> None:
 
 
 def test_the_committed_rows_of_training_hold_what_is_promised() -> None:
-    """Eight completions of a prompt of 64 tokens: nearly three times as many a second behind a shared copy of it, as
-    against padding, and against packing with a copy for each.
+    """Eight completions of a prompt of 64 tokens: three times as many a second behind a shared copy of it; in a later
+    run with a third layout, nearly so, also against rows packed with a copy for each.
     """
-    rows = read_rows(ROOT / "docs" / "results" / "training.jsonl")
-    rates = {(row["prompt_tokens"], row["per_prompt"], row["mode"]): row["completions_per_s"] for row in rows}
-    assert rates.keys() == {(length, shared, mode) for length in (16, 64, 256) for shared in (1, 8) for mode in LAYOUTS}
-    assert rates[64, 8, "shared prompt"] >= 2.75 * rates[64, 8, "padded"]
-    assert rates[64, 8, "shared prompt"] >= 2.5 * rates[64, 8, "packed"]
+
+    def rates(name: str) -> dict[str, float]:
+        rows = read_rows(ROOT / "docs" / "results" / name)
+        is_shown = [row for row in rows if (row["prompt_tokens"], row["per_prompt"]) == (64, 8)]
+        return {row["mode"]: row["completions_per_s"] for row in is_shown}
+
+    first, later = rates("training.jsonl"), rates("training_packed.jsonl")
+    assert first["shared prompt"] >= 3 * first["padded"]
+    assert later.keys() == set(LAYOUTS)
+    assert later["shared prompt"] >= 2.75 * later["padded"]
+    assert later["shared prompt"] >= 2.5 * later["packed"]
 
 
 def test_the_committed_rows_of_internalisation_hold_what_is_promised() -> None:

@@ -220,11 +220,10 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
 
 
 if __name__ == "__main__":
-    # python -m gisting.bench.report: writes them, and the plots, in the root of the repository.
-    from gisting.bench import inference, training
+    # python -m gisting.bench.report: writes them, and the plot, in the root of the repository.
+    from gisting.bench import inference
 
     results = Path("docs/results")
     for page, name, file, table in page_tables():
         write_between(page, name, table(read_rows(results / file)))
-    for module, name in ((inference, "inference"), (training, "training")):
-        module.plot(read_rows(results / f"{name}.jsonl"), results / f"{name}.png")
+    inference.plot(read_rows(results / "inference.jsonl"), results / "inference.png")

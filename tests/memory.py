@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["CAN_TELL_PEAK", "peak_growth_mb", "requires_peak"]
+__all__ = ["CAN_TELL_PEAK", "held_mb", "peak_growth_mb", "requires_peak"]
 
 _PROCESS = Path("/proc/self")
 
 
-def _held_mb(what: str) -> float:
+def held_mb(what: str) -> float:
+    """``"VmRSS"``, what this process holds, or ``"VmHWM"``, the most that it did."""
     return int((_PROCESS / "status").read_text().split(f"{what}:")[1].split()[0]) / 1024
 
 
@@ -25,7 +26,7 @@ def _set_back() -> None:
 def _can_be_set_back() -> bool:
     try:
         _set_back()
-        return _held_mb("VmHWM") >= 0 and hasattr(ctypes.CDLL(None), "malloc_trim")
+        return held_mb("VmHWM") >= 0 and hasattr(ctypes.CDLL(None), "malloc_trim")
     except (OSError, IndexError):
         return False
 
@@ -42,5 +43,5 @@ def peak_growth_mb() -> Iterator[Callable[[], float]]:
     # What earlier tests have freed would be used again without a trace: it goes back to the system.
     ctypes.CDLL(None).malloc_trim(0)
     _set_back()
-    before = _held_mb("VmRSS")
-    yield lambda: _held_mb("VmHWM") - before
+    before = held_mb("VmRSS")
+    yield lambda: held_mb("VmHWM") - before

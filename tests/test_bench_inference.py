@@ -25,7 +25,7 @@ from gisting.bench.latency import first_token, hand_over
 from gisting.bench.progress import progress_bar, tracked
 from gisting.bench.report import read_rows, spread
 from tests import tiny
-from tests.memory import requires_peak
+from tests.memory import held_mb, requires_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_TOKEN = 3 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, head size, bytes
@@ -300,14 +300,11 @@ def test_peak_bytes_are_what_is_out_at_once() -> None:
 
 @requires_peak
 def test_what_was_freed_goes_back() -> None:
-    def held_mb() -> float:
-        return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
-
     blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each, on the C library's heap
     del blocks[::2]
-    before = held_mb()
+    before = held_mb("VmRSS")
     inference._give_back()
-    assert held_mb() < before - 80
+    assert held_mb("VmRSS") < before - 80
     assert len(blocks) == 1_000
 
 
@@ -462,7 +459,7 @@ def test_the_command_for_training(run, tmp_path: Path) -> None:
     done = run(*words, "--output", tmp_path / "rows.jsonl")
     assert done.code == 0, done.err
     assert [one["mode"] for one in read_rows(tmp_path / "rows.jsonl")] == list(training.LAYOUTS)
-    assert all(word in done.out for word in ("padded", "packed", "shared", "against"))
+    assert all(word in done.out for word in ("padded", "packed", "shared", "against", "2 x 4"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -264,8 +264,11 @@ class _Bench:
         in_front = settings.num_gist_tokens if mode == GIST else length
         last = in_front + settings.input_tokens + settings.answer_tokens - 1
         held = batch_size * cache_bytes(config, last, self.dtype, is_windowed=True)
-        kept = {NO_CACHE: 0, PREFIX: length, STATIC: 0, GIST: settings.num_gist_tokens}[mode]
-        kept_bytes = cache_bytes(config, kept, self.dtype, is_windowed=mode == PREFIX)
+        if mode == STATIC:
+            kept_bytes = held
+        else:
+            kept = {NO_CACHE: 0, PREFIX: length, GIST: settings.num_gist_tokens}[mode]
+            kept_bytes = cache_bytes(config, kept, self.dtype, is_windowed=mode == PREFIX)
         return InferenceRow(
             mode=mode,
             prompt_tokens=length,
@@ -276,7 +279,7 @@ class _Bench:
             model=settings.name,
             num_parameters=self.model.num_parameters(),
             dtype=str(self.dtype).removeprefix("torch."),
-            cache_bytes=held if mode == STATIC else kept_bytes,
+            cache_bytes=kept_bytes,
             held_bytes=held,
         )
 
@@ -297,8 +300,14 @@ class _Bench:
         self.model(some, logits_to_keep=1)  # warms up
         return self.counts.forward(num_tokens) / self.timed(lambda: self.model(some, logits_to_keep=1))
 
-    def _read_s(self, length: int) -> float:
-        return self.counts.forward(length) / (self.flops_per_s or 1.0)
+    def _first_rate(self, length: int) -> float:
+        """FLOPs a second. Few tokens are slow ones: before a long prompt is left out for them, a longer text says
+        more.
+        """
+        rate, limit = self._rate(64), self.settings.max_seconds
+        if self.counts.forward(length) / rate > limit > self.counts.forward(_CALIBRATION) / rate:
+            return self._rate(_CALIBRATION)
+        return rate
 
     def read_prompt(self, length: int) -> tuple[_Prompt | None, str | None]:
         """A prompt with its two caches, or why there is none."""
@@ -308,11 +317,8 @@ class _Bench:
             return None, f"the model's positions end at {limit:,}"
         with evaluating(self.model), torch.inference_mode():
             if self.flops_per_s is None:
-                self.flops_per_s = self._rate(64)
-                # Few tokens are slow ones: before a long prompt is left out, a longer text says more.
-                if self._read_s(length) > settings.max_seconds > self._read_s(_CALIBRATION) and length > _CALIBRATION:
-                    self.flops_per_s = self._rate(_CALIBRATION)
-            if (estimate := self._read_s(length)) > settings.max_seconds:
+                self.flops_per_s = self._first_rate(length)
+            if (estimate := self.counts.forward(length) / self.flops_per_s) > settings.max_seconds:
                 return None, _too_slow("reading the prompt once", estimate)
             if (need := 2 * cache_bytes(self.model.config, length, self.dtype)) > settings.max_bytes:
                 return None, f"would need {_size(need)}, allowed are {_size(settings.max_bytes)}"
@@ -336,21 +342,20 @@ class _Cell:
         self.whole = {
             mode: torch.cat([ids.expand(batch_size, -1), self.inputs], dim=1) for mode, ids in in_front.items()
         }
-        self.static: Any = None  # made when first asked for, when it is known to fit
         self.kept = {PREFIX: prompt.prefix, GIST: prompt.gist.as_past_key_values()}
 
     def past(self, mode: str) -> Any:
         if mode == STATIC:
-            if self.static is None:
-                self.static = self.make_static()
             for layer in self.static.layers:
                 layer.cumulative_length.fill_(self.prompt.ids.shape[1])
             return self.static
         return None if mode == NO_CACHE else hand_over(self.kept[mode], self.batch_size)
 
-    def make_static(self) -> StaticCache:
-        """The prompt's states once for each request, with room for inputs and answers behind them. What stands there
-        from the last time is hidden by the causal mask until it is written over.
+    @cached_property
+    def static(self) -> Any:
+        """A transformers cache with the prompt's states once for each request, and room for inputs and answers behind
+        them. What stands there from the last time is hidden by the causal mask until it is written over. Made when
+        first asked for, when it is known to fit.
         """
         settings = self.bench.settings
         last = self.prompt.ids.shape[1] + settings.input_tokens + settings.answer_tokens - 1

@@ -50,7 +50,6 @@ def cost(
 
     Example: gisting cost huggyllama/llama-7b --prompt-tokens 24 --input-tokens 34 -k 1
     """
-
     from gisting.eval.cost import request_costs
     from gisting.models.registry import position_limit
 

@@ -1,0 +1,114 @@
+"""A batch in two parts: the tokens of its prompts, and everything else.
+
+Place in the flow: data -> collate -> **split** -> a training step in which the base model is frozen. A prompt's tokens
+see the prompt alone, so where nothing that they pass through is trained, their keys and values need no gradient and are
+the same for the gist and for a teacher that has the prompt in view. The step then runs them once (``prompt_*``) and
+goes on from their keys and values with the rest, whose mask counts the prompts' columns first::
+
+             a b G c d e H f          a b d e          a b d e G c H f
+           a 1 . . . . . . .        a 1 . . .        G 1 1 . . 1 . . .
+           b 1 1 . . . . . .        b 1 1 . .        c . . . . 1 1 . .
+           G 1 1 1 . . . . .        d . . 1 .        H . . 1 1 . . 1 .
+           c . . 1 1 . . . .        e . . 1 1        f . . . . . . 1 1
+           d . . . . 1 . . .
+           e . . . . 1 1 . .        prompts          the rest, 4 rows of 8 keys
+           H . . . . 1 1 1 .
+           f . . . . . . 1 1        two packed documents: prompt a b, gist G; prompt d e, gist H
+
+Rows keep their order, so an interval of rows stays one in either part. Tensors of the host: no size of a part is asked
+of a device. Knows no model and no text.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gisting.errors import GistError
+from gisting.visibility import FOREVER, Visibility
+
+__all__ = ["split_prompts"]
+
+_IGNORED = -100
+
+
+def split_prompts(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """The batch of a decoder with its prompts' columns taken out.
+
+    Positions are those of the batch in both parts, also for the teacher: positions under the positive control are the
+    same ones shifted by the length of the prompt, and rotary attention sees differences alone.
+
+    Args:
+        batch: what a collator made with ``with_prompt_columns``: ``input_ids``, ``position_ids``, ``labels``, int64
+            ``(B, N)``; ``is_prompt`` bool ``(B, N)``; ``attention_mask`` int32 ``(B, 1, 2, N)``; possibly
+            ``teacher_attention_mask`` of that shape, ``teacher_position_ids`` and ``reconstruction_labels`` int64
+            ``(B, N)``. On the CPU. It is left as it is.
+        pad_token_id: the id of empty columns.
+
+    Returns:
+        With P the most prompt tokens and M the most other tokens of a row, both padded on the left:
+        ``prompt_input_ids`` and ``prompt_position_ids`` int64 ``(B, P)``, ``prompt_attention_mask`` int32
+        ``(B, 1, 2, P)``; ``input_ids``, ``position_ids``, ``labels``, ``reconstruction_labels`` int64 ``(B, M)``;
+        ``attention_mask`` and ``teacher_attention_mask`` int32 ``(B, 1, 2, P + M)``, whose rows are the last M.
+
+    Raises:
+        GistError: the batch does not say which columns are prompts.
+    """
+    if "is_prompt" not in batch:
+        raise GistError("batch has no is_prompt; make its collator with with_prompt_columns=True")
+    first, end = batch["attention_mask"][:, 0].unbind(1)
+    is_prompt = batch["is_prompt"]
+    prompts, rest = _Part.of(is_prompt), _Part.of((end > first) & ~is_prompt)
+    positions, num_prompts = batch["position_ids"], prompts.width
+    parts = {
+        "prompt_input_ids": prompts.take(batch["input_ids"], pad_token_id),
+        "prompt_position_ids": prompts.take(positions, 0),
+        "prompt_attention_mask": _joined(prompts.intervals(batch["attention_mask"], prompts, 0)),
+        "input_ids": rest.take(batch["input_ids"], pad_token_id),
+        "position_ids": rest.take(positions, 0),
+        "labels": rest.take(batch["labels"], _IGNORED),
+    }
+    for name in ("attention_mask", "teacher_attention_mask"):
+        if name in batch:
+            parts[name] = _joined(*(part.intervals(batch[name], rest, num_prompts) for part in (prompts, rest)))
+    if "reconstruction_labels" in batch:
+        parts["reconstruction_labels"] = rest.take(batch["reconstruction_labels"], _IGNORED)
+    return parts
+
+
+class _Part:
+    """Some columns of each row, in their order, moved together to the right end of a narrower rectangle."""
+
+    def __init__(self, columns: Tensor, is_kept: Tensor, num_before: Tensor) -> None:
+        self.columns = columns  # int64 (B, W): where a column comes from
+        self.is_kept = is_kept  # bool (B, W): false where there is nothing
+        self.num_before = num_before  # int64 (B, N + 1): kept columns among the first n, and the padding before them
+
+    @property
+    def width(self) -> int:
+        return self.columns.shape[1]
+
+    @staticmethod
+    def of(is_kept: Tensor) -> _Part:
+        counts = is_kept.sum(1, keepdim=True)
+        width = int(counts.max()) if len(counts) else 0
+        columns = is_kept.long().argsort(dim=1, stable=True)[:, is_kept.shape[1] - width :]
+        num_before = torch.nn.functional.pad(is_kept.long().cumsum(1), (1, 0))
+        return _Part(columns, torch.arange(width)[None] >= width - counts, num_before + width - counts)
+
+    def take(self, values: Tensor, fill: int) -> Tensor:
+        """``values`` ``(B, N)`` at the kept columns, ``fill`` elsewhere: ``(B, W)``."""
+        return values.gather(1, self.columns).masked_fill(~self.is_kept, fill)
+
+    def intervals(self, attention_mask: Tensor, rows: _Part, start: int) -> Tensor:
+        """The intervals of these keys over the rows of another part, which count from ``start``: int ``(B, 2, W)``."""
+        first, end = (self.take(bound, 0).long() for bound in attention_mask[:, 0].unbind(1))
+        limit = rows.num_before.shape[1] - 1
+        moved = [start + rows.num_before.gather(1, bound.clamp(max=limit)) for bound in (first, end)]
+        moved[1] = torch.where(end > limit, FOREVER, moved[1])
+        return torch.stack([bound.masked_fill(~self.is_kept, 0) for bound in moved], dim=1)
+
+
+def _joined(*intervals: Tensor) -> Tensor:
+    first, end = torch.cat(intervals, dim=2).unbind(1)
+    return Visibility(first, end).as_attention_mask()

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gisting.attention.autocast import as_autocast
+from gisting.attention.autocast import as_autocast, autocast_dtype
 from gisting.attention.memo import remembered
 from gisting.attention.reference import reference_attention
 from gisting.attention.relative import dense_bias
@@ -20,7 +24,7 @@ from gisting.attention.sdpa import sdpa_attention
 from gisting.errors import GistError
 from gisting.visibility import Visibility
 
-__all__ = ["IMPLEMENTATIONS", "choose_implementation", "interval_attention"]
+__all__ = ["IMPLEMENTATIONS", "choose_implementation", "interval_attention", "segments_of"]
 
 #: What ``impl=`` may be.
 IMPLEMENTATIONS = ("auto", "reference", "sdpa", "flex", "triton")
@@ -82,10 +86,67 @@ def interval_attention(
         # Under autocast, rotated queries and keys are float32 beside values in half precision; torch's operator, too,
         # then works in the latter.
         q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (relative_bias is not None and relative_bias.requires_grad)
+    )
+    # All that the checks and the choice look at. The layers of a model agree in it, so both are made once for a batch.
+    kinds = (_kind(q), _kind(k), _kind(v), _kind(bias), _kind(relative_bias), autocast_dtype(q))
+    attend = remembered(
+        visibility,
+        ("attend", impl, scale, softcap, dropout, needs_grad, *kinds),
+        lambda: _decide(q, k, v, visibility, bias, relative_bias, scale, softcap, dropout, impl, needs_grad),
+    )
+    return attend(q, k, v, visibility, bias, relative_bias)
+
+
+@contextmanager
+def segments_of(length: float | None) -> Iterator[None]:
+    """A block in which the kernels are told how many rows see a key on average, by which they choose their tiles.
+
+    They would measure it otherwise, for which a number is read back from the device, or, where there are gradients and
+    an accelerator should not wait, take the number of keys. Only speed depends on it.
+
+    Args:
+        length: of at least 0; None to leave it to them.
+    """
+    before = _segment_length.set(length)
+    try:
+        yield
+    finally:
+        _segment_length.reset(before)
+
+
+_Attend = Callable[[Tensor, Tensor, Tensor, Visibility, "Tensor | None", "Tensor | None"], Tensor]
+_segment_length: ContextVar[float | None] = ContextVar("segment_length", default=None)
+
+
+def _kind(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _decide(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    impl: str,
+    needs_grad: bool,
+) -> _Attend:
+    """Check the arguments and choose; what comes back takes others of the same kinds unchecked. It holds no tensor of
+    the visibility, on which it is remembered.
+    """
     _check(q, k, v, visibility, bias, relative_bias, softcap, dropout)
     if impl not in IMPLEMENTATIONS:
         raise GistError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if impl == "auto":
         impl, reason = choose_implementation(
             as_autocast(q), v, scale, has_bias=bias is not None, has_softcap=softcap is not None
@@ -95,18 +156,24 @@ def interval_attention(
     if impl == "triton":
         if bias is not None:
             raise GistError("impl='triton' takes no dense bias; give relative_bias, or use impl='auto'")
-        return _triton_attention(q, k, v, visibility, relative_bias, scale, softcap, dropout)
+        return _by_triton(q, k, v, visibility, relative_bias, scale, softcap, dropout, needs_grad)
     if impl == "flex":
         if bias is not None or dropout > 0:
             raise GistError("impl='flex' has no dropout and no dense bias; use impl='auto' or impl='sdpa'")
-        return _flex_attention(q, k, v, visibility, relative_bias, scale, softcap)
-    if relative_bias is not None:
-        bias = dense_bias(relative_bias, q.shape[2], k.shape[2])
-    if impl == "reference":
-        return reference_attention(q, k, v, visibility, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
-    if softcap is not None:
+        return _by_flex(q, k, visibility, scale, softcap)
+    if impl == "sdpa" and softcap is not None:
         raise GistError("impl='sdpa' has no softcap; use impl='auto' or impl='reference'")
-    return sdpa_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
+    ) -> Tensor:
+        if relative_bias is not None:
+            bias = dense_bias(relative_bias, q.shape[2], k.shape[2])
+        if impl == "reference":
+            return reference_attention(q, k, v, visibility, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
+        return sdpa_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout)
+
+    return attend
 
 
 def choose_implementation(
@@ -139,7 +206,7 @@ def _log_choice(impl: str, reason: str) -> None:
     _logger.info("attention runs on impl=%r: %s", impl, reason)
 
 
-def _triton_attention(
+def _by_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -148,39 +215,55 @@ def _triton_attention(
     scale: float,
     softcap: float | None,
     dropout: float,
-) -> Tensor:
+    needs_grad: bool,
+) -> _Attend:
     import gisting_kernels as kernels
 
     q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
     reason = kernels.why_not(q, v, scale, has_bias=False)
     if reason is not None:
         raise GistError(f"impl='triton' cannot serve this call: {reason}; use impl='auto'")
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (q, k, v, relative_bias)
-    )
     if q.shape[2] <= _MAX_DECODE_ROWS and not needs_grad and relative_bias is None and dropout == 0:
-        return kernels.decode_attention(q, k, v, visibility.first, visibility.end, scale=scale, softcap=softcap)
+
+        def decode(
+            q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
+        ) -> Tensor:
+            q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
+            return kernels.decode_attention(q, k, v, visibility.first, visibility.end, scale=scale, softcap=softcap)
+
+        return decode
     width = None if relative_bias is None else relative_bias.shape[1] // 2
+    length = _segment_length.get()
+    if length is None and needs_grad:
+        length = float(k.shape[2])
     plan = remembered(
         visibility,
-        ("triton", q.shape[2], q.shape[3], q.dtype, width),
+        ("triton", q.shape[2], q.shape[3], q.dtype, width, length),
         # Cloned: the plan keeps the intervals, and what is remembered must not hold what it is remembered on.
-        lambda: kernels.plan_tiles(visibility.first.clone(), visibility.end.clone(), q, relative_width=width),
-    )
-    return kernels.interval_attention(
-        q, k, v, plan, relative_bias=relative_bias, scale=scale, softcap=softcap, dropout=dropout
+        lambda: kernels.plan_tiles(
+            visibility.first.clone(), visibility.end.clone(), q, relative_width=width, segment_length=length
+        ),
     )
 
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
+    ) -> Tensor:
+        return kernels.interval_attention(
+            as_autocast(q),
+            as_autocast(k),
+            as_autocast(v),
+            plan,
+            relative_bias=relative_bias,
+            scale=scale,
+            softcap=softcap,
+            dropout=dropout,
+            is_checked=True,
+        )
 
-def _flex_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    relative_bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
+    return attend
+
+
+def _by_flex(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> _Attend:
     from gisting.attention.flex import BLOCK, flex_attention
     from gisting_kernels import list_tiles
 
@@ -191,7 +274,13 @@ def _flex_attention(
         ("flex", num_rows),
         lambda: list_tiles(visibility.first, visibility.end, num_rows, start, (BLOCK, BLOCK)),
     )
-    return flex_attention(q, k, v, visibility, lists, relative_bias=relative_bias, scale=scale, softcap=softcap)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
+    ) -> Tensor:
+        return flex_attention(q, k, v, visibility, lists, relative_bias=relative_bias, scale=scale, softcap=softcap)
+
+    return attend
 
 
 def _check(

@@ -8,16 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_autocast"]
+__all__ = ["as_autocast", "autocast_dtype"]
 
 
 def as_autocast(tensor: Tensor) -> Tensor:
     """What autocast makes of an argument of torch's scaled_dot_product_attention: the same ``tensor``, of any shape, in
     the dtype of autocast where that is on; it leaves float64 alone.
     """
+    dtype = autocast_dtype(tensor)
+    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the device of ``tensor``, or None where that is off."""
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensor
-    if tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+        return None
+    return torch.get_autocast_dtype(device)

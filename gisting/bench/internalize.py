@@ -44,7 +44,7 @@ from gisting.train.internalize.directory import EVAL_NAME, read_answers, read_re
 from gisting.train.internalize.layout import PromptLayout
 from gisting.train.internalize.schedule import Schedule
 from gisting.train.internalize.stages import internalize
-from gisting.train.objective import TokenMeanTrainer
+from gisting.train.objective import ObjectiveTrainer
 
 __all__ = ["RUNS", "InternalizeRow", "internalize_table", "measure", "requests"]
 
@@ -300,7 +300,7 @@ def _base(task: CodeTask, tokenizer: GistTokenizer, folder: Path, steps: int, se
         query, *examples = lookups[start : start + size]
         prompt = layout.prompt(query.instruction, examples[: chance.randint(0, MAX_EXAMPLES)])
         training.append(replace(query, instruction=prompt))
-    trainer = TokenMeanTrainer(
+    trainer = ObjectiveTrainer(
         model=model,
         args=task_arguments(folder, steps, seed),
         train_dataset=training,

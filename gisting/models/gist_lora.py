@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -25,17 +26,36 @@ from gisting.errors import GistError
 from gisting.models.hooks import remove_hooks
 from gisting.visibility import is_interval_mask
 
-__all__ = ["GistOnlyLora", "gist_places", "install", "uninstall"]
+__all__ = ["GistOnlyLora", "gist_places", "gists_at", "install", "uninstall"]
 
 _KEYWORD = "gist_places"
 
 
 class _Call(NamedTuple):
     places: Tensor  # (B, T)
+    index: Tensor | None  # (G,), where the places are 0 and more; None where only the device knows how many there are
     rows: Tensor | None  # (num_rows, d_model)
 
 
 _call: ContextVar[_Call | None] = ContextVar("gist_call", default=None)
+_given_index: ContextVar[Tensor | None] = ContextVar("gist_index", default=None)
+
+
+@contextmanager
+def gists_at(index: Tensor | None) -> Iterator[None]:
+    """A block in which models with gist-only LoRA are told where the gist tokens of their input stand, so that its two
+    matrices are applied to those alone. An accelerator cannot be asked without waiting for it, so there they are
+    otherwise applied to every token, and what is not a gist token's is dropped.
+
+    Args:
+        index: int64 ``(G,)``: numbers of the gist tokens counted through the batch (``row * T + column``), on the
+            device of the model; None to leave it to the model.
+    """
+    before = _given_index.set(index)
+    try:
+        yield
+    finally:
+        _given_index.reset(before)
 
 
 def gist_places(input_ids: Tensor, position_ids: Tensor | None, gist_token_id: int) -> Tensor:
@@ -88,15 +108,20 @@ class GistOnlyLora:
         call = _call.get()
         if call is None:
             return result
-        is_gist = call.places >= 0
-        if is_gist.numel() != x.shape[:-1].numel():
+        if call.places.numel() != x.shape[:-1].numel():
             raise GistError(
                 f"a layer with gist-only LoRA was given {tuple(x.shape)}, not a vector for each of the "
-                f"{tuple(is_gist.shape)} tokens, so nobody can tell which are gist tokens; leave it out of the targets"
+                f"{tuple(call.places.shape)} tokens, so it cannot tell which are gist tokens; leave it out of the "
+                "targets"
             )
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        if call.index is not None:
+            x = x.flatten(0, -2).index_select(0, call.index)
         update = up(down(module.lora_dropout[active_adapter](x.to(down.weight.dtype)))) * module.scaling[active_adapter]
-        return torch.where(is_gist.view(*x.shape[:-1], 1), result + update.to(result.dtype), result)
+        update = update.to(result.dtype)
+        if call.index is not None:
+            return result.flatten(0, -2).index_add(0, call.index, update).view_as(result)
+        return torch.where((call.places >= 0).view(*x.shape[:-1], 1), result + update, result)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -161,9 +186,12 @@ def _announce(
     if not is_interval_mask(mask) or not isinstance(ids, Tensor):
         _call.set(None)
         return args, kwargs
-    call = _Call(gist_places(ids, kwargs.get("position_ids"), gist_token_id), module.gist_rows)
-    _call.set(call)
-    return args, {**kwargs, _KEYWORD: call.places} if has_lora else kwargs
+    places = gist_places(ids, kwargs.get("position_ids"), gist_token_id)
+    index = _given_index.get()
+    if index is None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        index = (places.flatten() >= 0).nonzero()[:, 0]
+    _call.set(_Call(places, index, module.gist_rows))
+    return args, {**kwargs, _KEYWORD: (places, index)} if has_lora else kwargs
 
 
 def _withdraw(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -179,7 +207,7 @@ def _receive(
     if _KEYWORD not in kwargs:
         return None
     kwargs = dict(kwargs)
-    _call.set(_Call(kwargs.pop(_KEYWORD), None))
+    _call.set(_Call(*kwargs.pop(_KEYWORD), None))
     return args, kwargs
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ from gisting.errors import GistError
 from gisting.models.adapters import adapter_of, check_directory
 from gisting.models.hub import save_pretrained
 from gisting.models.patch import require_patched
-from gisting.models.registry import sliding_windows
+from gisting.models.registry import is_length_dependent, sliding_windows
 from gisting.tokens import GistTokenizer
+from gisting.train.batches import StepBatches
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
-from gisting.train.objective import Objective, ObjectiveTrainer, TokenMeanTrainer
+from gisting.train.objective import Objective, ObjectiveTrainer
 from gisting.train.repeat import CountEpochs, RepeatableDraws, checkpoint_to_resume, num_steps_in
 
 __all__ = ["PUBLISHED", "finetune", "published_arguments"]
@@ -211,11 +211,15 @@ def finetune(
                 "an adapter cannot be trained with fsdp, which shards it; leave fsdp out: a frozen model has no "
                 "gradients and no optimiser state to shard"
             )
-    draws = RepeatableDraws(collator, arguments.seed)
-    make: Any = TokenMeanTrainer if objective.is_plain else partial(ObjectiveTrainer, objective=objective)
-    trainer = make(
+    collator.with_prompt_columns = _has_frozen_prompts(model, collator, arguments)
+    batches: Any = collator
+    if arguments.n_gpu <= 1:  # torch's DataParallel would cut the indices of a step into shares
+        batches = StepBatches(collator, tokenizer, has_frozen_base=collator.with_prompt_columns)
+    draws = RepeatableDraws(batches, arguments.seed)
+    trainer: Any = ObjectiveTrainer(
         model=model,
         args=arguments,
+        objective=objective,
         train_dataset=items,
         eval_dataset=None if eval_records is None else list(eval_records),
         data_collator=draws,
@@ -223,11 +227,6 @@ def finetune(
     )
     if callbacks:
         trainer.remove_callback(PrinterCallback)  # Whoever brings callbacks shows the progress.
-    if tokenizer.is_encoder_decoder and arguments.label_smoothing_factor:
-        raise GistError(
-            f"label_smoothing_factor must be 0 for an encoder-decoder, got {arguments.label_smoothing_factor:g}: its "
-            "loss is the mean over the step's tokens, which stock Trainer's smoothing is not"
-        )
     if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # left out without a word
         raise GistError("fsdp is asked for, but accelerate shards on accelerators alone; leave it out on a CPU")
     low, high = collator.num_gist_tokens
@@ -248,6 +247,34 @@ def finetune(
         else:
             tokenizer.save_pretrained(str(arguments.output_dir))
     return {**measured, "num_trainable_parameters": count.trainable, "num_parameters": count.total}
+
+
+def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingArguments) -> bool:
+    """Whether the states of prompts are the same for every layout of what follows them and nothing that is trained
+    changes them, so that a step may compute them once and apart (:mod:`gisting.data.split`).
+
+    That takes an adapter that acts at gist tokens alone, one gist a prompt, positions that count tokens and not columns
+    (no sliding window, no rotary type that depends on the length), no dropout in the base model, and no activation
+    checkpointing, which takes no cache.
+    """
+    adapter, config = adapter_of(model), model.config
+    return (
+        adapter is not None
+        and adapter.is_gist_only
+        and not config.is_encoder_decoder
+        and collator.chunk_length is None
+        and collator.part_separator is None
+        and sliding_windows(config) is None
+        and not is_length_dependent(config)
+        and not any(getattr(arguments, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
+        and arguments.n_gpu <= 1
+        and not getattr(config, "attention_dropout", 0)
+        and not any(
+            getattr(module, "gradient_checkpointing", False)
+            or (isinstance(module, torch.nn.Dropout) and module.p > 0 and "lora_dropout" not in name)
+            for name, module in model.named_modules()
+        )
+    )
 
 
 def _is_to_be_sharded(arguments: TrainingArguments) -> bool:

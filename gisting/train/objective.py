@@ -20,13 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer
+from transformers import DynamicCache, Trainer
 
+from gisting.attention.api import segments_of
 from gisting.data.collate import IGNORED
 from gisting.errors import GistError
+from gisting.models.gist_lora import gists_at
+from gisting.models.head import logits_at
 from gisting.models.mode import evaluating
+from gisting.train.batches import Targets, find_targets
 
-__all__ = ["Objective", "ObjectiveTrainer", "TokenMeanTrainer", "truncated_kl"]
+__all__ = ["Objective", "ObjectiveTrainer", "truncated_kl"]
 
 _TEACHER = {"teacher_attention_mask": "attention_mask", "teacher_position_ids": "position_ids"}
 
@@ -93,44 +97,29 @@ def _log_rest(logits: Tensor, places: Tensor) -> Tensor:
     return rest - logits.logsumexp(-1, keepdim=True)
 
 
-class TokenMeanTrainer(Trainer):
-    """The mean over all target tokens of an optimiser step, however it is split into forward passes and processes.
+class ObjectiveTrainer(Trainer):
+    """Stock ``Trainer`` with an :class:`Objective`, which makes logits only where there is something to predict.
 
-    T5's kind counts as dividing its loss by the tokens of the whole step, for its ``forward`` takes any keyword, and
-    does not (transformers 5.17 to 5.23): gradients would be so many times too large as there are forward passes in a
-    step, and processes. Goes when its loss is that of ``loss_function``, as for decoders.
+    The loss of an optimiser step is the mean over all its target tokens, however it is split into forward passes and
+    processes. (Stock ``Trainer`` counts T5's kind as dividing its loss by the tokens of the whole step, for its
+    ``forward`` takes any keyword, and it does not: transformers 5.17 to 5.24.)
+
+    Batches are those of :class:`gisting.train.batches.StepBatches`, or of any collator, whose labels are then read back
+    from the device. They hold the teacher's mask, and the labels of the reconstruction, where the objective weighs them
+    (``with_teacher`` and ``reconstruct`` of the collators). Where the prompts of a batch stand apart, their keys and
+    values are computed once, without gradients, and read by student and teacher.
+
+    With an objective that is not plain, the logs have the losses one by one (``lm_loss``, ``distillation_loss``,
+    ``reconstruction_loss``: means over the steps since the last log) beside their weighted sum, ``loss``. The loss of
+    an evaluation is the language model's alone.
+
+    Args:
+        *args: as for ``Trainer``.
+        objective: what is minimised.
+        **kwargs: as for ``Trainer``.
     """
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
-        """As ``Trainer.compute_loss``."""
-        if not self._is_encoder_decoder or num_items_in_batch is None or self.args.n_gpu > 1:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs, labels = model(**inputs), inputs["labels"]
-        total = cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")  # skips IGNORED
-        loss = total / num_items_in_batch * self._num_averaged
-        return (loss, outputs) if return_outputs else loss
-
-    @property
-    def _num_averaged(self) -> int:
-        """Processes average their gradients; where labels are counted over all of them, this takes that back."""
-        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-
-    @property
-    def _is_encoder_decoder(self) -> bool:
-        model: Any = self.model
-        return model.config.is_encoder_decoder
-
-
-class ObjectiveTrainer(TokenMeanTrainer):
-    """Stock ``Trainer`` with an :class:`Objective`.
-
-    Batches hold the teacher's mask and positions, and the labels of the reconstruction, where the objective weighs
-    them (``with_teacher`` and ``reconstruct`` of the collators). The logs have the losses one by one (``lm_loss``,
-    ``distillation_loss``, ``reconstruction_loss``: means over the steps since the last log) beside their weighted sum,
-    ``loss``. The loss of an evaluation is the language model's alone.
-    """
-
-    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Objective = Objective(), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
         self._sums: dict[str, Tensor] = {}
@@ -138,36 +127,40 @@ class ObjectiveTrainer(TokenMeanTrainer):
         self._num_prompt_labels = torch.ones(())  # of the step at hand, over all processes
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
-        """As ``Trainer.compute_loss``."""
+        """As ``Trainer.compute_loss``; the logits of ``outputs`` are those of the targets, ``(T, V)``."""
         inputs = dict(inputs)
+        targets = self._targets(inputs, "target", "labels")
+        prompt_targets = self._targets(inputs, "reconstruction", "reconstruction_labels")
+        labels = inputs.pop("labels")
+        if self._is_encoder_decoder:
+            own: Any = self.model
+            inputs["decoder_input_ids"] = own.prepare_decoder_input_ids_from_labels(labels)
         changed = {_TEACHER[name]: inputs.pop(name) for name in _TEACHER if name in inputs}
-        prompt_labels = inputs.pop("reconstruction_labels", None)
-        labels = inputs["labels"]
-        teacher = None
-        if model.training and self.objective.distillation:
-            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-            if self._is_encoder_decoder:
-                own: Any = self.model
-                unlabelled["decoder_input_ids"] = own.prepare_decoder_input_ids_from_labels(labels)
-            with torch.no_grad(), evaluating(model):
-                teacher = self._labelled(model(**{**unlabelled, **changed}).logits, labels)[0]
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
-            num_labels = (labels != IGNORED).sum()
+        is_distilled = model.training and self.objective.distillation > 0
+        is_reconstructed = model.training and self.objective.reconstruction > 0 and prompt_targets is not None
+        places = targets.places
+        if is_reconstructed:
+            places = torch.cat([places, prompt_targets.places])
+        with gists_at(inputs.pop("gist_index", None)), segments_of(inputs.pop("segment_length", None)):
+            prompts = self._prompts(model, inputs)
+            teacher = None
+            if is_distilled:
+                with torch.no_grad(), evaluating(model):
+                    teacher = self._logits(model, {**inputs, **changed}, targets.places, prompts)
+            logits = self._logits(model, inputs, places, prompts)
+        logits, prompt_logits = logits[: len(targets.ids)], logits[len(targets.ids) :]
+        loss = self._mean(self._cross_entropy(logits, targets.ids), len(targets.ids), num_items_in_batch)
+        outputs = {"loss": loss, "logits": logits}
+        if model.training and not self.objective.is_plain:
             parts = {"lm_loss": loss}
             if teacher is not None:
-                student = self._labelled(outputs.logits, labels)[0]
-                divergence = truncated_kl(student, teacher, self.objective.top_k).sum() / num_labels.clamp(min=1)
-                parts["distillation_loss"] = self._share(divergence, num_labels, num_items_in_batch)
+                divergence = truncated_kl(logits, teacher, self.objective.top_k).sum()
+                parts["distillation_loss"] = self._mean(divergence, len(targets.ids), num_items_in_batch)
                 loss = loss + self.objective.distillation * parts["distillation_loss"]
-            if self.objective.reconstruction:
-                found, wanted = self._labelled(outputs.logits, prompt_labels)
-                total = cross_entropy(found.float(), wanted, reduction="sum")
-                parts["reconstruction_loss"] = (
-                    total / max(len(wanted), 1)
-                    if num_items_in_batch is None
-                    else total / self._num_prompt_labels.clamp(min=1) * self._num_averaged
-                )
+            if is_reconstructed:
+                total = self._cross_entropy(prompt_logits, prompt_targets.ids)
+                number = None if num_items_in_batch is None else self._num_prompt_labels.clamp(min=1)
+                parts["reconstruction_loss"] = self._mean(total, len(prompt_targets.ids), number)
                 loss = loss + self.objective.reconstruction * parts["reconstruction_loss"]
             self._note(parts, is_share=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
@@ -176,9 +169,8 @@ class ObjectiveTrainer(TokenMeanTrainer):
         """As ``Trainer.get_batch_samples``; counts the step's tokens of prompts as Trainer does those of answers."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self.objective.reconstruction:
-            number = torch.zeros((), dtype=torch.long, device=self.args.device)
-            for batch in batches:
-                number += (batch["reconstruction_labels"] != IGNORED).sum().to(number.device)
+            number = sum(self._num_reconstructed(batch) for batch in batches)
+            number = torch.as_tensor(number, dtype=torch.long).to(self.args.device, non_blocking=True)
             if self._num_averaged > 1:
                 number = self.accelerator.gather(number).sum()  # pyright: ignore[reportAttributeAccessIssue]
             self._num_prompt_labels = number
@@ -193,20 +185,68 @@ class ObjectiveTrainer(TokenMeanTrainer):
             self._sums = {}
         super().log(logs, start_time)
 
-    def _labelled(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(T, V)`` at the T tokens before those that are labelled (in a decoder), and the labels ``(T,)``."""
-        if not self._is_encoder_decoder:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        is_labelled = labels != IGNORED
-        return logits[is_labelled], labels[is_labelled]
+    @property
+    def _num_averaged(self) -> int:
+        """Processes average their gradients; where labels are counted over all of them, this takes that back."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
-    def _share(self, mean: Tensor, num_labels: Tensor, num_items_in_batch: Any) -> Tensor:
-        """What a batch's mean adds to the loss of its optimiser step: batches weigh as they do in the language model's
-        loss, by their labels. Where Trainer does not count those, it divides by the batches itself.
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        model: Any = self.model
+        return model.config.is_encoder_decoder
+
+    def _targets(self, inputs: dict[str, Any], name: str, labels: str) -> Any:
+        """What a batch says is predicted, taken out of it; None where there is nothing of that kind."""
+        if f"{name}_places" in inputs:
+            return Targets(inputs.pop(f"{name}_places"), inputs.pop(f"{name}_ids"))
+        if labels not in inputs:
+            return None
+        found = inputs[labels] if labels == "labels" else inputs.pop(labels)
+        return find_targets(found, is_shifted=not self._is_encoder_decoder)
+
+    def _num_reconstructed(self, batch: dict[str, Tensor]) -> int | Tensor:
+        if "reconstruction_ids" in batch:
+            return len(batch["reconstruction_ids"])
+        return (batch["reconstruction_labels"] != IGNORED).sum()
+
+    def _prompts(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Keys and values of the prompts that stand apart, which are taken out of the inputs; None where none do."""
+        names = [name for name in inputs if name.startswith("prompt_")]
+        if not names:
+            return None
+        own = {name.removeprefix("prompt_"): inputs.pop(name) for name in names}
+        if not own["input_ids"].shape[1]:
+            return None
+        cache = DynamicCache()
+        nowhere = own["input_ids"].new_empty(0)
+        with torch.no_grad(), gists_at(nowhere):
+            self._logits(model, {**own, "past_key_values": cache}, nowhere, None)
+        return cache
+
+    def _logits(self, model: Any, inputs: dict[str, Any], places: Tensor, prompts: Any) -> Tensor:
+        """Logits ``(T, V)``."""
+        if prompts is not None:
+            past = DynamicCache()
+            for number, layer in enumerate(prompts.layers):
+                past.update(layer.keys, layer.values, number)
+            inputs = {**inputs, "past_key_values": past}
+        if self.args.n_gpu > 1:  # spread by torch's DataParallel, whose threads would share one hook
+            return model(**inputs).logits.flatten(0, 1)[places]
+        with logits_at(self.model, places):
+            return model(**inputs, use_cache="past_key_values" in inputs).logits[0]
+
+    def _cross_entropy(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return cross_entropy(
+            logits.float(), ids, reduction="sum", label_smoothing=float(self.args.label_smoothing_factor)
+        )
+
+    def _mean(self, total: Tensor, number: int, num_items_in_batch: Any) -> Tensor:
+        """What a batch adds to the loss of its optimiser step: its ``total`` by the targets of the whole step; or its
+        own mean, which Trainer divides by the step's batches, where Trainer does not count those.
         """
         if num_items_in_batch is None:
-            return mean
-        return mean * num_labels / num_items_in_batch * self._num_averaged
+            return total / max(number, 1)
+        return total / num_items_in_batch * self._num_averaged
 
     def _note(self, parts: dict[str, Tensor], *, is_share: bool) -> None:
         """Add what a batch gives its step: a share of it, or a mean that Trainer divides by the step's batches."""

@@ -29,7 +29,7 @@ from gisting.train.internalize.result import TemplateWarning, check_template, lo
 from gisting.train.internalize.schedule import Schedule
 from gisting.train.internalize.stages import internalize
 from gisting.train.methods import Method
-from gisting.train.objective import TokenMeanTrainer
+from gisting.train.objective import ObjectiveTrainer
 from tests import garbage, tiny
 
 TEMPLATE = "w50 w51 w52 w53 w54 w55"
@@ -167,7 +167,7 @@ def test_steps_are_those_that_trainer_counts(tmp_path: Path, changes: dict[str, 
     settings = arguments(tmp_path, **{"max_steps": -1, **changes})
     assert num_steps(settings, 10) == expected
     model, tokenizer = fresh()
-    trainer = TokenMeanTrainer(
+    trainer = ObjectiveTrainer(
         model=model, args=settings, train_dataset=[RECORDS[0]] * 10, data_collator=PlainCollator(tokenizer)
     )
     trainer.train()

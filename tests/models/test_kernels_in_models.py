@@ -114,7 +114,7 @@ def test_llama_outputs_and_gradients_are_those_of_the_oracle(calls: list[str], m
         "use_cache": False,
     }
     found = result_of(model, model(**call).logits, is_token)
-    assert len(calls) == model.config.num_hidden_layers
+    assert len(calls) == 1  # for all layers of the batch
     monkeypatch.setattr(api, "choose_implementation", lambda *args, **kwargs: ("reference", "a test asks for it"))
     plain = result_of(model, model(**call).logits, is_token)
     truth = result_of(model.double(), model(**call).logits, is_token)

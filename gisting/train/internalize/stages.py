@@ -41,6 +41,7 @@ from gisting.models import adapters
 from gisting.models.fingerprint import fingerprint
 from gisting.models.patch import require_patched
 from gisting.tokens import GistTokenizer
+from gisting.train.batches import StepBatches
 from gisting.train.internalize.compressors import (
     NoCompression,
     TemplateCompressor,
@@ -75,7 +76,7 @@ from gisting.train.internalize.result import (
 )
 from gisting.train.internalize.schedule import Schedule
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
-from gisting.train.objective import TokenMeanTrainer
+from gisting.train.objective import ObjectiveTrainer
 from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume
 
 __all__ = ["internalize"]
@@ -383,11 +384,13 @@ class _Run:
             )
             self.model.config.gist = {**self.model.config.gist, "num_gist_tokens": [k, k]}
         arguments = self._arguments(number)
-        trainer = TokenMeanTrainer(
+        # torch's DataParallel would cut the indices of a step into shares.
+        batches = collator if arguments.n_gpu > 1 else StepBatches(collator, self.tokenizer)
+        trainer = ObjectiveTrainer(
             model=self.model,
             args=arguments,
             train_dataset=records,
-            data_collator=RepeatableDraws(collator, arguments.seed),
+            data_collator=RepeatableDraws(batches, arguments.seed),
             callbacks=[*self.callbacks, _NoLastCheckpoint()],
         )
         if self.callbacks:

@@ -1,0 +1,100 @@
+"""What a training step needs to know about its batch, worked out on the host, where asking costs nothing.
+
+Place in the flow: data -> collate -> **batches** -> ``objective``. A boolean mask as an index, or the length of a row,
+would have to be read back from an accelerator, which then waits for the host in every step; here they become tensors of
+indices whose sizes are known. Runs in the data loader's workers. Knows columns and labels; knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from gisting.data.collate import IGNORED
+from gisting.data.split import split_prompts
+from gisting.tokens import GistTokenizer
+from gisting.visibility import is_interval_mask
+
+__all__ = ["StepBatches", "Targets", "find_targets"]
+
+
+class Targets(NamedTuple):
+    """What is predicted in a batch, and where.
+
+    Args:
+        places: int64 ``(T,)``: numbers of the rows of hidden states, counted through the batch, that predict it.
+        ids: int64 ``(T,)``: the ids that they should predict.
+    """
+
+    places: Tensor
+    ids: Tensor
+
+
+def find_targets(labels: Tensor, *, is_shifted: bool) -> Targets:
+    """Where ``labels`` are predicted.
+
+    Args:
+        labels: int64 ``(B, N)``, -100 where there is nothing to learn.
+        is_shifted: whether a token is predicted one column before its own, as in a decoder; the first column of a
+            row is then predicted by nothing.
+    """
+    width = labels.shape[1]
+    if is_shifted:
+        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        return Targets(rows * width + columns, labels[rows, columns + 1])
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    return Targets(rows * width + columns, labels[rows, columns])
+
+
+class StepBatches:
+    """A collator whose batches :class:`gisting.train.objective.ObjectiveTrainer` runs without asking the device.
+
+    Args:
+        collator: makes a batch of records: ``input_ids``, ``labels``, masks.
+        tokenizer: of the model.
+        has_frozen_base: whether nothing that prompts pass through is trained, so that they are to be computed once
+            (:mod:`gisting.data.split`); ``collator`` then says where they are (``with_prompt_columns``).
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[Sequence[Any]], dict[str, Tensor]],
+        tokenizer: GistTokenizer,
+        *,
+        has_frozen_base: bool = False,
+    ) -> None:
+        self.collator = collator
+        self.has_frozen_base = has_frozen_base
+        self._gist_token_id = tokenizer.gist_token_id
+        self._pad_token_id = tokenizer.pad_token_id
+        self._is_shifted = not tokenizer.is_encoder_decoder
+
+    def __call__(self, records: Sequence[Any]) -> dict[str, Any]:
+        """The batch of ``collator``, split where the base is frozen, with int64 indices beside it.
+
+        Returns:
+            As ``collator``, or as :func:`gisting.data.split.split_prompts`; and ``target_places``, ``target_ids``
+            ``(T,)``, of ``labels``; ``reconstruction_places``, ``reconstruction_ids`` ``(S,)``, where there are
+            ``reconstruction_labels``, which these take the place of; ``gist_index`` ``(G,)``, where gist tokens stand
+            in ``input_ids``, counted through the batch; and, of an interval mask, ``segment_length``, a float: how many
+            rows see a key on average, by which attention kernels choose their tiles.
+        """
+        batch: dict[str, Any] = self.collator(records)
+        if self.has_frozen_base:
+            batch = split_prompts(batch, self._pad_token_id)
+        batch["target_places"], batch["target_ids"] = find_targets(batch["labels"], is_shifted=self._is_shifted)
+        if "reconstruction_labels" in batch:
+            found = find_targets(batch.pop("reconstruction_labels"), is_shifted=self._is_shifted)
+            batch["reconstruction_places"], batch["reconstruction_ids"] = found
+        if is_interval_mask(batch["attention_mask"]):
+            batch["segment_length"] = _segment_length(batch["attention_mask"])
+        batch["gist_index"] = (batch["input_ids"].flatten() == self._gist_token_id).nonzero()[:, 0]
+        return batch
+
+
+def _segment_length(attention_mask: Tensor) -> float:
+    first, end = attention_mask[:, 0].unbind(1)
+    seen = end.clamp(max=attention_mask.shape[-1]) - first
+    return float(seen.sum()) / max(int((seen > 0).sum()), 1)

@@ -46,29 +46,48 @@ def why_not(q: Tensor, v: Tensor, scale: float, *, has_bias: bool) -> str | None
         scale: factor of the scores.
         has_bias: whether there is a dense bias.
     """
-    if q.device.type != "cuda" and not (is_interpreting() and q.device.type == "cpu"):
-        return f"the tensors are on {q.device.type}, not on a CUDA device"
-    if torch.version.hip is not None:
-        return "this torch is for AMD cards, on which the kernels were never compiled"
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] < 8:
-        return f"{torch.cuda.get_device_name(q.device)} has no asynchronous copies (compute capability below 8.0)"
+    # On the CPU the environment decides, which may change; torch.compile cannot trace what remembers.
+    is_known = q.device.type == "cuda" and not torch.compiler.is_compiling()
+    device_trouble, triton_trouble = (_known_troubles_of if is_known else _troubles_of)(q.device)
+    if device_trouble is not None:
+        return device_trouble
     if q.dtype not in _DTYPES:
         return f"there is no kernel for {q.dtype}"
-    if q.shape[-1] > MAX_HEAD_SIZE:
-        return f"the head size is {q.shape[-1]}, more than {MAX_HEAD_SIZE}"
-    if q.dtype == torch.float32 and q.shape[-1] > MAX_HEAD_SIZE_FLOAT32:
-        return f"the head size is {q.shape[-1]}, more than {MAX_HEAD_SIZE_FLOAT32} in float32"
-    if v.shape[-1] != q.shape[-1]:
-        return f"the head sizes of q and v differ, {q.shape[-1]} and {v.shape[-1]}"
+    size = q.shape[-1]
+    if size > MAX_HEAD_SIZE:
+        return f"the head size is {size}, more than {MAX_HEAD_SIZE}"
+    if size > MAX_HEAD_SIZE_FLOAT32 and q.dtype == torch.float32:
+        return f"the head size is {size}, more than {MAX_HEAD_SIZE_FLOAT32} in float32"
+    if v.shape[-1] != size:
+        return f"the head sizes of q and v differ, {size} and {v.shape[-1]}"
     if not scale > 0:
         return f"the scale is {scale}, not positive"
     if has_bias:
         return "there is a dense bias; the kernels take relative_bias"
+    return triton_trouble
+
+
+def _troubles_of(device: torch.device) -> tuple[str | None, str | None]:
+    """What forbids the kernels whatever the tensors are: the device, or that triton is missing."""
     try:
         import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
-        return "triton is not installed (pip install 'gisting[kernels]')"
-    return None
+        triton_trouble = "triton is not installed (pip install 'gisting[kernels]')"
+    else:
+        triton_trouble = None
+    device_trouble = None
+    if device.type != "cuda" and not (is_interpreting() and device.type == "cpu"):
+        device_trouble = f"the tensors are on {device.type}, not on a CUDA device"
+    elif torch.version.hip is not None:
+        device_trouble = "this torch is for AMD cards, on which the kernels were never compiled"
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        name = torch.cuda.get_device_name(device)
+        device_trouble = f"{name} has no asynchronous copies (compute capability below 8.0)"
+    return device_trouble, triton_trouble
+
+
+# Asked in every layer of every step: once is enough for a device.
+_known_troubles_of = functools.cache(_troubles_of)
 
 
 def plan_tiles(
@@ -113,6 +132,7 @@ def interval_attention(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     precision: str | None = None,
+    is_checked: bool = False,
 ) -> Tensor:
     """softmax(softcap(scale q k^T) + bias) v over the keys that a row sees. Rows that see nothing give zeros.
 
@@ -129,6 +149,8 @@ def interval_attention(
             generator of that device.
         precision: of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or ``"ieee"``. By
             default tf32x3, or tf32 where ``torch.set_float32_matmul_precision`` allows it.
+        is_checked: skip the checks of all arguments. Only after a call with the same shapes, dtypes, devices and
+            options passed them, as in the layers of a model after the first: what would be refused is then undefined.
 
     Returns:
         ``(B, H, T, D)`` in the dtype and the memory layout of q.
@@ -137,9 +159,10 @@ def interval_attention(
         ValueError: the arguments do not fit each other or the kernels.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else float(scale)
-    _check(q, k, v, plan, relative_bias, scale, softcap, dropout, seed)
-    if precision not in (None, "tf32", "tf32x3", "ieee"):
-        raise ValueError(f"precision must be 'tf32', 'tf32x3', 'ieee' or None, got {precision!r}")
+    if not is_checked:
+        _check(q, k, v, plan, relative_bias, scale, softcap, dropout, seed)
+        if precision not in (None, "tf32", "tf32x3", "ieee"):
+            raise ValueError(f"precision must be 'tf32', 'tf32x3', 'ieee' or None, got {precision!r}")
     table, width = None, 0
     if relative_bias is not None:
         table = relative_bias.float()
@@ -148,10 +171,9 @@ def interval_attention(
         table, width = table.contiguous(), table.shape[1] // 2
     if dropout > 0 and seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
-    sizes = [number for size in plan.sizes for number in (size.rows, size.keys, size.warps, size.stages)]
     softcap = 0.0 if softcap is None else float(softcap)
     out, _ = ops.interval_attention(
-        q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, sizes, precision or ""
+        q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, plan.numbers(), precision or ""
     )
     return out
 
@@ -167,6 +189,7 @@ def decode_attention(
     prefix_v: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    is_checked: bool = False,
 ) -> Tensor:
     """A few query rows against each sequence's own keys and, before them, keys that the whole batch shares.
 
@@ -178,7 +201,7 @@ def decode_attention(
         k, v: ``(B, G, K, D)``, dtype of q, own keys and values; K may be 0.
         first, end: integer ``(B or 1, K)``: own key j is seen by the rows ``first[j] <= i < end[j]``.
         prefix_k, prefix_v: ``(1, G, P, D)``, dtype of q, seen by every row, or None.
-        scale, softcap: as for :func:`interval_attention`.
+        scale, softcap, is_checked: as for :func:`interval_attention`.
 
     Returns:
         ``(B, H, T, D)`` in the dtype and layout of q.
@@ -187,37 +210,8 @@ def decode_attention(
         ValueError: the arguments do not fit each other or the kernels.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else float(scale)
-    reason = why_not(q, v, scale, has_bias=False)
-    if reason is not None:
-        raise ValueError(f"the kernels cannot serve this call: {reason}")
-    if (prefix_k is None) != (prefix_v is None):
-        raise ValueError("prefix_k and prefix_v must be given together")
-    shape = (k.shape[1], q.shape[3])
-    for name, tensor in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        batch = 1 if name.startswith("prefix") else q.shape[0]
-        if tensor is None:
-            continue
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}; move one of them")
-        if tensor.dtype != q.dtype or tensor.shape[0] != batch or (tensor.shape[1], tensor.shape[3]) != shape:
-            raise ValueError(
-                f"{name} must be {q.dtype} of shape ({batch}, {shape[0]}, any, {shape[1]}), got {tensor.dtype} "
-                f"{tuple(tensor.shape)}"
-            )
-    if first.device != q.device or end.device != q.device:
-        raise ValueError(f"first and end must be on the device of q, {q.device}, got {first.device} and {end.device}")
-    if v.shape != k.shape or (prefix_v is not None and prefix_k is not None and prefix_v.shape != prefix_k.shape):
-        raise ValueError("keys and values must agree in length")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
-    if (
-        k.shape[1] == 0
-        or q.shape[1] % k.shape[1]
-        or first.shape != end.shape
-        or first.shape[1] != k.shape[2]
-        or first.shape[0] not in (1, q.shape[0])
-    ):
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, first {tuple(first.shape)}")
+    if not is_checked:
+        _check_decode(q, k, v, first, end, prefix_k, prefix_v, scale, softcap)
     return ops.decode_attention(
         q, k, v, first.to(torch.int32).contiguous(), end.to(torch.int32).contiguous(), prefix_k, prefix_v, scale,
         0.0 if softcap is None else float(softcap),
@@ -278,6 +272,50 @@ def _check(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def _check_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    reason = why_not(q, v, scale, has_bias=False)
+    if reason is not None:
+        raise ValueError(f"the kernels cannot serve this call: {reason}")
+    if (prefix_k is None) != (prefix_v is None):
+        raise ValueError("prefix_k and prefix_v must be given together")
+    shape = (k.shape[1], q.shape[3])
+    for name, tensor in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        batch = 1 if name.startswith("prefix") else q.shape[0]
+        if tensor is None:
+            continue
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}; move one of them")
+        if tensor.dtype != q.dtype or tensor.shape[0] != batch or (tensor.shape[1], tensor.shape[3]) != shape:
+            raise ValueError(
+                f"{name} must be {q.dtype} of shape ({batch}, {shape[0]}, any, {shape[1]}), got {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
+            )
+    if first.device != q.device or end.device != q.device:
+        raise ValueError(f"first and end must be on the device of q, {q.device}, got {first.device} and {end.device}")
+    if v.shape != k.shape or (prefix_v is not None and prefix_k is not None and prefix_v.shape != prefix_k.shape):
+        raise ValueError("keys and values must agree in length")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if (
+        k.shape[1] == 0
+        or q.shape[1] % k.shape[1]
+        or first.shape != end.shape
+        or first.shape[1] != k.shape[2]
+        or first.shape[0] not in (1, q.shape[0])
+    ):
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, first {tuple(first.shape)}")
 
 
 # -- the custom op -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ no list: the rows that see any key of the tile lie between two bounds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -115,24 +115,39 @@ class Plan:
     num_rows: int
     near: int | None
     sizes: tuple[TileSizes, TileSizes, TileSizes, TileSizes]
+    _tensors: list[Tensor] = field(init=False, repr=False, compare=False)
+    _numbers: list[int] = field(init=False, repr=False, compare=False)
 
     @property
     def num_keys(self) -> int:
         """K."""
         return self.first.shape[1]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor, int32, in the order in which the custom op takes them; of lists and ranges the shapes are
-        theirs.
-        """
+    def __post_init__(self) -> None:
+        # Every layer asks for both in every step, so they are made once.
         lists = (self.forward, self.backward_query, self.backward_table)
-        return [
+        tensors = [
             self.first,
             self.end,
             *(tensor for part in lists for tensor in (part.tiles, part.counts, part.order)),
             self.backward_key.bounds,
             self.backward_key.order,
         ]
+        numbers = [number for size in self.sizes for number in (size.rows, size.keys, size.warps, size.stages)]
+        object.__setattr__(self, "_tensors", tensors)
+        object.__setattr__(self, "_numbers", numbers)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, int32, in the order in which the custom op takes them; of lists and ranges the shapes are
+        theirs. The same list every time: do not change it.
+        """
+        return self._tensors
+
+    def numbers(self) -> list[int]:
+        """Rows, keys, warps and stages of each of ``sizes``, flat, as the custom op takes them. The same list every
+        time: do not change it.
+        """
+        return self._numbers
 
 
 def make_plan(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -31,6 +32,7 @@ from gisting.attention import api, interval_attention
 from gisting.errors import GistError
 from gisting.visibility import Visibility
 from gisting_kernels.configs import ENVIRONMENT_VARIABLE
+from gisting_kernels.op import _troubles_of
 from tests.kernels.conftest import (
     DEVICE,
     IS_CUDA,
@@ -440,6 +442,7 @@ def test_the_interpreter_is_asked_for_by_its_variable(monkeypatch: pytest.Monkey
 
 def test_a_card_without_asynchronous_copies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """No such card is at hand: a tensor that says it is on one."""
+    monkeypatch.setattr("gisting_kernels.op._known_troubles_of", _troubles_of)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.version, "hip", None)
@@ -449,6 +452,20 @@ def test_a_card_without_asynchronous_copies_is_refused(monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert kernels.why_not(fake, fake, 0.1, has_bias=False) is None
+
+
+def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in the way of every layer of every step is not asked of the driver each time."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr("gisting_kernels.op._known_troubles_of", functools.cache(_troubles_of))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    for index, dtype in ((0, torch.float16), (0, torch.bfloat16), (1, torch.float16)):
+        fake: Any = SimpleNamespace(device=torch.device("cuda", index), dtype=dtype, shape=(1, 1, 8, 64))
+        assert kernels.why_not(fake, fake, 0.1, has_bias=False) is None
+    wrong: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float64, shape=(1, 1, 8, 64))
+    assert kernels.why_not(wrong, wrong, 0.1, has_bias=False) == "there is no kernel for torch.float64"
+    assert asked == [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
 def test_other_devices_are_refused() -> None:
@@ -652,6 +669,21 @@ def test_errors(changes: dict[str, Any], message: str) -> None:
 def test_the_call_that_the_errors_change_is_right() -> None:
     assert call().shape == (2, 4, 5, 8)
     assert call(plan={"batch": 1}).shape == (2, 4, 5, 8)
+
+
+def test_a_checked_call_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the same numbers; the operator itself checks nothing."""
+    given, visibility = make(5, 21, heads=4, groups=2, width=2), gist_in_the_middle(21)
+    decoding = (*(t.detach() for t in given[:3]), visibility.first, visibility.end)
+    plan = plan_for(given, visibility)
+    expected, decoded = fused(given, plan), kernels.decode_attention(*decoding)
+    monkeypatch.delattr("gisting_kernels.op.why_not")
+    with pytest.raises(NameError, match="why_not"):
+        fused(given, plan)
+    with pytest.raises(NameError, match="why_not"):
+        kernels.decode_attention(*decoding)
+    assert torch.equal(fused(given, plan, is_checked=True), expected)
+    assert torch.equal(kernels.decode_attention(*decoding, is_checked=True), decoded)
 
 
 def test_a_misspelt_option_is_no_silent_default() -> None:

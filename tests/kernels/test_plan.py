@@ -4,6 +4,7 @@ table of tile sizes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -229,6 +230,11 @@ def test_the_plan_holds_the_lists_of_each_kernel() -> None:
     same(plan.backward_key, range_rows(visibility.first, visibility.end, 50, 20, (16, 64)))
     assert [tuple(t.shape) for t in plan.tensors()][:2] == [(1, 70), (1, 70)]
     assert len(plan.tensors()) == 13
+    assert plan.numbers() == [16, 32, 4, 2, 32, 16, 4, 2, 16, 64, 4, 2, 32, 16, 4, 2]
+    assert plan.tensors() is plan.tensors()
+    assert plan.numbers() is plan.numbers()
+    other = dataclasses.replace(plan, first=plan.first + 1)
+    assert other.tensors()[0] is other.first
 
 
 def same(have: Any, expected: Any) -> None:

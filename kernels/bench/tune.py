@@ -134,7 +134,8 @@ def timed_case(spot: Spot) -> Case:
         return Case(
             "packed", "packed", 8192, 2 // batch_factor, heads, heads // 4, size, num_gist=8, document_lengths=documents
         )
-    return Case("gist", "gist", 4096, 4 // batch_factor, heads, heads // 4, size)
+    rows = 16_384 if spot.row.get("segment") == "longest" else 4096
+    return Case("gist", "gist", rows, max(16_384 // rows // batch_factor, 1), heads, heads // 4, size)
 
 
 def checked_cases(spot: Spot) -> list[Case]:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from tests.kernels.conftest import requires_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "kernels" / "bench"
-SCRIPTS = ("clocks", "workload", "report", "step", "attention", "tune")
+SCRIPTS = ("clocks", "ahead", "workload", "report", "step", "attention", "tune")
 CPU = torch.device("cpu")
 
 
@@ -58,6 +59,32 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
             **environment,
         },
     )
+
+
+# -- work ahead in several processes -----------------------------------------------------------------------------------
+
+
+def reciprocal(number: float) -> float:
+    return 1 / number
+
+
+def sleep(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_work_ahead_comes_back_with_its_job_and_its_trouble(bench: SimpleNamespace, processes: int) -> None:
+    found = {done.job: done for done in bench.ahead.run_ahead(reciprocal, [4, 0, 2], processes=processes)}
+    assert {job: done.result for job, done in found.items()} == {4: 0.25, 0: None, 2: 0.5}
+    assert [found[job].trouble for job in (4, 2, 0)] == [None, None, "ZeroDivisionError: division by zero"]
+
+
+def test_work_ahead_ends_at_its_deadline(bench: SimpleNamespace) -> None:
+    start = time.monotonic()
+    assert list(bench.ahead.run_ahead(sleep, [60, 60], processes=2, deadline=start + 1)) == []
+    assert time.monotonic() - start < 30
+    assert list(bench.ahead.run_ahead(sleep, [0], processes=1, deadline=start)) == []
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------
@@ -465,6 +492,39 @@ def test_dry_run(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> 
     assert bench.tune.TABLE.read_bytes() == before
 
 
+def test_what_the_time_is_too_short_for_is_said(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the rows one has all its candidates, one all but the second, one not its own: only the last is left out."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # what --smoke sets, undone after the test
+    monkeypatch.delenv("GISTING_KERNEL_CONFIG", raising=False)
+    timed: dict[str, list[TileSizes]] = {}
+
+    def run_ahead(work: Any, jobs: Any, *, processes: int, deadline: float) -> Iterator[Any]:
+        for number, job in enumerate(jobs):
+            if number == 1:
+                yield bench.ahead.Done(job, ["out: error 1, allowed 0"])
+            elif number not in (3, 4, 6, 7):
+                yield bench.ahead.Done(job, [])
+
+    def tune_spot(spot: Any, tiles: Any, *args: Any, **kwargs: Any) -> dict[TileSizes, float]:
+        timed[spot.row["kernel"]] = tiles
+        return dict.fromkeys(tiles, 1.0)
+
+    monkeypatch.setattr(bench.tune, "run_ahead", run_ahead)
+    monkeypatch.setattr(bench.tune, "tune_spot", tune_spot)
+    assert bench.tune.main(["--smoke", "--seconds", "60"]) == 0
+    own = TileSizes(16, 16, 4, 1)
+    assert timed == {"forward": [own], "query": [own]}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sm_80 forward, 16 bits, head size 64, short segments: 32,16,4,1: out, out: error 1, allowed 0"
+    assert lines.count("  not reached: 32,16,4,1") == 1
+    assert lines[-2:] == [
+        "not reached within 60 s: sm_80 key, 16 bits, head size 64, short segments",
+        "not reached within 60 s: sm_80 table, 16 bits, head size 64, any segments, bias",
+    ]
+
+
 def test_forced_sizes_are_not_tuned(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -555,8 +615,10 @@ def test_the_training_step_runs(tmp_path: Path, bench: SimpleNamespace) -> None:
 @requires_interpreter
 def test_the_tuner_runs() -> None:
     before = (ROOT / "kernels" / "gisting_kernels" / "configs.json").read_bytes()
-    done = run("tune.py", "--smoke", CUDA_VISIBLE_DEVICES="", GISTING_KERNEL_CONFIG="")
+    done = run("tune.py", "--smoke", "--jobs", "2", CUDA_VISIBLE_DEVICES="", GISTING_KERNEL_CONFIG="")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "8 of 8 candidates compiled and checked in " in done.stdout
     assert done.stdout.count("-> ") == 4
     assert ": out" not in done.stdout
+    assert "not reached" not in done.stdout
     assert (ROOT / "kernels" / "gisting_kernels" / "configs.json").read_bytes() == before

@@ -264,6 +264,46 @@ def test_nothing_is_timed_on_a_red_gate(
     assert not path.exists()
 
 
+def test_a_fault_in_a_process_of_the_gate_is_a_fault(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong number and a kernel that cannot run are faults; what could not be compiled ahead is only said."""
+    case = bench.workload.smoke_cases()[0]
+
+    def run_ahead(work: Any, jobs: Any, *, processes: int) -> Iterator[Any]:
+        kinds = [(job.kind, job.name, job.case and job.case.name) for job in jobs]
+        assert kinds == [
+            ("gate", "packed/64", "packed/64"),
+            ("gate", "t5/64", "t5/64"),
+            ("compile", "triton", None),
+            ("compile", "flex", None),
+            ("compile", "flex", "gist/50%/64"),
+            ("compile", "triton", "gist/50%/64"),
+        ]
+        for job, (result, trouble) in zip(jobs, [(["dq: error"], None), (None, "boom"), (None, "no")], strict=False):
+            yield bench.ahead.Done(job, result, trouble)
+
+    monkeypatch.setattr(bench.attention, "run_ahead", run_ahead)
+    faults = bench.attention.gate([case], has_step=True, is_smoke=True, processes=2)
+    assert faults == ["dq: error", "t5/64: boom"]
+    assert capsys.readouterr().out == "compiled ahead: triton, no\n"
+
+
+@pytest.mark.parametrize("has_block_mask", [False, True])
+def test_the_block_mask_of_torch_is_timed_where_it_is_asked_for(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, has_block_mask: bool
+) -> None:
+    monkeypatch.setattr(bench.attention, "PREPARE", dict.fromkeys(PREPARED, bench.attention.PREPARE["sdpa"]))
+    monkeypatch.setattr(bench.attention, "block_mask_ms", lambda *args: 3.0)
+    setting = bench.clocks.Setting(CPU, 1, 0, 1.0, {"device": "cpu"})
+    rows = bench.attention.run_case(bench.workload.smoke_cases()[0], setting, has_block_mask=has_block_mask)
+    times = {row["implementation"]: row.get("create_block_mask_ms") for row in rows}
+    assert times == {**dict.fromkeys(PREPARED), "flex": 3.0 if has_block_mask else None}
+
+
+PREPARED = ("triton", "flex", "sdpa", "flash")
+
+
 def test_gate_covers_what_is_timed(bench: SimpleNamespace) -> None:
     cases = bench.attention.gate_cases(is_smoke=False)
     assert {case.head_size for case in cases} == {case.head_size for case in bench.workload.all_cases()}
@@ -602,9 +642,14 @@ def test_the_benchmark_runs(tmp_path: Path, bench: SimpleNamespace) -> None:
 @requires_triton
 @requires_interpreter
 def test_the_training_step_runs(tmp_path: Path, bench: SimpleNamespace) -> None:
+    """The gate and what would be compiled in two processes."""
     path = tmp_path / "rows.jsonl"
-    done = run("attention.py", "--smoke", "--step", "--output", str(path), CUDA_VISIBLE_DEVICES="")
+    done = run("attention.py", "--smoke", "--step", "--jobs", "2", "--output", str(path), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert "the gate is green: outputs and gradients agree with the oracle" in lines
+    assert sum(line.startswith("compiled ahead: triton, ") and line.endswith(" s") for line in lines) == 1
+    assert sum(line.startswith("compiled ahead: flex, GistError: impl='flex' has no grad") for line in lines) == 1
     rows = {row["implementation"]: row for row in bench.report.read_rows(path)}
     assert rows["triton"]["status"] == rows["sdpa"]["status"] == "measured"
     assert rows["flex"]["reason"].startswith("GistError: impl='flex' has no gradients")

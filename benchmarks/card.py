@@ -250,7 +250,7 @@ def make_clock(device: Any, sizes: Sizes, end: float) -> Any:
 
 
 def inference(directory: Path, device: Any, sizes: Sizes, seconds: float) -> int:
-    """Compress a prompt, and answer one request and eight behind it; with gist tokens and with the whole prompt."""
+    """Compress a prompt, and answer one request, then eight at once; with gist tokens and with the whole prompt."""
     import torch
 
     import gisting

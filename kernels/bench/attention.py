@@ -159,7 +159,7 @@ def gate(cases: Sequence[Case], *, has_step: bool, is_smoke: bool, processes: in
     start = time.monotonic()
     for done in run_ahead(do_ahead, jobs, processes=processes):
         if done.job.kind == "compile":
-            # Not the gate's affair: whoever is timed fails in the same way, and says so in a row.
+            # No fault of the gate: what is timed later fails in the same way, and its row says why.
             what = done.job.name if done.job.case is None else f"{done.job.case.name} {done.job.name}"
             print(f"compiled ahead: {what}, {done.trouble or f'{time.monotonic() - start:.0f} s'}", flush=True)
             continue

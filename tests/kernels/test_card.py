@@ -119,7 +119,7 @@ def test_a_way_that_fails_is_said_and_the_next_one_runs(
     [
         pytest.param(set(), True, ["kernels", "training", "inference"], id="all-is-well"),
         pytest.param({"training"}, True, ["kernels", "training", "inference"], id="goes-on-after-a-failure"),
-        pytest.param({"kernels"}, True, ["kernels", "training", "inference"], id="kernels-cut-off-behind-the-gate"),
+        pytest.param({"kernels"}, True, ["kernels", "training", "inference"], id="kernels-cut-off-after-the-gate"),
         pytest.param({"kernels"}, False, ["kernels"], id="red-gate"),
     ],
 )

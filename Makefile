@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint types check format docs clean bench-kernels
+.PHONY: help demo test test-vllm lint types check format docs clean bench-kernels bench-card
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ docs: $(STAMP) ## build the documentation into site/; open site/index.html
 
 bench-kernels: $(STAMP) ## time the kernels beside torch's attention; needs a CUDA device
 	$(BIN)/python kernels/bench/attention.py --output docs/results/kernels.jsonl --plot docs/results/kernels.png
+
+# ARGS=--smoke runs all of it on a CPU, tiny, and writes to build/card.
+bench-card: $(STAMP) ## measure kernels, training and generation in under 4 minutes; needs a CUDA device
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/card.py $(ARGS)
 
 clean: ## remove builds and caches; .venv stays
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

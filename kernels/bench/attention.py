@@ -3,17 +3,20 @@
     python kernels/bench/attention.py --output docs/results/kernels.jsonl --plot docs/results/kernels.png
     python kernels/bench/attention.py --quick --case 'gist/*'     a handful of cases, or those whose name matches
     python kernels/bench/attention.py --step                      a training step of a LLaMA-like model, 10^9 parameters
+    python kernels/bench/attention.py --quick --step              both
 
-In order: the gate (kernel against the float64 oracle, outputs and gradients, on this device; red: exit 1, no timing),
-the card's matrix rate, then each case, forward and forward with backward. Implementations take turns in one process;
-before each run the L2 cache is overwritten; reported are median and quartiles. Implementations:
+In order: the gate (kernel against the float64 oracle, outputs and gradients, on this device; red: exit 1, no timing)
+while as many processes as there are cores compile what the cases need, the card's matrix rate, then each case, forward
+and forward with backward. Implementations take turns in one process; before each run the L2 cache is overwritten;
+reported are median and quartiles. Implementations:
 
     triton   ours, with the plan made before
     flex     torch's FlexAttention, compiled for the very lengths, with the block mask from our lists, made before
     sdpa     torch's fused operator with the mask made dense before
     flash    torch's FlashAttention on a causal mask (encoder: none) of that size: another question, a ceiling
 
-What is made before is timed apart. FLOPs are those of the pairs that see each other, 4 B H D area forward and 2.5 times
+What is made before is timed apart; torch's own way to a block mask, ``create_block_mask``, only with ``--block-mask``,
+for compiling it takes long. FLOPs are those of the pairs that see each other, 4 B H D area forward and 2.5 times
 that backward, whatever a kernel computes beside. Without a CUDA device: one line, exit 2. ``--smoke`` runs the whole of
 it on a CPU under Triton's interpreter at sizes that mean nothing, to show that it runs.
 """
@@ -23,12 +26,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from ahead import run_ahead
 from clocks import Setting, first_line, free_bytes, matrix_rate, release, spread, time_alternating, wait
 from report import (
     IMPLEMENTATIONS,
@@ -41,8 +46,9 @@ from report import (
     table_of,
     write_rows,
 )
-from step import run_step
+from step import STEP_IMPLEMENTATIONS, compile_step, run_step
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from workload import (
     T5_WIDTH,
@@ -94,14 +100,73 @@ def gate_cases(*, is_smoke: bool) -> list[Case]:
     return found
 
 
-def gate(device: torch.device, *, is_smoke: bool) -> list[str]:
-    """What is wrong with the kernels on this device: nothing, if anything is to be timed."""
+def gate_faults(case: Case, device: torch.device) -> list[str]:
+    """What is wrong with the kernels in a case of the gate."""
+    visibility, found = visibility_of(case, device), []
+    for dtype in (torch.bfloat16, torch.float16):
+        faults = faults_of(ours(visibility), make_inputs(case, device, dtype), visibility)
+        found += [f"{case.name}, {dtype}: {fault}" for fault in faults]
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to do before anything is timed: a case of the gate, or what is to be compiled for an implementation."""
+
+    kind: str
+    name: str
+    case: Case | None
+    is_smoke: bool
+
+
+def run_once(run: Callable[[], Any]) -> float:
+    """In place of a clock, where nothing is timed."""
+    run()
+    return 0.0
+
+
+def do_ahead(job: Job) -> list[str]:
+    """Do a job, in a process of its own; what the gate found wrong."""
+    device = torch.device("cpu") if job.is_smoke else torch.device("cuda", torch.cuda.current_device())
     found = []
-    for case in gate_cases(is_smoke=is_smoke):
-        visibility = visibility_of(case, device)
-        for dtype in (torch.bfloat16, torch.float16):
-            faults = faults_of(ours(visibility), make_inputs(case, device, dtype), visibility)
-            found += [f"{case.name}, {dtype}: {fault}" for fault in faults]
+    if job.case is None:
+        compile_step(device, job.name, is_smoke=job.is_smoke)
+    elif job.kind == "gate":
+        found = gate_faults(job.case, device)
+    else:
+        given, visibility = make_inputs(job.case, device, torch.bfloat16), visibility_of(job.case, device)
+        prepared = PREPARE[job.name](job.case, given, visibility, run_once)
+        prepared.forward()
+        if prepared.has_gradients:
+            prepared.both()
+    wait(device)
+    release(device)
+    return found
+
+
+def gate(cases: Sequence[Case], *, has_step: bool, is_smoke: bool, processes: int) -> list[str]:
+    """What is wrong with the kernels on this device: nothing, if anything is to be timed.
+
+    With more than one process what ``cases`` and the training step need is compiled beside.
+    """
+    jobs = [Job("gate", case.name, case, is_smoke) for case in gate_cases(is_smoke=is_smoke)]
+    if processes > 1:
+        # What takes longest to compile comes first.
+        if has_step:
+            jobs += [Job("compile", name, None, is_smoke) for name in STEP_IMPLEMENTATIONS if name != "sdpa"]
+        jobs += [Job("compile", name, case, is_smoke) for name in ("flex", "triton") for case in cases]
+    found, num_left = [], len(gate_cases(is_smoke=is_smoke))
+    start = time.monotonic()
+    for done in run_ahead(do_ahead, jobs, processes=processes):
+        if done.job.kind == "compile":
+            # No fault of the gate: what is timed later fails in the same way, and its row says why.
+            what = done.job.name if done.job.case is None else f"{done.job.case.name} {done.job.name}"
+            print(f"compiled ahead: {what}, {done.trouble or f'{time.monotonic() - start:.0f} s'}", flush=True)
+            continue
+        num_left -= 1
+        found += done.result if done.trouble is None else [f"{done.job.name}: {done.trouble}"]
+        if num_left == 0 and not found:
+            print("the gate is green: outputs and gradients agree with the oracle", flush=True)
     return found
 
 
@@ -156,7 +221,7 @@ def prepare_triton(case: Case, given: Inputs, visibility: Visibility, clock: Clo
 
 
 def prepare_flex(case: Case, given: Inputs, visibility: Visibility, clock: Clock) -> Prepared:
-    """What ``impl="flex"`` runs; the block mask from our lists, and beside it the time of torch's own way to one."""
+    """What ``impl="flex"`` runs; the block mask from our lists."""
     import gisting_kernels as kernels
     from gisting.attention import flex
 
@@ -168,21 +233,11 @@ def prepare_flex(case: Case, given: Inputs, visibility: Visibility, clock: Clock
     # Forget the lengths of the case before, which would make those of this one variables, and slower.
     torch._dynamo.reset()
     lists = make_lists()
-    mask = flex.block_mask(visibility, lists, case.num_rows)
     pairs = visible_pairs(visibility, case.num_rows)
     says: dict[str, Any] = {
         "plan_ms": clock(lambda: flex.block_mask(visibility, make_lists(), case.num_rows)),
         "visited_over_visible": visited_pairs(lists.counts, size) / pairs,
     }
-    if given.q.is_cuda:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        create = torch.compile(create_block_mask)
-        sizes = case.batch, None, case.num_rows, case.num_rows
-        try:
-            says["create_block_mask_ms"] = clock(lambda: create(mask.mask_mod, *sizes, given.q.device))
-        except Exception as error:  # noqa: BLE001  that way is not the one timed below; its reason goes into the row
-            says["create_block_mask_ms"] = first_line(error)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
         # The block mask is remembered on the intervals after the first call.
@@ -191,6 +246,21 @@ def prepare_flex(case: Case, given: Inputs, visibility: Visibility, clock: Clock
         )
 
     return Prepared(attend, given, pairs, says, has_gradients=given.q.is_cuda)
+
+
+def block_mask_ms(case: Case, visibility: Visibility, clock: Clock) -> float | str:
+    """Milliseconds of ``create_block_mask``, torch's own way to a block mask, compiled; or why it does not run."""
+    import gisting_kernels as kernels
+    from gisting.attention import flex
+
+    lists = kernels.list_tiles(visibility.first, visibility.end, case.num_rows, 0, (flex.BLOCK, flex.BLOCK))
+    mask = flex.block_mask(visibility, lists, case.num_rows)
+    create = torch.compile(create_block_mask)
+    sizes = case.batch, None, case.num_rows, case.num_rows
+    try:
+        return clock(lambda: create(mask.mask_mod, *sizes, visibility.device))
+    except Exception as error:  # noqa: BLE001  nothing else is timed with it; its reason goes into the row
+        return first_line(error)
 
 
 def prepare_sdpa(case: Case, given: Inputs, visibility: Visibility, clock: Clock) -> Prepared:
@@ -246,8 +316,11 @@ PREPARE: dict[str, Callable[[Case, Inputs, Visibility, Clock], Prepared]] = {
 # -- one case ----------------------------------------------------------------------------------------------------------
 
 
-def run_case(case: Case, setting: Setting) -> list[dict[str, Any]]:
-    """The rows of a case, one for each implementation: measured, skipped or failed, the latter two with a reason."""
+def run_case(case: Case, setting: Setting, *, has_block_mask: bool = False) -> list[dict[str, Any]]:
+    """The rows of a case, one for each implementation: measured, skipped or failed, the latter two with a reason.
+
+    With ``has_block_mask`` the row of flex has the time of ``create_block_mask`` too.
+    """
     device = setting.device
     given, visibility = make_inputs(case, device, torch.bfloat16), visibility_of(case, device)
     ready: dict[str, Prepared] = {}
@@ -286,6 +359,9 @@ def run_case(case: Case, setting: Setting) -> list[dict[str, Any]]:
             rows.append({**case.to_row(), "implementation": name, "status": status, "reason": reason})
         else:
             rows.append(measured_row(case, name, ready[name], times[name], setting.matmul_tflops))
+    if has_block_mask:
+        at = IMPLEMENTATIONS.index("flex")
+        rows[at] = {**rows[at], "create_block_mask_ms": block_mask_ms(case, visibility, setting.clock)}
     return [{**row, **setting.about} for row in rows]
 
 
@@ -346,15 +422,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a handful of cases")
     parser.add_argument("--case", help="only cases whose name matches, such as 'gist/50%%/*'")
     parser.add_argument("--repeats", type=int, default=30, help="runs of each implementation (30)")
-    parser.add_argument("--step", action="store_true", help="a training step of a LLaMA-like model instead")
+    parser.add_argument("--step", action="store_true", help="a training step of a LLaMA-like model; alone, no cases")
+    parser.add_argument("--block-mask", action="store_true", help="time create_block_mask too, which compiles for long")
+    parser.add_argument("--jobs", type=int, help="processes that check and compile first (all cores; 1 with --smoke)")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny: shows that it runs, measures nothing")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    if options.jobs is None:
+        options.jobs = 1 if options.smoke else os.cpu_count() or 1
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     for path in (options.output, options.plot):
         if options.smoke and path is not None and path.resolve().is_relative_to(ROOT / "docs" / "results"):
             parser.error(f"--smoke measures nothing, so it does not write to docs/results; got {path}")
-    if not options.step and not options.smoke and not chosen_cases(quick=options.quick, pattern=options.case):
+    if not options.smoke and not chosen_cases(quick=options.quick, pattern=options.case):
         parser.error(f"no case matches {options.case!r}; there are {', '.join(case.name for case in all_cases())}")
     return options
 
@@ -378,34 +460,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 180)
-    faults = gate(device, is_smoke=options.smoke)
+    cases = smoke_cases() if options.smoke else chosen_cases(quick=options.quick, pattern=options.case)
+    if options.step and not options.quick and options.case is None:
+        cases = []
+    faults = gate(cases, has_step=options.step, is_smoke=options.smoke, processes=options.jobs)
     for fault in faults:
         print(f"wrong: {fault}")
     if faults:
         print("the gate is red: nothing was timed")
         return 1
-    print("the gate is green: outputs and gradients agree with the oracle")
     repeats, warmup = (2, 1) if options.smoke else (options.repeats, 5)
     rate = matrix_rate(device, 64 if options.smoke else MATMUL_SIZE, repeats=repeats, warmup=warmup)
     about = {**environment(is_smoke=options.smoke), "matmul_tflops": rate}
-    print(f"{about['device']}: {rate:.3g} TFLOP/s in a product of bfloat16 matrices")
+    print(f"{about['device']}: {rate:.3g} TFLOP/s in a product of bfloat16 matrices", flush=True)
     setting = Setting(device, repeats, warmup, rate, about)
-    if options.step:
-        rows = run_step(setting, is_smoke=options.smoke)
-        console.print(step_table_of(rows))
-        if options.output is not None:
-            write_rows(options.output, rows)
-        return 0
     rows: list[dict[str, Any]] = []
-    cases = smoke_cases() if options.smoke else chosen_cases(quick=options.quick, pattern=options.case)
     for number, case in enumerate(cases, 1):
-        found = run_case(case, setting)
+        found = run_case(case, setting, has_block_mask=options.block_mask)
         rows += found
         for row in found:
             print(f"[{number}/{len(cases)}] {line_of(row)}", flush=True)
         if options.output is not None:
             write_rows(options.output, found)
         release(device)
+    if options.step:
+        found = run_step(setting, is_smoke=options.smoke)
+        console.print(step_table_of(found))
+        if options.output is not None:
+            write_rows(options.output, found)
+    if not cases:
+        return 0
     console.print(table_of(rows))
     if options.plot is not None:
         # With the rows of earlier runs on this device, if they are kept.

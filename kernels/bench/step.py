@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -48,19 +49,23 @@ def attention_through(impl: str) -> Iterator[None]:
         yield
 
 
-def run_step(setting: Setting, *, is_smoke: bool) -> list[dict[str, Any]]:
-    """Time and peak memory of forward, backward and AdamW with each implementation, in turns on one model.
+@dataclass(frozen=True)
+class Trained:
+    """A model with random weights, its batch, and what a backward pass through it is."""
 
-    First a backward pass with each: where the gradient of the first layer's value projection is off by more than
-    ``MAX_DIFFERENCE`` from that with triton, the row is "failed". (The loss says nothing: with random weights it is the
-    logarithm of the vocabulary under any mask.) The learning rate is 0, so that every step is the same one.
-    """
+    model: Any
+    backward: Callable[[], None]
+
+
+def trained_model(device: torch.device, *, is_smoke: bool, num_layers: int | None = None) -> Trained:
+    """The model of the step, or one of the same sizes with fewer layers."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from gisting.models.registry import register_attention
 
-    device = setting.device
     case, sizes = step_case(is_smoke=is_smoke)
+    if num_layers is not None:
+        sizes["num_hidden_layers"] = num_layers
     register_attention()
     torch.manual_seed(0)
     with device:
@@ -68,7 +73,6 @@ def run_step(setting: Setting, *, is_smoke: bool) -> list[dict[str, Any]]:
             LlamaConfig(**sizes), attn_implementation="gist", dtype=torch.bfloat16
         )
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device.type == "cuda")
     visibility = visibility_of(case, device)
     ids = torch.randint(0, sizes["vocab_size"], (case.batch, case.num_rows), device=device)
     mask = visibility.as_attention_mask()
@@ -78,6 +82,30 @@ def run_step(setting: Setting, *, is_smoke: bool) -> list[dict[str, Any]]:
             input_ids=ids, attention_mask=mask, position_ids=visibility.position_ids, labels=ids, use_cache=False
         ).loss
         loss.backward()
+
+    return Trained(model, backward)
+
+
+def compile_step(device: torch.device, impl: str, *, is_smoke: bool) -> None:
+    """Compile what the step needs of an implementation: one layer has the shapes of all."""
+    # Forget the lengths of what this process compiled before, which would make those of the step variables.
+    torch._dynamo.reset()
+    with attention_through(impl):
+        trained_model(device, is_smoke=is_smoke, num_layers=1).backward()
+
+
+def run_step(setting: Setting, *, is_smoke: bool) -> list[dict[str, Any]]:
+    """Time and peak memory of forward, backward and AdamW with each implementation, in turns on one model.
+
+    First a backward pass with each: where the gradient of the first layer's value projection is off by more than
+    ``MAX_DIFFERENCE`` from that with triton, the row is "failed". (The loss says nothing: with random weights it is the
+    logarithm of the vocabulary under any mask.) The learning rate is 0, so that every step is the same one.
+    """
+    device = setting.device
+    case, _ = step_case(is_smoke=is_smoke)
+    trained = trained_model(device, is_smoke=is_smoke)
+    model, backward = trained.model, trained.backward
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device.type == "cuda")
 
     def step() -> None:
         backward()

@@ -1,14 +1,16 @@
 """Time candidates for the tile sizes on the CUDA device at hand, and rewrite the rows of its class in ``configs.json``.
 
-    python kernels/bench/tune.py                          every row of this card's class: hours, most of them compiling
-    python kernels/bench/tune.py --kernel forward --bits 16 --head-size 128
+    python kernels/bench/tune.py                          every row of this card's class, in at most 480 seconds
+    python kernels/bench/tune.py --kernel forward --bits 16 --head-size 128 --seconds 120
     python kernels/bench/tune.py --dry-run --arch 90      what would be timed, on any machine
 
-For each row: candidates that registers and shared memory should hold, each first checked on small inputs against the
-float64 oracle (outputs and gradients, with a bias and without where the row serves both), then all that are right timed
-in turns: a forward kernel by the forward pass, the others by the backward pass, in which only theirs changes. The row
-keeps its tile unless another takes less than 0.98 of its time. The file is written after each row. Long segments: a
-gist mask over 4096 tokens; short ones: packed documents of 256; with a bias: the T5 encoder.
+For each row: candidates that registers and shared memory should hold. First as many processes as there are cores
+compile them, check each on small inputs against the float64 oracle (outputs and gradients, with a bias and without
+where the row serves both) and run it once on those that are timed. Then, one row after another, all that are right are
+timed in turns: a forward kernel by the forward pass, the others by the backward pass, in which only theirs changes. The
+row keeps its tile unless another takes less than 0.98 of its time. The file is written after each row, and what was not
+reached within ``--seconds`` is said. Long segments: a gist mask over 4,096 tokens, the longest over 16,384; short ones:
+packed documents of 256; with a bias: the T5 encoder.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from ahead import run_ahead
 from clocks import Setting, first_line, release, time_alternating
 from workload import T5_WIDTH, Attend, Case, Inputs, faults_of, make_inputs, visibility_of, worst
 
@@ -37,6 +41,8 @@ TABLE = Path(__file__).resolve().parents[1] / "gisting_kernels" / "configs.json"
 EPS_FLOAT32 = 2.0**-20
 # A tile has to be this much faster than the one in the table.
 GAIN = 0.98
+# Of the time, at most so much to compile in; timing takes about half as long.
+COMPILING = 0.65
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,8 @@ def timed_case(spot: Spot) -> Case:
         return Case(
             "packed", "packed", 8192, 2 // batch_factor, heads, heads // 4, size, num_gist=8, document_lengths=documents
         )
-    return Case("gist", "gist", 4096, 4 // batch_factor, heads, heads // 4, size)
+    rows = 16_384 if spot.row.get("segment") == "longest" else 4096
+    return Case("gist", "gist", rows, max(16_384 // rows // batch_factor, 1), heads, heads // 4, size)
 
 
 def checked_cases(spot: Spot) -> list[Case]:
@@ -211,24 +218,75 @@ def run_of_tile(
     return lambda: torch.autograd.grad(out, given.leaves, given.upstream, retain_graph=True)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A tile for a row."""
+
+    spot: Spot
+    tile: TileSizes
+    is_smoke: bool
+
+
+def prepare(candidate: Candidate) -> list[str]:
+    """Compile a candidate and check it; what is wrong with it. Runs in a process of its own."""
+    spot, tile = candidate.spot, candidate.tile
+    device, capability = where(is_smoke=candidate.is_smoke)
+    faults = faults_of_tile(spot, tile, device, capability, is_smoke=candidate.is_smoke)
+    if not faults and not candidate.is_smoke:
+        # For these inputs it is compiled once more: lengths that tiles divide, and strides.
+        run_of_tile(spot, tile, *inputs_of(spot, device, is_smoke=False), capability)()
+    release(device)
+    return faults
+
+
+def where(*, is_smoke: bool) -> tuple[torch.device, tuple[int, int]]:
+    """The device, and the compute capability by which sizes are looked up."""
+    if is_smoke:
+        return torch.device("cpu"), (8, 0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return device, torch.cuda.get_device_capability(device)
+
+
+def inputs_of(spot: Spot, device: torch.device, *, is_smoke: bool) -> tuple[Case, Inputs, Visibility]:
+    """What a row is timed on."""
+    case = shrink(timed_case(spot)) if is_smoke else timed_case(spot)
+    dtype = torch.bfloat16 if spot.row["bits"] == 16 else torch.float32
+    return case, make_inputs(case, device, dtype), visibility_of(case, device)
+
+
+def prepare_all(
+    jobs: Sequence[Candidate], processes: int, deadline: float
+) -> tuple[dict[int, list[TileSizes]], dict[int, list[TileSizes]]]:
+    """The candidates that are right, and those that were not reached, by the place of their row in the table."""
+    is_right: dict[tuple[int, TileSizes], bool] = {}
+    start = time.monotonic()
+    for done in run_ahead(prepare, jobs, processes=processes, deadline=deadline):
+        faults = done.result if done.trouble is None else [done.trouble]
+        is_right[done.job.spot.index, done.job.tile] = not faults
+        if faults:
+            print(f"{done.job.spot.label()}: {show(done.job.tile)}: out, {'; '.join(faults)}", flush=True)
+        if len(is_right) % 20 == 0 or len(is_right) == len(jobs):
+            took = time.monotonic() - start
+            print(f"{len(is_right)} of {len(jobs)} candidates compiled and checked in {took:.0f} s", flush=True)
+    right: dict[int, list[TileSizes]] = {}
+    missing: dict[int, list[TileSizes]] = {}
+    for job in jobs:  # in their order, whatever ended first
+        key = job.spot.index, job.tile
+        if is_right.get(key, True):
+            (right if key in is_right else missing).setdefault(job.spot.index, []).append(job.tile)
+    return right, missing
+
+
 def tune_spot(
     spot: Spot, tiles: Iterable[TileSizes], setting: Setting, capability: tuple[int, int], *, is_smoke: bool
 ) -> dict[TileSizes, float]:
-    """Median milliseconds of every candidate that is right; prints what became of each."""
+    """Median milliseconds of candidates that were found right; prints what became of each."""
     device = setting.device
-    right = []
-    for tile in tiles:
-        faults = faults_of_tile(spot, tile, device, capability, is_smoke=is_smoke)
-        if faults:
-            print(f"  {show(tile)}: out, {'; '.join(faults)}", flush=True)
-        else:
-            right.append(tile)
-    dtype = torch.bfloat16 if spot.row["bits"] == 16 else torch.float32
-    case = shrink(timed_case(spot)) if is_smoke else timed_case(spot)
-    given, visibility = make_inputs(case, device, dtype), visibility_of(case, device)
+    case, given, visibility = inputs_of(spot, device, is_smoke=is_smoke)
+    right: list[TileSizes] = []
     runs: dict[str, Callable[[], Any]] = {}
     first = None
-    for tile in list(right):
+    for tile in tiles:
         try:
             run = run_of_tile(spot, tile, case, given, visibility, capability)
             result = run()
@@ -239,9 +297,9 @@ def tune_spot(
             fault = difference(result, first)
         if fault is None:
             runs[show(tile)] = run
+            right.append(tile)
         else:
             print(f"  {show(tile)}: out, on the timed inputs: {fault}", flush=True)
-            right.remove(tile)
     times = time_alternating(runs, device, repeats=setting.repeats, warmup=setting.warmup)
     found = {tile: statistics.median(times[show(tile)]) for tile in right}
     for tile, median in sorted(found.items(), key=lambda item: item[1]):
@@ -317,18 +375,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=(16, 32), help="only rows of this width")
     parser.add_argument("--head-size", type=int, choices=(64, 128, 256), help="only rows of this size")
     parser.add_argument("--repeats", type=int, default=20, help="runs of each candidate (20)")
+    parser.add_argument("--seconds", type=float, default=480.0, help="when to stop, with what is done written (480)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (all cores)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be timed")
     parser.add_argument("--arch", type=int, choices=tuple(CLASSES), default=90, help="class of the dry run (90)")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny, a few rows; writes nothing")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    if not options.seconds > 0:
+        parser.error(f"--seconds must be positive, got {options.seconds}")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, time, write; 2 without a CUDA device of a class of the table."""
     options = parse(arguments)
+    start = time.monotonic()
     document = json.loads(TABLE.read_text(encoding="utf-8"))
     only = {"kernel": options.kernel, "bits": options.bits, "head_size": options.head_size}
     if options.dry_run:
@@ -343,51 +408,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.smoke:
         # Before the first import of triton.
         os.environ["TRITON_INTERPRET"] = "1"
-        return smoke(document["rows"])
-    if not torch.cuda.is_available():
+        name, repeats, warmup = "CPU", 1, 1
+        # One row of each kernel with two tiles.
+        tiles = [TileSizes(16, 16, 4, 1), TileSizes(32, 16, 4, 1)]
+        spots = [spots_of(document["rows"], 80, kernel=kernel, bits=16, head_size=64)[0] for kernel in KERNELS]
+        jobs = [Candidate(spot, tile, is_smoke=True) for spot in spots for tile in tiles]
+    elif not torch.cuda.is_available():
         print("no CUDA device: nothing was timed, nothing written (--dry-run shows the candidates)", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-    arch = arch_of(capability)
-    if arch is None:
-        print(
-            f"{name} (compute capability {capability[0]}.{capability[1]}) fills no class of the table, only "
-            f"{', '.join(f'{number / 10}' for number in CLASSES)} do",
-            file=sys.stderr,
-        )
-        return 2
-    setting = Setting(device, options.repeats, 3, 0.0, {})
-    spots = spots_of(document["rows"], arch, **only)
-    num_lost = 0
+    else:
+        _, capability = where(is_smoke=False)
+        name, repeats, warmup = torch.cuda.get_device_name(), options.repeats, 3
+        arch = arch_of(capability)
+        if arch is None:
+            print(
+                f"{name} (compute capability {capability[0]}.{capability[1]}) fills no class of the table, only "
+                f"{', '.join(f'{number / 10}' for number in CLASSES)} do",
+                file=sys.stderr,
+            )
+            return 2
+        spots = spots_of(document["rows"], arch, **only)
+        jobs = [Candidate(spot, tile, is_smoke=False) for spot in spots for tile in candidates(spot.row)]
+    device, capability = where(is_smoke=options.smoke)
+    setting = Setting(device, repeats, warmup, 0.0, {})
+    right, missing = prepare_all(jobs, options.jobs, start + COMPILING * options.seconds)
+    num_written, num_lost, missed = 0, 0, []
     for number, spot in enumerate(spots, 1):
+        current = next(job.tile for job in jobs if job.spot == spot)
+        tiles, unknown = right.get(spot.index, []), missing.get(spot.index, [])
+        # Without the tile of the table there is nothing to be faster than.
+        if current in unknown or time.monotonic() - start > options.seconds:
+            missed.append(spot.label())
+            continue
         print(f"[{number}/{len(spots)}] {spot.label()}", flush=True)
-        medians = tune_spot(spot, candidates(spot.row), setting, capability, is_smoke=False)
-        best = pick(TileSizes(*spot.row["tile"]), medians)
+        if unknown:
+            print(f"  not reached: {'  '.join(show(tile) for tile in unknown)}", flush=True)
+        medians = tune_spot(spot, tiles, setting, capability, is_smoke=options.smoke)
+        best = pick(current, medians)
         if best is None:
             num_lost += 1
             print("  no candidate is right: the row stays as it is", flush=True)
             continue
-        document["rows"][spot.index] = with_tile(spot.row, best, name)
-        write(TABLE, document)
         print(f"  -> {show(best)}", flush=True)
-    print(f"{len(spots) - num_lost} of {len(spots)} rows written to {TABLE}")
+        if not options.smoke:
+            document["rows"][spot.index] = with_tile(spot.row, best, name)
+            write(TABLE, document)
+            num_written += 1
+    for label in missed:
+        print(f"not reached within {options.seconds:g} s: {label}")
+    if not options.smoke:
+        print(f"{num_written} of {len(spots)} rows written to {TABLE} after {time.monotonic() - start:.0f} s")
     return 1 if num_lost else 0
-
-
-def smoke(rows: Sequence[dict[str, Any]]) -> int:
-    """One row of each kernel with two tiles under the interpreter."""
-    setting = Setting(torch.device("cpu"), 1, 1, 0.0, {})
-    for kernel in KERNELS:
-        spot = spots_of(rows, 80, kernel=kernel, bits=16, head_size=64)[0]
-        print(spot.label())
-        tiles = (TileSizes(16, 16, 4, 1), TileSizes(32, 16, 4, 1))
-        medians = tune_spot(spot, tiles, setting, (8, 0), is_smoke=True)
-        best = pick(tiles[0], medians)
-        if best is None:
-            return 1
-        print(f"  -> {show(best)}")
-    return 0
 
 
 if __name__ == "__main__":

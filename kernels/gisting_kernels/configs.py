@@ -31,6 +31,9 @@ KERNELS = ("forward", "query", "key", "table")
 HEAD_SIZES = (64, 128, 256)
 # Mean rows per key up to which a segment is short: there most of a large tile would be masked.
 SHORT = 384
+# Beyond this many a row for the longest segments serves, where the table has one. With half of the tokens in the prompt
+# it is reached at 8,192 tokens.
+LONG = 2048
 # Compute capability from which a class of the table serves, and the shared memory that its tiles fit in, in bytes.
 CLASSES = {80: 166_912, 90: 232_448}
 ENVIRONMENT_VARIABLE = "GISTING_KERNEL_CONFIG"
@@ -67,19 +70,24 @@ def tile_sizes(
         "arch": arch,
         "bits": 16 if bits <= 16 else 32,
         "head_size": next((size for size in HEAD_SIZES if head_size <= size), head_size),
-        "segment": "short" if segment_length <= SHORT or is_small else "long",
         "bias": has_bias,
     }
+    segments = ("short",) if segment_length <= SHORT or is_small else ("long",)
+    if segment_length > LONG and not is_small:
+        segments = ("longest", "long")
     sizes = []
     for kernel in KERNELS:
         rows = [
             row
             for row in read_table()
-            if row["kernel"] == kernel and all(row.get(key, value) == value for key, value in wanted.items())
+            if row["kernel"] == kernel
+            and all(row.get(key, value) == value for key, value in wanted.items())
+            and row.get("segment", segments[-1]) in segments
         ]
         if not rows:
             raise ValueError(f"there are no tile sizes for head size {head_size} of {bits} bits")
-        size = forced.get(kernel, TileSizes(*rows[0]["tile"]))
+        row = min(rows, key=lambda row: segments.index(row.get("segment", segments[-1])))
+        size = forced.get(kernel, TileSizes(*row["tile"]))
         if is_small and kernel not in forced:
             most = 32 if head_size > 128 else 128
             size = TileSizes(min(size.rows, most), min(size.keys, most), size.warps, 1)

@@ -505,12 +505,18 @@ def _decode_op(
         return torch.empty_like(q).copy_(out)
     if q.device.type != "cuda":
         return run_decode(q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, 4, is_small=False)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    is_small = has_little_shared_memory(torch.cuda.get_device_capability(q.device))
+    processors, is_small = _card(q.device)
     with torch.cuda.device(q.device):
         return run_decode(
             q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, processors, is_small=is_small
         )
+
+
+@functools.cache
+def _card(device: torch.device) -> tuple[int, bool]:
+    """How many processors a card has, and whether it has little shared memory."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return processors, has_little_shared_memory(torch.cuda.get_device_capability(device))
 
 
 @_decode_op.register_fake
@@ -567,7 +573,8 @@ class _Launch:
         launch = functools.partial(
             kernel[(num_programs,)], num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True
         )
-        if self.device.type != "cuda":
+        # Entering a device costs a few microseconds, at each of some hundred launches of a step.
+        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
             return launch
 
         def on_device(*args: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ twice the error of the plain formula in the same dtype, both against float64, wi
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +26,22 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_CUDA = DEVICE.type == "cuda"
 # The interpreter has no arithmetic in bfloat16; there the op computes in float32, which has a test of its own.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if IS_CUDA else [])]
+
+
+def _version(name: str) -> tuple[int, int]:
+    """Major and minor version of a package, (0, 0) where it is not installed."""
+    try:
+        major, minor = importlib.metadata.version(name).split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
+# What asks for the interpreter in a process of its own, also where there is a card.
+requires_interpreter = pytest.mark.skipif(
+    (0, 0) < _version("triton") < (3, 7) and _version("numpy") >= (2, 5),
+    reason="Triton's interpreter fails with numpy 2.5 before triton 3.7; install triton 3.7 or numpy 2.4",
+)
 Sizes = tuple[TileSizes, TileSizes, TileSizes, TileSizes]
 
 

@@ -202,14 +202,14 @@ def last_dimension_strided(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [transposed, sliced, last_dimension_strided])
 def test_strides(layout: Callable[[Tensor], Tensor]) -> None:
-    """The same numbers otherwise laid out give the same bits, in the output and in the gradients."""
+    """The same numbers laid out another way give the same results, in the output and in the gradients."""
     given, visibility = make(19, batch=2, groups=2, size=20, width=5), gist_in_the_middle(19, 2)
     plan = plan_for(given, visibility, MIXED)
     expected = differentiate(lambda it: fused(it, plan), given)
     leaves = [layout(t.detach()).requires_grad_() for t in given[:3]]
     assert all(a.stride() != b.stride() for a, b in zip(leaves, given[:3], strict=True))
     other = Given(*leaves, given.table, layout(given.upstream))
-    assert_same_bits(differentiate(lambda it: fused(it, plan), other), expected)
+    assert_agree(differentiate(lambda it: fused(it, plan), other), expected, other, visibility)
 
 
 def test_the_output_has_the_layout_of_q() -> None:
@@ -227,12 +227,13 @@ def test_expanded_tensors(groups: int) -> None:
     k, v = (t.detach()[:1, :1].expand(2, groups, -1, -1) for t in (given.k, given.v))
     flat = Given(given.q, k.contiguous().requires_grad_(), v.contiguous().requires_grad_(), None, given.upstream)
     wide = Given(given.q, k.requires_grad_(), v.requires_grad_(), None, given.upstream)
-    grads = [torch.autograd.grad(fused(it, plan).sum(), it.leaves) for it in (flat, wide)]
-    ones = flat._replace(upstream=torch.ones_like(given.upstream))
-    expected = differentiate(lambda it: fused(it, plan), ones)
-    for name, *both in zip(("dq", "dk", "dv"), *grads, strict=True):
-        for have in both:
-            assert torch.equal(have, expected[name]), name
+    ones = torch.ones_like(given.upstream)
+    expected = differentiate(lambda it: fused(it, plan), flat._replace(upstream=ones))
+    for one in (flat, wide):
+        out = fused(one, plan)
+        grads = torch.autograd.grad(out.sum(), one.leaves)
+        have = {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+        assert_agree(have, expected, one._replace(upstream=ones), visibility)
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -252,6 +253,16 @@ def test_offsets_beyond_32_bits() -> None:
         far.copy_(getattr(given, name).detach())
         moved = given._replace(**{name: far.detach().requires_grad_(name != "upstream")})
         assert_same_bits(differentiate(lambda it: fused(it, plan), moved), expected)
+
+
+def assert_agree(have: dict[str, Tensor], expected: dict[str, Tensor], given: Given, visibility: Visibility) -> None:
+    """Equal bits under the interpreter. A compiled kernel orders its sums by the layout of what it reads: on a card the
+    results are held to the tolerance.
+    """
+    if IS_CUDA:
+        assert not failures(given, visibility, have)
+    else:
+        assert_same_bits(have, expected)
 
 
 def assert_same_bits(have: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

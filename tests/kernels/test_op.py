@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
@@ -32,7 +33,7 @@ from gisting.attention import api, interval_attention
 from gisting.errors import GistError
 from gisting.visibility import Visibility
 from gisting_kernels.configs import ENVIRONMENT_VARIABLE
-from gisting_kernels.op import _troubles_of
+from gisting_kernels.op import _Launch, _troubles_of
 from tests.kernels.conftest import (
     DEVICE,
     IS_CUDA,
@@ -466,6 +467,23 @@ def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float64, shape=(1, 1, 8, 64))
     assert kernels.why_not(wrong, wrong, 0.1, has_bias=False) == "there is no kernel for torch.float64"
     assert asked == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(("current", "entered"), [(1, []), (0, [torch.device("cuda", 1)])])
+def test_a_launch_enters_its_device_only_from_another(
+    monkeypatch: pytest.MonkeyPatch, current: int, entered: list[torch.device]
+) -> None:
+    """With two cards that are not at hand."""
+    given, launched, found = make(17), [], []
+    launch = _Launch(
+        *given[:2], plan_for(given, gist_in_the_middle(17)).tensors(), None, None, 1.0, 0.0, 0.0, 0, "ieee"
+    )
+    launch.device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: found.append(device) or contextlib.nullcontext())
+    kernel = {(3,): lambda *args, **options: launched.append((args, options["num_warps"]))}
+    launch(kernel, 3, SMALL[0])(7)
+    assert (launched, found) == ([((7,), 4)], entered)
 
 
 def test_other_devices_are_refused() -> None:

@@ -20,7 +20,7 @@ import gisting_kernels as kernels
 from gisting import visibility as vis
 from gisting.visibility import FOREVER, Visibility
 from gisting_kernels import configs
-from gisting_kernels.configs import ENVIRONMENT_VARIABLE, SHORT, read_table, tile_sizes
+from gisting_kernels.configs import ENVIRONMENT_VARIABLE, LONG, SHORT, read_table, tile_sizes
 from gisting_kernels.plan import Plan, TileLists, TileSizes, list_tiles, make_plan, mean_segment_length, range_rows
 from tests.kernels.conftest import DEVICE, SMALL, intervals, tiles
 
@@ -276,7 +276,7 @@ def test_near_tiles_hold_every_distance_below_the_width(near: int, table: tuple[
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)], ids=["8.0", "8.6", "9.0"])
 @pytest.mark.parametrize(("head_size", "bits"), [(64, 16), (128, 16), (256, 16), (64, 32), (128, 32)])
-@pytest.mark.parametrize("segment_length", [100.0, 5000.0], ids=["short", "long"])
+@pytest.mark.parametrize("segment_length", [100.0, 1000.0, 5000.0], ids=["short", "long", "longest"])
 def test_near_tiles_hold_every_near_distance_in_every_row_of_the_table(
     capability: tuple[int, int], bits: int, head_size: int, segment_length: float
 ) -> None:
@@ -405,7 +405,7 @@ def test_every_card_finds_its_sizes(capability: tuple[int, int]) -> None:
     for bits in (16, 32):
         # Beyond 128 float32 is refused (why_not).
         for head_size in (1, 8, 64, 65, 128, *((129, 256) if bits == 16 else ())):
-            for segment_length in (0.0, SHORT, SHORT + 1, 1e6):
+            for segment_length in (0.0, SHORT, SHORT + 1, LONG, LONG + 1):
                 for has_bias in (False, True):
                     sizes = tile_sizes(capability, head_size, bits, segment_length, has_bias=has_bias)
                     assert len(sizes) == 4
@@ -428,6 +428,29 @@ def test_long_and_short_segments_take_other_tiles() -> None:
     for capability in ((8, 0), (9, 0)):
         short, long = (tile_sizes(capability, 64, 16, n, has_bias=False)[0] for n in (SHORT, SHORT + 1))
         assert short.rows * short.keys < long.rows * long.keys
+
+
+@pytest.mark.parametrize(
+    ("segment_length", "has_bias", "tile"),
+    [
+        pytest.param(SHORT, False, (64, 64, 4, 3), id="short"),
+        pytest.param(1030.0, False, (64, 64, 4, 3), id="4,096-tokens"),
+        pytest.param(LONG, False, (64, 64, 4, 3), id="at-the-limit"),
+        pytest.param(4100.0, False, (128, 128, 8, 3), id="16,384-tokens"),
+        pytest.param(4100.0, True, (128, 64, 8, 3), id="no-row-for-the-longest"),
+    ],
+)
+def test_the_longest_segments_may_have_a_row_of_their_own(
+    segment_length: float, has_bias: bool, tile: tuple[int, int, int, int]
+) -> None:
+    """As an H100 was measured to want it, in the forward kernel of head size 128."""
+    assert tile_sizes((9, 0), 128, 16, segment_length, has_bias=has_bias)[0] == TileSizes(*tile)
+
+
+def test_measured_rows_name_their_device() -> None:
+    assert any(row["measured"] for row in read_table())
+    for row in read_table():
+        assert row["measured"] == ("device" in row), row
 
 
 def test_no_row_of_the_table_stands_behind_one_that_always_matches_first() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from types import ModuleType
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
+triton = pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernel_resources.md"
 SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "resources.py"
 
 
@@ -30,6 +32,14 @@ def resources() -> ModuleType:
     return module
 
 
+def is_older_compiler() -> bool:
+    """Whether triton is older than that of the document: an older one may need more registers for the same tile."""
+    proven = re.search(r"triton (\d+)\.(\d+)", DOCUMENT.read_text(encoding="utf-8"))
+    assert proven is not None
+    return tuple(int(n) for n in triton.__version__.split(".")[:2]) < tuple(int(n) for n in proven.groups())
+
+
+@pytest.mark.skipif(is_older_compiler(), reason="the limits are those of the compiler in docs/kernel_resources.md")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "kernel", ["forward", "query", "key", "table", "decode", "delta", "merge", "bounds", "list", "range", "order"]
@@ -120,7 +130,7 @@ def test_markdown_has_a_row_for_each_case(resources: ModuleType) -> None:
 
 
 def test_the_committed_document_has_the_rows_of_the_table(resources: ModuleType) -> None:
-    text = (SCRIPT.parents[2] / "docs" / "kernel_resources.md").read_text(encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
     starts = ["|".join(line.split("|")[:8]) for line in text.splitlines() if line.startswith("| sm_")]
     used = resources.Resources(**GOOD)
     fresh = resources.write_markdown([(case, used) for case in resources.cases_of_table()], "versions")

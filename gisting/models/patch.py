@@ -120,10 +120,10 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
     if family.is_encoder_decoder and not any(
         getattr(part, "is_causal", False) for part in model.get_decoder().modules()
     ):
-        # UMT5 in transformers 5.17: stock training lets its decoder look ahead.
+        # UMT5 before transformers 5.18: stock training lets its decoder look ahead.
         raise UnsupportedModelError(
             f"this version of transformers does not mark the decoder of {model.config.model_type} as causal; upgrade "
-            "it: pip install -U transformers"
+            "it: pip install 'transformers>=5.18'"
         )
 
     undo = _Undo(attention=attention)

@@ -271,7 +271,7 @@ def test_outputs_and_gradients(dtype: torch.dtype, num_rows: int, heads: int, gr
 
 
 def test_gradients_that_nearly_cancel() -> None:
-    """Two keys to a row: in one draw of about 40, four of these, rounding exceeds the tolerance of the oracle's tests."""
+    """Two keys to a row: in one draw of about 40, four of these, rounding exceeds the tolerance of the oracle."""
     visibility = oracle.masks(2)
     for seed in range(79, 107):
         torch.manual_seed(seed)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
@@ -56,12 +57,27 @@ class Watch(TorchDispatchMode):
         return out
 
 
+class Made(TorchFunctionMode):
+    """Counts tensors that are made of Python's numbers on a device: on the CPU, and copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and out.device.type != "cpu":
+            self.count += 1
+        return out
+
+
 @contextmanager
 def waiting_for_nothing() -> Iterator[None]:
-    """A block in which a tensor on "meta" is neither read nor made by copying one of the CPU."""
-    with Watch() as watch:
+    """A block in which a tensor on "meta" is neither read, nor made of numbers or by copying one of the CPU."""
+    with Watch() as watch, Made() as made:
         yield
     assert watch.copies == []
+    assert made.count == 0
 
 
 @pytest.fixture(params=["sdpa", "kernels"])

@@ -27,7 +27,7 @@ def assert_on_device(condition: Tensor, message: str) -> None:
     So this is for what must never happen; what a user may well get wrong is checked before, on the host.
 
     Args:
-        condition: bool, of one element, on any device.
+        condition: bool ``()``, on any device.
         message: at most :data:`MAX_MESSAGE_BYTES` bytes in UTF-8; a constant of its module, for a test to check.
 
     Raises:

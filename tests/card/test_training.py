@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from gisting import GistCollator, Record
 from gisting.data.packing import GistPackingCollator
+from gisting.errors import GistError
 from gisting.models.mode import evaluating
 from gisting.train.finetune import finetune, published_arguments
 from gisting.train.methods import METHODS
@@ -63,6 +64,28 @@ def test_loss_and_gradients(name: str, is_packed: bool, place: Place) -> None:
     found, wanted = backward(there, place.put(batch)), backward(model, batch)
     assert_near(found, wanted, "loss")
     assert_all_near(gradients(there), gradients(model))
+
+
+def test_other_dtypes(place: Place) -> None:
+    """The kernels have no float64: there a card runs torch's own attention with a dense mask."""
+    model, tokenizer = tiny.patched("llama")
+    model.double()
+    there = copy.deepcopy(model).to(place.device)  # pyright: ignore[reportArgumentType]
+    batch = batch_of(tokenizer)
+    assert_near(backward(there, place.put(batch)), backward(model, batch), "loss")
+    assert_all_near(gradients(there), gradients(model))
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope"])
+def test_length_dependent_positions(name: str, place: Place) -> None:
+    """Below the length at which the frequencies change they are the CPU's; beyond it both refuse."""
+    model, tokenizer = tiny.patched(name)
+    there: Any = copy.deepcopy(model).to(place.device)  # pyright: ignore[reportArgumentType]
+    batch = batch_of(tokenizer)
+    assert_near(backward(there, place.put(batch)), backward(model, batch), "loss")
+    long = GistCollator(tokenizer, 2)([Record(tiny.words(140, 1), "w1", "w2")])
+    with pytest.raises(GistError, match="the rotary frequencies"):
+        backward(there, place.put(long))
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])

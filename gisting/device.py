@@ -1,4 +1,4 @@
-"""Assertions that an accelerator checks in its own time, while the host goes on.
+"""What keeps the host from waiting for an accelerator: assertions there, and one copy where many would do.
 
 Place in the flow: below whatever runs a model. To branch on a number that a device has computed, the host waits for all
 the work before it; an assertion is queued like any other work and costs no wait. Every assertion of the library goes
@@ -7,12 +7,15 @@ through here, so that the limits of such messages are known in one place. Knows 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gisting.errors import GistError
 
-__all__ = ["MAX_MESSAGE_BYTES", "assert_on_device"]
+__all__ = ["MAX_MESSAGE_BYTES", "assert_on_device", "on_each_device"]
 
 #: CUDA hands the message to its kernel in a buffer of fixed size. torch refuses one of 255 bytes and more, even where
 #: the assertion holds, and on CUDA alone (``aten/src/ATen/native/cuda/TensorCompare.cu``).
@@ -41,3 +44,11 @@ def assert_on_device(condition: Tensor, message: str) -> None:
             f"got {size}; shorten it"
         )
     torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def on_each_device(tensor: Tensor) -> Callable[[torch.device], Tensor]:
+    """``tensor``, of any shape and dtype, on the device that is asked for, copied there the first time alone.
+
+    For what every layer of a model needs, whose layers may lie on several devices: each copy from the CPU is a wait.
+    """
+    return functools.cache(tensor.to)

@@ -23,7 +23,9 @@ from transformers import DynamicCache, StaticCache
 import gisting_kernels
 from gisting import GistCollator, Record
 from gisting.attention import api
+from gisting.cache import CacheOrigin, GistCache
 from gisting.data.packing import GistPackingCollator
+from gisting.models import decoder
 from gisting.models import patch as patch_module
 from gisting.train.methods import METHODS, prepare
 from gisting_kernels import op
@@ -175,6 +177,31 @@ def test_positions_are_checked_under_compile() -> None:
     assert check(torch.tensor([[0, 1, 2, limit - 1]])).shape == (1, 4)
     with pytest.raises(RuntimeError, match="position_ids span more positions than those up to which"):
         check(torch.tensor([[0, 1, 2, limit]]))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda cache: cache.select([1, 0, 1]), lambda cache: cache.blanked()], ids=["select", "blanked"]
+)
+def test_a_change_of_a_cache_copies_its_numbers_once(change: Callable[[GistCache], GistCache]) -> None:
+    """Not once for every layer: each copy from the CPU is a wait."""
+    states = tuple(torch.zeros(2, 2, 3, 4, device="meta") for _ in range(5))
+    cache = GistCache(states, states, torch.tensor([3, 1]), CacheOrigin("m", "t", "plain", "gist"))
+    with Watch() as watch:
+        changed = change(cache)
+    assert changed.device.type == "meta"
+    assert len(watch.copies) == 1
+
+
+def test_compressing_copies_no_number_for_each_layer() -> None:
+    """Ids, mask, positions, and where the gist's columns are."""
+    model, tokenizer = tiny.patched("llama")
+    encodings = tokenizer.encode_prompts(["w1 w2 w3", "w4"], 2)
+    rotary = decoder.rotary_of(model)
+    model.to("meta")
+    with Watch() as watch, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "rotary_of", lambda model: rotary)  # reads the frequencies, once a cache
+        decoder.prefix_states(model, tokenizer, encodings, CacheOrigin("m", "t", "plain", "gist"))
+    assert len(watch.copies) == 4
 
 
 def test_ordinary_text_is_read_once(implementation: str) -> None:

@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint types check format docs clean bench-kernels bench-card
+.PHONY: help demo test test-card test-vllm lint types check format docs clean bench-kernels bench-card
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,14 @@ demo: $(STAMP) ## train a small model to gist, compress a prompt, answer from th
 
 test: $(STAMP) ## run the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What runs on a CUDA device; every other test runs on the CPU of such a machine too. One device is enough, and taken.
+CARD_TESTS := tests/card tests/kernels tests/attention/test_flex.py tests/test_device.py tests/test_host_reads.py \
+	tests/test_table.py::test_gather_waits_for_the_device_once tests/test_generation_modes.py::test_offloaded_on_cuda \
+	tests/models/test_fingerprint.py::test_stays_on_an_accelerator
+test-card: $(STAMP) ## run the tests that need a CUDA device; ARGS=--smoke runs them on the CPU
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist worksteal \
+		$(if $(findstring --smoke,$(ARGS)),-n 2 tests/card,-n 8 $(CARD_TESTS)) $(ARGS)
 
 test-vllm: ## run the tests against real vLLM on the CPU, in .venv-vllm
 	GISTING_VLLM_ENV=.venv-vllm tests/vllm/run

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gisting.device import on_each_device
 from gisting.errors import CacheMismatchError, GistError
 from gisting.rotary import Rotary
 from gisting.storage import MAX_BYTES, malformed, read, write
@@ -139,8 +140,9 @@ class GistCache:
         index = torch.tensor([row % len(self) for row in numbers])
         lengths = self.lengths[index]
         start = self.num_slots - int(lengths.max())
+        index_on = on_each_device(index)
         return self._map(
-            lambda tensor, dim: tensor.index_select(0, index.to(tensor.device)).narrow(
+            lambda tensor, dim: tensor.index_select(0, index_on(tensor.device)).narrow(
                 dim, start, tensor.shape[dim] - start
             ),
             lengths,
@@ -255,10 +257,11 @@ class GistCache:
         is_held = torch.cat([cache._is_held().expand(batch, -1) for cache in caches], dim=1)
         slots = int(lengths.sum(0).max())
         source = is_held.sort(dim=1, stable=True).indices[:, is_held.shape[1] - slots :, None]
+        source_on = on_each_device(source[:, None])
 
         def join(parts: Sequence[Tensor]) -> Tensor:
             whole = torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=2)
-            return whole.take_along_dim(source[:, None].to(whole.device), dim=2)
+            return whole.take_along_dim(source_on(whole.device), dim=2)
 
         keys = [
             [rotary.rotate(layer, part.expand(batch, -1, -1, -1), by) for part, by in zip(parts, offsets, strict=True)]
@@ -288,10 +291,10 @@ class GistCache:
         Nobody sees those, but in a ragged batch the model leaves there what it thought of the *prompt*, which is to
         stay behind: in no file, and not in the range of numbers that a quantised file covers.
         """
-        is_empty = ~self._is_held()
+        is_empty_on = on_each_device(~self._is_held())
 
         def blank(tensor: Tensor, dim: int) -> Tensor:
-            here = is_empty.to(tensor.device)
+            here = is_empty_on(tensor.device)
             return tensor.masked_fill(here[:, None, :, None] if dim == 2 else here[:, :, None], 0)
 
         return self._map(blank, self.lengths)

@@ -345,7 +345,6 @@ def test_offloaded_on_cuda(implementation: str, settings: dict[str, Any]) -> Non
         assert found == gisting.generate(model, tokenizer, INPUTS, **call)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 def test_compiled_once_for_calls_of_one_batch_size() -> None:
     """By inductor, without a break in the graph, guard included; where max_cache_len covers them, other texts, lengths

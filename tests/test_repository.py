@@ -33,6 +33,7 @@ LEVELS = {
     "_compat": 0,
     "_version": 0,
     "source": 0,
+    "device": 1,
     "padding": 1,
     "tokens": 1,
     "visibility": 1,

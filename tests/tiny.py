@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -122,9 +125,11 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
 
 def model(name: str, **changes: Any) -> PreTrainedModel:
     """A random model of a family, float32, in eval mode, with weights large enough that attention is far from
-    uniform.
+    uniform. Skips the test where this transformers cannot serve the family.
     """
     model_type = name.split("-")[0]
+    if model_type == "umt5" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("UMT5 needs transformers 5.18: before, its decoder was not marked as causal, and patch refuses it")
     if name in ENCODER_DECODERS:
         settings, build = {**_T5, **ENCODER_DECODERS[name]}, AutoModelForSeq2SeqLM.from_config
     else:

@@ -7,7 +7,7 @@ survives stands at ``0 .. P-1``, so it is an ordinary transformers cache of leng
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from gisting.cache import CacheOrigin, GistCache
+from gisting.device import on_each_device
 from gisting.models.rotary import rotary_of
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
@@ -43,7 +44,7 @@ def prefix_states(
     visibility = CONDITIONS[origin.condition](ids == tokenizer.gist_token_id, is_token)
     kept = visibility.survivors()
     lengths = kept.sum(-1)
-    columns = _last_columns(kept, int(lengths.max()))
+    columns = on_each_device(_last_columns(kept, int(lengths.max())))
     device = input_weight(model).device
     # Without a config every layer keeps all keys, sliding ones too; whoever goes on from here applies the window.
     cache = DynamicCache()
@@ -127,11 +128,11 @@ def continued(
     kept = torch.cat([cache.attention_mask.bool().cpu(), given, said], dim=1)
     lengths = kept.sum(-1)
     slots = int(lengths.max())
-    columns = _last_columns(kept, slots)
-    is_empty = (torch.arange(slots)[None] < slots - lengths[:, None])[:, None, :, None]
+    columns = on_each_device(_last_columns(kept, slots))
+    is_empty = on_each_device((torch.arange(slots)[None] < slots - lengths[:, None])[:, None, :, None])
 
     def gather(states: torch.Tensor) -> torch.Tensor:
-        return _gather(states, columns).masked_fill(is_empty.to(states.device), 0)
+        return _gather(states, columns).masked_fill(is_empty(states.device), 0)
 
     before = replace(
         cache,
@@ -165,11 +166,11 @@ def _last_columns(kept: torch.Tensor, slots: int) -> torch.Tensor:
     return kept.long().argsort(dim=1, stable=True)[:, kept.shape[1] - slots :]
 
 
-def _gather(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _gather(states: torch.Tensor, columns: Callable[[torch.device], torch.Tensor]) -> torch.Tensor:
     """``states`` ``(B, G, N, D)`` at ``columns`` ``(B, P)``, copied, so that a gist of k keeps no whole prompt's keys
     alive. On the device of the layer, as a model may be spread over several.
     """
-    return states.take_along_dim(columns[:, None, :, None].to(states.device), dim=2)
+    return states.take_along_dim(columns(states.device)[:, None, :, None], dim=2)
 
 
 class Assistant:

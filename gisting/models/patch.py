@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gisting._compat import require_transformers
+from gisting.device import assert_on_device
 from gisting.errors import GistError, GistTokenError, UnsupportedModelError
 from gisting.models import relative_bias
 from gisting.models.hooks import remove_hooks
@@ -38,6 +39,16 @@ __all__ = ["PATCH_FORMAT", "guarded_stack", "is_patched", "patch", "require_patc
 
 #: Of ``config.gist``; goes up when what was written before cannot be read as it stands.
 PATCH_FORMAT = 1
+# Both are asserted on a device as well, so they have at most ``MAX_MESSAGE_BYTES``.
+_UNMASKED = (
+    "input_ids hold gist tokens, but attention_mask does not say what they hide; generate with gisting.generate, or "
+    "with cache.as_past_key_values() and exactly the cache's gist tokens in front; train with the mask of GistCollator "
+    "or of a Visibility"
+)
+_TOO_LONG = (
+    "position_ids span more positions than those up to which the model's rotary frequencies stay the same; shorten "
+    "prompt or input"
+)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -109,10 +120,10 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
     if family.is_encoder_decoder and not any(
         getattr(part, "is_causal", False) for part in model.get_decoder().modules()
     ):
-        # UMT5 in transformers 5.17: stock training lets its decoder look ahead.
+        # UMT5 before transformers 5.18: stock training lets its decoder look ahead.
         raise UnsupportedModelError(
             f"this version of transformers does not mark the decoder of {model.config.model_type} as causal; upgrade "
-            "it: pip install -U transformers"
+            "it: pip install 'transformers>=5.18'"
         )
 
     undo = _Undo(attention=attention)
@@ -234,19 +245,11 @@ def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     ids = kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(ids, Tensor) or kwargs.get("gist_states") is not None:
         return
-    message = (
-        "input_ids hold gist tokens, but attention_mask does not say what they hide. For a cached run use "
-        "gisting.compress and gisting.generate, or model.generate(..., past_key_values=cache.as_past_key_values()) "
-        "with exactly the cache's gist tokens in front; to train, take attention_mask and position_ids from "
-        "GistCollator or from a Visibility"
-    )
-    has_gist = (ids == gist_token_id).any()
-    is_step_elsewhere = ids.shape[1] == 1 and ids.device.type != "cpu"
-    if torch.compiler.is_compiling() or is_step_elsewhere:
-        # Asserted on the device: asking for the answer would wait for an accelerator at every token.
-        torch._assert_async(~has_gist, message)  # pyright: ignore[reportPrivateImportUsage]
-    elif has_gist:
-        raise GistTokenError(message)
+    if torch.compiler.is_compiling() or (ids.shape[1] == 1 and ids.device.type != "cpu"):
+        # Asking for the answer would wait for an accelerator at every token.
+        assert_on_device((ids != gist_token_id).all(), _UNMASKED)
+    elif (ids == gist_token_id).any():
+        raise GistTokenError(_UNMASKED)
 
 
 def _check_what_a_cache_stands_for(model: Any, gist_token_id: int) -> None:
@@ -286,16 +289,23 @@ def _check_interval_call(config: Any, kwargs: dict[str, Any], mask: Any) -> None
             "output_router_logits needs a two-dimensional attention_mask, which an interval mask is not; set "
             "model.config.output_router_logits = False"
         )
-    positions = kwargs.get("position_ids")
-    if is_length_dependent(config) and not torch.compiler.is_compiling():
-        if positions is None:
-            positions = torch.arange(mask.shape[-1])
-        limit, span = position_limit(config), int((positions.amax(-1) - positions.amin(-1)).amax()) + 1
-        if limit is not None and span > limit:
-            raise GistError(
-                f"position_ids span {span} positions, more than the {limit} up to which the rotary frequencies of "
-                f"{config.model_type} stay the same; shorten prompt or input"
-            )
+    if not is_length_dependent(config):
+        return
+    limit, num_keys, positions = position_limit(config), mask.shape[-1], kwargs.get("position_ids")
+    if limit is None:
+        return
+    span = num_keys if positions is None else (positions.amax(-1) - positions.amin(-1)).amax() + 1
+    # The positions of a Visibility span no more than its keys do: where those fit, the assertion is for positions from
+    # elsewhere, and an accelerator is not waited for.
+    if isinstance(span, Tensor) and (
+        torch.compiler.is_compiling() or (span.device.type != "cpu" and num_keys <= limit)
+    ):
+        assert_on_device(span <= limit, _TOO_LONG)
+    elif span > limit:
+        raise GistError(
+            f"position_ids span {int(span)} positions, more than the {limit} up to which the rotary frequencies of "
+            f"{config.model_type} stay the same; shorten prompt or input"
+        )
 
 
 def _add_rows(model: PreTrainedModel, tokenizer: GistTokenizer, undo: _Undo) -> None:

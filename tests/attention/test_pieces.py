@@ -223,13 +223,42 @@ def pieces_of(visibility: Visibility, scale: float = 0.3) -> Callable[..., Tenso
     return lambda q, k, v, bias=None: attend_pieces(q, k, v, plan_pieces(visibility, q.shape[2]), scale)
 
 
+def added_up(visibility: Visibility, given: Inputs, scale: float) -> dict[str, float]:
+    """What the gradients of q and k are the rest of: ``weight (dout . v - dout . out)`` times a key or query, with the
+    sizes of all terms added up in place of the terms; of each gradient the largest.
+    """
+    q, k, v, upstream = (t.detach().double() for t in (given.q, given.k, given.v, given.upstream))
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    seen = visibility.to_dense(q.shape[2])[:, None]
+    weights = (q @ k.mT * scale).masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num()
+    sums = upstream.abs() @ v.abs().mT + (upstream * (weights @ v)).abs().sum(-1, keepdim=True)
+    terms = scale * weights * sums
+    of_keys = (terms.mT @ q.abs()).unflatten(1, (-1, group)).sum(2)
+    return {"dq": (terms @ k.abs()).max().item(), "dk": of_keys.max().item()}
+
+
+def bounds(visibility: Visibility, given: Inputs, exact: dict[str, Tensor]) -> dict[str, float]:
+    """The tolerance of the oracle's tests, and for q and k two roundings of what their gradients are the rest of: where
+    a row sees two keys, one of its two sums nearly cancels the other, and the plain implementation, which takes the
+    difference in another order, is no measure of what rounding leaves. Those sums are in float32 or better.
+    """
+    yardstick, largest = run(plain(visibility, 0.3), given), largest_score(given, 0.3)
+    terms = added_up(visibility, given, 0.3)
+    eps = min(torch.finfo(given.q.dtype).eps, torch.finfo(torch.float32).eps)
+    return {
+        name: tolerance(yardstick[name], tensor, largest) + 2 * eps * terms.get(name, 0.0)
+        for name, tensor in exact.items()
+    }
+
+
 def assert_as_good_as_plain(attend: Callable[..., Tensor], visibility: Visibility, given: Inputs) -> None:
     exact = oracle.exact_of(visibility, given, scale=0.3)
-    yardstick, have = run(plain(visibility, 0.3), given), run(attend, given)
+    have, allowed = run(attend, given), bounds(visibility, given, exact)
     for name, tensor in have.items():
         assert tensor.dtype == given.q.dtype, name
         assert tensor.shape == exact[name].shape, name
-        error, bound = worst(tensor, exact[name]), tolerance(yardstick[name], exact[name], largest_score(given, 0.3))
+        error, bound = worst(tensor, exact[name]), allowed[name]
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}"
 
 
@@ -239,6 +268,16 @@ def assert_as_good_as_plain(attend: Callable[..., Tensor], visibility: Visibilit
 def test_outputs_and_gradients(dtype: torch.dtype, num_rows: int, heads: int, groups: int) -> None:
     visibility = oracle.masks(num_rows)
     assert_as_good_as_plain(pieces_of(visibility), visibility, inputs(heads, groups, num_rows, dtype=dtype))
+
+
+def test_gradients_that_nearly_cancel() -> None:
+    """Two keys to a row: in one draw of about 40, four of these, rounding exceeds the tolerance of the oracle."""
+    visibility = oracle.masks(2)
+    for seed in range(79, 107):
+        torch.manual_seed(seed)
+        q, k, v, upstream = (torch.randn(4, 4, 2, 12) for _ in range(4))
+        given = Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), None, upstream)
+        assert_as_good_as_plain(pieces_of(visibility), visibility, given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -333,11 +372,12 @@ def with_wrong_piece(plan: Plan, **changes: int) -> Plan:
 )
 def test_a_planted_bug_exceeds_the_tolerance(changes: dict[str, int], dtype: torch.dtype) -> None:
     given, visibility = inputs(batch=1, dtype=dtype), gist_of(63)
-    exact, yardstick = oracle.exact_of(visibility, given, scale=0.3), run(plain(visibility, 0.3), given)
+    exact = oracle.exact_of(visibility, given, scale=0.3)
+    allowed = bounds(visibility, given, exact)
     plan = with_wrong_piece(plan_pieces(visibility, 63), **changes)
     wrong = run(lambda q, k, v, bias: attend_pieces(q, k, v, plan, 0.3), given)
     for name, tensor in wrong.items():
-        assert worst(tensor, exact[name]) > 2 * tolerance(yardstick[name], exact[name], largest_score(given)), name
+        assert worst(tensor, exact[name]) > 2 * allowed[name], name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,106 @@
+"""The same work on a card and on the CPU, and how far the two may lie apart.
+
+In float32 a card sums in another order, and the kernels make float32 products of three in TF32 (nearly float32). A tiny
+model's logits and gradients then differ in the sixth digit; a wrong mask or position changes the first. So the bound is
+a thousandth of the largest number, and no test here depends on where in between it stands. Answers are compared word by
+word, and it is checked that no word won by less than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+BOUND = 1e-3
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device whose work is compared with that of the CPU.
+
+    Args:
+        device: a CUDA device, or the CPU in a smoke run.
+    """
+
+    device: torch.device
+
+    @property
+    def is_card(self) -> bool:
+        """Whether it is no smoke run."""
+        return self.device.type == "cuda"
+
+    @contextmanager
+    def not_waiting(self) -> Iterator[None]:
+        """A block in which torch raises where the host would wait for the card."""
+        if not self.is_card:
+            yield
+            return
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def put(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on the device."""
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def only_on_a_card(self, why: str) -> None:
+        """Skip the rest of a test in a smoke run."""
+        if not self.is_card:
+            pytest.skip(f"needs a CUDA device: {why}")
+
+
+def assert_near(found: Tensor, wanted: Tensor, name: str = "", bound: float = BOUND) -> None:
+    """Raise unless two tensors differ by at most ``bound`` of the largest number of the second."""
+    assert found.shape == wanted.shape, name
+    found, wanted = found.detach().to(CPU, torch.float64), wanted.detach().to(CPU, torch.float64)
+    assert found.isfinite().all(), name
+    largest, error = wanted.abs().max().item(), (found - wanted).abs().max().item()
+    assert error <= bound * largest, f"{name}: differs by {error:.2e}, the largest number is {largest:.2e}"
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Of all parameters that have one, on the CPU."""
+    return {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_all_near(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float = BOUND) -> None:
+    """Raise unless tensors with the same names differ by at most ``bound`` of the largest number of all.
+
+    Of all, not of each: a gradient that is zero up to rounding (of a key's bias, say) has no scale of its own.
+    """
+    assert found.keys() == wanted.keys()
+    assert wanted
+    flat = [torch.cat([tensors[name].flatten().double().cpu() for name in wanted]) for tensors in (found, wanted)]
+    assert_near(flat[0], flat[1], ", ".join(wanted)[:80], bound)
+
+
+class Margins(LogitsProcessor):
+    """Notes by how much the likeliest word led the next, as a part of the largest logit."""
+
+    def __init__(self) -> None:
+        self.smallest = float("inf")
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        best = scores.topk(2, dim=-1).values
+        lead = (best[:, 0] - best[:, 1]) / scores.masked_fill(scores.isinf(), 0).abs().amax(-1)
+        self.smallest = min(self.smallest, lead.min().item())
+        return scores
+
+
+@contextmanager
+def clear_winners() -> Iterator[dict[str, Any]]:
+    """Settings for a greedy answer on the CPU whose every word won by more than the bound, twice."""
+    margins = Margins()
+    yield {"logits_processor": LogitsProcessorList([margins])}
+    assert 2 * BOUND < margins.smallest < float("inf"), f"a word won by {margins.smallest:.1e} alone; take another text"

@@ -1,0 +1,246 @@
+"""The host does not wait for the device in a training step, nor in a decoding step.
+
+Checked without a card on torch's "meta" device: for the library it is one that is not the CPU, and it holds no numbers,
+so that whatever asks for one fails: ``item``, ``bool`` of a tensor, ``nonzero`` and with it every index that is a bool
+mask. Copies from the CPU, which wait as well, are counted. The same steps on a card, under torch's own watch, are in
+``tests/card``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, StaticCache
+
+import gisting_kernels
+from gisting import GistCollator, Record
+from gisting.attention import api
+from gisting.cache import CacheOrigin, GistCache
+from gisting.data.packing import GistPackingCollator
+from gisting.models import decoder
+from gisting.models import patch as patch_module
+from gisting.train.methods import METHODS, prepare
+from gisting_kernels import op
+from tests import tiny
+
+RECORDS = [
+    Record("w1 w2 w3", "w4 w5", "w6 w7"),
+    Record("w1 w2 w3", "w8", "w9"),
+    Record("w5 w6 w7 w8", "", "w1 w2"),
+]
+# peft 0.21 asks a model for a property by the name that transformers 5.23 deprecates.
+peft_alone = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+class Watch(TorchDispatchMode):
+    """Counts what makes the host wait: numbers that are read, and tensors that are copied between devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name()
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "is_nonzero", "::item")):
+            self.reads.append(name)
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)}
+        if "copy" in name and len(devices) > 1:
+            self.copies.append(name)
+        return out
+
+
+class Made(TorchFunctionMode):
+    """Counts tensors that are made of Python's numbers on a device: on the CPU, and copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and out.device.type != "cpu":
+            self.count += 1
+        return out
+
+
+@contextmanager
+def waiting_for_nothing() -> Iterator[None]:
+    """A block in which a tensor on "meta" is neither read, nor made of numbers or by copying one of the CPU."""
+    with Watch() as watch, Made() as made:
+        yield
+    assert watch.copies == []
+    assert made.count == 0
+
+
+@pytest.fixture(params=["sdpa", "kernels"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With "kernels", attention goes all the way to the operators of ``gisting_kernels``, which give shapes alone."""
+    if request.param == "kernels":
+        monkeypatch.setattr(api, "choose_implementation", lambda *args, **kwargs: ("triton", "a test asks for it"))
+        monkeypatch.setattr(gisting_kernels, "why_not", lambda *args, **kwargs: None)
+        monkeypatch.setattr(op, "why_not", lambda *args, **kwargs: None)
+    return request.param
+
+
+def train_step(model: Any, batch: dict[str, Tensor]) -> None:
+    """A step as stock Trainer makes it, which sets ``use_cache`` to False (the cache of a sliding layer is begun with a
+    copy from the CPU).
+    """
+    stepper = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
+    given = {name: tensor.to("meta") for name, tensor in batch.items()}
+    with waiting_for_nothing():
+        model(**given, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        stepper.step()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma2", "gpt_neox", "cohere2", "t5", "umt5"])
+def test_a_training_step(name: str, implementation: str) -> None:
+    model, tokenizer = tiny.patched(name)
+    batch = GistCollator(tokenizer, 2)(RECORDS)
+    train_step(model.to("meta").train(), batch)
+
+
+@peft_alone
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_of_packed_rows_by_every_method(method: str, implementation: str) -> None:
+    model, tokenizer = tiny.patched("llama")
+    prepare(model, method, 2)
+    batch = GistPackingCollator(tokenizer, 2, max_length=40)(RECORDS)
+    train_step(model.to("meta").train(), batch)
+
+
+def decode_step(model: Any, past: Any, token: int = 5) -> int:
+    """The forward pass of one new token behind five that are cached; how much is copied to the device for it."""
+    for layer in range(model.config.num_hidden_layers):
+        past.update(*(torch.zeros(2, 2, 5, 8, device="meta") for _ in "kv"), layer)
+    ids, position_ids = torch.full((2, 1), token, device="meta"), torch.full((2, 1), 5, device="meta")
+    with torch.no_grad(), Watch() as watch, Made() as made:
+        model(input_ids=ids, position_ids=position_ids, past_key_values=past, use_cache=True)
+    return len(watch.copies) + made.count
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma2"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_decoding_step(name: str, cache: str) -> None:
+    """It reads nothing, and copies no more than a stock model: some versions of transformers make numbers there."""
+    model, _ = tiny.patched(name)
+    counts = []
+    for which in (tiny.stock_twin(name, model), model):
+        past = DynamicCache() if cache == "dynamic" else StaticCache(which.config, 16)
+        counts.append(decode_step(which.to("meta"), past))
+    assert counts[1] == counts[0]
+    assert counts[0] == 0 or name == "gemma2"
+
+
+def test_a_gist_token_in_a_decoding_step_is_asserted_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asserted is what is refused on the CPU."""
+    asserted: list[tuple[Tensor, str]] = []
+    monkeypatch.setattr(patch_module, "assert_on_device", lambda *given: asserted.append(given))
+    model, _ = tiny.patched("llama")
+    decode_step(model.to("meta"), DynamicCache())
+    ((condition, message),) = asserted
+    assert (condition.device.type, condition.dtype, condition.numel()) == ("meta", torch.bool, 1)
+    assert message.startswith("input_ids hold gist tokens")
+
+
+def test_positions_are_not_read_where_the_keys_fit() -> None:
+    """Frequencies that depend on the length: the guard does not wait where no batch of this size can be too long."""
+    model, _ = tiny.patched("llama-dynamic")
+    limit = model.config.max_position_embeddings
+
+    def check(num_keys: int) -> None:
+        mask = torch.zeros(1, 1, 2, num_keys, dtype=torch.int32, device="meta")
+        kwargs = {"attention_mask": mask, "position_ids": torch.zeros(1, num_keys, dtype=torch.long, device="meta")}
+        patch_module._guard(model.base_model, (), kwargs, gist_token_id=64)
+
+    check(limit)
+    with pytest.raises(RuntimeError, match="meta"):
+        check(limit + 1)
+
+
+def test_positions_are_checked_under_compile() -> None:
+    model, _ = tiny.patched("llama-dynamic")
+    limit = model.config.max_position_embeddings
+    mask = torch.zeros(1, 1, 2, 4, dtype=torch.int32)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def check(positions: Tensor) -> Tensor:
+        patch_module._check_interval_call(model.config, {"position_ids": positions}, mask)
+        return positions + 1
+
+    assert check(torch.tensor([[0, 1, 2, limit - 1]])).shape == (1, 4)
+    with pytest.raises(RuntimeError, match="position_ids span more positions than those up to which"):
+        check(torch.tensor([[0, 1, 2, limit]]))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda cache: cache.select([1, 0, 1]), lambda cache: cache.blanked()], ids=["select", "blanked"]
+)
+def test_a_change_of_a_cache_copies_its_numbers_once(change: Callable[[GistCache], GistCache]) -> None:
+    """Not once for every layer: each copy from the CPU is a wait."""
+    states = tuple(torch.zeros(2, 2, 3, 4, device="meta") for _ in range(5))
+    cache = GistCache(states, states, torch.tensor([3, 1]), CacheOrigin("m", "t", "plain", "gist"))
+    with Watch() as watch:
+        changed = change(cache)
+    assert changed.device.type == "meta"
+    assert len(watch.copies) == 1
+
+
+def test_compressing_copies_no_number_for_each_layer() -> None:
+    """Ids, mask, positions, and where the gist's columns are."""
+    model, tokenizer = tiny.patched("llama")
+    encodings = tokenizer.encode_prompts(["w1 w2 w3", "w4"], 2)
+    rotary = decoder.rotary_of(model)
+    model.to("meta")
+    with Watch() as watch, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "rotary_of", lambda model: rotary)  # reads the frequencies, once a cache
+        decoder.prefix_states(model, tokenizer, encodings, CacheOrigin("m", "t", "plain", "gist"))
+    assert len(watch.copies) == 4
+
+
+def test_ordinary_text_is_read_once(implementation: str) -> None:
+    """The guard looks for gist tokens in a text without an interval mask, once a forward pass of several tokens."""
+    model, _ = tiny.patched("llama")
+    ids, reads = torch.full((2, 7), 5), []
+    for which in (model, tiny.stock_twin("llama", model)):
+        with Watch() as watch, torch.no_grad():
+            which(input_ids=ids)
+        reads.append(len(watch.reads))
+    assert reads[0] == reads[1] + 1
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        lambda hidden: hidden.sum().item(),
+        lambda hidden: bool(hidden.any()),
+        lambda hidden: hidden[hidden > 0],
+        lambda hidden: (hidden > 0).nonzero(),
+        lambda hidden: hidden.cpu(),
+        lambda hidden: hidden + torch.zeros(()).to(hidden.device),
+        lambda hidden: hidden + torch.tensor([1.0] * 32, device=hidden.device),
+        lambda hidden: hidden.tolist(),
+    ],
+    ids=["item", "bool", "mask", "nonzero", "to-host", "to-device", "of-numbers", "tolist"],
+)
+def test_a_planted_wait_is_found(planted: Callable[[Tensor], Any]) -> None:
+    model, tokenizer = tiny.patched("llama")
+    batch = GistCollator(tokenizer, 2)(RECORDS)
+
+    def hook(module: Any, args: Any) -> None:
+        planted(args[0])
+
+    model.base_model.layers[1].register_forward_pre_hook(hook)
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+        train_step(model.to("meta").train(), batch)

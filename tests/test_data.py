@@ -558,6 +558,57 @@ def test_the_teacher_of_an_encoder_decoder(t5_tokenizer: GistTokenizer) -> None:
     assert not torch.equal(batch["attention_mask"], positive["attention_mask"])
 
 
+# -- which columns depend on the prompt alone --------------------------------------------------------------------------
+
+CONDITIONED = {"gist": 1, "positive": 1, "negative": 1}
+
+
+def assert_marked_rows_see_marked_keys_alone(batch: dict[str, torch.Tensor]) -> None:
+    is_prompt = batch["is_prompt"]
+    assert is_prompt.dtype == torch.bool
+    assert is_prompt.shape == batch["input_ids"].shape
+    for name in ("attention_mask", "teacher_attention_mask"):
+        sees = Visibility.from_attention_mask(batch[name]).to_dense()  # (B, N, N)
+        assert not (sees & is_prompt[:, :, None] & ~is_prompt[:, None]).any(), name
+        assert torch.equal((sees & is_prompt[:, :, None]).any(-1), is_prompt), f"{name}: padding is marked"
+
+
+def marked(batch: dict[str, torch.Tensor]) -> list[str]:
+    rows = zip(batch["input_ids"], batch["is_prompt"], strict=True)
+    return [written(ids[is_prompt].tolist()) for ids, is_prompt in rows]
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({}, ["w1 w2 w3", "w10 w11 w12 w13 w14"]),
+        ({"chunk_length": 2}, ["w1 w2", "w10 w11"]),
+        ({"part_separator": " w2 "}, ["w1", "w10 w11 w12 w13 w14"]),
+    ],
+    ids=["one", "chunks", "parts"],
+)
+@pytest.mark.parametrize("conditions", [*CONDITIONED, CONDITIONED], ids=[*CONDITIONED, "drawn"])
+def test_columns_of_the_prompt_see_no_other(
+    tokenizer: GistTokenizer, options: dict, shown: list[str], conditions: Any
+) -> None:
+    """Of a prompt in parts or chunks the later ones see gists, the parts at least as the teacher does."""
+    collate = GistCollator(tokenizer, (1, 3), conditions=conditions, with_teacher=True, **options)
+    torch.manual_seed(0)
+    plain = collate(RECORDS * 4)
+    collate.with_prompt_columns = True
+    torch.manual_seed(0)
+    batch = collate(RECORDS * 4)
+    assert batch.keys() == {*plain, "is_prompt"}
+    assert all(torch.equal(batch[name], plain[name]) for name in plain)
+    assert marked(batch) == shown * 4
+    assert_marked_rows_see_marked_keys_alone(batch)
+
+
+def test_an_encoder_has_no_columns_of_the_prompt_alone(t5_tokenizer: GistTokenizer) -> None:
+    with pytest.raises(GistError, match="with_prompt_columns is for decoders: in an encoder a prompt sees its gist"):
+        GistCollator(t5_tokenizer, with_prompt_columns=True)
+
+
 # -- the built-in task -------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from gisting.errors import RecordError
 from gisting.tokens import Template
 from gisting.train.finetune import finetune
 from tests import tiny
+from tests.test_data import CONDITIONED, assert_marked_rows_see_marked_keys_alone, marked
 
 TEMPLATE = Template("words", "{prompt}", "{input}", "w9", "{output}")
 
@@ -361,6 +362,31 @@ def test_a_teacher_of_packed_rows_sees_the_prompts(chunk_length: int | None) -> 
     for name in ("attention_mask", "position_ids"):
         assert torch.equal(batch[f"teacher_{name}"], positive[name])
         assert not torch.equal(batch[name], positive[name])
+
+
+@pytest.mark.parametrize("chunk_length", [None, 2], ids=["one-gist", "chunks"])
+@pytest.mark.parametrize("conditions", [*CONDITIONED, CONDITIONED], ids=[*CONDITIONED, "drawn"])
+def test_columns_of_the_prompts_see_no_other(conditions: Any, chunk_length: int | None) -> None:
+    """Each copy is marked, of a prompt in chunks the first; the prompt that is to be predicted is not."""
+    collate = GistPackingCollator(
+        tokenizer_of(),
+        (1, 3),
+        conditions=conditions,
+        max_length=24,
+        pack_length=40,
+        chunk_length=chunk_length,
+        with_teacher=True,
+        with_prompt_columns=True,
+        reconstruct=True,
+    )
+    torch.manual_seed(0)
+    batch = collate(some(11))
+    assert_marked_rows_see_marked_keys_alone(batch)
+    starts = [tiny.words(3 + number, number) for number in range(3)]
+    first = [" ".join(text.split()[:chunk_length]) for text in starts]
+    # Documents are sorted by length, so their order is not that of the records.
+    assert sorted(" ".join(marked(batch)).split()) == sorted(" ".join(first).split())
+    assert len(batch["input_ids"]) > 1
 
 
 # -- training, and what is refused -------------------------------------------------------------------------------------

@@ -86,6 +86,10 @@ class GistCollator:
             in use. Decoders only, and without ``part_separator``.
         with_teacher: whether a batch also has the intervals and positions of the same rows under the positive control,
             whatever they drew: what a teacher sees that has the prompt in view.
+        with_prompt_columns: whether a batch also says which tokens depend on other prompt tokens alone, under every
+            condition and for the teacher: those before the first gist token, which of a prompt in parts or in chunks
+            is the first of these. Where the model is frozen, their states are those of the model without gists.
+            Decoders only.
 
     Raises:
         GistError: an argument is out of range, or two exclude each other.
@@ -103,6 +107,7 @@ class GistCollator:
         part_separator: str | None = None,
         chunk_length: int | None = None,
         with_teacher: bool = False,
+        with_prompt_columns: bool = False,
     ) -> None:
         if not isinstance(tokenizer, GistTokenizer):
             raise GistError(
@@ -134,6 +139,11 @@ class GistCollator:
                 f"part_separator ({part_separator!r}) and chunk_length ({chunk_length}) exclude each other: a part "
                 "sees nothing of the parts before it, a chunk the gists before it; pass None for one of them"
             )
+        if with_prompt_columns and tokenizer.is_encoder_decoder:
+            raise GistError(
+                "with_prompt_columns is for decoders: in an encoder a prompt sees its gist, so that no token depends "
+                "on the prompt alone; leave it out"
+            )
         self.tokenizer = tokenizer
         self.num_gist_tokens = (low, high)
         self.conditions = weights
@@ -142,6 +152,7 @@ class GistCollator:
         self.part_separator = part_separator
         self.chunk_length = chunk_length
         self.with_teacher = with_teacher
+        self.with_prompt_columns = with_prompt_columns
         self._has_warned = False
 
     def __call__(self, records: Sequence[Record | Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -154,7 +165,8 @@ class GistCollator:
             ``input_ids`` int64 ``(B, N)``; ``attention_mask`` int32 ``(B, 1, 2, N)``; ``labels`` int64, -100 where
             there is nothing to learn: ``(B, N)`` for a decoder, with ``position_ids`` int64 ``(B, N)``; ``(B, M)`` for
             an encoder-decoder. With ``with_teacher`` also ``teacher_attention_mask`` int32 ``(B, 1, 2, N)`` and, for a
-            decoder, ``teacher_position_ids`` int64 ``(B, N)``.
+            decoder, ``teacher_position_ids`` int64 ``(B, N)``. With ``with_prompt_columns`` also ``is_prompt`` bool
+            ``(B, N)``, False at padding: row ``is_prompt[b, i]`` of either mask sees keys with ``is_prompt`` alone.
 
         Raises:
             RecordError: a record is not complete, a part of its instruction is empty, there is nothing between several
@@ -229,7 +241,10 @@ class GistCollator:
             masks = self._masks(CHAINED_CONDITIONS, drawn, is_gist, is_copy, parts, is_token)
         completions = torch.tensor([len(example.completion) for example in examples])
         is_completion = torch.arange(ids.shape[1])[None] >= ids.shape[1] - completions[:, None]
-        return {"input_ids": ids, **masks, "labels": ids.masked_fill(~is_completion, IGNORED)}
+        batch = {"input_ids": ids, **masks, "labels": ids.masked_fill(~is_completion, IGNORED)}
+        if self.with_prompt_columns:
+            batch["is_prompt"] = is_token & (is_gist.cumsum(-1) == 0)
+        return batch
 
     def _columns(self, example: Example) -> tuple[list[int], list[int], list[int]]:
         """The ids of a row; which of them are copies (0 or 1); the part of each, from 1, and 0 for the rest."""

@@ -138,6 +138,8 @@ class GistPackingCollator(GistCollator):
         pack_length: ids of a row, at least ``max_length``; None for ``max_length``.
         chunk_length: as for :class:`GistCollator`; a whole prompt is reconstructed from the gists of all its chunks.
         with_teacher: as for :class:`GistCollator`.
+        with_prompt_columns: as for :class:`GistCollator`, of each copy of a prompt; a prompt that is to be predicted is
+            none of them.
         reconstruct: whether prompts, as they were cut to ``max_length`` and without ``tokenizer.start_ids``, are to be
             predicted from their gists as well.
 
@@ -155,6 +157,7 @@ class GistPackingCollator(GistCollator):
         pack_length: int | None = None,
         chunk_length: int | None = None,
         with_teacher: bool = False,
+        with_prompt_columns: bool = False,
         reconstruct: bool = False,
     ) -> None:
         super().__init__(
@@ -164,6 +167,7 @@ class GistPackingCollator(GistCollator):
             max_length=max_length,
             chunk_length=chunk_length,
             with_teacher=with_teacher,
+            with_prompt_columns=with_prompt_columns,
         )
         if tokenizer.is_encoder_decoder:
             raise GistError(
@@ -244,11 +248,13 @@ class GistPackingCollator(GistCollator):
 
     def _rows(self, packed: list[list[Document]], drawn: Tensor) -> dict[str, Tensor]:
         """Rows of documents, as tensors."""
-        ids, labels, prompt_labels, documents, branches = ([[] for _ in packed] for _ in range(5))
+        ids, labels, prompt_labels, documents, branches, prompts = ([[] for _ in packed] for _ in range(6))
         for row, chosen in enumerate(packed):
             for number, document in enumerate(chosen, start=1):
-                for chunk, count, _ in document.examples[0].stretches:
+                stretches = document.examples[0].stretches
+                for chunk, count, _ in stretches:
                     ids[row] += chunk + [self.tokenizer.gist_token_id] * count
+                prompts[row] += [1] * len(stretches[0][0])
                 shared = len(ids[row]) - len(labels[row])
                 labels[row] += [IGNORED] * shared
                 prompt_labels[row] += [IGNORED] * shared
@@ -259,6 +265,7 @@ class GistPackingCollator(GistCollator):
                     prompt_labels[row] += branch.reconstruction_labels
                     branches[row] += [place] * len(branch.ids)
                 documents[row] += [number] * (len(ids[row]) - len(documents[row]))
+                prompts[row] += [0] * (len(ids[row]) - len(prompts[row]))
         ids, is_token = pad_rows(ids, self.tokenizer.pad_token_id, left=True)
         masks = self._masks(
             CONDITIONS,
@@ -271,4 +278,6 @@ class GistPackingCollator(GistCollator):
         batch = {"input_ids": ids, **masks, "labels": pad_rows(labels, IGNORED, left=True)[0]}
         if self.reconstruct:
             batch["reconstruction_labels"] = pad_rows(prompt_labels, IGNORED, left=True)[0]
+        if self.with_prompt_columns:
+            batch["is_prompt"] = pad_rows(prompts, 0, left=True)[0].bool()
         return batch

@@ -27,7 +27,7 @@ from gisting.source import SOURCE_ARGUMENTS, find_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template", "cut_into_chunks", "num_chunks", "read_tokenizer"]
+__all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template", "cut_into_chunks", "read_tokenizer"]
 
 _FILE = "gist.json"
 _FORMAT = 1

@@ -279,9 +279,7 @@ class GistPackingCollator(GistCollator):
             torch.tensor(values).repeat_interleave(repeats).view(shape)
             for values in zip(*((run.kind, run.document, run.branch) for run in runs), strict=True)
         )
-        masks = self._masks(
-            CONDITIONS, drawn, kind == _GIST, kind != _PADDING, documents=documents, branches=branches
-        )
+        masks = self._masks(CONDITIONS, drawn, kind == _GIST, kind != _PADDING, documents=documents, branches=branches)
         batch = {"input_ids": ids, **masks, "labels": ids.masked_fill(kind != _ANSWER, IGNORED)}
         if self.reconstruct:
             batch["reconstruction_labels"] = ids.masked_fill(kind != _RECONSTRUCTED, IGNORED)

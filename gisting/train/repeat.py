@@ -83,8 +83,8 @@ class CountEpochs(TrainerCallback):
 
 @contextmanager
 def without_parallel_tokenizers(is_wanted: bool) -> Iterator[None]:
-    """While processes are forked: threads of a fast tokenizer do not live on in a fork, so in each ``tokenizers`` would
-    warn and turn them off. They are turned off before, unless ``TOKENIZERS_PARALLELISM`` says otherwise.
+    """Turn the threads of fast tokenizers off while workers are forked: ``tokenizers`` up to 0.22 warns in each
+    process that is forked after threads were used. ``TOKENIZERS_PARALLELISM``, where it is set, is left as it is.
 
     Args:
         is_wanted: False changes nothing.

@@ -21,6 +21,8 @@ from gisting.data import collate as collating
 from gisting.data.packing import GistPackingCollator, group_by_instruction
 from gisting.errors import RecordError
 from gisting.train.finetune import finetune, published_arguments
+from gisting.train.internalize.schedule import Schedule
+from gisting.train.internalize.stages import internalize
 from gisting.train.repeat import CountEpochs, RepeatableDraws, without_parallel_tokenizers
 from tests import tiny
 from tests.test_recipes import trained
@@ -206,6 +208,31 @@ def test_no_text_is_encoded_in_a_step(tmp_path: Path, pack_length: int | None, n
     prompts = len(group_by_instruction(RECORDS, len(RECORDS)))
     assert num_encoded == [prompts, 24, 24, 1, 1, 1]
     assert seen == [6]
+
+
+def test_no_text_is_encoded_in_a_step_of_a_stage_with_gists(tmp_path: Path, num_encoded: list[int]) -> None:
+    model, tokenizer = tiny.patched("llama")
+    settings: dict[str, Any] = {"num_train_epochs": 4.0, "save_strategy": "no", "disable_tqdm": True}
+    seen: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(len(num_encoded))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            seen.append(len(num_encoded))
+
+    internalize(
+        model,
+        tokenizer,
+        "w50 w51 w52",
+        RECORDS[1:4],
+        published_arguments(tmp_path, batch_size=2, **settings),
+        schedule=Schedule((1.0, 0.0)),
+        tail="gist",
+        callbacks=[Watch()],
+    )
+    assert seen[-1] == seen[-2]
 
 
 @pytest.mark.parametrize("pack_length", [None, 48], ids=["padded", "packed"])

@@ -178,7 +178,6 @@ class GistPackingCollator(GistCollator):
                 "prompt; use GistCollator"
             )
         self.reconstruct = reconstruct
-        self._start_ids = array("i", tokenizer.start_ids)
         self.pack_length = max_length if pack_length is None else pack_length
         if self.pack_length < max_length:
             raise GistError(
@@ -241,7 +240,7 @@ class GistPackingCollator(GistCollator):
 
     def _reconstruct(self, document: Document) -> None:
         """Give ``document`` its prompt to be predicted, if there is room."""
-        prompt, start = document.examples[0].prompts[0], self._start_ids
+        prompt, start = document.examples[0].prompts[0], array("i", self.tokenizer.start_ids)
         own = prompt[len(start) :] if prompt[: len(start)] == start else prompt
         if len(own) > 1 and document.num_columns + len(own) <= self.pack_length:
             document.reconstruction = own

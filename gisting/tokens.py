@@ -332,7 +332,24 @@ class GistTokenizer:
         Raises:
             GistError: the numbers differ, or something is no text.
         """
-        return self._complete(inputs, outputs, self.encode_continuations(inputs))
+        return [completion for _, completion in self.encode_answers(inputs, outputs)]
+
+    def encode_answers(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Continuation and completion of each example: what :meth:`encode_continuations` and
+        :meth:`encode_completions` give, without encoding the inputs once for each of them.
+
+        Args:
+            inputs: B texts.
+            outputs: B texts.
+
+        Returns:
+            B pairs of ids. They do not depend on the prompt or on k.
+
+        Raises:
+            GistError: as :meth:`encode_completions`.
+        """
+        continuations = self.encode_continuations(inputs)
+        return list(zip(continuations, self._complete(inputs, outputs, continuations), strict=True))
 
     def encode(
         self,
@@ -610,10 +627,15 @@ def cut_into_chunks(ids: Sequence[int], chunk_length: int | None) -> list[list[i
     Returns:
         ``ceil(L / chunk_length)`` chunks, at least one.
     """
-    number = 1 if chunk_length is None else max(1, -(-len(ids) // chunk_length))
+    number = num_chunks(len(ids), chunk_length)
     size, num_longer = divmod(len(ids), number)
     ends = [size * count + min(count, num_longer) for count in range(number + 1)]
     return [list(ids[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def num_chunks(length: int, chunk_length: int | None) -> int:
+    """How many chunks :func:`cut_into_chunks` makes of ``length`` ids."""
+    return 1 if chunk_length is None else max(1, -(-length // chunk_length))
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:

@@ -113,6 +113,16 @@ def test_a_group_that_does_not_fit_is_split() -> None:
     assert int((batch["labels"] != -100).sum()) == 6 * 4
 
 
+def test_a_prompt_that_was_cut_is_not_shared_with_the_whole_one() -> None:
+    """The third record leaves room for two ids of its prompt."""
+    prompt = "w1 w2 w3 w4"
+    records = [Record(prompt, "w5", "w6"), Record(prompt, "w5", "w7"), Record(prompt, "w8 w9 w10", "w11")]
+    tokenizer = tokenizer_of()
+    (ids,) = GistPackingCollator(tokenizer, 1, max_length=8, pack_length=30)(records)["input_ids"].tolist()
+    names = {2: "/", tokenizer.gist_token_id: "G"} | {number + 4: f"w{number}" for number in range(60)}
+    assert " ".join(names[token] for token in ids) == "w1 w2 w3 w4 G w5 w6 / w5 w7 / w1 w2 G w8 w9 w10 w11 /"
+
+
 def test_what_the_gist_itself_predicts_has_a_copy_of_its_own() -> None:
     """With nothing between gist and completion, only the first completion behind a gist would be predicted by it."""
     tokenizer = tokenizer_of(Template("bare", "{prompt}", "{input}", "", "{output}"))

@@ -147,7 +147,9 @@ def train(
     torch_compile: Annotated[
         bool | None, typer.Option("--torch-compile/--no-torch-compile", help="Compile the model.")
     ] = None,
-    num_workers: Annotated[int | None, typer.Option(help="Processes that make batches. [default: 0]")] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Processes that make batches. [default: up to 4 on a GPU, else 0]")
+    ] = None,
     report_to: Annotated[
         list[str] | None, typer.Option(help="Where to report: tensorboard, wandb, ...; may be repeated.")
     ] = None,

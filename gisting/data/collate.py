@@ -10,7 +10,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from gisting.data.records import Record, to_record
 from gisting.errors import GistError, GistTokenError, RecordError
 from gisting.padding import pad_rows
-from gisting.tokens import GistTokenizer, cut_into_chunks
+from gisting.tokens import GistTokenizer, cut_into_chunks, num_chunks
 from gisting.visibility import CHAINED_CONDITIONS, CONDITIONS, ENCODER_CONDITIONS, Condition, Visibility
 
 __all__ = ["GistCollator"]
@@ -28,21 +29,24 @@ _log = logging.getLogger(__name__)
 IGNORED = -100  # what transformers' losses skip
 
 
+_AHEAD = 1_000  # texts of one call of the tokenizer that encodes ahead
+
+
 class Example(NamedTuple):
     """The ids of one record before they are laid out; its prompt in one or more parts, each with its k, or in one that
     is cut into chunks where it is longer than ``chunk_length``.
     """
 
-    prompts: list[list[int]]
+    prompts: list[array[int]]
     counts: list[int]
-    continuation: list[int]
-    completion: list[int]
+    continuation: array[int]
+    completion: array[int]
     chunk_length: int | None = None
 
     @property
-    def stretches(self) -> list[tuple[list[int], int, bool]]:
-        """What stands one behind the other in front of the continuation: ids of a prompt, the number of gist tokens
-        behind them, and whether each of those has a copy.
+    def stretches(self) -> list[tuple[Sequence[int], int, bool]]:
+        """What stands in front of the continuation, in order: ids of a prompt, the number of gist tokens after them,
+        and whether each of those has a copy.
         """
         if len(self.prompts) == 1:
             chunks = cut_into_chunks(self.prompts[0], self.chunk_length)
@@ -56,7 +60,9 @@ class Example(NamedTuple):
     @property
     def num_gist_columns(self) -> int:
         """Gist tokens and their copies."""
-        return sum(count * (1 + has_copies) for _, count, has_copies in self.stretches)
+        if len(self.prompts) == 1:
+            return self.counts[0] * num_chunks(len(self.prompts[0]), self.chunk_length)
+        return 2 * sum(self.counts) - self.counts[-1]
 
     @property
     def num_shared_columns(self) -> int:
@@ -154,6 +160,29 @@ class GistCollator:
         self.with_teacher = with_teacher
         self.with_prompt_columns = with_prompt_columns
         self._has_warned = False
+        self._prompts = _Encoded(self._encode_prompts)
+        self._answers = _Encoded(self._encode_answers)
+
+    def encode_ahead(self, records: Iterable[Any]) -> None:
+        """Encode the texts of ``records`` and keep their ids, so that a batch of them needs no tokenizer.
+
+        Batches are the same with and without. An id takes 4 bytes, and is kept as long as the collator; an instruction
+        that several records have is encoded and kept once. Worker processes that are forked share what is kept.
+
+        Args:
+            records: any number of what a batch is made of.
+
+        Raises:
+            RecordError: a record is not complete.
+            GistError: a text cannot be encoded, as :meth:`GistTokenizer.encode_texts` says.
+        """
+        flat = (one for item in records for one in (item if isinstance(item, list | tuple) else [item]))
+        rows = [to_record(record, f"record {number}") for number, record in enumerate(flat)]
+        # A part without text is refused with its batch.
+        self._prompts.keep(text for row in rows for text in self._parts(row) if text.strip())
+        self._answers.keep((row.input, row.output) for row in rows)
+        if rows:
+            _log.info("the texts of %d records are encoded", len(rows))
 
     def __call__(self, records: Sequence[Record | Mapping[str, Any]]) -> dict[str, Tensor]:
         """One batch.
@@ -190,44 +219,43 @@ class GistCollator:
         return [self._fit(example, number) for number, example in enumerate(self._encode(rows, counts))]
 
     def _encode(self, rows: list[Record], counts: list[int]) -> list[Example]:
-        parts = [
-            [row.instruction] if self.part_separator is None else row.instruction.split(self.part_separator)
-            for row in rows
-        ]
+        parts = [self._parts(row) for row in rows]
         for number, texts in enumerate(parts):
             if not all(text.strip() for text in texts):
                 raise RecordError(
                     f"record {number} of the batch has an empty part in its instruction, which is cut at "
                     f"part_separator={self.part_separator!r}; take the separator out, or give the part a text"
                 )
-        # The last part with what stands behind it, and those before it as prompts that are run alone.
-        encodings = self.tokenizer.encode_batch(
-            [texts[-1] for texts in parts],
-            [row.input for row in rows],
-            [row.output for row in rows],
-            num_gist_tokens=counts,
-        )
-        before = [text for texts in parts for text in texts[:-1]]
-        heads = iter(self.tokenizer.encode_prompts(before, self._draw_counts(len(before))))
+        prompts = self._prompts.find([text for texts in parts for text in texts])
+        answers = self._answers.find([(row.input, row.output) for row in rows])
+        # The last part of a prompt has the row's k, each of those before it draws its own.
+        drawn = self._draw_counts(sum(map(len, parts)) - len(parts))
+        prompts, drawn = iter(prompts), iter(drawn)
         examples = []
-        for number, (texts, last) in enumerate(zip(parts, encodings, strict=True)):
-            if len(texts) > 1 and last.gist_end == last.completion_start:
+        for number, (texts, count, (continuation, completion)) in enumerate(zip(parts, counts, answers, strict=True)):
+            if len(texts) > 1 and not continuation:
                 # The last gist would answer, which has not seen the parts before it.
                 raise RecordError(
                     f"record {number} of the batch has several parts and nothing behind their gists for the model to "
                     "continue; give an input, or a template with text there"
                 )
-            heads_and_last = [*itertools.islice(heads, len(texts) - 1), last]
-            examples.append(
-                Example(
-                    [encoding.input_ids[: encoding.gist_start] for encoding in heads_and_last],
-                    [encoding.num_gist_tokens for encoding in heads_and_last],
-                    last.input_ids[last.gist_end : last.completion_start],
-                    last.input_ids[last.completion_start :],
-                    self.chunk_length,
-                )
-            )
+            own = [*itertools.islice(drawn, len(texts) - 1), count]
+            ids = list(itertools.islice(prompts, len(texts)))
+            examples.append(Example(ids, own, continuation, completion, self.chunk_length))
         return examples
+
+    def _parts(self, record: Record) -> list[str]:
+        if self.part_separator is None:
+            return [record.instruction]
+        return record.instruction.split(self.part_separator)
+
+    def _encode_prompts(self, texts: Sequence[str]) -> list[array[int]]:
+        encodings = self.tokenizer.encode_prompts(texts, 1)
+        return [_ids(encoding.input_ids[: encoding.gist_start]) for encoding in encodings]
+
+    def _encode_answers(self, texts: Sequence[tuple[str, str]]) -> list[tuple[array[int], array[int]]]:
+        pairs = self.tokenizer.encode_answers([input for input, _ in texts], [output for _, output in texts])
+        return [(_ids(continuation), _ids(completion)) for continuation, completion in pairs]
 
     def _decoder(self, examples: list[Example]) -> dict[str, Tensor]:
         rows, copies, parts = zip(*(self._columns(example) for example in examples), strict=True)
@@ -246,19 +274,20 @@ class GistCollator:
             batch["is_prompt"] = is_token & (is_gist.cumsum(-1) == 0)
         return batch
 
-    def _columns(self, example: Example) -> tuple[list[int], list[int], list[int]]:
+    def _columns(self, example: Example) -> tuple[array[int], list[int], list[int]]:
         """The ids of a row; which of them are copies (0 or 1); the part of each, from 1, and 0 for the rest."""
-        ids, copies, parts = [], [], []
+        ids, copies, parts = array("i"), [], []
         for number, (prompt, count, has_copies) in enumerate(example.stretches, start=1):
             gist = [0, 1] * count if has_copies else [0] * count
-            ids += prompt + [self.tokenizer.gist_token_id] * len(gist)
+            ids.extend(prompt)
+            ids.extend([self.tokenizer.gist_token_id] * len(gist))
             copies += [0] * len(prompt) + gist
             parts += [number] * (len(prompt) + len(gist))
         rest = example.continuation + example.completion
         return ids + rest, copies + [0] * len(rest), parts + [0] * len(rest)
 
     def _encoder_decoder(self, examples: list[Example]) -> dict[str, Tensor]:
-        sources = [self._columns(example._replace(completion=[]))[0] for example in examples]
+        sources = [self._columns(example._replace(completion=_ids([])))[0] for example in examples]
         ids, is_token = pad_rows(sources, self.tokenizer.pad_token_id, left=False)
         labels, is_label = pad_rows([example.completion for example in examples], IGNORED, left=False)
         is_gist = (ids == self.tokenizer.gist_token_id) & is_token
@@ -269,11 +298,7 @@ class GistCollator:
         self, conditions: Mapping[str, Condition], drawn: Tensor, *layout: Tensor, **packing: Tensor
     ) -> dict[str, Tensor]:
         """Intervals, and of a decoder positions, of each row under the condition that it drew, and the teacher's."""
-        names = list(self.conditions)
-        visibility = conditions[names[0]](*layout, **packing)
-        for number, name in enumerate(names[1:], start=1):
-            visibility = Visibility.where(drawn == number, conditions[name](*layout, **packing), visibility)
-        found = {"": visibility}
+        found = {"": self._drawn(conditions, drawn, layout, packing)}
         if self.with_teacher:
             found["teacher_"] = conditions["positive"](*layout, **packing)
         masks = {}
@@ -283,12 +308,38 @@ class GistCollator:
                 masks[f"{prefix}position_ids"] = one.position_ids
         return masks
 
+    def _drawn(
+        self,
+        conditions: Mapping[str, Condition],
+        drawn: Tensor,
+        layout: Sequence[Tensor],
+        packing: Mapping[str, Tensor],
+    ) -> Visibility:
+        """Each condition is asked for the rows that drew it, and not at all where there is none."""
+        names = list(self.conditions)
+        numbers = sorted(set(drawn.tolist()))
+        if len(numbers) == 1:
+            return conditions[names[numbers[0]]](*layout, **packing)
+        order, found = [], []
+        for number in numbers:
+            rows = (drawn == number).nonzero()[:, 0]
+            chosen = {name: tensor[rows] for name, tensor in packing.items()}
+            found.append(conditions[names[number]](*(tensor[rows] for tensor in layout), **chosen))
+            order.append(rows)
+        back = torch.cat(order).argsort()
+        positions = [one.position_ids for one in found if one.position_ids is not None]
+        return Visibility(
+            torch.cat([one.first for one in found])[back],
+            torch.cat([one.end for one in found])[back],
+            torch.cat(positions)[back] if positions else None,
+        )
+
     def _fit(self, example: Example, number: int) -> Example:
         """At most ``max_length`` ids, gists, some of every prompt and some completion always among them; the target of
         an encoder-decoder is cut apart from its source.
         """
         if self.tokenizer.is_encoder_decoder:
-            source = self._fit_sequence(example._replace(completion=[]), number)
+            source = self._fit_sequence(example._replace(completion=_ids([])), number)
             return source._replace(completion=example.completion[: self.max_target_length])
         return self._fit_sequence(example, number)
 
@@ -328,3 +379,35 @@ class GistCollator:
 def _shortened(example: Example, limit: int) -> Example:
     """With at most ``limit`` ids of each prompt."""
     return example._replace(prompts=[prompt[:limit] for prompt in example.prompts])
+
+
+class _Encoded:
+    """Ids by what they are the ids of, encoded when they are asked for, unless they were kept before.
+
+    Args:
+        encode: from texts, the ids of each, in one call.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[Any]], list[Any]]) -> None:
+        self._encode = encode
+        self._kept: dict[Any, Any] = {}
+
+    def find(self, texts: Sequence[Any]) -> list[Any]:
+        """The ids of each of ``texts``."""
+        fresh = self._fresh(texts)
+        return [self._kept[text] if text in self._kept else fresh[text] for text in texts]
+
+    def keep(self, texts: Iterable[Any]) -> None:
+        """Encode what is not kept yet, and keep it."""
+        texts = list(dict.fromkeys(texts))
+        for start in range(0, len(texts), _AHEAD):
+            self._kept.update(self._fresh(texts[start : start + _AHEAD]))
+
+    def _fresh(self, texts: Sequence[Any]) -> dict[Any, Any]:
+        missing = list(dict.fromkeys(text for text in texts if text not in self._kept))
+        return dict(zip(missing, self._encode(missing), strict=True)) if missing else {}
+
+
+def _ids(ids: Sequence[int]) -> array[int]:
+    """In 4 bytes each; a list of Python's numbers takes 40."""
+    return array("i", ids)

@@ -9,7 +9,9 @@ of the padded batch. One more branch may hold the prompt itself, to be predicted
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,6 @@ from torch import Tensor
 from gisting.data.collate import IGNORED, Example, GistCollator
 from gisting.data.records import Record, to_record
 from gisting.errors import GistError
-from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
 from gisting.visibility import CONDITIONS
 
@@ -70,38 +71,40 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-class Branch(NamedTuple):
-    """Ids behind a gist that see that and themselves, and which of them are learned, as an answer or as the prompt."""
-
-    ids: list[int]
-    labels: list[int]
-    reconstruction_labels: list[int]
-
-
-class Document(NamedTuple):
+@dataclass
+class Document:
     """Examples behind one copy of prompt and gist, and the prompt once more where it is to be predicted from the
     gist.
+
+    Args:
+        examples: with one prompt and one k, at least one.
+        num_columns: ids of all.
+        reconstruction: what is to be predicted, its first id given; or nothing.
     """
 
     examples: list[Example]
-    reconstruction: list[int]
+    num_columns: int
+    reconstruction: Sequence[int] = ()
 
-    @property
-    def branches(self) -> list[Branch]:
-        """What stands behind the gist, one behind the other."""
-        found = []
-        for example in self.examples:
-            ids = example.continuation + example.completion
-            labels = [IGNORED] * len(example.continuation) + example.completion
-            found.append(Branch(ids, labels, [IGNORED] * len(ids)))
-        if ids := self.reconstruction:
-            found.append(Branch(ids, [IGNORED] * len(ids), [IGNORED, *ids[1:]]))
-        return found
 
-    @property
-    def num_columns(self) -> int:
-        """Ids of all."""
-        return self.examples[0].num_shared_columns + sum(len(branch.ids) for branch in self.branches)
+class Run(NamedTuple):
+    """Neighbouring ids of a row that are alike.
+
+    Args:
+        ids: in order.
+        kind: what they are, one of the numbers below.
+        document: number of their document in the row, from 1; 0 for padding.
+        branch: number of their branch in the document, from 1; 0 for what all branches share.
+    """
+
+    ids: Sequence[int]
+    kind: int
+    document: int = 0
+    branch: int = 0
+
+
+# Kinds of runs. A prompt is the first chunk alone: what depends on no gist token.
+_PADDING, _PROMPT, _LATER_CHUNK, _GIST, _GIVEN, _ANSWER, _RECONSTRUCTED = range(7)
 
 
 class GistPackingCollator(GistCollator):
@@ -205,79 +208,80 @@ class GistPackingCollator(GistCollator):
         documents = self._documents(examples, instructions)
         packed, drawn = [], []
         for condition in sorted(set(conditions)):
-            is_gist = [*self.conditions][condition] == "gist"
-            chosen = [
-                self._document(examples, has_reconstruction=self.reconstruct and is_gist)
-                for number, examples in documents
-                if conditions[number] == condition
-            ]
+            chosen = [document for number, document in documents if conditions[number] == condition]
+            if self.reconstruct and [*self.conditions][condition] == "gist":
+                for document in chosen:
+                    self._reconstruct(document)
             for numbers in pack([document.num_columns for document in chosen], self.pack_length):
                 packed.append([chosen[number] for number in numbers])
                 drawn.append(condition)
         return self._rows(packed, torch.tensor(drawn))
 
-    def _documents(self, examples: list[Example], instructions: list[int]) -> list[tuple[int, list[Example]]]:
+    def _documents(self, examples: list[Example], instructions: list[int]) -> list[tuple[int, Document]]:
         """Examples that share a copy of prompt and gist, as many as a row holds, with the number of their
         instruction.
         """
-        found: list[tuple[int, list[Example]]] = []
-        open_at: dict[tuple[int, ...], int] = {}  # the last document of a prompt, which may have room
+        found: list[tuple[int, Document]] = []
+        # The last document of a prompt, which may have room. A prompt that was cut begins like the whole one.
+        open_by: dict[tuple[int, int], Document] = {}
         for instruction, example in zip(instructions, examples, strict=True):
-            key = (instruction, *example.prompts[0])
-            place = open_at.get(key)
-            if (
-                place is None
-                or not example.continuation
-                or Document([*found[place][1], example], []).num_columns > self.pack_length
-            ):
-                place = len(found)
-                found.append((instruction, []))
-            found[place][1].append(example)
+            key = (instruction, len(example.prompts[0]))
+            own = len(example.continuation) + len(example.completion)
+            document = open_by.get(key)
+            if document is None or not example.continuation or document.num_columns + own > self.pack_length:
+                document = Document([example], example.num_shared_columns + own)
+                found.append((instruction, document))
+            else:
+                document.examples.append(example)
+                document.num_columns += own
             if example.continuation:
-                open_at[key] = place
+                open_by[key] = document
         return found
 
-    def _document(self, examples: list[Example], *, has_reconstruction: bool) -> Document:
-        document = Document(examples, [])
-        if not has_reconstruction:
-            return document
-        prompt, start = examples[0].prompts[0], self.tokenizer.start_ids
+    def _reconstruct(self, document: Document) -> None:
+        """Give ``document`` its prompt to be predicted, if there is room."""
+        prompt, start = document.examples[0].prompts[0], array("i", self.tokenizer.start_ids)
         own = prompt[len(start) :] if prompt[: len(start)] == start else prompt
-        longer = Document(examples, own)
-        return longer if len(own) > 1 and longer.num_columns <= self.pack_length else document
+        if len(own) > 1 and document.num_columns + len(own) <= self.pack_length:
+            document.reconstruction = own
+            document.num_columns += len(own)
+
+    def _runs(self, document: Document, number: int) -> Iterator[Run]:
+        """The ids of a document, which is the row's ``number``-th."""
+        for place, (chunk, count, _) in enumerate(document.examples[0].stretches):
+            yield Run(chunk, _LATER_CHUNK if place else _PROMPT, number)
+            yield Run([self.tokenizer.gist_token_id] * count, _GIST, number)
+        for branch, example in enumerate(document.examples, start=1):
+            yield Run(example.continuation, _GIVEN, number, branch)
+            yield Run(example.completion, _ANSWER, number, branch)
+        if prompt := document.reconstruction:
+            last = len(document.examples) + 1
+            yield Run(prompt[:1], _GIVEN, number, last)
+            yield Run(prompt[1:], _RECONSTRUCTED, number, last)
 
     def _rows(self, packed: list[list[Document]], drawn: Tensor) -> dict[str, Tensor]:
         """Rows of documents, as tensors."""
-        ids, labels, prompt_labels, documents, branches, prompts = ([[] for _ in packed] for _ in range(6))
-        for row, chosen in enumerate(packed):
+        lengths = [sum(document.num_columns for document in chosen) for chosen in packed]
+        width = max(lengths, default=0)
+        runs: list[Run] = []
+        for chosen, length in zip(packed, lengths, strict=True):
+            runs.append(Run([self.tokenizer.pad_token_id] * (width - length), _PADDING))
             for number, document in enumerate(chosen, start=1):
-                stretches = document.examples[0].stretches
-                for chunk, count, _ in stretches:
-                    ids[row] += chunk + [self.tokenizer.gist_token_id] * count
-                prompts[row] += [1] * len(stretches[0][0])
-                shared = len(ids[row]) - len(labels[row])
-                labels[row] += [IGNORED] * shared
-                prompt_labels[row] += [IGNORED] * shared
-                branches[row] += [0] * shared
-                for place, branch in enumerate(document.branches, start=1):
-                    ids[row] += branch.ids
-                    labels[row] += branch.labels
-                    prompt_labels[row] += branch.reconstruction_labels
-                    branches[row] += [place] * len(branch.ids)
-                documents[row] += [number] * (len(ids[row]) - len(documents[row]))
-                prompts[row] += [0] * (len(ids[row]) - len(prompts[row]))
-        ids, is_token = pad_rows(ids, self.tokenizer.pad_token_id, left=True)
-        masks = self._masks(
-            CONDITIONS,
-            drawn,
-            (ids == self.tokenizer.gist_token_id) & is_token,
-            is_token,
-            documents=pad_rows(documents, 0, left=True)[0],
-            branches=pad_rows(branches, 0, left=True)[0],
+                runs += self._runs(document, number)
+        shape = (len(packed), width)
+        flat = array("i")
+        for run in runs:
+            flat.extend(run.ids)
+        ids = torch.frombuffer(flat, dtype=torch.int32).long().view(shape)
+        repeats = torch.tensor([len(run.ids) for run in runs])
+        kind, documents, branches = (
+            torch.tensor(values).repeat_interleave(repeats).view(shape)
+            for values in zip(*((run.kind, run.document, run.branch) for run in runs), strict=True)
         )
-        batch = {"input_ids": ids, **masks, "labels": pad_rows(labels, IGNORED, left=True)[0]}
+        masks = self._masks(CONDITIONS, drawn, kind == _GIST, kind != _PADDING, documents=documents, branches=branches)
+        batch = {"input_ids": ids, **masks, "labels": ids.masked_fill(kind != _ANSWER, IGNORED)}
         if self.reconstruct:
-            batch["reconstruction_labels"] = pad_rows(prompt_labels, IGNORED, left=True)[0]
+            batch["reconstruction_labels"] = ids.masked_fill(kind != _RECONSTRUCTED, IGNORED)
         if self.with_prompt_columns:
-            batch["is_prompt"] = pad_rows(prompts, 0, left=True)[0].bool()
+            batch["is_prompt"] = kind == _PROMPT
         return batch

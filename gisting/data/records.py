@@ -48,6 +48,7 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_
         RecordError: a field is missing, empty or no text.
     """
     if isinstance(item, Record):
+        _check_texts(vars(item), where)
         return item
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with instruction, input and output, got {type(item).__name__}")
@@ -64,12 +65,16 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_
     fields = {name: item[name] for name in needed}
     optional = (name for name in ("instruction", "input", "source") if name not in fields)
     fields |= {name: "" if item.get(name) is None else item[name] for name in optional}
-    for name, value in fields.items():
-        if not isinstance(value, str):
-            raise RecordError(f"{where}: {name!r} must be a text, got {type(value).__name__}")
+    _check_texts(fields, where)
     if needs_instruction and not fields["instruction"].strip():
         raise RecordError(f"{where}: 'instruction' is empty; it is the prompt that is to be compressed")
     return Record(**fields)
+
+
+def _check_texts(fields: Mapping[str, Any], where: str) -> None:
+    for name, value in fields.items():
+        if not isinstance(value, str):
+            raise RecordError(f"{where}: {name!r} must be a text, got {type(value).__name__}")
 
 
 def load_records(path: str | Path, *, needs_instruction: bool = True) -> list[Record]:

@@ -271,8 +271,11 @@ class _Run:
     def losses(self, records: Sequence[Record]) -> list[tuple[float, float]]:
         """For each record, the summed loss of its reference in nats, and its number of tokens."""
         batch = self._taught(records)
+        numbers = (batch["labels"] != IGNORED).sum(-1)
+        width = int(numbers.max())
+        # All that is asked of labels is asked before they lie on a card: the only read from it is that of the sums.
+        batch = {name: tensor.to(input_weight(self.model).device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        width = int((labels != IGNORED).sum(-1).max())
         with evaluating(self.model), torch.inference_mode():
             if self.tokenizer.is_encoder_decoder:
                 targets = labels
@@ -284,15 +287,14 @@ class _Run:
                 logits = self.model(**batch, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
             # Row by row: float32 logits of a batch of a large vocabulary take gigabytes.
             sums = [
-                cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="sum").item()
+                cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="sum")
                 for row, target in zip(logits, targets, strict=True)
             ]
-        numbers: list[float] = (targets != IGNORED).sum(-1).double().tolist()
-        return list(zip(sums, numbers, strict=True))
+            found: list[float] = torch.stack(sums).tolist()
+        return list(zip(found, numbers.double().tolist(), strict=True))
 
     def _taught(self, records: Sequence[Record]) -> dict[str, Tensor]:
-        """Inputs of a forward pass with the references behind them, and ``labels``, on the model's device."""
-        device = input_weight(self.model).device
+        """Inputs of a forward pass with the references after them, and ``labels``, on the CPU."""
         if self.condition in CONDITIONS:
             collator = GistCollator(
                 self.tokenizer,
@@ -304,13 +306,12 @@ class _Run:
             )
             # The collator draws k and condition, of one each here; whoever trains meanwhile keeps their random numbers.
             with torch.random.fork_rng(devices=[]):
-                batch = collator(records)
-            return {name: tensor.to(device) for name, tensor in batch.items()}
+                return collator(records)
         sources = self._sources(records)
         answers = self.tokenizer.encode_completions(
             [record.input for record in records], [record.output for record in records]
         )
-        return {name: tensor.to(device) for name, tensor in plain_batch(self.tokenizer, sources, answers).items()}
+        return plain_batch(self.tokenizer, sources, answers)
 
     def _sources(self, records: Sequence[Record]) -> list[list[int]]:
         """The ids of a text without gist tokens, up to where the answer begins."""

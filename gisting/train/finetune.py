@@ -6,6 +6,8 @@ Place in the flow: data -> collate -> **train** -> a checkpoint that ``patch`` r
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,10 +30,17 @@ from gisting.tokens import GistTokenizer
 from gisting.train.batches import StepBatches
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import Objective, ObjectiveTrainer
-from gisting.train.repeat import CountEpochs, RepeatableDraws, checkpoint_to_resume, num_steps_in
+from gisting.train.repeat import (
+    CountEpochs,
+    RepeatableDraws,
+    checkpoint_to_resume,
+    num_steps_in,
+    without_parallel_tokenizers,
+)
 
 __all__ = ["PUBLISHED", "finetune", "published_arguments"]
 
+_log = logging.getLogger(__name__)
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
 #: Gisting, appendix B: LLaMA-7B and FLAN-T5-XXL.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -70,7 +79,8 @@ def published_arguments(
         batch_size: rows of one optimiser step over all devices, reached by accumulating gradients; the published one
             by default.
         per_device_batch_size: rows of one forward pass; ``batch_size``, at most 16, by default.
-        **changes: fields of ``TrainingArguments``.
+        **changes: fields of ``TrainingArguments``. ``dataloader_num_workers``, the processes that collate ahead of the
+            step, is up to 4 on a GPU and as many as cores are left, and 0 on a CPU, which has no time to spare.
 
     Raises:
         GistError: the batch size is no multiple of the rows of a forward pass.
@@ -102,9 +112,16 @@ def published_arguments(
         # Of a stream each process reads its own share: batches of several lengths could not be cut in shares.
         "accelerator_config": {"dispatch_batches": False},
         "dataloader_pin_memory": on_gpu,
+        "dataloader_num_workers": _num_free_cores(4) if on_gpu else 0,
         "logging_steps": 10,
     }
     return TrainingArguments(output_dir=str(output_dir), **{**settings, **defaults, **changes})
+
+
+def _num_free_cores(limit: int) -> int:
+    """Cores that this process may use beside its own, at most ``limit``, if all of a launcher's on this machine do."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(limit, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def finetune(
@@ -133,7 +150,8 @@ def finetune(
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
         records: the training records, or mappings like them; also a stream of such (``datasets.IterableDataset``),
-            which is read in its own order and needs ``max_steps``.
+            which is read in its own order, in this process, and needs ``max_steps``. The texts of records are encoded
+            once, before the first step; those of a stream as they come.
         arguments: of stock ``Trainer``; :func:`published_arguments` gives the paper's. ``train_sampling_strategy=
             "group_by_length"`` groups by the ids of a record, and needs ``datasets``.
         method: what learns: ``"full"``, ``"lora"``, ``"gist-lora"`` or ``"embeddings"`` (:mod:`gisting.train.methods`).
@@ -199,6 +217,17 @@ def finetune(
             reconstruct=objective.reconstruction > 0,
             **layout,
         )
+    if isinstance(items, list):
+        collator.encode_ahead(items)
+    elif arguments.dataloader_num_workers:
+        _log.warning(
+            "a stream is read in this process, not by the %d workers of dataloader_num_workers: they would read it in "
+            "another order, or several times",
+            arguments.dataloader_num_workers,
+        )
+        arguments = copy.copy(arguments)
+        arguments.dataloader_num_workers = 0
+    collator.encode_ahead(eval_records or ())
     if arguments.train_sampling_strategy in _BY_LENGTH:
         items = _with_lengths(items, tokenizer, arguments.length_column_name)
     set_seed(arguments.seed)  # as Trainer does: a fresh adapter is drawn, and Trainer is not made yet
@@ -232,7 +261,7 @@ def finetune(
     low, high = collator.num_gist_tokens
     about = {"num_gist_tokens": [low, high], **({} if chunk_length is None else {"chunk_length": chunk_length})}
     model.config.gist = {**model.config.gist, **about}
-    with checkpointing_what_learns(model):
+    with checkpointing_what_learns(model), without_parallel_tokenizers(arguments.dataloader_num_workers > 0):
         if checkpoint is not None and 0 < arguments.max_steps <= num_steps_in(checkpoint):
             # Trainer, asked to go on from a last step in the middle of an epoch, would take one step more.
             trainer._load_from_checkpoint(checkpoint)

@@ -137,7 +137,7 @@ class Recipe:
         bf16: bfloat16 arithmetic over them; by default where a GPU has it.
         gradient_checkpointing: less memory, more time.
         torch_compile: compile the model.
-        num_workers: processes that collate, beside the training one.
+        num_workers: processes that collate, beside the training one; by default as :func:`published_arguments` says.
         group_by_length: rows of a batch are about equally long.
         report_to: where ``Trainer`` reports: ``tensorboard``, ``wandb``, ...
         max_new_tokens: longest answer of the evaluation.
@@ -179,7 +179,7 @@ class Recipe:
     bf16: bool | None = _setting(_FLAG)
     gradient_checkpointing: bool = _setting(_FLAG, False)
     torch_compile: bool = _setting(_FLAG, False)
-    num_workers: int = _setting(_SEED, 0)
+    num_workers: int | None = _setting(_SEED)
     group_by_length: bool = _setting(_FLAG, False)
     report_to: tuple[str, ...] = _setting(_TEXTS, ())
     max_new_tokens: int = _setting(_COUNT, 128)
@@ -231,6 +231,7 @@ class Recipe:
             "warmup_steps": self.warmup_steps,
             "weight_decay": self.weight_decay,
             "bf16": self.bf16,
+            "dataloader_num_workers": self.num_workers,
             "train_sampling_strategy": "group_by_length" if self.group_by_length else None,
         }
         return published_arguments(
@@ -243,7 +244,6 @@ class Recipe:
             logging_steps=self.logging_steps,
             seed=self.seed,
             torch_compile=self.torch_compile,
-            dataloader_num_workers=self.num_workers,
             report_to=list(self.report_to) or "none",
             **{name: value for name, value in changes.items() if value is not None},
             **activation_checkpointing(self.gradient_checkpointing),

@@ -8,10 +8,12 @@ models.
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gisting.errors import GistError
 
-__all__ = ["CountEpochs", "RepeatableDraws", "checkpoint_to_resume", "num_steps_in"]
+__all__ = ["CountEpochs", "RepeatableDraws", "checkpoint_to_resume", "num_steps_in", "without_parallel_tokenizers"]
+
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 class RepeatableDraws:
@@ -48,23 +52,51 @@ class RepeatableDraws:
         """The batch that ``collator`` makes of ``records``."""
         drawn_from = (self.seed, self.epoch, records) if self.epoch else (self.seed, records)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(repr(drawn_from).encode()))
+            # Of the CPU alone: torch.manual_seed would seed the card's generator as well, which dropout draws from.
+            torch.default_generator.manual_seed(zlib.crc32(repr(drawn_from).encode()))
             return self.collator(records)
 
 
 class CountEpochs(TrainerCallback):
-    """Tells :class:`RepeatableDraws` which epoch begins, before its batches are asked for. Workers that outlive an
-    epoch (``dataloader_persistent_workers``) do not hear of it.
+    """Tells :class:`RepeatableDraws` which epoch begins, before its batches are asked for and workers are started.
+
+    Raises:
+        GistError: when training begins, if workers are to outlive an epoch: they would not hear of the next one.
     """
 
     def __init__(self, draws: RepeatableDraws) -> None:
         self.draws = draws
         self.num_begun = 0
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.dataloader_num_workers and args.dataloader_persistent_workers:
+            raise GistError(
+                "dataloader_persistent_workers must be False, got True: workers that outlive an epoch would draw the "
+                "same k and conditions in each"
+            )
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         # A resumed run begins with a later one, a stream (of which Trainer knows no epochs) each time it is read.
         self.draws.epoch = max(int((state.epoch or 0) + 1e-6), self.num_begun)
         self.num_begun = self.draws.epoch + 1
+
+
+@contextmanager
+def without_parallel_tokenizers(is_wanted: bool) -> Iterator[None]:
+    """Turn the threads of fast tokenizers off while workers are forked: ``tokenizers`` up to 0.22 warns in each
+    process that is forked after threads were used. ``TOKENIZERS_PARALLELISM``, where it is set, is left as it is.
+
+    Args:
+        is_wanted: False changes nothing.
+    """
+    if not is_wanted or _PARALLELISM in os.environ:
+        yield
+        return
+    os.environ[_PARALLELISM] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_PARALLELISM]
 
 
 def checkpoint_to_resume(output_dir: str | Path, wanted: bool | str) -> str | None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 
 import gisting
 from gisting import GistError, GistTokenizer, Record
+from gisting.eval import conditions
 from gisting.eval.conditions import EVAL_CONDITIONS, METRICS, ConditionResult, evaluate
 from tests import tiny
 
@@ -134,6 +136,32 @@ def test_the_loss_of_a_gist_is_that_of_the_collator() -> None:
     with torch.no_grad():
         loss = model(**GistCollator(tokenizer, 2)(records())).loss.item()
     assert math.log(found.interval("perplexity").value) == pytest.approx(loss, rel=1e-5)
+
+
+class _Reads(TorchFunctionMode):
+    """Counts what is read from tensors, for each of which an accelerator would be waited for."""
+
+    names = ("item", "tolist", "__int__", "__float__", "__bool__", "__index__")
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self.names
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("condition", ["gist", "prompt"])
+def test_losses_are_read_once_a_batch(name: str, condition: str) -> None:
+    model, tokenizer = tiny.patched(name)
+    run = conditions._Run(model, tokenizer, condition, 2, None)
+    counts = []
+    for some in (records(2), records(7)):
+        with _Reads() as reads:
+            run.losses(some)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -77,7 +77,7 @@ from gisting.train.internalize.result import (
 from gisting.train.internalize.schedule import Schedule
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import ObjectiveTrainer
-from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume
+from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume, without_parallel_tokenizers
 
 __all__ = ["internalize"]
 
@@ -382,6 +382,7 @@ class _Run:
             collator = GistCollator(
                 self.tokenizer, k, max_length=self.max_length, max_target_length=self.max_target_length
             )
+            collator.encode_ahead(records)
             self.model.config.gist = {**self.model.config.gist, "num_gist_tokens": [k, k]}
         arguments = self._arguments(number)
         # torch's DataParallel would cut the indices of a step into shares.
@@ -399,7 +400,8 @@ class _Run:
             checkpoint = checkpoint_to_resume(self.directory(number), True)
         except GistError:  # the stage begins, or was killed before its first whole checkpoint
             checkpoint = None
-        with checkpointing_what_learns(self.model), _own_forward(self.model):
+        quiet = without_parallel_tokenizers(arguments.dataloader_num_workers > 0)
+        with checkpointing_what_learns(self.model), _own_forward(self.model), quiet:
             return trainer.train(resume_from_checkpoint=checkpoint).training_loss
 
     def _arguments(self, number: int) -> TrainingArguments:

@@ -105,7 +105,7 @@ def _versions() -> Iterator[Finding]:
     yield Finding("versions", "gisting", f"{__version__}, in {Path(__file__).parent}")
     try:
         # Python's floor first: it is no package, so it is not among the requirements.
-        wanted = [_Requirement("python", metadata.metadata("gisting").get("Requires-Python", ""), None)]
+        wanted = [_Requirement("python", metadata.metadata("gisting")["Requires-Python"], None)]
         wanted += [requirement for requirement in _requirements() if requirement.extra is None]
     except metadata.PackageNotFoundError:
         yield Finding("versions", "packages", "not known: gisting runs from a folder and is not installed")

@@ -83,7 +83,8 @@ def cache_argument() -> str:
     """
     from transformers import GenerationMixin
 
-    names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    generating: Any = GenerationMixin
+    names = inspect.signature(generating.prepare_inputs_for_generation).parameters
     return "cache" if "cache" in names else "past_key_values"
 
 

@@ -88,6 +88,23 @@ def cache_argument() -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
+def num_constraint_numbers(num_beams: int, num_return_sequences: int) -> int:
+    """How many row numbers stock ``generate`` has for one prompt when it asks a ``prefix_allowed_tokens_fn``.
+
+    Beams share one. Several samples have one each before transformers 5.24, and share one from there. Goes when the
+    floor is 5.24.
+
+    Args:
+        num_beams: of the call.
+        num_return_sequences: of the call.
+    """
+    import transformers
+
+    if is_version_in(">=5.24", transformers.__version__):
+        return 1
+    return max(num_beams, num_return_sequences) // num_beams
+
+
 def activation_checkpointing(enabled: bool) -> dict[str, bool]:
     """The argument of ``TrainingArguments`` that trades time for memory, by the name that this transformers has for it.
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gisting._compat import is_version_in
+from gisting._compat import is_version_in, untested
 from gisting._version import __version__
 from gisting.attention import choose_implementation, interval_attention
 from gisting.errors import GistError
@@ -72,8 +72,8 @@ def examine_here() -> list[Finding]:
     """Versions, extras, devices, attention and where caches lie, of this environment.
 
     Returns:
-        The findings by topic; faults are a package that is missing or of a version that gisting does not take, and
-        attention that computes something else than the reference does.
+        The findings by topic; faults are a package that is missing or older than gisting's floor, and attention that
+        computes something other than the reference does. A version outside those that were tested is noted.
     """
     return [*_versions(), *_extras(), *_devices(), *_attention(), *_caches()]
 
@@ -103,22 +103,28 @@ def examine_path(path: str | Path) -> list[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "gisting", f"{__version__}, in {Path(__file__).parent}")
-    yield Finding("versions", "python", platform.python_version())
     try:
-        wanted = [requirement for requirement in _requirements() if requirement.extra is None]
+        # Python's floor first: it is no package, so it is not among the requirements.
+        wanted = [_Requirement("python", metadata.metadata("gisting")["Requires-Python"], None)]
+        wanted += [requirement for requirement in _requirements() if requirement.extra is None]
     except metadata.PackageNotFoundError:
         yield Finding("versions", "packages", "not known: gisting runs from a folder and is not installed")
-        wanted = [_Requirement("torch", "", None), _Requirement("transformers", "", None)]
+        wanted = [_Requirement(name, "", None) for name in ("python", "torch", "transformers")]
     for name, specifier, _ in wanted:
         found = _version(name)
         if found is None:
-            said = f"not installed; run: pip install '{name}{specifier}'"
-        elif not is_version_in(specifier, found):
-            said = f"{found}, gisting needs {name}{specifier}; run: pip install '{name}{specifier}'"
+            yield Finding("versions", name, f"not installed; run: pip install '{name}{specifier}'", is_fault=True)
+        elif is_version_in(specifier, found):
+            yield Finding("versions", name, _noted(name, found))
         else:
-            yield Finding("versions", name, found)
-            continue
-        yield Finding("versions", name, said, is_fault=True)
+            advice = "run gisting with a newer one" if name == "python" else f"run: pip install '{name}{specifier}'"
+            yield Finding("versions", name, f"{found}, gisting needs {name}{specifier}; {advice}", is_fault=True)
+
+
+def _noted(name: str, version: str) -> str:
+    """The version, with a note if it is outside those that were tested."""
+    note = untested(name, version)
+    return version if note is None else f"{version} ({note})"
 
 
 def _extras() -> Iterator[Finding]:
@@ -127,18 +133,20 @@ def _extras() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         return
     for extra, purpose in EXTRAS.items():
-        parts, missing = [], []
+        parts, missing, is_fault = [], [], False
         for requirement in (one for one in requirements if one.extra == extra):
             found = _version(requirement.name)
             if found is None:
                 missing.append(requirement.name)
             elif is_version_in(requirement.specifier, found):
-                parts.append(f"{requirement.name} {found}")
+                parts.append(f"{requirement.name} {_noted(requirement.name, found)}")
             else:
                 parts.append(f"{requirement.name} {found} (gisting needs {requirement.name}{requirement.specifier})")
+                # On a card impl="auto" takes the kernels without being asked to.
+                is_fault |= extra == "kernels"
         if missing:
             parts.append(f"{', '.join(missing)} missing: pip install 'gisting[{extra}]'")
-        yield Finding("extras", extra, f"{', '.join(parts)} ({purpose})")
+        yield Finding("extras", extra, f"{', '.join(parts)} ({purpose})", is_fault)
 
 
 def _requirements() -> list[_Requirement]:
@@ -154,6 +162,8 @@ def _requirements() -> list[_Requirement]:
 
 
 def _version(package: str) -> str | None:
+    if package == "python":
+        return platform.python_version()
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 import gisting
-from gisting import doctor
+from gisting import _compat, doctor
+from gisting._compat import TESTED
 from gisting.attention import api
 from tests import tiny
 from tests.test_repository import setup_arguments
@@ -39,7 +41,7 @@ def test_this_environment() -> None:
     assert faults(found) == []
     versions = by_name(found, "versions")
     assert versions["gisting"].startswith(gisting.__version__)
-    assert versions["torch"] == torch.__version__ or versions["torch"] == torch.__version__.partition("+")[0]
+    assert versions["torch"].split()[0] in {torch.__version__, torch.__version__.partition("+")[0]}
     assert f"torch's threads: {torch.get_num_threads()}" in by_name(found, "devices")["cpu"]
     assert {"models from the hub", "compiled kernels"} <= set(by_name(found, "caches"))
 
@@ -96,6 +98,56 @@ def test_a_package_that_is_missing_or_old_is_a_fault(monkeypatch: pytest.MonkeyP
         "transformers": "4.57.1, gisting needs transformers>=5.17; run: pip install 'transformers>=5.17'",
         "tokenizers": "not installed; run: pip install 'tokenizers>=0.22'",
     }
+
+
+def test_a_python_that_is_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.10.14")
+    assert faults(doctor.examine_here()) == [
+        ("python", "3.10.14, gisting needs python>=3.11; run gisting with a newer one")
+    ]
+
+
+def test_a_version_outside_those_that_were_tested_is_noted(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = doctor._version
+    planted = {"python": "3.14.1", "torch": "2.99.0+cu130", "transformers": "5.99.0.dev0", "triton": "3.99"}
+    monkeypatch.setattr(doctor, "_version", lambda name: planted[name] if name in planted else installed(name))
+    found = doctor.examine_here()
+    versions = by_name(found, "versions")
+    newest = {name: max((row[name] for row in TESTED.values()), key=Version) for name in planted}
+    for name in ("python", "torch", "transformers"):
+        assert versions[name] == f"{planted[name]} (newer than {newest[name]}, the newest that was tested)"
+    assert f"triton 3.99 (newer than {newest['triton']}, the newest" in by_name(found, "extras")["kernels"]
+    assert faults(found) == [], "what was not tested may work"
+    assert "the newest that was tested" in " ".join(run("doctor").out.split())
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "note"),
+    [
+        ("torch", "2.12.0", None),
+        ("torch", "2.13.0+cu130", None),
+        ("torch", "2.13.0.dev1", None),
+        ("torch", "2.13.1", "newer than 2.13.0, the newest that was tested"),
+        ("torch", "2.10.9+cpu", "older than 2.11.0, the oldest that was tested"),
+        ("torch", "2.9", "older than 2.11.0, the oldest that was tested"),
+        ("python", "3.12.99", None),
+        ("python", "3.13.0rc1", "newer than 3.12, the newest that was tested"),
+        ("python", "3.9.1", "older than 3.11, the oldest that was tested"),
+        ("numpy", "99", None),
+    ],
+)
+def test_untested(monkeypatch: pytest.MonkeyPatch, package: str, version: str, note: str | None) -> None:
+    rows = {"CI": {"python": "3.11", "torch": "2.13.0"}, "H100": {"python": "3.12", "torch": "2.11.0"}}
+    monkeypatch.setattr(_compat, "TESTED", rows)
+    assert _compat.untested(package, version) == note
+
+
+def test_a_triton_that_is_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optional, but on a card the kernels are used without being asked for."""
+    installed = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "3.5.1" if name == "triton" else installed(name))
+    ((name, value),) = faults(doctor.examine_here())
+    assert (name, value.partition(" (attention")[0]) == ("kernels", "triton 3.5.1 (gisting needs triton>=3.6)")
 
 
 def test_an_optional_package_that_is_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,19 +5,23 @@ other.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Mapping
 from email import message_from_bytes
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import gisting
-from tests.test_repository import ROOT, setup_arguments
+from gisting import _compat, doctor
+from tests.test_repository import ROOT, constraint_lines, requirements, setup_arguments
 
 NEEDED = ("MANIFEST.in", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
@@ -86,3 +90,93 @@ def test_the_wheel_says_what_it_is(built: Built) -> None:
     assert set(about.get_all("Provides-Extra", [])) == set(setup_arguments()["extras_require"])
     assert "Typing :: Typed" in about.get_all("Classifier", [])
     assert about.get_payload().startswith("# gisting"), "the page on a package index is README.md"
+
+
+# -- floors and tested versions ----------------------------------------------------------------------------------------
+
+# Each place that names a floor, and how: the group is the version.
+FLOORS_TOLD = [
+    ("README.md", "python", r"With Python ([\d.]+) or later"),
+    ("README.md", "python", r"^\| versions \|.*Python ([\d.]+)"),
+    ("README.md", "torch", r"^\| versions \|.*torch ([\d.]+)"),
+    ("README.md", "transformers", r"^\| versions \|.*transformers ([\d.]+)"),
+    ("README.md", "triton", r"^\| versions \|.*triton ([\d.]+)"),
+    ("docs/index.md", "python", r"with Python ([\d.]+) or later"),
+    ("docs/faq.md", "transformers", r"\*\*Which versions of transformers\?\*\* ([\d.]+) and later"),
+    ("docs/design.md", "python", r"Floors: Python ([\d.]+),"),
+    ("docs/design.md", "torch", r"Floors: .*torch ([\d.]+),"),
+    ("docs/design.md", "transformers", r"Floors: .*transformers ([\d.]+);"),
+    ("docs/design.md", "transformers", r"transformers \(>= ([\d.]+):"),
+    ("docs/how_to_gpu.md", "triton", r"triton ([\d.]+) or later"),
+    ("Makefile", "python", r"gisting needs Python ([\d.]+) or later"),
+    ("pyproject.toml", "python", r'^pythonVersion = "([\d.]+)"'),
+]
+
+
+def floors() -> dict[str, str]:
+    """The lowest version that setup.py takes of Python and of each package that it names with one."""
+    specifiers = {name: one.specifier for name, one in requirements(*setup_arguments()["extras_require"]).items()}
+    specifiers["python"] = SpecifierSet(setup_arguments()["python_requires"])
+    return {name: one.version for name, found in specifiers.items() for one in found if one.operator == ">="}
+
+
+def floor_faults(texts: Mapping[str, str]) -> list[str]:
+    """Where a text names another floor than setup.py, or none any longer."""
+    faults = []
+    for file, package, pattern in FLOORS_TOLD:
+        told = re.findall(pattern, texts[file], re.M) or ["nothing"]
+        faults += [
+            f"{file} says {one} of {package}, setup.py {floors()[package]}" for one in told if one != floors()[package]
+        ]
+    return faults
+
+
+def told() -> dict[str, str]:
+    return {file: (ROOT / file).read_text(encoding="utf-8") for file, _, _ in FLOORS_TOLD}
+
+
+def test_every_place_names_the_floors_of_setup_py() -> None:
+    assert floor_faults(told()) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fault"),
+    [
+        (
+            "Floors: Python 3.11, torch 2.11",
+            "Floors: Python 3.11, torch 2.10",
+            "docs/design.md says 2.10 of torch, setup",
+        ),
+        (
+            "transformers 5.17;",
+            "transformers, see there;",
+            "docs/design.md says nothing of transformers, setup.py 5.17",
+        ),
+    ],
+)
+def test_another_floor_is_found(before: str, after: str, fault: str) -> None:
+    texts = told()
+    assert before in texts["docs/design.md"]
+    ((found),) = floor_faults({**texts, "docs/design.md": texts["docs/design.md"].replace(before, after)})
+    assert found.startswith(fault)
+
+
+def test_the_code_reads_the_floors_of_setup_py() -> None:
+    """At run time they come from the metadata of the installed package, and from one constant."""
+    assert ".".join(map(str, _compat.MIN_TRANSFORMERS)) == floors()["transformers"]
+    read = {one.name: one.specifier for one in doctor._requirements()}
+    for name in ("torch", "transformers", "triton", "peft"):
+        assert read[name] == f">={floors()[name]}", "setup.py has changed since gisting was installed: pip install -e ."
+
+
+def test_the_tested_versions_of_ci_are_those_that_it_installs() -> None:
+    pins = dict(line.split("==") for line in constraint_lines())
+    tested = dict(_compat.TESTED["CI"])
+    assert tested.pop("python") == floors()["python"]
+    assert tested == {name: pins[name] for name in tested}
+
+
+@pytest.mark.parametrize("place", _compat.TESTED)
+def test_no_tested_version_is_below_its_floor(place: str) -> None:
+    for package, version in _compat.TESTED[place].items():
+        assert SpecifierSet(f">={floors()[package]}").contains(version), package

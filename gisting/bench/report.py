@@ -186,6 +186,7 @@ def write_between(path: str | Path, name: str, text: str) -> None:
 
 def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]]:
     """Every table of the README and of docs/ that is made from committed rows: page, mark, file of rows, function."""
+    from gisting.bench.card import kernels_table, real_model_table, step_table
     from gisting.bench.cpu_attention import attention_table
     from gisting.bench.distillation import distillation_table
     from gisting.bench.inference import highlights_table, inference_table, losses_table
@@ -204,6 +205,8 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
         ("README.md", "inference highlights", "inference.jsonl", highlights_table),
         ("README.md", "vllm highlights", "vllm.jsonl", vllm_highlights),
         ("docs/benchmarks.md", "cpu attention results", "cpu_attention.jsonl", attention_table),
+        ("docs/benchmarks.md", "kernels results", "kernels.jsonl", kernels_table),
+        ("docs/benchmarks.md", "step results", "kernels.jsonl", step_table),
         ("docs/benchmarks.md", "inference results", "inference.jsonl", inference_table),
         ("docs/benchmarks.md", "inference losses", "inference.jsonl", losses_table),
         ("docs/stores.md", "storage results", "storage.jsonl", storage_table),
@@ -211,6 +214,7 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
         ("docs/evaluation.md", "quality results", "quality.jsonl", quality_table),
         ("docs/training.md", "training results", "training.jsonl", training_table),
         ("docs/training.md", "methods results", "methods.jsonl", methods_table),
+        ("docs/training.md", "real model results", "smollm2.jsonl", real_model_table),
         ("docs/training.md", "distillation results", "distillation.jsonl", distillation_table),
         ("docs/internalisation.md", "internalize results", "internalize.jsonl", internalize_table),
         ("docs/internalisation.md", "requests results", "internalize.jsonl", serving_table),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from gisting._compat import cache_argument, num_constraint_numbers
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheMismatchError, GistError
 from gisting.tokens import GistEncoding, GistTokenizer
@@ -393,8 +394,7 @@ class _Call:
         allowed = self.extra.get("prefix_allowed_tokens_fn")
         if allowed is None:
             return self.extra
-        # How many numbers stock generate has for a row: beams share one.
-        each = self.num_copies // (self.config.num_beams or 1)
+        each = num_constraint_numbers(self.config.num_beams or 1, self.config.num_return_sequences or 1)
 
         def of_row(number: int, ids: torch.Tensor) -> list[int]:
             return allowed(rows[number // each] * each + number % each, ids[ids != gist_token_id])
@@ -666,7 +666,7 @@ def _answer_decoder(
             said = [_up_to_end(answer, call.config, model) for answer in said]
             caches.append(
                 decoder.continued(
-                    model, part.select(repeated), output.past_key_values, [ids[row] for row in repeated], said
+                    model, part.select(repeated), output[cache_argument()], [ids[row] for row in repeated], said
                 )
             )
     back = sorted(range(len(order)), key=lambda place: order[place])

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import gisting
+from gisting._compat import cache_argument
 from gisting.bench.report import write_between
 from gisting.cache import GistCache
 from gisting.errors import GistError
@@ -66,7 +67,7 @@ def reading_all_anew(model: PreTrainedModel, tokenizer: GistTokenizer) -> Iterat
     def put_on_the_mask(
         _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        assert kwargs.get("past_key_values") is None
+        assert kwargs.get(cache_argument()) is None
         args, kwargs = (), {**kwargs, **({"input_ids": args[0]} if args else {})}
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         is_token = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -181,9 +182,9 @@ class Case:
     def stock(self, ids: list[int], row: int = 0, **settings: Any) -> list[str]:
         """Stock ``generate`` from the cache of one row."""
         given = torch.tensor([ids])
-        past = self.cache[row].as_past_key_values()
+        past = {cache_argument(): self.cache[row].as_past_key_values()}
         settings = {"max_new_tokens": LENGTH, "do_sample": False, **settings}
-        tokens = self.model.generate(given, attention_mask=torch.ones_like(given), past_key_values=past, **settings)
+        tokens = self.model.generate(given, attention_mask=torch.ones_like(given), **past, **settings)
         return self.texts(tokens[:, len(ids) :].tolist())
 
     def is_greedy(self, **settings: Any) -> bool:
@@ -294,7 +295,7 @@ def _quantized(case: Case) -> bool:
         rounded.layer_class_to_replicate = Rounded
         for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             rounded.update(keys, values, layer)
-        arguments["past_key_values"] = rounded
+        arguments[cache_argument()] = rounded
         tokens = case.model.generate(**arguments, max_new_tokens=LENGTH, do_sample=False)
         equal &= found == case.texts(tokens[:, given:].tolist())
     return equal

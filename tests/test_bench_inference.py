@@ -19,6 +19,7 @@ from transformers import StaticCache
 
 import gisting
 from gisting import GistError
+from gisting._compat import cache_argument
 from gisting.bench import inference, training
 from gisting.bench.inference import GIST, MODES, NO_CACHE, PREFIX, STATIC, measure
 from gisting.bench.latency import first_token, hand_over
@@ -165,13 +166,13 @@ def test_no_time_where_another_token_was_chosen(monkeypatch: pytest.MonkeyPatch)
 def test_handing_over_copies_nothing_and_changes_nothing(name: str) -> None:
     model, _ = tiny.patched(name)
     ids = torch.arange(4, 24)[None]
-    kept = model(ids, use_cache=True).past_key_values
+    kept = model(ids, use_cache=True)[cache_argument()]
     before = copy.deepcopy(kept)
     fresh = hand_over(kept, 3)
     for ours, theirs in zip(fresh.layers, kept.layers, strict=True):
         assert ours.keys.data_ptr() == theirs.keys.data_ptr()
         assert ours.keys.shape[0] == 3
-    model(ids[:, :3].expand(3, -1), past_key_values=fresh, use_cache=True)
+    model(ids[:, :3].expand(3, -1), **{cache_argument(): fresh}, use_cache=True)
     assert (fresh.get_seq_length(), kept.get_seq_length()) == (23, 20)
     for ours, theirs in zip(kept.layers, before.layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys)
@@ -183,9 +184,9 @@ def test_what_writes_in_place_is_copied() -> None:
     model, _ = tiny.patched("llama")
     kept: Any = StaticCache(model.config, 16)
     ids = torch.arange(4, 12)[None]
-    model(ids, past_key_values=kept, use_cache=True)
+    model(ids, **{cache_argument(): kept}, use_cache=True)
     before = kept.layers[0].keys.clone()
-    model(ids[:, :2], past_key_values=hand_over(kept), use_cache=True)
+    model(ids[:, :2], **{cache_argument(): hand_over(kept)}, use_cache=True)
     assert torch.equal(kept.layers[0].keys, before)
 
 

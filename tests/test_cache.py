@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import gisting
+from gisting._compat import cache_argument
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, CacheMismatchError, GistError
 from gisting.rotary import Rotary
@@ -328,7 +329,7 @@ def test_generate_leaves_the_cache_as_it_is(name: str, settings: dict[str, Any])
         texts.append(gisting.generate(model, tokenizer, ["w1 w2", "w3"], cache=cache, max_new_tokens=8, **settings))
         if name != "t5":
             ids = torch.tensor([[tokenizer.gist_token_id] * 3 + [9, 8]])
-            model.generate(ids, past_key_values=cache[0].as_past_key_values(), max_new_tokens=8)
+            model.generate(ids, **{cache_argument(): cache[0].as_past_key_values()}, max_new_tokens=8)
     assert texts[0] == texts[1]
     for tensor, old in zip(tensors_of(cache), before, strict=True):
         assert torch.equal(tensor, old)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import gisting
+from gisting._compat import cache_argument
 from gisting.attention import interval_attention
 from gisting.attention.pieces import attend_pieces, plan_pieces
 from gisting.cache import GistCache
@@ -71,7 +72,7 @@ def recomputed(model: PreTrainedModel, tokenizer: GistTokenizer, part: int, row:
         input_ids=ids,
         attention_mask=visibility.as_attention_mask(),
         position_ids=visibility.position_ids + OFFSETS[part, row],
-        past_key_values=past,
+        **{cache_argument(): past},
         use_cache=True,
     )
     layers: list[Any] = list(past.layers)
@@ -181,7 +182,7 @@ def cached_logits(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistC
         input_ids=ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, cache.num_slots :],
-        past_key_values=cache.as_past_key_values() if past is None else past,
+        **{cache_argument(): cache.as_past_key_values() if past is None else past},
     ).logits
 
 
@@ -278,7 +279,7 @@ def test_sliding_windows_count_the_columns_of_the_training_sequence(name: str) -
                 input_ids=batch["input_ids"][:, -3:],
                 attention_mask=torch.ones(1, 5, dtype=torch.long),
                 position_ids=torch.tensor([[2, 3, 4]]),
-                past_key_values=chain.as_past_key_values(),
+                **{cache_argument(): chain.as_past_key_values()},
             ).logits[0]
         errors[batch["input_ids"].shape[1]] = (found - expected).abs().max().item()
     assert tiny.WINDOW == 8

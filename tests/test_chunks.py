@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import gisting
 from gisting import generation
+from gisting._compat import cache_argument
 from gisting.cache import GistCache
 from gisting.data.collate import GistCollator
 from gisting.data.packing import GistPackingCollator
@@ -69,7 +70,9 @@ def one_by_one(stock: PreTrainedModel, encoding: GistEncoding, gist_token_id: in
         ids = torch.tensor([chunk + [gist_token_id] * k])
         position_ids = torch.arange(ids.shape[1])[None] - len(chunk) + number * k
         mask = torch.ones(1, number * k + ids.shape[1], dtype=torch.long)
-        stock.base_model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=past, use_cache=True)
+        stock.base_model(
+            ids, attention_mask=mask, position_ids=position_ids, **{cache_argument(): past}, use_cache=True
+        )
         keep = [*range(number * k), *range(number * k + len(chunk), number * k + len(chunk) + k)]
         held = [(keys[:, :, keep], values[:, :, keep]) for keys, values in layers_of(past)]
     return held
@@ -142,7 +145,7 @@ def test_behind_the_cache_are_the_logits_of_the_training_layout(name: str) -> No
     cache = gisting.compress(model, tokenizer, [record.instruction], 2, chunk_length=LENGTH)
     with torch.no_grad():
         trained = model(**batch).logits[:1, encoding.gist_end :]
-        used = model(rest, past_key_values=cache.as_past_key_values()).logits
+        used = model(rest, **{cache_argument(): cache.as_past_key_values()}).logits
     torch.testing.assert_close(used, trained, rtol=0, atol=1e-5 * trained.abs().max().item())
 
 

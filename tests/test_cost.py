@@ -29,6 +29,7 @@ from transformers import (
 
 import gisting
 from gisting import GistError
+from gisting._compat import cache_argument
 from gisting.errors import UnsupportedModelError
 from gisting.eval.cost import FlopCounts, RequestCost, cache_bytes, count_flops, forward_flops, request_costs
 from tests import tiny
@@ -121,9 +122,9 @@ def test_a_decoder_computes_what_is_counted(name: str) -> None:
     ids = torch.arange(24)[None] + 4
     for num_cached, num_tokens in ((0, 12), (6, 3), (7, 1), (20, 3)):
         with torch.no_grad():
-            past = model(ids[:, :num_cached], use_cache=True).past_key_values if num_cached else None
+            past = model(ids[:, :num_cached], use_cache=True)[cache_argument()] if num_cached else None
         with counted() as real:
-            model(ids[:, num_cached : num_cached + num_tokens], past_key_values=past, use_cache=True)
+            model(ids[:, num_cached : num_cached + num_tokens], **{cache_argument(): past}, use_cache=True)
         assert counts.forward(num_tokens, num_cached) == real.flops, (num_tokens, num_cached)
 
 
@@ -172,8 +173,8 @@ def test_an_answer_costs_and_holds_what_stock_generate_does(name: str) -> None:
         past = {}
         if row.num_cached_tokens:
             with torch.no_grad():
-                past = {"past_key_values": model(ids[:, : row.num_cached_tokens], use_cache=True).past_key_values}
-            assert row.prompt_bytes == held_bytes(past["past_key_values"])
+                past = {cache_argument(): model(ids[:, : row.num_cached_tokens], use_cache=True)[cache_argument()]}
+            assert row.prompt_bytes == held_bytes(past[cache_argument()])
         with counted() as real:
             made = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, **past
@@ -182,7 +183,7 @@ def test_an_answer_costs_and_holds_what_stock_generate_does(name: str) -> None:
         # generate makes logits at the last token only: 32 numbers by 64 words.
         logits = 0 if is_encoder_decoder else 2 * 32 * 64 * (row.num_new_tokens - 1)
         assert row.answer_flops == real.flops + logits, row.mode
-        assert row.batch_bytes == held_bytes(made.past_key_values), row.mode
+        assert row.batch_bytes == held_bytes(made[cache_argument()]), row.mode
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -198,7 +199,7 @@ def test_bytes_are_those_of_a_gist_cache(name: str) -> None:
 def test_a_prefix_cache_lets_go_of_what_left_the_window(name: str, length: int) -> None:
     model = tiny.model(name)
     with torch.no_grad():
-        past = model(torch.arange(length)[None] + 4, use_cache=True).past_key_values
+        past = model(torch.arange(length)[None] + 4, use_cache=True)[cache_argument()]
     assert cache_bytes(model.config, length, is_windowed=True) == held_bytes(past)
     assert cache_bytes(model.config, length) == 2 * 3 * 2 * 8 * length * 4
 

@@ -29,6 +29,7 @@ from transformers.utils.import_utils import is_optimum_quanto_available
 import gisting
 from gisting import cache as cache_module
 from gisting import generation
+from gisting._compat import cache_argument, num_constraint_numbers
 from gisting.cache import GistCache
 from gisting.errors import CacheMismatchError, GistError, GistTokenError
 from gisting.generation import converse
@@ -75,7 +76,7 @@ def _mix_up_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     def mix_up(model: Any, tokenizer: Any, cache: GistCache, rests: Any, copies: int = 1, **settings: Any) -> Any:
         arguments, given = right(model, tokenizer, cache, rests, copies, **settings)
         rows = [row for _ in range(copies) for row in range(len(cache))]
-        return {**arguments, "past_key_values": cache.select(rows).as_past_key_values(**settings)}, given
+        return {**arguments, cache_argument(): cache.select(rows).as_past_key_values(**settings)}, given
 
     monkeypatch.setattr(decoder, "prepare_generation", mix_up)
 
@@ -137,7 +138,7 @@ def test_layers_of_the_models_kind_go_on_from_k_gists(name: str, k: int, impleme
         ids = torch.tensor([[tokenizer.gist_token_id] * k + rest])
         past = cache.as_past_key_values(implementation, config=model.config, max_cache_len=ids.shape[1] + LENGTH)
         assert any(past.is_sliding) == (name != "llama")
-        tokens = stock.generate(ids, past_key_values=past, **GREEDY)
+        tokens = stock.generate(ids, **{cache_argument(): past}, **GREEDY)
         encoding = tokenizer.encode(PROMPTS[0], text, num_gist_tokens=k).input_ids
         said = tokens[0, ids.shape[1] :].tolist()
         assert said[: said.index(2) + 1 if 2 in said else None] == modes.plain(model, tokenizer, [encoding])[0]
@@ -269,7 +270,8 @@ def test_a_constraint_is_asked_for_the_row_that_it_is(name: str, settings: dict[
         if name == "t5":
             pytest.skip("refused")
         settings["assistant_model"] = case.assistant
-    each = settings.get("num_return_sequences", 1)
+    copies = settings.get("num_return_sequences", 1)
+    each = num_constraint_numbers(settings.get("num_beams", 1), copies)
     rests = [] if name == "t5" else case.tokenizer.encode_continuations(INPUTS)
 
     def constraint(number: int, ids: Tensor) -> list[int]:
@@ -279,7 +281,8 @@ def test_a_constraint_is_asked_for_the_row_that_it_is(name: str, settings: dict[
         return modes.allowed(number, ids)
 
     answers = case.generate(prefix_allowed_tokens_fn=constraint, **settings)
-    for number, answer in enumerate(answers):
+    for index, answer in enumerate(answers):
+        number = index // (copies // each)
         first = 1 if name == "t5" else len(rests[number // each])
         numbers = [int(word[1:]) + 4 for word in answer.split()]
         assert numbers
@@ -316,7 +319,9 @@ def test_fp8_keeps_logits_within_a_twentieth(case: Case) -> None:
         steps = []
         for column in range(ids.shape[1]):
             position = torch.tensor([[past.get_seq_length()]])
-            steps.append(case.model(ids[:, column : column + 1], position_ids=position, past_key_values=past).logits)
+            steps.append(
+                case.model(ids[:, column : column + 1], position_ids=position, **{cache_argument(): past}).logits
+            )
         return torch.cat(steps, dim=1)
 
     exact = logits()
@@ -606,7 +611,7 @@ def test_three_turns_are_one_text(name: str) -> None:
         positions = torch.arange(one.num_slots, one.num_slots + len(rest))[None]
         with torch.no_grad():
             found = model(
-                torch.tensor([rest]), position_ids=positions, past_key_values=one.as_past_key_values()
+                torch.tensor([rest]), position_ids=positions, **{cache_argument(): one.as_past_key_values()}
             ).logits[0]
         wanted = full_logits(model, tokenizer, row + rest)[-len(rest) :]
         assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
@@ -804,7 +809,7 @@ def test_a_stock_pipeline_does_not_drop_the_first_words(case: Case) -> None:
     """Stock generate takes away as many ids as a given cache has columns, whatever they are."""
     stock = stock_pipeline("text-generation", model=case.model, tokenizer=case.tokenizer.tokenizer)
     with pytest.raises(GistTokenError, match=r"^past_key_values holds 2 gist slots, but input_ids do not begin with"):
-        stock(INPUTS[1], past_key_values=case.cache[0].as_past_key_values(), **GREEDY)
+        stock(INPUTS[1], **{cache_argument(): case.cache[0].as_past_key_values()}, **GREEDY)
 
 
 # -- gist tokens in front ----------------------------------------------------------------------------------------------
@@ -827,7 +832,7 @@ def test_other_ids_than_a_caches_gist_tokens(case: Case, ids: list[list[int]], s
     if "num_beams" in settings:
         past.batch_repeat_interleave(2)
     with pytest.raises(GistError, match="gist tokens"):
-        case.model.generate(torch.tensor(ids), past_key_values=past, **GREEDY, **settings)
+        case.model.generate(torch.tensor(ids), **{cache_argument(): past}, **GREEDY, **settings)
 
 
 def test_ragged_batches_beams_and_bare_rests_pass(case: Case) -> None:
@@ -841,7 +846,7 @@ def test_ragged_batches_beams_and_bare_rests_pass(case: Case) -> None:
     rest = tokenizer.encode_continuations(INPUTS)[1]
     mask = torch.ones(1, COUNTS[1] + len(rest), dtype=torch.long)
     past = case.cache[1].as_past_key_values()
-    tokens = model.generate(torch.tensor([rest]), attention_mask=mask, past_key_values=past, **GREEDY)
+    tokens = model.generate(torch.tensor([rest]), attention_mask=mask, **{cache_argument(): past}, **GREEDY)
     assert case.texts(tokens[:, len(rest) :].tolist()) == case.texts(case.greedy[1:2])
 
 
@@ -855,7 +860,7 @@ def test_copies_of_a_patched_model_look_at_their_own_calls(copied: Callable[[Any
     twin = copied(case.model)
     assert twin.prepare_inputs_for_generation.__self__ is twin
     ids = torch.tensor([[GIST] * COUNTS[0] + case.tokenizer.encode_continuations(INPUTS)[0]])
-    tokens = twin.generate(ids, past_key_values=case.cache[0].as_past_key_values(), **GREEDY)
+    tokens = twin.generate(ids, **{cache_argument(): case.cache[0].as_past_key_values()}, **GREEDY)
     assert case.texts(tokens[:, ids.shape[1] :].tolist()) == case.texts(case.greedy[:1])
 
 
@@ -874,8 +879,8 @@ def test_a_callers_suppress_tokens_drop_the_patchs_in_stock_generate(case: Case)
     ids = torch.tensor([[GIST] * COUNTS[0] + case.tokenizer.encode_continuations(INPUTS)[0]])
 
     def first(**settings: Any) -> int:
-        past = case.cache[0].as_past_key_values()
-        return model.generate(ids, past_key_values=past, max_new_tokens=1, do_sample=False, **settings)[0, -1].item()
+        past = {cache_argument(): case.cache[0].as_past_key_values()}
+        return model.generate(ids, **past, max_new_tokens=1, do_sample=False, **settings)[0, -1].item()
 
     assert first() != GIST
     assert first(suppress_tokens=[4, GIST]) != GIST

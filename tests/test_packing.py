@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from gisting import GistCollator, GistError, GistTokenizer, Record, Visibility
+from gisting._compat import cache_argument
 from gisting.data.packing import GistPackingCollator, group_by_instruction, pack
 from gisting.errors import RecordError
 from gisting.tokens import Template
@@ -272,7 +273,7 @@ def test_reconstruction_is_the_prompt_behind_its_cache_and_leaves_the_answers_al
         cache = gisting.compress(model, tokenizer, [prompt], 2, chunk_length=chunk_length)
         ids = torch.tensor(tokenizer.encode_texts([prompt]))
         with torch.no_grad():
-            logits = model(ids, past_key_values=cache.as_past_key_values()).logits[0, :-1]
+            logits = model(ids, **{cache_argument(): cache.as_past_key_values()}).logits[0, :-1]
         sums += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
         number += ids.shape[1] - 1
     assert int((batch["reconstruction_labels"] != -100).sum()) == number

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from gisting._compat import cache_argument
 from gisting.bench.latency import check_logits, hand_over, wait
 from gisting.bench.report import markdown_table, new_figure, spread
 from gisting.cache import CacheOrigin
@@ -324,12 +325,12 @@ class _Bench:
                 return None, f"would need {_size(need)}, allowed are {_size(settings.max_bytes)}"
             ids = self.draw(1, length, length)
             found: list[Any] = []
-            read_s = self.timed(lambda: found.append(self.model(ids, use_cache=True, logits_to_keep=1).past_key_values))
+            read_s = self.timed(lambda: found.append(self.model(ids, use_cache=True, logits_to_keep=1)))
             self.flops_per_s = self.counts.forward(length) / read_s
             gist_ids = ids.new_full((1, settings.num_gist_tokens), self.tokenizer.gist_token_id)
             encoding = self.tokenizer.locate(torch.cat([ids, gist_ids], dim=1)[0].tolist())
             compressed = prefix_states(self.model, self.tokenizer, [encoding], CacheOrigin("", "", "", "gist"))
-            return _Prompt(ids, gist_ids, found[0], compressed, read_s), None
+            return _Prompt(ids, gist_ids, found[0][cache_argument()], compressed, read_s), None
 
 
 class _Cell:
@@ -371,7 +372,7 @@ class _Cell:
         """``(B, V)``, of one forward pass."""
         ids = self.whole[mode] if mode == NO_CACHE else self.inputs
         past = self.past(mode)
-        return self.bench.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.bench.model(ids, **{cache_argument(): past}, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def first_token(self, mode: str) -> Tensor:
         return self.first_logits(mode).argmax(-1)
@@ -380,15 +381,15 @@ class _Cell:
         """By the recipe of transformers' documentation: a deep copy of what is kept, then a copy for each request."""
         past = copy.deepcopy(self.kept[mode])
         past.batch_repeat_interleave(self.batch_size)
-        ids = self.inputs
-        return self.bench.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+        given = {"input_ids": self.inputs, cache_argument(): past}
+        return self.bench.model(**given, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
 
     def answers(self, mode: str, num_tokens: int, **more: Any) -> Any:
         ids = self.whole[mode]
         return self.bench.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=self.past(mode),
+            **{cache_argument(): self.past(mode)},
             do_sample=False,
             num_beams=1,
             min_new_tokens=num_tokens,
@@ -482,7 +483,7 @@ class _Cell:
                 layer.keys, layer.values = layer.keys[row], layer.values[row]
                 if mode == STATIC:
                     layer.cumulative_length = layer.cumulative_length.clone()
-            alone = self.bench.model(self.inputs[row], past_key_values=past, logits_to_keep=1).logits[:, -1]
+            alone = self.bench.model(self.inputs[row], **{cache_argument(): past}, logits_to_keep=1).logits[:, -1]
             check_logits(f"{mode}, request {number} of {self.batch_size}", together[row], alone)
         count = min(_GATE_TOKENS, self.bench.settings.answer_tokens)
         found = self.answers(mode, count, output_logits=True, output_scores=True, return_dict_in_generate=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from gisting._compat import cache_argument
 from gisting.bench.report import spread
 from gisting.cache import GistCache
 from gisting.errors import GistError
@@ -87,17 +88,17 @@ def first_token(
     plain_ids = torch.cat([prompt_ids, rest_ids], dim=1)
     compressed = compress(model, tokenizer, [prompt], num_gist_tokens)
     with evaluating(model), torch.inference_mode():
-        kept = model(prompt_ids, use_cache=True).past_key_values
+        kept = model(prompt_ids, use_cache=True)[cache_argument()]
         kept_gist = compressed.as_past_key_values()
 
         def run_plain() -> Tensor:
             return model(plain_ids, use_cache=True, logits_to_keep=1).logits
 
         def run_prefix() -> Tensor:
-            return model(rest_ids, past_key_values=hand_over(kept), use_cache=True, logits_to_keep=1).logits
+            return model(rest_ids, **{cache_argument(): hand_over(kept)}, use_cache=True, logits_to_keep=1).logits
 
         def run_gist() -> Tensor:
-            return model(rest_ids, past_key_values=hand_over(kept_gist), use_cache=True, logits_to_keep=1).logits
+            return model(rest_ids, **{cache_argument(): hand_over(kept_gist)}, use_cache=True, logits_to_keep=1).logits
 
         check_logits("prefix cache", run_prefix(), run_plain())
         check_logits("gist cache", run_gist(), _uncached_gist(model, tokenizer, encoding.input_ids, device))

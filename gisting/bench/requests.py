@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gisting._compat import cache_argument
 from gisting.bench.latency import check_logits, hand_over, wait
 from gisting.bench.progress import tracked
 from gisting.bench.report import spread
@@ -107,7 +108,7 @@ def serving(
     generating: Any = model
     with evaluating(model), torch.inference_mode():
         front = torch.tensor([full[0][:num_cached]] * batch_size, device=device)
-        kept: Any = model(front[:1], use_cache=True, logits_to_keep=1).past_key_values
+        kept: Any = model(front[:1], use_cache=True, logits_to_keep=1)[cache_argument()]
 
         def padded(sources: list[list[int]], start: int) -> tuple[Tensor, Tensor]:
             ids, is_token = pad_rows(sources[start : start + batch_size], pad, left=True)
@@ -119,7 +120,7 @@ def serving(
         def behind_prefix(ids: Tensor, mask: Tensor, **more: Any) -> Any:
             # The cached columns stand in front, so padding goes between them and the rest.
             ids, mask = torch.cat([front, ids], dim=1), torch.cat([torch.ones_like(front), mask], dim=1)
-            return run(ids, mask, past_key_values=hand_over(kept, batch_size), **more)
+            return run(ids, mask, **{cache_argument(): hand_over(kept, batch_size)}, **more)
 
         rests = {**plain, PREFIX_CACHE: [row[num_cached:] for row in full]}
         batches = {mode: [padded(sources, start) for start in starts] for mode, sources in rests.items()}

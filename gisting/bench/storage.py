@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gisting import storage
+from gisting._compat import cache_argument
 from gisting.bench.progress import tracked
 from gisting.bench.report import append_row, markdown_table
 from gisting.cache import GistCache
@@ -205,7 +206,7 @@ def _logits(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, 
                 input_ids=ids.to(device),
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, states.num_slots :],
-                past_key_values=states.as_past_key_values(),
+                **{cache_argument(): states.as_past_key_values()},
             ).logits
             # A token is predicted one column before it stands.
             found += [

@@ -33,6 +33,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gisting._compat import cache_argument
 from gisting.bench.progress import tracked
 from gisting.bench.report import append_row
 from gisting.cache import GistCache
@@ -188,7 +189,7 @@ def make_setup(
         num_parameters=model.num_parameters(),
         token_bytes=first.num_bytes // num_gist_tokens,
         input=given,
-        answer=answer(placed, past_key_values=first.as_past_key_values()),
+        answer=answer(placed, **{cache_argument(): first.as_past_key_values()}),
         plain_answer=answer(prompts[0] + given),
     )
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from gisting._compat import cache_argument
 from gisting.errors import GistError
 from gisting.models.registry import family_of, is_length_dependent, sliding_windows
 
@@ -415,7 +416,7 @@ def _decoder(model: Any, num_tokens: int, num_cached: int) -> int:
     cache = DynamicCache(config=model.config)
     with torch.device("meta"):
         _fill(cache, model.config, model.config.num_hidden_layers, num_cached)
-    return _run(model, input_ids=_ids(num_tokens), past_key_values=cache, use_cache=True)
+    return _run(model, input_ids=_ids(num_tokens), **{cache_argument(): cache}, use_cache=True)
 
 
 def _encoder(model: Any, num_tokens: int) -> int:
@@ -433,6 +434,6 @@ def _decoder_step(model: Any, num_source: int, num_cached: int) -> int:
         model,
         encoder_outputs=BaseModelOutput(torch.zeros(1, num_source, config.d_model, device="meta")),  # pyright: ignore[reportArgumentType]
         decoder_input_ids=_ids(1),
-        past_key_values=cache,
+        **{cache_argument(): cache},
         use_cache=True,
     )

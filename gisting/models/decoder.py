@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from gisting._compat import cache_argument
 from gisting.cache import CacheOrigin, GistCache
 from gisting.device import on_each_device
 from gisting.models.rotary import rotary_of
@@ -53,7 +54,7 @@ def prefix_states(
             input_ids=ids.to(device),
             attention_mask=visibility.as_attention_mask().to(device),
             position_ids=visibility.position_ids.to(device),  # pyright: ignore[reportOptionalMemberAccess]
-            past_key_values=cache,
+            **{cache_argument(): cache},
             use_cache=True,
         )
     layers: list[Any] = list(cache.layers)
@@ -100,7 +101,7 @@ def prepare_generation(
     if num_copies > 1:
         cache = cache.select([row for row in range(len(cache)) for _ in range(num_copies)])
     past = cache.as_past_key_values(**past_settings)
-    return {"past_key_values": past, "input_ids": ids, "attention_mask": mask}, ids.shape[1]
+    return {cache_argument(): past, "input_ids": ids, "attention_mask": mask}, ids.shape[1]
 
 
 def continued(
@@ -147,7 +148,7 @@ def continued(
             input_ids=torch.tensor([answer[-1:] for answer in answers], device=cache.device),
             attention_mask=torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1),
             position_ids=lengths[:, None].to(cache.device),
-            past_key_values=after,
+            **{cache_argument(): after},
             use_cache=True,
         )
     layers: list[Any] = list(after.layers)
@@ -199,7 +200,6 @@ class Assistant:
     def generate(
         self,
         input_ids: torch.Tensor,
-        past_key_values: _Shifted | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         *,
@@ -210,11 +210,11 @@ class Assistant:
 
         Args:
             input_ids: int64 ``(1, P + T)``, the main model's.
-            past_key_values: what the last call returned, or None.
             attention_mask: int64, of the shape of ``input_ids``; not read.
             position_ids: int64, of the shape of ``input_ids``; not read.
             generation_config: of transformers, how to draft.
-            **kwargs: settings that go into it, and arguments of stock ``generate``.
+            **kwargs: settings that go into it, and arguments of stock ``generate``; among them, as the cache, what the
+                last call returned, or None.
 
         Returns:
             What stock ``generate`` returns, with the main model's columns.
@@ -222,7 +222,8 @@ class Assistant:
         num_own = 0 if self.cache is None else self.cache.num_slots
         placeholders = input_ids.new_full((1, num_own), self.gist_token_id)
         own_ids = torch.cat([placeholders, input_ids[:, self.num_slots :]], dim=1)
-        past = past_key_values.past if past_key_values is not None else None
+        shifted: _Shifted | None = kwargs.pop(cache_argument(), None)
+        past = None if shifted is None else shifted.past
         if past is None and self.cache is not None:
             past = self.cache.as_past_key_values()
         # Settings beside a generation_config are deprecated, and transformers gives both.
@@ -232,12 +233,12 @@ class Assistant:
         drafted = model.generate(
             input_ids=own_ids,
             attention_mask=torch.ones_like(own_ids),
-            past_key_values=past,
+            **{cache_argument(): past},
             generation_config=config,
             **rest,
         )
         drafted.sequences = torch.cat([input_ids[:, : self.num_slots], drafted.sequences[:, num_own:]], dim=1)
-        drafted.past_key_values = _Shifted(drafted.past_key_values, self.num_slots - num_own)
+        drafted[cache_argument()] = _Shifted(drafted[cache_argument()], self.num_slots - num_own)
         return drafted
 
 

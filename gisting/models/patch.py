@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gisting._compat import require_transformers
+from gisting._compat import cache_argument, require_transformers
 from gisting.device import assert_on_device
 from gisting.errors import GistError, GistTokenError, UnsupportedModelError
 from gisting.models import relative_bias
@@ -263,7 +263,7 @@ def _check_what_a_cache_stands_for(model: Any, gist_token_id: int) -> None:
 
     @functools.wraps(inner)
     def prepare_inputs_for_generation(self: Any, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        held: Tensor | None = getattr(kwargs.get("past_key_values"), "gist_mask", None)
+        held: Tensor | None = getattr(kwargs.get(cache_argument()), "gist_mask", None)
         if held is not None and kwargs.get("is_first_iteration"):
             in_front = input_ids[:, : held.shape[1]]
             # Once for each beam or sample, as generate repeats the ids.

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, Trainer
 
+from gisting._compat import cache_argument
 from gisting.attention.api import segments_of
 from gisting.data.collate import IGNORED
 from gisting.errors import GistError
@@ -220,7 +221,7 @@ class ObjectiveTrainer(Trainer):
         cache = DynamicCache()
         nowhere = own["input_ids"].new_empty(0)
         with torch.no_grad(), gists_at(nowhere):
-            self._logits(model, {**own, "past_key_values": cache}, nowhere, None)
+            self._logits(model, {**own, cache_argument(): cache}, nowhere, None)
         return cache
 
     def _logits(self, model: Any, inputs: dict[str, Any], places: Tensor, prompts: Any) -> Tensor:
@@ -229,11 +230,11 @@ class ObjectiveTrainer(Trainer):
             past = DynamicCache()
             for number, layer in enumerate(prompts.layers):
                 past.update(layer.keys, layer.values, number)
-            inputs = {**inputs, "past_key_values": past}
+            inputs = {**inputs, cache_argument(): past}
         if self.args.n_gpu > 1:  # spread by torch's DataParallel, whose threads would share one hook
             return model(**inputs).logits.flatten(0, 1)[places]
         with logits_at(self.model, places):
-            return model(**inputs, use_cache="past_key_values" in inputs).logits[0]
+            return model(**inputs, use_cache=cache_argument() in inputs).logits[0]
 
     def _cross_entropy(self, logits: Tensor, ids: Tensor) -> Tensor:
         return cross_entropy(

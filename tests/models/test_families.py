@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import gisting
+from gisting._compat import cache_argument
 from gisting.models import decoder, encoder_decoder, registry
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
@@ -335,7 +336,7 @@ def test_stock_generate_goes_on_from_a_gist(name: str) -> None:
             tokens = which.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache[row].as_past_key_values(),
+                **{cache_argument(): cache[row].as_past_key_values()},
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
             )
@@ -356,7 +357,7 @@ def test_stock_generate_goes_on_from_a_ragged_batch(name: str) -> None:
         tokens = which.generate(
             ids,
             attention_mask=torch.cat([cache.attention_mask, is_token.long()], dim=1),
-            past_key_values=cache.as_past_key_values(),
+            **{cache_argument(): cache.as_past_key_values()},
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
         )

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import gisting
+from gisting._compat import cache_argument
 from gisting.errors import GistError, GistTokenError, UnsupportedModelError
 from gisting.models import patch as patch_module
 from gisting.models import registry
@@ -523,17 +524,18 @@ def test_gist_tokens_behind_a_cache_are_refused() -> None:
     cache = gisting.compress(model, tokenizer, ["w1 w2 w3"], 2)
     ids = torch.tensor([[GIST, GIST, GIST, 9, 10]])
     with pytest.raises(GistTokenError, match="exactly the cache's gist tokens in front"):
-        model.generate(ids, past_key_values=cache.as_past_key_values(), max_new_tokens=2)
+        model.generate(ids, **{cache_argument(): cache.as_past_key_values()}, max_new_tokens=2)
     with pytest.raises(GistTokenError, match=REFUSAL):
-        model(ids, past_key_values=cache.as_past_key_values())
+        model(ids, **{cache_argument(): cache.as_past_key_values()})
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(lambda model, ids, past: model(ids[:, 3:4], past_key_values=past), id="forward"),
+        pytest.param(lambda model, ids, past: model(ids[:, 3:4], **{cache_argument(): past}), id="forward"),
         pytest.param(
-            lambda model, ids, past: model.generate(ids[:, :4], past_key_values=past, max_new_tokens=2), id="generate"
+            lambda model, ids, past: model.generate(ids[:, :4], **{cache_argument(): past}, max_new_tokens=2),
+            id="generate",
         ),
         pytest.param(
             lambda model, ids, past: model.generate(ids, prefill_chunk_size=1, max_new_tokens=2), id="chunk-of-one"
@@ -544,7 +546,7 @@ def test_one_gist_token_behind_an_ordinary_prefix_is_refused(call: Callable[...,
     """A prompt's ordinary prefix cache, then its one gist token: whatever comes next would see the prompt itself."""
     model, _ = tiny.patched("llama")
     ids = torch.tensor([[5, 6, 7, GIST, 9]])
-    past = model(ids[:, :3], use_cache=True).past_key_values
+    past = model(ids[:, :3], use_cache=True)[cache_argument()]
     with pytest.raises(GistTokenError, match=REFUSAL):
         call(model, ids, past)
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from transformers.modeling_outputs import BaseModelOutput
 
 import gisting
+from gisting._compat import cache_argument
 from gisting.cache import CacheOrigin, GistCache
 from gisting.models import decoder, encoder_decoder
 from gisting.models.fingerprint import fingerprint
@@ -134,12 +135,12 @@ def test_llama_cached_logits_and_greedy_tokens(llama: Published, case: int) -> N
     )
     k = llama.cases[case]["gist"]
     assert given == k + llama.cases[case]["rest"]
-    past = arguments["past_key_values"]
+    past = arguments[cache_argument()]
     logits = llama.model(
         arguments["input_ids"][:, k:],
         attention_mask=arguments["attention_mask"],
         position_ids=torch.arange(k, given)[None],
-        past_key_values=past,
+        **{cache_argument(): past},
     ).logits
     assert_close(logits, llama[case, "logits_cached_rest"], LLAMA_TOLERANCE)
 

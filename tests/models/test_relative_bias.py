@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 import gisting
+from gisting._compat import cache_argument
 from gisting.attention import memo
 from gisting.attention.relative import dense_bias
 from gisting.errors import GistError
@@ -268,10 +269,10 @@ def test_decoder_goes_on_from_a_cache(name: str) -> None:
             attention_mask=given.source.as_attention_mask(),
             decoder_input_ids=given.targets[:, row : row + 1],
             decoder_attention_mask=seen.as_attention_mask(),
-            past_key_values=past,
+            **{cache_argument(): past},
             use_cache=True,
         )
-        past = out.past_key_values
+        past = out[cache_argument()]
         found.append(out.logits)
     logits = torch.cat(found, 1)
     torch.testing.assert_close(logits[given.is_target], wanted[given.is_target], rtol=1e-9, atol=1e-9)

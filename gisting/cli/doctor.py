@@ -24,6 +24,8 @@ def doctor(
 ) -> None:
     """Say what works here: versions, optional packages, devices, which attention would run and why.
 
+    A version below its floor is a fault; one that is newer than the newest that was tested is noted.
+
     With a path: what lies there, whether it is whole, whether a model of its family can be gisted, its gist token,
     template and k. Exit code 1 where something is broken.
 

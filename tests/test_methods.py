@@ -7,12 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback, integrations, set_seed
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from typer.testing import CliRunner
 
 import gisting
@@ -456,9 +454,7 @@ def test_plain_peft_applies_gist_only_lora_everywhere(tmp_path: Path) -> None:
 
 
 def test_peft_switches_an_adapter_off_and_on(tmp_path: Path) -> None:
-    wanted = integrations.peft.MIN_PEFT_VERSION
-    if Version(peft.__version__) < Version(wanted):
-        pytest.skip(f"this transformers switches adapters of peft {wanted} and later, here is {peft.__version__}")
+    tiny.skip_without_adapters_of_transformers()
     model, _, _ = trained(tmp_path, "lora")
     on, name = logits(model), fingerprint(model)
     model.disable_adapters()

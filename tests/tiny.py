@@ -35,6 +35,15 @@ def word_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     )
 
 
+def skip_without_adapters_of_transformers() -> None:
+    """Skip where this peft is too old for transformers' own ``add_adapter``, ``disable_adapters`` and the like."""
+    import peft
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"this transformers has adapters from peft {MIN_PEFT_VERSION} on, here is {peft.__version__}")
+
+
 def words(count: int, seed: int) -> str:
     """A text of ``count`` words."""
     generator = torch.Generator().manual_seed(seed)

@@ -235,6 +235,7 @@ def with_adapter(model: PreTrainedModel, name: str = "one") -> Any:
     """The model with an adapter of rank 2 injected, whose product is not zero."""
     from peft import LoraConfig
 
+    tiny.skip_without_adapters_of_transformers()
     adapted: Any = model
     adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name=name)
     return adapted

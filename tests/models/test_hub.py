@@ -198,6 +198,7 @@ def test_saved_over_another_checkpoint(tmp_path: Path) -> None:
 def adapted() -> Any:
     from peft import LoraConfig
 
+    tiny.skip_without_adapters_of_transformers()
     model: Any = tiny.patched("llama")[0]
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     return model

@@ -11,6 +11,7 @@ Parts, each in a process of its own with its share of ``--seconds``:
     training     stock Trainer on packed rows of 1,024 ids, a random LLaMA of the sizes of SmolLM2-135M: plain, and
                  gist-lora with distillation
     inference    the same model compresses a prompt and answers from the cache; beside it the whole prompt as a cache
+    compiled     only with --only compiled: plain training under torch.compile, which decides whether that pays
 
 A row is printed and written as soon as it is known, so that a part that is cut off keeps what it has. Nothing more is
 timed after a red gate. Exits with 1 where a part failed or was cut off, with 2 without a CUDA device.
@@ -19,6 +20,7 @@ timed after a red gate. Exits with 1 where a part failed or was cut off, with 2 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import signal
@@ -36,10 +38,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 # Shares of the time.
 PARTS = {"kernels": 0.5, "training": 0.3, "inference": 0.2}
+ALL_PARTS = {**PARTS, "compiled": 0.3}
 LETTERS = "abcdefgh"
 NUM_GIST_TOKENS = 4
 #: Training: name, method, weight of the distillation.
 RUNS = (("plain", "full", 0.0), ("distillation", "gist-lora", 1.0))
+COMPILED = (("plain, compiled", "full", 0.0),)
 
 
 @dataclass(frozen=True)
@@ -133,15 +137,16 @@ def make_records(sizes: Sizes, num_groups: int) -> list[Any]:
     return records
 
 
-def training(directory: Path, device: Any, sizes: Sizes, seconds: float) -> int:
-    """Train each way for half of the time, or as many steps as ``sizes`` says; how many ways failed."""
+def training(directory: Path, device: Any, sizes: Sizes, seconds: float, *, is_compiled: bool = False) -> int:
+    """Train each way for its part of the time, or as many steps as ``sizes`` says; how many ways failed."""
+    runs = COMPILED if is_compiled else RUNS
     records = make_records(sizes, sizes.groups * (sizes.warmup + sizes.steps))
     num_failed, start = 0, time.monotonic()
-    for number, (name, method, distillation) in enumerate(RUNS, 1):
+    for number, (name, method, distillation) in enumerate(runs, 1):
         # Loading before and saving after take their time too.
-        end = start + seconds * (number / len(RUNS) - 0.1)
+        end = start + seconds * (number / len(runs) - 0.1)
         try:
-            row = train(records, device, sizes, end, method=method, distillation=distillation)
+            row = train(records, device, sizes, end, method=method, distillation=distillation, is_compiled=is_compiled)
             keep(directory, {"part": "training", "name": name, "method": method, **row}, device, sizes)
         except Exception as error:  # noqa: BLE001  the other way is still measured
             num_failed += 1
@@ -150,7 +155,14 @@ def training(directory: Path, device: Any, sizes: Sizes, seconds: float) -> int:
 
 
 def train(
-    records: Sequence[Any], device: Any, sizes: Sizes, end: float, *, method: str, distillation: float
+    records: Sequence[Any],
+    device: Any,
+    sizes: Sizes,
+    end: float,
+    *,
+    method: str,
+    distillation: float,
+    is_compiled: bool = False,
 ) -> dict[str, Any]:
     """The numbers of one run of ``finetune``, which is stock Trainer.
 
@@ -161,6 +173,7 @@ def train(
         end: what ``time.monotonic`` reads when training stops, though ten steps are always timed.
         method: of ``finetune``.
         distillation: weight of it in the objective.
+        is_compiled: whether Trainer compiles the model.
     """
     import torch
 
@@ -188,6 +201,7 @@ def train(
             save_strategy="no",
             disable_tqdm=True,
             use_cpu=device.type == "cpu",
+            torch_compile=is_compiled,
         )
         finetune(
             model,
@@ -364,9 +378,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help="where rows and plots go (docs/results/card; build/card)")
     parser.add_argument("--seconds", type=float, default=230.0, help="for all parts together (230)")
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="only these parts")
+    parser.add_argument("--only", nargs="+", choices=tuple(ALL_PARTS), default=list(PARTS), help="only these")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny: shows that it runs, measures nothing")
-    parser.add_argument("--part", choices=("training", "inference"), help=argparse.SUPPRESS)  # in this process
+    parser.add_argument(
+        "--part", choices=("training", "inference", "compiled"), help=argparse.SUPPRESS
+    )  # in this process
     options = parser.parse_args(arguments)
     if options.directory is None:
         options.directory = ROOT / "build" / "card" if options.smoke else RESULTS / "card"
@@ -384,7 +400,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import torch
 
         device = torch.device("cpu" if options.smoke else "cuda:0")
-        part = {"training": training, "inference": inference}[options.part]
+        compiled = functools.partial(training, is_compiled=True)
+        part = {"training": training, "inference": inference, "compiled": compiled}[options.part]
         return 1 if part(options.directory, device, SMOKE if options.smoke else Sizes(), options.seconds) else 0
     if not options.smoke:
         import torch
@@ -396,12 +413,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start, failed = time.monotonic(), []
     rows = options.directory / "kernels.jsonl"
     before = written(rows)
-    parts = [part for part in PARTS if part in options.only]
+    parts = [part for part in ALL_PARTS if part in options.only]
     for number, part in enumerate(parts):
         began = time.monotonic()
         # What one part leaves of its time the next ones have.
         left = options.seconds - (began - start)
-        share = PARTS[part] / sum(PARTS[other] for other in parts[number:])
+        share = ALL_PARTS[part] / sum(ALL_PARTS[other] for other in parts[number:])
         say(f"== {part}, at most {left * share:.0f} s")
         status = run_part(part, options, left * share)
         say(f"== {part}: {'done' if status == 0 else 'FAILED'} after {time.monotonic() - began:.0f} s")

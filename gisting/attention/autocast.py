@@ -20,7 +20,7 @@ def as_autocast(tensor: Tensor) -> Tensor:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of autocast on the device of ``tensor``, or None where that is off."""
+    """The dtype of autocast on the device of ``tensor``, of any shape, or None where that is off."""
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None

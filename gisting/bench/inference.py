@@ -57,6 +57,7 @@ __all__ = [
     "inference_table",
     "losses_table",
     "measure",
+    "peak_of_allocator",
     "plot",
     "random_llama",
     "result_tables",
@@ -423,7 +424,9 @@ class _Cell:
                     continue
                 answers[mode] = partial(self.answers, mode, settings.answer_tokens)
             for mode, run in answers.items():  # warms up as well
-                rows[mode] = replace(rows[mode], peak_bytes=rows[mode].cache_bytes + _peak_bytes(bench.device, run))
+                rows[mode] = replace(
+                    rows[mode], peak_bytes=rows[mode].cache_bytes + peak_of_allocator(bench.device, run)
+                )
             copied = {
                 mode: partial(self.copied_first_token, mode)
                 for mode in firsts
@@ -572,7 +575,7 @@ def _free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def _peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
+def peak_of_allocator(device: torch.device, run: Callable[[], Any]) -> int:
     """The most bytes that torch's allocator gave out during a run and had not yet taken back.
 
     On a CPU its profiler notes every allocation and release, those inside of operators too; the size of the process

@@ -193,6 +193,7 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
     from gisting.bench.internalize import internalize_table
     from gisting.bench.methods import methods_table
     from gisting.bench.nl2bash import nl2bash_table
+    from gisting.bench.objective import objective_table
     from gisting.bench.quality import quality_table
     from gisting.bench.requests import serving_table
     from gisting.bench.storage import storage_table
@@ -215,6 +216,7 @@ def page_tables() -> list[tuple[str, str, str, Callable[[list[dict[str, Any]]], 
         ("docs/training.md", "training results", "training.jsonl", training_table),
         ("docs/training.md", "methods results", "methods.jsonl", methods_table),
         ("docs/training.md", "real model results", "smollm2.jsonl", real_model_table),
+        ("docs/training.md", "objective results", "objective.jsonl", objective_table),
         ("docs/training.md", "distillation results", "distillation.jsonl", distillation_table),
         ("docs/internalisation.md", "internalize results", "internalize.jsonl", internalize_table),
         ("docs/internalisation.md", "requests results", "internalize.jsonl", serving_table),

@@ -84,18 +84,19 @@ def truncated_kl(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
     student, teacher = student.float().clamp(min=-1e4), teacher.detach().float().clamp(min=-1e4)
     size = min(top_k, teacher.shape[-1])
     values, places = teacher.topk(size, dim=-1)
-    target = values - teacher.logsumexp(-1, keepdim=True)
-    found = student.gather(-1, places) - student.logsumexp(-1, keepdim=True)
+    # Once each: rows of a large vocabulary are read from memory every time.
+    teacher_total, student_total = (logits.logsumexp(-1, keepdim=True) for logits in (teacher, student))
+    target = values - teacher_total
+    found = student.gather(-1, places) - student_total
     if size < teacher.shape[-1]:
-        target = torch.cat([target, _log_rest(teacher, places)], dim=-1)
-        found = torch.cat([found, _log_rest(student, places)], dim=-1)
+        target = torch.cat([target, _log_rest(teacher, places) - teacher_total], dim=-1)
+        found = torch.cat([found, _log_rest(student, places) - student_total], dim=-1)
     return (target.exp() * (target - found)).sum(-1)
 
 
 def _log_rest(logits: Tensor, places: Tensor) -> Tensor:
-    """Log-probability ``(T, 1)`` of all tokens but those at ``places``."""
-    rest = logits.scatter(-1, places, float("-inf")).logsumexp(-1, keepdim=True)
-    return rest - logits.logsumexp(-1, keepdim=True)
+    """The log-sum-exp ``(T, 1)`` of all tokens but those at ``places``."""
+    return logits.scatter(-1, places, float("-inf")).logsumexp(-1, keepdim=True)
 
 
 class ObjectiveTrainer(Trainer):

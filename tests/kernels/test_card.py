@@ -100,7 +100,9 @@ def test_inference_gives_a_row_for_each_condition_and_number(card: ModuleType, t
 def test_a_way_that_fails_is_said_and_the_next_one_runs(
     card: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train(records: Any, device: Any, sizes: Any, end: float, *, method: str, distillation: float, is_compiled: bool) -> dict[str, Any]:
+    def train(
+        records: Any, device: Any, sizes: Any, end: float, *, method: str, distillation: float, is_compiled: bool
+    ) -> dict[str, Any]:
         if method == "full":
             raise RuntimeError("out of memory")
         return {"tokens_per_s": 5.0}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,9 +28,12 @@ from gisting.cache import CacheOrigin, GistCache
 from gisting.data.packing import GistPackingCollator
 from gisting.models import decoder
 from gisting.models import patch as patch_module
+from gisting.train.batches import StepBatches
 from gisting.train.methods import METHODS, prepare
+from gisting.train.objective import Objective, ObjectiveTrainer
 from gisting_kernels import op
 from tests import tiny
+from tests.test_train import arguments
 
 RECORDS = [
     Record("w1 w2 w3", "w4 w5", "w6 w7"),
@@ -118,6 +122,41 @@ def test_a_training_step_of_packed_rows_by_every_method(method: str, implementat
     prepare(model, method, 2)
     batch = GistPackingCollator(tokenizer, 2, max_length=40)(RECORDS)
     train_step(model.to("meta").train(), batch)
+
+
+@peft_alone
+@pytest.mark.parametrize(
+    "objective", [Objective(), Objective(distillation=1.0, reconstruction=0.5)], ids=["plain", "all"]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trainers_step(method: str, objective: Objective, implementation: str, tmp_path: Path) -> None:
+    """Logits at the targets, prompts apart, and rows so long that the kernels would measure segments."""
+    model, tokenizer = tiny.patched("llama", max_position_embeddings=1024)
+    prepare(model, method, 2)
+    model.train()
+    trainer: Any = ObjectiveTrainer(model=model, args=arguments(tmp_path), objective=objective)
+    settings: dict[str, Any] = {"with_teacher": objective.distillation > 0, "reconstruct": objective.reconstruction > 0}
+    is_frozen = method in ("gist-lora", "embeddings")
+    collator = GistPackingCollator(tokenizer, 2, max_length=600, with_prompt_columns=is_frozen, **settings)
+    records = [*RECORDS, Record(tiny.words(200, 1), tiny.words(200, 2), tiny.words(50, 3))]
+    batch = StepBatches(collator, tokenizer, has_frozen_base=is_frozen)(records)
+    assert batch["attention_mask"].shape[-1] > 384
+    model.to("meta")
+    given = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in batch.items()}
+    number = torch.ones((), device="meta")
+    trainer._num_prompt_labels = number
+    with waiting_for_nothing():
+        trainer.compute_loss(model, given, num_items_in_batch=number).backward()
+
+
+def test_a_trainers_step_on_a_plain_batch_reads_its_labels(tmp_path: Path) -> None:
+    """What StepBatches is for."""
+    model, tokenizer = tiny.patched("llama")
+    trainer = ObjectiveTrainer(model=model, args=arguments(tmp_path))
+    batch = {name: tensor.to("meta") for name, tensor in GistCollator(tokenizer, 2)(RECORDS).items()}
+    model.to("meta").train()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        trainer.compute_loss(model, batch)
 
 
 def decode_step(model: Any, past: Any, token: int = 5) -> int:

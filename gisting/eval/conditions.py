@@ -276,7 +276,8 @@ class _Run:
         # All that is asked of labels is asked before they lie on a card: the only read from it is that of the sums.
         batch = {name: tensor.to(input_weight(self.model).device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        with evaluating(self.model), torch.inference_mode():
+        # Not inference mode, in which nothing is remembered of a mask: every layer would plan it again.
+        with evaluating(self.model), torch.no_grad():
             if self.tokenizer.is_encoder_decoder:
                 targets = labels
                 shifted = self.model.prepare_decoder_input_ids_from_labels(labels)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, Trainer
+from transformers import Trainer
 
 from gisting._compat import cache_argument
 from gisting.attention.api import segments_of
@@ -29,6 +29,7 @@ from gisting.errors import GistError
 from gisting.models.gist_lora import gists_at
 from gisting.models.head import logits_at
 from gisting.models.mode import evaluating
+from gisting.models.prefix import PrefixStates
 from gisting.train.batches import Targets, find_targets
 
 __all__ = ["Objective", "ObjectiveTrainer", "truncated_kl"]
@@ -197,7 +198,7 @@ class ObjectiveTrainer(Trainer):
         model: Any = self.model
         return model.config.is_encoder_decoder
 
-    def _targets(self, inputs: dict[str, Any], name: str, labels: str) -> Any:
+    def _targets(self, inputs: dict[str, Any], name: str, labels: str) -> Targets | None:
         """What a batch says is predicted, taken out of it; None where there is nothing of that kind."""
         if f"{name}_places" in inputs:
             return Targets(inputs.pop(f"{name}_places"), inputs.pop(f"{name}_ids"))
@@ -211,7 +212,7 @@ class ObjectiveTrainer(Trainer):
             return len(batch["reconstruction_ids"])
         return (batch["reconstruction_labels"] != IGNORED).sum()
 
-    def _prompts(self, model: Any, inputs: dict[str, Any]) -> Any:
+    def _prompts(self, model: Any, inputs: dict[str, Any]) -> PrefixStates | None:
         """Keys and values of the prompts that stand apart, which are taken out of the inputs; None where none do."""
         names = [name for name in inputs if name.startswith("prompt_")]
         if not names:
@@ -219,19 +220,16 @@ class ObjectiveTrainer(Trainer):
         own = {name.removeprefix("prompt_"): inputs.pop(name) for name in names}
         if not own["input_ids"].shape[1]:
             return None
-        cache = DynamicCache()
+        states = PrefixStates()
         nowhere = own["input_ids"].new_empty(0)
         with torch.no_grad(), gists_at(nowhere):
-            self._logits(model, {**own, cache_argument(): cache}, nowhere, None)
-        return cache
+            self._logits(model, own, nowhere, states)
+        return states
 
-    def _logits(self, model: Any, inputs: dict[str, Any], places: Tensor, prompts: Any) -> Tensor:
+    def _logits(self, model: Any, inputs: dict[str, Any], places: Tensor, prompts: PrefixStates | None) -> Tensor:
         """Logits ``(T, V)``."""
         if prompts is not None:
-            past = DynamicCache()
-            for number, layer in enumerate(prompts.layers):
-                past.update(layer.keys, layer.values, number)
-            inputs = {**inputs, cache_argument(): past}
+            inputs = {**inputs, cache_argument(): prompts}
         if self.args.n_gpu > 1:  # spread by torch's DataParallel, whose threads would share one hook
             return model(**inputs).logits.flatten(0, 1)[places]
         with logits_at(self.model, places):

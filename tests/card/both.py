@@ -50,9 +50,9 @@ class Place:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def put(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the device."""
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+    def put(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch on the device; what is no tensor stays."""
+        return {name: one.to(self.device) if isinstance(one, Tensor) else one for name, one in batch.items()}
 
     def only_on_a_card(self, why: str) -> None:
         """Skip the rest of a test in a smoke run."""

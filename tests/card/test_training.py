@@ -18,9 +18,10 @@ from gisting import GistCollator, Record
 from gisting.data.packing import GistPackingCollator
 from gisting.errors import GistError
 from gisting.models.mode import evaluating
+from gisting.train.batches import StepBatches
 from gisting.train.finetune import finetune, published_arguments
-from gisting.train.methods import METHODS
-from gisting.train.objective import Objective
+from gisting.train.methods import METHODS, prepare
+from gisting.train.objective import Objective, ObjectiveTrainer
 from gisting.visibility import Visibility, gist
 from tests import tiny
 from tests.card.both import CPU, Place, assert_all_near, assert_near, gradients
@@ -100,6 +101,28 @@ def test_a_step_does_not_wait(is_packed: bool, place: Place) -> None:
         backward(there, given)
         torch.nn.utils.clip_grad_norm_(there.parameters(), 1.0)
         stepper.step()
+
+    step(place.put(batch))
+    again = place.put(batch)
+    with place.not_waiting():
+        step(again)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trainers_step_does_not_wait(method: str, place: Place, tmp_path: Path) -> None:
+    """The loss of a distilled step, prompts apart where the base is frozen, and its gradients."""
+    model, tokenizer = tiny.patched("llama")
+    prepare(model, method, 2)
+    arguments = published_arguments(tmp_path, use_cpu=not place.is_card, bf16=False)
+    there: Any = model.to(place.device).train()  # pyright: ignore[reportArgumentType]
+    trainer = ObjectiveTrainer(model=there, args=arguments, objective=Objective(distillation=1.0))
+    is_frozen = method in ("gist-lora", "embeddings")
+    collator = GistPackingCollator(tokenizer, 2, max_length=40, with_teacher=True, with_prompt_columns=is_frozen)
+    batch = StepBatches(collator, tokenizer, has_frozen_base=is_frozen)(RECORDS)
+    number = torch.tensor(len(batch["target_ids"]), device=place.device)
+
+    def step(given: dict[str, Any]) -> None:
+        trainer.compute_loss(there, given, num_items_in_batch=number).backward()
 
     step(place.put(batch))
     again = place.put(batch)

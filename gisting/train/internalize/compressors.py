@@ -223,7 +223,7 @@ class SelfInformation:
         """``-log p`` of each id in nats; of the first, which nothing stands before, that of an even guess."""
         start = self.tokenizer.start_ids
         whole = torch.tensor([start + ids], device=input_weight(self.model).device)
-        with evaluating(self.model), torch.inference_mode():
+        with evaluating(self.model), torch.no_grad():
             logits = self.model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[0]
             found = [
                 cross_entropy(some.float(), following, reduction="none")

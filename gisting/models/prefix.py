@@ -1,0 +1,38 @@
+"""Keys and values of a prefix in a training step: computed in one pass, continued from by several.
+
+Place in the flow: ``train/objective.py`` runs a batch's prompts into one and lets student and teacher go on from it.
+transformers' own dynamic layers begin with a tensor of Python's numbers and copy what they are given first; with 30
+layers and three passes that is time of the host in every step. Knows no model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+__all__ = ["PrefixStates"]
+
+
+class _Layer(DynamicLayer):
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class PrefixStates(Cache):
+    """A transformers cache that keeps the keys and values of the first pass, ``(B, G, P, D)`` a layer, and gives every
+    later pass these with its own behind them, which it does not keep.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_Layer)

@@ -382,3 +382,20 @@ def test_gist_lora_at_given_tokens_is_that_of_every_token() -> None:
     assert given.equal(found)
     with gists_at(index[:0]):
         assert not model(**batch).logits.equal(found)
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_run_has_the_same_loss(tmp_path: Path) -> None:
+    """With the hook before the head and the targets' indices. (Adapters under torch.compile: tests/test_methods.py.)"""
+    losses = []
+    for is_compiled in (False, True):
+        model, tokenizer = tiny.patched("llama", num_hidden_layers=1)
+        settings: dict[str, Any] = {"torch_compile_backend": "aot_eager"} if is_compiled else {}
+        own = arguments(tmp_path / str(is_compiled), max_steps=3, torch_compile=is_compiled, **settings)
+        torch.compiler.reset()
+        measured = finetune(model, tokenizer, RECORDS, own, num_gist_tokens=2, pack_length=512)
+        losses.append(measured["train_loss"])
+    torch.compiler.reset()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

@@ -296,7 +296,7 @@ def test_peak_bytes_are_what_is_out_at_once() -> None:
         del three
         torch.empty(10)
 
-    assert inference._peak_bytes(torch.device("cpu"), run) == 12_000_000
+    assert inference.peak_of_allocator(torch.device("cpu"), run) == 12_000_000
 
 
 @requires_peak

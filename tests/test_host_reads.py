@@ -23,6 +23,7 @@ from transformers import DynamicCache, StaticCache
 
 import gisting_kernels
 from gisting import GistCollator, Record
+from gisting._compat import cache_argument
 from gisting.attention import api
 from gisting.cache import CacheOrigin, GistCache
 from gisting.data.packing import GistPackingCollator
@@ -165,7 +166,7 @@ def decode_step(model: Any, past: Any, token: int = 5) -> int:
         past.update(*(torch.zeros(2, 2, 5, 8, device="meta") for _ in "kv"), layer)
     ids, position_ids = torch.full((2, 1), token, device="meta"), torch.full((2, 1), 5, device="meta")
     with torch.no_grad(), Watch() as watch, Made() as made:
-        model(input_ids=ids, position_ids=position_ids, past_key_values=past, use_cache=True)
+        model(input_ids=ids, position_ids=position_ids, **{cache_argument(): past}, use_cache=True)
     return len(watch.copies) + made.count
 
 

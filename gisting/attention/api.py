@@ -233,7 +233,8 @@ def _by_triton(
 
         return decode
     width = None if relative_bias is None else relative_bias.shape[1] // 2
-    length = _segment_length.get()
+    # A compiled graph measures nothing, and torch.compile cannot trace a context variable.
+    length = None if torch.compiler.is_compiling() else _segment_length.get()
     if length is None and needs_grad:
         length = float(k.shape[2])
     plan = remembered(

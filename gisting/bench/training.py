@@ -26,7 +26,7 @@ from gisting.bench.progress import tracked
 from gisting.bench.report import markdown_table, new_figure, spread
 from gisting.bench.task import task_model
 from gisting.data.collate import IGNORED, Example, GistCollator
-from gisting.data.packing import GistPackingCollator
+from gisting.data.packing import Document, GistPackingCollator
 from gisting.data.records import Record
 from gisting.data.tasks import LetterTask, task_tokenizer
 from gisting.errors import GistError
@@ -163,8 +163,12 @@ def measure_all(
 class _OwnPrompts(GistPackingCollator):
     """Packs as ever, but leaves each completion its own copy of the prompt."""
 
-    def _documents(self, examples: list[Example], instructions: list[int]) -> list[tuple[int, list[Example]]]:
-        return [(instruction, [example]) for instruction, example in zip(instructions, examples, strict=True)]
+    def _documents(self, examples: list[Example], instructions: list[int]) -> list[tuple[int, Document]]:
+        alone = (
+            super(_OwnPrompts, self)._documents([one], [number])
+            for one, number in zip(examples, instructions, strict=True)
+        )
+        return [document for documents in alone for document in documents]
 
 
 def training_table(rows: Sequence[dict[str, Any]]) -> str:

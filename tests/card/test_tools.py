@@ -47,7 +47,7 @@ def test_memory(place: Place) -> None:
     assert free is not None
     assert free > 0
     size = 2**20  # a multiple of the blocks of every allocator
-    peak = inference._peak_bytes(place.device, lambda: torch.empty(size, dtype=torch.uint8, device=place.device))
+    peak = inference.peak_of_allocator(place.device, lambda: torch.empty(size, dtype=torch.uint8, device=place.device))
     assert peak == size
 
 

@@ -49,7 +49,7 @@ bench-kernels: $(STAMP) ## time the kernels beside torch's attention; needs a CU
 	$(BIN)/python kernels/bench/attention.py --output docs/results/kernels.jsonl --plot docs/results/kernels.png
 
 # ARGS=--smoke runs all of it on a CPU, tiny, and writes to build/card.
-bench-card: $(STAMP) ## measure kernels, training and generation in under 4 minutes; needs a CUDA device
+bench-card: $(STAMP) ## measure kernels, training and generation, planned for 4 minutes; needs a CUDA device
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/card.py $(ARGS)
 
 clean: ## remove builds and caches; .venv stays

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 import gisting
@@ -91,9 +92,12 @@ def train(output: Path, name: str, kind: str) -> None:
         assert arguments.parallel_mode
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     seen = Seen()
-    objective = Objective(distillation=1.0) if kind.endswith("distilled") else Objective()
+    settings: dict[str, Any] = {
+        "objective": Objective(distillation=1.0) if kind.endswith("distilled") else Objective(),
+        "method": "gist-lora" if "gist-lora" in kind else "full",
+    }
     # k is drawn from the batch, which is another one in each process: here it is the same for all rows.
-    finetune(model, tokenizer, records, arguments, num_gist_tokens=2, objective=objective, callbacks=[seen])
+    finetune(model, tokenizer, records, arguments, num_gist_tokens=2, callbacks=[seen], **settings)
     if arguments.process_index == 0:
         found = {**vars(seen), "num_rows": sorted(seen.num_rows), "num_processes": arguments.world_size}
         (output / "seen.json").write_text(json.dumps(found), encoding="utf-8")
@@ -143,6 +147,22 @@ def test_two_processes_train_as_one_does(tmp_path: Path, alone: dict[str, Path],
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_an_adapter_as_one_does(tmp_path: Path) -> None:
+    """Prompts apart from the rest: three passes of a step, of which one has gradients."""
+    adapters, losses = [], []
+    for number in (1, 2):
+        output = tmp_path / str(number)
+        done = launch(output, "llama", "ddp-gist-lora-distilled", number)
+        assert done.returncode == 0, done.stderr[-4000:]
+        losses.append(seen_in(output)["losses"])
+        adapters.append(load_file(output / "adapter_model.safetensors"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=0)
+    assert losses[0][-1] < losses[0][0]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_sharding_is_refused_where_it_would_be_left_out(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_positions_are_checked_under_compile() -> None:
         return positions + 1
 
     assert check(torch.tensor([[0, 1, 2, limit - 1]])).shape == (1, 4)
-    with pytest.raises(RuntimeError, match="position_ids span more positions than those up to which"):
+    with pytest.raises(RuntimeError, match="more positions than the model's rotary frequencies cover"):
         check(torch.tensor([[0, 1, 2, limit]]))
 
 

@@ -229,7 +229,9 @@ def _by_triton(
             q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
         ) -> Tensor:
             q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
-            return kernels.decode_attention(q, k, v, visibility.first, visibility.end, scale=scale, softcap=softcap)
+            return kernels.decode_attention(
+                q, k, v, visibility.first, visibility.end, scale=scale, softcap=softcap, is_checked=True
+            )
 
         return decode
     width = None if relative_bias is None else relative_bias.shape[1] // 2

@@ -15,8 +15,8 @@ goes on from their keys and values with the rest, whose mask counts the prompts'
            H . . . . 1 1 1 .
            f . . . . . . 1 1        two packed documents: prompt a b, gist G; prompt d e, gist H
 
-Rows keep their order, so an interval of rows stays one in either part. Tensors of the host: no size of a part is asked
-of a device. Knows no model and no text.
+Rows keep their order, so an interval of rows stays one in either part. All tensors are on the CPU, so that finding the
+sizes of the parts never waits for a device. Knows no model and no text.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gisting.data.collate import IGNORED
 from gisting.errors import GistError
 from gisting.visibility import FOREVER, Visibility
 
 __all__ = ["split_prompts"]
 
-_IGNORED = -100
-
 
 def split_prompts(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
     """The batch of a decoder with its prompts' columns taken out.
 
-    Positions are those of the batch in both parts, also for the teacher: positions under the positive control are the
-    same ones shifted by the length of the prompt, and rotary attention sees differences alone.
+    Both parts keep the batch's positions, also for the teacher: those under the positive control differ by a constant,
+    the prompt's length, which rotary attention does not see.
 
     Args:
         batch: what a collator made with ``with_prompt_columns``: ``input_ids``, ``position_ids``, ``labels``, int64
             ``(B, N)``; ``is_prompt`` bool ``(B, N)``; ``attention_mask`` int32 ``(B, 1, 2, N)``; possibly
             ``teacher_attention_mask`` of that shape, ``teacher_position_ids`` and ``reconstruction_labels`` int64
-            ``(B, N)``. On the CPU. It is left as it is.
+            ``(B, N)``. On the CPU; not modified.
         pad_token_id: the id of empty columns.
 
     Returns:
@@ -66,13 +65,13 @@ def split_prompts(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tens
         "prompt_attention_mask": _joined(prompts.intervals(batch["attention_mask"], prompts, 0)),
         "input_ids": rest.take(batch["input_ids"], pad_token_id),
         "position_ids": rest.take(positions, 0),
-        "labels": rest.take(batch["labels"], _IGNORED),
+        "labels": rest.take(batch["labels"], IGNORED),
     }
     for name in ("attention_mask", "teacher_attention_mask"):
         if name in batch:
             parts[name] = _joined(*(part.intervals(batch[name], rest, num_prompts) for part in (prompts, rest)))
     if "reconstruction_labels" in batch:
-        parts["reconstruction_labels"] = rest.take(batch["reconstruction_labels"], _IGNORED)
+        parts["reconstruction_labels"] = rest.take(batch["reconstruction_labels"], IGNORED)
     return parts
 
 

@@ -46,8 +46,7 @@ _UNMASKED = (
     "or of a Visibility"
 )
 _TOO_LONG = (
-    "position_ids span more positions than those up to which the model's rotary frequencies stay the same; shorten "
-    "prompt or input"
+    "position_ids span more positions than the model's rotary frequencies cover unchanged; shorten prompt or input"
 )
 Model = TypeVar("Model", bound=PreTrainedModel)
 

@@ -1,8 +1,8 @@
 """Keys and values of a prefix in a training step: computed in one pass, continued from by several.
 
 Place in the flow: ``train/objective.py`` runs a batch's prompts into one and lets student and teacher go on from it.
-transformers' own dynamic layers begin with a tensor of Python's numbers and copy what they are given first; with 30
-layers and three passes that is time of the host in every step. Knows no model.
+transformers' own dynamic layers begin with a tensor of Python's numbers and copy what they are given first, which costs
+host time in every layer of every pass. Knows no model.
 """
 
 from __future__ import annotations

@@ -76,10 +76,10 @@ class StepBatches:
 
         Returns:
             As ``collator``, or as :func:`gisting.data.split.split_prompts`; and ``target_places``, ``target_ids``
-            ``(T,)``, of ``labels``; ``reconstruction_places``, ``reconstruction_ids`` ``(S,)``, where there are
-            ``reconstruction_labels``, which these take the place of; ``gist_index`` ``(G,)``, where gist tokens stand
-            in ``input_ids``, counted through the batch; and, of an interval mask, ``segment_length``, a float: how many
-            rows see a key on average, by which attention kernels choose their tiles.
+            ``(T,)``, of ``labels``; ``reconstruction_places``, ``reconstruction_ids`` ``(S,)``, which replace
+            ``reconstruction_labels``; ``gist_index`` ``(G,)``, where gist tokens stand in ``input_ids``, counted
+            through the batch; and for every interval mask, say ``attention_mask``, the float
+            ``attention_mask_segment``: how many rows see a key on average, by which attention kernels choose tiles.
         """
         batch: dict[str, Any] = self.collator(records)
         if self.has_frozen_base:
@@ -88,13 +88,12 @@ class StepBatches:
         if "reconstruction_labels" in batch:
             found = find_targets(batch.pop("reconstruction_labels"), is_shifted=self._is_shifted)
             batch["reconstruction_places"], batch["reconstruction_ids"] = found
-        if is_interval_mask(batch["attention_mask"]):
-            batch["segment_length"] = _segment_length(batch["attention_mask"])
         batch["gist_index"] = (batch["input_ids"].flatten() == self._gist_token_id).nonzero()[:, 0]
-        return batch
+        masks = {name: tensor for name, tensor in batch.items() if is_interval_mask(tensor)}
+        return batch | {f"{name}_segment": _segment_length(mask) for name, mask in masks.items()}
 
 
 def _segment_length(attention_mask: Tensor) -> float:
     first, end = attention_mask[:, 0].unbind(1)
-    seen = end.clamp(max=attention_mask.shape[-1]) - first
+    seen = (end.clamp(max=attention_mask.shape[-1]) - first).clamp(min=0)
     return float(seen.sum()) / max(int((seen > 0).sum()), 1)

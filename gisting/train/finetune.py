@@ -110,18 +110,24 @@ def published_arguments(
         "remove_unused_columns": False,
         "report_to": "none",
         # Of a stream each process reads its own share: batches of several lengths could not be cut in shares.
-        "accelerator_config": {"dispatch_batches": False},
+        # And on a GPU neither copying a batch nor asking whether a loss is a number may wait for the step before.
+        "accelerator_config": {"dispatch_batches": False, "non_blocking": on_gpu},
+        "logging_nan_inf_filter": not on_gpu,
         "dataloader_pin_memory": on_gpu,
-        "dataloader_num_workers": _num_free_cores(4) if on_gpu else 0,
+        "dataloader_num_workers": _default_num_workers(on_gpu=on_gpu),
         "logging_steps": 10,
     }
     return TrainingArguments(output_dir=str(output_dir), **{**settings, **defaults, **changes})
 
 
-def _num_free_cores(limit: int) -> int:
-    """Cores that this process may use beside its own, at most ``limit``, if all of a launcher's on this machine do."""
+def _default_num_workers(*, on_gpu: bool) -> int:
+    """Processes that collate ahead: on a GPU up to 4, as many as there are cores beside the training process's own,
+    assuming that every launched process on this machine takes the same share.
+    """
+    if not on_gpu:
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(limit, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    return max(0, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def finetune(
@@ -220,13 +226,14 @@ def finetune(
     if isinstance(items, list):
         collator.encode_ahead(items)
     elif arguments.dataloader_num_workers:
-        _log.warning(
-            "a stream is read in this process, not by the %d workers of dataloader_num_workers: they would read it in "
-            "another order, or several times",
-            arguments.dataloader_num_workers,
-        )
+        if arguments.dataloader_num_workers != _default_num_workers(on_gpu=arguments.device.type == "cuda"):
+            _log.warning(
+                "a stream is read in this process, not by the %d workers of dataloader_num_workers: they would read it "
+                "in another order, or several times",
+                arguments.dataloader_num_workers,
+            )
         arguments = copy.copy(arguments)
-        arguments.dataloader_num_workers = 0
+        arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 0, None
     collator.encode_ahead(eval_records or ())
     if arguments.train_sampling_strategy in _BY_LENGTH:
         items = _with_lengths(items, tokenizer, arguments.length_column_name)
@@ -283,8 +290,8 @@ def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingA
     changes them, so that a step may compute them once and apart (:mod:`gisting.data.split`).
 
     That takes an adapter that acts at gist tokens alone, one gist a prompt, positions that count tokens and not columns
-    (no sliding window, no rotary type that depends on the length), no dropout in the base model, and no activation
-    checkpointing, which takes no cache.
+    (no sliding window, no rotary type that depends on the length), no noise in the base model (dropout, NEFTune, a
+    router's jitter), and no activation checkpointing, which takes no cache.
     """
     adapter, config = adapter_of(model), model.config
     return (
@@ -297,7 +304,9 @@ def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingA
         and not is_length_dependent(config)
         and not any(getattr(arguments, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
         and arguments.n_gpu <= 1
+        and not arguments.neftune_noise_alpha
         and not getattr(config, "attention_dropout", 0)
+        and not getattr(config, "router_jitter_noise", 0)
         and not any(
             getattr(module, "gradient_checkpointing", False)
             or (isinstance(module, torch.nn.Dropout) and module.p > 0 and "lora_dropout" not in name)

@@ -34,7 +34,7 @@ from gisting.train.batches import Targets, find_targets
 
 __all__ = ["Objective", "ObjectiveTrainer", "truncated_kl"]
 
-_TEACHER = {"teacher_attention_mask": "attention_mask", "teacher_position_ids": "position_ids"}
+_TEACHER = {f"teacher_{name}": name for name in ("attention_mask", "position_ids", "attention_mask_segment")}
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class ObjectiveTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         """As ``Trainer.compute_loss``; the logits of ``outputs`` are those of the targets, ``(T, V)``."""
         inputs = dict(inputs)
+        num_items_in_batch = self._whole_number(num_items_in_batch)
         targets = self._targets(inputs, "target", "labels")
         prompt_targets = self._targets(inputs, "reconstruction", "reconstruction_labels")
         labels = inputs.pop("labels")
@@ -144,7 +145,7 @@ class ObjectiveTrainer(Trainer):
         places = targets.places
         if is_reconstructed:
             places = torch.cat([places, prompt_targets.places])
-        with gists_at(inputs.pop("gist_index", None)), segments_of(inputs.pop("segment_length", None)):
+        with gists_at(inputs.pop("gist_index", None)):
             prompts = self._prompts(model, inputs)
             teacher = None
             if is_distilled:
@@ -232,7 +233,9 @@ class ObjectiveTrainer(Trainer):
             inputs = {**inputs, cache_argument(): prompts}
         if self.args.n_gpu > 1:  # spread by torch's DataParallel, whose threads would share one hook
             return model(**inputs).logits.flatten(0, 1)[places]
-        with logits_at(self.model, places):
+        length = inputs.get("attention_mask_segment")
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask_segment"}
+        with logits_at(self.model, places), segments_of(length):
             return model(**inputs, use_cache=cache_argument() in inputs).logits[0]
 
     def _cross_entropy(self, logits: Tensor, ids: Tensor) -> Tensor:
@@ -247,6 +250,15 @@ class ObjectiveTrainer(Trainer):
         if num_items_in_batch is None:
             return total / max(number, 1)
         return total / num_items_in_batch * self._num_averaged
+
+    def _whole_number(self, num_items_in_batch: Any) -> Any:
+        """Trainer's number of targets of a step. For torch's DataParallel that comes once for each replica, and as a
+        share where tokens are not averaged over devices; here the loss is that of the whole batch.
+        """
+        if num_items_in_batch is None or self.args.n_gpu <= 1:
+            return num_items_in_batch
+        shares = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
+        return torch.as_tensor(num_items_in_batch).flatten()[0] * shares
 
     def _note(self, parts: dict[str, Tensor], *, is_share: bool) -> None:
         """Add what a batch gives its step: a share of it, or a mean that Trainer divides by the step's batches."""

@@ -150,7 +150,7 @@ def interval_attention(
         precision: of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or ``"ieee"``. By
             default tf32x3, or tf32 where ``torch.set_float32_matmul_precision`` allows it.
         is_checked: skip the checks of all arguments. Only after a call with the same shapes, dtypes, devices and
-            options passed them, as in the layers of a model after the first: what would be refused is then undefined.
+            options passed them, as in the layers of a model after the first; otherwise the result is undefined.
 
     Returns:
         ``(B, H, T, D)`` in the dtype and the memory layout of q.

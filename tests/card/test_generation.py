@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import gisting
+from gisting._compat import cache_argument
 from gisting.cache import GistCache
 from gisting.errors import GistTokenError
 from gisting.store import GistStore
@@ -183,12 +184,13 @@ def test_gist_tokens_without_a_mask_are_refused(place: Place) -> None:
 
 STEP = """
 import torch
+from gisting._compat import cache_argument
 from tests import tiny
 model, tokenizer = tiny.patched("llama")
 model.to("{device}")
-past = model(input_ids=torch.tensor([[5, 6]], device="{device}"), use_cache=True).past_key_values
+past = model(input_ids=torch.tensor([[5, 6]], device="{device}"), use_cache=True)[cache_argument()]
 step = torch.tensor([[{token}]], device="{device}")
-print(model(input_ids=step, past_key_values=past).logits.sum().item())
+print(model(input_ids=step, **{{cache_argument(): past}}).logits.sum().item())
 """
 
 
@@ -208,7 +210,7 @@ def test_a_decoding_step_does_not_wait(place: Place) -> None:
     steps = [torch.tensor([[token]], device=place.device) for token in (7, 8, 9)]
     positions = [torch.tensor([[column]], device=place.device) for column in (3, 4, 5)]
     for number, (ids, position_ids) in enumerate(zip(steps, positions, strict=True)):
-        call = {"input_ids": ids, "position_ids": position_ids, "past_key_values": past, "use_cache": True}
+        call = {"input_ids": ids, "position_ids": position_ids, cache_argument(): past, "use_cache": True}
         if number:
             with place.not_waiting():
                 pair.there(**call)

@@ -2,7 +2,7 @@
 
 Place in the flow: ``adapters`` installs these hooks on a patched model whose own weights are frozen. What they act on
 comes with the call: where ``attention_mask`` is an interval mask, a hook before the stack that reads ids works out
-which tokens are gist tokens, and the how-manieth of its gist each is. Without an interval mask there are none (the
+which tokens are gist tokens, and which token of its gist each one is. Without an interval mask there are none (the
 guard of ``patch`` refuses them), so ordinary text, and every decoding step from a cached gist, runs the frozen model
 and nothing else: the same bits at the same cost, whatever adapter made the cache. Knows no peft and no files.
 

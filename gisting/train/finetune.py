@@ -262,7 +262,7 @@ def finetune(
         callbacks=[CountEpochs(draws), *callbacks],
     )
     if callbacks:
-        trainer.remove_callback(PrinterCallback)  # Whoever brings callbacks shows the progress.
+        trainer.remove_callback(PrinterCallback)  # With callbacks of the caller's own, they report progress.
     if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # left out without a word
         raise GistError("fsdp is asked for, but accelerate shards on accelerators alone; leave it out on a CPU")
     low, high = collator.num_gist_tokens

@@ -395,7 +395,7 @@ class _Run:
             callbacks=[*self.callbacks, _NoLastCheckpoint()],
         )
         if self.callbacks:
-            trainer.remove_callback(PrinterCallback)  # Whoever brings callbacks shows the progress.
+            trainer.remove_callback(PrinterCallback)  # With callbacks of the caller's own, they report progress.
         try:
             checkpoint = checkpoint_to_resume(self.directory(number), True)
         except GistError:  # the stage begins, or was killed before its first whole checkpoint

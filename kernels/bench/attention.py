@@ -5,9 +5,9 @@
     python kernels/bench/attention.py --step                      a training step of a LLaMA-like model, 10^9 parameters
     python kernels/bench/attention.py --quick --step              both
 
-In order: the gate (kernel against the float64 oracle, outputs and gradients, on this device; red: exit 1, no timing)
-while as many processes as there are cores compile what the cases need, the card's matrix rate, then each case, forward
-and forward with backward. Implementations take turns in one process; before each run the L2 cache is overwritten;
+In order: the gate (kernel against the float64 oracle, outputs and gradients, on this device; red: exit 3, no timing)
+while other processes (``--jobs``) compile what the cases need, the card's matrix rate, then each case, forward and
+forward with backward. Implementations take turns in one process; before each run the L2 cache is overwritten;
 reported are median and quartiles. Implementations:
 
     triton   ours, with the plan made before
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ahead import run_ahead
+from ahead import default_processes, run_ahead
 from clocks import Setting, first_line, free_bytes, matrix_rate, release, spread, time_alternating, wait
 from report import (
     IMPLEMENTATIONS,
@@ -73,6 +73,8 @@ from gisting.visibility import Visibility
 
 ROOT = Path(__file__).resolve().parents[2]
 MATMUL_SIZE = 8192
+# Exit status; benchmarks/card.py knows it too.
+RED_GATE = 3
 
 
 # -- the gate ----------------------------------------------------------------------------------------------------------
@@ -145,9 +147,9 @@ def do_ahead(job: Job) -> list[str]:
 
 
 def gate(cases: Sequence[Case], *, has_step: bool, is_smoke: bool, processes: int) -> list[str]:
-    """What is wrong with the kernels on this device: nothing, if anything is to be timed.
+    """What is wrong with the kernels on this device: nothing, if anything is to be timed. It is printed when found.
 
-    With more than one process what ``cases`` and the training step need is compiled beside.
+    With more than one process what ``cases`` and the training step need is compiled beside, unless the gate is red.
     """
     jobs = [Job("gate", case.name, case, is_smoke) for case in gate_cases(is_smoke=is_smoke)]
     if processes > 1:
@@ -164,8 +166,13 @@ def gate(cases: Sequence[Case], *, has_step: bool, is_smoke: bool, processes: in
             print(f"compiled ahead: {what}, {done.trouble or f'{time.monotonic() - start:.0f} s'}", flush=True)
             continue
         num_left -= 1
-        found += done.result if done.trouble is None else [f"{done.job.name}: {done.trouble}"]
-        if num_left == 0 and not found:
+        faults = done.result if done.trouble is None else [f"{done.job.name}: {done.trouble}"]
+        for fault in faults:
+            print(f"wrong: {fault}", flush=True)
+        found += faults
+        if num_left == 0:
+            if found:
+                break
             print("the gate is green: outputs and gradients agree with the oracle", flush=True)
     return found
 
@@ -424,14 +431,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=30, help="runs of each implementation (30)")
     parser.add_argument("--step", action="store_true", help="a training step of a LLaMA-like model; alone, no cases")
     parser.add_argument("--block-mask", action="store_true", help="time create_block_mask too, which compiles for long")
-    parser.add_argument("--jobs", type=int, help="processes that check and compile first (all cores; 1 with --smoke)")
+    parser.add_argument("--jobs", type=int, help="processes that check and compile first (one a core; 1 with --smoke)")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny: shows that it runs, measures nothing")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    if options.jobs is None:
-        options.jobs = 1 if options.smoke else os.cpu_count() or 1
-    if options.jobs < 1:
+    if options.jobs is None and options.smoke:
+        options.jobs = 1
+    if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     for path in (options.output, options.plot):
         if options.smoke and path is not None and path.resolve().is_relative_to(ROOT / "docs" / "results"):
@@ -442,7 +449,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, time, write; 1 where the gate is red, 2 without a CUDA device."""
+    """Check, time, write; 2 without a CUDA device, 3 where the gate is red."""
     options = parse(arguments)
     if options.smoke:
         # Before the first import of triton.
@@ -463,12 +470,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = smoke_cases() if options.smoke else chosen_cases(quick=options.quick, pattern=options.case)
     if options.step and not options.quick and options.case is None:
         cases = []
-    faults = gate(cases, has_step=options.step, is_smoke=options.smoke, processes=options.jobs)
-    for fault in faults:
-        print(f"wrong: {fault}")
+    processes = options.jobs or default_processes(device)
+    faults = gate(cases, has_step=options.step, is_smoke=options.smoke, processes=processes)
     if faults:
         print("the gate is red: nothing was timed")
-        return 1
+        return RED_GATE
     repeats, warmup = (2, 1) if options.smoke else (options.repeats, 5)
     rate = matrix_rate(device, 64 if options.smoke else MATMUL_SIZE, repeats=repeats, warmup=warmup)
     about = {**environment(is_smoke=options.smoke), "matmul_tflops": rate}

@@ -6,6 +6,7 @@ Place in the flow: workload, clocks -> **step** -> attention (the benchmark), wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 from clocks import Setting, first_line, spread, wait
 from torch import Tensor
 from workload import Case, visibility_of
+
+from gisting.attention import interval_attention
 
 STEP_IMPLEMENTATIONS = ("triton", "flex", "sdpa")
 # In the norm; 16-bit rounding through a model is a few per cent, another mask is of the order of 1.
@@ -42,10 +45,13 @@ def step_case(*, is_smoke: bool) -> tuple[Case, dict[str, Any]]:
 
 @contextlib.contextmanager
 def attention_through(impl: str) -> Iterator[None]:
-    """Every interval attention of a model that leaves the choice open runs on ``impl``."""
-    chosen = impl, "the benchmark asked for it"
-    # No `return_value`: a mock would keep every tensor that it is called with.
-    with mock.patch("gisting.attention.api.choose_implementation", lambda *args, **kwargs: chosen):  # noqa: PT008
+    """Every interval attention of a model runs on ``impl``.
+
+    It is asked for by name: what ``impl="auto"`` chose is remembered on the mask, and another choice for the same mask
+    would not be heeded.
+    """
+    # `new`, not `wraps`: a mock would keep every tensor that it is called with.
+    with mock.patch("gisting.models.registry.interval_attention", functools.partial(interval_attention, impl=impl)):
         yield
 
 

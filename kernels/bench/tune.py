@@ -4,13 +4,13 @@
     python kernels/bench/tune.py --kernel forward --bits 16 --head-size 128 --seconds 120
     python kernels/bench/tune.py --dry-run --arch 90      what would be timed, on any machine
 
-For each row: candidates that registers and shared memory should hold. First as many processes as there are cores
-compile them, check each on small inputs against the float64 oracle (outputs and gradients, with a bias and without
-where the row serves both) and run it once on those that are timed. Then, one row after another, all that are right are
-timed in turns: a forward kernel by the forward pass, the others by the backward pass, in which only theirs changes. The
-row keeps its tile unless another takes less than 0.98 of its time. The file is written after each row, and what was not
-reached within ``--seconds`` is said. Long segments: a gist mask over 4,096 tokens, the longest over 16,384; short ones:
-packed documents of 256; with a bias: the T5 encoder.
+For each row: candidates that registers and shared memory should hold. First a few processes (``--jobs``) compile them,
+check each on small inputs against the float64 oracle (outputs and gradients, with a bias and without where the row
+serves both) and run it once on those that are timed. Then, one row after another, all that are right are timed in
+turns: a forward kernel by the forward pass, the others by the backward pass, in which only theirs changes. The row
+keeps its tile unless another takes less than 0.98 of its time, and where its own was not timed. The file is written
+after each row; rows not reached are listed. Long segments: a gist mask over 4,096 tokens, the longest over 16,384;
+short ones: packed documents of 256; with a bias: the T5 encoder.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ahead import run_ahead
-from clocks import Setting, first_line, release, time_alternating
+from ahead import default_processes, is_device_error, is_out_of_memory, run_ahead
+from clocks import Setting, first_line, release, time_alternating, wait
 from workload import T5_WIDTH, Attend, Case, Inputs, faults_of, make_inputs, visibility_of, worst
 
 from gisting.visibility import Visibility
@@ -196,7 +196,10 @@ def faults_of_tile(
             plan = plan_for(spot.row["kernel"], tile, case, given, visibility, capability)
             eps = None if dtype == torch.bfloat16 else EPS_FLOAT32
             faults = faults_of(attend_with(plan), given, visibility, eps)
-        except Exception as error:  # noqa: BLE001  a tile that does not fit the card is a result, with its reason
+        except Exception as error:
+            if is_device_error(error) or is_out_of_memory(error):
+                # The first spoils this process for the next candidate, the second says nothing of this one.
+                raise
             faults = [first_line(error)]
         found += [f"{case.name}: {fault}" for fault in faults]
     return found
@@ -235,6 +238,7 @@ def prepare(candidate: Candidate) -> list[str]:
     if not faults and not candidate.is_smoke:
         # For these inputs it is compiled once more: lengths that tiles divide, and strides.
         run_of_tile(spot, tile, *inputs_of(spot, device, is_smoke=False), capability)()
+    wait(device)  # what goes wrong on the device is this candidate's fault, not the next one's
     release(device)
     return faults
 
@@ -257,17 +261,22 @@ def inputs_of(spot: Spot, device: torch.device, *, is_smoke: bool) -> tuple[Case
 def prepare_all(
     jobs: Sequence[Candidate], processes: int, deadline: float
 ) -> tuple[dict[int, list[TileSizes]], dict[int, list[TileSizes]]]:
-    """The candidates that are right, and those that were not reached, by the place of their row in the table."""
+    """The candidates that are right, and those that were not reached, by the place of their row in the table.
+
+    One for which memory ran out or whose process died was not reached.
+    """
     is_right: dict[tuple[int, TileSizes], bool] = {}
     start = time.monotonic()
-    for done in run_ahead(prepare, jobs, processes=processes, deadline=deadline):
+    for number, done in enumerate(run_ahead(prepare, jobs, processes=processes, deadline=deadline), 1):
         faults = done.result if done.trouble is None else [done.trouble]
-        is_right[done.job.spot.index, done.job.tile] = not faults
+        if not done.is_inconclusive:
+            is_right[done.job.spot.index, done.job.tile] = not faults
         if faults:
-            print(f"{done.job.spot.label()}: {show(done.job.tile)}: out, {'; '.join(faults)}", flush=True)
-        if len(is_right) % 20 == 0 or len(is_right) == len(jobs):
+            what = "not reached" if done.is_inconclusive else "out"
+            print(f"{done.job.spot.label()}: {show(done.job.tile)}: {what}, {'; '.join(faults)}", flush=True)
+        if number % 20 == 0 or number == len(jobs):
             took = time.monotonic() - start
-            print(f"{len(is_right)} of {len(jobs)} candidates compiled and checked in {took:.0f} s", flush=True)
+            print(f"{number} of {len(jobs)} candidates compiled and checked in {took:.0f} s", flush=True)
     right: dict[int, list[TileSizes]] = {}
     missing: dict[int, list[TileSizes]] = {}
     for job in jobs:  # in their order, whatever ended first
@@ -290,16 +299,18 @@ def tune_spot(
         try:
             run = run_of_tile(spot, tile, case, given, visibility, capability)
             result = run()
-        except Exception as error:  # noqa: BLE001  what fits the small inputs need not fit these
-            fault = first_line(error)
+        except Exception as error:
+            if is_device_error(error):  # nothing that follows in this process could be trusted
+                raise
+            what, fault = "not reached" if is_out_of_memory(error) else "out", first_line(error)
         else:
             first = result if first is None else first
-            fault = difference(result, first)
+            what, fault = "out", difference(result, first)
         if fault is None:
             runs[show(tile)] = run
             right.append(tile)
         else:
-            print(f"  {show(tile)}: out, on the timed inputs: {fault}", flush=True)
+            print(f"  {show(tile)}: {what}, on the timed inputs: {fault}", flush=True)
     times = time_alternating(runs, device, repeats=setting.repeats, warmup=setting.warmup)
     found = {tile: statistics.median(times[show(tile)]) for tile in right}
     for tile, median in sorted(found.items(), key=lambda item: item[1]):
@@ -319,13 +330,11 @@ def difference(have: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> s
 
 
 def pick(current: TileSizes, medians: dict[TileSizes, float]) -> TileSizes | None:
-    """The fastest; the current one where the gain is small; None where no candidate is right."""
-    if not medians:
+    """The fastest; the current one where the gain is small; None where the current one was not timed."""
+    if current not in medians:
         return None
     best = min(medians, key=lambda tile: medians[tile])
-    if current in medians and medians[best] >= GAIN * medians[current]:
-        return current
-    return best
+    return current if medians[best] >= GAIN * medians[current] else best
 
 
 def show(tile: TileSizes) -> str:
@@ -376,14 +385,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-size", type=int, choices=(64, 128, 256), help="only rows of this size")
     parser.add_argument("--repeats", type=int, default=20, help="runs of each candidate (20)")
     parser.add_argument("--seconds", type=float, default=480.0, help="when to stop, with what is done written (480)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (all cores)")
+    parser.add_argument("--jobs", type=int, help="processes that compile (one a core, if device memory allows)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be timed")
     parser.add_argument("--arch", type=int, choices=tuple(CLASSES), default=90, help="class of the dry run (90)")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny, a few rows; writes nothing")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    if options.jobs < 1:
+    if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if not options.seconds > 0:
         parser.error(f"--seconds must be positive, got {options.seconds}")
@@ -431,7 +440,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = [Candidate(spot, tile, is_smoke=False) for spot in spots for tile in candidates(spot.row)]
     device, capability = where(is_smoke=options.smoke)
     setting = Setting(device, repeats, warmup, 0.0, {})
-    right, missing = prepare_all(jobs, options.jobs, start + COMPILING * options.seconds)
+    processes = options.jobs or default_processes(device)
+    right, missing = prepare_all(jobs, processes, start + COMPILING * options.seconds)
     num_written, num_lost, missed = 0, 0, []
     for number, spot in enumerate(spots, 1):
         current = next(job.tile for job in jobs if job.spot == spot)
@@ -443,11 +453,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"[{number}/{len(spots)}] {spot.label()}", flush=True)
         if unknown:
             print(f"  not reached: {'  '.join(show(tile) for tile in unknown)}", flush=True)
-        medians = tune_spot(spot, tiles, setting, capability, is_smoke=options.smoke)
+        medians = tune_spot(spot, tiles, setting, capability, is_smoke=options.smoke) if current in tiles else {}
         best = pick(current, medians)
         if best is None:
             num_lost += 1
-            print("  no candidate is right: the row stays as it is", flush=True)
+            print("  its own tile was not timed: the row stays as it is", flush=True)
             continue
         print(f"  -> {show(best)}", flush=True)
         if not options.smoke:
@@ -455,7 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(TABLE, document)
             num_written += 1
     for label in missed:
-        print(f"not reached within {options.seconds:g} s: {label}")
+        print(f"not reached: {label}")
     if not options.smoke:
         print(f"{num_written} of {len(spots)} rows written to {TABLE} after {time.monotonic() - start:.0f} s")
     return 1 if num_lost else 0

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -73,6 +74,15 @@ def sleep(seconds: float) -> float:
     return seconds
 
 
+def process_after(message: str) -> int:
+    """The process that did it, a failure with this message, or its death."""
+    if message == "die":
+        os._exit(7)
+    if message:
+        raise RuntimeError(f"{message} in process {os.getpid()}")
+    return os.getpid()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_work_ahead_comes_back_with_its_job_and_its_trouble(bench: SimpleNamespace, processes: int) -> None:
     found = {done.job: done for done in bench.ahead.run_ahead(reciprocal, [4, 0, 2], processes=processes)}
@@ -85,6 +95,57 @@ def test_work_ahead_ends_at_its_deadline(bench: SimpleNamespace) -> None:
     assert list(bench.ahead.run_ahead(sleep, [60, 60], processes=2, deadline=start + 1)) == []
     assert time.monotonic() - start < 30
     assert list(bench.ahead.run_ahead(sleep, [0], processes=1, deadline=start)) == []
+
+
+def test_a_process_that_dies_is_the_trouble_of_its_job_alone(bench: SimpleNamespace) -> None:
+    end = time.monotonic() + 120
+    found = list(bench.ahead.run_ahead(process_after, ["die", "", "die", ""], processes=2, deadline=end))
+    assert (
+        sorted((done.job, done.trouble, done.is_inconclusive) for done in found if done.job)
+        == [("die", "its process ended with status 7", True)] * 2
+    )
+    assert [done.trouble for done in found if not done.job] == [None, None]
+
+
+CUDA_ERRORS = [
+    "CUDA error: an illegal memory access was encountered",
+    "Triton Error [CUDA]: unspecified launch failure",
+]
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
+NO_FIT = "out of resource: shared memory, Required: 300000, Hardware limit: 232448"
+
+
+@pytest.mark.parametrize(
+    ("messages", "are_replaced"), [([CUDA_ERRORS[0], OUT_OF_MEMORY], True), ([NO_FIT, "a tile is wrong"], False)]
+)
+def test_a_process_is_replaced_after_what_spoils_it(
+    bench: SimpleNamespace, messages: list[str], are_replaced: bool
+) -> None:
+    found = list(bench.ahead.run_ahead(process_after, [*messages, "", ""], processes=2))
+    failed, others = [done for done in found if done.job], [done for done in found if not done.job]
+    assert sorted(done.job for done in failed) == sorted(messages)
+    assert [done.is_inconclusive for done in failed] == [done.job == OUT_OF_MEMORY for done in failed]
+    used = {int(done.trouble.rpartition(" ")[2]) for done in failed}
+    assert [done.result not in used for done in others] == [are_replaced] * 2
+
+
+@pytest.mark.parametrize(("message", "num_done"), [*((message, 2) for message in CUDA_ERRORS), (OUT_OF_MEMORY, 3)])
+def test_in_this_process_a_cuda_error_ends_the_work(bench: SimpleNamespace, message: str, num_done: int) -> None:
+    assert len(list(bench.ahead.run_ahead(process_after, ["", message, ""], processes=1))) == num_done
+
+
+@pytest.mark.parametrize(("free", "expected"), [(None, 6), (3.5, 3), (0.5, 1), (80, 6)])
+def test_processes_by_default(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, free: float | None, expected: int
+) -> None:
+    """As many as cores that this process may use, and as device memory holds."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(bench.ahead, "free_bytes", lambda device: None if free is None else int(free * 2**30))
+    assert bench.ahead.default_processes(CPU) == expected
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(bench.ahead, "free_bytes", lambda device: None)
+    assert bench.ahead.default_processes(CPU) == 64
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------
@@ -256,18 +317,18 @@ def test_nothing_is_timed_on_a_red_gate(
     monkeypatch.setattr(bench.attention, "gate", lambda *args, **kwargs: ["gist/1001: dk: error 1, allowed 0"])
     monkeypatch.delattr(bench.attention, "matrix_rate")
     path = tmp_path / "rows.jsonl"
-    assert bench.attention.main(["--smoke", "--output", str(path)]) == 1
-    assert capsys.readouterr().out.splitlines() == [
-        "wrong: gist/1001: dk: error 1, allowed 0",
-        "the gate is red: nothing was timed",
-    ]
+    assert bench.attention.main(["--smoke", "--output", str(path)]) == 3
+    assert capsys.readouterr().out == "the gate is red: nothing was timed\n"
     assert not path.exists()
 
 
 def test_a_fault_in_a_process_of_the_gate_is_a_fault(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wrong number and a kernel that cannot run are faults; what could not be compiled ahead is only said."""
+    """A wrong number and a kernel that cannot run are faults, said at once; what could not be compiled ahead is only
+    said. After the last fault nothing more is compiled.
+    """
+    said: list[str] = []
     case = bench.workload.smoke_cases()[0]
 
     def run_ahead(work: Any, jobs: Any, *, processes: int) -> Iterator[Any]:
@@ -280,13 +341,17 @@ def test_a_fault_in_a_process_of_the_gate_is_a_fault(
             ("compile", "flex", "gist/50%/64"),
             ("compile", "triton", "gist/50%/64"),
         ]
-        for job, (result, trouble) in zip(jobs, [(["dq: error"], None), (None, "boom"), (None, "no")], strict=False):
-            yield bench.ahead.Done(job, result, trouble)
+        for number, result, trouble in ((0, ["dq: error"], None), (2, None, "no"), (1, None, "boom")):
+            yield bench.ahead.Done(jobs[number], result, trouble)
+            said.append(capsys.readouterr().out)
+        raise AssertionError("the gate is red, and more was asked for")
 
     monkeypatch.setattr(bench.attention, "run_ahead", run_ahead)
     faults = bench.attention.gate([case], has_step=True, is_smoke=True, processes=2)
     assert faults == ["dq: error", "t5/64: boom"]
-    assert capsys.readouterr().out == "compiled ahead: triton, no\n"
+    assert [*said, capsys.readouterr().out] == [
+        "wrong: dq: error\n", "compiled ahead: triton, no\n", "wrong: t5/64: boom\n"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("has_block_mask", [False, True])
@@ -433,15 +498,37 @@ def test_gradients_of_a_step_that_differ(
 def test_a_step_with_another_mask_is_told(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test for the check: "triton" sees everything before it, gist or not."""
     api = importlib.import_module("gisting.attention.api")
-    monkeypatch.setattr(
-        api, "_triton_attention", lambda q, k, v, visibility, *rest: api.sdpa_attention(
-            q, k, v, vis.causal(torch.ones(1, k.shape[2])), bias=None, scale=q.shape[-1] ** -0.5, dropout=0.0
-        )
-    )  # fmt: skip
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *biases: Tensor | None) -> Tensor:
+        seen = vis.causal(torch.ones(1, k.shape[2]))
+        return api.sdpa_attention(q, k, v, seen, bias=None, scale=q.shape[-1] ** -0.5, dropout=0.0)
+
+    monkeypatch.setattr(api, "_by_triton", lambda *args: attend)
     setting = bench.clocks.Setting(CPU, 1, 0, 1.0, {"device": "cpu"})
     rows = {row["implementation"]: row for row in bench.step.run_step(setting, is_smoke=True)}
     assert rows["sdpa"]["status"] == "failed"
     assert rows["sdpa"]["reason"].startswith("a gradient is ")
+
+
+def test_a_step_runs_what_it_says(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turns on one mask, on which the layers remember how they attend."""
+    api = importlib.import_module("gisting.attention.api")
+    reference, ran = api.reference_attention, []
+
+    def by(name: str) -> Any:
+        def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *rest: Any, **options: Any) -> Tensor:
+            ran.append(name)
+            return reference(q, k, v, visibility, bias=None, scale=q.shape[-1] ** -0.5, softcap=None, dropout=0.0)
+
+        return attend
+
+    monkeypatch.setattr(api, "_by_triton", lambda *args: by("triton"))
+    monkeypatch.setattr(api, "_by_flex", lambda *args: by("flex"))
+    monkeypatch.setattr(api, "sdpa_attention", by("sdpa"))
+    setting = bench.clocks.Setting(CPU, 2, 1, 1.0, {"device": "cpu"})
+    rows = bench.step.run_step(setting, is_smoke=True)
+    assert [row["status"] for row in rows] == ["measured"] * 3
+    assert ran == 4 * list(bench.step.STEP_IMPLEMENTATIONS)  # to compare gradients, to warm up, and two times
 
 
 # -- the tuner ---------------------------------------------------------------------------------------------------------
@@ -504,7 +591,7 @@ A, B = TileSizes(64, 64, 4, 3), TileSizes(128, 64, 8, 3)
     [
         pytest.param({A: 1.0, B: 0.9}, B, id="faster"),
         pytest.param({A: 1.0, B: 0.99}, A, id="hardly-faster"),
-        pytest.param({B: 2.0}, B, id="the-current-is-wrong"),
+        pytest.param({B: 2.0}, None, id="the-current-was-not-timed"),
         pytest.param({}, None, id="none-is-right"),
     ],
 )
@@ -535,7 +622,9 @@ def test_dry_run(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> 
 def test_what_the_time_is_too_short_for_is_said(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the rows one has all its candidates, one all but the second, one not its own: only the last is left out."""
+    """Of the rows one has a wrong candidate, one lacks its second, one has none, for one's own memory ran out: the last
+    two are left out.
+    """
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # what --smoke sets, undone after the test
     monkeypatch.delenv("GISTING_KERNEL_CONFIG", raising=False)
     timed: dict[str, list[TileSizes]] = {}
@@ -544,7 +633,9 @@ def test_what_the_time_is_too_short_for_is_said(
         for number, job in enumerate(jobs):
             if number == 1:
                 yield bench.ahead.Done(job, ["out: error 1, allowed 0"])
-            elif number not in (3, 4, 6, 7):
+            elif number == 6:
+                yield bench.ahead.Done(job, trouble="OutOfMemoryError: CUDA out of memory", is_inconclusive=True)
+            elif number not in (3, 4, 5):
                 yield bench.ahead.Done(job, [])
 
     def tune_spot(spot: Any, tiles: Any, *args: Any, **kwargs: Any) -> dict[TileSizes, float]:
@@ -557,12 +648,81 @@ def test_what_the_time_is_too_short_for_is_said(
     own = TileSizes(16, 16, 4, 1)
     assert timed == {"forward": [own], "query": [own]}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "sm_80 forward, 16 bits, head size 64, short segments: 32,16,4,1: out, out: error 1, allowed 0"
+    assert lines[:2] == [
+        "sm_80 forward, 16 bits, head size 64, short segments: 32,16,4,1: out, out: error 1, allowed 0",
+        "sm_80 table, 16 bits, head size 64, any segments, bias: 16,16,4,1: not reached, OutOfMemoryError: CUDA out of "
+        "memory",
+    ]
     assert lines.count("  not reached: 32,16,4,1") == 1
     assert lines[-2:] == [
-        "not reached within 60 s: sm_80 key, 16 bits, head size 64, short segments",
-        "not reached within 60 s: sm_80 table, 16 bits, head size 64, any segments, bias",
+        "not reached: sm_80 key, 16 bits, head size 64, short segments",
+        "not reached: sm_80 table, 16 bits, head size 64, any segments, bias",
     ]
+
+
+@pytest.mark.parametrize("message", [*CUDA_ERRORS, OUT_OF_MEMORY])
+def test_what_is_not_the_fault_of_a_tile_or_spoils_its_process_goes_up(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    """From the check of a candidate: the process that does it is then replaced. What does not fit is its fault."""
+    spot = bench.tune.spots_of(json.loads(bench.tune.TABLE.read_text())["rows"], 80, kernel="table")[0]
+
+    def fail_with(text: str) -> None:
+        def faults_of(*args: Any) -> list[str]:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(bench.tune, "faults_of", faults_of)
+
+    fail_with(message)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        bench.tune.prepare(bench.tune.Candidate(spot, A, is_smoke=True))
+    fail_with(NO_FIT)
+    faults = bench.tune.prepare(bench.tune.Candidate(spot, A, is_smoke=True))
+    assert faults
+    assert all(fault.endswith(f": RuntimeError: {NO_FIT}") for fault in faults)
+
+
+@pytest.mark.parametrize(("message", "what"), [(OUT_OF_MEMORY, "not reached"), (NO_FIT, "out"), (CUDA_ERRORS[0], "")])
+def test_a_tile_that_fails_on_the_timed_inputs(
+    bench: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    message: str,
+    what: str,
+) -> None:
+    """The others are timed; after a CUDA error nothing is, in this process."""
+    spot = bench.tune.spots_of(json.loads(bench.tune.TABLE.read_text())["rows"], 80, kernel="table")[0]
+
+    def run_of_tile(spot: Any, tile: TileSizes, *rest: Any) -> Any:
+        if tile == A:
+            raise RuntimeError(message)
+        return lambda: (OUT,)
+
+    monkeypatch.setattr(bench.tune, "run_of_tile", run_of_tile)
+    setting = bench.clocks.Setting(CPU, 1, 0, 0.0, {})
+    if not what:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            bench.tune.tune_spot(spot, [A, B], setting, (8, 0), is_smoke=True)
+        return
+    assert list(bench.tune.tune_spot(spot, [A, B], setting, (8, 0), is_smoke=True)) == [B]
+    line = f"  {bench.tune.show(A)}: {what}, on the timed inputs: RuntimeError: {message}"
+    assert capsys.readouterr().out.splitlines()[0] == line
+
+
+def test_a_row_whose_own_tile_is_out_stays(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # what --smoke sets, undone after the test
+    monkeypatch.delenv("GISTING_KERNEL_CONFIG", raising=False)
+    monkeypatch.delattr(bench.tune, "tune_spot")  # nothing is timed for it
+
+    def run_ahead(work: Any, jobs: Any, *, processes: int, deadline: float) -> Iterator[Any]:
+        for number, job in enumerate(jobs):
+            yield bench.ahead.Done(job, [] if number % 2 else ["out: error 1, allowed 0"])
+
+    monkeypatch.setattr(bench.tune, "run_ahead", run_ahead)
+    assert bench.tune.main(["--smoke", "--seconds", "60"]) == 1
+    assert capsys.readouterr().out.count("  its own tile was not timed: the row stays as it is\n") == 4
 
 
 def test_forced_sizes_are_not_tuned(

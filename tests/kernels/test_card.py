@@ -117,40 +117,58 @@ def test_a_way_that_fails_is_said_and_the_next_one_runs(
 
 
 @pytest.mark.parametrize(
-    ("failing", "writes_kernel_rows", "expected"),
+    ("failing", "expected"),
     [
-        pytest.param(set(), True, ["kernels", "training", "inference"], id="all-is-well"),
-        pytest.param({"training"}, True, ["kernels", "training", "inference"], id="goes-on-after-a-failure"),
-        pytest.param({"kernels"}, True, ["kernels", "training", "inference"], id="kernels-cut-off-after-the-gate"),
-        pytest.param({"kernels"}, False, ["kernels"], id="red-gate"),
+        pytest.param({}, ["kernels", "training", "inference"], id="all-is-well"),
+        pytest.param({"training": 1}, ["kernels", "training", "inference"], id="goes-on-after-a-failure"),
+        pytest.param({"training": 3}, ["kernels", "training", "inference"], id="only-kernels-have-a-gate"),
+        pytest.param({"kernels": 1}, ["kernels", "training", "inference"], id="kernels-failed-or-cut-off"),
+        pytest.param({"kernels": -9}, ["kernels", "training", "inference"], id="kernels-killed"),
+        pytest.param({"kernels": 3}, ["kernels"], id="red-gate"),
     ],
 )
 def test_what_runs_after_a_failure(
     card: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    failing: set[str],
-    writes_kernel_rows: bool,
+    capsys: pytest.CaptureFixture[str],
+    failing: dict[str, int],
     expected: list[str],
 ) -> None:
     ran: list[str] = []
     seconds: list[float] = []
-    (tmp_path / "kernels.jsonl").write_text("of an earlier run")
 
     def run_part(part: str, options: Any, time_s: float) -> int:
         ran.append(part)
         seconds.append(time_s)
-        if part == "kernels" and writes_kernel_rows:
-            os.utime(tmp_path / "kernels.jsonl", (1, 1))
-        return int(part in failing)
+        return failing.get(part, 0)
 
     monkeypatch.setattr(card, "run_part", run_part)
     monkeypatch.setattr(card, "draw", lambda directory: None)
     assert card.main(["--smoke", "--directory", str(tmp_path), "--seconds", "100"]) == bool(failing)
     assert ran == expected
+    assert ("the kernels are not known to be right" in capsys.readouterr().out) == (failing == {"kernels": 3})
     # What a part does not use the next ones have; the last has all that is left.
     assert seconds[0] == pytest.approx(50, abs=1)
     assert seconds[-1] == pytest.approx(100, abs=1) or len(seconds) == 1
+
+
+def test_the_status_of_a_red_gate_is_that_of_the_benchmark(card: ModuleType) -> None:
+    source = (ROOT / "kernels" / "bench" / "attention.py").read_text()
+    assert f"\nRED_GATE = {card.RED_GATE}\n" in source
+
+
+def test_kernels_that_are_cut_off_while_they_compile_stop_nothing(
+    card: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command of each part is one that takes long and writes nothing."""
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        card.subprocess, "Popen", lambda command, **options: start(["sleep", "60"], **options)
+    )  # fmt: skip
+    assert card.main(["--smoke", "--directory", str(tmp_path), "--seconds", "0.6"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines if "cut off after" in line] == ["kernels", "training", "inference"]
 
 
 def test_a_part_is_cut_off_and_said_to_be(tmp_path: Path) -> None:

@@ -286,8 +286,9 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     for workload, changes in WORKLOADS.items():
         found = measure(workload, Sizes(**{**changes, **options.sizes}), repeats=options.repeats)
         rows += [{"command": "python -m gisting.bench.objective", **asdict(row)} for row in found]
-        for row in rows[-len(WAYS) :] if options.output is not None else ():
-            append_row(options.output, row, "cpu")
+        if options.output is not None:
+            for row in rows[-len(WAYS) :]:
+                append_row(options.output, row, "cpu")
     table = objective_table([{**row, **environment("cpu")} for row in rows])
     Console().print(table, soft_wrap=True, markup=False, highlight=False)
 

@@ -207,7 +207,8 @@ def _receive(
     if _KEYWORD not in kwargs:
         return None
     kwargs = dict(kwargs)
-    _call.set(_Call(*kwargs.pop(_KEYWORD), None))
+    places, index = kwargs.pop(_KEYWORD)
+    _call.set(_Call(places, index, None))
     return args, kwargs
 
 

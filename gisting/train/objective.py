@@ -129,26 +129,26 @@ class ObjectiveTrainer(Trainer):
         self._first_noted = 0
         self._num_prompt_labels = torch.ones(())  # of the step at hand, over all processes
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs=False, num_items_in_batch: Any = None) -> Any:
         """As ``Trainer.compute_loss``; the logits of ``outputs`` are those of the targets, ``(T, V)``."""
         inputs = dict(inputs)
         num_items_in_batch = self._whole_number(num_items_in_batch)
-        targets = self._targets(inputs, "target", "labels")
-        prompt_targets = self._targets(inputs, "reconstruction", "reconstruction_labels")
-        labels = inputs.pop("labels")
+        labels, prompt_labels = inputs.pop("labels"), inputs.pop("reconstruction_labels", None)
+        targets = _taken(inputs, "target") or self._find(labels)
+        reconstructed = _taken(inputs, "reconstruction")
+        if reconstructed is None and prompt_labels is not None:
+            reconstructed = self._find(prompt_labels)
+        if not (model.training and self.objective.reconstruction):
+            reconstructed = None
         if self._is_encoder_decoder:
             own: Any = self.model
             inputs["decoder_input_ids"] = own.prepare_decoder_input_ids_from_labels(labels)
         changed = {_TEACHER[name]: inputs.pop(name) for name in _TEACHER if name in inputs}
-        is_distilled = model.training and self.objective.distillation > 0
-        is_reconstructed = model.training and self.objective.reconstruction > 0 and prompt_targets is not None
-        places = targets.places
-        if is_reconstructed:
-            places = torch.cat([places, prompt_targets.places])
+        places = targets.places if reconstructed is None else torch.cat([targets.places, reconstructed.places])
         with gists_at(inputs.pop("gist_index", None)):
             prompts = self._prompts(model, inputs)
             teacher = None
-            if is_distilled:
+            if model.training and self.objective.distillation:
                 with torch.no_grad(), evaluating(model):
                     teacher = self._logits(model, {**inputs, **changed}, targets.places, prompts)
             logits = self._logits(model, inputs, places, prompts)
@@ -161,10 +161,10 @@ class ObjectiveTrainer(Trainer):
                 divergence = truncated_kl(logits, teacher, self.objective.top_k).sum()
                 parts["distillation_loss"] = self._mean(divergence, len(targets.ids), num_items_in_batch)
                 loss = loss + self.objective.distillation * parts["distillation_loss"]
-            if is_reconstructed:
-                total = self._cross_entropy(prompt_logits, prompt_targets.ids)
+            if reconstructed is not None:
+                total = self._cross_entropy(prompt_logits, reconstructed.ids)
                 number = None if num_items_in_batch is None else self._num_prompt_labels.clamp(min=1)
-                parts["reconstruction_loss"] = self._mean(total, len(prompt_targets.ids), number)
+                parts["reconstruction_loss"] = self._mean(total, len(reconstructed.ids), number)
                 loss = loss + self.objective.reconstruction * parts["reconstruction_loss"]
             self._note(parts, is_share=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
@@ -199,14 +199,8 @@ class ObjectiveTrainer(Trainer):
         model: Any = self.model
         return model.config.is_encoder_decoder
 
-    def _targets(self, inputs: dict[str, Any], name: str, labels: str) -> Targets | None:
-        """What a batch says is predicted, taken out of it; None where there is nothing of that kind."""
-        if f"{name}_places" in inputs:
-            return Targets(inputs.pop(f"{name}_places"), inputs.pop(f"{name}_ids"))
-        if labels not in inputs:
-            return None
-        found = inputs[labels] if labels == "labels" else inputs.pop(labels)
-        return find_targets(found, is_shifted=not self._is_encoder_decoder)
+    def _find(self, labels: Tensor) -> Targets:
+        return find_targets(labels, is_shifted=not self._is_encoder_decoder)
 
     def _num_reconstructed(self, batch: dict[str, Tensor]) -> int | Tensor:
         if "reconstruction_ids" in batch:
@@ -267,3 +261,10 @@ class ObjectiveTrainer(Trainer):
         batches = 1 if is_share else self.args.gradient_accumulation_steps
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().float() / batches
+
+
+def _taken(inputs: dict[str, Any], name: str) -> Targets | None:
+    """The targets that a batch brings under a name, taken out of it; None where it brings none."""
+    if f"{name}_places" not in inputs:
+        return None
+    return Targets(inputs.pop(f"{name}_places"), inputs.pop(f"{name}_ids"))

@@ -161,7 +161,7 @@ def test_a_trainers_step_on_a_plain_batch_reads_its_labels(tmp_path: Path) -> No
 
 
 def decode_step(model: Any, past: Any, token: int = 5) -> int:
-    """The forward pass of one new token behind five that are cached; how much is copied to the device for it."""
+    """The forward pass of one new token after five that are cached; how much is copied to the device for it."""
     for layer in range(model.config.num_hidden_layers):
         past.update(*(torch.zeros(2, 2, 5, 8, device="meta") for _ in "kv"), layer)
     ids, position_ids = torch.full((2, 1), token, device="meta"), torch.full((2, 1), 5, device="meta")

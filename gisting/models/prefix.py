@@ -33,7 +33,7 @@ class _Layer(DynamicLayer):
 
 class PrefixStates(Cache):
     """A transformers cache that keeps the keys and values of the first pass, ``(B, G, P, D)`` a layer, and gives every
-    later pass these with its own behind them, which it does not keep.
+    later pass these followed by its own, which it does not keep.
     """
 
     def __init__(self) -> None:

@@ -53,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_device_error(error: BaseException) -> bool:
     """Whether CUDA failed, after which every later call in the process may fail too (an illegal memory access)."""
-    return any(sign in str(error) for sign in ("CUDA error", "Triton Error [CUDA]"))
+    return any(text in str(error) for text in ("CUDA error", "Triton Error [CUDA]"))
 
 
 def run_ahead(

@@ -103,6 +103,7 @@ FLOORS_TOLD = [
     ("README.md", "torch", r"^\| versions \|.*torch ([\d.]+)"),
     ("README.md", "transformers", r"^\| versions \|.*transformers ([\d.]+)"),
     ("README.md", "triton", r"^\| versions \|.*triton ([\d.]+)"),
+    ("CONTRIBUTING.md", "python", r"With Python ([\d.]+) or later"),
     ("docs/index.md", "python", r"with Python ([\d.]+) or later"),
     ("docs/faq.md", "transformers", r"\*\*Which versions of transformers\?\*\* ([\d.]+) and later"),
     ("docs/design.md", "python", r"Floors: Python ([\d.]+),"),

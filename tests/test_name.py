@@ -81,7 +81,7 @@ def shadowed(folder: Path, init: str | None) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("init", ["__version__ = '1.3.6'\n", None], ids=["replaced", "deleted"])
+@pytest.mark.parametrize("init", ["main = None\n", None], ids=["replaced", "deleted"])
 @pytest.mark.parametrize(
     "words",
     [

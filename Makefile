@@ -62,7 +62,7 @@ require_python = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/d
 	echo "gisting needs Python 3.11 or later, $(1) is $$found; run: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
 	exit 1; }
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { $(call require_python,$(PYTHON)); }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(call require_python,$(BIN)/python)

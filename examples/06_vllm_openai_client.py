@@ -1,6 +1,6 @@
 """Compressed prompts behind vLLM, asked through the ``openai`` client: completions, a chat, a stream, and a mistake.
 
-    pip install 'gisting[vllm]' openai
+    pip install 'gist-tokens[vllm]' openai
     python examples/06_vllm_openai_client.py MODEL --store runs/store --only-compress
     gisting serve MODEL --store runs/store --served-model-name gisting        # in another terminal
     python examples/06_vllm_openai_client.py MODEL --store runs/store --url http://127.0.0.1:8000/v1

@@ -11,7 +11,7 @@ from typing import Any
 MIN_TRANSFORMERS = (5, 17)
 
 #: Versions on which the tests were run: those of CI, which constraints.txt pins, and those of the run on an H100
-#: (docs/how_to_gpu.md). Of Python the minor version counts. The floors are in setup.py.
+#: (docs/how_to_gpu.md). Of Python the minor version counts. The floors are in pyproject.toml.
 TESTED = {
     "CI": {"python": "3.11", "torch": "2.13.0", "transformers": "5.24.0", "triton": "3.7.1"},
     "H100": {"python": "3.12", "torch": "2.11.0", "transformers": "5.17.0", "triton": "3.6.0"},

@@ -1,3 +1,3 @@
-"""The version, alone in a file so that setup.py can read it without importing torch."""
+"""The version, alone in a file so that the build reads it (pyproject.toml) without importing torch."""
 
 __version__ = "0.2.0.dev0"

@@ -39,6 +39,8 @@ EXTRAS = {
     "vllm": "gisting serve",
 }
 
+# What pip calls this package. `gisting` is a package by somebody else, with the same import name.
+_DISTRIBUTION = "gist-tokens"
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_SIZE = 64
 # What a damaged file makes its reader raise.
@@ -72,8 +74,9 @@ def examine_here() -> list[Finding]:
     """Versions, extras, devices, attention and where caches lie, of this environment.
 
     Returns:
-        The findings by topic; faults are a package that is missing or older than gisting's floor, and attention that
-        computes something other than the reference does. A version outside those that were tested is noted.
+        The findings by topic; faults are a package that is missing or older than gisting's floor, another package
+        with the import name ``gisting``, and attention that computes something other than the reference does. A
+        version outside those that were tested is noted.
     """
     return [*_versions(), *_extras(), *_devices(), *_attention(), *_caches()]
 
@@ -103,9 +106,10 @@ def examine_path(path: str | Path) -> list[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "gisting", f"{__version__}, in {Path(__file__).parent}")
+    yield from _namesakes()
     try:
         # Python's floor first: it is no package, so it is not among the requirements.
-        wanted = [_Requirement("python", metadata.metadata("gisting")["Requires-Python"], None)]
+        wanted = [_Requirement("python", metadata.metadata(_DISTRIBUTION)["Requires-Python"], None)]
         wanted += [requirement for requirement in _requirements() if requirement.extra is None]
     except metadata.PackageNotFoundError:
         yield Finding("versions", "packages", "not known: gisting runs from a folder and is not installed")
@@ -119,6 +123,19 @@ def _versions() -> Iterator[Finding]:
         else:
             advice = "run gisting with a newer one" if name == "python" else f"run: pip install '{name}{specifier}'"
             yield Finding("versions", name, f"{found}, gisting needs {name}{specifier}; {advice}", is_fault=True)
+
+
+def _namesakes() -> Iterator[Finding]:
+    """Find installed packages named ``gisting`` that own files in the folder ``gisting``, as ours does."""
+    for other in metadata.distributions(name="gisting"):
+        # An editable install owns none there, such as one of ours from when it had this name.
+        if any(line.startswith("gisting/") for line in (other.read_text("RECORD") or "").splitlines()):
+            message = (
+                f"{other.version}, a package by somebody else with the same import name: installing or removing it "
+                f"replaces or deletes files of {_DISTRIBUTION}; run: pip uninstall -y gisting && pip install "
+                f"--force-reinstall --no-deps {_DISTRIBUTION}"
+            )
+            yield Finding("versions", "package named gisting", message, is_fault=True)
 
 
 def _noted(name: str, version: str) -> str:
@@ -145,17 +162,17 @@ def _extras() -> Iterator[Finding]:
                 # On a card impl="auto" takes the kernels without being asked to.
                 is_fault |= extra == "kernels"
         if missing:
-            parts.append(f"{', '.join(missing)} missing: pip install 'gisting[{extra}]'")
+            parts.append(f"{', '.join(missing)} missing: pip install 'gist-tokens[{extra}]'")
         yield Finding("extras", extra, f"{', '.join(parts)} ({purpose})", is_fault)
 
 
 def _requirements() -> list[_Requirement]:
     """What gisting asks for, with the extra that asks for it."""
     found = []
-    for line in metadata.requires("gisting") or ():
+    for line in metadata.requires(_DISTRIBUTION) or ():
         named = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;]*)", line)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
-        if named is not None and named.group(1) != "gisting":
+        if named is not None and named.group(1) != _DISTRIBUTION:
             specifier = named.group(2).strip()
             found.append(_Requirement(named.group(1), specifier, None if extra is None else extra.group(1)))
     return found
@@ -308,7 +325,7 @@ def _gists(name: str | Path, config: Any, gist: dict[str, Any] | None) -> Iterat
     from gisting.tokens import GistTokenizer
 
     if gist is not None and gist.get("format") != PATCH_FORMAT:
-        message = f"format {gist.get('format')}, this version reads {PATCH_FORMAT}: pip install -U gisting"
+        message = f"format {gist.get('format')}, this version reads {PATCH_FORMAT}: pip install -U gist-tokens"
         yield Finding("checkpoint", "patch", message, is_fault=True)
     try:
         tokenizer = GistTokenizer.from_pretrained(name)

@@ -5,6 +5,8 @@ Each error is also the built-in type that a caller would expect (ValueError, Typ
 working.
 """
 
+import sys
+
 __all__ = [
     "CacheFormatError",
     "CacheMismatchError",
@@ -14,6 +16,17 @@ __all__ = [
     "StoreError",
     "UnsupportedModelError",
 ]
+
+# A package by somebody else, installed as `gisting`, has the same import name: installed over this one it replaces our
+# __init__.py, and uninstalled it deletes it. Checked here because the command line and the library both pass through
+# this module.
+_package = sys.modules["gisting"]
+if not hasattr(_package, "_HOMES"):
+    raise ImportError(
+        f"gisting/__init__.py is not the one of gist-tokens (found: {_package.__file__ or 'none'}), probably because "
+        "the package `gisting`, which has the same import name, was installed or removed beside it; run: pip uninstall "
+        "-y gisting && pip install --force-reinstall --no-deps gist-tokens"
+    )
 
 
 class GistError(ValueError):

@@ -339,7 +339,8 @@ def _parse(path: str | Path, raw: Tensor) -> tuple[dict[str, Any], dict[str, _Pl
     # Before the tensors, which a later format may keep in ways that are unknown here.
     if version > FORMAT:
         raise CacheFormatError(
-            f"{path} has format {version}, this version reads up to {FORMAT}; upgrade gisting: pip install -U gisting"
+            f"{path} has format {version}, this version reads up to {FORMAT}; upgrade gisting: pip install "
+            "-U gist-tokens"
         )
     try:
         return manifest, _places(header, 8 + num_bytes, raw.numel())

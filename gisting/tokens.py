@@ -509,7 +509,8 @@ class GistTokenizer:
             raise GistError(f"{found} is damaged ({_reason(error)}); get the checkpoint again") from error
         if made_as != _FORMAT:
             raise GistError(
-                f"{found} has format {made_as}, this version reads {_FORMAT}; upgrade gisting: pip install -U gisting"
+                f"{found} has format {made_as}, this version reads {_FORMAT}; upgrade gisting: pip install "
+                "-U gist-tokens"
             )
         return cls(read_tokenizer(name_or_path, **kwargs), template, **settings)
 

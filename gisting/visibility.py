@@ -230,7 +230,7 @@ class Visibility:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise GistError("drawing a PNG needs matplotlib; run: pip install 'gisting[eval]'") from error
+            raise GistError("drawing a PNG needs matplotlib; run: pip install 'gist-tokens[eval]'") from error
         side = min(max(2.0, 0.28 * self.num_keys), 24.0)
         figure = Figure(figsize=(side, side), layout="constrained")
         axes = figure.subplots()

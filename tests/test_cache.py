@@ -594,7 +594,7 @@ def rewritten(saved: bytes, change: Callable[[Forged], Any], *, signed: bool) ->
 @pytest.mark.parametrize("signed", [True, False])
 def test_later_format(saved: bytes, signed: bool, tmp_path: Path) -> None:
     data = rewritten(saved, lambda it: it.manifest.update(format=3, news=[1]), signed=signed)
-    message = " has format 3, this version reads up to 2; upgrade gisting: pip install -U gisting$"
+    message = " has format 3, this version reads up to 2; upgrade gisting: pip install -U gist-tokens$"
     assert_refused(tmp_path / "a", data, message, "format 3")
 
 

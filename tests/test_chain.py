@@ -321,7 +321,7 @@ def test_every_attention_takes_keys_that_are_seen_later(impl: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's NumPy
 def test_the_kernels_take_keys_that_are_seen_later() -> None:
-    pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
+    pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
     from tests.kernels.conftest import MIXED, check, make
 
     check(make(45, batch=2, heads=1), chained_intervals(), MIXED)

@@ -16,7 +16,7 @@ from gisting import _compat, doctor
 from gisting._compat import TESTED
 from gisting.attention import api
 from tests import tiny
-from tests.test_repository import setup_arguments
+from tests.test_repository import project
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ def test_attention_that_fails_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_extra_has_a_purpose_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(doctor.EXTRAS) == set(setup_arguments()["extras_require"]) - {"dev", "docs"}
+    assert set(doctor.EXTRAS) == set(project()["optional-dependencies"]) - {"dev", "docs"}
     installed = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else installed(name))
     found = doctor.examine_here()
-    assert "peft missing: pip install 'gisting[train]' (" in by_name(found, "extras")["train"]
+    assert "peft missing: pip install 'gist-tokens[train]' (" in by_name(found, "extras")["train"]
     assert faults(found) == [], "what is optional is no fault"
 
 
@@ -98,6 +98,32 @@ def test_a_package_that_is_missing_or_old_is_a_fault(monkeypatch: pytest.MonkeyP
         "transformers": "4.57.1, gisting needs transformers>=5.17; run: pip install 'transformers>=5.17'",
         "tokenizers": "not installed; run: pip install 'tokenizers>=0.22'",
     }
+
+
+def plant_package(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
+    """Put the metadata of a package named gisting, with these files, where Python looks for packages."""
+    about = folder / "gisting-1.3.6.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: gisting\nVersion: 1.3.6\n", encoding="utf-8")
+    (about / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_the_package_with_the_same_import_name_is_a_fault(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_package(tmp_path, monkeypatch, "gisting/__init__.py", "gisting-1.3.6.dist-info/METADATA")
+    ((name, value),) = faults(doctor.examine_here())
+    assert name == "package named gisting"
+    assert value.startswith("1.3.6, a package by somebody else with the same import name")
+    assert value.endswith("pip uninstall -y gisting && pip install --force-reinstall --no-deps gist-tokens")
+    done = run("doctor")
+    assert done.code == 1
+    assert "a package by somebody else" in " ".join(done.out.split())
+
+
+def test_an_editable_install_under_the_former_name_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a clone of this repository, and owns no file that another could overwrite."""
+    plant_package(tmp_path, monkeypatch, "__editable__.gisting-1.3.6.pth", "gisting-1.3.6.dist-info/METADATA")
+    assert faults(doctor.examine_here()) == []
 
 
 def test_a_python_that_is_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 import gisting
 from gisting import _compat, doctor
-from tests.test_repository import ROOT, constraint_lines, requirements, setup_arguments
+from tests.test_repository import ROOT, constraint_lines, project, requirements
 
 NEEDED = ("MANIFEST.in", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     pytest.importorskip("build")
     tree = tmp_path_factory.mktemp("build") / "tree"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("gisting", "kernels", "tests"):
+    for folder in ("gisting", "kernels", "tests", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
     for file in NEEDED:
         shutil.copy(ROOT / file, tree)
@@ -68,26 +68,28 @@ def test_the_wheel_holds_every_file(built: Built) -> None:
     held = {name for name in built.wheel if ".dist-info/" not in name}
     assert held == {name.removeprefix("kernels/") for name in built.sources}
     assert {"gisting/py.typed", "gisting_kernels/configs.json"} <= held
+    assert {name.partition("/")[0] for name in held} == {"gisting", "gisting_kernels"}, "and nothing beside them"
 
 
 def test_the_source_distribution_holds_what_the_wheel_is_made_from(built: Built) -> None:
-    held = {name for name in built.sdist if not name.startswith("gisting.egg-info/")}
+    held = {name for name in built.sdist if not name.startswith("gist_tokens.egg-info/")}
     assert held == {*built.sources, *NEEDED, "PKG-INFO", "setup.cfg"}
 
 
 def test_the_wheel_says_what_it_is(built: Built) -> None:
-    folder = f"gisting-{gisting.__version__}.dist-info"
+    assert built.file.name == f"gist_tokens-{gisting.__version__}-py3-none-any.whl"
+    folder = f"gist_tokens-{gisting.__version__}.dist-info"
     with zipfile.ZipFile(built.file) as archive:
         about = message_from_bytes(archive.read(f"{folder}/METADATA"))
         assert archive.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         assert "gisting = gisting.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
     assert (about["Name"], about["Version"], about["License-Expression"]) == (
-        "gisting",
+        "gist-tokens",
         gisting.__version__,
         "Apache-2.0",
     )
     assert about["Requires-Python"] == ">=3.11"
-    assert set(about.get_all("Provides-Extra", [])) == set(setup_arguments()["extras_require"])
+    assert set(about.get_all("Provides-Extra", [])) == set(project()["optional-dependencies"])
     assert "Typing :: Typed" in about.get_all("Classifier", [])
     assert about.get_payload().startswith("# gisting"), "the page on a package index is README.md"
 
@@ -101,6 +103,7 @@ FLOORS_TOLD = [
     ("README.md", "torch", r"^\| versions \|.*torch ([\d.]+)"),
     ("README.md", "transformers", r"^\| versions \|.*transformers ([\d.]+)"),
     ("README.md", "triton", r"^\| versions \|.*triton ([\d.]+)"),
+    ("CONTRIBUTING.md", "python", r"With Python ([\d.]+) or later"),
     ("docs/index.md", "python", r"with Python ([\d.]+) or later"),
     ("docs/faq.md", "transformers", r"\*\*Which versions of transformers\?\*\* ([\d.]+) and later"),
     ("docs/design.md", "python", r"Floors: Python ([\d.]+),"),
@@ -114,19 +117,21 @@ FLOORS_TOLD = [
 
 
 def floors() -> dict[str, str]:
-    """The lowest version that setup.py takes of Python and of each package that it names with one."""
-    specifiers = {name: one.specifier for name, one in requirements(*setup_arguments()["extras_require"]).items()}
-    specifiers["python"] = SpecifierSet(setup_arguments()["python_requires"])
+    """The lowest version that pyproject.toml takes of Python and of each package that it names with one."""
+    specifiers = {name: one.specifier for name, one in requirements(*project()["optional-dependencies"]).items()}
+    specifiers["python"] = SpecifierSet(project()["requires-python"])
     return {name: one.version for name, found in specifiers.items() for one in found if one.operator == ">="}
 
 
 def floor_faults(texts: Mapping[str, str]) -> list[str]:
-    """Where a text names another floor than setup.py, or none any longer."""
+    """Where a text names another floor than the metadata, or none any longer."""
     faults = []
     for file, package, pattern in FLOORS_TOLD:
         told = re.findall(pattern, texts[file], re.M) or ["nothing"]
         faults += [
-            f"{file} says {one} of {package}, setup.py {floors()[package]}" for one in told if one != floors()[package]
+            f"{file} says {one} of {package}, the metadata {floors()[package]}"
+            for one in told
+            if one != floors()[package]
         ]
     return faults
 
@@ -135,7 +140,7 @@ def told() -> dict[str, str]:
     return {file: (ROOT / file).read_text(encoding="utf-8") for file, _, _ in FLOORS_TOLD}
 
 
-def test_every_place_names_the_floors_of_setup_py() -> None:
+def test_every_place_names_the_floors_of_the_metadata() -> None:
     assert floor_faults(told()) == []
 
 
@@ -145,12 +150,12 @@ def test_every_place_names_the_floors_of_setup_py() -> None:
         (
             "Floors: Python 3.11, torch 2.11",
             "Floors: Python 3.11, torch 2.10",
-            "docs/design.md says 2.10 of torch, setup",
+            "docs/design.md says 2.10 of torch, the",
         ),
         (
             "transformers 5.17;",
             "transformers, see there;",
-            "docs/design.md says nothing of transformers, setup.py 5.17",
+            "docs/design.md says nothing of transformers, the metadata 5.17",
         ),
     ],
 )
@@ -161,12 +166,12 @@ def test_another_floor_is_found(before: str, after: str, fault: str) -> None:
     assert found.startswith(fault)
 
 
-def test_the_code_reads_the_floors_of_setup_py() -> None:
+def test_the_code_reads_the_floors_of_the_metadata() -> None:
     """At run time they come from the metadata of the installed package, and from one constant."""
     assert ".".join(map(str, _compat.MIN_TRANSFORMERS)) == floors()["transformers"]
     read = {one.name: one.specifier for one in doctor._requirements()}
     for name in ("torch", "transformers", "triton", "peft"):
-        assert read[name] == f">={floors()[name]}", "setup.py has changed since gisting was installed: pip install -e ."
+        assert read[name] == f">={floors()[name]}", "pyproject.toml has changed since: pip install -e ."
 
 
 def test_the_tested_versions_of_ci_are_those_that_it_installs() -> None:

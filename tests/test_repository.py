@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -448,7 +449,7 @@ def check_install(command: str) -> None:
     words = shlex.split(command)
     target = words[words.index("-e") + 1]
     extras = set(re.findall(r"[\w-]+", target.removeprefix(".")))
-    assert extras <= set(setup_arguments()["extras_require"]), command
+    assert extras <= set(project()["optional-dependencies"]), command
     if extras == {"dev"}:
         assert command.endswith(INSTALL), f"{command!r} is not what `make` and .ci/run do: {INSTALL}"
 
@@ -569,7 +570,7 @@ def test_make_target(target: str, runs: str) -> None:
 
 @requires_make
 def test_make_refuses_an_old_python(tmp_path: Path) -> None:
-    for name in ("Makefile", "setup.py", "constraints.txt"):
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     old = tmp_path / "old-python"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.10.2 && exit\nexit 1\n')
@@ -622,16 +623,22 @@ def setup_arguments() -> dict:
     return caught
 
 
+@functools.cache
+def project() -> dict:
+    """The metadata in pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def requirements(*extras: str) -> dict[str, Requirement]:
-    """The requirements of the core and of some extras by canonical name, ``gisting[...]`` followed."""
-    arguments = setup_arguments()
-    found, todo = {}, [*arguments["install_requires"]]
+    """The requirements of the core and of some extras by canonical name, ``gist-tokens[...]`` followed."""
+    optional = project()["optional-dependencies"]
+    found, todo = {}, [*project()["dependencies"]]
     for extra in extras:
-        todo += arguments["extras_require"][extra]
+        todo += optional[extra]
     while todo:
         requirement = Requirement(todo.pop())
-        if requirement.name == "gisting":
-            todo += [line for extra in requirement.extras for line in arguments["extras_require"][extra]]
+        if requirement.name == project()["name"]:
+            todo += [line for extra in requirement.extras for line in optional[extra]]
         else:
             found[canonicalize_name(requirement.name)] = requirement
     return found
@@ -650,7 +657,7 @@ def test_constraints_are_exact_versions_and_nothing_else() -> None:
 def test_constraints_pin_every_direct_dependency_of_ci_above_its_floor() -> None:
     pins = dict(line.split("==") for line in constraint_lines())
     faults = [
-        f"{name}: setup.py asks for {requirement.specifier}, constraints.txt pins {pins.get(name)}"
+        f"{name}: pyproject.toml asks for {requirement.specifier}, constraints.txt pins {pins.get(name)}"
         for name, requirement in requirements("dev").items()
         if name not in pins or not requirement.specifier.contains(pins[name])
     ]
@@ -658,11 +665,11 @@ def test_constraints_pin_every_direct_dependency_of_ci_above_its_floor() -> None
 
 
 def test_every_imported_package_is_declared() -> None:
-    declared = set(requirements(*setup_arguments()["extras_require"])) | {"gisting", "gisting-kernels"}
+    declared = set(requirements(*project()["optional-dependencies"])) | {"gisting", "gisting-kernels"}
     # Imported by another name than that of the package.
     declared |= {module for module, package in (("google", "protobuf"), ("yaml", "pyyaml")) if package in declared}
     faults = {
-        f"{path}:{found.line}: imports {found.package}, which setup.py does not ask for"
+        f"{path}:{found.line}: imports {found.package}, which pyproject.toml does not ask for"
         for path, _, imports in modules_under(ROOT, ".", "gisting")
         for found in imports
         if found.package not in sys.stdlib_module_names and canonicalize_name(found.package) not in declared
@@ -670,13 +677,10 @@ def test_every_imported_package_is_declared() -> None:
     assert sorted(faults) == []
 
 
-def test_package_holds_both_source_roots_and_its_version() -> None:
-    import gisting
-
+def test_package_holds_both_source_roots() -> None:
     arguments = setup_arguments()
     assert {"gisting", "gisting_kernels"} <= set(arguments["packages"])
     assert all(name.partition(".")[0] in {"gisting", "gisting_kernels"} for name in arguments["packages"])
-    assert arguments["version"] == gisting.__version__
     assert (ROOT / "gisting" / "py.typed").is_file()
 
 
@@ -1092,4 +1096,4 @@ def test_license_is_the_whole_apache_license() -> None:
     for part in ("Version 2.0, January 2004", "END OF TERMS AND CONDITIONS", "limitations under the License."):
         assert part in text
     assert text.split()[:2] == ["Apache", "License"]
-    assert setup_arguments()["license_expression"] == "Apache-2.0"
+    assert project()["license"] == "Apache-2.0"

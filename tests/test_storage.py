@@ -519,7 +519,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "format -1": (manifest('{"format":-1}'), UNREADABLE),
     "format 3": (
         manifest('{"format":3}'),
-        " has format 3, this version reads up to 2; upgrade gisting: pip install -U gisting$",
+        " has format 3, this version reads up to 2; upgrade gisting: pip install -U gist-tokens$",
     ),
     "format 3, which keeps its tensors in other ways": (
         one_tensor(dtype="F4").replace(b'\\"format\\": 1', b'\\"format\\": 3'),

@@ -1065,7 +1065,9 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "format": 2}), "utf-8")
     with pytest.raises(GistError) as caught:
         GistTokenizer.from_pretrained(tmp_path)
-    assert str(caught.value) == (f"{path} has format 2, this version reads 1; upgrade gisting: pip install -U gisting")
+    assert str(caught.value) == (
+        f"{path} has format 2, this version reads 1; upgrade gisting: pip install -U gist-tokens"
+    )
 
 
 def test_a_directory_without_gist_json_is_refused(tmp_path: Path) -> None:

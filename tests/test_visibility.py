@@ -1322,6 +1322,6 @@ def test_drawing_to_a_file_without_matplotlib(monkeypatch: pytest.MonkeyPatch, t
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(GistError, match=r"drawing a PNG needs matplotlib; run: pip install 'gisting\[eval\]'"):
+    with pytest.raises(GistError, match=r"drawing a PNG needs matplotlib; run: pip install 'gist-tokens\[eval\]'"):
         build(vis.gist, "a G b").save_drawing(tmp_path / "mask.png")
     assert not (tmp_path / "mask.png").exists()

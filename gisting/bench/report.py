@@ -165,7 +165,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise GistError("plots need matplotlib; pip install 'gisting[eval]'") from error
+        raise GistError("plots need matplotlib; pip install 'gist-tokens[eval]'") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -33,7 +33,7 @@ OutputOption = Annotated[
     Path | None, typer.Option(help="JSONL file to which the rows are added, each with device, versions and commit.")
 ]
 PlotOption = Annotated[
-    Path | None, typer.Option(help="Image of the results, such as rows.png; needs matplotlib (gisting[eval]).")
+    Path | None, typer.Option(help="Image of the results, such as rows.png; needs matplotlib (gist-tokens[eval]).")
 ]
 
 
@@ -187,7 +187,7 @@ def _check_plot(path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
-        raise GistError("--plot needs matplotlib; pip install 'gisting[eval]'") from error
+        raise GistError("--plot needs matplotlib; pip install 'gist-tokens[eval]'") from error
     kinds = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in kinds:
         raise GistError(f"--plot must end with a kind of image, such as .png, got {path.name!r}")

@@ -55,7 +55,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, li
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise GistError("ROUGE needs the rouge-score package; run: pip install 'gisting[eval]'") from error
+        raise GistError("ROUGE needs the rouge-score package; run: pip install 'gist-tokens[eval]'") from error
     scorer = RougeScorer([*ROUGE.values()], use_stemmer=True)
     scores = [scorer.score(b, a) for a, b in zip(predictions, references, strict=True)]
     return {name: [score[theirs].fmeasure for score in scores] for name, theirs in ROUGE.items()}
@@ -105,7 +105,7 @@ def _sacrebleu() -> Any:
     try:
         import sacrebleu
     except ImportError as error:
-        raise GistError("BLEU needs the sacrebleu package; run: pip install 'gisting[eval]'") from error
+        raise GistError("BLEU needs the sacrebleu package; run: pip install 'gist-tokens[eval]'") from error
     return sacrebleu
 
 

@@ -149,7 +149,7 @@ def _plot(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise GistError("a report's pictures need matplotlib; run: pip install 'gisting[eval]'") from error
+        raise GistError("a report's pictures need matplotlib; run: pip install 'gist-tokens[eval]'") from error
     names = list(dict.fromkeys(split.name for evaluation in evaluations for split in evaluation.splits))
     figure = Figure(figsize=(4.5 * len(names) + 1.5, 4), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]

@@ -236,7 +236,7 @@ class Evaluation:
         if state.get("format") != FORMAT:
             raise GistError(
                 f"{path} has format {state.get('format')}, this version reads {FORMAT}; upgrade gisting: pip install "
-                "-U gisting"
+                "-U gist-tokens"
             )
         try:
             found = cls(

@@ -115,7 +115,7 @@ def attach(model: Any, adapter: Adapter) -> None:
 
     Raises:
         GistError: the model is not patched, or has an adapter.
-        ImportError: peft is not installed (``pip install 'gisting[train]'``).
+        ImportError: peft is not installed (``pip install 'gist-tokens[train]'``).
     """
     gist = getattr(model.config, "gist", None)
     if gist is None or not hasattr(model, "_gist_undo"):
@@ -340,7 +340,7 @@ def read_about(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None
     if about.get("format") != _FORMAT:
         raise GistError(
             f"{found} has format {about.get('format')}, this version reads {_FORMAT}; upgrade gisting: pip install -U "
-            "gisting"
+            "gist-tokens"
         )
     return about
 

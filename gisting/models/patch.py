@@ -199,7 +199,7 @@ def _check_recorded(recorded: dict[str, Any], tokenizer: GistTokenizer) -> None:
     if recorded.get("format") != PATCH_FORMAT:
         raise GistError(
             f"model.config.gist has format {recorded.get('format')}, this version reads {PATCH_FORMAT}; upgrade "
-            "gisting: pip install -U gisting"
+            "gisting: pip install -U gist-tokens"
         )
     if recorded["tokenizer"] != tokenizer.fingerprint:
         raise GistError(

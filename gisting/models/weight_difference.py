@@ -314,7 +314,7 @@ def weight_difference(name_or_path: str | Path, **source: Any) -> WeightDifferen
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise GistError(f"{found} cannot be read ({error!r}); fetch the difference again") from error
     raise GistError(
-        f"{found} has format {version}, this version reads {_FORMAT}; upgrade gisting: pip install -U gisting"
+        f"{found} has format {version}, this version reads {_FORMAT}; upgrade gisting: pip install -U gist-tokens"
     )
 
 
@@ -648,7 +648,7 @@ def _tokenizer(name_or_path: str | Path, **source: Any) -> Any:
     except (OSError, ValueError, ImportError) as error:
         raise GistError(
             f"the tokenizer of {name_or_path} cannot be loaded ({error}); one of SentencePiece needs: pip install "
-            "'gisting[sentencepiece]'"
+            "'gist-tokens[sentencepiece]'"
         ) from error
 
 

@@ -136,5 +136,5 @@ def require_vllm() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
-            "gisting serve needs vLLM; run: pip install 'gisting[vllm]' (without a GPU: docs/vllm.md says how)"
+            "gisting serve needs vLLM; run: pip install 'gist-tokens[vllm]' (without a GPU: docs/vllm.md says how)"
         )

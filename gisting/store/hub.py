@@ -187,7 +187,7 @@ class Source:
                     if type(version) is int and version > FORMAT:
                         raise CacheFormatError(
                             f"{where} has format {version}, this version reads up to {FORMAT}; upgrade gisting: pip "
-                            "install -U gisting"
+                            "install -U gist-tokens"
                         )
                     file_name = found.pop("file")
                     entry = entry_of([found.pop(column) for column in _COLUMNS], where)

@@ -374,7 +374,7 @@ class Index:
         if number("user_version") > FORMAT:
             raise CacheFormatError(
                 f"{self.path} has format {number('user_version')}, this version reads up to {FORMAT}; upgrade gisting: "
-                "pip install -U gisting"
+                "pip install -U gist-tokens"
             )
         found = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")}
         if found != {*_SCHEMA}:

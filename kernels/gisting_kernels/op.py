@@ -72,7 +72,7 @@ def _troubles_of(device: torch.device) -> tuple[str | None, str | None]:
     try:
         import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
-        triton_trouble = "triton is not installed (pip install 'gisting[kernels]')"
+        triton_trouble = "triton is not installed (pip install 'gist-tokens[kernels]')"
     else:
         triton_trouble = None
     device_trouble = None

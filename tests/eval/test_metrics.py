@@ -58,5 +58,5 @@ def test_bleu_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(GistError, match="got 0 and 0"):
             score([], [])
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(GistError, match=r"BLEU needs the sacrebleu package; run: pip install 'gisting\[eval\]'"):
+    with pytest.raises(GistError, match=r"BLEU needs the sacrebleu package; run: pip install 'gist-tokens\[eval\]'"):
         bleu(["a"], ["a"])

@@ -219,7 +219,7 @@ def test_report_errors(evaluation: Evaluation, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(GistError, match=r"metric must be one that all results have, exact_match, .*, got 'perplexity'"):
         write_report([evaluation], tmp_path, metric="perplexity")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(GistError, match=r"need matplotlib; run: pip install 'gisting\[eval\]'"):
+    with pytest.raises(GistError, match=r"need matplotlib; run: pip install 'gist-tokens\[eval\]'"):
         write_report([evaluation], tmp_path, num_resamples=20)
 
 

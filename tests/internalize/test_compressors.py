@@ -289,7 +289,7 @@ def test_llmlingua_2(llmlingua: list[dict], monkeypatch: pytest.MonkeyPatch) -> 
 def test_llmlingua_2_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llmlingua", None)
     with pytest.raises(
-        GistError, match=r"LLMLingua2 needs the package llmlingua; run: pip install 'gisting\[internalize\]'"
+        GistError, match=r"LLMLingua2 needs the package llmlingua; run: pip install 'gist-tokens\[internalize\]'"
     ):
         LLMLingua2().compress("a", 0.5)
 

@@ -251,5 +251,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GistError, match="count must be at least 0, got -1"):
         ExamplePool([record("a")]).retrieve(record("b"), -1)
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(GistError, match=r"ExamplePool needs the package bm25s; run: pip install 'gisting\[internalize"):
+    with pytest.raises(
+        GistError, match=r"ExamplePool needs the package bm25s; run: pip install 'gist-tokens\[internalize"
+    ):
         ExamplePool([record("a")])

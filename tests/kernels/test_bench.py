@@ -462,7 +462,7 @@ def test_table_and_lines(bench: SimpleNamespace) -> None:
 
 
 def test_picture(bench: SimpleNamespace, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'gisting[eval]'")
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'gist-tokens[eval]'")
     rows = [
         measured(bench, name, case) for name in bench.report.IMPLEMENTATIONS for case in ("gist/50%/512", "packed/a")
     ]
@@ -771,7 +771,7 @@ def test_arguments_are_refused(
 
 
 requires_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the kernels need triton: pip install 'gisting[kernels]'"
+    importlib.util.find_spec("triton") is None, reason="the kernels need triton: pip install 'gist-tokens[kernels]'"
 )
 
 

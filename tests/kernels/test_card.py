@@ -51,7 +51,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_training_gives_a_row_for_each_way(card: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("peft", reason="gist-lora needs peft: pip install 'gisting[train]'")
+    pytest.importorskip("peft", reason="gist-lora needs peft: pip install 'gist-tokens[train]'")
     assert card.training(tmp_path, CPU, card.SMOKE, 60.0) == 0
     plain, distilled = read_rows(tmp_path / "training.jsonl")
     assert [(row["name"], row["method"]) for row in (plain, distilled)] == [
@@ -92,7 +92,7 @@ def test_inference_gives_a_row_for_each_condition_and_number(card: ModuleType, t
     ]
     for row in rows:
         assert row["tokens_per_s"] * row["generate_ms"] == pytest.approx(1000 * row["batch"] * row["new_tokens"])
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'gisting[eval]'")
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'gist-tokens[eval]'")
     card.draw(tmp_path)
     assert (tmp_path / "card.png").read_bytes().startswith(b"\x89PNG")
 
@@ -193,7 +193,9 @@ def test_a_dry_run_writes_no_results(card: ModuleType, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 @requires_interpreter
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install 'gisting[kernels]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton: pip install 'gist-tokens[kernels]'"
+)
 def test_the_whole_dry_run(tmp_path: Path) -> None:
     done = run("--smoke", "--directory", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

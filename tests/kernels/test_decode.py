@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
+pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
 
 import gisting_kernels as kernels
 from gisting import visibility as vis

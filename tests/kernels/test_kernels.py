@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
+pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
 
 from gisting import visibility as vis
 from gisting.visibility import FOREVER, Visibility

@@ -25,7 +25,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
+pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
 
 import gisting_kernels as kernels
 from gisting import visibility as vis
@@ -517,7 +517,7 @@ def test_without_triton_the_package_imports_plans_and_says_why_not() -> None:
         env={**os.environ, "PYTHONPATH": str(root / "kernels"), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "triton is not installed (pip install 'gisting[kernels]')"
+    assert result.stdout.strip() == "triton is not installed (pip install 'gist-tokens[kernels]')"
 
 
 # -- gisting.attention: what is remembered -----------------------------------------------------------------------------

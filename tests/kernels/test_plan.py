@@ -332,7 +332,7 @@ def test_no_tensor_of_rows_times_keys() -> None:
     ],
 )
 def test_the_fused_planner_gives_the_same(visibility: Visibility, num_rows: int, near: int | None) -> None:
-    pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
+    pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
     from gisting_kernels.plan_kernels import list_tiles_fused, range_rows_fused
 
     start = max(visibility.num_keys - num_rows, 0)
@@ -355,7 +355,7 @@ def test_the_fused_planner_gives_the_same(visibility: Visibility, num_rows: int,
 @pytest.mark.usefixtures("device")
 def test_the_fused_planner_over_more_tiles_than_it_takes_at_once() -> None:
     """It walks the tiles in chunks of 128, and orders row tiles in blocks of 32."""
-    pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
+    pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
     from gisting_kernels.plan_kernels import list_tiles_fused, range_rows_fused
 
     num_keys, num_rows = 16 * 131 + 5, 16 * 35 + 3

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="the kernels need triton: pip install 'gisting[kernels]'")
+triton = pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernel_resources.md"
 SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "resources.py"

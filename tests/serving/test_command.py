@@ -112,7 +112,7 @@ def test_a_vllm_without_its_command_is_run_otherwise(folder: Path, monkeypatch: 
 
 def test_vllm_is_asked_for_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'gisting\[vllm\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'gist-tokens\[vllm\]'"):
         require_vllm()
 
 

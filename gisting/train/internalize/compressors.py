@@ -270,7 +270,7 @@ class LLMLingua2:
             from llmlingua import PromptCompressor  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise GistError(
-                "LLMLingua2 needs the package llmlingua; run: pip install 'gisting[internalize]'"
+                "LLMLingua2 needs the package llmlingua; run: pip install 'gist-tokens[internalize]'"
             ) from error
         return PromptCompressor(
             model_name=self.model_name,

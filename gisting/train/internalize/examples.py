@@ -65,7 +65,9 @@ class ExamplePool:
         try:
             import bm25s
         except ImportError as error:
-            raise GistError("ExamplePool needs the package bm25s; run: pip install 'gisting[internalize]'") from error
+            raise GistError(
+                "ExamplePool needs the package bm25s; run: pip install 'gist-tokens[internalize]'"
+            ) from error
         self.records = tuple(records)
         self.near_duplicate = near_duplicate
         self.min_answer_words = min_answer_words

@@ -138,7 +138,7 @@ def load_internalized(directory: str | Path) -> Internalized:
     found = state.pop("format", None)
     if found != FORMAT:
         raise GistError(
-            f"{path} has format {found}, this version reads {FORMAT}; upgrade gisting: pip install -U gisting"
+            f"{path} has format {found}, this version reads {FORMAT}; upgrade gisting: pip install -U gist-tokens"
         )
     try:
         stages = tuple(StageResult(**stage) for stage in state.pop("stages"))

@@ -384,6 +384,48 @@ def test_it_is_done_where_nothing_that_prompts_pass_through_learns(
     assert all("target_places" in keys for keys in seen)
 
 
+def split_batch(tokenizer: Any, **settings: Any) -> Any:
+    collator = GistCollator(tokenizer, 2, with_prompt_columns=True, **settings)
+    return StepBatches(collator, tokenizer, has_frozen_base=True)(RECORDS)
+
+
+def test_prompts_apart_are_never_lost_without_a_word(tmp_path: Path) -> None:
+    """In loops of one's own: a model that is trained whole, layers that drop the cache, a trainer that ignores it."""
+    model, tokenizer = tiny.patched("llama")
+    batch = split_batch(tokenizer)
+    trainer = ObjectiveTrainer(model=model.train(), args=arguments(tmp_path))
+    with pytest.raises(GistError, match="make StepBatches without has_frozen_base"):
+        trainer.compute_loss(model, dict(batch))
+    attach(model, Adapter("gist-lora", rank=2))
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "labels")}
+    with pytest.raises(GistError, match="stand in a cache that the layer was not given"):
+        model(**plain)
+    trainer.compute_loss(model, dict(batch))
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    with pytest.raises(GistError, match="train without activation checkpointing"):
+        trainer.compute_loss(model, dict(batch))
+
+
+def test_what_the_objective_weighs_must_be_there(tmp_path: Path) -> None:
+    model, tokenizer = tiny.patched("llama")
+    batch = GistCollator(tokenizer, 2)(RECORDS)
+    trainer = ObjectiveTrainer(
+        model=model.train(), args=arguments(tmp_path), objective=Objective(distillation=1.0, reconstruction=1.0)
+    )
+    with pytest.raises(GistError, match=r"no teacher_attention_mask; make its collator with with_teacher=True"):
+        trainer.compute_loss(model, dict(batch))
+    with pytest.raises(GistError, match=r"no reconstruction_labels; .* with reconstruct=True"):
+        trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    del batch["labels"]
+    with pytest.raises(GistError, match="inputs hold no labels"):
+        trainer.compute_loss(model, dict(batch))
+    with pytest.raises(GistError, match="batch has no labels"):
+        StepBatches(lambda records: dict(batch), tokenizer)(RECORDS)
+    with pytest.raises(GistError, match="has_frozen_base is for decoders"):
+        StepBatches(GistCollator(tiny.tokenizer("t5"), 2), tiny.tokenizer("t5"), has_frozen_base=True)
+
+
 def test_dropout_of_the_adapter_does_not_matter() -> None:
     model, tokenizer = tiny.patched("llama")
     attach(model, Adapter("gist-lora", rank=2, dropout=0.5))

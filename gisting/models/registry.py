@@ -338,6 +338,12 @@ def _visibility(attention_mask: Tensor, num_keys: int, sliding_window: int | Non
         if is_cross:
             visibility = visibility.for_cross_attention()
         elif visibility.num_keys > num_keys:
+            if sliding_window is None:
+                raise GistError(
+                    f"attention_mask is for {visibility.num_keys} keys and attention has {num_keys}: the first keys "
+                    "stand in a cache that the layer was not given; pass it with the batch, and train without "
+                    "activation checkpointing, which drops it"
+                )
             # A sliding layer's cache has let go of its oldest keys.
             visibility = visibility.last_keys(num_keys)
         if sliding_window is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gisting.data.collate import IGNORED
 from gisting.data.split import split_prompts
+from gisting.errors import GistError
 from gisting.tokens import GistTokenizer
 from gisting.visibility import is_interval_mask
 
@@ -56,6 +57,9 @@ class StepBatches:
         tokenizer: of the model.
         has_frozen_base: whether nothing that prompts pass through is trained, so that they are to be computed once
             (:mod:`gisting.data.split`); ``collator`` then says where they are (``with_prompt_columns``).
+
+    Raises:
+        GistError: the base is said to be frozen, and the tokenizer is for an encoder-decoder.
     """
 
     def __init__(
@@ -65,6 +69,11 @@ class StepBatches:
         *,
         has_frozen_base: bool = False,
     ) -> None:
+        if has_frozen_base and tokenizer.is_encoder_decoder:
+            raise GistError(
+                "has_frozen_base is for decoders: in an encoder a prompt sees its gist, so its states depend on what is "
+                "trained; leave it out"
+            )
         self.collator = collator
         self.has_frozen_base = has_frozen_base
         self._gist_token_id = tokenizer.gist_token_id
@@ -82,6 +91,10 @@ class StepBatches:
             ``attention_mask_segment``: how many rows see a key on average, by which attention kernels choose tiles.
         """
         batch: dict[str, Any] = self.collator(records)
+        if "labels" not in batch:
+            raise GistError(
+                "the collator's batch has no labels, of which a loss is made; give a collator that makes them"
+            )
         if self.has_frozen_base:
             batch = split_prompts(batch, self._pad_token_id)
         batch["target_places"], batch["target_ids"] = find_targets(batch["labels"], is_shifted=self._is_shifted)

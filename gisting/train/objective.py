@@ -26,6 +26,7 @@ from gisting._compat import cache_argument
 from gisting.attention.api import segments_of
 from gisting.data.collate import IGNORED
 from gisting.errors import GistError
+from gisting.models.adapters import adapter_of
 from gisting.models.gist_lora import gists_at
 from gisting.models.head import logits_at
 from gisting.models.mode import evaluating
@@ -130,10 +131,16 @@ class ObjectiveTrainer(Trainer):
         self._num_prompt_labels = torch.ones(())  # of the step at hand, over all processes
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs=False, num_items_in_batch: Any = None) -> Any:
-        """As ``Trainer.compute_loss``; the logits of ``outputs`` are those of the targets, ``(T, V)``."""
+        """As ``Trainer.compute_loss``; the logits of ``outputs`` are those of the targets, ``(T, V)``.
+
+        Raises:
+            GistError: the batch lacks what the objective weighs, or has its prompts apart though they are trained.
+        """
         inputs = dict(inputs)
         num_items_in_batch = self._whole_number(num_items_in_batch)
-        labels, prompt_labels = inputs.pop("labels"), inputs.pop("reconstruction_labels", None)
+        labels, prompt_labels = inputs.pop("labels", None), inputs.pop("reconstruction_labels", None)
+        if labels is None:
+            raise GistError("inputs hold no labels, of which the loss is made; give a collator that makes them")
         targets = _taken(inputs, "target") or self._find(labels)
         reconstructed = _taken(inputs, "reconstruction")
         if reconstructed is None and prompt_labels is not None:
@@ -144,6 +151,11 @@ class ObjectiveTrainer(Trainer):
             own: Any = self.model
             inputs["decoder_input_ids"] = own.prepare_decoder_input_ids_from_labels(labels)
         changed = {_TEACHER[name]: inputs.pop(name) for name in _TEACHER if name in inputs}
+        if model.training and self.objective.distillation and "attention_mask" not in changed:
+            raise GistError(
+                "the objective weighs distillation, but the batch has no teacher_attention_mask; make its collator "
+                "with with_teacher=True"
+            )
         places = targets.places if reconstructed is None else torch.cat([targets.places, reconstructed.places])
         with gists_at(inputs.pop("gist_index", None)):
             prompts = self._prompts(model, inputs)
@@ -205,6 +217,11 @@ class ObjectiveTrainer(Trainer):
     def _num_reconstructed(self, batch: dict[str, Tensor]) -> int | Tensor:
         if "reconstruction_ids" in batch:
             return len(batch["reconstruction_ids"])
+        if "reconstruction_labels" not in batch:
+            raise GistError(
+                "the objective weighs reconstruction, but the batch has no reconstruction_labels; make its collator a "
+                "GistPackingCollator with reconstruct=True"
+            )
         return (batch["reconstruction_labels"] != IGNORED).sum()
 
     def _prompts(self, model: Any, inputs: dict[str, Any]) -> PrefixStates | None:
@@ -212,6 +229,12 @@ class ObjectiveTrainer(Trainer):
         names = [name for name in inputs if name.startswith("prompt_")]
         if not names:
             return None
+        adapter = adapter_of(self.model)
+        if adapter is None or not adapter.is_gist_only:
+            raise GistError(
+                "the batch has its prompts apart, whose states get no gradient, but the model's own weights are "
+                "trained; make StepBatches without has_frozen_base"
+            )
         own = {name.removeprefix("prompt_"): inputs.pop(name) for name in names}
         if not own["input_ids"].shape[1]:
             return None

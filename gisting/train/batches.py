@@ -71,8 +71,8 @@ class StepBatches:
     ) -> None:
         if has_frozen_base and tokenizer.is_encoder_decoder:
             raise GistError(
-                "has_frozen_base is for decoders: in an encoder a prompt sees its gist, so its states depend on what is "
-                "trained; leave it out"
+                "has_frozen_base is for decoders: in an encoder a prompt sees its gist, so its states depend on what "
+                "is trained; leave it out"
             )
         self.collator = collator
         self.has_frozen_base = has_frozen_base

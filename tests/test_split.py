@@ -312,14 +312,20 @@ def test_label_smoothing_is_that_of_stock_trainer(tmp_path: Path) -> None:
         torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
 
 
-def test_a_planted_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A teacher that does not see the prompt, and LoRA at the wrong tokens."""
+def with_gist_lora() -> tuple[Any, Any]:
+    """A model whose adapter changes something, and its tokenizer."""
     model, tokenizer = tiny.patched("llama")
     attach(model, Adapter("gist-lora", rank=2))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter += 0.5
+    return model, tokenizer
+
+
+def test_a_planted_fault_is_found(tmp_path: Path) -> None:
+    """A teacher that does not see the prompt, and LoRA at the wrong tokens."""
+    model, tokenizer = with_gist_lora()
     model.train()
     wanted = OBJECTIVES["distilled"]
     plain, ready = batches(tokenizer, wanted, True, is_split=True)
@@ -435,12 +441,7 @@ def test_dropout_of_the_adapter_does_not_matter() -> None:
 
 def test_gist_lora_at_given_tokens_is_that_of_every_token() -> None:
     """The two matrices at gist tokens alone, and at all with the rest dropped: the same bits, and gradients."""
-    model, tokenizer = tiny.patched("llama")
-    attach(model, Adapter("gist-lora", rank=2))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter += 0.5
+    model, tokenizer = with_gist_lora()
     batch = {key: value for key, value in GistCollator(tokenizer, 2)(RECORDS).items() if key != "labels"}
     index = (batch["input_ids"].flatten() == tokenizer.gist_token_id).nonzero()[:, 0]
     with gists_at(index):

@@ -315,7 +315,7 @@ class GistCollator:
         layout: Sequence[Tensor],
         packing: Mapping[str, Tensor],
     ) -> Visibility:
-        """Each condition is asked for the rows that drew it, and not at all where there is none."""
+        """Each condition is computed for the rows that drew it, and not at all if none did."""
         names = list(self.conditions)
         numbers = sorted(set(drawn.tolist()))
         if len(numbers) == 1:

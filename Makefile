@@ -46,7 +46,7 @@ docs: $(STAMP) ## build the documentation into site/; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench-kernels: $(STAMP) ## time the kernels beside torch's attention; needs a CUDA device
-	$(BIN)/python kernels/bench/attention.py --output docs/results/kernels.jsonl --plot docs/results/kernels.png
+	$(BIN)/python benchmarks/kernels/attention.py --output docs/results/kernels.jsonl --plot docs/results/kernels.png
 
 # ARGS=--smoke runs all of it on a CPU, tiny, and writes to build/card.
 bench-card: $(STAMP) ## measure kernels, training and generation, planned for 4 minutes; needs a CUDA device

@@ -7,7 +7,7 @@
 Parts, each in a process of its own with its share of ``--seconds``:
 
     kernels      the gate (kernels against the float64 oracle), a handful of cases beside torch's attention, a training
-                 step of a LLaMA of 10^9 parameters: what kernels/bench/attention.py does
+                 step of a LLaMA of 10^9 parameters: what benchmarks/kernels/attention.py does
     training     stock Trainer on packed rows of 1,024 ids, a random LLaMA of the sizes of SmolLM2-135M: plain, and
                  gist-lora with distillation
     inference    the same model compresses a prompt and answers from the cache; beside it the whole prompt as a cache
@@ -40,7 +40,7 @@ RESULTS = ROOT / "docs" / "results"
 # Shares of the time.
 PARTS = {"kernels": 0.5, "training": 0.3, "inference": 0.2}
 ALL_PARTS = {**PARTS, "compiled": 0.3}
-# Exit status of kernels/bench/attention.py where the kernels are not found right.
+# Exit status of benchmarks/kernels/attention.py where the kernels are not found right.
 RED_GATE = 3
 LETTERS = "abcdefgh"
 NUM_GIST_TOKENS = 4
@@ -81,7 +81,7 @@ SMOKE = Sizes(32, 2, 2, 1, 48, 128, 128, 4, 16, 4, 4, 1, 2, 24, 3, 1)
 
 def say(line: str) -> None:
     """A line that is seen at once."""
-    print(line, flush=True)  # noqa: T201
+    print(line, flush=True)
 
 
 def letters(chance: random.Random, number: int) -> str:
@@ -119,7 +119,7 @@ def make_model(sizes: Sizes, device: Any, dtype: Any) -> tuple[Any, Any]:
 
 def keep(directory: Path, row: dict[str, Any], device: Any, sizes: Sizes) -> None:
     """Print a row and add it to the file of its part, with versions and commit."""
-    from gisting.bench.report import append_row
+    from gisting.measure.rows import append_row
 
     append_row(directory / f"{row['part']}.jsonl", row | ({"smoke": True} if sizes == SMOKE else {}), device)
     shown = (f"{name} {value:,.6g}" for name, value in row.items() if isinstance(value, int | float))
@@ -331,7 +331,7 @@ def inference(directory: Path, device: Any, sizes: Sizes, seconds: float) -> int
 
 def draw(directory: Path) -> None:
     """A PNG of ids a second: training on the left, answers on the right; the last row of each name and device."""
-    from gisting.bench.report import new_figure, read_rows
+    from gisting.measure.rows import new_figure, read_rows
 
     figure = new_figure(9, 4)
     parts = [part for part in ("training", "inference") if (directory / f"{part}.jsonl").exists()]
@@ -352,7 +352,7 @@ def run_part(part: str, options: argparse.Namespace, seconds: float) -> int:
     if part == "kernels":
         more = ["--smoke"] if options.smoke else ["--repeats", "15"]
         files = ["--output", str(options.directory / "kernels.jsonl"), "--plot", str(options.directory / "kernels.png")]
-        command = [str(ROOT / "kernels" / "bench" / "attention.py"), "--quick", "--step", *more, *files]
+        command = [str(ROOT / "benchmarks" / "kernels" / "attention.py"), "--quick", "--step", *more, *files]
     else:
         command = [__file__, "--part", part, "--seconds", str(seconds), "--directory", str(options.directory)]
         command += ["--smoke"] * options.smoke

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 import gisting
+from gisting.internalize.compressors import Rewrites
+from gisting.internalize.prices import Prices
+from gisting.internalize.report import make_report
+from gisting.internalize.schedule import Schedule
+from gisting.internalize.stages import internalize
 from gisting.train.finetune import published_arguments
-from gisting.train.internalize.compressors import Rewrites
-from gisting.train.internalize.prices import Prices
-from gisting.train.internalize.report import make_report
-from gisting.train.internalize.schedule import Schedule
-from gisting.train.internalize.stages import internalize
 
 ROOMS = {"tea": "4", "soap": "2", "glue": "6", "rice": "1", "paper": "5", "bread": "3"}
 TEMPLATE = "answer with rooms alone . " + " ".join(

@@ -17,12 +17,12 @@ from rich.table import Table
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from gisting.bench.latency import LatencyRow, first_token
-from gisting.bench.task import ANSWERS_AT_ONCE, BATCH_SIZE, task_arguments, task_model
 from gisting.data.records import save_records
 from gisting.data.tasks import LETTERS, Instruction, LetterTask, task_tokenizer
 from gisting.eval.conditions import evaluate
 from gisting.generation import compress, generate
+from gisting.measure.latency import LatencyRow, first_token
+from gisting.measure.task import ANSWERS_AT_ONCE, BATCH_SIZE, task_arguments, task_model
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import finetune
 

@@ -36,10 +36,10 @@ from transformers.cache_utils import DynamicLayer
 
 import gisting
 from gisting._compat import cache_argument
-from gisting.bench.report import write_between
 from gisting.cache import GistCache
 from gisting.errors import GistError
 from gisting.generation import converse
+from gisting.measure.rows import write_between
 from gisting.models import decoder, encoder_decoder
 from gisting.padding import pad_rows
 from gisting.pipeline import GistTextGenerationPipeline

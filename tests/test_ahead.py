@@ -20,9 +20,9 @@ from gisting import GistCollator, GistError, GistTokenizer, Record
 from gisting.data import collate as collating
 from gisting.data.packing import GistPackingCollator, group_by_instruction
 from gisting.errors import RecordError
+from gisting.internalize.schedule import Schedule
+from gisting.internalize.stages import internalize
 from gisting.train.finetune import finetune, published_arguments
-from gisting.train.internalize.schedule import Schedule
-from gisting.train.internalize.stages import internalize
 from gisting.train.repeat import CountEpochs, RepeatableDraws, without_parallel_tokenizers
 from tests import tiny
 from tests.test_recipes import trained

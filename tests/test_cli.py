@@ -67,9 +67,9 @@ def test_the_demo_is_printed_with_its_headings(run, monkeypatch: pytest.MonkeyPa
 
 def test_the_demo_learns(tmp_path: Path) -> None:
     """A part of the demo's training: the loss falls as it does on the way to the committed accuracies."""
-    from gisting.bench.task import task_model
     from gisting.data.collate import GistCollator
     from gisting.data.tasks import LetterTask, task_tokenizer
+    from gisting.measure.task import task_model
     from gisting.train.finetune import finetune, published_arguments
 
     tokenizer = task_tokenizer()

@@ -183,7 +183,7 @@ def test_a_mask_is_added_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compressor_is_added_as_told() -> None:
-    from gisting.train.internalize.compressors import TemplateCompressor, compress_template
+    from gisting.internalize.compressors import TemplateCompressor, compress_template
 
     names: dict[str, Any] = {}
     exec(marked("code.md", "compressor"), names)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 import gisting
+from benchmarks.training import LAYOUTS
 from gisting import GistError, GistTokenizer, Record
-from gisting.bench import latency
-from gisting.bench.latency import first_token
-from gisting.bench.report import append_row, page_tables, read_rows, write_between
-from gisting.bench.training import LAYOUTS
 from gisting.eval.conditions import evaluate
 from gisting.eval.metrics import exact_match, rouge, rouge_l
+from gisting.measure import latency
+from gisting.measure.latency import first_token
+from gisting.measure.rows import append_row, page_tables, read_rows, write_between
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,7 +162,7 @@ def test_a_row_describes_itself(tmp_path: Path) -> None:
     ("page", "name", "file", "table"), page_tables(), ids=lambda one: one if str(one).endswith(".jsonl") else ""
 )
 def test_pages_show_the_committed_rows(page: str, name: str, file: str, table: Callable[[Any], str]) -> None:
-    """Nobody typed a number into a page: its tables are what `python -m gisting.bench.report` writes."""
+    """Nobody typed a number into a page: its tables are what `python -m gisting.measure.rows` writes."""
     rows = read_rows(ROOT / "docs" / "results" / file)
     shown = (ROOT / page).read_text(encoding="utf-8").split(f"<!-- {name} -->\n")[1]
     assert shown.split(f"\n<!-- end of {name} -->")[0] == table(rows)

@@ -558,8 +558,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_benchmark_of_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A few steps: every method has a row, and the table is made from the rows."""
-    from gisting.bench.methods import _main, methods_table
-    from gisting.bench.report import read_rows
+    from benchmarks.methods import _main, methods_table
+    from gisting.measure.rows import read_rows
 
     output = tmp_path / "methods.jsonl"
     sizes = ["--base-steps", "3", "--steps", "3", "--records", "8", "--rank", "4", "--lora-rate", "0.001"]

@@ -52,15 +52,16 @@ LEVELS = {
     "eval": 5,
     "train": 6,
     "serving": 6,
-    "bench": 7,
-    "demo": 8,
-    "doctor": 8,
-    "cli": 9,
-    "__init__": 10,
-    "__main__": 10,
+    "internalize": 7,
+    "measure": 8,
+    "demo": 9,
+    "doctor": 9,
+    "cli": 10,
+    "__init__": 11,
+    "__main__": 11,
 }
 # transformers takes seconds to import: only what cannot do without it may import it at the top.
-MAY_IMPORT_TRANSFORMERS_AT_TOP = {"models", "pipeline", "train", "eval", "bench", "demo", "cli"}
+MAY_IMPORT_TRANSFORMERS_AT_TOP = {"models", "pipeline", "train", "eval", "internalize", "measure", "demo", "cli"}
 # Modules of optional packages; what needs one imports it where it is used.
 OPTIONAL = (
     *("triton", "vllm", "accelerate", "datasets", "peft", "bm25s", "llmlingua"),
@@ -691,7 +692,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
 
 
 # A command's options are described by its --help, a benchmark's columns by the page that shows its table.
-ARGUMENTS_TOLD_ELSEWHERE = ("gisting/cli/", "gisting/bench/")
+ARGUMENTS_TOLD_ELSEWHERE = ("gisting/cli/", "benchmarks/")
 # A first line that begins so says what is done, not what comes back.
 VERBS = frozenset(
     "add answer apply ask build call change check choose collect compare compress compute convert copy count create cut"

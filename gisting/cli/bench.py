@@ -80,9 +80,9 @@ def bench_inference(
 
     Example: gisting bench inference --lengths 26,512 --batches 1,8
     """
-    from gisting.bench import inference
-    from gisting.bench.progress import progress_bar
-    from gisting.bench.report import append_row, environment
+    from gisting.measure import inference
+    from gisting.measure.progress import progress_bar
+    from gisting.measure.rows import append_row, environment
     from gisting.models.weights import input_weight
 
     if model is not None and (hidden_size, layers) != (_HIDDEN_SIZE, _LAYERS):
@@ -150,8 +150,8 @@ def bench_training(
 
     Example: gisting bench training --prompt-tokens 64 --per-prompt 8
     """
-    from gisting.bench import training
-    from gisting.bench.report import append_row, environment
+    from benchmarks import training
+    from gisting.measure.rows import append_row, environment
 
     lengths, shared = _numbers("prompt-tokens", prompt_tokens), _numbers("per-prompt", per_prompt)
     if plot is not None:

@@ -140,7 +140,7 @@ def compress(
 def _say_other_templates(model: str, texts: list[str]) -> None:
     """Where a template was internalised, a model has no reason to read another one."""
     from gisting.data.plain import excerpt
-    from gisting.train.internalize.result import RESULT_NAME, load_internalized, template_hash
+    from gisting.internalize.result import RESULT_NAME, load_internalized, template_hash
 
     if not (Path(model) / RESULT_NAME).is_file():
         return

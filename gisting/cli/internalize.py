@@ -162,8 +162,8 @@ def internalize(
     import yaml
 
     from gisting.data.records import load_records
-    from gisting.train.internalize.examples import ExamplePool
-    from gisting.train.internalize.stages import internalize as run
+    from gisting.internalize.examples import ExamplePool
+    from gisting.internalize.stages import internalize as run
     from gisting.train.methods import Method
     from gisting.train.recipe import Recipe
 
@@ -233,7 +233,7 @@ def _report(stage: Any) -> None:
 
 
 def _schedule(text: str, num_stages: int) -> Any:
-    from gisting.train.internalize.schedule import SCHEDULES, Schedule
+    from gisting.internalize.schedule import SCHEDULES, Schedule
 
     if text in SCHEDULES:
         return Schedule.named(text, num_stages)
@@ -249,7 +249,7 @@ def _schedule(text: str, num_stages: int) -> Any:
 
 def _compressor(name: str | None, rewrites: Path | None, model: Any, tokenizer: Any) -> Any:
     from gisting.data.records import parse_json
-    from gisting.train.internalize.compressors import LLMLingua2, NoCompression, Rewrites, SelfInformation
+    from gisting.internalize.compressors import LLMLingua2, NoCompression, Rewrites, SelfInformation
 
     name = name or ("none" if rewrites is None else "rewrites")
     if name not in _COMPRESSORS:

@@ -45,8 +45,8 @@ def demo(
 
     Example: gisting demo --seed 1
     """
-    from gisting.bench.report import append_row
     from gisting.demo import run_demo
+    from gisting.measure.rows import append_row
 
     result = run_demo(output, steps=steps, seed=seed)  # in a console of its own, with markup
     if results is not None:
@@ -446,8 +446,8 @@ def _evaluate_splits(
     counts: list[int],
     settings: dict[str, Any],
 ) -> Any:
-    from gisting.bench.report import environment
     from gisting.eval.results import evaluate_splits
+    from gisting.measure.rows import environment
 
     total = sum(map(len, splits.values())) * len(settings["conditions"]) * len(counts)
     with _bar("answering", total) as progress:

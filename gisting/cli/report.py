@@ -44,9 +44,9 @@ def report(
 
     Example: gisting report runs/in-stages runs/full runs/bare --prices prices.yaml --time --output report.md
     """
+    from gisting.internalize.prices import load_prices
+    from gisting.internalize.report import make_report
     from gisting.storage import write_atomically
-    from gisting.train.internalize.prices import load_prices
-    from gisting.train.internalize.report import make_report
 
     found = make_report(runs, None if prices is None else load_prices(prices), metric=metric)
     if time:
@@ -68,9 +68,9 @@ def report(
 
 
 def _timed(report: Any, run: Path, batch_size: int, repeats: int, dtype: str, device: str) -> Any:
-    from gisting.bench.report import environment
-    from gisting.bench.requests import serving
-    from gisting.train.internalize.report import Times
+    from gisting.internalize.report import Times
+    from gisting.measure.requests import serving
+    from gisting.measure.rows import environment
 
     model, tokenizer = load_patched(str(run), None, dtype, device, is_to_be_trained=True)
     if tokenizer.is_encoder_decoder:

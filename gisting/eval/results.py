@@ -276,7 +276,7 @@ def evaluate_splits(
         splits: records by the name of their data set.
         num_gist_tokens: k, or several.
         name: what to call the model: where it was loaded from.
-        environment: what to say of device, versions and commit: ``gisting.bench.report.environment()``.
+        environment: what to say of device, versions and commit: ``gisting.measure.rows.environment()``.
         conditions: names of ``EVAL_CONDITIONS``.
         chunk_length: as for ``evaluate``; the settings say it.
         max_new_tokens: length of an answer.

@@ -1,7 +1,7 @@
 """Tile sizes: a committed table, looked up by GPU class, kernel, head size, dtype and mean segment length.
 
 Nothing is timed at run time: the same input on the same card always runs the same code. ``configs.json`` is written by
-``kernels/bench/tune.py`` on a card; rows that no card has timed yet are the seeds from which it starts, and say so
+``benchmarks/kernels/tune.py`` on a card; rows that no card has timed yet are the seeds from which it starts, and say so
 (``"measured": false``). The environment variable ``GISTING_KERNEL_CONFIG`` forces sizes, for instance
 ``forward=128,64,8,3;key=64,64,4,2`` (rows, keys, warps, stages; kernels: forward, query, key, table).
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import cpu_attention
 from gisting import visibility as vis
 from gisting.attention import interval_attention, sdpa
 from gisting.attention.pieces import Group, Piece, Plan, attend_pieces, is_available, plan_if_cheaper, plan_pieces
-from gisting.bench import cpu_attention
-from gisting.bench.report import append_row, read_rows
 from gisting.errors import GistError
+from gisting.measure.rows import append_row, read_rows
 from gisting.visibility import FOREVER, Visibility
 from tests.attention import test_interval_attention as oracle
 from tests.attention.test_interval_attention import Inputs, largest_score, plain, run, tolerance, worst

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from gisting import Record, doctor
-from gisting.bench import inference, latency
-from gisting.bench.report import environment
 from gisting.eval.conditions import evaluate
-from gisting.train.internalize.compressors import SelfInformation
+from gisting.internalize.compressors import SelfInformation
+from gisting.measure import inference, latency
+from gisting.measure.rows import environment
 from tests import tiny
 from tests.card.both import Place
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from gisting import GistError, Record
-from gisting.bench.report import environment
 from gisting.eval.conditions import ConditionResult
 from gisting.eval.judge import Judge
 from gisting.eval.report import gap_kept, markdown, write_report
 from gisting.eval.results import Evaluation, Judgement, Split, evaluate_splits
+from gisting.measure.rows import environment
 from tests import shell, tiny
 from tests.test_repository import fences_in
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 import gisting
 from gisting import GistError, GistTokenizer
 from gisting.errors import UnsupportedModelError
-from gisting.train.internalize import compressors
-from gisting.train.internalize.compressors import (
+from gisting.internalize import compressors
+from gisting.internalize.compressors import (
     LLMLingua2,
     NoCompression,
     Rewrites,

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gisting import GistError, Record
-from gisting.train.internalize import examples
-from gisting.train.internalize.examples import ExamplePool
+from gisting.internalize import examples
+from gisting.internalize.examples import ExamplePool
 
 
 def record(query: str, answer: str = "yes") -> Record:

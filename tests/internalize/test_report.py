@@ -17,17 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gisting import GistError, GistTokenizer, Record
-from gisting.bench import requests
-from gisting.bench.requests import serving
 from gisting.data.plain import plain_sources
 from gisting.eval.metrics import bleu, exact_match
+from gisting.internalize.compressors import Rewrites
+from gisting.internalize.layout import PromptLayout
+from gisting.internalize.prices import Prices, load_prices
+from gisting.internalize.report import Times, make_report, num_rows_read, shared_prefix
+from gisting.internalize.schedule import Schedule
+from gisting.internalize.stages import internalize
+from gisting.measure import requests
+from gisting.measure.requests import serving
 from gisting.train.finetune import published_arguments
-from gisting.train.internalize.compressors import Rewrites
-from gisting.train.internalize.layout import PromptLayout
-from gisting.train.internalize.prices import Prices, load_prices
-from gisting.train.internalize.report import Times, make_report, num_rows_read, shared_prefix
-from gisting.train.internalize.schedule import Schedule
-from gisting.train.internalize.stages import internalize
 from tests import garbage, tiny
 
 TEMPLATE = "w50 w51 w52 w53 w54 w55"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gisting import GistError
-from gisting.train.internalize.schedule import SCHEDULES, Schedule
+from gisting.internalize.schedule import SCHEDULES, Schedule
 
 
 @pytest.mark.parametrize(

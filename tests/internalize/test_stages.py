@@ -19,15 +19,15 @@ from gisting import GistError, GistTokenizer, Record
 from gisting.data.plain import PlainCollator
 from gisting.errors import RecordError
 from gisting.eval.metrics import exact_match
+from gisting.internalize.compressors import Rewrites
+from gisting.internalize.layout import PromptLayout, lay_out
+from gisting.internalize.plan import CONTROLS, Plan, Stage, make_plan, num_steps, split_steps, warmup_of
+from gisting.internalize.result import TemplateWarning, check_template, load_internalized
+from gisting.internalize.schedule import Schedule
+from gisting.internalize.stages import internalize
 from gisting.models.adapters import adapter_of
 from gisting.models.load import trained_num_gist_tokens
 from gisting.train.finetune import published_arguments
-from gisting.train.internalize.compressors import Rewrites
-from gisting.train.internalize.layout import PromptLayout, lay_out
-from gisting.train.internalize.plan import CONTROLS, Plan, Stage, make_plan, num_steps, split_steps, warmup_of
-from gisting.train.internalize.result import TemplateWarning, check_template, load_internalized
-from gisting.train.internalize.schedule import Schedule
-from gisting.train.internalize.stages import internalize
 from gisting.train.methods import Method
 from gisting.train.objective import ObjectiveTrainer
 from tests import garbage, tiny

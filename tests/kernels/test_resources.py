@@ -18,7 +18,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernel_resources.md"
-SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "resources.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "resources.py"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gisting.bench.vllm import CONFIGURATIONS, make_setup, measure
+from benchmarks.vllm import CONFIGURATIONS, make_setup, measure
 
 
 @pytest.mark.slow

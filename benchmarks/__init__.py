@@ -1,0 +1,1 @@
+"""Measurements of this repository: each is a command, `python -m benchmarks NAME`; not part of the wheel."""

@@ -1,0 +1,149 @@
+"""Work done ahead by several processes: what a child compiles stays in the on-disk caches of Triton and Inductor
+(``TRITON_CACHE_DIR``, ``TORCHINDUCTOR_CACHE_DIR``), where the process that times things finds it.
+
+Place in the flow: clocks -> **ahead** -> attention (the benchmark), tune. Knows nothing of what the work is.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.kernels.clocks import first_line, free_bytes
+
+# Device memory that a process takes at most: its context, and the small inputs of a check.
+PROCESS_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job that ended: what the work returned, or in ``trouble`` a line about why it did not.
+
+    ``is_inconclusive``: memory ran out or the process died, which need not be the job's fault.
+    """
+
+    job: Any
+    result: Any = None
+    trouble: str | None = None
+    is_inconclusive: bool = False
+
+
+def default_processes(device: torch.device) -> int:
+    """One for each core that this process may use, and no more than the free memory of ``device`` allows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = free_bytes(device)
+    return cores if free is None else max(min(cores, free // PROCESS_BYTES), 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, on the host or the device; a tile that is too large is another matter."""
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text or "ALLOC_FAILED" in text
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether CUDA failed, after which every later call in the process may fail too (an illegal memory access)."""
+    return any(text in str(error) for text in ("CUDA error", "Triton Error [CUDA]"))
+
+
+def run_ahead(
+    work: Callable[[Any], Any], jobs: Sequence[Any], *, processes: int, deadline: float | None = None
+) -> Iterator[Done]:
+    """Do every job, in the order in which they end.
+
+    A process that dies is the trouble of its job alone. After a CUDA error, or when memory ran out, the process is
+    replaced; in this process a CUDA error ends the work.
+
+    Args:
+        work: a function of a module; with more than one process it and the jobs are pickled.
+        jobs: its arguments, the most important first.
+        processes: how many; with 1 the jobs run in this process.
+        deadline: what ``time.monotonic`` reads when the rest is given up, and the processes are ended; None for never.
+            In this process a job that has begun is finished.
+    """
+    if processes == 1:
+        for job in jobs:
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            done, error = _attempt(work, job)
+            yield done
+            if error is not None and is_device_error(error):
+                return
+        return
+    todo = collections.deque(jobs)
+    idle: list[tuple[Any, Connection]] = []
+    busy: dict[Connection, tuple[Any, Any]] = {}
+    try:
+        while todo or busy:
+            while todo and len(busy) < processes:
+                process, pipe = idle.pop() if idle else _start(work)
+                job = todo.popleft()
+                busy[pipe] = process, job
+                with contextlib.suppress(OSError):  # it has died: its end of the pipe is closed, as is seen below
+                    pipe.send(job)
+            ready = wait_for_any(list(busy), None if deadline is None else max(deadline - time.monotonic(), 0.0))
+            if not ready:
+                return
+            for pipe in [pipe for pipe in busy if pipe in ready]:
+                process, job = busy.pop(pipe)
+                try:
+                    done, is_spent = pipe.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    trouble = f"its process ended with status {process.exitcode}"
+                    done, is_spent = Done(job, trouble=trouble, is_inconclusive=True), True
+                if is_spent:
+                    pipe.close()
+                    process.kill()  # a broken CUDA context can hang on the way out
+                    process.join()
+                else:
+                    idle.append((process, pipe))
+                yield done
+    finally:
+        for process in [process for process, _ in idle] + [process for process, _ in busy.values()]:
+            process.kill()
+            process.join()
+
+
+def _start(work: Callable[[Any], Any]) -> tuple[Any, Connection]:
+    """A process that does jobs, and the pipe to it."""
+    # Forking a process that holds a CUDA context breaks it. Each child is one of many: threads would fight for cores.
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(work, there), daemon=True)
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}):
+        process.start()
+    there.close()  # so that the pipe ends when the child does
+    return process, here
+
+
+def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
+    """Do jobs until there are none, or until one spoils the process."""
+    torch.set_num_threads(1)
+    is_spent = False
+    while not is_spent:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        done, error = _attempt(work, job)
+        is_spent = error is not None and (is_device_error(error) or is_out_of_memory(error))
+        pipe.send((done, is_spent))
+
+
+def _attempt(work: Callable[[Any], Any], job: Any) -> tuple[Done, Exception | None]:
+    try:
+        return Done(job, work(job)), None
+    except Exception as error:  # noqa: BLE001  what fails is a result, with its reason
+        return Done(job, trouble=first_line(error), is_inconclusive=is_out_of_memory(error)), error

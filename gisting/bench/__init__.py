@@ -1,1 +1,0 @@
-"""Measurements: every number beside its baseline, from the same run."""

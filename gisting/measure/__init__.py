@@ -1,0 +1,1 @@
+"""What a user measures on a model of their own."""

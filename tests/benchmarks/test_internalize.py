@@ -1,0 +1,119 @@
+"""Internalisation on the built-in task: the tables by eye, and the command with a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import internalize
+from benchmarks.internalize import internalize_table, measure
+from gisting import GistError
+from gisting.measure.requests import serving_table
+from gisting.measure.rows import read_rows
+
+ABOUT = {"device": "d", "threads": 2, "torch": "t", "transformers": "f"}
+
+
+def trained(run: str, seed: int, condition: str, tokens: float, value: float, time: float) -> dict[str, Any]:
+    stage = {"realised_share": 0.66, "tokens": 50.0, "bare": 0.25}
+    return {
+        "run": run,
+        "seed": seed,
+        "num_steps": 400,
+        "base_steps": 1000,
+        "num_parameters": 660_000,
+        "num_records": 256,
+        "condition": condition,
+        "tokens": tokens,
+        "query_tokens": 6.0,
+        "exact_match": {"value": value, "low": value - 0.01, "high": value + 0.01},
+        "unasked": {"value": 0.25, "low": 0.2, "high": 0.3},
+        "edited": {"value": 0.5, "low": 0.4, "high": 0.6} if condition == "prompt" else None,
+        "stages": [stage, {"realised_share": 0.0, "tokens": 6.0, "bare": value}],
+        "base_seconds": 100.0,
+        "seconds": time,
+        **ABOUT,
+    }
+
+
+def test_the_tables_by_eye() -> None:
+    rows = [
+        trained("in stages", 0, "no-prompt", 6.0, 0.98, 60.0),
+        trained("full prompt", 0, "prompt", 110.0, 0.99, 70.0),
+        trained("in stages", 1, "no-prompt", 6.0, 0.97, 62.0),
+    ]
+    lines = internalize_table([*rows, {"mode": "full prompt"}]).splitlines()
+    assert lines[:9] == [
+        "| trained | run on | tokens of a request | seed 0 | seed 1 | unasked names | edited template | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        "| in stages | the bare query | 6.0 | 98.0 [97.0, 99.0] | 97.0 [96.0, 98.0] | 25.0, 25.0 | - | 60–62 |",
+        "| full prompt | its prompt | 110.0 | 99.0 [98.0, 100.0] | - | 25.0 | 50.0 | 70 |",
+        "",
+        "| in stages | stage 1 | stage 2 |",
+        "|---|---|---|",
+        "| template kept (seed 0) | 66 % | 0 % |",
+        "| tokens of a request | 50.0 | 6.0 |",
+    ]
+    served = [
+        {
+            "mode": mode,
+            "batch_size": 8,
+            "num_cached_tokens": 70 if mode == "prefix cache" else 0,
+            "num_new_tokens": 6.0,
+            "num_answer_tokens": 7,
+            "num_parameters": 660_000,
+            "requests_per_s": rate,
+            "requests_per_s_low": rate - 1,
+            "requests_per_s_high": rate + 1,
+            "num_repeats": 30,
+            **ABOUT,
+        }
+        for mode, rate in (("full prompt", 100), ("prefix cache", 150), ("bare query", 300))
+    ]
+    assert serving_table([*rows, *served]).splitlines()[2:5] == [
+        "| 0.7 M | 8 | full prompt | 0 | 6.0 | 100 (99–101) | 1.00x |",
+        "| 0.7 M | 8 | prefix cache | 70 | 6.0 | 150 (149–151) | 1.50x |",
+        "| 0.7 M | 8 | bare query | 0 | 6.0 | 300 (299–301) | 3.00x |",
+    ]
+
+
+def test_the_command_with_few_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("in stages", "in stages, gist at the end", "full prompt", "full prompt, run bare")
+    monkeypatch.setattr(internalize, "measure", lambda *args, **kwargs: measure(*args, runs=names, **kwargs))
+    output = tmp_path / "rows.jsonl"
+    internalize._main(
+        [
+            *("--output", str(output), "--checkpoints", str(tmp_path / "models"), "--seeds", "3"),
+            *("--base-steps", "2", "--steps", "4", "--records", "8", "--repeats", "2"),
+        ]
+    )
+    rows = read_rows(output)
+    found = {row["run"]: row for row in rows if "run" in row}
+    assert [(name, row["condition"], len(row["stages"])) for name, row in found.items()] == [
+        (names[0], "no-prompt", 4),
+        (names[1], "gist", 4),
+        (names[2], "prompt", 1),
+        (names[3], "no-prompt", 1),
+    ]
+    assert [row["edited"] is not None for row in found.values()] == [False, True, True, False]
+    first = found[names[0]]
+    assert first["tokens"] == first["query_tokens"] < 0.1 * first["stages"][0]["tokens"]
+    shares = [stage["realised_share"] for stage in first["stages"]]
+    assert shares[0] == 1
+    assert shares[3] == 0
+    assert 0.5 < shares[1] <= 2 / 3
+    served = [row for row in rows if "mode" in row]
+    assert [(row["batch_size"], row["mode"]) for row in served] == 2 * [
+        (size, mode) for size in (1, 8) for mode in ("full prompt", "prefix cache", "bare query")
+    ]
+    assert all(row["requests_per_s"] > 0 for row in served)
+    assert "| in stages | the bare query |" in capsys.readouterr().out
+
+
+def test_an_unknown_way_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GistError, match=r"runs must be names of in stages, .*, got 'by magic'"):
+        measure(tmp_path, runs=["by magic"])

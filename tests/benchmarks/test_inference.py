@@ -18,9 +18,10 @@ import torch
 from transformers import StaticCache
 
 import gisting
+from benchmarks import training
 from gisting import GistError
 from gisting._compat import cache_argument
-from gisting.measure import inference, training
+from gisting.measure import inference
 from gisting.measure.inference import GIST, MODES, NO_CACHE, PREFIX, STATIC, measure
 from gisting.measure.latency import first_token, hand_over
 from gisting.measure.progress import progress_bar, tracked

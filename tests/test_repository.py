@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "errors": 0,
     "_compat": 0,
+    "_deprecated": 1,
     "_version": 0,
     "source": 0,
     "device": 1,

@@ -1,7 +1,7 @@
 """Tables of what was measured on a card: the kernels beside torch's attention, a training step, a model of 135M.
 
-Place in the flow: report -> **card**. The rows of the kernels are written by ``benchmarks/kernels/attention.py``; here they
-are only read.
+Place in the flow: report -> **card**. The rows of the kernels are written by ``benchmarks/kernels/attention.py``; here
+they are only read.
 """
 
 from __future__ import annotations

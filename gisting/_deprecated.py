@@ -20,7 +20,7 @@ def moved_names(module: str, new_places: Mapping[str, str]) -> Callable[[str], A
 
     Args:
         module: the old module, ``__name__`` where this is called.
-        new_places: for each old name, the new one with its module, such as ``"gisting.internalize.stages.internalize"``.
+        new_places: for each old name, the new one with its module, such as ``"gisting.errors.GistError"``.
     """
 
     def find(name: str) -> Any:

@@ -24,7 +24,7 @@ def test_a_moved_name_is_found_with_a_warning() -> None:
 
 
 def test_any_other_name_is_missing() -> None:
-    with pytest.raises(AttributeError, match="module 'gisting.old' has no attribute 'Other'"):
+    with pytest.raises(AttributeError, match=r"module 'gisting\.old' has no attribute 'Other'"):
         find("Other")
 
 

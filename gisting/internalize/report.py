@@ -5,8 +5,8 @@ evaluation requests, which are also what was scored, counted with the runs' toke
 the reference, with its end of sequence, so that all runs are billed for the same answers. A prefix cache holds what all
 full prompts begin with, the template: examples are others for each query, and are read anew.
 
-Knows files, tokens and prices; loads no model. Times are measured elsewhere (:mod:`gisting.measure.requests`) and handed
-in.
+Knows files, tokens and prices; loads no model. Times are measured elsewhere (:mod:`gisting.measure.requests`) and
+handed in.
 """
 
 from __future__ import annotations

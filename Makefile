@@ -5,17 +5,20 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-card test-vllm lint types check format docs clean bench-kernels bench-card
+.PHONY: help demo test test-all test-card test-vllm lint types check format docs clean bench
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # OMP_PROC_BIND: unpinned threads halve the speed of matrix products on two cores (measured).
 demo: $(STAMP) ## train a small model to gist, compress a prompt, answer from the cache
 	OMP_PROC_BIND=true HF_HUB_OFFLINE=1 $(BIN)/gisting demo
 
-test: $(STAMP) ## run the tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(STAMP) ## run the tests but the slow ones; ARGS="--cov=gisting --cov=gisting_kernels" measures coverage
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## run all tests, the slow ones too
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # What runs on a CUDA device; every other test runs on the CPU of such a machine too. One device is enough, and taken.
 CARD_TESTS := tests/card tests/kernels tests/attention/test_flex.py tests/test_device.py tests/test_host_reads.py \
@@ -28,9 +31,11 @@ test-card: $(STAMP) ## run the tests that need a CUDA device; ARGS=--smoke runs 
 test-vllm: ## run the tests against real vLLM on the CPU, in .venv-vllm
 	GISTING_VLLM_ENV=.venv-vllm tests/vllm/run
 
-lint: $(STAMP) ## ruff: rules and format
+lint: $(STAMP) ## ruff (rules and format), import-linter (layers), deptry (dependencies)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+	$(BIN)/deptry .
 
 types: $(STAMP) ## pyright
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
@@ -45,12 +50,9 @@ format: $(STAMP) ## rewrite the files as lint wants them
 docs: $(STAMP) ## build the documentation into site/; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench-kernels: $(STAMP) ## time the kernels beside torch's attention; needs a CUDA device
-	$(BIN)/python benchmarks/kernels/attention.py --output docs/results/kernels.jsonl --plot docs/results/kernels.png
-
-# ARGS=--smoke runs all of it on a CPU, tiny, and writes to build/card.
-bench-card: $(STAMP) ## measure kernels, training and generation, planned for 4 minutes; needs a CUDA device
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/card.py $(ARGS)
+# Without NAME it lists the benchmarks. Those of kernels need a CUDA device: make bench NAME=card ARGS=--smoke runs on a CPU.
+bench: $(STAMP) ## run a benchmark, such as NAME=training ARGS="--repeats 5"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(NAME) $(ARGS)
 
 clean: ## remove builds and caches; .venv stays
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

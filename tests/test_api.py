@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import api
-from tests.test_repository import fences_in
+from tests.repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[1]
 

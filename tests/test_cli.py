@@ -19,7 +19,7 @@ import pytest
 import gisting
 from gisting import GistError
 from tests import garbage, tiny
-from tests.test_repository import fences_in
+from tests.repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -23,7 +23,7 @@ from typer.main import get_command
 import gisting
 from gisting.cli import app
 from gisting.cli.shared import print_json
-from tests.test_repository import fresh_python
+from tests.repository import fresh_python
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import garbage, shell, tiny
-from tests.test_repository import fences_in
+from tests.repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ from gisting import _compat, doctor
 from gisting._compat import TESTED
 from gisting.attention import api
 from tests import tiny
-from tests.test_repository import project
+from tests.repository import project
 
 
 @pytest.fixture

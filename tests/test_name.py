@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_repository import ROOT, project, requires_git, tracked_files
+from tests.repository import ROOT, project, requires_git, tracked_files
 
 OTHER = "gisting"
 # A word that pip could take: an option, or a requirement, perhaps quoted.

@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 import gisting
 from gisting import _compat, doctor
-from tests.test_repository import ROOT, constraint_lines, project, requirements
+from tests.repository import ROOT, constraint_lines, project, requirements
 
 NEEDED = ("MANIFEST.in", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 

@@ -12,7 +12,8 @@ import yaml
 
 import gisting
 from gisting._compat import TESTED
-from tests.test_repository import ROOT, check_readme_command, fences_in, project, readme_fences, shell_commands
+from tests.repository import ROOT, fences_in, project, readme_fences
+from tests.test_readme import check_readme_command, shell_commands
 
 GITHUB = ROOT / ".github"
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ import yaml
 
 import gisting
 from gisting import visibility
-from tests.test_repository import make_dry_run, requires_make
+from tests.repository import make_dry_run, requires_make
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -21,7 +21,7 @@ from gisting.eval.report import gap_kept, markdown, write_report
 from gisting.eval.results import Evaluation, Judgement, Split, evaluate_splits
 from gisting.measure.rows import environment
 from tests import shell, tiny
-from tests.test_repository import fences_in
+from tests.repository import fences_in
 
 ROOT = Path(__file__).resolve().parents[2]
 

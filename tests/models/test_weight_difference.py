@@ -34,7 +34,7 @@ from gisting.models.weight_difference import (
 from gisting.tokens import GistTokenizer
 from tests import shell, tiny
 from tests.memory import peak_growth_mb, requires_peak
-from tests.test_repository import fences_in
+from tests.repository import fences_in
 
 NUM_LAYERS, HEAD_DIM = 3, 8
 ROWS = len(tiny.VOCABULARY)

@@ -374,7 +374,7 @@ def test_the_example_runs_as_it_says(served: Served, server: Server, store: Path
 def test_the_page_runs_as_it_says(
     served: Served, server: Server, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.test_repository import fences_in
+    from tests.repository import fences_in
 
     page = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text(encoding="utf-8")
     asking, offline = [fence.text for fence in fences_in(page) if fence.language == "python"]

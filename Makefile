@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-card test-vllm lint types check format docs clean bench
+.PHONY: help demo test test-all test-card test-vllm lint types check format docs clean bench bench-card
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,9 +50,12 @@ format: $(STAMP) ## rewrite the files as lint wants them
 docs: $(STAMP) ## build the documentation into site/; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Without NAME it lists the benchmarks. Those of kernels need a CUDA device: make bench NAME=card ARGS=--smoke runs on a CPU.
+# Without NAME it lists the benchmarks. Those of kernels need a CUDA device.
 bench: $(STAMP) ## run a benchmark, such as NAME=training ARGS="--repeats 5"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(NAME) $(ARGS)
+
+bench-card: ## measure kernels, training and generation on a CUDA device, planned for 4 minutes; ARGS=--smoke on a CPU
+	$(MAKE) bench NAME=card ARGS='$(ARGS)'
 
 clean: ## remove builds and caches; .venv stays
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -57,7 +57,7 @@ def main() -> None:
     print("stream:", repr("".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices).strip()))
 
     try:
-        client.completions.create(prompt="red", extra_body={"kv_transfer_params": {"gist": "nobody"}}, **settings)
+        client.completions.create(prompt="red", extra_body={"kv_transfer_params": {"gist": "unknown"}}, **settings)
     except openai.NotFoundError as error:
         print(f"a mistake: {error.response.json()['error']['message']}")
 

@@ -25,10 +25,11 @@ from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, CacheMismatchError, GistError, GistTokenError, StoreError
 from gisting.models.fingerprint import fingerprint
 from gisting.store import GistStore
+from gisting.store import compressing as compressing_module
 from gisting.store import index as index_module
+from gisting.store import reading as reading_module
 from gisting.store import store as store_module
 from gisting.store.index import INDEX, StoreEntry
-from gisting.store.memory import OpenCaches
 from gisting.store.objects import Objects
 from tests import tiny
 from tests.store.made import ORIGIN, is_same, made
@@ -157,7 +158,7 @@ def test_entry(store: GistStore) -> None:
     file_of(store, "a").unlink()
     assert store.entry("a") == entry
     assert store.entry(entry.key).key == entry.key
-    with pytest.raises(StoreError, match=r"has no entry 'b'; store.list\(\) tells what it has"):
+    with pytest.raises(StoreError, match=r"has no entry 'b'; store.list\(\) shows what it has"):
         store.entry("b")
     with pytest.raises(StoreError, match="'a/b'"):
         store.entry("a/b")
@@ -165,7 +166,7 @@ def test_entry(store: GistStore) -> None:
 
 def test_remove(store: GistStore) -> None:
     store.put_many({"a": made(1), "b": made(1), "c": made(2), "d": made(3)})
-    with pytest.raises(StoreError, match=r"store has no entry 'x', 'y'; store.list\(\) tells what it has$"):
+    with pytest.raises(StoreError, match=r"store has no entry 'x', 'y'; store.list\(\) shows what it has$"):
         store.remove(["c", "x", "y"])
     assert "c" in store, "nothing is removed where something is missing"
     store.remove(["c"])
@@ -206,7 +207,7 @@ def test_two_spellings_are_one_name(store: GistStore) -> None:
     store.put("cafe\u0301", made(1))
     assert is_same(store["caf\u00e9"], made(1))
     assert store.list()[0].name == "caf\u00e9"
-    with pytest.raises(StoreError, match=r"^two names are spellings of one"):
+    with pytest.raises(StoreError, match=r"^two names are the same in Unicode"):
         store.put_many({"cafe\u0301": made(1), "caf\u00e9": made(2)})
 
 
@@ -216,7 +217,7 @@ def test_two_spellings_are_one_name(store: GistStore) -> None:
         (lambda store: store.get([]), StoreError, "^names is empty; give at least one name or key$"),
         (lambda store: store["b"], StoreError, "has no entry 'b'; "),
         (lambda store: store[KEY], StoreError, "has no entry '0123"),
-        (lambda store: store[3], StoreError, r"^store\[...\] takes one name or key, got 3; several: store.get"),
+        (lambda store: store[3], StoreError, r"^store\[...\] takes one name or key, got 3; for several use store.get"),
         (lambda store: store.get([f"x{i}" for i in range(9)]), StoreError, "'x3', 'x4' and 4 more; "),
         (
             lambda store: store.put("b", GistCache.cat([made(1)] * 3)),
@@ -262,13 +263,13 @@ class Compressions:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[list[str]] = []
-        inner = store_module.compress
+        inner = compressing_module.compress
 
         def compress(model: Any, tokenizer: Any, prompts: Any, *args: Any, **kwargs: Any) -> GistCache:
             self.calls.append(list(prompts))
             return inner(model, tokenizer, prompts, *args, **kwargs)
 
-        monkeypatch.setattr(store_module, "compress", compress)
+        monkeypatch.setattr(compressing_module, "compress", compress)
 
 
 @pytest.fixture
@@ -393,15 +394,19 @@ def test_a_damaged_entry_is_made_anew(store: GistStore, compressions: Compressio
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"prompts": "w1 w2"}, GistError, "^prompts must be a list of one text or more"),
-        ({"prompts": []}, GistError, "^prompts must be a list of one text or more"),
-        ({"prompts": ["w1", None]}, GistError, "^prompts must be a list of one text or more"),
+        ({"prompts": "w1 w2"}, GistError, "^prompts must be a non-empty list of texts"),
+        ({"prompts": []}, GistError, "^prompts must be a non-empty list of texts"),
+        ({"prompts": ["w1", None]}, GistError, "^prompts must be a non-empty list of texts"),
         ({"prompts": [" "]}, GistError, "^prompt 0 is empty"),
         ({"num_gist_tokens": 0}, GistTokenError, "0"),
-        ({"num_gist_tokens": [1]}, GistError, "^num_gist_tokens must be one for all 2 prompts or one each, got 1$"),
-        ({"names": ["a"]}, StoreError, "^names must be a list of 2, a name or None for each prompt, got"),
-        ({"names": "ab"}, StoreError, "^names must be a list of 2, a name or None for each prompt, got 'ab'"),
-        ({"names": ["a", "a"]}, StoreError, "^names gives 'a' to two prompts; give each prompt its own$"),
+        (
+            {"num_gist_tokens": [1]},
+            GistError,
+            "^num_gist_tokens must be one number for all 2 prompts or one for",
+        ),
+        ({"names": ["a"]}, StoreError, "^names must be a list of 2 items, a name or None for each prompt, got"),
+        ({"names": "ab"}, StoreError, "^names must be a list of 2 items, a name or None for each prompt, got 'ab'"),
+        ({"names": ["a", "a"]}, StoreError, "^names gives 'a' to two prompts; give each prompt a different name$"),
         ({"names": ["a", "a/b"]}, StoreError, "^name must be 1 to 200"),
         ({"condition": "none"}, GistError, "^condition must be one of"),
     ],
@@ -433,38 +438,28 @@ def test_prompts_are_not_stored(store: GistStore) -> None:
 # -- open caches -------------------------------------------------------------------------------------------------------
 
 
-def test_open_caches_are_bounded_and_the_oldest_go_first() -> None:
-    one = made(1)
-    held = OpenCaches(1)
-    held.put("a", "1", one)
-    assert len(held) == 0, "one that is larger than all there may be is not held"
-    unbounded = OpenCaches(10**9)
-    unbounded.put("a", "1", one)
-    held = OpenCaches(3 * unbounded.num_bytes)
-    for key in "abc":
-        held.put(key, "1", one)
-    assert held.get("a", "1") is one
-    held.put("d", "1", one)
-    assert [key for key in "abcd" if held.get(key, "1")] == ["a", "c", "d"]
-    assert held.num_bytes <= held.max_bytes
-    assert held.get("a", "2") is None, "another version"
-    held.put("a", "2", one)
-    assert held.get("a", "1") is None
-    assert len(held) == 3
-    held.clear()
-    assert (len(held), held.num_bytes) == (0, 0)
+def test_opened_caches_are_bounded(store: GistStore) -> None:
+    """By what they really take, which is more than their states."""
+    store.put_many({name: made(seed) for seed, name in enumerate("abc")})
+    store.get("a")
+    one = store._reader.open_caches.num_bytes
+    assert made(1).num_bytes < one < 20_000
+    bounded = GistStore(store.path, max_open_bytes=2 * one)
+    for name in "abc":
+        bounded.get(name)
+    assert len(bounded._reader.open_caches) == 2
 
 
 def test_an_open_cache_is_not_read_again(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put_many({"a": made(1), "b": made(2)})
     loads: list[Path] = []
-    inner = store_module.load_entry
+    inner = reading_module.load_entry
 
     def load_entry(path: Path, entry: StoreEntry) -> GistCache:
         loads.append(path)
         return inner(path, entry)
 
-    monkeypatch.setattr(store_module, "load_entry", load_entry)
+    monkeypatch.setattr(reading_module, "load_entry", load_entry)
     for _ in range(3):
         store.get(["a", "b", "a"])
     assert loads == [file_of(store, "a"), file_of(store, "b")]
@@ -489,7 +484,7 @@ def test_an_entry_that_is_replaced_between_lookup_and_opening(
     store: GistStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put("a", made(1))
-    inner, other = store_module.load_entry, GistStore(store.path)
+    inner, other = reading_module.load_entry, GistStore(store.path)
 
     def load_entry(path: Path, entry: StoreEntry) -> GistCache:
         if is_first := not done:
@@ -498,20 +493,20 @@ def test_an_entry_that_is_replaced_between_lookup_and_opening(
         return inner(path, entry)
 
     done: list[bool] = []
-    monkeypatch.setattr(store_module, "load_entry", load_entry)
+    monkeypatch.setattr(reading_module, "load_entry", load_entry)
     assert is_same(store["a"], made(2))
 
 
 def test_an_entry_that_changes_all_the_time(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put("a", made(1))
-    inner, other, seeds = store_module.load_entry, GistStore(store.path), iter(range(2, 99))
+    inner, other, seeds = reading_module.load_entry, GistStore(store.path), iter(range(2, 99))
 
     def load_entry(path: Path, entry: StoreEntry) -> GistCache:
         other.put("a", made(next(seeds)))
         return inner(path, entry)
 
-    monkeypatch.setattr(store_module, "load_entry", load_entry)
-    with pytest.raises(StoreError, match=r"'a' changed 3 times while read; look who replaces them$"):
+    monkeypatch.setattr(reading_module, "load_entry", load_entry)
+    with pytest.raises(StoreError, match=r"'a' changed 3 times while being read; find out what replaces them$"):
         store.get("a")
 
 
@@ -574,7 +569,7 @@ def test_verify_finds_another_good_file(store: GistStore) -> None:
     store.remove("a")
     shutil.copy(file_of(store, "c"), file_of(store, "b"))
     store.close()
-    with pytest.raises(CacheFormatError, match=r"another file than its entry speaks of: it holds k=\[2\] of .*ffff"):
+    with pytest.raises(CacheFormatError, match=r"is not the file that its entry describes: it holds k=\[2\] of .*ffff"):
         store.get("b")
 
 
@@ -623,7 +618,7 @@ def test_gc_by_model_and_name(store: GistStore) -> None:
 @pytest.mark.parametrize("models", [ORIGIN.model, [], ["llama/typo"], [ORIGIN.model, "llama/typo"]], ids=str)
 def test_gc_keeps_everything_where_a_model_is_none(store: GistStore, models: Any) -> None:
     store.put("a", made(1))
-    with pytest.raises(StoreError, match=rf"keep_models must be a list of models that the store has, '{ORIGIN.model}'"):
+    with pytest.raises(StoreError, match=rf"keep_models must be a list of models in the store \('{ORIGIN.model}'"):
         store.gc(keep_models=models)
     assert is_same(store["a"], made(1))
 
@@ -669,7 +664,7 @@ def test_a_process_may_change_its_directory(tmp_path: Path, monkeypatch: pytest.
 def test_a_directory_that_is_replaced_while_it_is_open(store: GistStore) -> None:
     store.put("old", made(1))
     moved = store.path.rename(store.path.parent / "moved")
-    with pytest.raises(StoreError, match=r"objects is missing, or a link or file; it must be a directory of the store"):
+    with pytest.raises(StoreError, match=r"objects is missing, or is a link or file; it must be a directory"):
         store.put("a", made(2))
     with pytest.raises(StoreError, match=r"index\.sqlite was moved or deleted while the store was open"):
         store.get("old")
@@ -687,7 +682,7 @@ def test_a_link_in_place_of_a_directory_is_not_followed(store: GistStore, tmp_pa
     outside = file.parent.rename(tmp_path / "outside")
     file.parent.symlink_to(outside)
     fresh = GistStore(store.path)
-    with pytest.raises(CacheFormatError, match=r"is a link; a file of a store is never reached through one"):
+    with pytest.raises(CacheFormatError, match=r"is a link; the files of a store are never reached through one"):
         fresh.get("a")
     assert [fault.kind for fault in fresh.verify()] == ["torn"]
     fresh.remove("a")
@@ -695,7 +690,7 @@ def test_a_link_in_place_of_a_directory_is_not_followed(store: GistStore, tmp_pa
 
 
 def test_a_template_that_could_not_be_read_back_is_not_stored(store: GistStore) -> None:
-    with pytest.raises(StoreError, match=r"cache\.origin must be of printable texts"):
+    with pytest.raises(StoreError, match=r"cache\.origin must hold printable text"):
         store.put("a", made(1, origin=CacheOrigin("m", "t", "two\nlines", "gist")))
     assert store.verify() == []
 
@@ -715,12 +710,12 @@ def test_a_store_is_opened_again(store: GistStore) -> None:
 
 def test_a_directory_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(StoreError, match=r"is no store and not empty \(it holds 'notes.txt'\); give the directory"):
+    with pytest.raises(StoreError, match=r"is not a store and not empty \(it holds 'notes.txt'\); give the directory"):
         GistStore(tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]
     with pytest.raises(StoreError, match=r"notes.txt is a file; give the directory of a store"):
         GistStore(tmp_path / "notes.txt")
-    with pytest.raises(StoreError, match=r"absent is no store: it has no index.sqlite"):
+    with pytest.raises(StoreError, match=r"absent is not a store: it has no index.sqlite"):
         GistStore(tmp_path / "absent", is_read_only=True)
 
 
@@ -771,14 +766,14 @@ def spoiled_index(store: GistStore, how: str) -> None:
     [
         ("missing", "has files but its index.sqlite is missing or empty; restore it, or move the files away"),
         ("empty", "has files but its index.sqlite is missing or empty; restore it, or move the files away"),
-        ("no database", "index.sqlite is damaged or no index of a store"),
-        ("another database", "index.sqlite is an SQLite database but no index of a store"),
+        ("no database", "index.sqlite is damaged or not the index of a store"),
+        ("another database", "index.sqlite is an SQLite database but not the index of a store"),
         ("later", "index.sqlite has format 2, this version reads up to 1; upgrade gisting"),
-        ("trigger", "index.sqlite is altered: its tables are not those of a store"),
-        ("view", "index.sqlite is altered: its tables are not those of a store"),
-        ("link", "index.sqlite is a link or no file"),
-        ("truncated", "index.sqlite is damaged or no index of a store"),
-        ("zeros", "index.sqlite is damaged or no index of a store"),
+        ("trigger", "index.sqlite is altered: its tables are not the tables of a store"),
+        ("view", "index.sqlite is altered: its tables are not the tables of a store"),
+        ("link", "index.sqlite is a link or not a file"),
+        ("truncated", "index.sqlite is damaged or not the index of a store"),
+        ("zeros", "index.sqlite is damaged or not the index of a store"),
     ],
 )
 @pytest.mark.parametrize("is_read_only", [False, True], ids=["write", "read-only"])
@@ -787,7 +782,7 @@ def test_a_bad_index_is_refused(store: GistStore, how: str, message: str, is_rea
     store.close()
     spoiled_index(store, how)
     if is_read_only and how in ("missing", "empty"):
-        message = "index.sqlite|is no store: it has no index.sqlite"
+        message = "index.sqlite|is not a store: it has no index.sqlite"
     with pytest.raises((CacheFormatError, StoreError), match=message):
         GistStore(store.path, is_read_only=is_read_only).get([str(seed) for seed in range(50)])
 
@@ -815,7 +810,8 @@ def test_a_bad_row_is_refused(store: GistStore, change: str) -> None:
     sql(store, f"UPDATE entries SET {change}", "UPDATE names SET key = (SELECT key FROM entries)")
     for call in (lambda: store["a"], store.list, store.verify):
         with pytest.raises(
-            CacheFormatError, match=r"index\.sqlite is altered: the entry of name 'a', key .* is none that"
+            CacheFormatError,
+            match=r"index\.sqlite is altered: it has an invalid entry, name 'a', key",
         ):
             call()
 
@@ -824,7 +820,7 @@ def test_a_bad_row_is_refused(store: GistStore, change: str) -> None:
 def test_a_bad_name_in_the_index_is_refused(store: GistStore, name: str) -> None:
     store.put("a", made(1))
     sql(store, f"UPDATE names SET name = '{name}'")
-    with pytest.raises(CacheFormatError, match=r"index\.sqlite is altered: the entry of name"):
+    with pytest.raises(CacheFormatError, match=r"index\.sqlite is altered: it has an invalid entry, name"):
         store.list()
 
 
@@ -852,7 +848,7 @@ def test_directories_that_are_links_are_refused(store: GistStore, name: str) -> 
     store.close()
     (store.path / name).rename(store.path.parent / "elsewhere")
     (store.path / name).symlink_to(store.path.parent / "elsewhere")
-    with pytest.raises(StoreError, match=f"{name} is missing, or a link or file"):
+    with pytest.raises(StoreError, match=f"{name} is missing, or is a link or file"):
         GistStore(store.path)
 
 
@@ -963,7 +959,7 @@ def test_threads_read_and_write_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
     assert store.verify() == []
-    assert store._open_caches.num_bytes <= 10 * 20_000
+    assert store._reader.open_caches.num_bytes <= 10 * 20_000
 
 
 def in_child(work: Callable[[], None]) -> None:
@@ -1031,7 +1027,7 @@ def test_a_fork_waits_until_no_thread_is_in_the_index(store: GistStore) -> None:
 
 def test_what_two_compress_at_once_is_of_the_first(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.patched("llama")
-    other, inner = GistStore(store.path), store_module.compress
+    other, inner = GistStore(store.path), compressing_module.compress
 
     def compress(*args: Any, **kwargs: Any) -> GistCache:
         found = inner(*args, **kwargs)
@@ -1043,7 +1039,7 @@ def test_what_two_compress_at_once_is_of_the_first(store: GistStore, monkeypatch
         return found
 
     done: list[bool] = []
-    monkeypatch.setattr(store_module, "compress", compress)
+    monkeypatch.setattr(compressing_module, "compress", compress)
     found = store.get_or_compress(model, tokenizer, ["w1 w2"])
     assert is_same(found, other.get_or_compress(model, tokenizer, ["w1 w2"]))
     assert is_same(found, inner(model, tokenizer, ["w1 w2"], 1))
@@ -1052,21 +1048,21 @@ def test_what_two_compress_at_once_is_of_the_first(store: GistStore, monkeypatch
 
 def test_entries_that_are_removed_as_they_are_made(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.patched("llama")
-    other, commit = GistStore(store.path), GistStore._commit
+    other, commit = GistStore(store.path), store_module.commit
     times = 2
 
-    def commit_and_lose(self: GistStore, *args: Any) -> None:
+    def commit_and_lose(*args: Any) -> None:
         nonlocal times
-        commit(self, *args)
+        commit(*args)
         if times:
             times -= 1
             other.remove([entry.key for entry in other.list()])
 
-    monkeypatch.setattr(GistStore, "_commit", commit_and_lose)
+    monkeypatch.setattr(store_module, "commit", commit_and_lose)
     assert len(store.get_or_compress(model, tokenizer, ["w1 w2"], names=["x"])) == 1
     times = 99
     other.remove("x")
-    with pytest.raises(StoreError, match="entries were removed 3 times as they were made"):
+    with pytest.raises(StoreError, match="entries were removed 3 times right after they were made"):
         store.get_or_compress(model, tokenizer, ["w1 w2"], names=["x"])
 
 
@@ -1109,7 +1105,7 @@ def test_table(store: GistStore) -> None:
     assert is_same(store.table(["b", "c"]).gather(["b"]), made(2, k=3))
     assert is_same(store.table([key]).gather([key]), made(1))
     assert store.table(["a"], device="cpu").device == torch.device("cpu")
-    assert len(store._open_caches) == 2, "what is read for a table alone is not held open"
+    assert len(store._reader.open_caches) == 2, "what is read for a table alone is not held open"
 
 
 def test_table_refuses(store: GistStore) -> None:

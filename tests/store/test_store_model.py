@@ -94,7 +94,7 @@ class AgainstDictionary(RuleBasedStateMachine):
                 wanted = GistCache.cat([made(seed) for seed in self.held.values()])
                 assert is_same(store.get([*self.held]), wanted)
             assert len([*store._objects]) == len({*self.held.values()}), "one file for each content"
-            assert store._open_caches.num_bytes <= self.max_open_bytes
+            assert store._reader.open_caches.num_bytes <= self.max_open_bytes
         assert self.stores[0].verify() == []
 
 

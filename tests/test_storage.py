@@ -134,10 +134,10 @@ def test_what_was_stored_once_is_stored_again_without_loss(
 @pytest.mark.parametrize(
     ("numbers", "dtype", "kind", "message"),
     [
-        ([65520.0], "float32", "float16", r"^storage 'float16' cannot hold x, which goes up to 65520; take storage="),
-        ([-1e5, 2.0], "bfloat16", "float16", r"^storage 'float16' cannot hold x, which goes up to 99840; take"),
-        ([3.4e38], "float32", "bfloat16", r"^storage 'bfloat16' cannot hold x, which goes up to 3.4e\+38; take"),
-        ([65504.0], "float16", "bfloat16", r"^storage 'bfloat16' cannot hold x, which goes up to 65504; take"),
+        ([65520.0], "float32", "float16", r"^storage 'float16' cannot hold x, which goes up to 65520; use storage="),
+        ([-1e5, 2.0], "bfloat16", "float16", r"^storage 'float16' cannot hold x, which goes up to 99840; use"),
+        ([3.4e38], "float32", "bfloat16", r"^storage 'bfloat16' cannot hold x, which goes up to 3.4e\+38; use"),
+        ([65504.0], "float16", "bfloat16", r"^storage 'bfloat16' cannot hold x, which goes up to 65504; use"),
         # 127 times a 127th is one rounding more.
         (
             [torch.finfo(torch.float32).max],
@@ -145,9 +145,9 @@ def test_what_was_stored_once_is_stored_again_without_loss(
             "int8",
             r"^storage 'int8' cannot hold x, which goes up to 3.40282e",
         ),
-        ([1e39], "float64", "int8", r"^storage 'int8' cannot hold x, which goes up to 1e\+39; take storage=None"),
-        ([float("nan")], "float32", None, r"^x holds NaN or infinity, which no file keeps; compress the"),
-        ([1.0, float("-inf")], "float16", "int8", r"^x holds NaN or infinity, which no file keeps; compress the"),
+        ([1e39], "float64", "int8", r"^storage 'int8' cannot hold x, which goes up to 1e\+39; use storage=None"),
+        ([float("nan")], "float32", None, r"^x holds NaN or infinity, which cannot be stored; compress the"),
+        ([1.0, float("-inf")], "float16", "int8", r"^x holds NaN or infinity, which cannot be stored; compress the"),
         ([1.0], "float32", "int4", r"^storage must be None or one of float32, bfloat16, .*, int8, got 'int4'$"),
         ([1.0], "float32", "float64", r"^storage must be None or one of float32, bfloat16, .*, int8, got 'float64'$"),
     ],
@@ -163,11 +163,15 @@ def test_numbers_that_a_storage_cannot_hold(
 @pytest.mark.parametrize(
     ("tensors", "kind", "message"),
     [
-        ({}, None, r"^tensors must be of one dtype out of float64, float32, bfloat16, float16, got \[\]; cast them"),
+        ({}, None, r"^tensors must have one dtype out of float64, float32, bfloat16, float16, got \[\]; cast them"),
         ({"x": torch.zeros(1), "y": torch.zeros(1).half()}, None, r"got \['torch.float16', 'torch.float32'\]; cast"),
         ({"x": torch.zeros(1).long()}, None, r"got \['torch.int64'\]; cast them: cache.to\(dtype=...\)$"),
-        ({"x": torch.zeros(1)}, "int8", r"^storage 'int8' takes tensors of two dimensions or more, got \(1,\)$"),
-        ({"x": torch.zeros(1, 1), "x.scale": torch.zeros(1, 1)}, "int8", r"^no name of a tensor may end with '.scale'"),
+        ({"x": torch.zeros(1)}, "int8", r"^storage 'int8' needs tensors of two dimensions or more, got \(1,\)$"),
+        (
+            {"x": torch.zeros(1, 1), "x.scale": torch.zeros(1, 1)},
+            "int8",
+            r"^the name of a tensor must not end",
+        ),
     ],
     ids=["none", "two-dtypes", "integers", "one-dimension", "name"],
 )
@@ -180,7 +184,7 @@ def test_tensors_that_are_not_stored(
 
 def test_a_manifest_that_is_too_large_is_not_written(tmp_path: Path) -> None:
     lengths = {"lengths": [4] * 400_000}
-    with pytest.raises(GistError, match=r"^the manifest and the names of 1 tensors take \d+ bytes, a file may hold 10"):
+    with pytest.raises(GistError, match=r"^the manifest and the names of 1 tensors take \d+ bytes, the limit is 10"):
         storage.write(tmp_path / "a", lengths, {"x": torch.zeros(1)})
     storage.write(tmp_path / "a", {"lengths": [4] * 300_000}, {"x": torch.zeros(1)})
     assert storage.read(tmp_path / "a")[0]["lengths"] == [4] * 300_000
@@ -190,7 +194,7 @@ def test_a_manifest_that_is_too_large_is_not_written(tmp_path: Path) -> None:
     ("manifest", "message"),
     [
         ({"x": {1, 2}}, "Object of type set is not JSON serializable"),
-        ({"x": float("nan")}, "NaN is no finite number"),
+        ({"x": float("nan")}, "NaN is not a finite number"),
         ({"x": "\ud800"}, "'utf-8' codec can't encode"),
         ({"x": {1: "a", "1": "b"}}, "a name is given twice"),
         ({"x": 2**64}, r"the number 18446744073709551616... is too large"),
@@ -201,7 +205,7 @@ def test_a_manifest_that_is_too_large_is_not_written(tmp_path: Path) -> None:
 def test_a_manifest_that_could_not_be_read_is_not_written(
     manifest: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(GistError, match=f"^manifest must be JSON that can be read again, but {message}"):
+    with pytest.raises(GistError, match=f"^manifest must be JSON that can be read back, but {message}"):
         storage.write(tmp_path / "a", manifest, {"x": torch.zeros(1)})
 
 
@@ -345,7 +349,7 @@ def test_a_file_that_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         storage.read(tmp_path / "a")
 
 
-# -- what is no file ---------------------------------------------------------------------------------------------------
+# -- what is not a file -----------------------------------------------------------------------------------------------
 
 
 def make_link(path: Path) -> None:
@@ -366,10 +370,10 @@ def make_socket(path: Path) -> None:
         (make_link, CacheFormatError, r" is a symbolic link, which is not followed; give the file itself: Path\("),
         (lambda path: path.symlink_to("nowhere"), CacheFormatError, " is a symbolic link, which is not followed"),
         (lambda path: path.symlink_to("a"), CacheFormatError, " is a symbolic link, which is not followed"),
-        (os.mkfifo, CacheFormatError, r" is no regular file; give the file that cache.save\(path\) wrote$"),
-        (Path.mkdir, CacheFormatError, " is no regular file; give the file that"),
+        (os.mkfifo, CacheFormatError, r" is not a regular file; give the file that cache.save\(path\) wrote$"),
+        (Path.mkdir, CacheFormatError, " is not a regular file; give the file that"),
         (make_socket, OSError, "No such device or address"),
-        (lambda path: None, FileNotFoundError, r" is no file; save a cache there first: cache.save\(path\)$"),
+        (lambda path: None, FileNotFoundError, r" does not exist; save a cache there first: cache.save\(path\)$"),
     ],
     ids=["link", "dangling-link", "link-to-itself", "pipe", "directory", "socket", "nothing"],
 )
@@ -390,7 +394,7 @@ def test_what_is_no_regular_file(
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
 def test_a_device_is_refused() -> None:
     for device in ("/dev/zero", "/dev/null"):
-        with pytest.raises(CacheFormatError, match=f"^{device} is no regular file; give the file that"):
+        with pytest.raises(CacheFormatError, match=f"^{device} is not a regular file; give the file that"):
             storage.read(device)
 
 
@@ -433,15 +437,15 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     # -- the length of the header
     "empty": (b"", TRUNCATED + "0 bytes, too few for a header"),
     "seven bytes": (b"\0" * 7, TRUNCATED + "7 bytes, too few"),
-    "no header": (b"\0" * 8, TRUNCATED + "the header is no JSON object"),
+    "no header": (b"\0" * 8, TRUNCATED + "the header is not a JSON object"),
     "a header of 2^64": (b"\xff" * 8 + b"{}", TRUNCATED + r"a header of 18446744073709551615 bytes in a file of 10"),
     "a header beyond the end": (b"\x03" + b"\0" * 7 + b"{}", TRUNCATED + "a header of 3 bytes in a file of 10"),
     "a header of 2 MB": (with_header(b'{"a":"' + b"a" * 2**21 + b'"}', b""), TRUNCATED + "a header of 2097160 bytes"),
     # -- what JSON is not
     "no JSON": (with_header(b"{]", b""), TRUNCATED + "Expecting property name"),
-    "a list": (with_header(b"[]", b""), TRUNCATED + "the header is no JSON object"),
-    "space in front": (with_header(b" {}", b""), TRUNCATED + "the header is no JSON object"),
-    "a byte order mark": (with_header(b"\xef\xbb\xbf{}", b""), TRUNCATED + "the header is no JSON object"),
+    "a list": (with_header(b"[]", b""), TRUNCATED + "the header is not a JSON object"),
+    "space in front": (with_header(b" {}", b""), TRUNCATED + "the header is not a JSON object"),
+    "a byte order mark": (with_header(b"\xef\xbb\xbf{}", b""), TRUNCATED + "the header is not a JSON object"),
     "UTF-16": (with_header("{}".encode("utf-16-le"), b""), TRUNCATED),
     "no UTF-8": (with_header(b'{"\xff":1}', b""), TRUNCATED + "'utf-8' codec can't decode"),
     "half a surrogate pair": (with_header(rb'{"\ud800":{}}', b""), TRUNCATED + "'utf-8' codec can't encode"),
@@ -453,40 +457,43 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "nested lists": (with_header(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b""), TRUNCATED + "it is nested"),
     "nested objects": (with_header(b'{"x":' * 50_000 + b"1" + b"}" * 50_000, b""), TRUNCATED + "it is nested too"),
     "nested a little": (with_header(b'{"x":' + b"[" * 9 + b"]" * 9 + b"}", b""), TRUNCATED + "it is nested too deeply"),
-    "NaN in JSON": (with_header(b'{"x":NaN}', b""), TRUNCATED + "NaN is no finite number"),
-    "infinity in JSON": (with_header(b'{"x":-Infinity}', b""), TRUNCATED + "-Infinity is no finite number"),
-    "a float beyond floats": (with_header(b'{"x":1e999}', b""), TRUNCATED + "1e999 is no finite number"),
+    "NaN in JSON": (with_header(b'{"x":NaN}', b""), TRUNCATED + "NaN is not a finite number"),
+    "infinity in JSON": (with_header(b'{"x":-Infinity}', b""), TRUNCATED + "-Infinity is not a finite number"),
+    "a float beyond floats": (with_header(b'{"x":1e999}', b""), TRUNCATED + "1e999 is not a finite number"),
     "a number of 5000 digits": (with_header(b'{"x":' + b"9" * 5000 + b"}", b""), TRUNCATED + "the number 9+... is too"),
     "a number of 65 bits": (with_header(b'{"x":%d}' % 2**64, b""), TRUNCATED + "the number 18446744073709551616... is"),
     # -- tensors
     "a tensor that is a number": (with_header(metadata("{}")[8:].strip()[:-1] + b',"y":1}', b""), " is a safetensors"),
-    "no dtype": (one_tensor(dtype=None), TRUNCATED + "'x' is no tensor"),
+    "no dtype": (one_tensor(dtype=None), TRUNCATED + "'x' is not a tensor"),
     "a dtype of another kind": (one_tensor(dtype="I64"), TRUNCATED + "'x' has dtype 'I64'"),
     "a dtype that nobody knows": (one_tensor(dtype="F7"), TRUNCATED + "'x' has dtype 'F7'"),
-    "a shape that is a number": (one_tensor(shape=3), TRUNCATED + "'x' is no tensor"),
+    "a shape that is a number": (one_tensor(shape=3), TRUNCATED + "'x' is not a tensor"),
     "a shape of texts": (one_tensor(shape=["3"]), TRUNCATED + r"'x' has dtype 'F32', shape \['3'\]"),
     "a shape of truths": (one_tensor(shape=[3, True]), TRUNCATED + r"'x' has dtype 'F32', shape \[3, True\]"),
     "a negative shape": (one_tensor(shape=[-3, -1]), TRUNCATED + r"'x' has dtype 'F32', shape \[-3, -1\]"),
     "a shape of halves": (one_tensor(shape=[1.5, 2]), TRUNCATED + r"'x' has dtype 'F32', shape \[1.5, 2\]"),
-    "a shape too large": (one_tensor(shape=[2**62, 4]), TRUNCATED + "'x' of torch.float32 and shape .* cannot lie"),
-    "a shape too small": (one_tensor(shape=[2]), TRUNCATED + r"'x' of torch.float32 and shape \[2\] cannot lie from 0"),
+    "a shape too large": (one_tensor(shape=[2**62, 4]), TRUNCATED + "'x' of torch.float32 and shape .* cannot be at"),
+    "a shape too small": (one_tensor(shape=[2]), TRUNCATED + r"'x' of torch.float32 and shape \[2\] cannot be at 0"),
     "an empty shape too large": (
         one_tensor(shape=[0, 2**40], data_offsets=[0, 0]),
         TRUNCATED + r"'x' is empty and has shape \[0, 1099511627776\]",
     ),
-    "three offsets": (one_tensor(data_offsets=[0, 12, 12]), TRUNCATED + "'x' is no tensor"),
-    "offsets backwards": (one_tensor(data_offsets=[12, 0]), TRUNCATED + "'x' of .* cannot lie from 12 to 0"),
+    "three offsets": (one_tensor(data_offsets=[0, 12, 12]), TRUNCATED + "'x' is not a tensor"),
+    "offsets backwards": (one_tensor(data_offsets=[12, 0]), TRUNCATED + "'x' of .* cannot be at 12 to 0"),
     "negative offsets": (one_tensor(data_offsets=[-12, 0]), TRUNCATED + "'x' has dtype 'F32', .* offsets -12 and 0"),
     "offsets of truths": (
         one_tensor(shape=[], dtype="I8", data_offsets=[False, True]),
         TRUNCATED + ".* offsets False and True",
     ),
-    "offsets behind the end": (one_tensor(data_offsets=[4, 16]), TRUNCATED + "'x' begins at 4, what is before it"),
-    "more than a tensor": (one_tensor(more=1), TRUNCATED + "'x' is no tensor"),
-    "an overlap": (two_tensors([0, 12], [8, 20], num_bytes=20), TRUNCATED + "'y' begins at 8, what is before it"),
-    "the same bytes twice": (two_tensors([0, 12], [0, 12], num_bytes=12), TRUNCATED + "'y' begins at 0, what is "),
-    "a gap": (two_tensors([0, 12], [16, 28], num_bytes=28), TRUNCATED + "'y' begins at 16, what is before it"),
-    "bytes in front": (two_tensors([4, 16], [16, 28], num_bytes=28), TRUNCATED + "'x' begins at 4, what is before it"),
+    "offsets after the end": (one_tensor(data_offsets=[4, 16]), TRUNCATED + "'x' begins at 4, the tensor before it"),
+    "more than a tensor": (one_tensor(more=1), TRUNCATED + "'x' is not a tensor"),
+    "an overlap": (two_tensors([0, 12], [8, 20], num_bytes=20), TRUNCATED + "'y' begins at 8, the tensor before it"),
+    "the same bytes twice": (two_tensors([0, 12], [0, 12], num_bytes=12), TRUNCATED + "'y' begins at 0, the "),
+    "a gap": (two_tensors([0, 12], [16, 28], num_bytes=28), TRUNCATED + "'y' begins at 16, the tensor before it"),
+    "bytes in front": (
+        two_tensors([4, 16], [16, 28], num_bytes=28),
+        TRUNCATED + "'x' begins at 4, the tensor before it",
+    ),
     "bytes behind": (two_tensors([0, 12], [12, 24], num_bytes=25), TRUNCATED + "the tensors end at 24, the file at"),
     "bytes missing": (two_tensors([0, 12], [12, 24], num_bytes=23), TRUNCATED + "the tensors end at 24, the file at"),
     "no multiple of its size": (
@@ -498,13 +505,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
             {"format": 1},
             b"\0" * 5,
         ).together(),
-        TRUNCATED + "'y' of torch.float32 and shape .1. cannot lie from 1 to 5",
+        TRUNCATED + "'y' of torch.float32 and shape .1. cannot be at 1 to 5",
     ),
     # -- the manifest
     "no metadata": (with_header(b"{}", b""), r" is a safetensors file but holds no gist cache "),
     "metadata without gist": (metadata('{"format":"pt"}'), r" is a safetensors file but holds no gist cache "),
-    "metadata that are a list": (metadata("[]"), TRUNCATED + "the metadata are no texts"),
-    "metadata that are no texts": (metadata('{"gist":{}}'), TRUNCATED + "the metadata are no texts"),
+    "metadata that are a list": (metadata("[]"), TRUNCATED + "the metadata are not texts"),
+    "metadata that are no texts": (metadata('{"gist":{}}'), TRUNCATED + "the metadata are not texts"),
     "a manifest of text": (manifest("gist"), UNREADABLE),
     "a manifest that is a list": (manifest("[1]"), UNREADABLE),
     "a name twice in it": (manifest('{"format":2,"format":1}'), UNREADABLE),
@@ -525,8 +532,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         one_tensor(dtype="F4").replace(b'\\"format\\": 1', b'\\"format\\": 3'),
         " has format 3, this version reads up to 2; upgrade",
     ),
-    "no checksum": (manifest('{"format":1}'), " is altered: its checksum does not fit; compress the prompt again$"),
-    "a checksum that is a number": (manifest('{"format":1,"sha256":0}'), " is altered: its checksum does not fit"),
+    "no checksum": (manifest('{"format":1}'), " is altered: its checksum does not match; compress the prompt again$"),
+    "a checksum that is a number": (manifest('{"format":1,"sha256":0}'), " is altered: its checksum does not match"),
 }
 
 
@@ -599,13 +606,13 @@ def scales(first: bytes) -> Callable[[Forged], Any]:
         pytest.param("int8", lambda it: it.remove("x.scale"), "storage int8 means tensors of", id="scale-gone"),
         pytest.param("int8", lambda it: it.remove("x"), "storage int8 means tensors of", id="codes-gone"),
         pytest.param(
-            "int8", lambda it: it.replace("y.scale", "F32", [1], ONE), "'y.scale' is the scale", id="scale-more"
+            "int8", lambda it: it.replace("y.scale", "F32", [1], ONE), "'y.scale' is a scale", id="scale-more"
         ),
         pytest.param(
-            "int8", lambda it: it.replace("y", "I8", [1, 1], b"\1"), "'y' must be of torch.int8 with", id="codes-more"
+            "int8", lambda it: it.replace("y", "I8", [1, 1], b"\1"), "'y' must be torch.int8 with", id="codes-more"
         ),
         pytest.param(
-            "int8", lambda it: it.replace("y", "F32", [1, 1], ONE), "'y' must be of torch.int8 with", id="codes-float"
+            "int8", lambda it: it.replace("y", "F32", [1, 1], ONE), "'y' must be torch.int8 with", id="codes-float"
         ),
         pytest.param("int8", lambda it: it.manifest.update(storage="float8_e4m3"), "storage float8_e4m3 m", id="other"),
         pytest.param("int8", lambda it: it.manifest.update(storage="float32"), "storage float32 means", id="no-scales"),
@@ -621,7 +628,7 @@ def scales(first: bytes) -> Callable[[Forged], Any]:
 )
 def test_hostile_numbers(kind: str | None, change: Callable[[Forged], Any], message: str, tmp_path: Path) -> None:
     forged(kind, change, tmp_path)
-    with pytest.raises(CacheFormatError, match=f" is no gist cache of format 2: .*{message}"):
+    with pytest.raises(CacheFormatError, match=f" is not a gist cache of format 2: .*{message}"):
         storage.read(tmp_path / "a")
 
 
@@ -653,7 +660,7 @@ def test_a_file_with_a_hole_is_not_unfolded(tmp_path: Path) -> None:
     sparse(tmp_path / "a", 40)
     length = 40 * 2**20 * 8
     message = (
-        rf"/a takes {length} bytes, more than max_bytes={length - 1}; if you trust whoever gave it to you, raise it: "
+        rf"/a takes {length} bytes, more than max_bytes={length - 1}; if you trust its source, raise the limit: "
         rf"GistCache.load\(path, max_bytes={length}\)$"
     )
     with peak_growth_mb() as grown:

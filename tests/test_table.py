@@ -102,7 +102,7 @@ def test_several_caches(encoder: bool) -> None:
     ("second", "message"),
     [
         (made_up((1,), dtype=torch.float16), "^caches are torch.float32 on cpu and torch.float16"),
-        (made_up((1,), encoder=True), "^caches have other layers, heads or sizes"),
+        (made_up((1,), encoder=True), "^caches differ in layers, heads or sizes"),
         (dataclasses.replace(made_up((1,)), origin=CacheOrigin("a", "b", "c", "d")), "^caches belong to different ori"),
     ],
     ids=["dtype", "encoder", "origin"],
@@ -171,16 +171,16 @@ def test_a_gathered_batch_and_the_table_share_nothing() -> None:
     [
         ([], "^rows is empty; name at least one prompt$"),
         (torch.zeros(0, dtype=torch.int64), "^rows is empty; name at least one prompt$"),
-        ([0, 3], "^rows must be of prompts in the table, and 3 is none: that prompt was removed, or never there; ask"),
-        ([-1], "^rows must be of prompts in the table, and -1 is none: "),
-        ([0, 1], "^rows must be of prompts in the table, and 1 is none: "),
-        ([2**40], "^rows must be of prompts in the table, and 1099511627776 is none: "),
-        ([1 << 32], "^rows must be of prompts in the table, and 4294967296 is none: "),
+        ([0, 3], "^rows must be of prompts in the table, which 3 is not: that prompt was removed or never added; get"),
+        ([-1], "^rows must be of prompts in the table, which -1 is not: "),
+        ([0, 1], "^rows must be of prompts in the table, which 1 is not: "),
+        ([2**40], "^rows must be of prompts in the table, which 1099511627776 is not: "),
+        ([1 << 32], "^rows must be of prompts in the table, which 4294967296 is not: "),
         ([2**70], "^rows must be row numbers or names, one for each prompt "),
-        ({"a"}, "^rows must be a list or something else in an order, got set$"),
-        ({"a": 0}, "^rows must be a list or something else in an order, got dict$"),
-        (0, "^rows must be a list or something else in an order, got int$"),
-        (None, "^rows must be a list or something else in an order, got NoneType$"),
+        ({"a"}, "^rows must be a list or another ordered collection, got set$"),
+        ({"a": 0}, "^rows must be a list or another ordered collection, got dict$"),
+        (0, "^rows must be a list or another ordered collection, got int$"),
+        (None, "^rows must be a list or another ordered collection, got NoneType$"),
         (b"a", "^rows must be a list, got one text; put it in a list$"),
         (np.array(0), "^rows must be a list, got one value; put it in a list$"),
         ([None], "^rows must be row numbers or names, one for each prompt "),
@@ -190,8 +190,8 @@ def test_a_gathered_batch_and_the_table_share_nothing() -> None:
         ),
         (["a", "b"], r"^'b' is not in the table of 2 prompts; add it: table.add\(cache, names\)$"),
         ("a", "^rows must be a list, got one text; put it in a list$"),
-        ([0, "a"], "^rows must be row numbers or names, all of one kind"),
-        (["a", 0], "^rows must be row numbers or names, all of one kind"),
+        ([0, "a"], "^rows must be either all row numbers or all names"),
+        (["a", 0], "^rows must be either all row numbers or all names"),
         ([0.0], r"^rows must be row numbers or names, one for each prompt, got torch.float32 of shape \(1,\)$"),
         ([True], r"^rows must be row numbers or names, one for each prompt, got torch.bool of shape \(1,\)$"),
         (torch.tensor(0), r"^rows must be row numbers or names, one for each prompt, got torch.int64 of shape \(\)$"),
@@ -236,10 +236,10 @@ def test_a_row_that_was_kept_never_means_another_prompt() -> None:
     kept = table.rows_of(["b", "a"])
     for seed in range(1, 4):
         table.remove(["b"])
-        with pytest.raises(GistError, match=r"^rows must be of prompts in the table, and .* is none"):
+        with pytest.raises(GistError, match=r"^rows must be of prompts in the table, which .* is not"):
             table.gather(kept)
         table.add(made_up((4,), seed=seed), ["b"])
-        with pytest.raises(GistError, match=r"^rows must be of prompts in the table, and .* is none"):
+        with pytest.raises(GistError, match=r"^rows must be of prompts in the table, which .* is not"):
             table.gather(kept)
         kept = table.rows_of(["b", "a"])
         assert_same(table.gather(kept)[0], made_up((4,), seed=seed)[0])
@@ -264,7 +264,7 @@ def test_everything_can_be_removed() -> None:
     table = table_of()
     table.remove(["a", "b", "c"])
     assert len(table) == 0
-    with pytest.raises(GistError, match=r"^rows must be of prompts in the table, and 0 is none: "):
+    with pytest.raises(GistError, match=r"^rows must be of prompts in the table, which 0 is not: "):
         table.gather([0])
     table.add(made_up(seed=2), ["a", "b", "c"])
     assert_same(table.gather(["a", "b", "c"]), made_up(seed=2))
@@ -273,9 +273,9 @@ def test_everything_can_be_removed() -> None:
 @pytest.mark.parametrize(
     ("cache", "names", "error", "message"),
     [
-        (made_up((1,)), ["b"], GistError, "^'b' is in the table already; remove it first, or take another name$"),
+        (made_up((1,)), ["b"], GistError, "^'b' is already in the table; remove it first, or choose another name$"),
         (made_up((1, 1)), ["x"], GistError, "^names must be one for each of the 2 prompts, got 1$"),
-        (made_up((1, 1)), ["x", "x"], GistError, "^names hold 'x' twice; each prompt has a name of its own$"),
+        (made_up((1, 1)), ["x", "x"], GistError, "^names has 'x' twice; give each prompt a different name$"),
         (made_up((1,)), "x", GistError, "^names must be a list, got one text; put it in a list$"),
         (made_up((1,)), [1], GistError, "^names must be texts, got 1$"),
         (
@@ -285,12 +285,12 @@ def test_everything_can_be_removed() -> None:
             "^caches belong to different origins, .*llama/0123.* and .*llama/ffff",
         ),
         (made_up((1,), dtype=torch.float16), ["x"], CacheMismatchError, "^caches are torch.float32 on cpu and torch.f"),
-        (made_up((1,), encoder=True), ["x"], CacheMismatchError, "^caches have other layers, heads or sizes than the"),
+        (made_up((1,), encoder=True), ["x"], CacheMismatchError, "^caches differ in layers, heads or sizes from the"),
         (
             GistCache(made_up((1,)).keys[:2], made_up((1,)).values[:2], torch.tensor([1]), made_up().origin),
             ["x"],
             CacheMismatchError,
-            "^caches have other layers, heads or sizes than the table of llama/0123456789ab; compress the prompts a",
+            "^caches differ in layers, heads or sizes from the table of llama/0123456789ab; compress the prompts a",
         ),
     ],
     ids=["taken", "too-few", "twice", "text", "number", "origin", "dtype", "encoder", "layers"],
@@ -307,7 +307,7 @@ def test_add_refuses(cache: GistCache, names: Any, error: type[GistError], messa
     ("names", "message"),
     [
         (["a", "x"], "^'x' is not in the table of 3 prompts"),
-        (["a", "a"], "^names hold 'a' twice"),
+        (["a", "a"], "^names has 'a' twice"),
         ([], r"^names must be a list of at least one text, got \[\]$"),
         ("a", "^names must be a list, got one text; put it in a list$"),
     ],

@@ -539,7 +539,7 @@ def test_verify_of_a_good_store(store: GistStore) -> None:
     [
         ("missing", r"^torn: .*\.gist\.safetensors is missing$"),
         ("truncated", r"^torn: .* is truncated or altered: it has \d+ bytes, its entry says \d+$"),
-        ("altered", r"^torn: .* is altered: its checksum does not fit"),
+        ("altered", r"^torn: .* is altered: its checksum does not match"),
         ("link", r"^torn: .* is truncated or altered: it has \d+ bytes"),
     ],
 )

@@ -411,7 +411,7 @@ def test_internalize_errors_are_one_line(run, queries: list[str], words: str, me
         ("compress runs/demo --prompt a --output x --name n", "names are for a store"),
         (
             "compress runs/demo --prompt a --prompt b --store s --name n",
-            "--name must be given once for each of the 2 prompts",
+            "--name must be given once for each",
         ),
         ("compress runs/demo --prompt a --store s --name a/b", "'a/b'"),
         ("compress runs/demo --prompt a --output x --storage int4", "storage must be"),

@@ -17,21 +17,19 @@ from typer.testing import CliRunner
 from gisting.cli.serve import SERVE_SETTINGS, serve
 from gisting.errors import GistError, StoreError
 from gisting.models.hub import save_pretrained
-from gisting.models.patch import patch
 from gisting.serving import command
 from gisting.serving.command import require_vllm, serve_command, served_fingerprints
 from gisting.serving.gists import Served
 from gisting.store import GistStore
-from gisting.tokens import GistTokenizer
 from tests import tiny
 
 
-@pytest.fixture
-def folder(tokenizer: GistTokenizer, tmp_path: Path) -> Path:
-    model = patch(tiny.model("llama"), tokenizer)
-    save_pretrained(model, tokenizer, tmp_path / "model")
-    GistStore(tmp_path / "store").close()
-    return tmp_path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("command")
+    save_pretrained(*tiny.patched("llama"), folder / "model")
+    GistStore(folder / "store").close()
+    return folder
 
 
 def option(words: list[str], name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,25 +14,29 @@ import torch
 
 from gisting.cache import GistCache
 from gisting.errors import GistError
-from gisting.models.patch import patch
 from gisting.serving.gists import Served, StoredGists
 from gisting.serving.scheduler import SchedulerSide
 from gisting.serving.steps import COUNTERS, Load, Step
 from gisting.serving.worker import WorkerSide
 from gisting.store import GistStore
-from gisting.tokens import GistTokenizer
 from tests import tiny
 
 G = 64
 BLOCK_SIZE = 4
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("connector") / "store"
+    model, tokenizer = tiny.patched("llama")
+    with GistStore(path) as store:
+        store.get_or_compress(model, tokenizer, ["w1 w2 w3 w4 w5", "w4"], [6, 1], names=["six", "one"])
+    return path
+
+
 @pytest.fixture
-def store(tokenizer: GistTokenizer, tmp_path: Path) -> GistStore:
-    model = patch(tiny.model("llama"), tokenizer)
-    store = GistStore(tmp_path / "store")
-    store.get_or_compress(model, tokenizer, ["w1 w2 w3 w4 w5", "w4"], [6, 1], names=["six", "one"])
-    return store
+def store(filled: Path, tmp_path: Path) -> GistStore:
+    return GistStore(shutil.copytree(filled, tmp_path / "store"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,18 @@ from tests import tiny
 G = 64
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gists") / "store"
+    model, tokenizer = tiny.patched("llama")
+    with GistStore(path) as store:
+        store.get_or_compress(model, tokenizer, ["w1 w2 w3", "w4"], [3, 1], names=["three", "one"])
+    return path
+
+
 @pytest.fixture
-def store(tokenizer: GistTokenizer, tmp_path: Path) -> GistStore:
-    model = patch(tiny.model("llama"), tokenizer)
-    store = GistStore(tmp_path / "store")
-    store.get_or_compress(model, tokenizer, ["w1 w2 w3", "w4"], [3, 1], names=["three", "one"])
-    return store
+def store(filled: Path, tmp_path: Path) -> GistStore:
+    return GistStore(shutil.copytree(filled, tmp_path / "store"))
 
 
 def served_by(store: GistStore, **changes: object) -> Served:

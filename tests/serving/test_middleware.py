@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 
 from gisting.models.hub import save_pretrained
-from gisting.models.patch import patch
 from gisting.serving import middleware as module
 from gisting.serving.gists import Served, StoredGists
 from gisting.serving.middleware import GistMiddleware
@@ -22,14 +22,15 @@ from tests import tiny
 G = 64
 
 
-@pytest.fixture
-def folder(tokenizer: GistTokenizer, tmp_path: Path) -> Path:
-    """A checkpoint and its store."""
-    model = patch(tiny.model("llama"), tokenizer)
-    save_pretrained(model, tokenizer, tmp_path / "model")
-    with GistStore(tmp_path / "store") as store:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and its store, which tests must not change."""
+    folder = tmp_path_factory.mktemp("served")
+    model, tokenizer = tiny.patched("llama")
+    save_pretrained(model, tokenizer, folder / "model")
+    with GistStore(folder / "store") as store:
         store.get_or_compress(model, tokenizer, ["w1 w2 w3"], 3, names=["three"])
-    return tmp_path
+    return folder
 
 
 class App:
@@ -286,13 +287,13 @@ def test_a_server_without_gists_says_so() -> None:
     assert (status, "has no gist store" in error["message"]) == (400, True)
 
 
-def test_a_missing_store_is_the_servers_fault(folder: Path) -> None:
-    app = App(configuration(folder, store=str(folder / "gone")))
+def test_a_missing_store_is_the_servers_fault(folder: Path, tmp_path: Path) -> None:
+    app = App(configuration(folder, store=str(tmp_path / "gone")))
     middleware = GistMiddleware(app)
     body = {"prompt": "w1", "kv_transfer_params": {"gist": "three"}}
     status, error = ask(app, middleware, body)
     assert (status, error["type"], "is not a store" in error["message"]) == (500, "InternalServerError", True)
-    (folder / "store").rename(folder / "gone")
+    shutil.copytree(folder / "store", tmp_path / "gone")
     assert ask(app, middleware, body) == (200, b"fine")  # the next request tries again
 
 

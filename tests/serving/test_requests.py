@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from gisting.errors import GistError
-from gisting.models.patch import patch
 from gisting.serving.gists import GistRefusedError, Served, StoredGists
 from gisting.serving.requests import chat_ids, chat_with_ids, completion_with_ids, request
 from gisting.store import GistStore
@@ -23,13 +22,19 @@ MESSAGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture
-def gists(tokenizer: GistTokenizer, tmp_path: Path) -> StoredGists:
-    model = patch(tiny.model("llama"), tokenizer)
-    with GistStore(tmp_path / "store") as store:
+@pytest.fixture(scope="module")
+def tokenizer() -> GistTokenizer:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def gists(tmp_path_factory: pytest.TempPathFactory) -> StoredGists:
+    path = tmp_path_factory.mktemp("requests") / "store"
+    model, tokenizer = tiny.patched("llama")
+    with GistStore(path) as store:
         store.get_or_compress(model, tokenizer, ["w1 w2 w3"], 3, names=["three"])
         (entry,) = store.list()
-    return StoredGists(tmp_path / "store", Served((entry.model,), entry.tokenizer, "plain", G))
+    return StoredGists(path, Served((entry.model,), entry.tokenizer, "plain", G))
 
 
 def test_a_request_in_every_form(tokenizer: GistTokenizer) -> None:

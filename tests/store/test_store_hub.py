@@ -1,4 +1,4 @@
-"""A store that is shared: saved, uploaded and taken over again offline, and strangers' directories refused."""
+"""Sharing a store: saving, uploading and loading it again offline, and refusing invalid directories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.store.made import ORIGIN, is_same, made
 
 @dataclass
 class FakeHub:
-    """A hub in a local directory, which lays downloads out as huggingface_hub does: snapshots of links to blobs."""
+    """A hub in a local directory with downloads laid out as by huggingface_hub: snapshots of links to blobs."""
 
     folder: Path
     calls: list[str] = field(default_factory=list)
@@ -156,7 +156,7 @@ def test_without_a_path_it_is_taken_over_once(store: GistStore, hub: FakeHub, tm
     assert again.path == found.path
     assert "own" in again
     again.remove("a")
-    assert "a" in GistStore.from_pretrained("owner/gists", api=hub), "what was asked for is there"
+    assert "a" in GistStore.from_pretrained("owner/gists", api=hub), "the entry is there"
     store.put("c", made(3))
     store.push_to_hub("owner/gists", api=hub)
     assert "c" in GistStore.from_pretrained("owner/gists", api=hub), "other entries are another store"
@@ -168,7 +168,7 @@ def test_prompts_that_were_compressed_are_found_by_their_text(tmp_path: Path, mo
     wanted = store.get_or_compress(model, tokenizer, ["w1 w2", "w3"], 2, names=["x", None])
     store.save_pretrained(tmp_path / "saved")
     found = GistStore.from_pretrained(tmp_path / "saved", tmp_path / "taken")
-    assert [entry.name for entry in found.list()] == ["x"], "what has no name is shared by its key alone"
+    assert [entry.name for entry in found.list()] == ["x"], "an entry without a name is shared only by its key"
     monkeypatch.setattr("gisting.store.compressing.compress", None)
     assert is_same(found.get_or_compress(model, tokenizer, ["w1 w2"], 2), wanted[0])
     store.save_pretrained(tmp_path / "all", [entry.key for entry in store.list()])
@@ -214,7 +214,7 @@ def test_a_damaged_entry_is_not_shared(store: GistStore, tmp_path: Path) -> None
         store.save_pretrained(tmp_path / "saved")
 
 
-# -- strangers ---------------------------------------------------------------------------------------------------------
+# -- invalid directories -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def stored(tmp_path: Path, tensor: Tensor, kind: str | None) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "numbers", "kept"),
     [
-        # 24, 8 and 11 significant bits: halfway between two neighbours it is the even one.
+        # 24, 8 and 11 significant bits: ties go to the even neighbour.
         ("float32", [1 + 2**-23, 1 / 3, -0.0, 1e-45], [1 + 2**-23, 1 / 3, -0.0, 1e-45]),
         ("bfloat16", [1 + 2**-8, 1 + 3 * 2**-8, -3.0, 2.0**126], [1.0, 1 + 2**-6, -3.0, 2.0**126]),
         ("float16", [1 + 2**-11, 1 + 3 * 2**-11, 65519.0, 2**-25], [1.0, 1 + 2**-9, 65504.0, 0.0]),
@@ -283,10 +283,10 @@ def test_states_lie_in_the_file(tmp_path: Path) -> None:
     before = (tmp_path / "a").read_bytes()
     open_files = len(os.listdir("/proc/self/fd"))
     kept = [storage.read(tmp_path / "a")[1]["x"] for _ in range(50)]
-    assert len(os.listdir("/proc/self/fd")) == open_files, "a mapping needs no descriptor"
+    assert len(os.listdir("/proc/self/fd")) == open_files, "the mapping holds no descriptor"
     assert str(tmp_path / "a") in Path("/proc/self/maps").read_text(encoding="utf-8")
     kept[0].zero_()
-    assert torch.equal(kept[1], states), "what one writes is its own"
+    assert torch.equal(kept[1], states), "changes stay private to one reader"
     assert (tmp_path / "a").read_bytes() == before
     storage.write(tmp_path / "a", {}, {"x": states + 1})
     assert torch.equal(kept[1], states), "a file is replaced, not changed"
@@ -466,7 +466,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a tensor that is a number": (with_header(metadata("{}")[8:].strip()[:-1] + b',"y":1}', b""), " is a safetensors"),
     "no dtype": (one_tensor(dtype=None), TRUNCATED + "'x' is not a tensor"),
     "a dtype of another kind": (one_tensor(dtype="I64"), TRUNCATED + "'x' has dtype 'I64'"),
-    "a dtype that nobody knows": (one_tensor(dtype="F7"), TRUNCATED + "'x' has dtype 'F7'"),
+    "an unknown dtype": (one_tensor(dtype="F7"), TRUNCATED + "'x' has dtype 'F7'"),
     "a shape that is a number": (one_tensor(shape=3), TRUNCATED + "'x' is not a tensor"),
     "a shape of texts": (one_tensor(shape=["3"]), TRUNCATED + r"'x' has dtype 'F32', shape \['3'\]"),
     "a shape of truths": (one_tensor(shape=[3, True]), TRUNCATED + r"'x' has dtype 'F32', shape \[3, True\]"),
@@ -494,7 +494,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         two_tensors([4, 16], [16, 28], num_bytes=28),
         TRUNCATED + "'x' begins at 4, the tensor before it",
     ),
-    "bytes behind": (two_tensors([0, 12], [12, 24], num_bytes=25), TRUNCATED + "the tensors end at 24, the file at"),
+    "bytes after": (two_tensors([0, 12], [12, 24], num_bytes=25), TRUNCATED + "the tensors end at 24, the file at"),
     "bytes missing": (two_tensors([0, 12], [12, 24], num_bytes=23), TRUNCATED + "the tensors end at 24, the file at"),
     "no multiple of its size": (
         Forged(
@@ -742,7 +742,7 @@ def test_write_atomically(tmp_path: Path) -> None:
 def test_write_atomically_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     storage.write_atomically("a" * 255, b"one")
-    assert os.listdir(tmp_path) == ["a" * 255], "the temporary file has a name of its own length"
+    assert os.listdir(tmp_path) == ["a" * 255], "the length of the temporary name does not depend on it"
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace", "fdopen"])

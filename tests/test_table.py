@@ -223,7 +223,7 @@ def test_add_and_remove(encoder: bool) -> None:
     table.remove(["b"])
     assert table.names == ["a", "c"]
     more = made_up((7, 3), encoder=encoder, seed=1)
-    assert table.add(more, ["d", "e"]).tolist() == [(1 << 32) + 1, 3], "the room that is free, then a new row"
+    assert table.add(more, ["d", "e"]).tolist() == [(1 << 32) + 1, 3], "the free row, then a new one"
     single |= {"d": more[0], "e": more[1]}
     assert table.names == ["a", "c", "e", "d"]
     for names in (["e", "d", "c", "a"], ["c"], ["a", "c", "a"]):
@@ -238,7 +238,7 @@ def test_a_used_row_holds_nothing_of_the_prompt_before() -> None:
 
 
 def test_a_row_that_was_kept_never_means_another_prompt() -> None:
-    """``rows_of``, then a change by somebody else, then ``gather``: refused, and not the gist of whoever came."""
+    """``rows_of``, a change by another thread, ``gather``: refused, instead of returning another prompt's gist."""
     table = table_of()
     kept = table.rows_of(["b", "a"])
     for seed in range(1, 4):
@@ -264,7 +264,7 @@ def test_room_is_doubled() -> None:
     assert sizes == [2, 4, 4, 8, 8, 8, 8, 16]
     table.remove([str(number) for number in range(1, 9)])
     table.add(made_up((1,) * 15), [str(number) for number in range(15)])
-    assert table.num_bytes // one == 16, "rows are used again"
+    assert table.num_bytes // one == 16, "rows are reused"
 
 
 def test_everything_can_be_removed() -> None:

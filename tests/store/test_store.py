@@ -152,7 +152,7 @@ def test_list_has_every_field(store: GistStore) -> None:
     )
     assert re.fullmatch("[0-9a-f]{64}", entry.key)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry.created)
-    assert is_same(store[entry.key], made(1, k=3)), "a key is as good as a name"
+    assert is_same(store[entry.key], made(1, k=3)), "a key works like a name"
     assert entry.key in store
 
 
@@ -455,7 +455,7 @@ def test_prompts_are_not_stored(store: GistStore) -> None:
 
 
 def test_opened_caches_are_bounded(store: GistStore) -> None:
-    """By what they really take, which is more than their states."""
+    """The limit counts what they really take, which is more than their states."""
     store.put_many({name: made(seed) for seed, name in enumerate("abc")})
     store.get("a")
     one = store._reader.open_caches.num_bytes
@@ -1122,7 +1122,7 @@ def test_table(store: GistStore) -> None:
     assert is_same(store.table(["b", "c"]).gather(["b"]), made(2, k=3))
     assert is_same(store.table([key]).gather([key]), made(1))
     assert store.table(["a"], device="cpu").device == torch.device("cpu")
-    assert len(store._reader.open_caches) == 2, "what is read for a table alone is not held open"
+    assert len(store._reader.open_caches) == 2, "what is only read for a table is not kept open"
 
 
 def test_table_refuses(store: GistStore) -> None:

@@ -262,7 +262,7 @@ def test_a_store_from_making_to_removing(run, workplace: Path) -> None:
 
     assert run("store", "remove", "gists", "capitals", rows[2]["key"][:12]).code == 0
     lost = run("store", "gc", "gists", "--keep-model", "llama/typo")
-    assert "keep_models must be a list of models that the store has" in lost.err
+    assert "keep_models must be a list of models in the store" in lost.err
     assert run("store", "gc", "gists", "--drop-unnamed", "--keep-model", rows[0]["model"]).code == 0
     assert [json.loads(line)["name"] for line in run("store", "list", "gists", "--json").out.splitlines()] == [
         "plainly"
@@ -288,7 +288,7 @@ def test_inspect_shows_what_a_file_holds(run, workplace: Path) -> None:
     run("compress", "runs/demo", "--prompt", "answer plainly", "--output", "one.st", "--storage", "float8_e4m3")
     shown = run("inspect", "one.st")
     assert shown.code == 0, shown.err
-    for word in ("float8_e4m3", "letters", "llama/", "whole: "):
+    for word in ("float8_e4m3", "letters", "llama/", "intact: "):
         assert word in shown.out
     found = json.loads(run("inspect", "one.st", "--json").out)
     assert found["manifest"]["lengths"] == [2]

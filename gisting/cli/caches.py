@@ -158,7 +158,7 @@ def _named(texts: list[str], names: list[str]) -> list[PromptRecord]:
 
     if names and len(names) != len(texts):
         raise GistError(
-            f"--name must be given once per --prompt and --prompt-file, {len(texts)} times, got {len(names)}"
+            f"--name must be given once for each --prompt and --prompt-file, {len(texts)} times, got {len(names)}"
         )
     return [PromptRecord(text, names[row] if names else None) for row, text in enumerate(texts)]
 

@@ -1,8 +1,8 @@
-"""Many prompts' gists in one table on the device, from which a batch is handed out by index.
+"""The gists of many prompts in one table on the device, from which batches are gathered by index.
 
 Place in the flow: cache -> **table** -> generation. Joins single caches into tensors of ``(prompts, heads, slots, head
-size)``, one for the keys and one for the values of each layer, so that a batch is one gather of each, whatever its
-size. Knows which row a name has; knows no files and no model.
+size)``, one for the keys and one for the values of each layer, so that a batch of any size takes one gather of each.
+Knows which row a name has; does not depend on files or a model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gisting.rotary import Rotary
 
 __all__ = ["GistTable"]
 
-# A row number: which of the prompts that lay in this row, and the row. The first prompt of each is number 0.
+# A row number holds the row in its low bits and, above them, how many prompts had that row before.
 _ROW_BITS = 32
 _ROW = (1 << _ROW_BITS) - 1
 
@@ -29,21 +29,22 @@ _ROW = (1 << _ROW_BITS) - 1
 class GistTable:
     """The states of many prompts, right-aligned in slots, ready to be gathered.
 
-    Prompts come and go while it is in use, from any thread: a gather sees the table before a change or after it, and
-    what it returned is a copy that no later change reaches. Room is doubled when it runs out and never given back; the
-    room of a removed prompt is used again, under another number. On an accelerator all threads are to use one stream.
+    Prompts may be added and removed at any time, from any thread. A gather sees the table either before or after a
+    change, and returns a copy that later changes do not affect. The capacity is doubled when it runs out and never
+    shrinks; the space of a removed prompt is reused, under another row number. On an accelerator, all threads must use
+    one stream.
 
-    What is copied in goes there one layer at a time: beside the caches that are given, building a table takes the
-    memory of the table and of one layer.
+    States are copied in one layer at a time: in addition to the given caches, building a table takes the memory of the
+    table and of one layer.
 
     Args:
         caches: the first prompts: a cache, or several of one model, dtype and device; k may differ. They are copied.
         names: one for each prompt; None for their numbers, ``"0"``, ``"1"``, ...
-        device: where the table lies; None for where the caches do.
-        dtype: of the states; None for that of the caches.
+        device: where to place the table; None for the device of the caches.
+        dtype: dtype of the states; None for that of the caches.
 
     Raises:
-        GistError: there is no cache, or names are missing or repeat.
+        GistError: there is no cache, or names are missing or repeated.
         CacheMismatchError: the caches do not belong together.
     """
 
@@ -68,16 +69,16 @@ class GistTable:
         ]
         self._lengths = torch.zeros(0, dtype=torch.int64)
         self._is_held = torch.zeros(0, dtype=torch.bool)
-        # How many prompts have left each row.
+        # How many prompts were removed from each row.
         self._generations = torch.zeros(0, dtype=torch.int64)
         self._rows: dict[str, int] = {}
         num_prompts = sum(map(len, caches))
         self._put(caches, [str(number) for number in range(num_prompts)] if names is None else names, first)
 
-    # -- what it is ----------------------------------------------------------------------------------------------------
+    # -- properties ----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """How many prompts it holds."""
+        """Return the number of prompts."""
         return len(self._rows)
 
     def __contains__(self, name: object) -> bool:
@@ -85,13 +86,13 @@ class GistTable:
 
     @property
     def names(self) -> list[str]:
-        """The names of its prompts, in the order of their row numbers."""
+        """The names of the prompts, in the order of their row numbers."""
         with self._lock:
             return sorted(self._rows, key=self._rows.__getitem__)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all states, room that is not in use among them."""
+        """Bytes of all states, including unused capacity."""
         with self._lock:
             return sum(tensor.numel() * tensor.element_size() for tensor in self._states)
 
@@ -112,7 +113,7 @@ class GistTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the states lie."""
+        """The device of the states."""
         return self._states[0].device
 
     def __repr__(self) -> str:
@@ -121,14 +122,14 @@ class GistTable:
             f"{self.device}, model {self._origin.model})"
         )
 
-    # -- handing out ---------------------------------------------------------------------------------------------------
+    # -- gathering -----------------------------------------------------------------------------------------------------
 
     def rows_of(self, names: Iterable[str]) -> Tensor:
-        """The row numbers of the prompts ``names``, int64 ``(B,)`` on the CPU.
+        """Return the row numbers of the prompts ``names``, int64 ``(B,)`` on the CPU.
 
-        A number is a prompt's own for good. A prompt that takes the room of a removed one has another number, so what
-        was kept of the removed one is refused by :meth:`gather` and never means somebody else. Numbers of prompts that
-        took nobody's room are 0, 1, ... in the order in which they came.
+        A row number belongs to one prompt forever. A prompt that reuses the space of a removed one gets another number,
+        so :meth:`gather` refuses a number of the removed one instead of returning a different prompt. Prompts that
+        reuse no space are numbered 0, 1, ... in the order in which they were added.
 
         Raises:
             GistError: there is no such prompt, or no name at all.
@@ -138,17 +139,17 @@ class GistTable:
             return self._rows_of(names)
 
     def gather(self, rows: Iterable[int] | Iterable[str] | Tensor) -> GistCache:
-        """A batch: the prompts of these rows, in this order; a row may come more than once.
+        """Return the prompts of these rows as a batch, in this order. A row may occur more than once.
 
         Args:
-            rows: B names, or B row numbers, also as an integer ``(B,)``; one on an accelerator is read back once, to
-                check it.
+            rows: B names, or B row numbers, which may be an integer tensor ``(B,)``. A tensor on an accelerator is read
+                back once, to check it.
 
         Returns:
-            A copy of their states in as many slots as the largest k among them takes.
+            A copy of their states, in as many slots as the largest k among them.
 
         Raises:
-            GistError: there is no such prompt or it was removed, ``rows`` is empty, has no order, or holds something
+            GistError: there is no such prompt or it was removed, or ``rows`` is empty, unordered, or holds something
                 else.
         """
         given = rows if isinstance(rows, Tensor) else _listed("rows", rows)
@@ -164,14 +165,14 @@ class GistTable:
             used = [tensor.narrow(-2, tensor.shape[-2] - num_slots, num_slots) for tensor in self._states]
             return self._cache([tensor.index_select(0, index) for tensor in used], lengths)
 
-    # -- changing it ---------------------------------------------------------------------------------------------------
+    # -- changing ------------------------------------------------------------------------------------------------------
 
     def add(self, cache: GistCache, names: Iterable[str]) -> Tensor:
-        """Put more prompts in.
+        """Add prompts.
 
         Args:
             cache: N prompts, of any k. They are copied.
-            names: one for each, none of which is in the table.
+            names: one for each, not yet in the table.
 
         Returns:
             Their row numbers, int64 ``(N,)`` on the CPU.
@@ -183,10 +184,10 @@ class GistTable:
         return self._put([cache], names)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Take the prompts ``names`` out. Their room is used again by prompts that come, their row numbers are not.
+        """Remove the prompts ``names``. Later prompts reuse their space, but not their row numbers.
 
         Raises:
-            GistError: there is no such prompt, or a name comes twice; then none is removed.
+            GistError: there is no such prompt, or a name is given twice; then nothing is removed.
         """
         names = _checked(names)
         with self._lock:
@@ -199,20 +200,20 @@ class GistTable:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _put(self, caches: Sequence[GistCache], names: Iterable[str], like: GistCache | None = None) -> Tensor:
-        """Copy caches, which must belong together and to ``like`` or else to the table, to its device, in its dtype."""
+        """Copy caches into the table. They must belong together, and to ``like`` or, if it is None, to the table."""
         names = _checked(names)
         num_prompts = sum(map(len, caches))
         if len(names) != num_prompts:
             raise GistError(f"names must be one for each of the {num_prompts} prompts, got {len(names)}")
-        # In place below: tensors made in inference mode could not be written outside of it.
+        # The table is written in place, which is not allowed for tensors that were made in inference mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for name in names:
                 if name in self._rows:
-                    raise GistError(f"{name!r} is in the table already; remove it first, or take another name")
+                    raise GistError(f"{name!r} is already in the table; remove it first, or choose another name")
             states = [_states_of(cache) for cache in caches]
             if any(_sizes(parts) != _sizes(self._states) for parts in states):
                 raise CacheMismatchError(
-                    f"caches have other layers, heads or sizes than the table of {self._origin.model}; compress the "
+                    f"caches differ in layers, heads or sizes from the table of {self._origin.model}; compress the "
                     "prompts again"
                 )
             like = self._cache(self._states, self._lengths) if like is None else like
@@ -243,7 +244,7 @@ class GistTable:
             ) from error
 
     def _places(self, rows: Tensor) -> Tensor:
-        """Where the prompts of these row numbers lie, all of which must be in the table."""
+        """Return the rows of these row numbers, all of which must be in the table."""
         where = rows & _ROW
         is_there = where < len(self._is_held)
         where = where.where(is_there, 0)
@@ -251,13 +252,13 @@ class GistTable:
             is_there &= self._is_held[where] & (self._generations[where] << _ROW_BITS | where == rows)
         if not is_there.all():
             raise GistError(
-                f"rows must be of prompts in the table, and {rows[~is_there][0]} is none: that prompt was removed, or "
-                "never there; ask for the rows of those that are: table.rows_of(names)"
+                f"rows must be of prompts in the table, which {rows[~is_there][0]} is not: that prompt was removed or "
+                "never added; get the row numbers with table.rows_of(names)"
             )
         return where
 
     def _make_room(self, num_rows: int, num_slots: int) -> None:
-        """Whole or not at all: nothing has changed where memory runs out."""
+        """Grow completely or not at all: if memory runs out, nothing has changed."""
         capacity, slots = self._states[0].shape[0], self._states[0].shape[-2]
         missing = len(self._rows) + num_rows - capacity
         more = max(missing, capacity) if missing > 0 else 0
@@ -289,7 +290,7 @@ def _states_of(cache: GistCache) -> list[Tensor]:
 
 
 def _emptied(cache: GistCache) -> GistCache:
-    """What is left of a cache to be compared with others by :meth:`GistCache.cat`: no prompt, no slot."""
+    """Return a cache without prompts and slots, which :meth:`GistCache.cat` can still compare with others."""
     states = [tensor[:0].narrow(-2, 0, 0) for tensor in _states_of(cache)]
     num_layers = len(cache.keys)
     return replace(
@@ -302,7 +303,7 @@ def _emptied(cache: GistCache) -> GistCache:
 
 
 def _joined(parts: Sequence[Tensor], num_slots: int) -> Tensor:
-    """``(N_i, ..., P_i, size)`` one below another, right-aligned in ``num_slots``; a single one as it is if it fits."""
+    """Stack ``(N_i, ..., P_i, size)``, right-aligned in ``num_slots``. A single one that fits is returned unchanged."""
     if len(parts) == 1 and parts[0].shape[-2] == num_slots:
         return parts[0]
     joined = parts[0].new_zeros(sum(map(len, parts)), *parts[0].shape[1:-2], num_slots, parts[0].shape[-1])
@@ -312,16 +313,16 @@ def _joined(parts: Sequence[Tensor], num_slots: int) -> Tensor:
 
 
 def _sizes(states: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """Everything but the numbers of prompts and slots."""
+    """Return the shapes without the numbers of prompts and slots."""
     return [(*tensor.shape[1:-2], tensor.shape[-1]) for tensor in states]
 
 
 def _listed(argument: str, given: Any) -> list[Any]:
-    """What was given in some order, as a list."""
+    """Return an ordered argument as a list."""
     if isinstance(given, str | bytes):
         raise GistError(f"{argument} must be a list, got one text; put it in a list")
     if isinstance(given, Set | Mapping) or not isinstance(given, Iterable):
-        raise GistError(f"{argument} must be a list or something else in an order, got {type(given).__name__}")
+        raise GistError(f"{argument} must be a list or another ordered collection, got {type(given).__name__}")
     found = given.tolist() if hasattr(given, "tolist") else list(given)  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(found, list):
         raise GistError(f"{argument} must be a list, got one value; put it in a list")
@@ -330,7 +331,7 @@ def _listed(argument: str, given: Any) -> list[Any]:
 
 def _are_texts(rows: Sequence[Any]) -> bool:
     if len({isinstance(row, str) for row in rows}) > 1:
-        raise GistError(f"rows must be row numbers or names, all of one kind, got {rows!r:.100}")
+        raise GistError(f"rows must be either all row numbers or all names, got {rows!r:.100}")
     return bool(rows) and isinstance(rows[0], str)
 
 
@@ -356,6 +357,6 @@ def _checked(names: Iterable[str]) -> list[str]:
         if not isinstance(name, str):
             raise GistError(f"names must be texts, got {name!r}")
         if name in seen:
-            raise GistError(f"names hold {name!r} twice; each prompt has a name of its own")
+            raise GistError(f"names has {name!r} twice; give each prompt a different name")
         seen.add(name)
     return found

@@ -528,7 +528,7 @@ def assert_refused(path: Path, data: bytes, message: str, what: str) -> None:
 
 
 # What the numbers are stored as decides how much memory they take, and is looked at before the checksum.
-KIND = "is no gist cache of format 2: (storage|dtype) "
+KIND = "is not a gist cache of format 2: (storage|dtype) "
 ALTERED = (
     r" (is truncated or altered \(|is altered: |has format \d+, |is a safetensors file but holds no gist cache|"
     f"{KIND})"
@@ -570,7 +570,7 @@ def test_every_bit_flip_in_the_states_is_refused(saved: bytes, tmp_path: Path) -
     for bit in random.Random(2).sample(range(start, len(saved) * 8), 400):
         data = bytearray(saved)
         data[bit // 8] ^= 1 << bit % 8
-        message = " is altered: its checksum does not fit; compress the prompt again$"
+        message = " is altered: its checksum does not match; compress the prompt again$"
         assert_refused(tmp_path / "a", bytes(data), message, f"bit {bit} flipped")
 
 
@@ -581,7 +581,7 @@ def test_exchanged_states_are_refused(saved: bytes, tmp_path: Path) -> None:
             data = saved.replace(b"values.0", b"values.9")
         else:
             data = saved.replace(one, b"keys.X").replace(other, one).replace(b"keys.X", other)
-        assert_refused(tmp_path / "a", data, " is altered: its checksum does not fit", f"{one!r} for {other!r}")
+        assert_refused(tmp_path / "a", data, " is altered: its checksum does not match", f"{one!r} for {other!r}")
 
 
 def rewritten(saved: bytes, change: Callable[[Forged], Any], *, signed: bool) -> bytes:
@@ -620,7 +620,10 @@ def test_later_format(saved: bytes, signed: bool, tmp_path: Path) -> None:
 def test_changed_content_is_refused(saved: bytes, change: Callable[[Forged], Any], tmp_path: Path) -> None:
     data = rewritten(saved, change, signed=False)
     assert_refused(
-        tmp_path / "a", data, f" (is altered: its checksum does not fit; compress the prompt again$|{KIND})", "a change"
+        tmp_path / "a",
+        data,
+        f" (is altered: its checksum does not match; compress the prompt again$|{KIND})",
+        "a change",
     )
 
 
@@ -693,7 +696,7 @@ def test_hostile_file_with_a_right_checksum_is_refused(
     words.
     """
     data = rewritten(saved, change, signed=True)
-    assert_refused(tmp_path / "a", data, f" is no gist cache of format 2: .*{message}", "a manifest that cannot be")
+    assert_refused(tmp_path / "a", data, f" is not a gist cache of format 2: .*{message}", "a manifest that cannot be")
 
 
 def test_nothing_that_lies_in_front_of_a_gist_is_read(saved: bytes, tmp_path: Path) -> None:
@@ -747,11 +750,11 @@ def test_other_files(data: bytes, tmp_path: Path) -> None:
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    """More of what is no file is in ``test_storage.py``."""
-    message = re.escape(f"{tmp_path / 'none'} is no file; save a cache there first: cache.save(path)")
+    """More files that cannot be read are in ``test_storage.py``."""
+    message = re.escape(f"{tmp_path / 'none'} does not exist; save a cache there first: cache.save(path)")
     with pytest.raises(FileNotFoundError, match=message):
         GistCache.load(tmp_path / "none")
-    with pytest.raises(CacheFormatError, match=re.escape(f"{tmp_path} is no regular file; give the file that")):
+    with pytest.raises(CacheFormatError, match=re.escape(f"{tmp_path} is not a regular file; give the file that")):
         GistCache.load(tmp_path)
 
 
@@ -771,7 +774,7 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
         ),
         (
             {"keys": (torch.full((3, 2, 5, 4), torch.inf),) * 3},
-            r"^keys.0 holds NaN or infinity, which no file keeps; c",
+            r"^keys.0 holds NaN or infinity, which cannot be stored; c",
         ),
         ({"keys": made_up().keys[:2]}, r"^this cache is none .*: there are keys of 2 layers and values of 3; compress"),
     ],

@@ -230,9 +230,9 @@ def test_a_store_from_making_to_removing(run, workplace: Path) -> None:
     words = shlex.split("compress runs/demo --prompts prompts.jsonl --prompt 'write capitals' --name capitals")
     made = run(*words, "--store", "gists", "--storage", "int8")
     assert made.code == 0, made.err
-    assert "3 prompts in gists, 3 of them new; 3 entries in all" in made.out
+    assert "3 prompts in gists, 3 of them new; 3 entries in total" in made.out
     again = run("compress", "runs/demo", "--prompts", "prompts.jsonl", "--store", "gists")
-    assert "2 prompts in gists, 0 of them new; 3 entries in all" in again.out
+    assert "2 prompts in gists, 0 of them new; 3 entries in total" in again.out
 
     rows = [json.loads(line) for line in run("store", "list", "gists", "--json").out.splitlines()]
     assert [(row["name"], row["num_gist_tokens"], row["storage"]) for row in rows] == [
@@ -252,7 +252,7 @@ def test_a_store_from_making_to_removing(run, workplace: Path) -> None:
     expected = gisting.generate(model, tokenizer, ["a b", "c d"], cache=cache, max_new_tokens=4, do_sample=False)
     assert [json.loads(line)["output"] for line in answered.out.splitlines()] == expected
 
-    assert "3 entries, every one whole" in run("store", "verify", "gists").out
+    assert "3 entries, all intact" in run("store", "verify", "gists").out
     (file,) = Path("gists", "objects").glob(f"*/{rows[0]['key']}*")
     file.write_bytes(file.read_bytes()[:-1])
     damaged = run("store", "verify", "gists")
@@ -262,7 +262,7 @@ def test_a_store_from_making_to_removing(run, workplace: Path) -> None:
 
     assert run("store", "remove", "gists", "capitals", rows[2]["key"][:12]).code == 0
     lost = run("store", "gc", "gists", "--keep-model", "llama/typo")
-    assert "keep_models must be a list of models that the store has" in lost.err
+    assert "keep_models must be a list of models in the store" in lost.err
     assert run("store", "gc", "gists", "--drop-unnamed", "--keep-model", rows[0]["model"]).code == 0
     assert [json.loads(line)["name"] for line in run("store", "list", "gists", "--json").out.splitlines()] == [
         "plainly"
@@ -288,7 +288,7 @@ def test_inspect_shows_what_a_file_holds(run, workplace: Path) -> None:
     run("compress", "runs/demo", "--prompt", "answer plainly", "--output", "one.st", "--storage", "float8_e4m3")
     shown = run("inspect", "one.st")
     assert shown.code == 0, shown.err
-    for word in ("float8_e4m3", "letters", "llama/", "whole: "):
+    for word in ("float8_e4m3", "letters", "llama/", "intact: "):
         assert word in shown.out
     found = json.loads(run("inspect", "one.st", "--json").out)
     assert found["manifest"]["lengths"] == [2]
@@ -403,22 +403,25 @@ def test_internalize_errors_are_one_line(run, queries: list[str], words: str, me
     ("words", "message"),
     [
         ("compress runs/demo --output x", "give a prompt: --prompt TEXT, --prompt-file FILE or --prompts FILE"),
-        ("compress runs/demo --prompt a", "give either --output FILE, for one file, or --store DIR"),
+        ("compress runs/demo --prompt a", "give either --output FILE or --store DIR"),
         (
             "compress runs/demo --prompt a --output x --store s",
-            "give either --output FILE, for one file, or --store DIR",
+            "give either --output FILE or --store DIR",
         ),
         ("compress runs/demo --prompt a --output x --name n", "names are for a store"),
-        ("compress runs/demo --prompt a --prompt b --store s --name n", "--name must come once for each --prompt"),
+        (
+            "compress runs/demo --prompt a --prompt b --store s --name n",
+            "--name must be given once for each",
+        ),
         ("compress runs/demo --prompt a --store s --name a/b", "'a/b'"),
         ("compress runs/demo --prompt a --output x --storage int4", "storage must be"),
         ("compress runs/demo --prompts none.jsonl --store s", "none.jsonl"),
         ("generate runs/demo", "give either --cache FILE or --store DIR with --name NAME"),
         ("generate runs/demo --store s", "--store needs --name NAME"),
         ("generate runs/demo --store s --name a", "there is no store in s; make one: gisting compress"),
-        ("generate runs/demo --cache c --name a", "--name goes with --store"),
+        ("generate runs/demo --cache c --name a", "--name needs --store"),
         ("store list runs/demo", "there is no store in runs/demo"),
-        ("compress runs/demo --prompt a --store runs/demo", "runs/demo is no store and not empty"),
+        ("compress runs/demo --prompt a --store runs/demo", "runs/demo is not a store and not empty"),
         ("compress runs/demo --prompt-file runs/demo/model.safetensors --output x", "is not UTF-8 text"),
         ("store verify nothing", "there is no store in nothing"),
         ("inspect none.st", "none.st"),
@@ -432,7 +435,7 @@ def test_internalize_errors_are_one_line(run, queries: list[str], words: str, me
         ("compress runs/demo --prompt a --template alpaca --output x", "model was patched for tokenizer"),
         ("compress runs/demo --prompt-file none.txt --output x", "none.txt"),
         ("compress runs/nothing --prompt a --output x", "runs/nothing"),
-        ("generate runs/demo --cache none.st", "none.st is no file; save a cache there first"),
+        ("generate runs/demo --cache none.st", "none.st does not exist; save a cache there first"),
         ("generate runs/demo --cache runs/demo/model.safetensors", "holds no gist cache"),
         ("eval runs/demo --data none.jsonl", "none.jsonl"),
         ("eval runs/demo --data runs/demo/config.json", "config.json must hold a list of objects"),

@@ -1,4 +1,4 @@
-"""``gisting compress``, ``generate``, ``inspect`` and ``store``: compressed prompts, made, used and kept."""
+"""``gisting compress``, ``generate``, ``inspect`` and ``store``: making, using and storing compressed prompts."""
 
 from __future__ import annotations
 
@@ -42,16 +42,14 @@ _BATCH_SIZE = 32  # prompts between two steps of the progress bar
 StorageOption = Annotated[
     str | None,
     typer.Option(
-        help="How numbers are stored: float32, bfloat16, float16, float8_e4m3 or int8. By default as they are."
+        help="How to store numbers: float32, bfloat16, float16, float8_e4m3 or int8. By default without loss."
     ),
 ]
 StoreArgument = Annotated[Path, typer.Argument(help="Directory of the store.")]
 
 
 def _names_in_store(context: typer.Context) -> list[str]:
-    """For the shell's completion: the names in the store that the line has named before; none where it is no store.
-    Typer takes those that fit.
-    """
+    """Return the names in the store given on the command line, for the shell's completion. Typer selects from them."""
     from gisting.store.index import INDEX, Index
 
     folder = context.params.get("store") or context.params.get("folder")
@@ -70,7 +68,7 @@ def compress(
         Path | None, typer.Option(help="File for all prompts together, such as prompt.gist.safetensors.")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Directory of a store, in place of a file; made if need be.")
+        Path | None, typer.Option(help="Directory of a store, instead of a file; made if it does not exist.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
     prompt_file: Annotated[
@@ -79,18 +77,18 @@ def compress(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="A file of prompts: one a line, or .jsonl with prompt and, where wanted, name and num_gist_tokens."
+            help="A file of prompts: one per line, or .jsonl with prompt and optionally name and num_gist_tokens."
         ),
     ] = None,
     name: Annotated[
-        list[str] | None, typer.Option(help="With --store: name of a --prompt or --prompt-file, in their order.")
+        list[str] | None, typer.Option(help="With --store: a name for each --prompt and --prompt-file, in order.")
     ] = None,
     num_gist_tokens: KOption = None,
     chunk_length: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Cut prompts of more tokens into chunks of at most so many, each with k gist tokens. By default "
+            help="Cut longer prompts into chunks of at most this many tokens, each with k gist tokens. By default "
             "as the checkpoint was trained.",
         ),
     ] = None,
@@ -100,7 +98,7 @@ def compress(
     device: DeviceOption = "cpu",
     as_json: Annotated[bool, json_option("an object for each prompt")] = False,
 ) -> None:
-    """Compress prompts into one cache file, or each into a store.
+    """Compress prompts into one cache file or into a store.
 
     Example: gisting compress runs/demo --prompt 'please reverse the letters , answer plainly' --output
     my.gist.safetensors
@@ -116,11 +114,11 @@ def compress(
     if not records:
         raise GistError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompts FILE")
     if (output is None) == (store is None):
-        raise GistError("give either --output FILE, for one file, or --store DIR")
+        raise GistError("give either --output FILE or --store DIR")
     if storage is not None and storage not in STORAGES:
         raise GistError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
     if store is None and any(record.name for record in records):
-        raise GistError("names are for a store; give --store DIR in place of --output")
+        raise GistError("names are for a store; give --store DIR instead of --output")
     loaded, tokenizer = load_patched(model, template, dtype, device)
     counts = [record.num_gist_tokens or wanted_k(loaded, num_gist_tokens) for record in records]
     chunk_length = chunk_length or trained_chunk_length(loaded)
@@ -138,7 +136,7 @@ def compress(
 
 
 def _say_other_templates(model: str, texts: list[str]) -> None:
-    """Where a template was internalised, a model has no reason to read another one."""
+    """Warn about texts other than the template that was internalised, which the model may not be able to read."""
     from gisting.data.plain import excerpt
     from gisting.internalize.result import RESULT_NAME, load_internalized, template_hash
 
@@ -159,7 +157,9 @@ def _named(texts: list[str], names: list[str]) -> list[PromptRecord]:
     from gisting.data.prompts import PromptRecord
 
     if names and len(names) != len(texts):
-        raise GistError(f"--name must come once for each --prompt and --prompt-file, {len(texts)}, got {len(names)}")
+        raise GistError(
+            f"--name must be given once for each --prompt and --prompt-file, {len(texts)} times, got {len(names)}"
+        )
     return [PromptRecord(text, names[row] if names else None) for row, text in enumerate(texts)]
 
 
@@ -197,7 +197,7 @@ def _compress_into(
                 _print_compressed(records[rows], cache, tokenizer, folder, as_json=as_json)
             progress.advance(bar, len(records[rows]))
     out.print(
-        f"{len(records)} prompts in {folder}, {len(store) - before} of them new; {len(store)} entries in all",
+        f"{len(records)} prompts in {folder}, {len(store) - before} of them new; {len(store)} entries in total",
         highlight=False,
     )
 
@@ -222,23 +222,25 @@ def _print_compressed(
 
 def generate(
     model: ModelArgument,
-    cache: Annotated[Path | None, typer.Option(help="Cache file of one prompt for all inputs, or of one each.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Directory of a store, in place of a file.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Cache file with one prompt for all inputs, or one for each.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Directory of a store, instead of a file.")] = None,
     name: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --store: name of the prompt for all inputs, or repeated, one each.",
+            help="With --store: name of the prompt for all inputs, or repeated, one for each.",
             autocompletion=_names_in_store,
         ),
     ] = None,
     input: Annotated[
-        list[str] | None, typer.Option(help="An input; may be repeated. Without one, the prompt says it all.")
+        list[str] | None, typer.Option(help="An input; may be repeated. By default an empty input for each prompt.")
     ] = None,
-    input_file: Annotated[Path | None, typer.Option(help="A text file with an input on each line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    input_file: Annotated[Path | None, typer.Option(help="A text file with one input per line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of choosing the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beam search.")] = 1,
+    num_beams: Annotated[int, typer.Option(min=1, help="Number of beams; 1 for no beam search.")] = 1,
     seed: Annotated[int | None, typer.Option(help="With --sample: the same seed gives the same answer.")] = None,
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
@@ -274,14 +276,14 @@ def generate(
 
 
 def _held(cache: Path | None, store: Path | None, names: list[str]) -> GistCache:
-    """The compressed prompts of a file, or of names in a store."""
+    """Load the compressed prompts of a file, or of names in a store."""
     from gisting.cache import GistCache
 
     if (cache is None) == (store is None):
         raise GistError("give either --cache FILE or --store DIR with --name NAME")
     if cache is not None:
         if names:
-            raise GistError("--name goes with --store; a cache file has no names")
+            raise GistError("--name needs --store; a cache file has no names")
         return GistCache.load(cache)
     if not names:
         raise GistError("--store needs --name NAME; `gisting store list DIR` shows the names")
@@ -293,7 +295,7 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A cache file.")],
     as_json: Annotated[bool, json_option("one object, with the whole manifest and every tensor's shape")] = False,
 ) -> None:
-    """Show what a cache file holds and whether it is whole.
+    """Show what a cache file holds and check that it is intact.
 
     Example: gisting inspect my.gist.safetensors
     """
@@ -322,11 +324,11 @@ def inspect(
     ):
         table.add_row(label, plain(value))
     out.print(table)
-    out.print("whole: sizes, checksum and states are right", highlight=False)
+    out.print("intact: sizes, checksum and states are correct", highlight=False)
 
 
 def _short(counts: list[int]) -> str:
-    """Few numbers as they are, many as their range."""
+    """Write a few numbers in full, many as their range."""
     return ", ".join(map(str, counts)) if len(counts) <= 8 else f"{min(counts)} to {max(counts)}"
 
 
@@ -336,7 +338,7 @@ store_app = Commands(name="store", help="List, check and clean a directory of co
 
 
 def _open(folder: Path | None, *, is_read_only: bool = True) -> GistStore:
-    """A store that is there; looking for one must not make it."""
+    """Open an existing store; looking for one must not make it."""
     from gisting.store import GistStore
     from gisting.store.index import INDEX
 
@@ -348,7 +350,7 @@ def _open(folder: Path | None, *, is_read_only: bool = True) -> GistStore:
 
 
 def _whole(held: GistStore, name: str) -> str:
-    """The key that begins so, where the text is no name and only one does; `list` shows the first 12 digits."""
+    """Return the key that starts with ``name`` if there is only one and ``name`` is not a name; else ``name``."""
     if name in held or not re.fullmatch("[0-9a-f]{6,63}", name):
         return name
     keys = {entry.key for entry in held.list() if entry.key.startswith(name)}
@@ -360,7 +362,7 @@ def store_list(
     folder: StoreArgument,
     as_json: Annotated[bool, json_option("an object for each entry")] = False,
 ) -> None:
-    """Show the entries of a store: names, and the beginning of the key where there is none; all fields with --json.
+    """List the entries of a store: the name, or the first digits of the key if there is none; all fields with --json.
 
     Example: gisting store list gists
     """
@@ -389,7 +391,7 @@ def store_list(
 def store_verify(
     folder: StoreArgument, as_json: Annotated[bool, json_option("an object for each fault")] = False
 ) -> None:
-    """Read every entry and say what is wrong; exit code 1 where a file or the index is damaged.
+    """Check every entry and report what is wrong; exit code 1 if a file or the index is damaged.
 
     Example: gisting store verify gists
     """
@@ -402,8 +404,8 @@ def store_verify(
             out.print(str(fault), highlight=False, soft_wrap=True, markup=False)
     harmful = sum(not fault.is_harmless for fault in faults)
     if harmful:
-        raise StoreError(f"{folder} has {harmful} faults; what is damaged is made anew when it is compressed again")
-    out.print(f"{len(held)} entries, every one whole", highlight=False)
+        raise StoreError(f"{folder} has {harmful} faults; compress the damaged prompts again to repair them")
+    out.print(f"{len(held)} entries, all intact", highlight=False)
 
 
 @store_app.command("remove")
@@ -411,11 +413,11 @@ def store_remove(
     folder: StoreArgument,
     names: Annotated[
         list[str],
-        typer.Argument(help="Names, or keys or their beginnings, from `list`.", autocompletion=_names_in_store),
+        typer.Argument(help="Names, keys, or the first digits of keys.", autocompletion=_names_in_store),
     ],
     as_json: Annotated[bool, json_option("one object, with the names")] = False,
 ) -> None:
-    """Remove names, or by their keys entries with all their names; a file goes with its last name.
+    """Remove names. A key removes the entry with all its names; a file is deleted with its last name.
 
     Example: gisting store remove gists capitals
     """
@@ -432,14 +434,14 @@ def store_gc(
     folder: StoreArgument,
     keep_model: Annotated[
         list[str] | None,
-        typer.Option(help="Fingerprint, as `list` shows it: entries of other models go; may be repeated."),
+        typer.Option(help="Fingerprint from `list`; entries of other models are deleted. May be repeated."),
     ] = None,
     drop_unnamed: Annotated[
-        bool, typer.Option("--drop-unnamed", help="Entries that are found by their text alone go as well.")
+        bool, typer.Option("--drop-unnamed", help="Also delete entries that can only be found by their text.")
     ] = False,
     as_json: Annotated[bool, json_option("one object, with the freed bytes")] = False,
 ) -> None:
-    """Delete files that no entry refers to, and what killed writers left.
+    """Delete files that no entry refers to and what killed writers left.
 
     Example: gisting store gc gists
     """

@@ -14,7 +14,7 @@ from gisting.cli.shared import ModelArgument, out
 
 __all__ = ["SERVE_SETTINGS", "serve"]
 
-#: For ``app.command``: what is not an option here is one of vLLM's.
+#: For ``app.command``: options that are not defined here are passed on to vLLM.
 SERVE_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -27,13 +27,13 @@ def serve(
     ] = None,
     fingerprint: Annotated[
         str | None,
-        typer.Option(help="The checkpoint's, as its card shows it: then its weights are not read to find it."),
+        typer.Option(help="The checkpoint's fingerprint, from its card. By default it is computed from the weights."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command line and stop.")] = False,
 ) -> None:
     """Serve a checkpoint and its gists with vLLM, over the OpenAI-compatible routes.
 
-    All other options go to `vllm serve`.
+    All other options are passed on to `vllm serve`.
 
     Example: gisting serve runs/demo --store gists --port 8001 --max-model-len 4096
 
@@ -44,7 +44,7 @@ def serve(
     def command(known: str | Sequence[str] | None) -> list[str]:
         return serve_command(model, store, max_bytes=max_bytes, fingerprint=known, others=context.args)
 
-    words = command(fingerprint)  # says what is wrong with them before the weights are read
+    words = command(fingerprint)  # checks them before the weights are read
     if fingerprint is None:
         words = command(served_fingerprints(model, context.args))
     out.print(shlex.join(words), highlight=False, soft_wrap=True)

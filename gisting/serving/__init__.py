@@ -1,1 +1,1 @@
-"""Gist caches behind servers. Importing this imports no server; ``gisting.serving.vllm`` is what vLLM loads."""
+"""Serving gist caches. Importing this package imports no server; vLLM loads ``gisting.serving.vllm``."""

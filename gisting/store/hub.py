@@ -1,7 +1,7 @@
-"""Entries of a store as plain files, to be uploaded, and back with nothing believed that is not checked.
+"""Entries of a store as plain files that can be uploaded, and reading them back with every claim checked.
 
 Place in the flow: below the store. A shared store is a directory: ``objects/`` as in a store, ``index.jsonl`` with one
-line for each entry, ``README.md``. The SQLite index does not travel: a stranger's database is never opened.
+line per entry, and ``README.md``. The SQLite index is not shared: a database from someone else is never opened.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["DELETED", "PATTERNS", "Source", "write_folder"]
 
 LINES = "index.jsonl"
 FORMAT = 1
-# What is uploaded and downloaded, and what of an earlier store goes when another takes its place.
+# What is uploaded and downloaded, and what is deleted of an earlier store when another replaces it.
 PATTERNS = [LINES, "README.md", f"{OBJECTS}/*/*{SUFFIX}"]
 DELETED = [f"{OBJECTS}/*"]
 _MAX_LINE = 2**16
@@ -40,18 +40,18 @@ def write_folder(
     """Write entries with their files, lines and card.
 
     Args:
-        folder: where they go; made where there is none.
+        folder: where to write them, made if it does not exist.
         objects: the files of the store.
-        entries: those that are written, one for each name.
-        title: of the card.
-        card: further arguments of :func:`gisting.card.make_card`.
+        entries: the entries to write, one for each name.
+        title: title of the card.
+        card: further arguments of :func:`gisting.card.card`.
 
     Raises:
-        StoreError: a file has gone, or ``folder`` is the store itself.
+        StoreError: a file was removed meanwhile, or ``folder`` is the store itself.
         CacheFormatError: a file is damaged.
         OSError: something cannot be written.
     """
-    # Made first: a card that is refused leaves nothing behind.
+    # Made first, so that a refused card leaves nothing behind.
     readme = make_card(
         "store",
         title=title,
@@ -69,29 +69,31 @@ def write_folder(
             shutil.copyfile(objects.path(key), target)
             check_entry(target, entry)
         except FileNotFoundError as error:
-            raise StoreError(f"{objects.path(key)} was removed while the store was saved; save it again") from error
+            raise StoreError(
+                f"{objects.path(key)} was removed while the store was being saved; save it again"
+            ) from error
     lines = [
         json.dumps({"format": FORMAT, "file": objects.name(entry.key), **asdict(entry)}, ensure_ascii=False)
         for entry in sorted(entries, key=lambda entry: (entry.name is None, entry.name, entry.key))
     ]
     write_atomically(folder / "README.md", readme.encode())
     is_written_again = (folder / LINES).is_file()
-    # Last, so that every file that it speaks of is there.
+    # Last, so that every file it mentions is there.
     write_atomically(folder / LINES, "".join(f"{line}\n" for line in lines).encode())
     if is_written_again:
-        # What was removed from the store meanwhile must not travel on.
+        # What was removed from the store since the last save must not be shared again.
         for key in {*Objects(folder)} - {entry.key for entry in entries}:
             Objects(folder).remove(key)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A directory that :func:`write_folder` wrote, or somebody who says so.
+    """A directory that :func:`write_folder` wrote, or that claims to be one.
 
     Args:
         folder: the directory.
-        root: what no file of it may lead out of: the directory, or the hub's own cache of the repository, in whose
-            snapshots files are links to blobs beside them.
+        root: the directory that no file may lead out of: ``folder``, or the hub's cache of the repository, where the
+            files of a snapshot are links to blobs next to it.
     """
 
     folder: Path
@@ -99,13 +101,13 @@ class Source:
 
     @classmethod
     def find(cls, name_or_path: str | Path, *, revision: str | None, token: str | None, api: Any) -> Source:
-        """A directory, or a repository of the hub, downloaded.
+        """Find a directory, or download a repository of the hub.
 
         Args:
             name_or_path: the directory or repository.
             revision: branch, tag or commit on the hub.
-            token: for a repository that is not public.
-            api: a ``HfApi``; None for a new one.
+            token: access token for a private repository.
+            api: an ``HfApi``; None for a new one.
 
         Raises:
             StoreError: it is neither.
@@ -125,12 +127,12 @@ class Source:
             if folder.parent.name == "snapshots":
                 root = folder.parent.parent
         if not (folder / LINES).is_file():
-            raise StoreError(f"{name_or_path} has no {LINES}, so it is no store that was saved or uploaded")
+            raise StoreError(f"{name_or_path} has no {LINES}, so it is not a store that was saved or uploaded")
         return cls(folder, root.resolve())
 
     @property
     def default_path(self) -> Path:
-        """Where a store with these entries is kept, beside the hub's cache."""
+        """Where to keep a store with these entries, next to the hub's cache."""
         from huggingface_hub import constants
 
         with self._inside(LINES).open("rb") as file:
@@ -138,7 +140,7 @@ class Source:
         return Path(constants.HF_HOME) / "gisting" / "stores" / digest
 
     def labels(self) -> set[str]:
-        """The name of each entry, or its key where it has none. Raises as :meth:`read` does."""
+        """Return the name of each entry, or its key if it has none. Raises as :meth:`read` does."""
         return {entry.name or entry.key for entry, _ in self._entries()}
 
     def read(self, target: Path) -> tuple[list[NewEntry], dict[str, str]]:
@@ -148,32 +150,32 @@ class Source:
             The new entries, and {name: key}.
 
         Raises:
-            CacheFormatError: a line or a file is not what a store writes.
+            CacheFormatError: a line or a file is not one that a store writes.
         """
         made: dict[str, NewEntry] = {}
-        meaning: dict[str, str] = {}
+        key_of_name: dict[str, str] = {}
         for entry, where in self._entries():
-            if entry.name is not None and meaning.setdefault(entry.name, entry.key) != entry.key:
+            if entry.name is not None and key_of_name.setdefault(entry.name, entry.key) != entry.key:
                 raise CacheFormatError(f"{where}: {entry.name!r} is the name of two entries")
             name, unnamed = Objects.name(entry.key), replace(entry, name=None)
             if entry.key in made:
                 if made[entry.key].entry != unnamed:
-                    raise CacheFormatError(f"{where}: says other things of {name} than a line before")
+                    raise CacheFormatError(f"{where}: contradicts what an earlier line says about {name}")
                 continue
             copy = target / entry.key
             try:
                 shutil.copyfile(self._inside(name), copy)
                 check_entry(copy, entry)
             except FileNotFoundError as error:
-                raise CacheFormatError(f"{where}: {name} is not there; download it again") from error
+                raise CacheFormatError(f"{where}: {name} is missing; download it again") from error
             except (CacheFormatError, OSError) as error:
-                raise CacheFormatError(f"{where}: {name} is not what the line says: {error}") from error
+                raise CacheFormatError(f"{where}: {name} does not match the line: {error}") from error
             with copy.open("rb") as file:
                 os.fsync(file.fileno())
             made[entry.key] = NewEntry(unnamed, copy, is_forced=False)
         if not made:
-            raise CacheFormatError(f"{self.folder / LINES} holds no entry")
-        return [*made.values()], meaning
+            raise CacheFormatError(f"{self.folder / LINES} has no entries")
+        return [*made.values()], key_of_name
 
     def _entries(self) -> Iterator[tuple[StoreEntry, str]]:
         with self._inside(LINES).open("rb") as file:
@@ -192,15 +194,15 @@ class Source:
                     file_name = found.pop("file")
                     entry = entry_of([found.pop(column) for column in _COLUMNS], where)
                     if version != FORMAT or found or file_name != Objects.name(entry.key):
-                        raise CacheFormatError(f"{where}: holds other things than a store writes")
+                        raise CacheFormatError(f"{where}: is not a line that a store writes")
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     if isinstance(error, CacheFormatError):
                         raise
-                    raise CacheFormatError(f"{where} is no entry of a store ({error!r:.100})") from error
+                    raise CacheFormatError(f"{where} is not an entry of a store ({error!r:.100})") from error
                 yield entry, where
 
     def _inside(self, name: str) -> Path:
-        """A file of the directory, with links resolved."""
+        """Return the path of a file of the directory, with links resolved."""
         found = (self.folder / name).resolve()
         if not found.is_relative_to(self.root):
             raise CacheFormatError(f"{self.folder / name} is a link that leads out of {self.root}; it is not followed")

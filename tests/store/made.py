@@ -1,4 +1,4 @@
-"""Random caches of one prompt for the tests of the store, each known by a number."""
+"""Random caches of one prompt for the tests of the store, each identified by a seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ORIGIN = CacheOrigin("llama/0123456789ab", "ba9876543210", "plain", "gist")
 
 
 def made(seed: int, k: int = 2, *, origin: CacheOrigin = ORIGIN, dtype: torch.dtype = torch.float32) -> GistCache:
-    """Three layers, two key heads, head size 4; the same number gives the same states."""
+    """Make three layers with two key heads of size 4; the same seed gives the same states."""
     generator = torch.Generator().manual_seed(seed)
 
     def states() -> tuple[Tensor, ...]:
@@ -21,7 +21,7 @@ def made(seed: int, k: int = 2, *, origin: CacheOrigin = ORIGIN, dtype: torch.dt
 
 
 def is_same(found: GistCache, wanted: GistCache) -> bool:
-    """Whether two caches hold the same bits and belong to the same model."""
+    """Whether two caches are equal to the bit and belong to the same model."""
     return (
         found.num_gist_tokens == wanted.num_gist_tokens
         and found.origin == wanted.origin

@@ -1,4 +1,4 @@
-"""A store that is shared: saved, uploaded and taken over again offline, and strangers' directories refused."""
+"""Sharing a store: saving, uploading and loading it again offline, and refusing invalid directories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.store.made import ORIGIN, is_same, made
 
 @dataclass
 class FakeHub:
-    """A hub in a local directory, which lays downloads out as huggingface_hub does: snapshots of links to blobs."""
+    """A hub in a local directory with downloads laid out as by huggingface_hub: snapshots of links to blobs."""
 
     folder: Path
     calls: list[str] = field(default_factory=list)
@@ -156,7 +156,7 @@ def test_without_a_path_it_is_taken_over_once(store: GistStore, hub: FakeHub, tm
     assert again.path == found.path
     assert "own" in again
     again.remove("a")
-    assert "a" in GistStore.from_pretrained("owner/gists", api=hub), "what was asked for is there"
+    assert "a" in GistStore.from_pretrained("owner/gists", api=hub), "the entry is there"
     store.put("c", made(3))
     store.push_to_hub("owner/gists", api=hub)
     assert "c" in GistStore.from_pretrained("owner/gists", api=hub), "other entries are another store"
@@ -168,8 +168,8 @@ def test_prompts_that_were_compressed_are_found_by_their_text(tmp_path: Path, mo
     wanted = store.get_or_compress(model, tokenizer, ["w1 w2", "w3"], 2, names=["x", None])
     store.save_pretrained(tmp_path / "saved")
     found = GistStore.from_pretrained(tmp_path / "saved", tmp_path / "taken")
-    assert [entry.name for entry in found.list()] == ["x"], "what has no name is shared by its key alone"
-    monkeypatch.setattr("gisting.store.store.compress", None)
+    assert [entry.name for entry in found.list()] == ["x"], "an entry without a name is shared only by its key"
+    monkeypatch.setattr("gisting.store.compressing.compress", None)
     assert is_same(found.get_or_compress(model, tokenizer, ["w1 w2"], 2), wanted[0])
     store.save_pretrained(tmp_path / "all", [entry.key for entry in store.list()])
     found = GistStore.from_pretrained(tmp_path / "all", tmp_path / "taken too")
@@ -185,7 +185,11 @@ def test_prompts_that_were_compressed_are_found_by_their_text(tmp_path: Path, mo
         (lambda store, to: store.push_to_hub("gists", api=None), GistError, "^repo_id must be a repository on the hub"),
         (lambda store, to: GistStore(to / "new").save_pretrained(to / "saved"), StoreError, "has no names to share"),
         (lambda store, to: GistStore.from_pretrained(to / "nowhere"), StoreError, "neither a directory nor a repo"),
-        (lambda store, to: GistStore.from_pretrained(store.path), StoreError, "has no index.jsonl, so it is no store"),
+        (
+            lambda store, to: GistStore.from_pretrained(store.path),
+            StoreError,
+            "has no index.jsonl, so it is not a store",
+        ),
     ],
     ids=["name", "card", "repository", "empty", "nowhere", "a store itself"],
 )
@@ -199,7 +203,7 @@ def test_refusals(
 
 def test_a_store_that_is_there_is_not_mixed_with(store: GistStore, tmp_path: Path) -> None:
     store.save_pretrained(tmp_path / "saved")
-    with pytest.raises(StoreError, match=r"store holds a store already; open it: GistStore\("):
+    with pytest.raises(StoreError, match=r"store already holds a store; open it with GistStore\("):
         GistStore.from_pretrained(tmp_path / "saved", store.path)
 
 
@@ -210,7 +214,7 @@ def test_a_damaged_entry_is_not_shared(store: GistStore, tmp_path: Path) -> None
         store.save_pretrained(tmp_path / "saved")
 
 
-# -- strangers ---------------------------------------------------------------------------------------------------------
+# -- invalid directories -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -244,20 +248,23 @@ OTHER = "0123456789abcdef" * 4
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"file": "../../secret"}, "line 1: holds other things than a store writes"),
-        ({"file": "/etc/passwd"}, "line 1: holds other things than a store writes"),
-        ({"key": "../../../secret"}, "line 1 is altered: the entry of name 'a', key '../../../secret'"),
-        ({"key": OTHER}, "line 1: holds other things than a store writes"),
-        ({"key": OTHER, "file": f"objects/01/{OTHER}.gist.safetensors"}, "line 1: objects/01/.* is not there"),
-        ({"name": "../a"}, r"line 1 is altered: the entry of name '\.\./a'"),
-        ({"name": ["a"]}, "line 1 is altered: the entry of name"),
-        ({"name": OTHER}, "line 1 is altered: the entry of name"),
+        ({"file": "../../secret"}, "line 1: is not a line that a store writes"),
+        ({"file": "/etc/passwd"}, "line 1: is not a line that a store writes"),
+        (
+            {"key": "../../../secret"},
+            "line 1 is altered: it has an invalid entry, name 'a', key '../../../secret'",
+        ),
+        ({"key": OTHER}, "line 1: is not a line that a store writes"),
+        ({"key": OTHER, "file": f"objects/01/{OTHER}.gist.safetensors"}, "line 1: objects/01/.* is missing"),
+        ({"name": "../a"}, r"line 1 is altered: it has an invalid entry, name '\.\./a'"),
+        ({"name": ["a"]}, "line 1 is altered: it has an invalid entry, name"),
+        ({"name": OTHER}, "line 1 is altered: it has an invalid entry, name"),
         ({"name": "b"}, "line 2: 'b' is the name of two entries"),
         ({"num_bytes": 10**30}, "line 1 is altered"),
-        ({"num_bytes": 7}, "line 1: objects/.* is not what the line says: .* its entry says 7"),
+        ({"num_bytes": 7}, "line 1: objects/.* does not match the line: .* its entry says 7"),
         ({"num_bytes": "7"}, "line 1 is altered"),
-        ({"num_gist_tokens": 9}, "line 1: .* is another file than its entry speaks of"),
-        ({"model": "llama/ffffffffffff"}, "line 1: .* is another file than its entry speaks of"),
+        ({"num_gist_tokens": 9}, "line 1: .* is not the file that its entry describes"),
+        ({"model": "llama/ffffffffffff"}, "line 1: .* is not the file that its entry describes"),
         ({"sha256": OTHER}, "line 1: .* is altered: its checksum is"),
         ({"is_keyed_by_text": None}, "line 1 is altered"),
         ({"num_prompt_tokens": []}, "line 1 is altered"),
@@ -266,9 +273,9 @@ OTHER = "0123456789abcdef" * 4
         ({"created": "\ud800"}, "line 1 is altered"),
         ({"created": "\x1b[31m"}, "line 1 is altered"),
         ({"storage": "int8"}, "line 1: .* is stored as float32, its entry says 'int8'"),
-        ({"more": 1}, "line 1: holds other things than a store writes"),
+        ({"more": 1}, "line 1: is not a line that a store writes"),
         ({"format": 2}, "line 1 has format 2, this version reads up to 1; upgrade gisting"),
-        ({"format": "1"}, "line 1: holds other things than a store writes"),
+        ({"format": "1"}, "line 1: is not a line that a store writes"),
     ],
     ids=str,
 )
@@ -282,13 +289,13 @@ def test_a_line_that_no_store_writes(saved: Path, change: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "line 1 is no entry of a store"),
-        ("[]", "line 1 is no entry of a store"),
-        ("{}", r"line 1 is no entry of a store \(KeyError\('format'\)\)"),
-        ('{"format": 1', "line 1 is no entry of a store"),
-        ("[" * 100_000, "line 1 is no entry of a store"),
-        ("\x00", "line 1 is no entry of a store"),
-        ('{"format": 1, "name": "' + "a" * 10**6, "line 1 is no entry of a store"),
+        ("", "line 1 is not an entry of a store"),
+        ("[]", "line 1 is not an entry of a store"),
+        ("{}", r"line 1 is not an entry of a store \(KeyError\('format'\)\)"),
+        ('{"format": 1', "line 1 is not an entry of a store"),
+        ("[" * 100_000, "line 1 is not an entry of a store"),
+        ("\x00", "line 1 is not an entry of a store"),
+        ('{"format": 1, "name": "' + "a" * 10**6, "line 1 is not an entry of a store"),
     ],
     ids=["empty", "list", "object", "cut off", "deep", "zero", "long"],
 )
@@ -299,7 +306,7 @@ def test_a_line_that_is_none(saved: Path, line: str, message: str) -> None:
 
 def test_no_lines(saved: Path) -> None:
     write_lines(saved, [])
-    assert_refused(saved, "holds no entry")
+    assert_refused(saved, "has no entries")
 
 
 def test_a_key_that_is_not_of_its_content(saved: Path) -> None:
@@ -308,13 +315,13 @@ def test_a_key_that_is_not_of_its_content(saved: Path) -> None:
     (saved / "objects" / "01").mkdir(exist_ok=True)
     (saved / first["file"]).rename(saved / name)
     write_lines(saved, [{**first, "key": OTHER, "file": name}, second])
-    assert_refused(saved, "line 1: .* its key is not that of its content")
+    assert_refused(saved, "line 1: .* its key does not match its content")
 
 
 def test_lines_that_differ_over_one_file(saved: Path) -> None:
     first, second = lines_of(saved)
     write_lines(saved, [first, {**first, "name": "c", "num_prompt_tokens": 7}, second])
-    assert_refused(saved, "line 2: says other things of objects/.* than a line before")
+    assert_refused(saved, "line 2: contradicts what an earlier line says about objects/")
 
 
 @pytest.mark.parametrize("what", ["file", "shard", "objects", "index.jsonl"])
@@ -333,7 +340,7 @@ def test_links_out_of_the_directory_are_not_followed(saved: Path, what: str) -> 
 
 def test_a_file_of_another_kind(saved: Path) -> None:
     (saved / lines_of(saved)[0]["file"]).write_bytes(b"x" * lines_of(saved)[0]["num_bytes"])
-    assert_refused(saved, "line 1: objects/.* is not what the line says: ")
+    assert_refused(saved, "line 1: objects/.* does not match the line: ")
 
 
 def test_files_that_no_line_names_are_left_where_they_are(saved: Path) -> None:

@@ -1,8 +1,8 @@
-"""Writers to be killed: run as a process of its own, ``python -m tests.store.writers DIRECTORY NUMBER SEED``.
+"""Writers to kill, run as a separate process: ``python -m tests.store.writers DIRECTORY NUMBER SEED``.
 
-Four forked processes put, replace, read, remove and collect in a store, and note each write in a log of their own:
-before it begins, and after it has returned. NUMBER times one of them is killed with SIGKILL after a random time and
-started again. The log is appended to with one ``write`` a line, so that a kill leaves whole lines.
+Four forked processes put, replace, read, remove and collect in a store. Each one records each write in its own log,
+before it begins and after it has returned. NUMBER times, one of them is killed with SIGKILL after a random time and
+started again. Each line of the log is appended with a single ``write``, so that a kill leaves complete lines.
 
 A line is JSON, ``["begin", {name: seed}]`` or ``["end", {name: seed}]``; a seed of null removes the name.
 """
@@ -34,7 +34,7 @@ def k_of(seed: int) -> int:
 
 
 def write_on(folder: Path, writer: int, life: int, seed: int) -> None:
-    """What a writer does until it is killed. Its own names are written by nobody else; some names all write."""
+    """Write until killed. A writer's own names are written by no other writer; the shared names by all of them."""
     chance = random.Random(f"{seed}.{writer}.{life}")
     store = GistStore(folder / "store")
     log = os.open(folder / f"log.{writer}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -51,7 +51,7 @@ def write_on(folder: Path, writer: int, life: int, seed: int) -> None:
         elif kind < 0.7:
             wanted = {f"w{writer}.{place}": number for place in chance.sample(range(30), 5)}
         elif kind < 0.8:
-            # The same content as others write at the same time: one file, whoever is first.
+            # The same content as other writers write at the same time: one file, from the first of them.
             wanted = {own: turn % 3, chance.choice(SHARED): turn % 3}
         elif kind < 0.95:
             if own in store:
@@ -66,7 +66,7 @@ def write_on(folder: Path, writer: int, life: int, seed: int) -> None:
         note("begin", wanted)
         store.put_many(caches)
         note("end", wanted)
-        # Nobody else writes its own names; whatever is there of others can be read, unless it goes in between.
+        # No other writer changes its own names. Those of others can be read, unless they are removed meanwhile.
         for name, cache in caches.items():
             if name not in SHARED:
                 assert is_same(store[name], cache)
@@ -84,7 +84,7 @@ def start(folder: Path, writer: int, life: int, seed: int) -> int:
         return child
     try:
         write_on(folder, writer, life, seed)
-    except BaseException:  # noqa: BLE001 (a writer that fails is a fault, told in its log)
+    except BaseException:  # noqa: BLE001 (the test fails if an error file exists)
         (folder / f"error.{writer}.{life}").write_text(traceback.format_exc(), encoding="utf-8")
     finally:
         os._exit(1)

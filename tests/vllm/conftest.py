@@ -1,4 +1,4 @@
-"""A checkpoint, a store and what transformers answers, for real vLLM on the CPU; skipped where there is no vLLM."""
+"""A checkpoint, a store and the answers of transformers, for real vLLM on the CPU; skipped without vLLM."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CHAT = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs vLLM where it is not installed: it has an environment of its own, which tests/vllm/run makes."""
+    """Skip these tests if vLLM is not installed. tests/vllm/run makes a separate environment for it."""
     here = Path(__file__).parent
     for item in items:
         if not IS_HERE and here in item.path.parents:
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """A checkpoint on the disk with its gists, and the same model in transformers."""
+    """A checkpoint on disk with its gists, and the same model in transformers."""
 
     path: Path
     store: Path
@@ -67,7 +67,7 @@ class Served:
     tokenizer: GistTokenizer
 
     def answer(self, rest: Sequence[int], name: str | None = None, max_tokens: int = MAX_TOKENS) -> list[int]:
-        """The ids that stock transformers answers greedily."""
+        """Return the ids that stock transformers answers greedily."""
         extra: dict[str, Any] = {}
         ids = list(rest)
         if name is not None:
@@ -88,12 +88,12 @@ class Served:
 
 
 def prompt_text(name: str) -> str:
-    """The prompt of a name: each another."""
+    """Return the prompt of a name, which is different for each."""
     return tiny.words(PROMPTS[name][1], seed=100 + list(PROMPTS).index(name))
 
 
 def make(folder: Path, seed: int = 1) -> Served:
-    """A random LLaMA with heads of 32 numbers, which vLLM's CPU attention can do, and its store."""
+    """Make a random LLaMA with its store. Its heads have 32 numbers, which vLLM's CPU attention supports."""
     inner = tiny.word_tokenizer()
     inner.chat_template = CHAT
     tokenizer = GistTokenizer(inner, "plain")

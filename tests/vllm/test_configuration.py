@@ -1,4 +1,4 @@
-"""What cannot serve gists is refused in words when the engine starts."""
+"""A configuration that cannot serve gists is refused when the engine starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def spec(kind: str = "FullAttentionSpec", **settings: Any) -> Any:
 
 
 def configuration(served: Served) -> SimpleNamespace:
-    """What a connector is given, as far as it looks."""
+    """The configuration of a connector, as far as it looks at it."""
     return SimpleNamespace(
         parallel=SimpleNamespace(
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1
@@ -62,19 +62,19 @@ def test_a_plain_configuration_is_taken(served: Served) -> None:
     [
         (lambda found: setattr(found, "extra", {}), GistError, "must hold 'store'.*got nothing"),
         (lambda found: found.extra.update(sotre="x"), GistError, "may hold max_bytes, fingerprint; got store, sotre"),
-        (lambda found: found.extra.update(store="/nowhere"), GistError, "/nowhere is no store"),
+        (lambda found: found.extra.update(store="/nowhere"), GistError, "/nowhere is not a store"),
         (lambda found: found.extra.update(max_bytes=-1), GistError, "max_bytes must be at least 0"),
         (lambda found: setattr(found, "policy", "recompute"), GistError, "kv_load_failure_policy must be 'fail'"),
         (lambda found: setattr(found.parallel, "pipeline_parallel_size", 2), GistError, "pipeline_parallel_size must"),
         (lambda found: setattr(found.parallel, "decode_context_parallel_size", 2), GistError, "decode_context_para"),
-        (lambda found: setattr(found, "speculative", object()), GistError, "speculative decoding does not go"),
+        (lambda found: setattr(found, "speculative", object()), GistError, "speculative decoding does not work"),
         (lambda found: setattr(found.model, "is_encoder_decoder", True), UnsupportedModelError, "encoder-decoders"),
         (lambda found: setattr(found.model, "logits_processors", None), GistError, "add --logits-processors gisting"),
         (lambda found: found.groups.append(found.groups[0]), UnsupportedModelError, "in 2 groups"),
         (
             lambda found: setattr(found, "groups", [SimpleNamespace(kv_cache_spec=spec(sliding_window=8))]),
             UnsupportedModelError,
-            "no sliding windows",
+            "without sliding windows",
         ),
         (
             lambda found: setattr(
@@ -100,7 +100,7 @@ def test_what_cannot_serve_gists_is_refused(
         connect(found)
 
 
-def test_layers_that_take_no_states_are_refused(served: Served) -> None:
+def test_layers_that_cannot_be_written_to_are_refused(served: Served) -> None:
     connector = connect(configuration(served))
     ours = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=None), kv_sharing_target_layer_name=None)
     sharing = SimpleNamespace(impl=ours.impl, kv_sharing_target_layer_name="model.layers.0.attn")
@@ -110,13 +110,13 @@ def test_layers_that_take_no_states_are_refused(served: Served) -> None:
         names = {f"model.layers.{number}.attn": layer for number, layer in enumerate(layers)}
         connector._vllm_config.compilation_config = SimpleNamespace(static_forward_context=names)
         connector.register_kv_caches(dict.fromkeys(reversed(names), torch.empty(0)))
-        return connector._layers
+        return connector.worker.layers
 
-    assert register(*[ours] * 11, SimpleNamespace(**vars(ours), last=True))[-1].last  # 10 and 11 come behind 9
+    assert register(*[ours] * 11, SimpleNamespace(**vars(ours), last=True))[-1].last  # 10 and 11 come after 9
     with pytest.raises(UnsupportedModelError, match=r"model.layers.1.attn shares the cache of another layer"):
         register(ours, sharing)
     with pytest.raises(
-        UnsupportedModelError, match=r"model.layers.1.attn keeps its cache in a way \(SimpleNamespace\)"
+        UnsupportedModelError, match=r"the cache of model.layers.1.attn \(SimpleNamespace\) cannot be written"
     ):
         register(ours, closed)
 
@@ -134,9 +134,9 @@ def test_versions(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPa
     check_version("0.33.1")
     assert not caplog.text
     check_version("0.34.0")
-    assert "gists were tried with vLLM 0.32 and 0.33, this is 0.34.0" in caplog.text
+    assert "gists were tested with vLLM 0.32 and 0.33, this is 0.34.0" in caplog.text
     monkeypatch.delattr(KVConnectorBase_V1, "on_new_request")
-    with pytest.raises(ImportError, match=r"vLLM 0.34.0 does not tell a KV connector of on_new_request"):
+    with pytest.raises(ImportError, match=r"vLLM 0.34.0 has no on_new_request for KV connectors"):
         check_version("0.34.0")
 
 
@@ -144,50 +144,18 @@ def test_a_tensor_parallel_worker_takes_its_heads(served: Served, monkeypatch: p
     import gisting.serving.vllm as ours
     from gisting import GistStore
 
-    cache = GistStore(served.store)["eight"]
+    with GistStore(served.store) as store:
+        cache, entry = store["eight"], store.entry("eight")
     for size, rank, heads in ((1, 0, [0, 1]), (2, 1, [1]), (4, 1, [0]), (4, 3, [1])):
-        connector = connect(configuration(served))
-        layer = SimpleNamespace(
-            impl=SimpleNamespace(do_kv_cache_update=None),
-            kv_sharing_target_layer_name=None,
-            num_kv_heads=len(heads),
-            head_size=32,
-            kv_cache=torch.empty(0),
-        )
-        connector._layers = [layer] * 3
+        worker = connect(configuration(served)).worker
+        layer = SimpleNamespace(num_kv_heads=len(heads), head_size=32, kv_cache=torch.empty(0))
+        worker.layers = [layer] * 3
         monkeypatch.setattr(ours, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
         monkeypatch.setattr(ours, "get_tensor_model_parallel_world_size", lambda size=size: size)
-        found = connector._prepared(connector._gists.find("eight"))
+        found = worker.prepare(entry)
         for (keys, values), wanted_keys, wanted_values in zip(found, cache.keys, cache.values, strict=True):
             assert torch.equal(keys, wanted_keys[0, heads].transpose(0, 1))
             assert torch.equal(values, wanted_values[0, heads].transpose(0, 1))
         layer.num_kv_heads = 5
         with pytest.raises(GistError, match="the model 5 of 32"):
-            connector._prepared(connector._gists.find("eight"))
-
-
-@pytest.mark.parametrize(
-    ("num_external_tokens", "num_new_tokens", "evicted"), [(8, 0, [{5, 6}]), (0, 0, [{5, 6}]), (8, 1, [])]
-)
-def test_preempted_requests_lose_pages_that_may_not_be_written(
-    served: Served, num_external_tokens: int, num_new_tokens: int, evicted: list[set[int]]
-) -> None:
-    found = configuration(served)
-    found.model.model, found.model.revision = str(served.path), None
-    connector = connect(found, "SCHEDULER")
-    calls: list[set[int]] = []
-    connector.bind_gpu_block_pool(SimpleNamespace(evict_blocks=calls.append))
-    entry = connector._gists.find("eight")
-    request = SimpleNamespace(request_id="a", num_output_tokens=3)  # from before an earlier preemption
-    connector._entries["a"] = entry
-    blocks = SimpleNamespace(get_block_ids=lambda: ([5, 6],))
-    connector.update_state_after_alloc(request, blocks, num_external_tokens)
-    step = connector.build_connector_meta(SimpleNamespace(num_scheduled_tokens={"a": 4}, preempted_req_ids=set()))
-    assert [load.first for load in step.loads] == ([0] if num_external_tokens else [])
-    request.num_output_tokens += num_new_tokens
-    connector.build_connector_meta(SimpleNamespace(num_scheduled_tokens={}, preempted_req_ids={"a", "another"}))
-    assert calls == evicted
-    assert connector._entries == {"a": entry}, "it comes again"
-    connector.request_finished(request, [7])
-    assert calls == evicted
-    assert not connector._entries
+            worker.prepare(entry)

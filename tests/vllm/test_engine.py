@@ -1,4 +1,4 @@
-"""Real vLLM in this process: greedy tokens are those of transformers, whatever the scheduler does."""
+"""Real vLLM in this process: greedy tokens equal those of transformers, whatever the scheduler does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gisting import GistCache, GistStore
-from gisting.serving.gists import LoadedGists
+from gisting.store.lru import BoundedLRU
 from tests import tiny
 from tests.vllm.conftest import MAX_TOKENS, PROMPTS, Served, make, prompt_text
 
@@ -24,7 +24,7 @@ PROCESSOR = "gisting.serving.vllm:NoGistTokens"
 def engine(
     served: Served, *, store: Path | None = None, extra: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[Any]:
-    """An engine over a served checkpoint; taken down again."""
+    """Start an engine over a served checkpoint, and shut it down afterwards."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -57,7 +57,7 @@ def engine(
 
 
 def counted(llm: Any) -> dict[str, float]:
-    """The counters of vLLM's metrics that begin with our name, and preemptions."""
+    """Return our counters among vLLM's metrics, and those of preemptions and prefix cache hits."""
     return {
         metric.name.removeprefix("vllm:"): metric.value
         for metric in llm.get_metrics()
@@ -79,7 +79,7 @@ def rest_of(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def batch(served: Served) -> list[tuple[str | None, list[int], list[int]]]:
-    """32 requests: gist or None, ids behind it, the ids that transformers answers."""
+    """32 requests: gist or None, the ids after it, the ids that transformers answers."""
     wanted: list[tuple[str | None, str]] = []
     for number, name in enumerate(PROMPTS):
         wanted += [(name, rest_of(number)), (name, rest_of(number + 8)), (name, rest_of(number))]
@@ -89,7 +89,7 @@ def batch(served: Served) -> list[tuple[str | None, list[int], list[int]]]:
         (ids,) = served.tokenizer.encode_continuations([text])
         made.append((name, ids, served.answer(ids, name)))
     assert len(made) == 32
-    # What the gist says matters: without it, or with another, the answers are others.
+    # The gist matters: without it, or with another, the answers differ.
     assert made[0][2] != served.answer(made[0][1]) != served.answer(made[0][1], "long")
     return made
 
@@ -141,7 +141,7 @@ def test_preempted_requests_load_their_gist_again(served: Served, batch: list[An
 def test_two_tensor_parallel_workers(served: Served, batch: list[Any]) -> None:
     with engine(served, tensor_parallel_size=2) as llm:
         assert run(llm, served, batch) == [answer for _, _, answer in batch]
-        refused = ask(llm, placed(served, "eight"), "nobody")
+        refused = ask(llm, placed(served, "eight"), "unknown")
         assert refused.finish_reason == "error"
         counts = counted(llm)
     assert counts["gist_loads"] == 2 * 8
@@ -153,7 +153,7 @@ def test_two_tensor_parallel_workers(served: Served, batch: list[Any]) -> None:
 
 @pytest.fixture(scope="module")
 def changing(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the store, with gists that do not belong there."""
+    """A copy of the store, with a gist that does not belong there."""
     folder = tmp_path_factory.mktemp("changing")
     shutil.copytree(served.store, folder / "store")
     other = make(folder / "other", seed=2)
@@ -164,13 +164,13 @@ def changing(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(served: Served, changing: Path) -> Iterator[Any]:
-    """Small blocks, so that prompts share some, and room for two of the large gists in memory."""
+    """An engine with small blocks, so that prompts share some, and memory for two of the large gists."""
     with engine(served, store=changing, extra={"max_bytes": 2 * 130 * 2 * 3 * 2 * 32 * 4}, block_size=32) as found:
         yield found
 
 
 def ask(llm: Any, ids: list[int], name: str | None, **settings: Any) -> Any:
-    """The first answer to these ids, whatever became of it."""
+    """Return the first answer to these ids, even if it failed."""
     (output,) = llm.generate([{"prompt_token_ids": ids}], [params(name, **settings)], use_tqdm=False)
     return output.outputs[0]
 
@@ -184,14 +184,14 @@ def placed(served: Served, name: str, number: int = 1) -> list[int]:
 
 
 def test_gists_that_look_the_same_are_never_mixed(served: Served, llm: Any) -> None:
-    # Two prompts of k = 130, four blocks of placeholders each, and the same text behind them.
+    # Two prompts of k = 130, each with four blocks of placeholders, and the same text after them.
     for name in ("long", "other long", "long"):
         assert list(ask(llm, placed(served, name), name).token_ids) == served.answer(rest(served), name)
     assert counted(llm)["prefix_cache_hits"] > 0
     assert served.answer(rest(served), "long") != served.answer(rest(served), "other long")
 
 
-def test_a_salt_of_the_user_counts_beside_the_gists(served: Served, llm: Any) -> None:
+def test_a_salt_of_the_user_counts_as_well(served: Served, llm: Any) -> None:
     prompts = [{"prompt_token_ids": placed(served, name), "cache_salt": "mine"} for name in ("long", "other long")]
     outputs = llm.generate(prompts, [params("long"), params("other long")], use_tqdm=False)
     for output, name in zip(outputs, ("long", "other long"), strict=True):
@@ -201,16 +201,16 @@ def test_a_salt_of_the_user_counts_beside_the_gists(served: Served, llm: Any) ->
 @pytest.mark.parametrize(
     ("name", "ids", "settings", "message"),
     [
-        ("nobody", "eight", {}, "is not in the store"),
+        ("unknown", "eight", {}, "is not in the store"),
         ("another model's", "eight", {}, "was made for llama/"),
         ("three", "eight", {}, "has 8 gist tokens in front, the gist has 3"),
-        ("three", None, {}, "has no places for the 3 tokens"),
-        (None, "eight", {}, "has gist tokens and names no gist"),
+        ("three", None, {}, "has no placeholders in front for the 3 tokens"),
+        (None, "eight", {}, "has gist tokens but names no gist"),
         ("eight", "eight", {"prompt_logprobs": 1}, "prompt_logprobs"),
         ("../eight", "eight", {}, "name must be"),
         (7, "eight", {}, "must be the name of a gist"),
     ],
-    ids=["unknown", "another model", "k", "no places", "no gist", "scored", "no name", "no text"],
+    ids=["unknown", "another model", "k", "no placeholders", "no gist", "scored", "no name", "no text"],
 )
 def test_what_does_not_fit_fails_alone(
     served: Served,
@@ -227,12 +227,12 @@ def test_what_does_not_fit_fails_alone(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     before = counted(llm)["gist_refused"]
     bad = rest(served) if ids is None else placed(served, ids)
-    beside = [
+    prompts = [
         {"prompt_token_ids": placed(served, "eight", 2)},
         {"prompt_token_ids": bad},
         {"prompt_token_ids": rest(served, 3)},
     ]
-    outputs = llm.generate(beside, [params("eight"), params(name, **settings), params()], use_tqdm=False)
+    outputs = llm.generate(prompts, [params("eight"), params(name, **settings), params()], use_tqdm=False)
     assert outputs[1].outputs[0].finish_reason == "error"
     assert list(outputs[1].outputs[0].token_ids) == []
     assert list(outputs[0].outputs[0].token_ids) == served.answer(rest(served, 2), "eight")
@@ -263,7 +263,7 @@ def test_memory_of_gists_is_bounded(served: Served, llm: Any) -> None:
         GistStore(served.store) as kept,
         GistStore(llm.llm_engine.vllm_config.kv_transfer_config.kv_connector_extra_config["store"]) as store,
     ):
-        # A third of that size: states of another prompt, so that all three cannot be held.
+        # A third gist of that size, with other states, so that not all three fit.
         cache = kept["long"]
         store.put("third long", GistCache(cache.values, cache.keys, cache.lengths, cache.origin))
     before = counted(llm)
@@ -301,29 +301,28 @@ def test_a_file_that_is_gone_fails_its_request_alone(served: Served, llm: Any, c
 
 
 def test_cancelled_requests_leave_nothing_behind(served: Served, llm: Any) -> None:
-    core = llm.llm_engine.engine_core.engine_core
-    connector = core.scheduler.get_kv_connector()
+    scheduler = scheduler_of(llm)
     llm.enqueue([{"prompt_token_ids": placed(served, "eight")}], [params("eight")])
-    assert connector._entries
-    llm.llm_engine.abort_request([*connector._entries], internal=True)
+    assert scheduler.entries
+    llm.llm_engine.abort_request([*scheduler.entries], internal=True)
     llm.wait_for_completion()
-    assert not connector._entries
-    assert not connector._pending
+    assert not scheduler.entries
+    assert not scheduler._pending
 
 
 def test_running_requests_that_are_cancelled_leave_nothing_behind(served: Served, llm: Any) -> None:
-    connector = llm.llm_engine.engine_core.engine_core.scheduler.get_kv_connector()
+    scheduler = scheduler_of(llm)
     llm.enqueue([{"prompt_token_ids": placed(served, "long", number)} for number in (1, 2)], [params("long")] * 2)
-    first, _ = connector._entries
+    first, _ = scheduler.entries
     for _ in range(6):
         llm.llm_engine.step()
-    assert connector._given[first].request.num_output_tokens > 0
+    assert scheduler._given[first].request.num_output_tokens > 0
     llm.llm_engine.abort_request([first], internal=True)
-    assert [*connector._entries] == [*connector._given] != [first]
+    assert [*scheduler.entries] == [*scheduler._given] != [first]
     (other,) = llm.wait_for_completion()
     assert list(other.outputs[0].token_ids) == served.answer(rest(served, 2), "long")
-    assert not connector._entries
-    assert not connector._given
+    assert not scheduler.entries
+    assert not scheduler._given
     assert list(ask(llm, placed(served, "long"), "long").token_ids) == served.answer(rest(served), "long")
 
 
@@ -331,13 +330,14 @@ def test_running_requests_that_are_cancelled_leave_nothing_behind(served: Served
 def test_pages_that_were_never_written_are_never_read(
     served: Served, llm: Any, changing: Path, monkeypatch: pytest.MonkeyPatch, num_requests: int
 ) -> None:
-    # vLLM has pages in its prefix cache before they are written, and an abort may come before it hears that they were
-    # not. Of two requests the second finds the first one's pages there, and writes its own behind them.
+    # vLLM adds pages to its prefix cache before they are written, and an abort may come before it learns that they were
+    # not. The second of two requests finds the first one's pages there, and writes its own after them.
     with GistStore(changing) as store:
         cache = store["long"]
-        sign = -1.0 - num_requests
+        factor = -1.0 - num_requests
         store.put(
-            "torn long", GistCache(tuple(sign * keys for keys in cache.keys), cache.values, cache.lengths, cache.origin)
+            "torn long",
+            GistCache(tuple(factor * keys for keys in cache.keys), cache.values, cache.lengths, cache.origin),
         )
         (entry,) = [entry for entry in store.list() if entry.name == "torn long"]
     (file,) = changing.rglob(f"{entry.key}*")
@@ -347,7 +347,7 @@ def test_pages_that_were_never_written_are_never_read(
     failed = counted(llm)["gist_failed"]
 
     def abort_all() -> None:
-        llm.llm_engine.abort_request([*core.scheduler.get_kv_connector()._entries], internal=True)
+        llm.llm_engine.abort_request([*scheduler_of(llm).entries], internal=True)
         aborts()
 
     ids = placed(served, "long", 4)
@@ -368,22 +368,22 @@ def test_pages_that_were_never_written_are_never_read(
 
 
 @pytest.mark.parametrize("value", ["x", ["a"], 5])
-def test_what_is_no_object_fails_alone(served: Served, llm: Any, value: Any) -> None:
+def test_parameters_of_another_type_fail_alone(served: Served, llm: Any, value: Any) -> None:
     from vllm import SamplingParams
     from vllm.v1.request import Request
 
-    # What a request's vllm_xargs may hold. vLLM 0.32 stumbles over it in front of the engine, so it is put in behind.
+    # A request's vllm_xargs may hold this. vLLM 0.32 fails on it before the engine, so it is put in after that.
     settings = SamplingParams(temperature=0, max_tokens=4, extra_args={"kv_transfer_params": value})
     core = llm.llm_engine.engine_core.engine_core
     odd = Request("odd", rest(served), settings, None)
     core.scheduler.add_request(odd)
-    assert "must be an object" in core.scheduler.get_kv_connector()._refused["odd"]
+    assert "must be an object" in scheduler_of(llm).refused["odd"]
     assert list(ask(llm, placed(served, "eight"), "eight").token_ids) == served.answer(rest(served), "eight")
     assert odd.get_finished_reason().name == "ERROR"
-    assert "odd" not in core.scheduler.get_kv_connector()._refused
+    assert "odd" not in scheduler_of(llm).refused
 
 
-def test_what_nobody_thought_of_fails_alone(served: Served, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_fails_alone(served: Served, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from gisting.serving.gists import StoredGists
 
     def fail(*_: Any) -> Any:
@@ -393,7 +393,7 @@ def test_what_nobody_thought_of_fails_alone(served: Served, llm: Any, monkeypatc
     for method in ("find", "load"):
         with monkeypatch.context() as patched:
             patched.setattr(StoredGists, method, fail)
-            patched.setattr(worker(), "_loaded", LoadedGists(0))
+            patched.setattr(worker(), "prepared", BoundedLRU(0))
             prompts = [{"prompt_token_ids": placed(served, "three")}, {"prompt_token_ids": rest(served)}]
             outputs = llm.generate(prompts, [params("three"), params()], use_tqdm=False)
         assert outputs[0].outputs[0].finish_reason == "error"
@@ -402,10 +402,15 @@ def test_what_nobody_thought_of_fails_alone(served: Served, llm: Any, monkeypatc
 
 
 def worker() -> Any:
-    """The connector beside the model, in this process."""
+    """The worker side of the connector, in this process."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return get_kv_transfer_group()
+    return get_kv_transfer_group().worker
+
+
+def scheduler_of(llm: Any) -> Any:
+    """The scheduler side of the connector, in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.get_kv_connector().scheduler
 
 
 def test_logits_of_other_models_are_left_alone() -> None:

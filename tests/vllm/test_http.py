@@ -1,4 +1,4 @@
-"""``vllm serve`` on the loopback, asked by the ``openai`` client as a user would."""
+"""``vllm serve`` on the loopback interface, used through the ``openai`` client as a user would."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STARTS_WITHIN_S = 240
 
 
 class Server:
-    """A server process, its address and what it has written."""
+    """A server process with its address and its log."""
 
     def __init__(self, served: Served, store: Path, log: Path) -> None:
         with socket.socket() as found:
@@ -134,7 +134,7 @@ def test_completions_of_ids(served: Served, server: Server) -> None:
     assert made.usage.prompt_tokens == 8 + len(ids)
 
 
-def test_requests_without_a_gist_are_what_they_were(served: Served, server: Server) -> None:
+def test_requests_without_a_gist_are_unaffected(served: Served, server: Server) -> None:
     ids = continuation(served, tiny.words(9, seed=1))
     assert complete(server, ids) == [served.answer(ids, None, 12)]
     assert complete(server, ids, kv_transfer_params={}) == [served.answer(ids, None, 12)]
@@ -193,16 +193,16 @@ def test_the_literal_is_text(served: Served, server: Server) -> None:
 @pytest.mark.parametrize(
     ("status", "message", "more"),
     [
-        (404, "gist 'nobody' is not in the store of this server", {"gist": "nobody"}),
+        (404, "gist 'unknown' is not in the store of this server", {"gist": "unknown"}),
         (400, "was made for llama/", {"gist": "another model's"}),
         (400, "must be the name of a gist, got 7", {"gist": 7}),
-        (400, "must hold 'gist' alone, got do_remote_prefill", {"gist": "eight", "do_remote_prefill": True}),
+        (400, "must hold only 'gist', got do_remote_prefill", {"gist": "eight", "do_remote_prefill": True}),
         (400, "prompt has 2 gist tokens in front, the gist has 8", {"gist": "eight", "prompt": [64, 64, 5]}),
         (400, "has a gist token (64) at 1", {"gist": "eight", "prompt": [5, 64]}),
-        (400, "has nothing behind the gist", {"gist": "eight", "prompt": [64] * 8}),
-        (400, "echo does not go with a gist", {"gist": "eight", "echo": True}),
-        (400, "prompt_logprobs does not go with a gist", {"gist": "eight", "prompt_logprobs": 0}),
-        (400, "use_beam_search does not go with a gist", {"gist": "eight", "use_beam_search": True}),
+        (400, "has nothing after the gist", {"gist": "eight", "prompt": [64] * 8}),
+        (400, "echo does not work with a gist", {"gist": "eight", "echo": True}),
+        (400, "prompt_logprobs does not work with a gist", {"gist": "eight", "prompt_logprobs": 0}),
+        (400, "use_beam_search does not work with a gist", {"gist": "eight", "use_beam_search": True}),
         (400, "prompt must be a text", {"gist": "eight", "prompt": {"a": 1}}),
     ],
     ids=lambda value: None if isinstance(value, dict) else str(value)[:30],
@@ -222,14 +222,14 @@ def test_completions_that_are_refused(server: Server, status: int, message: str,
 @pytest.mark.parametrize(
     ("message", "more"),
     [
-        ("the gist stands for it", {"messages": [{"role": "system", "content": "w1"}, *MESSAGES]}),
-        ("must be of the user", {"messages": MESSAGES[1:]}),
-        ("must end with one of the user", {"messages": MESSAGES[:2]}),
+        ("which the gist replaces", {"messages": [{"role": "system", "content": "w1"}, *MESSAGES]}),
+        ("must be from the user", {"messages": MESSAGES[1:]}),
+        ("must end with one from the user", {"messages": MESSAGES[:2]}),
         ("messages must be a list", {"messages": []}),
-        ("must be of text", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
-        ("tools does not go with a gist", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
-        ("chat_template does not go with a gist", {"chat_template": "x"}),
-        ("add_generation_prompt does not go", {"add_generation_prompt": False}),
+        ("must be text", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        ("tools does not work with a gist", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ("chat_template does not work with a gist", {"chat_template": "x"}),
+        ("add_generation_prompt does not work", {"add_generation_prompt": False}),
     ],
     ids=lambda value: None if isinstance(value, dict) else str(value)[:30],
 )
@@ -245,22 +245,22 @@ def test_other_routes_take_no_gist(server: Server) -> None:
     import openai
 
     given = {"model": "tiny", "input": "w1", "kv_transfer_params": {"gist": "eight"}}
-    with pytest.raises(openai.BadRequestError, match=r"/v1/responses takes no gist"):
+    with pytest.raises(openai.BadRequestError, match=r"/v1/responses does not take gists"):
         server.client.post("/responses", body=given, cast_to=object)
 
 
-def test_who_may_not_use_the_server_learns_nothing_of_its_store(server: Server) -> None:
+def test_the_store_is_not_revealed_before_authentication(server: Server) -> None:
     import openai
 
     stranger = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="another", max_retries=0)
-    for gist in ("nobody", "eight"):
+    for gist in ("unknown", "eight"):
         with pytest.raises(openai.AuthenticationError) as caught:
             stranger.completions.create(**SETTINGS, prompt="w1", extra_body=body(gist))
         assert gist not in json.dumps(caught.value.response.json())
 
 
 @pytest.mark.parametrize("route", ["/completions", "/chat/completions"])
-def test_what_vllm_would_look_for_elsewhere_is_refused(served: Served, server: Server, route: str) -> None:
+def test_parameters_in_another_place_are_refused(served: Served, server: Server, route: str) -> None:
     import openai
 
     given = {**SETTINGS, "vllm_xargs": {"kv_transfer_params": "x"}}
@@ -270,8 +270,8 @@ def test_what_vllm_would_look_for_elsewhere_is_refused(served: Served, server: S
     assert complete(server, "w1", "eight") == [served.answer(continuation(served, "w1"), "eight", 12)]
 
 
-def test_strangers_are_turned_away_before_they_are_read(server: Server) -> None:
-    # The answer comes though the body never does.
+def test_a_body_is_not_read_before_authentication(server: Server) -> None:
+    # The answer comes although the body is never sent.
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
     )
@@ -289,12 +289,12 @@ def test_a_server_ends_with_the_tests(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     end = time.monotonic() + 30
     while runs(int(done.stdout)):
-        assert time.monotonic() < end, "it goes on"
+        assert time.monotonic() < end, "it is still running"
         time.sleep(0.1)
 
 
 def runs(pid: int) -> bool:
-    """Whether there is a process of this number that is more than an entry in a table."""
+    """Whether there is a process of this id that is not a zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
@@ -345,7 +345,7 @@ def test_names_may_come_and_go(served: Served, server: Server, store: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_killed_server_comes_back_with_all_it_had(served: Served, store: Path, tmp_path: Path) -> None:
+def test_a_killed_server_can_be_started_again(served: Served, store: Path, tmp_path: Path) -> None:
     wanted = [[served.answer(continuation(served, "w1 w2"), name, 12)] for name in PROMPTS]
     for _ in range(2):
         with running(served, store, tmp_path / "log") as server:
@@ -354,7 +354,7 @@ def test_a_killed_server_comes_back_with_all_it_had(served: Served, store: Path,
 
 
 @pytest.mark.slow
-def test_the_example_runs_as_it_says(served: Served, server: Server, store: Path) -> None:
+def test_the_example_runs(served: Served, server: Server, store: Path) -> None:
     words = [served.path, "--store", store, "--url", f"http://127.0.0.1:{server.port}/v1", "--api-key", KEY]
     example = Path(__file__).parents[2] / "examples" / "06_vllm_openai_client.py"
     for more in (["--only-compress"], []):
@@ -368,10 +368,10 @@ def test_the_example_runs_as_it_says(served: Served, server: Server, store: Path
     lines = found.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == ["shout", "first", "chat", "stream", "a mistake"]
     assert lines[3].removeprefix("chat: ") == lines[4].removeprefix("stream: ")
-    assert "gist 'nobody' is not in the store" in lines[5]
+    assert "gist 'unknown' is not in the store" in lines[5]
 
 
-def test_the_page_runs_as_it_says(
+def test_the_page_runs(
     served: Served, server: Server, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tests.repository import fences_in

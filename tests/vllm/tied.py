@@ -1,4 +1,4 @@
-"""Processes that end with the tests, also where those are killed."""
+"""Processes that end with the tests, even if the tests are killed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# Reads until whoever holds the other end of the pipe is gone, however that went.
+# Reads until the process at the other end of the pipe has ended for any reason.
 _WATCH = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
 
 
 class Tied:
-    """A process and all that it starts, in a group of their own; killed with this process at the latest."""
+    """A process with all that it starts, in a separate group that is killed when this process ends, if not before."""
 
     def __init__(self, words: Sequence[Any], **settings: Any) -> None:
         self.process = subprocess.Popen(words, start_new_session=True, **settings)

@@ -11,10 +11,11 @@ import typer
 
 from gisting.measure.rows import append_row, environment
 
-__all__ = ["OutputOption", "RecordsOption", "Rows", "SeedOption", "names", "numbers"]
+__all__ = ["CheckpointsOption", "OutputOption", "RecordsOption", "Rows", "SeedOption", "names", "numbers", "say"]
 
 OutputOption = Annotated[Path | None, typer.Option(help="JSONL file to which the rows are added.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the weights and the data.")]
+CheckpointsOption = Annotated[Path, typer.Option(help="Directory for the trained models.")]
 RecordsOption = Annotated[int, typer.Option(min=1, help="Records to evaluate on, for each split.")]
 
 
@@ -44,6 +45,11 @@ class Rows:
         """Print the tables of the rows, as Markdown."""
         for table in tables if self.rows else ():
             print(table(self.rows), end="\n\n")
+
+
+def say(what: str) -> None:
+    """Print a line without delay."""
+    print(what, flush=True)
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -41,4 +41,4 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
         "",
         f"({first['device']}, torch {first['torch']}, transformers {first['transformers']})",
     ]
-    return "\n".join(text).replace("|  |", "| |", 1)
+    return "\n".join(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,17 @@ import typer
 
 from gisting.measure.rows import append_row, environment
 
-__all__ = ["CheckpointsOption", "OutputOption", "RecordsOption", "Rows", "SeedOption", "names", "numbers", "say"]
+__all__ = [
+    "CheckpointsOption",
+    "OutputOption",
+    "RecordsOption",
+    "Rows",
+    "SeedOption",
+    "names",
+    "numbers",
+    "say",
+    "where",
+]
 
 OutputOption = Annotated[Path | None, typer.Option(help="JSONL file to which the rows are added.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the weights and the data.")]
@@ -76,3 +86,17 @@ def names(option: str, text: str | None, known: Sequence[str]) -> list[str]:
     if unknown := [name for name in found if name not in known]:
         raise typer.BadParameter(f"{option} must be names of {', '.join(known)}, got {unknown[0]!r}")
     return found
+
+
+def where(row: Mapping[str, Any], *columns: str) -> str:
+    """Say for a caption on what a row was measured, such as ``2 CPU cores, x86_64, 2 threads, torch 2.13``.
+
+    Args:
+        row: a measured row.
+        columns: what to say besides the device; by default threads, torch and transformers.
+    """
+    parts = [
+        f"{row[name]} threads" if name == "threads" else f"{name} {row[name]}"
+        for name in columns or ("threads", "torch", "transformers")
+    ]
+    return ", ".join([row["device"], *parts])

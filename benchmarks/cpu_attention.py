@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.command import OutputOption, Rows, numbers
+from benchmarks.command import OutputOption, Rows, numbers, where
 from gisting.attention.pieces import plan_if_cheaper
 from gisting.attention.sdpa import dense_attention, sdpa_attention
 from gisting.errors import GistError
@@ -158,7 +158,7 @@ def attention_table(rows: Sequence[dict[str, Any]]) -> str:
         *markdown_table(("layout", "tokens", "pass", "by pieces, ms", "dense mask, ms", "ratio"), lines),
         "",
         f"Batch 1, {first['num_heads']} heads of {first['head_size']}, {first['dtype']}; medians of alternating runs, "
-        f"quartiles in brackets ({first['device']}, {first['threads']} threads, torch {first['torch']}).",
+        f"quartiles in brackets ({where(first, 'threads', 'torch')}).",
     ]
     return "\n".join(text)
 

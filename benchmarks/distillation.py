@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from transformers import set_seed
 
-from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, numbers, say
+from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, numbers, say, where
 from benchmarks.task import MIXED_CONDITIONS, SPLITS, task_accuracy
 from gisting.data.tasks import LetterTask, task_tokenizer
 from gisting.demo import BATCH_SIZE, task_arguments, task_model
@@ -124,8 +124,8 @@ def distillation_table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"Exact match in percent with its 95 % interval on {first['num_records']:,} records, k = "
         f"{first['num_gist_tokens']}, {first['num_steps']:,} steps from scratch; distilled with weight "
-        f"{last['weight']:g} over the teacher's {last['top_k']} likeliest tokens ({first['device']}, torch "
-        f"{first['torch']}, transformers {first['transformers']}).",
+        f"{last['weight']:g} over the teacher's {last['top_k']} likeliest tokens "
+        f"({where(first, 'torch', 'transformers')}).",
     ]
     return "\n".join(text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.command import where
 from gisting.markdown import markdown_table
 from gisting.measure.inference import GIST, NO_CACHE, PREFIX, STATIC
 from gisting.measure.inference_results import by_cell, gain, gain_cell, result_tables, size_ratio, value_cell
@@ -38,8 +39,7 @@ def inference_table(rows: _Rows) -> str:
         f"{first['model']}, {first['num_parameters'] / 1e6:.0f} million parameters, {first['dtype']}; k = "
         f"{first['num_gist_tokens']}, inputs of {first['input_tokens']} tokens, answers of {first['answer_tokens']}; "
         f"medians of {fewest} to {most} alternating runs, fewer for slower ones, quartiles in brackets{several} "
-        f"({first['device']}, {first['threads']} threads, torch {first['torch']}, transformers "
-        f"{first['transformers']})."
+        f"({where(first)})."
     )
     return "\n".join(parts)
 

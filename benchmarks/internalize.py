@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from benchmarks.command import CheckpointsOption, OutputOption, Rows, numbers, say
+from benchmarks.command import CheckpointsOption, OutputOption, Rows, numbers, say, where
 from gisting.data.plain import PlainCollator
 from gisting.data.records import Record
 from gisting.data.tasks import CodeTask, code_tokenizer
@@ -279,8 +279,7 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']:,} steps of 32 requests for each "
         f"way, from a base of {first['base_steps']:,} steps on random tables ({base_times} s). The last two scores, "
         "one for each seed, are without examples: queries for a name that no training query has, and the held-out "
-        f"queries with a different code for every name of the template ({first['device']}, {first['threads']} threads, torch {first['torch']}, "
-        f"transformers {first['transformers']}).",
+        f"queries with a different code for every name of the template ({where(first)}).",
     ]
     return "\n".join(text)
 
@@ -309,8 +308,7 @@ def serving_table(rows: Sequence[dict[str, Any]]) -> str:
         *markdown_table(("parameters", "batch", "", *columns), lines),
         "",
         f"Greedy answers of {first['num_answer_tokens']} tokens with stock `generate`; medians of "
-        f"{first['num_repeats']} alternating rounds, quartiles in brackets ({first['device']}, {first['threads']} "
-        f"threads, torch {first['torch']}, transformers {first['transformers']}).",
+        f"{first['num_repeats']} alternating rounds, quartiles in brackets ({where(first)}).",
     ]
     return "\n".join(text)
 

@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 from transformers import set_seed
 
-from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, SeedOption, names, say
+from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, SeedOption, names, say, where
 from benchmarks.task import SPLITS, task_accuracy
 from gisting.data.tasks import LETTERS, LetterTask, task_tokenizer
 from gisting.demo import BATCH_SIZE, task_arguments, task_model
@@ -164,8 +164,7 @@ def methods_table(rows: Sequence[dict[str, Any]]) -> str:
         *markdown_table(("method", "trained parameters", *scores, "ordinary text", "training"), lines),
         "",
         f"Exact match in percent with its 95 % interval on {first['num_records']:,} records, k = "
-        f"{first['num_gist_tokens']} (seed {first['seed']}; {first['device']}, torch {first['torch']}, transformers "
-        f"{first['transformers']}).",
+        f"{first['num_gist_tokens']} (seed {first['seed']}; {where(first, 'torch', 'transformers')}).",
     ]
     return "\n".join(text)
 

@@ -29,7 +29,7 @@ import typer
 from torch import Tensor
 from transformers import set_seed
 
-from benchmarks.command import CheckpointsOption, OutputOption, Rows, SeedOption, names, say
+from benchmarks.command import CheckpointsOption, OutputOption, Rows, SeedOption, names, say, where
 from gisting.data.plain import plain_sources
 from gisting.data.records import Record
 from gisting.demo import ANSWERS_AT_ONCE, task_model
@@ -425,12 +425,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
     text += [
         "",
         f"BLEU (0 to 100, sacrebleu) with its 95 % interval on {first['num_eval_records']} held-out requests; "
-        f"{first['num_records']:,} records to train on; {first['num_dropped']} of both splits were left out, because they "
-        f"do not fit in {first['max_length']} tokens with the template ({first['template_tokens']}). Each way: "
+        f"{first['num_records']:,} records to train on; {first['num_dropped']} of both splits were left out, because "
+        f"they do not fit in {first['max_length']} tokens with the template ({first['template_tokens']}). Each way: "
         f"{first['num_steps']:,} steps of {first['batch_size']} requests from {began}, "
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['vocabulary']:,} tokens in the vocabulary "
-        f"({first['device']}, {first['threads']} threads, torch {first['torch']}, transformers "
-        f"{first['transformers']}).",
+        f"({where(first)}).",
     ]
     return "\n".join(text)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import TrainingArguments
 
-from benchmarks.command import OutputOption, Rows
+from benchmarks.command import OutputOption, Rows, where
 from benchmarks.models import SMOLLM2, letters
 from gisting.data.collate import IGNORED
 from gisting.data.packing import GistPackingCollator
@@ -156,8 +156,7 @@ def objective_table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"`gist-lora` with distillation, {first['num_parameters'] / 1e6:.0f} million random parameters in float32, "
         f"vocabulary {first['vocabulary']:,}; medians of {first['num_repeats']} alternating steps, quartiles in "
-        f"brackets; memory is what a step takes beyond the weights ({first['device']}, {first['threads']} threads, torch {first['torch']}, "
-        f"transformers {first['transformers']}).",
+        f"brackets; memory is what a step takes beyond the weights ({where(first)}).",
     ]
     return "\n".join(text)
 

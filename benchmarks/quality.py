@@ -19,7 +19,7 @@ import typer
 from transformers import TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, SeedOption, numbers
+from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, SeedOption, numbers, where
 from benchmarks.task import CONDITIONS, MIXED_CONDITIONS, SPLITS
 from gisting.data.tasks import LetterTask, task_tokenizer
 from gisting.demo import ANSWERS_AT_ONCE, BATCH_SIZE, task_arguments, task_model
@@ -187,8 +187,8 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
             f"Exact match in percent with its 95 % interval on {first['num_records']:,} records of each split, one "
             f"checkpoint of {first['num_parameters'] / 1e6:.2f} million parameters, trained from scratch with k drawn "
             f"from {first['trained_k'][0]} to {first['trained_k'][1]} in {first['num_steps']:,} steps (seed {seed}): "
-            f"{first['train_s']:,.0f} s of training and {first['eval_s']:,.0f} s of evaluation ({first['device']}, "
-            f"torch {first['torch']}, transformers {first['transformers']}).",
+            f"{first['train_s']:,.0f} s of training and {first['eval_s']:,.0f} s of evaluation "
+            f"({where(first, 'torch', 'transformers')}).",
             "",
         ]
         if alone:

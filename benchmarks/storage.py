@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.command import OutputOption, Rows
+from benchmarks.command import OutputOption, Rows, where
 from gisting import storage
 from gisting._compat import cache_argument
 from gisting.cache import GistCache
@@ -141,8 +141,8 @@ def storage_table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"{first['num_prompts']} prompts, one in a file, k = {first['num_gist_tokens']}; {first['num_records']:,} "
         f"records of instructions that training never used, {first['num_places']:,} positions of their answers, where "
-        f"the mean absolute logit is {first['logit_mean']:.1f}. Model and states in {first['dtype']}, which is the "
-        f"baseline ({first['device']}, torch {first['torch']}, transformers {first['transformers']}).",
+        f"the mean absolute logit is {first['logit_mean']:.1f}. Model and states in {first['dtype']}, which is "
+        f"the baseline ({where(first, 'torch', 'transformers')}).",
     ]
     return "\n".join(lines)
 

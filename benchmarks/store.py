@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.command import OutputOption, Rows, names
+from benchmarks.command import OutputOption, Rows, names, where
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
 from gisting.markdown import markdown_table, spread_cell
@@ -156,7 +156,8 @@ def store_table(rows: Sequence[dict[str, Any]]) -> str:
         *markdown_table(("prompts", "states of one", "storage", "on disk", "fill", "open", *ways), lines),
         "",
         f"k = {first['num_gist_tokens']}, random batches by name, on the CPU; medians of {first['num_repeats']} in ms, "
-        f"quartiles in brackets. The files had been read before, so they were in the system's memory ({first['device']}, {first['threads']} threads, torch {first['torch']}).",
+        f"quartiles in brackets. The files had been read before, so they were in the system's memory "
+        f"({where(first, 'threads', 'torch')}).",
     ]
     return "\n".join(text)
 

@@ -122,7 +122,7 @@ def distillation_table(rows: Sequence[dict[str, Any]]) -> str:
     text = [
         *markdown_table(columns, lines),
         "",
-        f"Exact match in percent with its 95 % interval on {first['num_records']:,} records, k = "
+        f"Exact match in per cent with its 95 % interval on {first['num_records']:,} records, k = "
         f"{first['num_gist_tokens']}, {first['num_steps']:,} steps from scratch; distilled with weight "
         f"{last['weight']:g} over the teacher's {last['top_k']} likeliest tokens "
         f"({where(first, 'torch', 'transformers')}).",

@@ -275,7 +275,7 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
     base_times = _span([row["base_seconds"] for row in rows])
     text += [
         "",
-        f"Exact match in percent with its 95 % interval on {first['num_records']} held-out queries, "
+        f"Exact match in per cent with its 95 % interval on {first['num_records']} held-out queries, "
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']:,} steps of 32 requests for each "
         f"way, from a base of {first['base_steps']:,} steps on random tables ({base_times} s). The last two scores, "
         "one for each seed, are without examples: queries for a name that no training query has, and the held-out "

@@ -163,7 +163,7 @@ def methods_table(rows: Sequence[dict[str, Any]]) -> str:
     text = [
         *markdown_table(("method", "trained parameters", *scores, "ordinary text", "training"), lines),
         "",
-        f"Exact match in percent with its 95 % interval on {first['num_records']:,} records, k = "
+        f"Exact match in per cent with its 95 % interval on {first['num_records']:,} records, k = "
         f"{first['num_gist_tokens']} (seed {first['seed']}; {where(first, 'torch', 'transformers')}).",
     ]
     return "\n".join(text)

@@ -184,7 +184,7 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
         lines += [
             *markdown_table(["k", "compression", *header, *(f"{split}: gap kept" for split in SPLITS)], body),
             "",
-            f"Exact match in percent with its 95 % interval on {first['num_records']:,} records of each split, one "
+            f"Exact match in per cent with its 95 % interval on {first['num_records']:,} records of each split, one "
             f"checkpoint of {first['num_parameters'] / 1e6:.2f} million parameters, trained from scratch with k drawn "
             f"from {first['trained_k'][0]} to {first['trained_k'][1]} in {first['num_steps']:,} steps (seed {seed}): "
             f"{first['train_s']:,.0f} s of training and {first['eval_s']:,.0f} s of evaluation "

@@ -175,8 +175,8 @@ def training_table(rows: Sequence[dict[str, Any]]) -> str:
         *markdown_table(columns, lines),
         "",
         f"Whole optimiser steps of the built-in task's model ({first['num_parameters'] / 1e6:.2f} million parameters), "
-        f"k = {NUM_GIST_TOKENS}, including collating; medians of {first['num_repeats']} alternating steps, quartiles in "
-        f"brackets ({where(first)}).",
+        f"k = {NUM_GIST_TOKENS}, including collating; medians of {first['num_repeats']} alternating steps, quartiles "
+        f"in brackets ({where(first)}).",
     ]
     return "\n".join(text)
 

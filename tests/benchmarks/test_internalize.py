@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from benchmarks import internalize
-from benchmarks.internalize import internalize_table, measure
+from benchmarks.__main__ import run
+from benchmarks.internalize import internalize_table, measure, serving_table
 from gisting import GistError
-from gisting.measure.requests import serving_table
 from gisting.measure.rows import read_rows
 
 ABOUT = {"device": "d", "threads": 2, "torch": "t", "transformers": "f"}
@@ -85,12 +85,8 @@ def test_the_command_with_few_steps(
     names = ("in stages", "in stages, gist at the end", "full prompt", "full prompt, run bare")
     monkeypatch.setattr(internalize, "measure", lambda *args, **kwargs: measure(*args, runs=names, **kwargs))
     output = tmp_path / "rows.jsonl"
-    internalize._main(
-        [
-            *("--output", str(output), "--checkpoints", str(tmp_path / "models"), "--seeds", "3"),
-            *("--base-steps", "2", "--steps", "4", "--records", "8", "--repeats", "2"),
-        ]
-    )
+    words = f"--output {output} --checkpoints {tmp_path / 'models'} --seeds 3"
+    assert run(["internalize", *words.split(), *"--base-steps 2 --steps 4 --records 8 --repeats 2".split()]) == 0
     rows = read_rows(output)
     found = {row["run"]: row for row in rows if "run" in row}
     assert [(name, row["condition"], len(row["stages"])) for name, row in found.items()] == [

@@ -38,7 +38,7 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
         f"Up to the first token of an answer (seed {first['seed']}, batch 1, median of "
         f"{first['latency'][0]['num_repeats']} alternating runs):",
         "",
-        *markdown_table(("", "tokens read", "tokens cached", "cache bytes", "MFLOPs", "ms"), costs),
+        *markdown_table(("request", "tokens read", "tokens cached", "cache bytes", "MFLOPs", "ms"), costs),
         "",
         f"({where(first, 'torch', 'transformers')})",
     ]

@@ -305,7 +305,7 @@ def serving_table(rows: Sequence[dict[str, Any]]) -> str:
     columns = ("tokens cached", "tokens read", "requests per second", "against full prompt")
     first = rows[0]
     text = [
-        *markdown_table(("parameters", "batch", "", *columns), lines),
+        *markdown_table(("parameters", "batch", "request", *columns), lines),
         "",
         f"Greedy answers of {first['num_answer_tokens']} tokens with stock `generate`; medians of "
         f"{first['num_repeats']} alternating rounds, quartiles in brackets ({where(first)}).",

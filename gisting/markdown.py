@@ -1,25 +1,41 @@
-"""Markdown tables and the cells that several of them have.
+"""Markdown tables and the cells that several of them have: the one place that writes them.
 
-Place in the flow: below everything that writes a table. Knows text and numbers only.
+Place in the flow: below every report, card and page that contains a table. Independent of what the cells mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from gisting.errors import GistError
 
 __all__ = ["interval_cell", "markdown_table", "spread_cell"]
 
 
-def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table.
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    r"""Write a table as Markdown.
+
+    Cells are written with ``str``. A ``|`` in a cell is escaped unless it already is (``\|``), and line breaks become
+    spaces, so no text can break the table. Other Markdown in a cell is left alone.
 
     Args:
-        columns: the header.
-        lines: the cells of each line, one for each column.
+        columns: the header's cells.
+        rows: for each row, one cell per column.
+
+    Returns:
+        The lines of the table.
+
+    Raises:
+        GistError: a row does not have one cell per column.
     """
-    head, *rest = ("".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in (columns, *lines))
-    return [head, "|---" * len(columns) + "|", *rest]
+    lines = [_line(columns), "|---" * len(columns) + "|"]
+    for number, row in enumerate(rows):
+        if len(row) != len(columns):
+            raise GistError(f"row {number} has {len(row)} cells for {len(columns)} columns: {list(row)}")
+        lines.append(_line(row))
+    return lines
 
 
 def interval_cell(found: Mapping[str, float] | None, sign: str = "", scale: float = 100) -> str:
@@ -47,3 +63,12 @@ def spread_cell(row: Mapping[str, Any], name: str, digits: int, scale: float = 1
     """
     median, low, high = (f"{scale * row[name + end]:,.{digits}f}" for end in ("", "_low", "_high"))
     return f"{median} ({low}–{high})"
+
+
+def _line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(value: object) -> str:
+    one_line = re.sub(r"\s*[\r\n]\s*", " ", str(value))
+    return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\\|", one_line)

@@ -34,12 +34,11 @@ from gisting.eval.statistics import Interval, bootstrap
 from gisting.internalize.compressors import SelfInformation
 from gisting.internalize.directory import EVAL_NAME, read_answers, read_records, read_template
 from gisting.internalize.layout import PromptLayout
-from gisting.internalize.report import FULL_PROMPT
 from gisting.internalize.schedule import Schedule
 from gisting.internalize.stages import internalize
 from gisting.markdown import interval_cell, markdown_table, spread_cell
 from gisting.measure.progress import tracked
-from gisting.measure.requests import ServingRow, serving
+from gisting.measure.requests import FULL_PROMPT, ServingRow, serving
 from gisting.models.load import load
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import published_arguments

@@ -69,7 +69,7 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     """A part of the demo's training: the loss falls as it does on the way to the committed accuracies."""
     from gisting.data.collate import GistCollator
     from gisting.data.tasks import LetterTask, task_tokenizer
-    from gisting.measure.task import task_model
+    from gisting.demo import task_model
     from gisting.train.finetune import finetune, published_arguments
 
     tokenizer = task_tokenizer()

@@ -224,7 +224,6 @@ def test_wrong_usage(run, words: str) -> None:
         "inspect runs/nothing",
         "doctor runs/nothing",
         "bench inference --model runs/nothing",
-        "bench training --plot runs/nothing/training.png",
         "store list runs/nothing",
         "store verify runs/nothing",
         "store remove runs/nothing a",

@@ -30,7 +30,7 @@ from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
 
-__all__ = ["ServingRow", "serving"]
+__all__ = ["FULL_PROMPT", "ServingRow", "serving"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from benchmarks import internalize
 from benchmarks.__main__ import run
 from benchmarks.internalize import internalize_table, measure, serving_table
 from gisting import GistError
+from gisting.demo import task_model
 from gisting.measure.rows import read_rows
 
 ABOUT = {"device": "d", "threads": 2, "torch": "t", "transformers": "f"}
@@ -84,6 +85,8 @@ def test_the_command_with_few_steps(
 ) -> None:
     names = ("in stages", "in stages, gist at the end", "full prompt", "full prompt, run bare")
     monkeypatch.setattr(internalize, "measure", lambda *args, **kwargs: measure(*args, runs=names, **kwargs))
+    # The model of 26 million parameters would take most of the time.
+    monkeypatch.setattr(internalize, "task_model", lambda tokenizer, positions=512, **sizes: task_model(tokenizer, 512))
     output = tmp_path / "rows.jsonl"
     words = f"--output {output} --checkpoints {tmp_path / 'models'} --seeds 3"
     assert run(["internalize", *words.split(), *"--base-steps 2 --steps 4 --records 8 --repeats 2".split()]) == 0

@@ -113,12 +113,12 @@ def test_gate(trained: tuple[PreTrainedModel, GistTokenizer], monkeypatch: pytes
 
 
 def test_what_is_not_measured(trained: tuple[PreTrainedModel, GistTokenizer]) -> None:
-    with pytest.raises(GistError, match=r"^records is empty; give at least one$"):
+    with pytest.raises(GistError, match=r"^records is empty; pass at least one$"):
         bench.measure(*trained, [])
-    with pytest.raises(GistError, match=r"^measure compares logits behind a decoder's cache, which an encoder-decoder"):
+    with pytest.raises(GistError, match=r"^measure compares logits after a decoder's cache, which an encoder-decoder"):
         bench.measure(*tiny.patched("t5"), RECORDS)
     model, tokenizer = tiny.patched("llama")
-    with pytest.raises(GistError, match=r"^the model must be of a dtype that is also a storage, got float64; load it"):
+    with pytest.raises(GistError, match=r"^the model's dtype must be one of the storages, got float64; load it"):
         bench.measure(model.double(), tokenizer, RECORDS)
 
 

@@ -41,7 +41,9 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[..., None]]:
         bar = progress.add_task(what, total=total, note="")
 
         def advance(done: float, note: str | None = None) -> None:
-            progress.update(bar, advance=done, **({} if note is None else {"note": note}))
+            progress.advance(bar, done)
+            if note is not None:
+                progress.update(bar, note=note)
 
         yield advance
 

@@ -151,8 +151,7 @@ def compile_case(case: Case) -> Resources:
     constants = {
         "GROUP": 4, "BIAS": case.bias, "TABLE_GRADIENT": case.bias, "SOFTCAP": case.softcap, "DROPOUT": case.dropout,
         "D": case.head_size, "BD": 1 << (case.head_size - 1).bit_length(), "BM": rows, "BN": keys,
-        "EVEN_K": case.even, "MASKED": True,
-        "PRECISION": "ieee" if case.bits == 16 else "tf32x3", "HAS_NEAR": True, "CHUNK": 128, "BLOCK": 32, "BS": 64,
+        "EVEN_K": case.even, "PRECISION": "ieee" if case.bits == 16 else "tf32x3", "HAS_NEAR": True, "CHUNK": 128, "BLOCK": 32, "BS": 64,
     }  # fmt: skip
     element = "*bf16" if case.bits == 16 else "*fp32"
     signature, constexprs, attributes = {}, {}, {}

@@ -20,7 +20,7 @@ from gisting.attention import interval_attention
 from gisting.visibility import FOREVER, Visibility
 from gisting_kernels.decode import run_decode
 from tests.attention.test_interval_attention import tolerance, worst
-from tests.kernels.conftest import DEVICE, DTYPES, IS_CUDA
+from tests.kernels.conftest import DEVICE, IS_CUDA, each_dtype
 from tests.slow import slow
 
 pytestmark = [
@@ -28,7 +28,6 @@ pytestmark = [
     # exp2 of a masked score, in the interpreter's NumPy
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
-DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -95,7 +94,7 @@ def check(given: dict[str, Any]) -> None:
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@each_dtype
 @pytest.mark.parametrize("num_rows", [1, 5])
 @pytest.mark.parametrize("num_keys", [slow(1), 21, slow(64), slow(65)])
 def test_rows_and_keys(num_keys: int, num_rows: int, dtype: torch.dtype) -> None:
@@ -168,7 +167,7 @@ def test_bfloat16_under_the_interpreter() -> None:
 # -- scale and softcap -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@each_dtype
 @pytest.mark.parametrize(
     "options",
     [slow({"scale": 1.0}), slow({"softcap": 0.5}), {"softcap": 3.0, "scale": 0.9}, slow({"softcap": 50.0})],
@@ -395,7 +394,7 @@ def test_a_decoder_reads_an_encoder_with_one_row_at_a_time() -> None:
         pytest.param(lambda given: {"q": given["q"].flip(2)}, id="rows-crossed"),
     ],
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@each_dtype
 def test_a_planted_bug_is_found(fault: Callable[[dict[str, Any]], dict[str, Any]], dtype: torch.dtype) -> None:
     given = make(3, dtype=dtype)
     with pytest.raises(AssertionError, match=r"error .*, allowed"):

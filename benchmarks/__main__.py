@@ -1,8 +1,8 @@
 """``python -m benchmarks NAME``: run one benchmark, or list all of them.
 
-Place in the flow: above every other module here. A benchmark is a module with a function ``main`` that has typed keyword
-options, as for typer, and a docstring whose first line is shown in the list. ``main`` returns None or an exit status. To
-add a benchmark, write the module and add it to ``BENCHMARKS``.
+Place in the flow: above every other module here. A benchmark is a module with a function ``main`` that has typed
+keyword options, as for typer, and a docstring whose first line is shown in the list. ``main`` returns None or an exit
+status. To add a benchmark, write the module and add it to ``BENCHMARKS``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,10 +79,8 @@ def run(words: Sequence[str]) -> int:
 
 def _summary(module: str) -> str:
     """The first line of the docstring of ``main``, read from the source so that nothing heavy is imported."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    source = Path(__file__).resolve().parents[1] / f"{module.replace('.', '/')}.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     return (ast.get_docstring(function) or "").partition("\n")[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +11,21 @@ import typer
 
 from gisting.measure.rows import append_row, environment
 
-__all__ = ["OutputOption", "RecordsOption", "Rows", "SeedOption", "names", "numbers"]
+__all__ = [
+    "CheckpointsOption",
+    "OutputOption",
+    "RecordsOption",
+    "Rows",
+    "SeedOption",
+    "names",
+    "numbers",
+    "say",
+    "where",
+]
 
 OutputOption = Annotated[Path | None, typer.Option(help="JSONL file to which the rows are added.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the weights and the data.")]
+CheckpointsOption = Annotated[Path, typer.Option(help="Directory for the trained models.")]
 RecordsOption = Annotated[int, typer.Option(min=1, help="Records to evaluate on, for each split.")]
 
 
@@ -46,6 +57,11 @@ class Rows:
             print(table(self.rows), end="\n\n")
 
 
+def say(what: str) -> None:
+    """Print a line without delay."""
+    print(what, flush=True)
+
+
 def numbers(option: str, text: str) -> list[int]:
     """Read whole numbers with commas between them, such as ``0,1,2``.
 
@@ -70,3 +86,17 @@ def names(option: str, text: str | None, known: Sequence[str]) -> list[str]:
     if unknown := [name for name in found if name not in known]:
         raise typer.BadParameter(f"{option} must be names of {', '.join(known)}, got {unknown[0]!r}")
     return found
+
+
+def where(row: Mapping[str, Any], *columns: str) -> str:
+    """Say for a caption on what a row was measured, such as ``2 CPU cores, x86_64, 2 threads, torch 2.13``.
+
+    Args:
+        row: a measured row.
+        columns: what to say besides the device; by default threads, torch and transformers.
+    """
+    parts = [
+        f"{row[name]} threads" if name == "threads" else f"{name} {row[name]}"
+        for name in columns or ("threads", "torch", "transformers")
+    ]
+    return ", ".join([row["device"], *parts])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.command import where
 from gisting.markdown import markdown_table
 
 __all__ = ["demo_table"]
@@ -39,6 +40,6 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
         "",
         *markdown_table(("", "tokens read", "tokens cached", "cache bytes", "MFLOPs", "ms"), costs),
         "",
-        f"({first['device']}, torch {first['torch']}, transformers {first['transformers']})",
+        f"({where(first, 'torch', 'transformers')})",
     ]
-    return "\n".join(text).replace("|  |", "| |", 1)
+    return "\n".join(text)

@@ -14,12 +14,11 @@ from benchmarks.cpu_attention import attention_table
 from benchmarks.demo import demo_table
 from benchmarks.distillation import distillation_table
 from benchmarks.inference import highlights_table, inference_table, losses_table
-from benchmarks.internalize import internalize_table
+from benchmarks.internalize import internalize_table, serving_table
 from benchmarks.methods import methods_table
 from benchmarks.nl2bash import nl2bash_table
 from benchmarks.objective import objective_table
 from benchmarks.quality import quality_table
-from benchmarks.requests import serving_table
 from benchmarks.storage import storage_table
 from benchmarks.store import store_table
 from benchmarks.training import training_table

@@ -18,7 +18,7 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> li
         columns: the header.
         lines: the cells of each line, one for each column.
     """
-    head, *rest = (f"| {' | '.join(line)} |" for line in (columns, *lines))
+    head, *rest = ("".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in (columns, *lines))
     return [head, "|---" * len(columns) + "|", *rest]
 
 

@@ -474,7 +474,7 @@ def test_batches_go_round() -> None:
 def test_a_wrong_cache_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.patched("llama")
     records = asked(tokenizer)
-    original = requests.hand_over
+    original = requests.cache_view
 
     def spoilt(cache: Any, batch_size: int) -> Any:
         found = original(cache, batch_size)
@@ -483,7 +483,7 @@ def test_a_wrong_cache_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
         found.layers[0].keys = keys
         return found
 
-    monkeypatch.setattr(requests, "hand_over", spoilt)
+    monkeypatch.setattr(requests, "cache_view", spoilt)
     with pytest.raises(GistError, match=r"prefix cache differs from its uncached run by .*; no time is reported"):
         serving(model, tokenizer, records, TEMPLATE, batch_size=2, repeats=1, warmup=0)
 
@@ -509,7 +509,7 @@ def test_answers_may_part_where_two_tokens_are_as_likely() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 7}, "records must be at least batch_size=7, got 6; lower it"),
+        ({"batch_size": 7}, "there must be at least batch_size=7 records, got 6; lower batch_size"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"warmup": -1}, "warmup must be at least 0, got -1"),
@@ -527,7 +527,7 @@ def test_what_cannot_be_served(changes: dict[str, Any], message: str) -> None:
 
 def test_an_encoder_decoder_is_not_served() -> None:
     model, tokenizer = tiny.patched("t5")
-    with pytest.raises(GistError, match="serving times decoders"):
+    with pytest.raises(GistError, match="serving measures decoders"):
         serving(model, tokenizer, RECORDS, TEMPLATE, batch_size=1)
 
 
@@ -566,7 +566,7 @@ def test_the_command_times_no_encoder_decoder(run, tmp_path: Path) -> None:
         (["staged", "nothing"], "nothing has no internalized.json, so it is no finished internalisation"),
         (["staged", "--prices", "none.yaml"], "there is no price table none.yaml"),
         (["staged", "--metric", "bleurt"], "metric must be one by which all runs were scored"),
-        (["staged", "--time", "--batch-size", "5"], "records must be at least batch_size=5, got 4; lower it"),
+        (["staged", "--time", "--batch-size", "5"], "there must be at least batch_size=5 records, got 4; lower batch_size"),
     ],
 )
 def test_the_commands_errors_are_one_line(

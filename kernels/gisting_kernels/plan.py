@@ -120,11 +120,11 @@ class Plan:
 
     @property
     def num_keys(self) -> int:
-        """K."""
+        """K, the number of keys."""
         return self.first.shape[1]
 
     def __post_init__(self) -> None:
-        # Every layer asks for both in every step, so they are made once.
+        # Every layer uses both lists in every step, so they are made once.
         lists = (self.forward, self.backward_query, self.backward_table)
         tensors = [
             self.first,
@@ -138,14 +138,16 @@ class Plan:
         object.__setattr__(self, "_numbers", numbers)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor, int32, in the order in which the custom op takes them; of lists and ranges the shapes are
-        theirs. The same list every time: do not change it.
+        """Return all tensors, int32, in the order that the custom op takes them.
+
+        The list is shared: do not change it.
         """
         return self._tensors
 
     def numbers(self) -> list[int]:
-        """Rows, keys, warps and stages of each of ``sizes``, flat, as the custom op takes them. The same list every
-        time: do not change it.
+        """Return rows, keys, warps and stages of each of ``sizes``, as the custom op takes them.
+
+        The list is shared: do not change it.
         """
         return self._numbers
 
@@ -163,8 +165,8 @@ def make_plan(
     Args:
         first, end: integer ``(B, K)``.
         num_rows: T.
-        sizes: of the forward, dQ, dK/dV and table-gradient kernels.
-        near: W of a relative bias ``(H, 2 W + 1)``; key tiles with some ``|j - i| < W`` are then listed apart.
+        sizes: tile sizes of the forward, dQ, dK/dV and table-gradient kernels.
+        near: W of a relative bias ``(H, 2 W + 1)``; key tiles with some ``|j - i| < W`` are then listed separately.
 
     Returns:
         The plan, on the device of ``first``.
@@ -173,7 +175,7 @@ def make_plan(
     start = max(first.shape[1] - num_rows, 0)
     lists: dict[tuple[int, int], TileLists] = {}
     forward, query, key, table = sizes
-    # Without a bias nothing walks the lists of the table gradient.
+    # Without a bias, no kernel walks the lists of the table gradient.
     table = query if near is None else table
     for size in (forward, query, table):
         if size.shape not in lists:
@@ -194,15 +196,15 @@ def make_plan(
 def list_tiles(
     first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int], near: int | None = None
 ) -> TileLists:
-    """The lists for tiles of a size.
+    """List the tiles of one size.
 
     Args:
         first: int32 ``(B, K)``.
         end: int32 ``(B, K)``.
-        num_rows: T; the rows stand at ``start .. start + num_rows - 1``.
-        start: where the first row stands.
+        num_rows: T; the rows are ``start .. start + num_rows - 1`` of the mask.
+        start: index of the first row.
         size: rows and keys of a tile.
-        near: W of a relative bias: key tiles with some ``|j - i| < W`` are listed apart; None for none.
+        near: W of a relative bias, or None without one; key tiles with some ``|j - i| < W`` are listed separately.
     """
     if _is_fused(first, num_rows):
         from .plan_kernels import list_tiles_fused
@@ -221,7 +223,7 @@ def list_tiles(
     kind = torch.where(is_full, 2, 1)
     if near is not None:
         key_first = torch.arange(num_tiles, dtype=torch.int32, device=device) * tile_keys
-        # Distances j - i of the whole tile, rows beyond the last among them: what the kernel computes must be exact.
+        # The distances j - i of the whole tile, including rows beyond the last, because the kernel computes with those.
         lowest = key_first - (r0 + tile_rows - 1)
         highest = key_first + (tile_keys - 1) - r0
         kind = torch.where((lowest < near) & (highest > -near), 0, kind)
@@ -232,13 +234,13 @@ def list_tiles(
 
 
 def range_rows(first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int]) -> RowRanges:
-    """The ranges for tiles of a size.
+    """Find the row ranges for tiles of one size.
 
     Args:
         first: int32 ``(B, K)``.
         end: int32 ``(B, K)``.
-        num_rows: T; the rows stand at ``start .. start + num_rows - 1``.
-        start: where the first row stands.
+        num_rows: T; the rows are ``start .. start + num_rows - 1`` of the mask.
+        start: index of the first row.
         size: rows and keys of a tile.
     """
     if _is_fused(first, num_rows):
@@ -256,15 +258,15 @@ def range_rows(first: Tensor, end: Tensor, num_rows: int, start: int, size: tupl
 
 
 def _is_fused(first: Tensor, num_rows: int) -> bool:
-    """Triton on a GPU; inside ``torch.compile`` torch operations, which the compiler fuses itself."""
+    """Use Triton on a GPU, except inside ``torch.compile``, which fuses torch operations itself."""
     return first.is_cuda and first.numel() > 0 and num_rows > 0 and not torch.compiler.is_compiling()
 
 
 def _bounds(first: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Smallest and largest first, smallest and largest end of the live keys of each tile, each ``(B, key tiles)``.
+    """Return the smallest and largest first, and the smallest and largest end, of each tile: ``(B, key tiles)`` each.
 
-    A dead key counts as "first = infinity, end = 0" where that forbids the tile to be full, and not at all where it
-    would make the tile visible. Keys beyond the last are dead.
+    A dead key gets first = infinity and end = 0, so its tile cannot be full, and it does not make its tile visible.
+    Keys beyond the last are dead.
     """
     num_keys = first.shape[1]
     missing = -num_keys % size

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gisting.attention.api import mean_segment_length
 from gisting.data.collate import IGNORED
 from gisting.data.split import split_prompts
 from gisting.errors import GistError
 from gisting.tokens import GistTokenizer
-from gisting.visibility import is_interval_mask
+from gisting.visibility import Visibility, is_interval_mask
 
 __all__ = ["StepBatches", "Targets", "find_targets"]
 
@@ -102,11 +103,5 @@ class StepBatches:
             found = find_targets(batch.pop("reconstruction_labels"), is_shifted=self._is_shifted)
             batch["reconstruction_places"], batch["reconstruction_ids"] = found
         batch["gist_index"] = (batch["input_ids"].flatten() == self._gist_token_id).nonzero()[:, 0]
-        masks = {name: tensor for name, tensor in batch.items() if is_interval_mask(tensor)}
-        return batch | {f"{name}_segment": _segment_length(mask) for name, mask in masks.items()}
-
-
-def _segment_length(attention_mask: Tensor) -> float:
-    first, end = attention_mask[:, 0].unbind(1)
-    seen = (end.clamp(max=attention_mask.shape[-1]) - first).clamp(min=0)
-    return float(seen.sum()) / max(int((seen > 0).sum()), 1)
+        masks = {name: Visibility.from_attention_mask(mask) for name, mask in batch.items() if is_interval_mask(mask)}
+        return batch | {f"{name}_segment": mean_segment_length(mask) for name, mask in masks.items()}

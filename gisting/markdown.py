@@ -1,0 +1,43 @@
+"""Markdown tables: the one place that writes them.
+
+Place in the flow: below every report, card and page that contains a table. Independent of what the cells mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from gisting.errors import GistError
+
+__all__ = ["markdown_table"]
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    r"""Write a table as Markdown, one list item per line.
+
+    Cells are written with ``str``. A ``|`` in a cell is escaped unless it already is (``\|``), and line breaks become
+    spaces, so that no text can break the table; other Markdown in a cell works.
+
+    Args:
+        columns: the header's cells.
+        rows: for each row, one cell per column.
+
+    Raises:
+        GistError: a row does not have one cell per column.
+    """
+    lines = [_line(columns), "|---" * len(columns) + "|"]
+    for number, row in enumerate(rows):
+        if len(row) != len(columns):
+            raise GistError(f"row {number} has {len(row)} cells for {len(columns)} columns: {list(row)}")
+        lines.append(_line(row))
+    return lines
+
+
+def _line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(value: object) -> str:
+    one_line = re.sub(r"\s*[\r\n]\s*", " ", str(value))
+    return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\\|", one_line)

@@ -32,10 +32,10 @@ from gisting.errors import GistError
 from gisting.eval.conditions import evaluate
 from gisting.eval.metrics import exact_matches
 from gisting.eval.statistics import Interval, bootstrap
-from gisting.internalize.compressors import SelfInformation
-from gisting.internalize.directory import EVAL_NAME, read_answers, read_records, read_template
-from gisting.internalize.layout import PromptLayout
+from gisting.internalize.directory import EVAL_NAME, read_answers, read_prompt, read_records
+from gisting.internalize.requests import PromptFormat
 from gisting.internalize.schedule import Schedule
+from gisting.internalize.shorteners import SelfInformation
 from gisting.internalize.stages import internalize
 from gisting.measure.progress import tracked
 from gisting.measure.requests import ServingRow, serving, serving_table
@@ -61,7 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bare query": {"control": "bare"},
     "full prompt": {"control": "full"},
     "full prompt, run bare": {"control": "full-run-bare"},
-    "compressed prompt": {"control": "compressed", "control_share": 0.5},
+    "compressed prompt": {"control": "shortened", "control_share": 0.5},
 }
 #: Those whose model reads the whole template, as text or as a gist.
 READERS = ("in stages, gist at the end", "full prompt")
@@ -158,7 +158,7 @@ def measure(
                 seed=seed,
             ),
             schedule=Schedule.linear(4),
-            compressor=SelfInformation(base, tokenizer),
+            shortener=SelfInformation(base, tokenizer),
             max_examples=MAX_EXAMPLES,
             eval_records=held_out,
             max_new_tokens=ANSWER,
@@ -168,7 +168,7 @@ def measure(
         )
         last = folder / name / f"stage-{len(result.stages)}"
         answers = read_answers(last, result.condition)
-        read = read_template(last)
+        read = read_prompt(last)
         untaught = [replace(one, instruction=read) for one in unasked]
         rows.append(
             InternalizeRow(
@@ -216,7 +216,7 @@ def requests(directory: str | Path, run: str = "in stages", *, repeats: int = 30
     if asked is None:
         raise GistError(f"directory must hold what measure saved, got {directory}, which has no {run}/stage-1")
     small, tokenizer = load(folder)
-    template = read_template(folder / "stage-1")
+    template = read_prompt(folder / "stage-1")
     (length,) = {len(ids) for ids in tokenizer.encode_completions([""] * len(asked), [one.output for one in asked])}
     set_seed(0)
     large = task_model(
@@ -293,12 +293,12 @@ def _base(task: CodeTask, tokenizer: GistTokenizer, folder: Path, steps: int, se
     """A model that looks up in whichever table is in its prompt, with examples of it behind it or without."""
     set_seed(seed)
     model = task_model(tokenizer, max_position_embeddings=512)
-    layout, chance, size = PromptLayout(), random.Random(f"base {seed}"), MAX_EXAMPLES + 1
+    prompt_format, chance, size = PromptFormat(), random.Random(f"base {seed}"), MAX_EXAMPLES + 1
     lookups = task.lookups(steps * BATCH_SIZE, size, seed)
     training: Any = []
     for start in range(0, len(lookups), size):
         query, *examples = lookups[start : start + size]
-        prompt = layout.prompt(query.instruction, examples[: chance.randint(0, MAX_EXAMPLES)])
+        prompt = prompt_format.prompt(query.instruction, examples[: chance.randint(0, MAX_EXAMPLES)])
         training.append(replace(query, instruction=prompt))
     trainer = ObjectiveTrainer(
         model=model,

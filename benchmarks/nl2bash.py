@@ -36,11 +36,11 @@ from gisting.data.records import Record
 from gisting.errors import GistError
 from gisting.eval.metrics import bleu, exact_match
 from gisting.eval.statistics import Interval, bootstrap
-from gisting.internalize.compressors import Rewrites
 from gisting.internalize.directory import read_answers
 from gisting.internalize.examples import ExamplePool
-from gisting.internalize.layout import PromptLayout
+from gisting.internalize.requests import PromptFormat
 from gisting.internalize.schedule import Schedule
+from gisting.internalize.shorteners import Rewrites
 from gisting.internalize.stages import internalize
 from gisting.measure.progress import tracked
 from gisting.measure.rows import append_row, environment, interval_cell
@@ -87,7 +87,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bare query": {"control": "bare"},
     "full prompt": {"control": "full"},
     "full prompt, run bare": {"control": "full-run-bare"},
-    "compressed prompt": {"control": "compressed", "control_share": 1 / 3},
+    "compressed prompt": {"control": "shortened", "control_share": 1 / 3},
 }
 
 FROM_NOTHING = "from nothing"
@@ -98,7 +98,7 @@ MAX_ANSWER = 96
 POSITIONS = 512
 HELD_OUT_SHARE = 0.05
 # Examples look as the query does, so that what follows a query is what followed theirs.
-_LAYOUT = PromptLayout(example="{input}\n{output}", separator="\n\n", gap="\n\n")
+_FORMAT = PromptFormat(example="{input}\n{output}", separator="\n\n", gap="\n\n")
 _WORD = re.compile(r"\w+")
 
 
@@ -306,10 +306,10 @@ def measure(
                 seed=seed,
             ),
             schedule=Schedule.linear(4),
-            compressor=Rewrites(_SHORTER),
+            shortener=Rewrites(_SHORTER),
             max_examples=MAX_EXAMPLES,
             pool=pool,
-            layout=_LAYOUT,
+            prompt_format=_FORMAT,
             eval_records=held_out,
             metrics={"bleu": bleu, "exact_match": exact_match},
             max_new_tokens=MAX_ANSWER,

@@ -191,6 +191,8 @@ def _control(control: str, max_examples: int, share: float | None) -> Plan:
     if control != "shortened" or share is None:
         raise GistError(f"control must be one of {', '.join(CONTROLS)}, or None for the schedule, got {control!r}")
     if not 0 < share < 1:
-        raise GistError(f"control_share must be above 0 and below 1, got {share:g}; for 0 and 1 use the controls bare and full")
+        raise GistError(
+            f"control_share must be above 0 and below 1, got {share:g}; for 0 and 1 use the controls bare and full"
+        )
     (count, _) = Schedule((share, 0.0)).example_counts(max_examples)
     return Plan((Stage(share, count),), "prompt")

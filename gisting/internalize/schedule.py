@@ -55,7 +55,8 @@ class Schedule:
             raise GistError(f"shares must not rise from one stage to the next, got {shown}")
         if shares[-1] != 0:
             raise GistError(
-                f"the last share must be exactly 0, because the last stage trains on the bare query, got {shown}; add a 0"
+                f"the last share must be exactly 0, because the last stage trains on the bare query, "
+                f"got {shown}; add a 0"
             )
 
     @property

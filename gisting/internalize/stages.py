@@ -181,8 +181,8 @@ def internalize(
     )
     if control == "shortened" and isinstance(shortener, NoShortening):
         raise GistError(
-            "control 'shortened' with a shortener that keeps the whole prompt is control 'full'; use rewrites or another "
-            "shortener"
+            "control 'shortened' with a shortener that keeps the whole prompt is control 'full'; use rewrites or "
+            "another shortener"
         )
     metrics = {"exact_match": exact_match} if metrics is None else dict(metrics)
     steps = split_steps(num_steps(arguments, len(rows)), len(plan.stages))
@@ -344,8 +344,10 @@ class _Run:
             save_model(self.model, self.tokenizer, directory / _MODEL, {"train_loss": loss})
         about = {**_read_json(directory / STAGE_NAME), **_read_json(directory / _MODEL / TRAINING_NAME)}
         asking = read_records(directory / EVAL_NAME)
+        for text in ("prompt", "template"):  # the latter in runs of format 1
+            about.pop(text, None)
         result = StageResult(
-            **{name: value for name, value in about.items() if name not in ("prompt", "template")},  # the latter in runs of format 1
+            **about,
             metrics={} if asking is None else self._evaluate(stage, asking, directory),
             seconds=time.perf_counter() - start,
         )
@@ -465,11 +467,12 @@ def _check(
         raise GistError("eval_records is empty; pass at least one, or None")
     if method.name not in _METHODS:
         raise GistError(
-            f"method must be one of {', '.join(_METHODS)}, got {method.name!r}, which has no effect without gist "
-            "tokens"
+            f"method must be one of {', '.join(_METHODS)}, got {method.name!r}, which has no effect without gist tokens"
         )
     if arguments.world_size > 1 or arguments.fsdp or arguments.deepspeed:
-        raise GistError("stages are trained by a single process; run without torchrun, accelerate launch, fsdp and deepspeed")
+        raise GistError(
+            "stages are trained by a single process; run without torchrun, accelerate launch, fsdp and deepspeed"
+        )
     if str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no":
         raise GistError("eval_strategy must be 'no', because eval_records are answered after each stage")
 

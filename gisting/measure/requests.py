@@ -21,7 +21,7 @@ from gisting._compat import cache_argument
 from gisting.data.plain import plain_sources
 from gisting.data.records import Record
 from gisting.errors import GistError
-from gisting.internalize.report import BARE_QUERY, FULL_PROMPT, PREFIX_CACHE, shared_prefix
+from gisting.internalize.comparison import BARE_QUERY, FULL_PROMPT, PREFIX_CACHE, shared_prefix
 from gisting.measure.latency import check_logits, hand_over, wait
 from gisting.measure.progress import tracked
 from gisting.measure.rows import spread

@@ -84,8 +84,8 @@ def losses(output_dir: Path, step: int) -> list[float]:
     ("text", "message"),
     [
         ("max_step: 3", r"recipe.yaml, line 1: there is no setting 'max_step'; did you mean max_steps\?"),
-        ("xyzzy: 3", "there is no setting 'xyzzy'; a recipe has model, data, "),
-        ("seed: 1\nseed: 2", "line 2: seed stands twice, first in line 1; take one out"),
+        ("xyzzy: 3", "there is no setting 'xyzzy'; choose from model, data, "),
+        ("seed: 1\nseed: 2", "line 2: seed is given twice, first in line 1; remove one"),
         ("model: m\nbatch_size: 0", "line 2: batch_size must be a whole number of at least 1, got 0"),
         ("batch_size: 1.5", "batch_size must be a whole number of at least 1, got 1.5"),
         ("batch_size: true", "batch_size must be a whole number of at least 1, got True"),
@@ -105,10 +105,10 @@ def losses(output_dir: Path, step: int) -> list[float]:
         ("eval: {a: b}", "eval must be a list of texts, got {'a': 'b'}"),
         ("model: 3", "model must be a text, got 3"),
         ("epochs: 1\nmax_steps: 3", "epochs and max_steps exclude each other, got 1 and 3; leave one out"),
-        ("- model", "must hold settings, one 'name: value' a line, got list"),
-        ("", "must hold settings, one 'name: value' a line, got NoneType"),
-        ("model: [", "recipe.yaml is no YAML: while parsing"),
-        ("[a]: 1", "is no YAML|there is no setting"),
+        ("- model", "must hold one 'name: value' per line, got list"),
+        ("", "must hold one 'name: value' per line, got NoneType"),
+        ("model: [", "recipe.yaml is not valid YAML: while parsing"),
+        ("[a]: 1", "is not valid YAML"),
     ],
 )
 def test_what_a_recipe_does_not_know_is_refused(tmp_path: Path, text: str, message: str) -> None:

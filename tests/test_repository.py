@@ -36,6 +36,7 @@ LEVELS = {
     "_version": 0,
     "source": 0,
     "device": 1,
+    "settings": 1,
     "padding": 1,
     "tokens": 1,
     "visibility": 1,

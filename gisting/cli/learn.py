@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from gisting.cli.options import takes_settings
 from gisting.cli.shared import (
     DeviceOption,
     DtypeOption,
@@ -22,6 +23,7 @@ from gisting.cli.shared import (
     wanted_k,
 )
 from gisting.errors import GistError
+from gisting.train.settings import Recipe
 
 if TYPE_CHECKING:
     from gisting.tokens import GistTokenizer
@@ -56,107 +58,13 @@ def demo(
     out.print(f"\n   {result.total_s:.0f} s in all, {result.train_s:.0f} s of them training.", highlight=False)
 
 
+@takes_settings
 def train(
+    settings: Recipe,
     output: Annotated[Path, typer.Option(help="Directory for the trained checkpoint.")],
-    model: Annotated[
-        str | None, typer.Argument(help="Directory of a checkpoint, or a repository on the Hugging Face hub.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML file with the settings of the run; options given here override it.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Training records, .jsonl or .json: instruction, input, output.")
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="What learns: full, lora, gist-lora or embeddings. [default: full]")
-    ] = None,
-    num_gist_tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--num-gist-tokens", "-k", help="k, or a range such as 1:10 from which each row draws. [default: 1]"
-        ),
-    ] = None,
-    eval_data: Annotated[
-        list[str] | None,
-        typer.Option("--eval", help="Records to evaluate on, under all three conditions; may be repeated."),
-    ] = None,
-    template: TemplateOption = None,
-    condition: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=(
-                "Condition to train under: gist, positive or negative, with a weight as in gist=3; may be repeated, "
-                "then each row draws one. [default: gist]"
-            )
-        ),
-    ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data. [default: 3 for a decoder]")] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps, in place of epochs. [default: 16000 for an encoder-decoder]")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Rows of an optimiser step. [default: 128; 16 for an encoder-decoder]")
-    ] = None,
-    per_device_batch_size: Annotated[
-        int | None, typer.Option(help="Rows of a forward pass; gradients are accumulated up to the batch size.")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="[default: 2e-5; 5e-5 for an encoder-decoder]")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Longest sequence in tokens. [default: 512; 128 for a source]")
-    ] = None,
-    max_target_length: Annotated[
-        int | None, typer.Option(help="Longest target of an encoder-decoder, in tokens. [default: 256]")
-    ] = None,
-    part_separator: Annotated[
-        str | None,
-        typer.Option(help="Text at which instructions are cut into parts, to train a model to read chained gists."),
-    ] = None,
-    pack_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Pack records into rows of so many tokens, those with one instruction behind one copy of it. The "
-            "batch size then counts instructions, with up to 8 records each."
-        ),
-    ] = None,
-    chunk_length: Annotated[
-        int | None, typer.Option(help="Give prompts of more tokens a gist for each chunk of at most so many.")
-    ] = None,
-    distillation: Annotated[
-        float | None,
-        typer.Option(help="Weight of the divergence from the same model with the prompt in view. [default: 0]"),
-    ] = None,
-    reconstruction: Annotated[
-        float | None,
-        typer.Option(help="Weight of the prompt's own likelihood behind its gist; needs --pack-length. [default: 0]"),
-    ] = None,
-    save_steps: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints to resume from. [default: 500]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and draws. [default: 42]")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Type of the trained weights; small steps round away in half precision. [default: float32]"),
-    ] = None,
-    bf16: Annotated[
-        bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 arithmetic. [default: where a GPU has it]")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."),
-    ] = None,
-    torch_compile: Annotated[
-        bool | None, typer.Option("--torch-compile/--no-torch-compile", help="Compile the model.")
-    ] = None,
-    num_workers: Annotated[
-        int | None, typer.Option(help="Processes that make batches. [default: up to 4 on a GPU, else 0]")
-    ] = None,
-    report_to: Annotated[
-        list[str] | None, typer.Option(help="Where to report: tensorboard, wandb, ...; may be repeated.")
-    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output directory.")
     ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in the evaluation. [default: 128]")] = None,
     as_json: Annotated[
         bool, json_option("one object: where the checkpoint is, what Trainer measured, and the evaluations")
     ] = False,
@@ -171,40 +79,10 @@ def train(
     Example: gisting train --recipe recipes/llama-7b.yaml --output runs/llama-7b --num-gist-tokens 10
     """
     from gisting.data.records import load_records
-    from gisting.train.recipe import Recipe, load_recipe, train_recipe
+    from gisting.train.recipe import train_recipe
 
-    effective = (Recipe() if recipe is None else load_recipe(recipe)).updated(
-        model=model,
-        data=data,
-        eval=eval_data or None,
-        template=template,
-        method=method,
-        num_gist_tokens=num_gist_tokens,
-        conditions=_parse_conditions(condition) if condition else None,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        per_device_batch_size=per_device_batch_size,
-        learning_rate=learning_rate,
-        max_length=max_length,
-        max_target_length=max_target_length,
-        part_separator=part_separator,
-        pack_length=pack_length,
-        chunk_length=chunk_length,
-        distillation=distillation,
-        reconstruction=reconstruction,
-        save_steps=save_steps,
-        seed=seed,
-        dtype=dtype,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        torch_compile=torch_compile,
-        num_workers=num_workers,
-        report_to=report_to or None,
-        max_new_tokens=max_new_tokens,
-    )
-    evals = {path: load_records(path) for path in effective.eval}
-    trained = train_recipe(effective, output, resume=resume)
+    evals = {path: load_records(path) for path in settings.eval}
+    trained = train_recipe(settings, output, resume=resume)
     if trained.arguments.process_index > 0:
         return
     out.print(
@@ -217,9 +95,9 @@ def train(
         for path in evals:
             out.print(f"evaluate with: gisting eval {output} --data {path}", highlight=False, soft_wrap=True)
         evals = {}
-    k = effective.num_gist_tokens[1]
+    k = settings.num_gist_tokens[1]
     scored = {
-        path: _evaluate(trained.model, trained.tokenizer, held_out, k, effective.chunk_length, effective.max_new_tokens)
+        path: _evaluate(trained.model, trained.tokenizer, held_out, k, settings.chunk_length, settings.max_new_tokens)
         for path, held_out in evals.items()
     }
     if as_json:
@@ -401,17 +279,6 @@ def show(
     if png is not None:
         visibility.save_drawing(png, labels)
         print(f"saved in {png}")
-
-
-def _parse_conditions(items: list[str]) -> dict[str, float]:
-    weights = {}
-    for item in items:
-        name, _, weight = item.partition("=")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise GistError(f"condition must be a name or name=weight, got {item!r}") from None
-    return weights
 
 
 def _evaluate(

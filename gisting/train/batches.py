@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import TrainingArguments
 
 from gisting.data.collate import IGNORED
 from gisting.data.split import split_prompts
@@ -18,7 +19,7 @@ from gisting.errors import GistError
 from gisting.tokens import GistTokenizer
 from gisting.visibility import is_interval_mask
 
-__all__ = ["StepBatches", "Targets", "find_targets"]
+__all__ = ["StepBatches", "Targets", "find_targets", "is_data_parallel", "step_batches"]
 
 
 class Targets(NamedTuple):
@@ -104,6 +105,32 @@ class StepBatches:
         batch["gist_index"] = (batch["input_ids"].flatten() == self._gist_token_id).nonzero()[:, 0]
         masks = {name: tensor for name, tensor in batch.items() if is_interval_mask(tensor)}
         return batch | {f"{name}_segment": _segment_length(mask) for name, mask in masks.items()}
+
+
+def step_batches(
+    collator: Callable[[Sequence[Any]], dict[str, Tensor]],
+    tokenizer: GistTokenizer,
+    arguments: TrainingArguments,
+    *,
+    has_frozen_base: bool = False,
+) -> Callable[[Sequence[Any]], dict[str, Any]]:
+    """Return :class:`StepBatches`; or ``collator`` unchanged where torch's DataParallel would cut their indices into
+    shares.
+
+    Args:
+        collator: as for :class:`StepBatches`.
+        tokenizer: as for :class:`StepBatches`.
+        arguments: of the trainer.
+        has_frozen_base: as for :class:`StepBatches`.
+    """
+    if is_data_parallel(arguments):
+        return collator
+    return StepBatches(collator, tokenizer, has_frozen_base=has_frozen_base)
+
+
+def is_data_parallel(arguments: TrainingArguments) -> bool:
+    """Return whether ``Trainer`` spreads each batch over several devices of this process, with torch's DataParallel."""
+    return arguments.n_gpu > 1
 
 
 def _segment_length(attention_mask: Tensor) -> float:

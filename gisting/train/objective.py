@@ -31,7 +31,7 @@ from gisting.models.gist_lora import gists_at
 from gisting.models.head import logits_at
 from gisting.models.mode import evaluating
 from gisting.models.prefix import PrefixStates
-from gisting.train.batches import Targets, find_targets
+from gisting.train.batches import Targets, find_targets, is_data_parallel
 
 __all__ = ["Objective", "ObjectiveTrainer", "truncated_kl"]
 
@@ -248,7 +248,7 @@ class ObjectiveTrainer(Trainer):
         """Logits ``(T, V)``."""
         if prompts is not None:
             inputs = {**inputs, cache_argument(): prompts}
-        if self.args.n_gpu > 1:  # spread by torch's DataParallel, whose threads would share one hook
+        if is_data_parallel(self.args):  # whose threads would share one hook
             return model(**inputs).logits.flatten(0, 1)[places]
         length = inputs.get("attention_mask_segment")
         inputs = {name: value for name, value in inputs.items() if name != "attention_mask_segment"}
@@ -272,7 +272,7 @@ class ObjectiveTrainer(Trainer):
         """Trainer's number of targets of a step. For torch's DataParallel that comes once for each replica, and as a
         share where tokens are not averaged over devices; here the loss is that of the whole batch.
         """
-        if num_items_in_batch is None or self.args.n_gpu <= 1:
+        if num_items_in_batch is None or not is_data_parallel(self.args):
             return num_items_in_batch
         shares = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
         return torch.as_tensor(num_items_in_batch).flatten()[0] * shares

@@ -94,7 +94,7 @@ def test_examples_run_as_they_are_shown(run, workplace: Path) -> None:
 
 def test_the_root_tells_the_exit_codes(run) -> None:
     said = " ".join(run("--help").out.split())
-    assert "Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 130 interrupted." in said
+    assert "Exit codes: 0 success, 1 an error reported in one line, 2 wrong usage, 130 interrupted." in said
 
 
 def test_help_needs_no_torch() -> None:

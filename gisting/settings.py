@@ -256,13 +256,16 @@ def takes_keywords_of(table: type[Settings]) -> Callable[[_Function], _Function]
 
 
 def keywords_for(function: Callable[..., Any], settings: Settings) -> dict[str, Any]:
-    """Return the settings that a function has parameters for; those that are None are left to its own defaults.
+    """Return the settings that a function has optional parameters for, without those that are None.
 
     Args:
-        function: what is to be called, or a class.
+        function: a function or class to call.
         settings: a table.
     """
-    names = inspect.signature(function).parameters.keys() & {each.name for each in fields(settings)}
+    parameters = inspect.signature(function).parameters.values()
+    names = {each.name for each in fields(settings)} & {
+        parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty
+    }
     return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
 
 

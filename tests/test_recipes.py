@@ -213,7 +213,7 @@ def test_the_command_line_overrides_the_recipe(tmp_path: Path, checkpoint: Path)
 
 
 def test_a_run_needs_a_model_and_data(tmp_path: Path) -> None:
-    with pytest.raises(GistError, match="there is no model and no data to train with; say which in the recipe or on"):
+    with pytest.raises(GistError, match="there is no model and no data to train with; name it in the recipe or on"):
         train_recipe(Recipe(), tmp_path / "out")
     with pytest.raises(GistError, match="there is no data to train with"):
         train_recipe(Recipe(model="m"), tmp_path / "out")
@@ -311,7 +311,7 @@ def test_part_of_a_checkpoint_is_passed_over(
     if is_whole:
         assert checkpoint_to_resume(tmp_path, named) == named
     else:
-        with pytest.raises(GistError, match="is no whole checkpoint"):
+        with pytest.raises(GistError, match="is not a whole checkpoint"):
             checkpoint_to_resume(tmp_path, named)
     (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
     if not is_whole:

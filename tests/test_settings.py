@@ -175,9 +175,9 @@ def test_a_wrong_keyword_is_refused() -> None:
 
 
 def test_keywords_are_those_that_a_function_takes() -> None:
-    def use(width: int, rate: float = 1.0, other: int = 0) -> None: ...
+    def use(source: str, width: int = 1, rate: float = 1.0, other: int = 0) -> None: ...
 
-    assert keywords_for(use, Table(width=5)) == {"width": 5}
+    assert keywords_for(use, Table(source="a.txt", width=5)) == {"width": 5}
     assert keywords_for(use, Table(rate=2)) == {"width": 3, "rate": 2.0}
 
 

@@ -17,7 +17,7 @@ from gisting.errors import GistError
 
 __all__ = ["PUBLISHED", "check_reports", "default_num_workers", "published_arguments"]
 
-#: Gisting, appendix B: LLaMA-7B and FLAN-T5-XXL.
+#: Hyper-parameters of LLaMA-7B and FLAN-T5-XXL (Gisting, appendix B).
 PUBLISHED: dict[str, dict[str, Any]] = {
     "decoder": {
         "num_train_epochs": 3.0,
@@ -46,32 +46,32 @@ def published_arguments(
     per_device_batch_size: int | None = None,
     **changes: Any,
 ) -> TrainingArguments:
-    """The published hyper-parameters as ``TrainingArguments``; anything may be changed.
+    """Return the published hyper-parameters as ``TrainingArguments``; each can be changed.
 
     Args:
-        output_dir: where checkpoints go.
-        is_encoder_decoder: FLAN-T5-XXL's settings rather than LLaMA-7B's.
-        batch_size: rows of one optimiser step over all devices, reached by accumulating gradients; the published one
-            by default.
-        per_device_batch_size: rows of one forward pass; ``batch_size``, at most 16, by default.
-        **changes: fields of ``TrainingArguments``. ``dataloader_num_workers``, the processes that collate ahead of the
-            step, is up to 4 on a GPU and as many as cores are left, and 0 on a CPU, which has no time to spare.
+        output_dir: for checkpoints.
+        is_encoder_decoder: whether to take the values of FLAN-T5-XXL instead of LLaMA-7B.
+        batch_size: rows per optimiser step over all devices, reached by accumulating gradients; the published number by
+            default.
+        per_device_batch_size: rows per forward pass; ``batch_size``, but at most 16, by default.
+        **changes: fields of ``TrainingArguments``. By default, ``dataloader_num_workers``, the number of processes that
+            make batches ahead of the step, is up to 4 on a GPU, if there are enough cores, and 0 on a CPU.
 
     Raises:
-        GistError: the batch size is no multiple of the rows of a forward pass.
+        GistError: the batch size is not a multiple of the rows per forward pass.
     """
     settings = dict(PUBLISHED["encoder-decoder" if is_encoder_decoder else "decoder"])
     published: int = settings.pop("batch_size")
     rows = published if batch_size is None else batch_size
     on_gpu = torch.cuda.is_available() and not changes.get("use_cpu", False)
-    # One process for each device where a launcher made them; else one process that spreads a batch over all it sees.
+    # A launcher starts one process per device; without one, a single process spreads a batch over all visible devices.
     launched = os.environ.get("WORLD_SIZE")
     devices = int(launched) if launched else torch.cuda.device_count() if on_gpu else 1
     per_device = min(max(rows // devices, 1), 16) if per_device_batch_size is None else per_device_batch_size
     if per_device < 1 or rows < 1 or rows % (per_device * devices):
         raise GistError(
             f"batch_size must be a multiple of per_device_batch_size, got {rows} and {per_device}"
-            + (f" on each of {devices} devices, {per_device * devices} rows at once" if devices > 1 else "")
+            + (f" on each of {devices} devices, {per_device * devices} rows in total" if devices > 1 else "")
         )
     if "num_train_epochs" in changes:
         settings.pop("max_steps", None)
@@ -80,12 +80,12 @@ def published_arguments(
         "per_device_eval_batch_size": per_device,
         "gradient_accumulation_steps": rows // (per_device * devices),
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
-        "use_cpu": not torch.accelerator.is_available(),  # said aloud, or bfloat16 is refused there
-        # Records are no dictionaries of model inputs; the collator makes the columns.
+        "use_cpu": not torch.accelerator.is_available(),  # must be given, or bfloat16 is refused on a CPU
+        # Records are not dictionaries of model inputs; the collator makes these.
         "remove_unused_columns": False,
         "report_to": "none",
-        # Of a stream each process reads its own share: batches of several lengths could not be cut in shares.
-        # And on a GPU neither copying a batch nor asking whether a loss is a number may wait for the step before.
+        # Each process reads its own share of a stream, because batches of different lengths cannot be divided. On a
+        # GPU, neither copying a batch nor checking whether a loss is NaN may wait for the previous step.
         "accelerator_config": {"dispatch_batches": False, "non_blocking": on_gpu},
         "logging_nan_inf_filter": not on_gpu,
         "dataloader_pin_memory": on_gpu,
@@ -96,8 +96,11 @@ def published_arguments(
 
 
 def default_num_workers(*, on_gpu: bool) -> int:
-    """Processes that collate ahead: on a GPU up to 4, as many as there are cores beside the training process's own,
-    assuming that every launched process on this machine takes the same share.
+    """Return the number of processes that make batches: on a GPU up to 4, but no more than there are cores in addition
+    to the training process's own, assuming that all launched processes of this machine share the cores equally.
+
+    Args:
+        on_gpu: whether the model is trained on a GPU.
     """
     if not on_gpu:
         return 0

@@ -1,5 +1,4 @@
-"""Gist instruction finetuning: stock ``Trainer``, the published hyper-parameters, and our collator. Nothing else is
-needed.
+"""Gist instruction finetuning: stock ``Trainer``, the published hyper-parameters and our collator.
 
 Place in the flow: data -> collate -> **train** -> a checkpoint that ``patch`` recognises.
 """
@@ -34,6 +33,7 @@ from gisting.train.objective import Objective, ObjectiveTrainer
 from gisting.train.repeat import (
     CountEpochs,
     RepeatableDraws,
+    check_workers,
     checkpoint_to_resume,
     num_steps_in,
     without_parallel_tokenizers,
@@ -64,38 +64,40 @@ def finetune(
 
     Args:
         model: a patched model.
-        tokenizer: the tokenizer it was patched for.
-        records: the training records, or mappings like them; also a stream of such (``datasets.IterableDataset``),
-            which is read in its own order, in this process, and needs ``max_steps``. The texts of records are encoded
-            once, before the first step; those of a stream as they come.
-        arguments: of stock ``Trainer``; :func:`published_arguments` gives the paper's. ``train_sampling_strategy=
-            "group_by_length"`` groups by the ids of a record, and needs ``datasets``.
-        method: what learns: ``"full"``, ``"lora"``, ``"gist-lora"`` or ``"embeddings"`` (:mod:`gisting.train.methods`).
-            With an adapter, the adapter alone is saved, for ``gisting.load`` and for peft.
-        objective: losses beside the language model's: distillation from the prompt in view, reconstruction of the
-            prompt, which needs ``pack_length``.
-        eval_records: records for the loss that ``arguments.eval_strategy`` asks for.
-        resume: go on from the last whole checkpoint in the output directory, or from the named one. What a killed
-            process left of a checkpoint is passed over, and the run ends with the weights of an uninterrupted one.
-        callbacks: for ``Trainer``; with any, its own printing of logs is left out.
+        tokenizer: the tokenizer that it was patched for.
+        records: training records, or mappings with the same keys; or a stream of them (``datasets.IterableDataset``),
+            which is read in its own order, in this process, and needs ``max_steps``. Texts of records are encoded once,
+            before the first step; texts of a stream are encoded as they are read.
+        arguments: of stock ``Trainer``; :func:`published_arguments` returns the paper's.
+            ``train_sampling_strategy="group_by_length"`` groups records by their number of tokens, and needs
+            ``datasets``.
+        method: what is trained: ``"full"``, ``"lora"``, ``"gist-lora"`` or ``"embeddings"``
+            (:mod:`gisting.train.methods`). With an adapter, only the adapter is saved, for ``gisting.load`` and for
+            peft.
+        objective: weights of additional losses: distillation from the same model with the prompt visible, and
+            reconstruction of the prompt, which needs ``pack_length``.
+        eval_records: records for the evaluation loss, if ``arguments.eval_strategy`` asks for one.
+        resume: continue from the last whole checkpoint in the output directory, or from the checkpoint at this path.
+            Incomplete checkpoints of a killed process are skipped, and the run ends with the same weights as an
+            uninterrupted one.
+        callbacks: for ``Trainer``; if there are any, ``Trainer`` does not print its logs.
         **settings: how records become batches (:class:`gisting.train.settings.BatchSettings`): ``num_gist_tokens``,
             ``conditions``, ``max_length`` and others. With ``pack_length``, a batch of ``arguments`` counts groups of
             records with one instruction, not records. A stream is not grouped; records of a batch that have the same
             instruction share a copy.
 
     Returns:
-        What ``Trainer`` measured: ``train_loss`` (NaN where a resumed run had no step left), ``train_runtime`` in
-        seconds, ..., and how much of the model learned:
-        ``num_trainable_parameters`` of ``num_parameters``.
+        What ``Trainer`` measured: ``train_loss`` (NaN if a resumed run had no step left), ``train_runtime`` in seconds
+        and others; and the number of trained parameters, ``num_trainable_parameters`` of ``num_parameters``.
 
     Raises:
-        GistError: the model is not patched, there are no records, a stream has no end (``max_steps``) or cannot be
-            sorted, rows are longer than a sliding window of the model where that counts, the prompt is to be
-            reconstructed without ``pack_length``, there is nothing to resume from, or weights would not be sharded
-            although ``fsdp`` asks for it; or an adapter is to be trained on shards, or to be saved beside a whole
-            checkpoint.
+        GistError: the model is not patched; there are no records; a stream is given without ``max_steps`` or is to be
+            sorted; packed rows or chunked prompts are longer than a sliding window of the model; reconstruction is
+            asked for without ``pack_length``; there is nothing to resume from; ``fsdp`` is asked for, but weights would
+            not be sharded; or an adapter would be sharded, or saved into the directory of a whole checkpoint.
     """
     require_patched(model, tokenizer)
+    check_workers(arguments)
     checkpoint = checkpoint_to_resume(str(arguments.output_dir), resume)
     items: Any = records if isinstance(records, IterableDataset) else list(records)
     chosen = BatchSettings(**settings)
@@ -113,23 +115,23 @@ def finetune(
     elif arguments.dataloader_num_workers:
         if arguments.dataloader_num_workers != default_num_workers(on_gpu=arguments.device.type == "cuda"):
             _log.warning(
-                "a stream is read in this process, not by the %d workers of dataloader_num_workers: they would read it "
-                "in another order, or several times",
+                "a stream is read in this process, not by the %d workers of dataloader_num_workers, which would read "
+                "it in another order, or several times",
                 arguments.dataloader_num_workers,
             )
         arguments = copy.copy(arguments)
         arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 0, None
     collator.encode_ahead(eval_records or ())
     if arguments.train_sampling_strategy in _BY_LENGTH:
-        items = _with_lengths(items, tokenizer, arguments.length_column_name)
-    set_seed(arguments.seed)  # as Trainer does: a fresh adapter is drawn, and Trainer is not made yet
+        items = _with_lengths(items, collator, arguments.length_column_name)
+    set_seed(arguments.seed)  # as Trainer does, which is made after a new adapter is initialised
     count = prepare(model, method, collator.num_gist_tokens[1])
     has_adapter = adapter_of(model) is not None
     if has_adapter:
         check_directory(str(arguments.output_dir))
         if _is_to_be_sharded(arguments):
             raise GistError(
-                "an adapter cannot be trained with fsdp, which shards it; leave fsdp out: a frozen model has no "
+                "an adapter cannot be trained with fsdp, which would shard it; leave fsdp out: a frozen model has no "
                 "gradients and no optimiser state to shard"
             )
     collator.with_prompt_columns = _has_frozen_prompts(model, collator, arguments)
@@ -146,19 +148,19 @@ def finetune(
     )
     if callbacks:
         trainer.remove_callback(PrinterCallback)  # With callbacks of the caller's own, they report progress.
-    if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # left out without a word
-        raise GistError("fsdp is asked for, but accelerate shards on accelerators alone; leave it out on a CPU")
+    if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # ignored silently by accelerate
+        raise GistError("fsdp is asked for, but accelerate only shards on accelerators; leave it out on a CPU")
     about = {"num_gist_tokens": list(collator.num_gist_tokens), "chunk_length": collator.chunk_length}
     model.config.gist = {**model.config.gist, **{name: value for name, value in about.items() if value is not None}}
     with checkpointing_what_learns(model), without_parallel_tokenizers(arguments.dataloader_num_workers > 0):
         if checkpoint is not None and 0 < arguments.max_steps <= num_steps_in(checkpoint):
-            # Trainer, asked to go on from a last step in the middle of an epoch, would take one step more.
+            # If the last step is in the middle of an epoch, Trainer would take one more.
             trainer._load_from_checkpoint(checkpoint)
             measured = {"train_runtime": 0.0, "train_loss": float("nan")}
         else:
             measured = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if not has_adapter:
-        trainer.save_model()  # by every process, for sharded weights are gathered; the first one writes
+        trainer.save_model()  # in every process, because sharded weights are gathered; the first one writes
     if trainer.is_world_process_zero():
         if has_adapter:
             save_pretrained(model, tokenizer, str(arguments.output_dir))
@@ -187,12 +189,12 @@ def _collator(tokenizer: GistTokenizer, settings: BatchSettings, objective: Obje
 
 
 def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingArguments) -> bool:
-    """Whether the states of prompts are the same for every layout of what follows them and nothing that is trained
-    changes them, so that a step may compute them once and apart (:mod:`gisting.data.split`).
+    """Return whether the states of prompts depend neither on the text after them nor on trained parameters, so that a
+    step can compute them once and separately (:mod:`gisting.data.split`).
 
-    That takes an adapter that acts at gist tokens alone, one gist a prompt, positions that count tokens and not columns
+    This needs an adapter that acts only at gist tokens, one gist per prompt, positions that count tokens, not columns
     (no sliding window, no rotary type that depends on the length), no noise in the base model (dropout, NEFTune, a
-    router's jitter), and no activation checkpointing, which takes no cache.
+    router's jitter), and no activation checkpointing, which does not work with a cache.
     """
     adapter, config = adapter_of(model), model.config
     return (
@@ -217,7 +219,7 @@ def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingA
 
 
 def _is_to_be_sharded(arguments: TrainingArguments) -> bool:
-    """Whether the arguments ask for FSDP, or ``accelerate launch`` does, which speaks through the environment."""
+    """Return whether the arguments ask for FSDP, or ``accelerate launch`` does, through the environment."""
     return bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
@@ -226,7 +228,7 @@ def _check_records(items: Any, arguments: TrainingArguments, pack_length: int | 
         if not items:
             raise GistError("records is empty; give at least one")
     elif arguments.max_steps < 1:
-        raise GistError("records is a stream, whose length is not known; set max_steps of the arguments")
+        raise GistError("records is a stream, whose length is unknown; set max_steps in the arguments")
     if arguments.train_sampling_strategy in _BY_LENGTH and (pack_length is not None or not isinstance(items, list)):
         kind = "a stream cannot be sorted" if pack_length is None else "packed rows are equally long"
         raise GistError(
@@ -234,26 +236,22 @@ def _check_records(items: Any, arguments: TrainingArguments, pack_length: int | 
         )
 
 
-def _with_lengths(items: list[Any], tokenizer: GistTokenizer, name: str) -> Any:
-    """A data set with a column of lengths in ids, which is where ``Trainer`` looks for them."""
+def _with_lengths(items: list[Any], collator: GistCollator, name: str) -> Any:
+    """Return a data set with a column of the records' numbers of ids, where ``Trainer`` looks for them."""
     from datasets import Dataset
 
     rows = [to_record(item) for item in items]
-    columns = ([getattr(row, part) for row in rows] for part in ("instruction", "input", "output"))
-    encodings = tokenizer.encode_batch(*columns)
     return Dataset.from_list(
-        [{**asdict(row), name: len(encoding.input_ids)} for row, encoding in zip(rows, encodings, strict=True)]
+        [{**asdict(row), name: length} for row, length in zip(rows, collator.lengths(rows), strict=True)]
     )
 
 
 def _check_window(model: PreTrainedModel, **lengths: int | None) -> None:
-    """Raise where a row would be longer than a sliding window, which counts columns: those of neighbours and of chunks
-    that are hidden among them.
-    """
+    """Check that rows are not longer than a sliding window, which counts columns, also those of hidden tokens."""
     window = sliding_windows(model.config)
     for name, length in lengths.items():
         if window is not None and length is not None and window < length:
             raise GistError(
-                f"{name} must be at most {window}, the sliding window of {model.config.model_type}, got {length}: a "
-                "window counts columns, those of neighbours in the row and of hidden chunks among them"
+                f"{name} must be at most {window}, the sliding window of {model.config.model_type}, got {length}: the "
+                "window also counts hidden columns, of other records in the row and of earlier chunks"
             )

@@ -1,8 +1,8 @@
-"""A training run as data: one YAML file that says model, records and settings, and the run that it describes.
+"""Run the training that a recipe describes: a YAML file with model, records and settings.
 
-Place in the flow: above ``finetune``, which knows nothing of files; below the command line, whose options override a
-recipe. The schema is :class:`Recipe`: whatever it does not hold is refused, so a typo is no silent default. The
-effective recipe is saved beside the checkpoint.
+Place in the flow: above ``finetune``, which does not read files; below the command line, whose options override a
+recipe. Unknown settings are refused, so that a typo does not silently become a default. The effective recipe is saved
+with the checkpoint.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 class TrainedModel(NamedTuple):
-    """What a run leaves in memory.
+    """The result of a run.
 
     Args:
-        model: trained, patched.
-        tokenizer: the one it is patched for.
+        model: the trained model, patched.
+        tokenizer: the tokenizer that it is patched for.
         metrics: what ``Trainer`` measured.
-        arguments: those it was trained with.
+        arguments: the arguments that it was trained with.
     """
 
     model: PreTrainedModel
@@ -64,30 +64,30 @@ class TrainedModel(NamedTuple):
 def train_recipe(
     recipe: Recipe, output_dir: str | Path, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
 ) -> TrainedModel:
-    """Do what a recipe says, up to the saved checkpoint, with the effective recipe beside it (``recipe.yaml``).
+    """Train the model of a recipe, and save the checkpoint together with the effective recipe (``recipe.yaml``).
 
-    Run by each process of ``torchrun`` or ``accelerate launch``, it trains on all of them.
+    When ``torchrun`` or ``accelerate launch`` calls this in several processes, they train together.
 
     Args:
         recipe: with ``model`` and ``data``.
         output_dir: for checkpoint and recipe.
-        resume: go on from the last whole checkpoint in ``output_dir``.
+        resume: continue from the last whole checkpoint in ``output_dir``.
         callbacks: as for :func:`gisting.train.finetune.finetune`.
 
     Returns:
-        Model, tokenizer and what was measured.
+        Model, tokenizer, metrics and arguments.
 
     Raises:
         GistError: the recipe lacks model or data, or as ``load``, ``load_records`` and ``finetune`` do.
     """
     if recipe.model is None or recipe.data is None:
         missing = " and no ".join(name for name in ("model", "data") if getattr(recipe, name) is None)
-        raise GistError(f"there is no {missing} to train with; say which in the recipe or on the command line")
-    checkpoint_to_resume(output_dir, resume)  # refuses before a large model is read and the directory written to
+        raise GistError(f"there is no {missing} to train with; name it in the recipe or on the command line")
+    checkpoint_to_resume(output_dir, resume)  # fails before a large model is loaded and the directory is written to
     records = load_records(recipe.data)
     set_seed(recipe.seed)
-    # Before the arguments: with those of DeepSpeed stage 3 in force, transformers would load weights already in shards,
-    # and the gist token's row is a mean over all rows.
+    # Loaded before the arguments are made, because with arguments for DeepSpeed stage 3, transformers loads weights in
+    # shards, and the gist token's row is a mean over all rows.
     model, tokenizer = load(recipe.model, recipe.template, dtype=recipe.dtype)
     arguments = recipe.arguments(output_dir, is_encoder_decoder=tokenizer.is_encoder_decoder)
     if arguments.should_save:

@@ -418,7 +418,7 @@ def test_a_stream_is_trained_on_as_the_list_is(tmp_path: Path) -> None:
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
     assert trained(tmp_path, stream).losses == trained(tmp_path, rows, train_sampling_strategy="sequential").losses
     assert len(trained(tmp_path, stream, pack_length=48).losses) == 6
-    with pytest.raises(GistError, match="records is a stream, whose length is not known; set max_steps"):
+    with pytest.raises(GistError, match="records is a stream, whose length is unknown; set max_steps"):
         trained(tmp_path, stream, max_steps=-1)
     with pytest.raises(GistError, match="'group_by_length', but a stream cannot be sorted; leave it at 'random'"):
         trained(tmp_path, stream, train_sampling_strategy="group_by_length")

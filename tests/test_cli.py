@@ -65,8 +65,9 @@ def test_the_demo_is_printed_with_its_headings(run, monkeypatch: pytest.MonkeyPa
     assert "1. The task: follow" in result.out
 
 
-def test_the_demo_learns(tmp_path: Path) -> None:
-    """A part of the demo's training: the loss falls as it does on the way to the committed accuracies."""
+@pytest.mark.parametrize(("steps", "fall"), [(20, 0.85), pytest.param(80, 0.5, marks=pytest.mark.slow)])
+def test_the_demo_learns(tmp_path: Path, steps: int, fall: float) -> None:
+    """The loss falls in the first steps of the demo's training as it does on the way to the committed accuracies."""
     from gisting.data.collate import GistCollator
     from gisting.data.tasks import LetterTask, task_tokenizer
     from gisting.measure.task import task_model
@@ -78,17 +79,17 @@ def test_the_demo_learns(tmp_path: Path) -> None:
         tmp_path,
         batch_size=64,
         per_device_batch_size=64,
-        max_steps=80,
+        max_steps=steps,
         learning_rate=2e-3,
         lr_scheduler_type="linear",
-        warmup_steps=20,
+        warmup_steps=steps // 4,
         save_strategy="no",
         disable_tqdm=True,
     )
     batch = GistCollator(tokenizer, 2)(LetterTask().records("seen", 64, 9))
     before = float(model(**batch).loss.detach())
-    finetune(model, tokenizer, LetterTask().records("seen", 80 * 64, 0), arguments, num_gist_tokens=2)
-    assert float(model(**batch).loss.detach()) < 0.5 * before
+    finetune(model, tokenizer, LetterTask().records("seen", steps * 64, 0), arguments, num_gist_tokens=2)
+    assert float(model(**batch).loss.detach()) < fall * before
 
 
 def test_the_commands_that_the_demo_suggests_run(run, workplace: Path, demo_checkpoint: Path) -> None:
@@ -486,18 +487,20 @@ def test_the_readmes_commands_run_in_their_order(run, workplace: Path) -> None:
 
 
 def test_the_readmes_python_runs_as_pasted(workplace: Path) -> None:
+    """Each with its own names, in one fresh process, because importing torch takes longer than the rest."""
     fences = readme("python")
     assert len(fences) >= 2
-    for text in fences:
-        found = subprocess.run(
-            [sys.executable, "-c", text],
-            cwd=workplace,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert found.returncode == 0, found.stderr
+    Path("fences.json").write_text(json.dumps(fences), encoding="utf-8")
+    code = "import json\nfor text in json.load(open('fences.json')): exec(text, {'__name__': '__main__'})"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=workplace,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

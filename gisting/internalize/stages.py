@@ -70,7 +70,7 @@ from gisting.models import adapters
 from gisting.models.fingerprint import fingerprint
 from gisting.models.patch import require_patched
 from gisting.tokens import GistTokenizer
-from gisting.train.batches import StepBatches
+from gisting.train.batches import step_batches
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import ObjectiveTrainer
 from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume, without_parallel_tokenizers
@@ -384,8 +384,7 @@ class _Run:
             collator.encode_ahead(records)
             self.model.config.gist = {**self.model.config.gist, "num_gist_tokens": [k, k]}
         arguments = self._arguments(number)
-        # torch's DataParallel would split the indices of a step over the devices.
-        batches = collator if arguments.n_gpu > 1 else StepBatches(collator, self.tokenizer)
+        batches = step_batches(collator, self.tokenizer, arguments)
         trainer = ObjectiveTrainer(
             model=self.model,
             args=arguments,

@@ -54,7 +54,7 @@ from gisting.internalize.directory import (
     write_records,
 )
 from gisting.internalize.examples import ExamplePool
-from gisting.internalize.plan import Plan, Stage, current_control, make_plan, num_steps, split_steps, warmup_of
+from gisting.internalize.plan import Plan, Stage, make_plan, num_steps, split_steps, warmup_of
 from gisting.internalize.requests import PromptFormat, Requests, make_requests
 from gisting.internalize.result import (
     RESULT_NAME,
@@ -65,10 +65,12 @@ from gisting.internalize.result import (
     write_json,
 )
 from gisting.internalize.schedule import Schedule
+from gisting.internalize.settings import StageSettings
 from gisting.internalize.shorteners import NoShortening, Shortener, realised_share, shorten
 from gisting.models import adapters
 from gisting.models.fingerprint import fingerprint
 from gisting.models.patch import require_patched
+from gisting.settings import keywords_for, takes_keywords_of
 from gisting.tokens import GistTokenizer
 from gisting.train.batches import step_batches
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
@@ -92,6 +94,7 @@ _DECISIVE = (
 
 
 @renamed_arguments(template="prompt", compressor="shortener", layout="prompt_format")
+@takes_keywords_of(StageSettings)
 def internalize(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
@@ -101,23 +104,15 @@ def internalize(
     *,
     schedule: Schedule = Schedule.linear(),  # noqa: B008
     shortener: Shortener = NoShortening(),  # noqa: B008
-    max_examples: int = 0,
     pool: ExamplePool | None = None,
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008
     eval_records: Sequence[Record] | None = None,
     metrics: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] | None = None,
-    max_new_tokens: int = 128,
     method: str | Method = "full",
-    max_length: int = 512,
-    max_target_length: int = 256,
-    tail: str = "none",
-    num_gist_tokens: int = 1,
-    num_gist_stages: int = 1,
-    control: str | None = None,
-    control_share: float | None = None,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     on_stage: Callable[[StageResult], Any] | None = None,
+    **settings: Any,
 ) -> Internalized:
     """Train a patched model through stages in which the prompt shrinks to nothing, and save it with its tokenizer.
 
@@ -132,29 +127,22 @@ def internalize(
             whole steps. The results are written to ``output_dir``.
         schedule: the kept share of the prompt in each stage.
         shortener: shortens the prompt to a share of it; called once for each stage, before any training.
-        max_examples: number of examples in a full prompt; in a stage, the share of them that its prompt has.
         pool: the pool of examples; None for ``records``.
         prompt_format: how prompt and examples become one text.
         eval_records: queries that are answered after each stage, bare and as the stage's own requests. Examples for
             them are chosen by the query alone, as in use.
         metrics: scores of answers by name: functions of predictions and references; None for exact match.
-        max_new_tokens: maximum length of such an answer.
         method: what is trained, ``"full"`` or ``"lora"`` (:mod:`gisting.train.methods`); for the latter, only the
             adapter is saved.
-        max_length: maximum ids of prompt, query and answer; for an encoder-decoder, of prompt and query. Examples are
-            dropped until a request fits; prompt and query are never cut.
-        max_target_length: maximum ids of the answer of an encoder-decoder.
-        tail: ``"none"``: after the last stage only the query is left; ``"gist"``: the last stages read the whole prompt
-            (without examples) through k gist tokens.
-        num_gist_tokens: k.
-        num_gist_stages: number of stages, counted from the last, that read a gist.
-        control: instead of the schedule, one stage with all steps: ``"bare"``, ``"full"``, ``"full-run-bare"`` or
-            ``"shortened"`` (:mod:`gisting.internalize.plan`).
-        control_share: the share of the prompt for ``"shortened"``.
         resume: continue a killed run where it stopped, between stages or within one; ``model`` must be the model that
             it started with. The final weights are those of an uninterrupted run.
         callbacks: callbacks for ``Trainer``, the same in all stages; with any, its own printing of logs is disabled.
         on_stage: called with the result of each stage, including those that were finished before.
+        **settings: settings of :class:`gisting.internalize.settings.StageSettings`: ``max_examples``, the number of
+            examples in a full prompt, which falls with the share; ``tail`` with ``num_gist_tokens`` and
+            ``num_gist_stages``, for stages that read the whole prompt through a gist; ``control`` with
+            ``control_share``, for a control instead of the schedule (:mod:`gisting.internalize.plan`); ``max_length``
+            and ``max_target_length``, to which requests are fitted by dropping examples; ``max_new_tokens`` of answers.
 
     Returns:
         The results, stage by stage, as they are in the output directory.
@@ -165,21 +153,13 @@ def internalize(
         OSError: a file cannot be written.
     """
     require_patched(model, tokenizer)
+    chosen = StageSettings(**settings)
     way = Method(method) if isinstance(method, str) else method
     rows = [to_record(record) for record in records]
     asked = None if eval_records is None else [to_record(record) for record in eval_records]
-    control = current_control(control)
     _check(prompt, rows, asked, way, arguments)
-    plan = make_plan(
-        schedule,
-        max_examples,
-        tail=tail,
-        num_gist_tokens=num_gist_tokens,
-        num_gist_stages=num_gist_stages,
-        control=control,
-        control_share=control_share,
-    )
-    if control == "shortened" and isinstance(shortener, NoShortening):
+    plan = make_plan(schedule, **keywords_for(make_plan, chosen))
+    if chosen.control == "shortened" and isinstance(shortener, NoShortening):
         raise GistError(
             "control 'shortened' with a shortener that keeps the whole prompt is control 'full'; use rewrites or "
             "another shortener"
@@ -188,34 +168,34 @@ def internalize(
     steps = split_steps(num_steps(arguments, len(rows)), len(plan.stages))
     for count in steps:
         warmup_of(arguments, count)  # raises before any work is done
-    settings = {
+    about = {
         "model": fingerprint(model),
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_template": tokenizer.template.name,
         "prompt_sha256": prompt_hash(prompt),
-        "schedule": None if control else list(schedule.shares),
+        "schedule": None if chosen.control else list(schedule.shares),
         "shortener": shortener.name,
-        "max_examples": max_examples,
+        "max_examples": chosen.max_examples,
         "pool": None if pool is None else [records_hash(pool.records), pool.near_duplicate, pool.min_answer_words],
         "prompt_format": asdict(prompt_format),
-        "tail": tail,
-        "num_gist_tokens": num_gist_tokens if tail == "gist" else None,
+        "tail": chosen.tail,
+        "num_gist_tokens": chosen.num_gist_tokens if chosen.tail == "gist" else None,
         "stages": [asdict(stage) for stage in plan.stages],
         "steps": list(steps),
         "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps,
-        "control": control,
-        "max_length": max_length,
-        "max_target_length": max_target_length if tokenizer.is_encoder_decoder else None,
+        "control": chosen.control,
+        "max_length": chosen.max_length,
+        "max_target_length": chosen.max_target_length if tokenizer.is_encoder_decoder else None,
         "method": asdict(way),
         "records": records_hash(rows),
         "eval_records": None if asked is None else records_hash(asked),
         "metrics": sorted(metrics),
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": chosen.max_new_tokens,
         "arguments": {name: _plain(getattr(arguments, name)) for name in _DECISIVE if hasattr(arguments, name)},
     }
     output = Path(str(arguments.output_dir))
     is_adapter = way.name != "full" or adapters.adapter_of(model) is not None
-    check_directory(output, settings, resume, is_adapter=is_adapter)
+    check_directory(output, about, resume, is_adapter=is_adapter)
     if (output / RESULT_NAME).exists():
         done = load_internalized(output)
         restore_model(model, output)
@@ -237,9 +217,7 @@ def internalize(
         pool=pool,
         prompt_format=prompt_format,
         metrics=metrics,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        max_target_length=max_target_length,
+        settings=chosen,
         callbacks=tuple(callbacks),
         output=output,
     )
@@ -247,7 +225,7 @@ def internalize(
     if not resume:
         for number in numbers:
             run.build(number)
-        write_json(output / SETTINGS_NAME, settings)
+        write_json(output / SETTINGS_NAME, about)
     results = []
     last_trained = 0  # the stage whose weights are in memory
     for number in numbers:
@@ -256,7 +234,7 @@ def internalize(
             if last_trained != number - 1:
                 restore_model(model, run.directory(number - 1) / _MODEL)
             set_seed(arguments.seed)  # Trainer does this only later, after a new adapter is initialised
-            prepare(model, way, num_gist_tokens)
+            prepare(model, way, chosen.num_gist_tokens)
             result = run.stage(number)
             last_trained = number
             shutil.rmtree(run.directory(number - 1) / _MODEL, ignore_errors=True)
@@ -265,13 +243,13 @@ def internalize(
             on_stage(result)
     if last_trained != len(plan.stages):
         restore_model(model, run.directory(len(plan.stages)) / _MODEL)
-    count = prepare(model, way, num_gist_tokens)
+    count = prepare(model, way, chosen.num_gist_tokens)
     save_model(model, tokenizer, output)
     done = Internalized(
         tuple(results),
         plan.condition,
-        settings["prompt_sha256"],
-        settings,
+        about["prompt_sha256"],
+        about,
         count.trainable,
         count.total,
         sum(result.seconds for result in results),
@@ -298,9 +276,7 @@ class _Run:
     pool: ExamplePool | None
     prompt_format: PromptFormat
     metrics: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
-    max_new_tokens: int
-    max_length: int
-    max_target_length: int
+    settings: StageSettings
     callbacks: tuple[TrainerCallback, ...]
     output: Path
 
@@ -367,20 +343,19 @@ class _Run:
             text,
             examples,
             self.prompt_format,
-            max_length=self.max_length,
-            max_target_length=self.max_target_length,
+            max_length=self.settings.max_length,
+            max_target_length=self.settings.max_target_length,
             num_gist_tokens=stage.num_gist_tokens,
         )
 
     def _train(self, number: int, stage: Stage, records: Any) -> float:
         """Train a stage, from its last checkpoint if there is one, and return Trainer's loss."""
+        lengths = {name: getattr(self.settings, name) for name in ("max_length", "max_target_length")}
         if stage.num_gist_tokens is None:
-            collator = PlainCollator(self.tokenizer, self.max_length, max_target_length=self.max_target_length)
+            collator = PlainCollator(self.tokenizer, **lengths)
         else:
             k = stage.num_gist_tokens
-            collator = GistCollator(
-                self.tokenizer, k, max_length=self.max_length, max_target_length=self.max_target_length
-            )
+            collator = GistCollator(self.tokenizer, k, **lengths)
             collator.encode_ahead(records)
             self.model.config.gist = {**self.model.config.gist, "num_gist_tokens": [k, k]}
         arguments = self._arguments(number)
@@ -420,7 +395,7 @@ class _Run:
             records,
             stage.num_gist_tokens or 1,
             conditions=list(dict.fromkeys(("no-prompt", stage.condition))),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.settings.max_new_tokens,
             batch_size=self.arguments.per_device_eval_batch_size,
             with_rouge=False,
         )

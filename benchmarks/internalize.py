@@ -1,11 +1,11 @@
 """Internalise the table of the built-in task, next to every control, and serve requests to the results.
 
 A small LLaMA first learns to look names up in random tables, but nothing of the task's own table. From there that
-table, which is in the template of every request, is internalised in stages. Each control is trained from the same base,
+table, which is in the prompt of every request, is internalised in stages. Each control is trained from the same base,
 on the same records, with the same number of steps. No training query asks for some names of the table, so a model that
-answers them knows what only the template says. A model that still reads something is also given an edited table, in
+answers them know what only the prompt says. A model that still reads something is also given an edited table, in
 which every code is different: in its prompt, or as a new gist; what is in the weights would need a new training. Then
-requests are served alternately: the full prompt, the full prompt with a prefix cache of its template, the bare query.
+requests are served alternately: the full prompt, the full prompt with a prefix cache, the bare query.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from gisting.errors import GistError
 from gisting.eval.conditions import evaluate
 from gisting.eval.metrics import exact_matches
 from gisting.eval.statistics import Interval, bootstrap
-from gisting.internalize.compressors import SelfInformation
-from gisting.internalize.directory import EVAL_NAME, read_answers, read_records, read_template
-from gisting.internalize.layout import PromptLayout
+from gisting.internalize.directory import EVAL_NAME, read_answers, read_prompt, read_records
+from gisting.internalize.requests import PromptFormat
 from gisting.internalize.schedule import Schedule
+from gisting.internalize.shorteners import SelfInformation
 from gisting.internalize.stages import internalize
 from gisting.markdown import interval_cell, markdown_table, spread_cell
 from gisting.measure.progress import tracked
@@ -59,9 +59,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "bare query": {"control": "bare"},
     "full prompt": {"control": "full"},
     "full prompt, run bare": {"control": "full-run-bare"},
-    "compressed prompt": {"control": "compressed", "control_share": 0.5},
+    "compressed prompt": {"control": "shortened", "control_share": 0.5},
 }
-#: The ways whose model reads the whole template, as text or as a gist.
+#: The ways whose model reads the whole prompt, as text or as a gist.
 READERS = ("in stages, gist at the end", "full prompt")
 
 
@@ -71,7 +71,7 @@ class InternalizeRow:
 
     ``tokens`` is the mean number of tokens of a request to the finished model. Scores are exact matches on held-out
     queries, in 0..1 with 95 % intervals. ``seconds`` covers the training and the questions after each stage,
-    ``base_seconds`` the base model before them. For each stage, ``stages`` has the share of the template that was kept,
+    ``base_seconds`` the base model before them. For each stage, ``stages`` has the share of the prompt that was kept,
     its tokens, and the bare query's score. ``unasked`` is the score on queries for names that no training query has,
     ``edited`` the score with a table of other codes in place of the trained one, None where no table is read; both
     without examples.
@@ -158,7 +158,7 @@ def measure(
                 seed=seed,
             ),
             schedule=Schedule.linear(4),
-            compressor=SelfInformation(base, tokenizer),
+            shortener=SelfInformation(base, tokenizer),
             max_examples=MAX_EXAMPLES,
             eval_records=held_out,
             max_new_tokens=ANSWER,
@@ -168,7 +168,7 @@ def measure(
         )
         last = folder / name / f"stage-{len(result.stages)}"
         answers = read_answers(last, result.condition)
-        read = read_template(last)
+        read = read_prompt(last)
         untaught = [replace(one, instruction=read) for one in unasked]
         rows.append(
             InternalizeRow(
@@ -217,7 +217,7 @@ def requests(directory: str | Path, run: str = "in stages", *, repeats: int = 30
     if asked is None:
         raise GistError(f"directory must contain what measure saved, got {directory}, which has no {run}/stage-1")
     small, tokenizer = load(folder)
-    template = read_template(folder / "stage-1")
+    prompt = read_prompt(folder / "stage-1")
     (length,) = {len(ids) for ids in tokenizer.encode_completions([""] * len(asked), [one.output for one in asked])}
     set_seed(0)
     large = task_model(
@@ -227,9 +227,7 @@ def requests(directory: str | Path, run: str = "in stages", *, repeats: int = 30
         row
         for model in (small, large)
         for size in (1, 8)
-        for row in serving(
-            model, tokenizer, asked, template, batch_size=size, num_answer_tokens=length, repeats=repeats
-        )
+        for row in serving(model, tokenizer, asked, prompt, batch_size=size, num_answer_tokens=length, repeats=repeats)
     ]
 
 
@@ -256,12 +254,12 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
                 _span([row["seconds"] for row in mine.values()]),
             ]
         )
-    scores = (*(f"seed {seed}" for seed in seeds), "unasked names", "edited template")
+    scores = (*(f"seed {seed}" for seed in seeds), "unasked names", "edited prompt")
     text = markdown_table(("trained", "run on", "tokens of a request", *scores, "seconds"), lines)
     if staged := [row for row in rows if row["run"] == next(iter(RUNS))]:
         stages = staged[0]["stages"]
         kept = [
-            [f"template kept (seed {staged[0]['seed']})", *(f"{100 * one['realised_share']:.0f} %" for one in stages)],
+            [f"prompt kept (seed {staged[0]['seed']})", *(f"{100 * one['realised_share']:.0f} %" for one in stages)],
             ["tokens of a request", *(f"{one['tokens']:.1f}" for one in stages)],
         ]
         kept += [
@@ -278,7 +276,7 @@ def internalize_table(rows: Sequence[dict[str, Any]]) -> str:
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['num_steps']:,} steps of 32 requests for each "
         f"way, from a base of {first['base_steps']:,} steps on random tables ({base_times} s). The last two scores, "
         "one for each seed, are without examples: queries for a name that no training query has, and the held-out "
-        f"queries with a different code for every name of the template ({where(first)}).",
+        f"queries with a different code for every name of the prompt ({where(first)}).",
     ]
     return "\n".join(text)
 
@@ -321,12 +319,12 @@ def _base(task: CodeTask, tokenizer: GistTokenizer, folder: Path, steps: int, se
     """Train a model to look names up in any table in its prompt, with and without examples after the table."""
     set_seed(seed)
     model = task_model(tokenizer, max_position_embeddings=512)
-    layout, chance, size = PromptLayout(), random.Random(f"base {seed}"), MAX_EXAMPLES + 1
+    prompt_format, chance, size = PromptFormat(), random.Random(f"base {seed}"), MAX_EXAMPLES + 1
     lookups = task.lookups(steps * BATCH_SIZE, size, seed)
     training: Any = []
     for start in range(0, len(lookups), size):
         query, *examples = lookups[start : start + size]
-        prompt = layout.prompt(query.instruction, examples[: chance.randint(0, MAX_EXAMPLES)])
+        prompt = prompt_format.prompt(query.instruction, examples[: chance.randint(0, MAX_EXAMPLES)])
         training.append(replace(query, instruction=prompt))
     trainer = ObjectiveTrainer(
         model=model,

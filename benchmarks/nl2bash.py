@@ -36,11 +36,11 @@ from gisting.demo import ANSWERS_AT_ONCE, task_model
 from gisting.errors import GistError
 from gisting.eval.metrics import bleu, exact_match
 from gisting.eval.statistics import Interval, bootstrap
-from gisting.internalize.compressors import Rewrites
 from gisting.internalize.directory import read_answers
 from gisting.internalize.examples import ExamplePool
-from gisting.internalize.layout import PromptLayout
+from gisting.internalize.requests import PromptFormat
 from gisting.internalize.schedule import Schedule
+from gisting.internalize.shorteners import Rewrites
 from gisting.internalize.stages import internalize
 from gisting.markdown import interval_cell, markdown_table
 from gisting.measure.progress import tracked
@@ -50,7 +50,7 @@ from gisting.train.finetune import published_arguments
 
 __all__ = [
     "RUNS",
-    "TEMPLATE",
+    "PROMPT",
     "Nl2BashRow",
     "bleu_interval",
     "command_tokenizer",
@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 #: The prompt of every request.
-TEMPLATE = """\
+PROMPT = """\
 Translate each request into one bash command for Linux.
 Rules:
 1. Print the command alone, on a single line, without comments.
@@ -87,7 +87,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bare query": {"control": "bare"},
     "full prompt": {"control": "full"},
     "full prompt, run bare": {"control": "full-run-bare"},
-    "compressed prompt": {"control": "compressed", "control_share": 1 / 3},
+    "compressed prompt": {"control": "shortened", "control_share": 1 / 3},
 }
 
 FROM_SCRATCH = "from nothing"  # the name in committed rows
@@ -98,7 +98,7 @@ MAX_ANSWER = 96
 POSITIONS = 512
 HELD_OUT_SHARE = 0.05
 # Examples have the format of the query, so that an answer follows the query as it follows theirs.
-_LAYOUT = PromptLayout(example="{input}\n{output}", separator="\n\n", gap="\n\n")
+_FORMAT = PromptFormat(example="{input}\n{output}", separator="\n\n", gap="\n\n")
 _WORD = re.compile(r"\w+")
 
 
@@ -107,7 +107,7 @@ class Nl2BashRow:
     """One way to train.
 
     ``num_records`` are trained on and ``num_eval_records`` answered; ``num_dropped`` records of both splits did not fit
-    with the template, even without examples. ``tokens`` is the mean number of tokens of a request to the finished
+    with the prompt, even without examples. ``tokens`` is the mean number of tokens of a request to the finished
     model, over the training records. BLEU is computed over all held-out answers together, in 0..100, and exact match is
     in 0..1, both under ``condition``, BLEU with a 95 % interval. For each stage, ``stages`` has the share asked for and
     the realised share, examples, tokens of a request, BLEU of the bare query (``bare``) and of the stage's own prompt
@@ -201,7 +201,7 @@ def split_pairs(
 
 
 def command_tokenizer(records: Sequence[Record], vocabulary: int = VOCABULARY) -> GistTokenizer:
-    """Train a byte-level BPE on requests, commands and the template, which can encode any text.
+    """Train a byte-level BPE on requests, commands and the prompt, which can encode any text.
 
     Args:
         records: of the training split only.
@@ -212,7 +212,7 @@ def command_tokenizer(records: Sequence[Record], vocabulary: int = VOCABULARY) -
 
     inner = ByteLevelBPETokenizer()
     inner.train_from_iterator(
-        (text for record in (Record("", TEMPLATE, TEMPLATE), *records) for text in (record.input, record.output)),
+        (text for record in (Record("", PROMPT, PROMPT), *records) for text in (record.input, record.output)),
         vocab_size=vocabulary,
         special_tokens=["<pad>", "<s>", "</s>"],
         show_progress=False,
@@ -277,7 +277,7 @@ def measure(
     if not training or not held_out:
         raise GistError(
             f"pairs must leave records to train on and records to answer, got {len(training)} and {len(held_out)} from "
-            f"{len(pairs)} pairs that fit in {max_length} ids with the template; pass more pairs"
+            f"{len(pairs)} pairs that fit in {max_length} ids with the prompt; pass more pairs"
         )
     pool = ExamplePool(training, min_answer_words=1)
     rows = []
@@ -288,7 +288,7 @@ def measure(
         result = internalize(
             copy.deepcopy(base),
             tokenizer,
-            TEMPLATE,
+            PROMPT,
             training,
             published_arguments(
                 folder,
@@ -307,10 +307,10 @@ def measure(
                 seed=seed,
             ),
             schedule=Schedule.linear(4),
-            compressor=Rewrites(_SHORTER),
+            shortener=Rewrites(_SHORTER),
             max_examples=MAX_EXAMPLES,
             pool=pool,
-            layout=_LAYOUT,
+            prompt_format=_FORMAT,
             eval_records=held_out,
             metrics={"bleu": bleu, "exact_match": exact_match},
             max_new_tokens=MAX_ANSWER,
@@ -328,7 +328,7 @@ def measure(
                 num_steps=steps,
                 batch_size=batch_size,
                 learning_rate=learning_rate,
-                template_tokens=len(tokenizer.encode_texts([TEMPLATE])[0]),
+                template_tokens=len(tokenizer.encode_texts([PROMPT])[0]),
                 max_length=max_length,
                 max_examples=MAX_EXAMPLES,
                 num_records=len(training),
@@ -411,7 +411,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     if staged := [row for row in rows if row["run"] == next(iter(RUNS))]:
         stages = staged[0]["stages"]
         kept = [
-            ["template kept", *(f"{100 * stage['realised_share']:.0f} %" for stage in stages)],
+            ["prompt kept", *(f"{100 * stage['realised_share']:.0f} %" for stage in stages)],
             ["examples, mean", *(f"{stage['mean_examples']:.2f}" for stage in stages)],
             ["tokens of a request", *(f"{stage['tokens']:.1f}" for stage in stages)],
             ["saved", *(_saved(stage["tokens"], full) for stage in stages)],
@@ -426,7 +426,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "",
         f"BLEU (0 to 100, sacrebleu) with its 95 % interval on {first['num_eval_records']} held-out requests; "
         f"{first['num_records']:,} records to train on; {first['num_dropped']} of both splits were left out, because "
-        f"they do not fit in {first['max_length']} tokens with the template ({first['template_tokens']}). Each way: "
+        f"they do not fit in {first['max_length']} tokens with the prompt ({first['template_tokens']}). Each way: "
         f"{first['num_steps']:,} steps of {first['batch_size']} requests from {began}, "
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['vocabulary']:,} tokens in the vocabulary "
         f"({where(first)}).",
@@ -441,9 +441,9 @@ def _normalised(query: str) -> str:
 
 
 def _fitting(tokenizer: GistTokenizer, records: Sequence[Record], max_length: int) -> list[Record]:
-    """The records that fit with the whole template, without examples, and whose answers are not too long."""
+    """The records that fit with the whole prompt, without examples, and whose answers are not too long."""
     queries = [record.input for record in records]
-    sources = plain_sources(tokenizer, [TEMPLATE] * len(queries), queries)
+    sources = plain_sources(tokenizer, [PROMPT] * len(queries), queries)
     answers = tokenizer.encode_completions(queries, [record.output for record in records])
     return [
         record

@@ -497,7 +497,7 @@ def test_the_four_methods() -> None:
     model, _ = tiny.patched("llama")
     whole = prepare(model, "full", 2)
     assert whole.trainable == whole.total == count_parameters(model).total
-    assert str(prepare(model, "embeddings", 2)) == f"64 of {whole.total + 64:,} parameters learn (0.233 %)"
+    assert str(prepare(model, "embeddings", 2)) == f"64 of {whole.total + 64:,} parameters are trained (0.233 %)"
     assert adapter_of(model) == Adapter("embeddings", 2)
 
 

@@ -37,6 +37,7 @@ LEVELS = {
     "source": 0,
     "device": 1,
     "markdown": 1,
+    "settings": 1,
     "padding": 1,
     "tokens": 1,
     "visibility": 1,

@@ -140,13 +140,13 @@ def compress(
 def _say_other_templates(model: str, texts: list[str]) -> None:
     """Where a template was internalised, a model has no reason to read another one."""
     from gisting.data.plain import excerpt
-    from gisting.internalize.result import RESULT_NAME, load_internalized, template_hash
+    from gisting.internalize.result import RESULT_NAME, load_internalized, prompt_hash
 
     if not (Path(model) / RESULT_NAME).is_file():
         return
-    trained = load_internalized(model).template_sha256
+    trained = load_internalized(model).prompt_sha256
     for text in texts:
-        if template_hash(text) != trained:
+        if prompt_hash(text) != trained:
             err.print(
                 f"warning: {excerpt(text)} is another template than the one that {model} was trained on, which it may "
                 "not read; compare answers before using its gist",

@@ -1,7 +1,7 @@
 """Measure requests served with stock ``generate``: full prompt, full prompt with a prefix cache, bare query.
 
 Place in the flow: a patched decoder and full prompts -> **requests** -> rows. A prefix cache is the honest baseline of
-an internalised template, so nothing is reported unless it gives the logits of the full prompt at every step of the
+an internalised prompt, so nothing is reported unless it gives the logits of the full prompt at every step of the
 answers. Knows requests, not training.
 """
 
@@ -20,7 +20,7 @@ from gisting._compat import cache_argument
 from gisting.data.plain import plain_sources
 from gisting.data.records import Record
 from gisting.errors import GistError
-from gisting.internalize.report import BARE_QUERY, FULL_PROMPT, PREFIX_CACHE, shared_prefix
+from gisting.internalize.comparison import BARE_QUERY, FULL_PROMPT, PREFIX_CACHE, shared_prefix
 from gisting.measure.latency import cache_view, check_logits, wait
 from gisting.measure.progress import tracked
 from gisting.measure.rows import spread
@@ -56,7 +56,7 @@ def serving(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
     records: Sequence[Record],
-    template: str,
+    prompt: str,
     *,
     batch_size: int,
     shorter: Mapping[str, Sequence[Record]] | None = None,
@@ -72,8 +72,8 @@ def serving(
     Args:
         model: a patched decoder.
         tokenizer: the tokenizer it was patched for.
-        records: full prompts, all of which begin with the template, and queries.
-        template: what the prefix cache holds; examples differ from query to query and are read each time.
+        records: full prompts, all of which begin with the prompt, and queries.
+        prompt: what the prefix cache holds; examples differ from query to query and are read each time.
         batch_size: requests at once.
         shorter: more ways to ask the same queries, by name: a record for each of ``records``, with another prompt.
         num_answer_tokens: length of every answer, whatever its text.
@@ -91,9 +91,9 @@ def serving(
     device, pad = input_weight(model).device, tokenizer.pad_token_id
     inputs = [record.input for record in records]
     full = plain_sources(tokenizer, [record.instruction for record in records], inputs)
-    num_cached = shared_prefix(tokenizer, template, full)
+    num_cached = shared_prefix(tokenizer, prompt, full)
     if not num_cached:
-        raise GistError("records share no token that could be cached; give full prompts that begin with the template")
+        raise GistError("records share no token that could be cached; give full prompts that begin with the prompt")
     plain = {FULL_PROMPT: full, BARE_QUERY: plain_sources(tokenizer, [""] * len(inputs), inputs)}
     for name, asked in (shorter or {}).items():
         plain[name] = plain_sources(tokenizer, [record.instruction for record in asked], inputs)

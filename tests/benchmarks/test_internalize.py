@@ -47,14 +47,14 @@ def test_the_tables_by_eye() -> None:
     ]
     lines = internalize_table([*rows, {"mode": "full prompt"}]).splitlines()
     assert lines[:9] == [
-        "| trained | run on | tokens of a request | seed 0 | seed 1 | unasked names | edited template | seconds |",
+        "| trained | run on | tokens of a request | seed 0 | seed 1 | unasked names | edited prompt | seconds |",
         "|---|---|---|---|---|---|---|---|",
         "| in stages | the bare query | 6.0 | 98.0 [97.0, 99.0] | 97.0 [96.0, 98.0] | 25.0, 25.0 | - | 60–62 |",
         "| full prompt | its prompt | 110.0 | 99.0 [98.0, 100.0] | - | 25.0 | 50.0 | 70 |",
         "",
         "| in stages | stage 1 | stage 2 |",
         "|---|---|---|",
-        "| template kept (seed 0) | 66 % | 0 % |",
+        "| prompt kept (seed 0) | 66 % | 0 % |",
         "| tokens of a request | 50.0 | 6.0 |",
     ]
     served = [

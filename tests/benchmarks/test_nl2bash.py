@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks import nl2bash
 from benchmarks.__main__ import run
 from benchmarks.nl2bash import (
-    TEMPLATE,
+    PROMPT,
     bleu_interval,
     command_tokenizer,
     measure,
@@ -125,10 +125,10 @@ def test_files_that_give_no_pairs_are_refused(tmp_path: Path, queries: str, comm
 
 def test_the_tokenizer_writes_any_text() -> None:
     tokenizer = command_tokenizer([Record("", *pair) for pair in PAIRS], 600)
-    texts = [TEMPLATE, COMMANDS[7], "awk '{print $2}' 'ü — 日' \t\\;"]
+    texts = [PROMPT, COMMANDS[7], "awk '{print $2}' 'ü — 日' \t\\;"]
     ids = tokenizer.encode_texts(texts)
     assert [tokenizer.tokenizer.decode(row) for row in ids] == texts
-    assert len(ids[0]) < 0.5 * len(TEMPLATE.encode())
+    assert len(ids[0]) < 0.5 * len(PROMPT.encode())
     assert len(tokenizer.tokenizer) == 600
 
 
@@ -190,7 +190,7 @@ def test_the_table_by_eye() -> None:
         "",
         "| in stages | stage 1 | stage 2 | stage 3 |",
         "|---|---|---|---|",
-        "| template kept | 100 % | 50 % | 0 % |",
+        "| prompt kept | 100 % | 50 % | 0 % |",
         "| examples, mean | 3.00 | 1.50 | 0.00 |",
         "| tokens of a request | 250.0 | 125.0 | 20.0 |",
         "| saved | 0 % | 50 % | 92 % |",

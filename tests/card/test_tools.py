@@ -10,7 +10,7 @@ import torch
 
 from gisting import Record, doctor
 from gisting.eval.conditions import evaluate
-from gisting.internalize.compressors import SelfInformation
+from gisting.internalize.shorteners import SelfInformation
 from gisting.measure import latency, memory
 from gisting.measure.rows import environment
 from tests import tiny
@@ -63,5 +63,5 @@ def test_evaluation(name: str, place: Place) -> None:
 def test_self_information(place: Place) -> None:
     model, tokenizer = tiny.patched("llama")
     there: Any = copy.deepcopy(model).to(place.device)  # pyright: ignore[reportArgumentType]
-    texts = [SelfInformation(which, tokenizer).compress(tiny.words(12, 1), 0.5) for which in (there, model)]
+    texts = [SelfInformation(which, tokenizer).shorten(tiny.words(12, 1), 0.5) for which in (there, model)]
     assert texts[0] == texts[1]

@@ -3,7 +3,7 @@
 A small LLaMA first learns to look names up in random tables, but nothing of the task's own table. From there that
 table, which is in the prompt of every request, is internalised in stages. Each control is trained from the same base,
 on the same records, with the same number of steps. No training query asks for some names of the table, so a model that
-answers them know what only the prompt says. A model that still reads something is also given an edited table, in
+answers them knows what only the prompt says. A model that still reads something is also given an edited table, in
 which every code is different: in its prompt, or as a new gist; what is in the weights would need a new training. Then
 requests are served alternately: the full prompt, the full prompt with a prefix cache, the bare query.
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +20,7 @@ from gisting.cli.shared import (
     wanted_k,
 )
 from gisting.errors import GistError
+from gisting.measure.progress import progress_bar
 
 if TYPE_CHECKING:
     from gisting.tokens import GistTokenizer
@@ -137,7 +136,7 @@ def evaluate(
     if judge_url is not None and judge_model is not None:
         judge = Judge(judge_url, judge_model, judge_cache, judge_key, seed)
         total = sum(len(split.records) * len(split.counts) for one in found for split in one.splits)
-        with _bar("judging", total) as progress:
+        with progress_bar("judging", total) as progress:
             found = [one.judged(judge, progress=progress) for one in found]
     if output is not None:
         found[0].save(output)
@@ -168,7 +167,7 @@ def evaluate_split(
     from gisting.eval.conditions import evaluate as run
     from gisting.visibility import CONDITIONS
 
-    with _bar("answering", len(records) * len(CONDITIONS)) as progress:
+    with progress_bar("answering", len(records) * len(CONDITIONS)) as progress:
         return run(
             model,
             tokenizer,
@@ -193,7 +192,7 @@ def _evaluate_splits(
     from gisting.measure.rows import environment
 
     total = sum(map(len, splits.values())) * len(settings["conditions"]) * len(counts)
-    with _bar("answering", total) as progress:
+    with progress_bar("answering", total) as progress:
         return evaluate_splits(
             model,
             tokenizer,
@@ -205,15 +204,6 @@ def _evaluate_splits(
             progress=progress,
             **settings,
         )
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import Progress
-
-    with Progress(console=err, transient=True) as progress:
-        bar = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(bar, done)
 
 
 def _has_rouge() -> bool:

@@ -32,7 +32,7 @@ class Pair:
 
     def __init__(self, name: str, place: Place, dtype: torch.dtype = torch.float32) -> None:
         self.on_cpu, self.tokenizer = tiny.patched(name)
-        self.there: Any = copy.deepcopy(self.on_cpu).to(place.device, dtype)
+        self.there: Any = copy.deepcopy(self.on_cpu).to(place.device, dtype)  # pyright: ignore[reportArgumentType]
         self.place = place
         self.wanted = gisting.compress(self.on_cpu, self.tokenizer, PROMPTS, COUNTS)
 

@@ -62,8 +62,8 @@ evaluation (d, torch t, transformers f)."""
 
 
 def test_the_table_beside_a_model_for_each_k() -> None:
-    beside = [row(split, "gist", 0.94, alone=0.005) for split in ("seen", "unseen")]
-    assert quality_table([*ROWS, *beside]).splitlines()[-3:] == [
+    alone = [row(split, "gist", 0.94, alone=0.005) for split in ("seen", "unseen")]
+    assert quality_table([*ROWS, *alone]).splitlines()[-3:] == [
         "| k | seen: one checkpoint | seen: for this k alone | seen: difference | unseen: one checkpoint | unseen: for "
         "this k alone | unseen: difference |",
         "|---|---|---|---|---|---|---|",

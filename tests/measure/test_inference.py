@@ -189,7 +189,7 @@ def test_answers_that_would_take_too_long_are_left_out(monkeypatch: pytest.Monke
     found = ({PREFIX: 1.0, STATIC: 1.0, GIST: 1.0}, {PREFIX: 20.0, STATIC: 20.0, GIST: 1.0})
     monkeypatch.setattr(inference._Cell, "_gated", lambda self, rows: found)
     rows = measured(batches=[1], max_seconds=70.0)
-    # Read anew, a prompt is followed by the steps of a prefix cache.
+    # Without a cache, the prompt is read once and followed by the steps of a prefix cache.
     assert rows[20, 1, PREFIX].not_run == rows[20, 1, STATIC].not_run == "the answers would take about 81 s"
     assert rows[20, 1, NO_CACHE].not_run == "the answers would take about 80 s"
     for mode in (NO_CACHE, PREFIX):

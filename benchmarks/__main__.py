@@ -57,7 +57,11 @@ def run(words: Sequence[str]) -> int:
         return 0
     name, *options = words
     if name not in BENCHMARKS:
-        err.print(f"error: there is no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}", highlight=False)
+        err.print(
+            f"error: there is no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return 2
     function = importlib.import_module(BENCHMARKS[name]).main
 

@@ -326,7 +326,7 @@ def main(
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time for all parts together.")] = 230.0,
     only: Annotated[
-        str | None, typer.Option(help=f"Only these of {', '.join(ALL_PARTS)}, with commas between.")
+        str | None, typer.Option(help=f"Parts to run, with commas between: {', '.join(ALL_PARTS)}.")
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Run tiny sizes on the CPU; measures nothing.")] = False,
     part: Annotated[str | None, typer.Option(hidden=True)] = None,

@@ -49,8 +49,8 @@ from gisting.tokens import GistTokenizer
 from gisting.train.finetune import published_arguments
 
 __all__ = [
-    "RUNS",
     "PROMPT",
+    "RUNS",
     "Nl2BashRow",
     "bleu_interval",
     "command_tokenizer",

@@ -379,7 +379,7 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def vllm_highlights(rows: Sequence[dict[str, Any]]) -> str:
-    """Format as Markdown how many times the requests per second of each other configuration gists give, at equal block
+    """Format as Markdown the requests per second with gists over those of each other configuration, at equal block
     sizes.
     """
     names = ("configuration", "block_size", "prompt_length", "num_prompts", "concurrency")

@@ -12,11 +12,12 @@ bits. As an example, take a prompt ``a b``, its gist token ``G`` and a completio
        G 1 1 1 .
        c . . 1 1
 
-Row ``G`` (row 2) is the last that sees the prompt: the keys ``a`` and ``b`` end at row 3. Row ``c`` knows of the prompt
-only what ``G`` has gathered. The key ``G`` has no end, so every later row sees it.
+Row ``G`` (row 2) is the last that sees the prompt: the keys ``a`` and ``b`` end at row 3. The key ``G`` has no end, so
+every later row sees it, and learns about the prompt only through it. After training, the keys and values of ``G`` can
+therefore be cached and used in place of the prompt.
 
-A *condition* (gist, positive control, negative control) is a function that returns such intervals. Whatever receives
-them does not need to know which condition made them. The functions here turn tensors into tensors, on any device and
+A *condition* (gist, positive control, negative control) is a function that returns such intervals. The code that uses
+them does not depend on which condition made them. The functions here turn tensors into tensors, on any device and
 without a loop over rows, and are independent of text, models and the implementation of attention.
 """
 
@@ -50,8 +51,8 @@ __all__ = [
     "positive",
 ]
 
-# The end of a key that rows appended after the sequence may see. The number of rows K could not say this: if a sequence
-# stops with its gist token, then its prompt ends at row K, yet rows appended later must see the gist token alone.
+# The end of a key that rows appended after the sequence will see. The number of rows K would be ambiguous: if a
+# sequence stops with its gist token, the keys of its prompt also end at row K, yet appended rows must not see them.
 FOREVER = 1 << 30
 
 
@@ -542,6 +543,8 @@ def _decoder(
     branch_run = label * (branch.amax() + 1) + branch
     document_end = _run_end(label)
 
+    # Intervals. In causal attention, the first row that sees a key is its own, so ``first`` is the index. A key ends
+    # where its condition hides it, where its document ends, or where its branch ends, whichever comes first.
     hidden_from = hide(is_gist, label, document_end)
     end = hidden_from if documents is None else torch.minimum(hidden_from, document_end)
     end = torch.where(in_branch, torch.minimum(end, _run_end(branch_run)), end)

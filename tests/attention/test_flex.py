@@ -235,8 +235,8 @@ def test_full_blocks_are_found() -> None:
     visibility = vis.causal(torch.ones(1, 512))
     lists = list_tiles(visibility.first, visibility.end, 512, 0, (128, 128))
     # The planner's kernels may leave anything after the end of a list.
-    behind = torch.arange(lists.tiles.shape[-1]) >= lists.counts[..., 2:]
-    mask = flex.block_mask(visibility, replace(lists, tiles=lists.tiles.masked_fill(behind, 10**9)), 512)
+    is_unused = torch.arange(lists.tiles.shape[-1]) >= lists.counts[..., 2:]
+    mask = flex.block_mask(visibility, replace(lists, tiles=lists.tiles.masked_fill(is_unused, 10**9)), 512)
     assert mask.kv_indices.amax() < 4
     assert mask.full_kv_indices.amax() < 4
     assert mask.kv_num_blocks.flatten().tolist() == [1, 1, 1, 1]

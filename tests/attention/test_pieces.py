@@ -86,9 +86,9 @@ DRAWINGS: list[Any] = [
     pytest.param(vis.encoder_gist(*spans("a b G c d _")), 6, "aab... aab... aab... ..bcc. ..bcc. ..bcc.", id="encoder"),
     pytest.param(vis.encoder_positive(*spans("a b G c")), 4, "aaaa aaaa aaaa aaaa", id="encoder-positive"),
     pytest.param(vis.encoder_negative(*spans("a b G c")), 4, "aaa. aaa. aaa. ...b", id="encoder-negative"),
-    pytest.param(vis.causal(torch.ones(1, 5)), 3, "aaB.. aaBB. aaBBB", id="causal-behind-a-prefix"),
+    pytest.param(vis.causal(torch.ones(1, 5)), 3, "aaB.. aaBB. aaBBB", id="causal-after-a-prefix"),
     pytest.param(vis.gist(*spans("a b G c d")), 3, "aaB.. ..BB. ..BBB", id="rows-from-the-gist-on"),
-    pytest.param(vis.gist(*spans("a b G c d")), 2, "..aB. ..aBB", id="rows-behind-the-gist"),
+    pytest.param(vis.gist(*spans("a b G c d")), 2, "..aB. ..aBB", id="rows-after-the-gist"),
     pytest.param(vis.gist(*spans("a b G c d")), 1, "..aaa", id="one-row"),
     pytest.param(vis.gist(*spans("a b G c")).for_cross_attention(), 5, "..aa ..aa ..aa ..aa ..aa", id="cross"),
     pytest.param(vis.gist(*spans("a b G c")), 6, "A... AA.. AAB. ..BB ..BB ..BB", id="more-rows-than-keys"),
@@ -173,8 +173,8 @@ def test_sequences_with_equal_intervals_are_one_group() -> None:
     together = Visibility(visibility.first[1:3], visibility.end[1:3])
     assert [group.sequences for group in plan_pieces(together, 16).groups] == [slice(None)]
     assert [group.sequences for group in plan_pieces(one, 16).groups] == [slice(None)]
-    beside = Visibility(visibility.first[:3], visibility.end[:3])
-    assert all(isinstance(group.sequences, slice) for group in plan_pieces(beside, 16).groups)
+    neighbours = Visibility(visibility.first[:3], visibility.end[:3])
+    assert all(isinstance(group.sequences, slice) for group in plan_pieces(neighbours, 16).groups)
 
 
 # Whether pieces are cheaper, at 512 multiply-adds for a pair (8 heads of 64).
@@ -182,7 +182,7 @@ CHEAPER: list[Any] = [
     pytest.param(gist_of(512), 512, True, id="gist"),
     pytest.param(vis.causal(torch.ones(1, 2048)), 2048, True, id="causal"),
     pytest.param(vis.causal(torch.ones(1, 2048), documents=torch.arange(2048)[None] // 256), 2048, True, id="packed"),
-    pytest.param(gist_of(2048), 256, True, id="rows-behind-a-hidden-prompt"),
+    pytest.param(gist_of(2048), 256, True, id="rows-after-a-hidden-prompt"),
     pytest.param(vis.causal(torch.zeros(1, 512)), 512, True, id="nothing-is-seen"),
     pytest.param(vis.causal(torch.ones(1, 2048)).windowed(512), 2048, False, id="sliding-window"),
     pytest.param(vis.causal(torch.ones(1, 512), documents=torch.arange(512)[None]), 512, False, id="tiny-documents"),

@@ -173,10 +173,10 @@ class Visibility:
 
     @staticmethod
     def from_attention_mask(attention_mask: Tensor) -> Visibility:
-        """Read the intervals back from what :meth:`as_attention_mask` made.
+        """Read the intervals back from ``attention_mask``, int32 ``(B, 1, 2, K)``, made by :meth:`as_attention_mask`.
 
         Raises:
-            GistError: ``attention_mask`` is not int32 of shape ``(B, 1, 2, K)``.
+            GistError: the mask has another shape or dtype.
         """
         if not is_interval_mask(attention_mask):
             raise GistError(
@@ -316,7 +316,7 @@ def positive(
 ) -> Visibility:
     """The positive control (Gisting, section 4): ordinary causal attention over prompt, gist tokens and the rest.
 
-    Arguments are those of :func:`gist`.
+    Arguments as for :func:`gist`.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_nothing)
 
@@ -330,7 +330,7 @@ def negative(
 ) -> Visibility:
     """The negative control (Gisting, section 4): rows after the last gist token see neither the prompt nor its gist.
 
-    Arguments are those of :func:`gist`.
+    Arguments as for :func:`gist`.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_to_last_span)
 
@@ -387,7 +387,7 @@ def chained(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | N
 def chained_positive(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
     """The positive control for a prompt in parts: ordinary causal attention over all parts, with copies as padding.
 
-    Arguments are those of :func:`chained`.
+    Arguments as for :func:`chained`.
     """
     return positive(*_without_copies(is_gist, is_copy, parts, padding))
 
@@ -395,7 +395,7 @@ def chained_positive(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: T
 def chained_negative(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
     """The negative control for a prompt in parts: the rest sees no part and no gist token.
 
-    Arguments are those of :func:`chained`.
+    Arguments as for :func:`chained`.
     """
     return negative(*_without_copies(is_gist, is_copy, parts, padding))
 
@@ -421,14 +421,14 @@ def encoder_gist(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
 
 
 def encoder_positive(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
-    """The positive control of an encoder: bidirectional attention. Arguments are those of :func:`encoder_gist`."""
+    """The positive control of an encoder: bidirectional attention. Arguments as for :func:`encoder_gist`."""
     return _encoder(is_gist, padding, hide_prompt=False, hide_gist=False)
 
 
 def encoder_negative(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
     """The negative control of an encoder: the rest does not see the gist tokens either.
 
-    Arguments are those of :func:`encoder_gist`.
+    Arguments as for :func:`encoder_gist`.
     """
     return _encoder(is_gist, padding, hide_prompt=True, hide_gist=True)
 

@@ -567,7 +567,10 @@ def test_the_command_times_no_encoder_decoder(run, tmp_path: Path) -> None:
         (["staged", "nothing"], "nothing has no internalized.json, so it is no finished internalisation"),
         (["staged", "--prices", "none.yaml"], "there is no price table none.yaml"),
         (["staged", "--metric", "bleurt"], "metric must be one by which all runs were scored"),
-        (["staged", "--time", "--batch-size", "5"], "there must be at least batch_size=5 records, got 4; lower batch_size"),
+        (
+            ["staged", "--time", "--batch-size", "5"],
+            "there must be at least batch_size=5 records, got 4; lower batch_size",
+        ),
     ],
 )
 def test_the_commands_errors_are_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -31,8 +32,11 @@ def test_keyword_arguments_come_from_the_table() -> None:
 def test_a_recipe_of_version_01_is_read(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(OLD, encoding="utf-8")
-    with pytest.warns(DeprecationWarning, match="template is now called prompt"):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         found = InternalizeSettings.load(path)
+    assert "template is now called prompt" in str(warned[0].message)
+    assert len(warned) == 5
     assert (found.prompt, found.template, found.shortener) == ("rules.txt", "plain", "rewrites")
     assert (found.max_examples, found.num_gist_stages) == (3, 2)
 

@@ -452,7 +452,10 @@ def asked(tokenizer: GistTokenizer) -> list[Record]:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in ("llama", "mistral-window") else pytest.mark.slow) for name in tiny.DECODERS],
+    [
+        pytest.param(name, marks=() if name in ("llama", "mistral-window") else pytest.mark.slow)
+        for name in tiny.DECODERS
+    ],
 )
 def test_every_decoder_is_served_three_ways(name: str) -> None:
     model, tokenizer = tiny.patched(name)

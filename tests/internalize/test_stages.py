@@ -633,7 +633,8 @@ def test_a_run_of_format_1_is_resumed_and_read(tmp_path: Path) -> None:
 
 def test_old_arguments_still_work(tmp_path: Path) -> None:
     model, tokenizer = fresh()
-    with pytest.warns(DeprecationWarning, match="argument template will be removed .*; use prompt") as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", DeprecationWarning)
         result = internalize(
             model,
             tokenizer,
@@ -646,7 +647,7 @@ def test_old_arguments_still_work(tmp_path: Path) -> None:
             control_share=0.5,
         )
     found = " ".join(str(one.message) for one in warned)
-    for words in ("use shortener", "use prompt_format", "use 'shortened'"):
+    for words in ("use prompt", "use shortener", "use prompt_format", "use 'shortened'"):
         assert words in found
     with pytest.warns(DeprecationWarning, match="use prompt_sha256"):
         assert result.template_sha256 == result.prompt_sha256

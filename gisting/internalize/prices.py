@@ -116,7 +116,7 @@ def load_prices(path: str | Path) -> Prices:
             hint = f"did you mean {near[0]}?" if near else f"a price table has {', '.join(names)}"
             raise GistError(f"{path}: there is no price {name!r}; {hint}")
         if name in found:
-            raise GistError(f"{path}: {name} stands twice; take one out")
+            raise GistError(f"{path}: {name} is given twice; remove one")
         found[name] = value if name == "currency" else _number(value)
     missing = [one.name for one in fields(Prices) if one.default is MISSING and one.name not in found]
     if missing:

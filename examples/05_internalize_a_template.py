@@ -1,10 +1,10 @@
-"""Put a template into a model's weights stage by stage, and report what that saves beside what it costs.
+"""Train a prompt into a model's weights stage by stage, and report what that saves and what it costs.
 
-A tiny LLaMA starts from nothing. Every request begins with the same rules of a store, and asks where three things are.
-One model is trained in stages in which the rules shrink to nothing, and answers the bare query in the end; its control
-is trained in as many steps with the rules in view, and needs them for ever; another control is trained on bare queries
-alone, which is enough where, as here, the answers name everything that the rules say. The report sets them beside each
-other, and beside prefix caching, with prices that you give. About half a minute on one CPU core.
+A tiny LLaMA starts from random weights. Every request begins with the same rules of a store, and asks where three
+things are. One model is trained in stages in which the rules shrink to nothing, and then answers the bare query. Its
+control is trained in as many steps with the rules in view, and always needs them. Another control is trained on bare
+queries alone, which is enough if, as here, the answers name everything that the rules say. The report compares them
+with each other and with prefix caching, at prices that you give. Takes about half a minute on one CPU core.
 
     python examples/05_internalize_a_template.py --steps 300 --output runs/store
 """
@@ -18,22 +18,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 import gisting
-from gisting.internalize.compressors import Rewrites
 from gisting.internalize.prices import Prices
 from gisting.internalize.report import make_report
 from gisting.internalize.schedule import Schedule
+from gisting.internalize.shorteners import Rewrites
 from gisting.internalize.stages import internalize
 from gisting.train.finetune import published_arguments
 
 ROOMS = {"tea": "4", "soap": "2", "glue": "6", "rice": "1", "paper": "5", "bread": "3"}
-TEMPLATE = "answer with rooms alone . " + " ".join(
-    f"the {thing} stands in room {room} ." for thing, room in ROOMS.items()
-)
+PROMPT = "answer with rooms alone . " + " ".join(f"the {thing} is in room {room} ." for thing, room in ROOMS.items())
 SHORTER = " ".join(f"{thing} {room} ." for thing, room in ROOMS.items())
 
 
 def make_tokenizer() -> gisting.GistTokenizer:
-    words = ["<pad>", "<s>", "</s>", "<unk>", *sorted({*TEMPLATE.split()})]
+    words = ["<pad>", "<s>", "</s>", "<unk>", *sorted({*PROMPT.split()})]
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -41,14 +39,14 @@ def make_tokenizer() -> gisting.GistTokenizer:
 
 
 def make_records() -> list[gisting.Record]:
-    """All queries, in an order of chance; the instruction is ignored, for the template is given once."""
+    """Make all queries in random order; the instruction is ignored, because the prompt is given once for all."""
     queries = list(itertools.product(ROOMS, repeat=3))
     random.Random(0).shuffle(queries)
     return [gisting.Record("-", " ".join(query), " ".join(ROOMS[thing] for thing in query)) for query in queries]
 
 
 def fresh_model(tokenizer: gisting.GistTokenizer):
-    """The same weights each time."""
+    """Make a model with the same weights each time."""
     set_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer.tokenizer),
@@ -67,9 +65,9 @@ def fresh_model(tokenizer: gisting.GistTokenizer):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="of each run, over all its stages")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each run, all stages together")
     parser.add_argument("--output", type=Path, default=Path("runs/store"))
-    parser.add_argument("--input-price", type=float, default=2.5, help="of a million tokens")
+    parser.add_argument("--input-price", type=float, default=2.5, help="price of a million tokens")
     parser.add_argument("--cached-input-price", type=float, default=1.25)
     parser.add_argument("--output-price", type=float, default=10.0)
     parser.add_argument("--training-price", type=float, default=25.0)
@@ -83,27 +81,27 @@ def main() -> None:
         result = internalize(
             model,
             tokenizer,
-            TEMPLATE,
+            PROMPT,
             training,
             published_arguments(
                 arguments.output / name,
                 batch_size=16,
                 per_device_batch_size=16,
                 max_steps=arguments.steps,
-                learning_rate=3e-3,  # a tiny model bears more than the published 2e-5 for 7 billion parameters
+                learning_rate=3e-3,  # a tiny model needs more than the published 2e-5 for 7 billion parameters
                 warmup_steps=10,
                 save_strategy="no",
                 logging_steps=1000,
                 disable_tqdm=True,
             ),
             schedule=Schedule((1.0, 0.5, 0.0)),
-            compressor=Rewrites({0.5: SHORTER}),
+            shortener=Rewrites({0.5: SHORTER}),
             control=control,
             eval_records=held_out,
             max_new_tokens=4,
             on_stage=lambda stage, name=name: print(f"{name}, stage {stage.number}: loss {stage.train_loss:.3f}"),
         )
-        print(f"{name}: {result.tokens:.1f} tokens a request, {100 * result.metrics['exact_match']:.1f} % exact\n")
+        print(f"{name}: {result.tokens:.1f} tokens per request, {100 * result.metrics['exact_match']:.1f} % exact\n")
 
     prices = Prices(
         "USD",

@@ -1,4 +1,4 @@
-"""``gisting report``: finished internalisations beside their controls, the full prompt and prefix caching."""
+"""``gisting report``: compare finished internalisations with their controls, the full prompt and prefix caching."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ __all__ = ["report"]
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Directories that gisting internalize wrote: the staged run, its controls.")
+        list[Path], typer.Argument(help="Output directories of gisting internalize: the staged run and its controls.")
     ],
     prices: Annotated[
         Path | None,
         typer.Option(
             help="YAML or JSON file with currency, input_per_million, cached_input_per_million, output_per_million "
-            "and, if they count, training_per_million and finetuned_factor."
+            "and, optionally, training_per_million and finetuned_factor."
         ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="One that all runs were scored by. [default: the first of them]")
+        str | None, typer.Option(help="A metric by which all runs were scored. [default: the first one]")
     ] = None,
     time: Annotated[
         bool, typer.Option("--time", help="Also measure the time of a request, with the first run's model.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --time: requests at once.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="With --time: measured rounds.")] = 30,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at once, with --time.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, with --time.")] = 30,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     output: Annotated[Path | None, typer.Option(help="Markdown file for the report.")] = None,
     as_json: Annotated[bool, json_option("an object for each line of the tables")] = False,
 ) -> None:
-    """Compare what internalised runs cost and score.
+    """Compare the costs and scores of internalised runs.
 
-    Tokens, score, cost and time of a request for the staged run and its controls, beside the full prompt and the full
-    prompt behind a prefix cache; then the staged run stage by stage. The runs must have been asked the same.
+    The report has tokens, score, cost and time of a request for the staged run and its controls, for the full prompt
+    and for the full prompt with a prefix cache, and then the staged run stage by stage. The runs must have been
+    evaluated on the same records.
 
     Example: gisting report runs/in-stages runs/full runs/bare --prices prices.yaml --time --output report.md
     """
@@ -68,19 +69,19 @@ def report(
 
 
 def _timed(report: Any, run: Path, batch_size: int, repeats: int, dtype: str, device: str) -> Any:
-    from gisting.internalize.report import Times
+    from gisting.internalize.comparison import Times
     from gisting.measure.requests import serving
     from gisting.measure.rows import environment
 
     model, tokenizer = load_patched(str(run), None, dtype, device, is_to_be_trained=True)
     if tokenizer.is_encoder_decoder:
-        return report.noted("Times are left out: what is timed is a decoder behind a prefix cache.")
+        return report.noted("Times are left out, because only decoders with a prefix cache are timed.")
     num_answer_tokens = max(1, round(report.rows[0].output_tokens))
     rows = serving(
         model,
         tokenizer,
         report.full,
-        report.template,
+        report.prompt,
         batch_size=batch_size,
         shorter=report.shorter,
         num_answer_tokens=num_answer_tokens,

@@ -3,7 +3,7 @@ behind a prefix cache and behind a gist cache.
 
 Place in the flow: beside the other measures, on a configuration in place of a model. No weights are made: the model is
 built on the meta device, and torch's flop counter reads a few short passes, from which all others follow. Knows nothing
-of time; that is measured by ``gisting.bench``.
+of time; that is measured by ``gisting.measure``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,92 @@
+"""The settings of ``gisting internalize``: old names of options and recipe keys, and one table for all three."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gisting import GistError
+from gisting.internalize.settings import InternalizeSettings, StageSettings
+from gisting.internalize.stages import internalize
+
+OLD = (
+    "model: m\ntemplate: rules.txt\ndata: train.jsonl\noutput: runs/x\ncompressor: rewrites\nexamples: 3\ntail: gist\n"
+    "gist_stages: 2\nlayout: plain\n"
+)
+
+
+def test_keyword_arguments_come_from_the_table() -> None:
+    parameters = inspect.signature(internalize).parameters
+    for each in fields(StageSettings):
+        assert parameters[each.name].default == each.default
+    with pytest.raises(TypeError, match="max_lenght"):
+        StageSettings(max_lenght=3)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_recipe_of_version_01_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(OLD, encoding="utf-8")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = InternalizeSettings.load(path)
+    assert "template is now called prompt" in str(warned[0].message)
+    assert len(warned) == 5
+    assert (found.prompt, found.template, found.shortener) == ("rules.txt", "plain", "rewrites")
+    assert (found.max_examples, found.num_gist_stages) == (3, 2)
+
+
+def test_the_template_of_a_recipe_is_a_conversations(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    for text in ("template: chat\n", "template: chat\nprompt: rules.txt\n"):
+        path.write_text(text, encoding="utf-8")
+        assert InternalizeSettings.load(path).template == "chat"
+    path.write_text("template: rules.txt\nprompt: rules.txt\n", encoding="utf-8")
+    with pytest.raises(GistError, match=r"recipe.yaml, line 1: template must be one of alpaca, .*: --prompt FILE\)"):
+        InternalizeSettings.load(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        ("--compressor none", "note: --compressor is now called --shortener"),
+        ("--layout plain", "note: --layout is now called --template"),
+        ("--control compressed --share 0.5", "note: the control 'compressed' will be removed in the next release; use"),
+        ("--recipe old.yaml", "old.yaml: template is now called prompt"),
+    ],
+)
+def test_old_options_print_a_note(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, note: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text(OLD, encoding="utf-8")
+    done = run("internalize", *words.split())
+    assert done.code == 1, "required settings or files are missing"
+    assert note in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "m --data d --output o --template t.txt",
+            "error: template must be one of alpaca, alpaca-t5, plain, chat (the",
+        ),
+        ("m --prompt p.txt", "error: data and output must be given, on the command line or in a recipe"),
+    ],
+)
+def test_what_is_missing_is_named(run: Callable[..., Any], words: str, message: str) -> None:
+    done = run("internalize", *words.split())
+    assert (done.code, message in done.err) == (1, True), done.err
+
+
+def test_old_options_are_not_in_the_help(run: Callable[..., Any]) -> None:
+    text = run("internalize", "--help").out
+    assert "--shortener" in text
+    assert "--compressor" not in text
+    assert "--layout" not in text

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import gisting
-from gisting import generation
 from gisting._compat import cache_argument
 from gisting.cache import GistCache
 from gisting.data.collate import GistCollator
 from gisting.data.packing import GistPackingCollator
 from gisting.data.records import Record
 from gisting.errors import GistError
+from gisting.generation import answers, compression
 from gisting.models.adapters import Adapter, attach, gist_rows
 from gisting.models.patch import patch
 from gisting.tokens import GistEncoding, GistTokenizer, Template
@@ -240,7 +240,7 @@ def test_beyond_a_window_chunks_are_refused_for_they_would_not_be(monkeypatch: p
     prompt = tiny.words(15, 1)
     with pytest.raises(
         GistError,
-        match=r"^prompt 1 has 3 chunks, and from its first gist to what follows its last there are 17 columns, more "
+        match=r"^prompt 1 has 3 chunks and spans 17 columns from its first gist to what follows its last, more "
         r"than the sliding window of mistral, 10: .*; raise chunk_length so that the prompt is one chunk, or shorten",
     ):
         gisting.compress(model, tokenizer, ["w1", prompt], 2, chunk_length=5)
@@ -248,7 +248,7 @@ def test_beyond_a_window_chunks_are_refused_for_they_would_not_be(monkeypatch: p
     assert gisting.compress(model, tokenizer, [prompt], 10, chunk_length=15).num_gist_tokens == [10]
     gisting.compress(model, tokenizer, [prompt], 2, condition="positive", chunk_length=5)
 
-    monkeypatch.setattr(generation, "_check_window", lambda *_: None)
+    monkeypatch.setattr(compression, "_check_window", lambda *_: None)
     cache = gisting.compress(model, tokenizer, [prompt], 2, chunk_length=5)
     stock = tiny.stock_twin("mistral-window", model, sliding_window=window)
     (encoding,) = tokenizer.encode_prompts([prompt], 2, 5)
@@ -257,7 +257,7 @@ def test_beyond_a_window_chunks_are_refused_for_they_would_not_be(monkeypatch: p
 
 def test_a_window_that_is_one_too_small_is_refused() -> None:
     model, tokenizer = built("mistral-window", REACH - 1, WORDS)
-    with pytest.raises(GistError, match=r"there are 17 columns, more than the sliding window of mistral, 16"):
+    with pytest.raises(GistError, match=r"spans 17 columns .* more than the sliding window of mistral, 16"):
         gisting.compress(model, tokenizer, [tiny.words(15, 1)], 2, chunk_length=5)
 
 
@@ -302,7 +302,7 @@ def test_encoder_decoders_are_refused_wherever_a_length_is_given() -> None:
 @pytest.mark.parametrize(
     ("chunk_length", "message"),
     [
-        (0, "^chunk_length must be at least 1, got 0; or None, for a single gist$"),
+        (0, "^chunk_length must be at least 1, got 0; give None for a single gist$"),
         (-3, "^chunk_length must be at least 1, got -3"),
         (True, "^chunk_length must be a whole number or None, got True$"),
         (2.0, r"^chunk_length must be a whole number or None, got 2\.0$"),
@@ -324,7 +324,7 @@ def test_a_length_that_cannot_be(chunk_length: Any, message: str) -> None:
 def test_a_length_beside_a_cache_is_refused() -> None:
     model, tokenizer = built()
     cache = gisting.compress(model, tokenizer, ["w1"])
-    with pytest.raises(GistError, match=r"^chunk_length \(5\) is for prompts, and cache .*; give it to compress$"):
+    with pytest.raises(GistError, match=r"^chunk_length \(5\) is for prompts, but cache .*; give it to compress$"):
         gisting.generate(model, tokenizer, ["w2"], cache=cache, chunk_length=5)
 
 
@@ -355,13 +355,13 @@ def test_a_checkpoint_in_chunks_is_evaluated_in_chunks(tmp_path: Path, monkeypat
     )
     save_records(records, tmp_path / "data.jsonl")
     spans: list[int] = []
-    stock = generation._compress
+    stock = answers.compress_encodings
 
     def spying(model: Any, tokenizer: Any, encodings: list[GistEncoding], *rest: Any) -> GistCache:
         spans.extend(len(encoding.gist_spans) for encoding in encodings)
         return stock(model, tokenizer, encodings, *rest)
 
-    monkeypatch.setattr(generation, "_compress", spying)
+    monkeypatch.setattr(answers, "compress_encodings", spying)
     settings: dict[str, Any] = {"conditions": ["gist"], "max_new_tokens": 2, "with_rouge": False}
     (result,) = evaluate(model, tokenizer, records, 2, chunk_length=LENGTH, with_perplexity=True, **settings)
     expected = [len(encoding.gist_spans) for encoding in tokenizer.encode_prompts(PROMPTS, 2, LENGTH)]

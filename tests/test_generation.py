@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import gisting
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheMismatchError, GistError, GistTokenError
+from gisting.generation import checks, compression
 from gisting.models.fingerprint import fingerprint
 from gisting.tokens import GistTokenizer
 from gisting.visibility import CONDITIONS
@@ -176,11 +177,10 @@ def test_16_caches_with_16_inputs_are_one_by_one(name: str) -> None:
 @three_kinds
 def test_prompts_that_generate_runs_itself_take_no_fingerprint(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their cache stays inside, and an evaluation would take the fingerprint of a large model for every batch."""
-    from gisting.models import fingerprint as module
-
     model, tokenizer = tiny.patched(name)
-    calls, right = [], module.fingerprint
-    monkeypatch.setattr(module, "fingerprint", lambda model: calls.append(None) or right(model))
+    calls = []
+    for module in (checks, compression):
+        monkeypatch.setattr(module, "fingerprint", lambda model: calls.append(None) or fingerprint(model))
     gisting.generate(model, tokenizer, ["w1"], prompts=["w2 w3"], max_new_tokens=2)
     assert not calls
     gisting.generate(model, tokenizer, ["w1"], cache=gisting.compress(model, tokenizer, ["w2 w3"]), max_new_tokens=2)
@@ -263,7 +263,7 @@ def test_nothing_behind_the_gist_is_refused_in_a_decoder() -> None:
     model, tokenizer = tiny.patched("llama")  # the plain layout without input is white space, which here is no token
     cache = gisting.compress(model, tokenizer, ["w1"])
     with pytest.raises(
-        GistError, match=r"^inputs\[1\] leaves nothing behind the gist for the model to continue; give an input"
+        GistError, match=r"^inputs\[1\] leaves nothing after the gist for the model to continue; give an input"
     ):
         gisting.generate(model, tokenizer, ["w1", ""], cache=cache)
 
@@ -563,7 +563,7 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
     (
         {"cache": True, "inputs": []},
         GistError,
-        '^inputs is empty; give at least one text, "" where the prompt says it all$',
+        '^inputs is empty; give at least one text, "" if the prompt needs no input$',
     ),
     ({"cache": True, "inputs": "w1"}, GistError, "^inputs must be a list of texts, got one text; put it in a list$"),
     ({"cache": True, "inputs": ["w1", None]}, GistError, r"^inputs\[1\] must be a text, got NoneType$"),
@@ -582,7 +582,7 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
         (
             {"cache": True, name: None},
             GistError,
-            f"^{name} are made from inputs and cache; call model.generate for your own$",
+            f"^{name} cannot be given: generate makes them from inputs and cache; .* call model.generate$",
         )
         for name in (
             *("input_ids", "attention_mask", "past_key_values", "position_ids", "encoder_outputs", "inputs_embeds"),
@@ -594,10 +594,10 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
     ({"cache": True, "max_new_tokens": True}, GistError, "^max_new_tokens must be a whole number, got True$"),
     ({"cache": True, "num_beams": 0}, GistError, "^num_beams must be at least 1, got 0$"),
     ({"cache": True, "num_return_sequences": 1.5}, GistError, "^num_return_sequences must be a whole number, got 1.5$"),
-    ({"cache": True, "max_length": 9}, GistError, "^max_length counts what stands in front .*; give max_new_tokens$"),
-    ({"cache": True, "min_length": 9}, GistError, "^min_length counts what stands in front .*; give min_new_tokens$"),
+    ({"cache": True, "max_length": 9}, GistError, "^max_length also counts the tokens before .*; give max_new_tokens$"),
+    ({"cache": True, "min_length": 9}, GistError, "^min_length also counts the tokens before .*; give min_new_tokens$"),
     *[
-        ({"cache": True, name: 2.0}, GistError, f"^{name} looks at the tokens of the prompt, .*; set {name}=[01]$")
+        ({"cache": True, name: 2.0}, GistError, f"^{name} looks at the prompt's tokens, .*; set {name}=[01]$")
         for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
     ],
     (
@@ -608,7 +608,7 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
     (
         {"cache": True, "position_ids": 1, "input_ids": 1},
         GistError,
-        "^input_ids, position_ids are made from inputs and cache",
+        "^input_ids, position_ids cannot be given: generate makes them",
     ),
     (
         {"cache": True, "inputs": ["w1", tiny.words(100, 1)], "max_new_tokens": 28},

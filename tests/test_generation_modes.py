@@ -28,11 +28,10 @@ from transformers.utils.import_utils import is_optimum_quanto_available
 
 import gisting
 from gisting import cache as cache_module
-from gisting import generation
 from gisting._compat import cache_argument, num_constraint_numbers
 from gisting.cache import GistCache
 from gisting.errors import CacheMismatchError, GistError, GistTokenError
-from gisting.generation import converse
+from gisting.generation import answers, converse, streaming
 from gisting.models import decoder
 from gisting.pipeline import GistTextGenerationPipeline
 from gisting.tokens import GistTokenizer
@@ -92,11 +91,11 @@ def _shift_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "_up_to_end", lambda answer, *_: answer[:1])
+    monkeypatch.setattr(answers, "_up_to_end", lambda answer, *_: answer[:1])
 
 
 def _stream_what_is_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation._AnswerStreamer, "put", lambda self, value: self.streamer.put(value))
+    monkeypatch.setattr(streaming.AnswerStreamer, "put", lambda self, value: self.streamer.put(value))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +187,8 @@ def test_caches_that_cannot_be_made(case: Case, arguments: dict[str, Any], messa
     [
         ("llama", {"cache_implementation": "paged"}, GistError, "^cache_implementation must be one of dynamic, static"),
         ("t5", {"cache_implementation": "quantized"}, GistError, "^cache_implementation must be 'dynamic' or 'static'"),
-        ("t5", {"prefill_chunk_size": 2}, GistError, "^prefill_chunk_size is for decoders; for t5 transformers would"),
-        ("llama", {"use_cache": False}, GistError, "^use_cache must be True: without a cache there is nothing that"),
+        ("t5", {"prefill_chunk_size": 2}, GistError, "^prefill_chunk_size works for decoders only: for t5, transfor"),
+        ("llama", {"use_cache": False}, GistError, "^use_cache must be True: without a cache, nothing holds the gist$"),
         ("llama", {"assistant_early_exit": 1}, GistError, "^assistant_early_exit drafts with parts of the model"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -245,7 +244,7 @@ def test_what_the_model_ships_counts_as_what_is_given() -> None:
     case.model.generation_config.repetition_penalty = 1.5
     assert case.generate() == given.generate(repetition_penalty=1.5) != given.generate()
     case.model.generation_config.encoder_repetition_penalty = 1.5
-    with pytest.raises(GistError, match=r"^encoder_repetition_penalty looks at the tokens of the prompt"):
+    with pytest.raises(GistError, match=r"^encoder_repetition_penalty looks at the prompt's tokens"):
         case.generate()
     assert case.generate(encoder_repetition_penalty=1.0) == given.generate(repetition_penalty=1.5)
 
@@ -297,7 +296,7 @@ def test_a_constraint_is_asked_for_the_row_that_it_is(name: str, settings: dict[
 def test_what_is_for_one_batch_is_not_given_to_its_parts(name: str, more: dict[str, Any], what: str) -> None:
     value: Any = LogitsProcessorList([_AddTo(5, 1.0)]) if what == "logits_processor" else torch.tensor([[5]] * 3)
     case = Case(name)
-    with pytest.raises(GistError, match=f"^{what} is for the rows of one batch, but these are run in 3, .* at a time$"):
+    with pytest.raises(GistError, match=f"^{what} is for the rows of one batch, but these rows run in 3 .* at a time$"):
         case.generate(**{what: value}, **more)
 
 
@@ -431,7 +430,7 @@ ASSISTED: list[tuple[Callable[[Case], dict[str, Any]], type[GistError], str]] = 
     (
         lambda case: {"assistant_model": tiny.patched("llama", vocab_size=70)[0]},
         GistError,
-        "^assistant_model has 70 embedding rows, the model 65; transformers compares their predictions row by row$",
+        "^assistant_model has 70 embedding rows, the model 65; they must be equal, because .* row by row$",
     ),
     (lambda case: {"assistant_cache": case.cache}, GistError, "^assistant_cache is given without assistant_model"),
     (
@@ -465,7 +464,7 @@ ASSISTED: list[tuple[Callable[[Case], dict[str, Any]], type[GistError], str]] = 
     (
         lambda case: {"prompt_lookup_num_tokens": 3, "cache_implementation": "static"},
         GistError,
-        "^assisted decoding takes back .* which only cache_implementation='dynamic' can, got 'static'$",
+        "^assisted decoding takes back .* which only cache_implementation='dynamic' can do, got 'static'$",
     ),
 ]
 
@@ -786,7 +785,7 @@ def test_without_a_cache_a_pipeline_is_the_stock_one(case: Case) -> None:
 
 def test_what_a_pipeline_refuses(case: Case) -> None:
     pipe = pipe_of(case)
-    with pytest.raises(GistError, match=r"^text_inputs must be a text or a list of texts where a cache is given"):
+    with pytest.raises(GistError, match=r"^text_inputs must be a text or a list of texts when a cache is given"):
         pipe([{"role": "user", "content": "w1"}], cache=case.cache)
     with pytest.raises(GistError, match=r"^inputs is empty"):
         pipe([], cache=case.cache)
@@ -794,14 +793,14 @@ def test_what_a_pipeline_refuses(case: Case) -> None:
         *(("return_full_text", True), ("return_tensors", True), ("clean_up_tokenization_spaces", True)),
         *(("prefix", "w1"), ("stop_sequence", "w1"), ("batch_size", 2)),
     ):
-        with pytest.raises(GistError, match=rf"^{name} must be left out where a cache is given: \w"):
+        with pytest.raises(GistError, match=rf"^{name} must be left out when a cache is given: \w"):
             pipe("w1", cache=case.cache[0], **{name: value})
         if name != "batch_size":
-            with pytest.raises(GistError, match=rf"^{name} must be left out where a cache is given: \w"):
+            with pytest.raises(GistError, match=rf"^{name} must be left out when a cache is given: \w"):
                 pipe_of(case, **{name: value})("w1", cache=case.cache[0])
     with pytest.raises(GistError, match=r"is not patched; call gisting.patch"):
         GistTextGenerationPipeline(tiny.model("llama"), case.tokenizer)
-    with pytest.raises(GistError, match=r"^text-generation is for decoders, t5 is an encoder-decoder; call"):
+    with pytest.raises(GistError, match=r"^text-generation works for decoders only, and t5 is an encoder-decoder"):
         GistTextGenerationPipeline(*tiny.patched("t5"))
 
 

@@ -400,7 +400,7 @@ def test_the_literal_is_text(
     assert gist_id == len(kind.tokenizer)
     if is_own and not kind.tokenizer.is_fast and "<GIST>" in prompt + input + output:
         # Written in Python, such a tokenizer has no way to forget a token: the text is refused, never misread.
-        with pytest.raises(GistError, match="cannot but read as the gist token; take it out of the text"):
+        with pytest.raises(GistError, match="can only read as the gist token; remove it from the text"):
             tokenizer.encode(prompt, input, output, num_gist_tokens=2)
         return
     before = tokenizer.encode(prompt, input, num_gist_tokens=2)
@@ -415,7 +415,7 @@ def test_the_literal_is_text(
 def test_the_literal_is_text_for_an_encoder_decoder(kind: Kind, is_own: bool) -> None:
     tokenizer = kind.wrapped(is_encoder_decoder=True, is_own=is_own)
     if is_own and not kind.tokenizer.is_fast:
-        with pytest.raises(GistError, match="cannot but read as the gist token; take it out of the text"):
+        with pytest.raises(GistError, match="can only read as the gist token; remove it from the text"):
             tokenizer.encode("hello", "world", "the <GIST>", num_gist_tokens=3)
         return
     encoding = tokenizer.encode("<GIST> hello", "<GIST>", "the <GIST>", num_gist_tokens=3)
@@ -517,7 +517,7 @@ def test_a_layout_holds_each_placeholder_once(field: str, text: str) -> None:
     placeholder = {"prompt": "{prompt}", "continuation": "{input}", "completion": "{output}"}[field]
     with pytest.raises(GistError) as caught:
         Template("mine", continuation_without_input="", **fields)
-    assert str(caught.value) == f"template 'mine': {field} must hold {placeholder} exactly once, got {text!r}"
+    assert str(caught.value) == f"template 'mine': {field} must contain {placeholder} exactly once, got {text!r}"
 
 
 # -- chat templates ----------------------------------------------------------------------------------------------------
@@ -680,17 +680,17 @@ ERRORS: list[Any] = [
     ),
     pytest.param(
         lambda t: t.encode_batch(["a", "b"], ["c"]),
-        "inputs and outputs must be as many as prompts, 2, got 1 and none",
+        "there must be as many inputs and outputs as prompts, 2, got 1 and none",
         id="inputs-too-few",
     ),
     pytest.param(
         lambda t: t.encode_batch(["a"], ["b"], ["c", "d"]),
-        "inputs and outputs must be as many as prompts, 1, got 1 and 2",
+        "there must be as many inputs and outputs as prompts, 1, got 1 and 2",
         id="outputs-too-many",
     ),
     pytest.param(
         lambda t: t.encode_completions(["a", "b"], ["c"]),
-        "outputs must be as many as inputs, 2, got 1",
+        "there must be as many outputs as inputs, 2, got 1",
         id="completions-too-few",
     ),
     pytest.param(
@@ -705,8 +705,8 @@ ERRORS: list[Any] = [
     ),
     pytest.param(
         lambda t: GistTokenizer(t.tokenizer, gist_token_id=7),
-        "gist_token_id 7 is a token of the tokenizer, which has 384; "
-        "tokens were added to it after the gist token, take the tokenizer as it was",
+        "gist_token_id 7 is already a token of the tokenizer, which has 384 tokens: "
+        "some were added after the gist token; use the tokenizer without them",
         id="gist-token-id-taken",
     ),
 ]
@@ -812,8 +812,8 @@ def test_tokens_added_after_the_gist_token_are_refused_on_loading(tmp_path: Path
     with pytest.raises(GistError) as caught:
         GistTokenizer.from_pretrained(tmp_path)
     assert str(caught.value) == (
-        f"gist_token_id {gist_id} is a token of the tokenizer, which has {gist_id + 1}; "
-        "tokens were added to it after the gist token, take the tokenizer as it was"
+        f"gist_token_id {gist_id} is already a token of the tokenizer, which has {gist_id + 1} tokens: "
+        "some were added after the gist token; use the tokenizer without them"
     )
 
 
@@ -824,7 +824,7 @@ def test_a_token_added_to_the_wrapped_tokenizer_takes_no_gist_id(is_used_before:
     if is_used_before:
         tokenizer.encode("hello", "world")
     tokenizer.tokenizer.add_tokens(["<late>"])
-    with pytest.raises(GistError, match="tokens were added to it after the gist token"):
+    with pytest.raises(GistError, match=r"^the tokenizer had \d+ tokens when it was wrapped, now it has \d+; wrap it"):
         tokenizer.encode("hello <late>", "world <late>", "<late>")
 
 
@@ -895,9 +895,9 @@ def test_the_gist_of_ids_from_elsewhere_is_located(line: str, span: tuple[int, i
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1 2 3", r"input_ids hold no gist token \(id 64\); put num_gist_tokens >= 1 of them between prompt and input"),
-        ("1 G 2 G", r"input_ids hold 2 gist tokens apart, between 1 and 4; the gist tokens of a prompt stand together"),
-        ("G G 1 G 2", r"input_ids hold 3 gist tokens apart, between 0 and 4"),
+        ("1 2 3", r"input_ids contain no gist token \(id 64\); put num_gist_tokens >= 1 of them between"),
+        ("1 G 2 G", r"input_ids contain 2 gist tokens between 1 and 4 with other ids in between; the gist tokens"),
+        ("G G 1 G 2", r"input_ids contain 3 gist tokens between 0 and 4"),
     ],
     ids=["no-gist", "apart", "three-apart"],
 )
@@ -981,7 +981,7 @@ def test_start_ids_are_part_of_the_first_chunk() -> None:
 
 def test_gists_of_several_lengths_are_no_chunks() -> None:
     tokenizer = GistTokenizer(tiny.word_tokenizer(), "plain")
-    with pytest.raises(GistTokenError, match=r"input_ids hold gists of 2, 1 tokens; a prompt has as many behind each"):
+    with pytest.raises(GistTokenError, match=r"input_ids contain gists of 2, 1 tokens; a prompt must have"):
         tokenizer.locate([5, 64, 64, 6, 64, 7], is_chunked=True)
 
 
@@ -1075,7 +1075,7 @@ def test_a_directory_without_gist_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GistError) as caught:
         GistTokenizer.from_pretrained(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path} has no gist.json, so it is no saved GistTokenizer; "
+        f"{tmp_path} has no gist.json, so it is not a saved GistTokenizer; "
         "wrap the tokenizer instead: GistTokenizer(AutoTokenizer.from_pretrained(...))"
     )
 

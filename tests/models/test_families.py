@@ -249,7 +249,7 @@ def test_cached_is_uncached_in_encoder(name: str) -> None:
         full = encoder_decoder.prepare_full_generation(model, tokenizer, [encoding], "gist")
         logits, tokens = greedy(model, full)
         cached_logits, cached_tokens = greedy(
-            model, encoder_decoder.prepare_generation(model, tokenizer, cache[row], [continuations[row]])
+            model, encoder_decoder.prepare_generation(model, tokenizer, cache[row], [continuations[row]])[0]
         )
         # T5 without scaled scores is that much rougher: float32 is 1e-5 from float64 (measured here: 5e-6).
         assert error_of(cached_logits[0], logits[0].double()) < 2e-5
@@ -369,7 +369,7 @@ def test_stock_generate_goes_on_from_cached_encoder_states(name: str) -> None:
     model, tokenizer = tiny.patched(name)
     cache = gisting.compress(model, tokenizer, PROMPTS, COUNTS)
     texts = gisting.generate(model, tokenizer, INPUTS, cache=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
-    arguments = encoder_decoder.prepare_generation(model, tokenizer, cache, tokenizer.encode_continuations(INPUTS))
+    arguments, _ = encoder_decoder.prepare_generation(model, tokenizer, cache, tokenizer.encode_continuations(INPUTS))
     for which in (model, tiny.stock_twin(name, model)):
         tokens = which.generate(**copy.deepcopy(arguments), max_new_tokens=NEW_TOKENS, do_sample=False)
         assert [tokenizer.decode(row) for row in tokens.tolist()] == texts
@@ -402,7 +402,7 @@ def _drop_the_last_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder whose decoder reads the placeholders' states in place of the gist's."""
     right = encoder_decoder.prepare_generation
 
-    def wrong(model: PreTrainedModel, tokenizer: GistTokenizer, cache: Any, continuations: Any) -> dict[str, Any]:
+    def wrong(model: PreTrainedModel, tokenizer: GistTokenizer, cache: Any, continuations: Any) -> Any:
         return right(
             model, tokenizer, dataclasses.replace(cache, last_hidden=torch.zeros_like(cache.last_hidden)), continuations
         )

@@ -1,9 +1,10 @@
-"""Every way transformers generates: the table of docs/generation.md is what runs, and what its cells cannot show."""
+"""Ways of generating: the table of docs/generation.md holds, and so does what its cells cannot show."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 import shutil
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from gisting.visibility import CONDITIONS
 from tests import generation_modes as modes
 from tests import tiny
 from tests.generation_modes import COUNTS, INPUTS, LENGTH, NEXT, PROMPTS, Case
+from tests.models.test_families import few_by_default
 
 GREEDY: dict[str, Any] = {"max_new_tokens": LENGTH, "do_sample": False}
 
@@ -51,12 +53,27 @@ def case() -> Case:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_documented_table_is_what_runs() -> None:
-    found = modes.table()
-    assert "differs" not in found
-    text = modes.DOCUMENT.read_text(encoding="utf-8")
-    inside = text.split(f"<!-- {modes.MARK} -->\n", 1)[1].split(f"\n<!-- end of {modes.MARK} -->", 1)[0]
-    assert inside == found, "docs/generation.md is not what runs; write it anew: python -m tests.generation_modes"
+@pytest.fixture(scope="module")
+def case_of() -> Callable[[str], Case]:
+    """One case for all modes of a family."""
+    return functools.cache(Case)
+
+
+def test_the_documented_table_is_complete() -> None:
+    documented = modes.documented()
+    assert list(documented) == [(mode, family) for mode in modes.MODES for family in modes.FAMILIES]
+    assert "differs" not in documented.values()
+
+
+def _compiles(mode: str) -> Any:
+    return pytest.param(mode, marks=pytest.mark.slow) if mode == "static cache, compiled" else mode
+
+
+@pytest.mark.parametrize("mode", [*map(_compiles, modes.MODES)])
+@pytest.mark.parametrize("name", few_by_default(modes.FAMILIES, ("llama", "mistral-window", "t5")))
+def test_a_documented_outcome_holds(name: str, mode: str, case_of: Callable[[str], Case]) -> None:
+    found, documented = modes.outcome(mode, case_of(name)), modes.documented()[mode, name]
+    assert found == documented, "docs/generation.md is out of date; run python -m tests.generation_modes"
 
 
 def _forget_the_gist(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,9 +366,10 @@ def test_offloaded_on_cuda(implementation: str, settings: dict[str, Any]) -> Non
         assert found == gisting.generate(model, tokenizer, INPUTS, **call)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 def test_compiled_once_for_calls_of_one_batch_size() -> None:
-    """By inductor, without a break in the graph, guard included; where max_cache_len covers them, other texts, lengths
+    """Inductor compiles one graph without breaks, guard included. If max_cache_len covers them, other texts, lengths
     and k need no new graph.
     """
     model, tokenizer = tiny.patched("llama", num_hidden_layers=2)

@@ -255,7 +255,7 @@ def test_a_first_layer_elsewhere_does_not_take_the_others_along() -> None:
         (
             lambda: [made_up(), made_up(origin=CacheOrigin("llama/ffffffffffff", "ba9876543210", "plain", "gist"))],
             CacheMismatchError,
-            "^caches belong to different origins, .*llama/0123.* and .*llama/ffff.*; compress them anew$",
+            "^caches belong to different origins, .*llama/0123.* and .*llama/ffff.*; compress them again$",
         ),
         (
             lambda: [made_up(), made_up(origin=CacheOrigin("llama/0123456789ab", "ba9876543210", "plain", "positive"))],
@@ -313,7 +313,7 @@ def test_as_past_key_values() -> None:
 
 
 def test_encoder_states_are_no_past_key_values() -> None:
-    with pytest.raises(GistError, match=r"^these are encoder states, which generate does not take as past_key_values"):
+    with pytest.raises(GistError, match=r"^these are encoder states, which model.generate cannot take as past_key"):
         made_up(encoder=True).as_past_key_values()
 
 
@@ -553,10 +553,13 @@ def test_anything_behind_the_end_is_refused(saved: bytes, tmp_path: Path) -> Non
         assert_refused(tmp_path / "a", saved + more, ALTERED, f"{len(more)} bytes more")
 
 
-def test_every_bit_flip_in_the_header_is_refused(saved: bytes, tmp_path: Path) -> None:
-    """A third of all bits of length and header: names, shapes, offsets, manifest, checksum, padding."""
-    bits = random.Random(1).sample(range(header_end(saved) * 8), header_end(saved) * 8 // 3)
-    assert len(bits) > 1500
+@pytest.mark.parametrize("share", [30, pytest.param(3, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_a_bit_flip_in_the_header_is_refused(saved: bytes, tmp_path: Path, share: int) -> None:
+    """Flip a thirtieth, or a third, of all bits of length and header: names, shapes, offsets, manifest, checksum and
+    padding.
+    """
+    bits = random.Random(1).sample(range(header_end(saved) * 8), header_end(saved) * 8 // share)
+    assert len(bits) > 4500 // share
     for bit in bits:
         data = bytearray(saved)
         data[bit // 8] ^= 1 << bit % 8
@@ -565,9 +568,9 @@ def test_every_bit_flip_in_the_header_is_refused(saved: bytes, tmp_path: Path) -
         )
 
 
-def test_every_bit_flip_in_the_states_is_refused(saved: bytes, tmp_path: Path) -> None:
+def test_a_bit_flip_in_the_states_is_refused(saved: bytes, tmp_path: Path) -> None:
     start = header_end(saved) * 8
-    for bit in random.Random(2).sample(range(start, len(saved) * 8), 400):
+    for bit in random.Random(2).sample(range(start, len(saved) * 8), 100):
         data = bytearray(saved)
         data[bit // 8] ^= 1 << bit % 8
         message = " is altered: its checksum does not fit; compress the prompt again$"
@@ -637,21 +640,19 @@ def test_the_rotation_that_is_changed_below_is_right(saved: bytes, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(lambda it: it.manifest.update(num_layers=4), "6 tensors are not those of 4 layers", id="layers-4"),
-        pytest.param(lambda it: it.manifest.update(num_layers=0), "6 tensors are not those of 0 layers", id="layers-0"),
-        pytest.param(lambda it: it.manifest.update(num_layers=10**9), "6 tensors are not those of 1", id="layers-1e9"),
-        pytest.param(lambda it: it.manifest.update(num_layers=-3), "6 tensors are not those of -3", id="layers-minus"),
-        pytest.param(lambda it: it.manifest.update(num_layers="3"), "6 tensors are not those of '3'", id="layers-text"),
-        pytest.param(lambda it: it.manifest.update(num_layers=3.0), "6 tensors are not those of 3.0", id="layers-3.0"),
-        pytest.param(lambda it: it.manifest.pop("num_layers"), "there is no 'num_layers'", id="no-layers"),
-        pytest.param(lambda it: it.remove("keys.2"), "5 tensors are not those of 3 layers", id="tensor-gone"),
+        pytest.param(lambda it: it.manifest.update(num_layers=4), "6 tensors do not make 4 layers", id="layers-4"),
+        pytest.param(lambda it: it.manifest.update(num_layers=0), "6 tensors do not make 0 layers", id="layers-0"),
+        pytest.param(lambda it: it.manifest.update(num_layers=10**9), "6 tensors do not make 1", id="layers-1e9"),
+        pytest.param(lambda it: it.manifest.update(num_layers=-3), "6 tensors do not make -3", id="layers-minus"),
+        pytest.param(lambda it: it.manifest.update(num_layers="3"), "6 tensors do not make '3'", id="layers-text"),
+        pytest.param(lambda it: it.manifest.update(num_layers=3.0), "6 tensors do not make 3.0", id="layers-3.0"),
+        pytest.param(lambda it: it.manifest.pop("num_layers"), "'num_layers' is missing", id="no-layers"),
+        pytest.param(lambda it: it.remove("keys.2"), "5 tensors do not make 3 layers", id="tensor-gone"),
+        pytest.param(lambda it: it.replace("more", "F32", [1], bytes(4)), "7 tensors do not make 3", id="tensor-more"),
         pytest.param(
-            lambda it: it.replace("more", "F32", [1], bytes(4)), "7 tensors are not those of 3", id="tensor-more"
+            lambda it: it.entries.update(more=it.entries.pop("keys.2")), "'keys.2' is missing", id="other-name"
         ),
-        pytest.param(
-            lambda it: it.entries.update(more=it.entries.pop("keys.2")), "there is no 'keys.2'", id="other-name"
-        ),
-        pytest.param(lambda it: it.manifest.pop("lengths"), "there is no 'lengths'", id="no-lengths"),
+        pytest.param(lambda it: it.manifest.pop("lengths"), "'lengths' is missing", id="no-lengths"),
         pytest.param(lambda it: it.manifest.update(lengths=5), "lengths must be whole numbers", id="lengths-number"),
         pytest.param(lambda it: it.manifest.update(lengths=[]), "lengths must be whole numbers", id="no-prompts"),
         pytest.param(lambda it: it.manifest.update(lengths=[2, 5]), "a layer has another shape", id="lengths-too-few"),
@@ -662,7 +663,7 @@ def test_the_rotation_that_is_changed_below_is_right(saved: bytes, tmp_path: Pat
         pytest.param(lambda it: it.manifest.update(lengths=[2, 5, True]), "must be whole numbers", id="k-true"),
         pytest.param(lambda it: it.manifest.update(lengths=[2, 5, [1]]), "must be whole numbers", id="k-list"),
         pytest.param(lambda it: it.manifest.update(lengths=[2, 5, 2**62]), "must be the 5 slots", id="k-huge"),
-        pytest.param(lambda it: it.manifest.pop("origin"), "there is no 'origin'", id="no-origin"),
+        pytest.param(lambda it: it.manifest.pop("origin"), "'origin' is missing", id="no-origin"),
         pytest.param(lambda it: it.manifest.update(origin="llama"), "must be a mapping", id="origin-text"),
         pytest.param(lambda it: it.manifest["origin"].update(more=1), "unexpected keyword", id="origin-more"),
         pytest.param(lambda it: it.manifest["origin"].pop("model"), "missing 1 required", id="origin-less"),
@@ -678,7 +679,7 @@ def test_the_rotation_that_is_changed_below_is_right(saved: bytes, tmp_path: Pat
         pytest.param(rotation(layers=[0, 0]), "rotary has 2 layers, the states 3", id="rotary-layers"),
         pytest.param(rotation(layers=[0, 1, 0]), "rotary layers must be numbers of frequency sets", id="rotary-set"),
         pytest.param(rotation(layers=[0, True, 0]), "rotary layers must be numbers of frequency", id="rotary-true"),
-        pytest.param(rotation(frequencies=[[1.0] * 3]), "rotary turns more numbers than the 4 of", id="rotary-size"),
+        pytest.param(rotation(frequencies=[[1.0] * 3]), "rotary rotates more numbers than a head", id="rotary-size"),
         pytest.param(rotation(frequencies=[["1"]]), "rotary frequencies must be lists of finite", id="rotary-text"),
         pytest.param(rotation(frequencies=3), "rotary must be an object with", id="rotary-number"),
         pytest.param(rotation(is_interleaved=1), "rotary must be an object with", id="rotary-interleaved"),
@@ -763,7 +764,7 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
     [
         (
             {"lengths": torch.tensor([2, 4, 1])},
-            r"^this cache is none that could be loaded again: the largest of the lengths must be the 5 slots; c",
+            r"^this cache could not be loaded again: the largest length must be the number of slots, 5; compress",
         ),
         (
             {"rotary": Rotary(((1.0,),), (0,))},

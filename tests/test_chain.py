@@ -435,17 +435,17 @@ def test_what_cannot_be_chained_is_refused() -> None:
         GistCache.chain([positive, positive])
     with pytest.raises(GistError, match=r"do not say how their keys are rotated.*compress the prompts again"):
         GistCache.chain([replace(a, rotary=None), replace(b, rotary=None)])
-    with pytest.raises(GistError, match=r"must have one prompt or 3, as the largest, got \[3, 2\]"):
+    with pytest.raises(GistError, match=r"must have one prompt or 3, like the largest, got \[3, 2\]"):
         GistCache.chain([a, b.select([0, 1])])
     other = gisting.compress(*tiny.patched("qwen3"), ["w1"])
-    with pytest.raises(CacheMismatchError, match=r"different origins, .*llama/.*qwen3/.*compress them anew"):
+    with pytest.raises(CacheMismatchError, match=r"different origins, .*llama/.*qwen3/.*compress them again"):
         GistCache.chain([a, other])
     with pytest.raises(CacheMismatchError, match=r"float32 on cpu and torch\.bfloat16.*with \.to\(\)"):
         GistCache.chain([a, b.to(dtype=torch.bfloat16)])
     assert a.rotary is not None
     turned = replace(b, rotary=replace(a.rotary, is_interleaved=True))
     for join in (GistCache.chain, GistCache.cat):
-        with pytest.raises(CacheMismatchError, match="whose keys were rotated differently; compress them anew"):
+        with pytest.raises(CacheMismatchError, match="their keys are rotated differently; compress them again"):
             join([a, turned])
 
 

@@ -177,7 +177,7 @@ CACHE_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"cache_implementation": "quantized"}, "^cache_implementation='quantized' is made for the layers of one model"),
     (
         {"cache_implementation": "static", "config": True},
-        "^cache_implementation='static' needs max_cache_len, the 3 slots of the cache, .* together, got None$",
+        "^cache_implementation='static' needs max_cache_len, the sum of the cache's 3 slots, .* tokens, got None$",
     ),
     ({"cache_implementation": "static", "config": True, "max_cache_len": 2}, "needs max_cache_len, .* got 2$"),
     (

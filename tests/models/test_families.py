@@ -409,10 +409,9 @@ def _drop_the_last_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the decoder read the placeholders' states instead of the gist's."""
     right = encoder_decoder.prepare_generation
 
-    def wrong(model: PreTrainedModel, tokenizer: GistTokenizer, cache: Any, continuations: Any) -> Any:
-        return right(
-            model, tokenizer, dataclasses.replace(cache, last_hidden=torch.zeros_like(cache.last_hidden)), continuations
-        )
+    def wrong(model: PreTrainedModel, tokenizer: GistTokenizer, cache: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = dataclasses.replace(cache, last_hidden=torch.zeros_like(cache.last_hidden))
+        return right(model, tokenizer, cache, *args, **kwargs)
 
     monkeypatch.setattr(encoder_decoder, "prepare_generation", wrong)
 

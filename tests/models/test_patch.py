@@ -115,9 +115,7 @@ def test_names_in_the_tables_are_those_of_transformers() -> None:
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(
-        UnsupportedModelError, match=r"^starcoder2 is not among the supported families \(cohere2, "
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"^starcoder2 is not among the supported families \(cohere2, "):
         registry.family_of(AutoConfig.for_model("starcoder2"))
 
 

@@ -31,7 +31,7 @@ from gisting.models.relative_bias import bias_table, table_width
 from gisting.padding import pad_rows
 from gisting.visibility import ENCODER_CONDITIONS, Visibility, causal, gist
 from tests import tiny
-from tests.models.test_families import Result, assert_as_good_as, result_of, seen_by_someone
+from tests.models.test_families import Result, assert_as_good_as, few_by_default, result_of, seen_by_someone
 from tests.models.test_patch import assert_same_state, full_text, gradients, interval_call, state_of
 
 every_kind = pytest.mark.parametrize("name", ["t5", "mt5", "umt5"])
@@ -210,7 +210,7 @@ def loss_of(logits: Tensor, given: Batch) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), given.labels().flatten(), ignore_index=IGNORED)
 
 
-@every_kind
+@pytest.mark.parametrize("name", ["t5", pytest.param("mt5", marks=pytest.mark.slow), "umt5"])
 @pytest.mark.parametrize(("optimizer", "rate"), [("SGD", 0.01), ("AdamW", 3e-4)], ids=["SGD", "AdamW"])
 def test_training_is_that_of_stock_eager(name: str, optimizer: str, rate: float) -> None:
     """20 steps in float64: what differs is the order of sums (measured: 4e-16 of the loss).
@@ -523,9 +523,10 @@ def test_autocast(name: str) -> None:
         assert gradient.abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "umt5"])
 def test_compiled_is_eager(name: str) -> None:
-    """In one graph, and in the same one the second time: the hooks leave nothing behind that it would be guarded on."""
+    """The model compiles to one graph, which is used again: the hooks leave nothing that guards would see change."""
     model, _ = tiny.patched(name)
     call = batch("gist").call()
     wanted = model(**call).logits
@@ -599,7 +600,7 @@ def test_a_mask_that_was_written_to_is_read_again(name: str, builds: list[Visibi
     assert torch.equal(builds[-1].end, builds[built - 1].end)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5", "umt5"])
+@pytest.mark.parametrize("name", few_by_default(["llama", "gemma3_text", "t5", "umt5"], ["llama", "t5"]))
 def test_what_is_remembered_goes_with_the_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny.patched(name)
     gc.collect()

@@ -64,7 +64,7 @@ ODD: list[Any] = [
 
 
 def places(tree: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a tree of JSON."""
+    """Yield every (container, key) in a tree of JSON."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [found for key, value in inner for found in [(tree, key), *places(value)]]
 
@@ -108,7 +108,7 @@ def splice(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes:
 
 
 def edit_text(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes:
-    """Characters of the header gone, doubled or new, with the right length in front."""
+    """Remove, double or insert characters of the header, and correct the length in front."""
     end = 8 + int.from_bytes(whole[:8], "little")
     header = bytearray(whole[8:end].rstrip())
     for _ in range(chance.choice((1, 1, 2, 5))):
@@ -125,7 +125,7 @@ def edit_text(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes
 
 
 def edit_values(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes:
-    """Fields of the header or the manifest gone, renamed, exchanged, odd or a little off, mostly signed again."""
+    """Remove, rename, exchange or change fields of the header or the manifest, and usually sign again."""
     forged = Forged.apart(whole)
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         found = places(chance.choice((forged.entries, forged.manifest, forged.manifest)))
@@ -153,7 +153,7 @@ def edit_values(whole: bytes, chance: random.Random, others: list[bytes]) -> byt
 
 
 def edit_tensor(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes:
-    """Another dtype, shape or content of a tensor, that fits its bytes, signed."""
+    """Give a tensor another dtype, shape or content that fits its bytes, and sign."""
     forged = Forged.apart(whole)
     name = chance.choice(list(forged.entries))
     entry = forged.entries[name]
@@ -188,7 +188,7 @@ MUTATIONS: list[Callable[[bytes, random.Random, list[bytes]], bytes]] = [
 
 
 def what_it_says(whole: bytes) -> GistCache:
-    """The cache in a right file, by safetensors and the arithmetic of the format; fails for one that is not right."""
+    """Read a valid file with safetensors and the arithmetic of the format; fail for an invalid one."""
     forged = Forged.apart(whole)
     manifest = forged.manifest
     tensors = load(whole)
@@ -220,7 +220,7 @@ def what_it_says(whole: bytes) -> GistCache:
 
 
 def check(path: Path, whole: bytes) -> str:
-    """What became of a file: ``"loaded"``, or how it was refused."""
+    """Load a file, and return ``"loaded"`` or how it was refused."""
     path.write_bytes(whole)
     try:
         cache = GistCache.load(path)
@@ -232,7 +232,7 @@ def check(path: Path, whole: bytes) -> str:
     assert_same(cache, oracle)
     assert cache.rotary == oracle.rotary
     assert all(tensor.isfinite().all() for tensor in tensors_of(cache))
-    if cache.rotary is not None:  # which is fit to turn these keys
+    if cache.rotary is not None:  # which can rotate these keys
         for layer, keys in enumerate(cache.keys):
             cache.rotary.rotate(layer, keys, cache.lengths)
     assert storage.inspect(path)["file_bytes"] == len(whole)

@@ -145,7 +145,7 @@ def test_a_planted_bug_shows(mode: str, plant: Callable[[pytest.MonkeyPatch], No
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral-window"])
 @pytest.mark.parametrize("k", [1, 7, 8, 20])
 def test_layers_of_the_models_kind_go_on_from_k_gists(name: str, k: int, implementation: str) -> None:
-    """Sliding layers hold 8 or 7 keys: less than the gist, as many, or more, and the input fills them or not."""
+    """Sliding layers hold 8 or 7 keys: fewer than the gist, as many, or more; and the input fills them or does not."""
     model, tokenizer = tiny.patched(name)
     stock: Any = model
     cache = gisting.compress(model, tokenizer, PROMPTS[:1], k)
@@ -217,7 +217,7 @@ def test_generate_refuses_ways(name: str, settings: dict[str, Any], error: type[
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}], ids=str)
 def test_padding_is_no_token_that_was_seen(settings: dict[str, Any]) -> None:
-    """The padding often has the id of the end of sequence, which a short row could else not reach."""
+    """Padding often has the id of the end of sequence, which a short row could otherwise not produce."""
     words = tiny.word_tokenizer()
     words.pad_token = "w5"
     tokenizer = GistTokenizer(words, "plain")
@@ -256,7 +256,7 @@ class _Keep(LogitsProcessor):
 
 
 def test_what_the_model_ships_counts_as_what_is_given() -> None:
-    """Instruct checkpoints have such settings in their generation_config."""
+    """Instruction-tuned checkpoints have such settings in their generation_config."""
     case, given = Case("llama"), Case("llama")
     case.model.generation_config.repetition_penalty = 1.5
     assert case.generate() == given.generate(repetition_penalty=1.5) != given.generate()
@@ -279,7 +279,7 @@ def test_what_the_model_ships_counts_as_what_is_given() -> None:
 )
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5"])
 def test_a_constraint_is_asked_for_the_row_that_it_is(name: str, settings: dict[str, Any]) -> None:
-    """By the number that stock generate would give it in one batch, and with the ids of input and answer alone."""
+    """It gets the number that the row has in one batch of stock generate, and only the ids of input and answer."""
     case = Case(name)
     settings = dict(settings)
     if "assistant_model" in settings:
@@ -327,7 +327,7 @@ def test_settings_may_stand_in_a_generation_config(case: Case) -> None:
 
 
 def test_fp8_keeps_logits_within_a_twentieth(case: Case) -> None:
-    """Three bits of mantissa round by 1/16 at most; what was measured for logits is 1 to 3 %."""
+    """Three bits of mantissa round by at most 1/16; for logits, 1 to 3 % were measured."""
     ids = torch.tensor(case.tokenizer.encode_continuations([tiny.words(12, 2)]))
 
     def logits(**settings: Any) -> Tensor:
@@ -393,7 +393,7 @@ def test_compiled_once_for_calls_of_one_batch_size() -> None:
 
 
 def forward_passes(model: PreTrainedModel, call: Callable[[], Any]) -> int:
-    """How often the model runs in a call."""
+    """Count how often the model runs in a call."""
     passes: list[None] = []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(None))
     try:
@@ -405,7 +405,7 @@ def forward_passes(model: PreTrainedModel, call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral-window"])
 def test_a_twin_with_the_same_gists_is_always_right(name: str) -> None:
-    """The drafts then are the answer, so few passes verify them; without gists the twin cannot know it."""
+    """With them, its drafts are the answer, so few passes verify them; without gists it cannot know the answer."""
     case = Case(name)
     twin = copy.deepcopy(case.model)
     twin.generation_config.update(
@@ -427,7 +427,7 @@ def test_a_twin_with_the_same_gists_is_always_right(name: str) -> None:
 
 
 def test_sampling_with_drafts_at_a_temperature_that_makes_it_greedy(case: Case) -> None:
-    """Drafts change which random numbers are drawn, so only what leaves no choice can be compared."""
+    """Drafts change which random numbers are drawn, so only settings that leave no choice can be compared."""
     settings: dict[str, Any] = {"do_sample": True, "temperature": 1e-4}
     drafts: list[dict[str, Any]] = [{"prompt_lookup_num_tokens": 3}, {"assistant_model": case.assistant}]
     for draft in drafts:
@@ -499,7 +499,7 @@ def test_assistance_that_cannot_be(case: Case, settings: Any, error: type[GistEr
 
 
 class Recorder:
-    """A streamer: what generate puts into it."""
+    """A streamer that keeps what generate puts into it."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
@@ -519,7 +519,7 @@ def test_a_streamer_gets_the_ids_of_the_answer_alone(name: str, settings: dict[s
     case.generate(INPUTS[:1], case.cache[0], streamer=streamer, **settings)
     assert streamer.parts[0].shape == (1, 0), "what a streamer with skip_prompt skips"
     ids = [token for part in streamer.parts for token in part.reshape(-1).tolist()]
-    assert ids == case.greedy[0][1 if name == "t5" else 0 :]  # T5's answers begin with its start token
+    assert ids == case.greedy[0][1 if name == "t5" else 0 :]  # T5's answers begin with its start token.
     assert streamer.ended == 1
 
 
@@ -548,7 +548,7 @@ def test_a_streamer_takes_one_answer(name: str, inputs: list[str], settings: dic
     "change", [{"cache": "cast"}, {"max_new_tokens": 0}, {"num_beams": 2}, {"no_such": 1}], ids=str
 )
 def test_with_an_error_the_stream_ends(case: Case, function: Any, change: dict[str, Any]) -> None:
-    """Whoever reads from it in another thread would wait for ever."""
+    """Otherwise another thread that reads from it would wait for ever."""
     streamer = TextIteratorStreamer(case.tokenizer.tokenizer, timeout=20)
     cache = case.cache[0].to(dtype=torch.bfloat16) if "cache" in change else case.cache[0]
     settings = {**GREEDY, **change, "cache": cache, "streamer": streamer}
@@ -568,7 +568,7 @@ def test_with_an_error_the_stream_ends(case: Case, function: Any, change: dict[s
 
 
 def test_a_stream_ends_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the error comes behind it."""
+    """A streamer ends once, even if an error follows its end."""
 
     def fail(*_: Any) -> None:
         raise GistError("planted")
@@ -587,7 +587,7 @@ THIRD = [tiny.words(3, 17), tiny.words(7, 18), tiny.words(2, 19)]
 
 
 def full_logits(model: PreTrainedModel, tokenizer: GistTokenizer, ids: list[int]) -> Tensor:
-    """Of every token of a full text, under the gist mask."""
+    """Return the logits of every token of a full text, under the gist mask."""
     row: Any = torch.tensor([ids])
     visibility = CONDITIONS["gist"](row == tokenizer.gist_token_id, torch.ones_like(row, dtype=torch.bool))
     mask = visibility.as_attention_mask()
@@ -597,12 +597,12 @@ def full_logits(model: PreTrainedModel, tokenizer: GistTokenizer, ids: list[int]
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_three_turns_are_one_text(name: str) -> None:
-    """Ragged inputs, another k in each row, answers that end at different places: greedy tokens are those of the full
-    text behind the gist, and logits from the last cache are within 1e-4 of the full run's.
+    """With ragged inputs, a different k in each row, and answers of different lengths, greedy tokens equal tokens from
+    the full text, and logits from the last cache are within 1e-4 of the full run's.
     """
     case = Case(name)
     model, tokenizer = case.model, case.tokenizer
-    # An end of sequence that some of the answers reach: the third token of the first one.
+    # An end of sequence that some answers reach: the third token of the first answer.
     end = case.greedy[0][2]
     settings = {**GREEDY, "eos_token_id": end}
     rows, cache = case.rows, case.cache
@@ -662,7 +662,7 @@ def test_one_cache_for_many_inputs_in_a_turn(case: Case) -> None:
 @pytest.mark.parametrize("condition", ["positive", "negative"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_turns_behind_the_controls(name: str, condition: str) -> None:
-    """From the whole prompt, and from nothing."""
+    """Conversations can start from the whole prompt, and from nothing."""
     case = Case(name)
     cache = gisting.compress(case.model, case.tokenizer, PROMPTS, COUNTS, condition=condition)
     first = converse(case.model, case.tokenizer, INPUTS, cache=cache, **GREEDY)
@@ -680,7 +680,7 @@ def test_turns_behind_the_controls(name: str, condition: str) -> None:
 
 
 def test_drafts_and_stopping_criteria_in_a_turn(case: Case) -> None:
-    """A row that stops at a text ends without an end of sequence: it is run apart, and its padding is not kept."""
+    """A row that stops at a text has no end of sequence: it runs in its own batch, and its padding is not kept."""
     wanted = converse(case.model, case.tokenizer, INPUTS, cache=case.cache, **GREEDY)
     drafted = converse(case.model, case.tokenizer, INPUTS, cache=case.cache, assistant_model=case.assistant, **GREEDY)
     assert drafted.texts == wanted.texts
@@ -688,7 +688,7 @@ def test_drafts_and_stopping_criteria_in_a_turn(case: Case) -> None:
     assert max((a - b).abs().max().item() for a, b in zip(drafted.cache.keys, wanted.cache.keys, strict=True)) < 1e-4
 
     class AtTheSecond(StoppingCriteria):
-        """Stops a row behind the second token of the first row's answer."""
+        """Stops a row after the second token of the first row's answer."""
 
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             return input_ids[:, -1] == case.greedy[0][1]
@@ -705,7 +705,7 @@ def test_drafts_and_stopping_criteria_in_a_turn(case: Case) -> None:
 
 
 def test_stop_strings_come_with_their_tokenizer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock generate wants it by a name that is taken."""
+    """Stock generate takes it by a name that is already used."""
     seen: list[Any] = []
 
     class Seen(Exception):
@@ -751,7 +751,7 @@ def test_converse_refuses(case: Case, settings: dict[str, Any], message: str) ->
 
 
 def test_a_conversation_ends_at_the_last_position(case: Case) -> None:
-    """What a cache holds counts, whichever turn it is from."""
+    """Everything in a cache counts, whichever turn it is from."""
     cache = case.cache
     while max(cache.num_gist_tokens) + 9 + LENGTH <= 128:
         cache = converse(case.model, case.tokenizer, INPUTS, cache=cache, **GREEDY).cache
@@ -789,7 +789,7 @@ def test_a_pipelines_results_have_the_stock_form(case: Case) -> None:
 
 
 def test_without_a_cache_a_pipeline_is_the_stock_one(case: Case) -> None:
-    """On the patched model, through our class and the stock class, as on a model that nobody patched."""
+    """On the patched model, our class and the stock class give the same results as on an unpatched model."""
     settings = {"do_sample": False, "max_new_tokens": LENGTH}
     tokenizer: Any = case.tokenizer.tokenizer
     wanted = stock_pipeline("text-generation", model=tiny.stock_twin("llama", case.model), tokenizer=tokenizer)(
@@ -823,7 +823,7 @@ def test_what_a_pipeline_refuses(case: Case) -> None:
 
 
 def test_a_stock_pipeline_does_not_drop_the_first_words(case: Case) -> None:
-    """Stock generate takes away as many ids as a given cache has columns, whatever they are."""
+    """Stock generate drops as many ids as the given cache has columns, whatever they are."""
     stock = stock_pipeline("text-generation", model=case.model, tokenizer=case.tokenizer.tokenizer)
     with pytest.raises(GistTokenError, match=r"^past_key_values holds 2 gist slots, but input_ids do not begin with"):
         stock(INPUTS[1], **{cache_argument(): case.cache[0].as_past_key_values()}, **GREEDY)
@@ -853,7 +853,7 @@ def test_other_ids_than_a_caches_gist_tokens(case: Case, ids: list[list[int]], s
 
 
 def test_ragged_batches_beams_and_bare_rests_pass(case: Case) -> None:
-    """Any id may stand in an empty slot; where the mask is longer than the ids, nothing is dropped."""
+    """An empty slot may have any id; if the mask is longer than the ids, nothing is dropped."""
     tokenizer, model = case.tokenizer, case.model
     arguments, given = decoder.prepare_generation(model, tokenizer, case.cache, tokenizer.encode_continuations(INPUTS))
     arguments["input_ids"][:, : case.cache.num_slots][case.cache.attention_mask == 0] = 7
@@ -889,7 +889,7 @@ def test_unpatch_takes_the_check_away() -> None:
 
 
 def test_a_callers_suppress_tokens_drop_the_patchs_in_stock_generate(case: Case) -> None:
-    """What docs/generation.md warns of: stock generate takes the last list it is given. gisting.generate joins them."""
+    """docs/generation.md warns of this: stock generate uses the last list it gets. gisting.generate joins the lists."""
     model = copy.deepcopy(case.model)
     with torch.no_grad():
         model.get_output_embeddings().weight[GIST] = 100 * model.get_output_embeddings().weight[case.greedy[0][0]]

@@ -174,7 +174,11 @@ KINDS: dict[str, Callable[[Path, Path], Kind]] = {
 PUBLISHED = {"stories", "llama"}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# The largest vocabulary by far: every copy of its tokenizer takes a second.
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow) if name == "llama" else name for name in KINDS]
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
 def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kind:
     shared = request.getfixturevalue("shared") if request.param in PUBLISHED else Path()
     return KINDS[request.param](shared, tmp_path_factory.mktemp(request.param))
@@ -1116,6 +1120,7 @@ def test_the_fingerprint_is_twelve_hex_digits_and_follows_what_a_text_means() ->
         assert int(digits, 16) >= 0
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_every_process() -> None:
     """The fingerprint uses no salted hash and no order of a set."""
     script = (

@@ -1,4 +1,7 @@
-"""Answer inputs from compressed prompts, once or turn by turn."""
+"""Answer inputs from compressed prompts, once or turn by turn.
+
+Place in the flow: cache -> **answers** -> text.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The settings of a call of ``generate`` or ``converse``: collected in one place, and checked.
 
-Each way of decoding either gives the answer of the plain run or is refused here with the reason (docs/generation.md).
+Place in the flow: before ``answers`` runs a model. Each way of decoding either gives the answer of the plain run or is
+refused here with the reason (docs/generation.md).
 """
 
 from __future__ import annotations

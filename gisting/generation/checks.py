@@ -1,4 +1,7 @@
-"""Checks that the arguments of compressing and generating fit each other and the model."""
+"""Checks that the arguments of compressing and generating fit each other and the model.
+
+Place in the flow: before anything in ``gisting.generation`` runs a model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Compress prompts: run each once and keep the states of its gist."""
+"""Compress prompts: run each once and keep the states of its gist.
+
+Place in the flow: tokens -> models -> **compression** -> cache.
+"""
 
 from __future__ import annotations
 

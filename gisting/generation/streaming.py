@@ -1,4 +1,7 @@
-"""Streamers that receive an answer alone, and end even when generation fails."""
+"""Streamers that receive an answer alone, and end even when generation fails.
+
+Place in the flow: between stock ``generate`` and the caller's streamer.
+"""
 
 from __future__ import annotations
 

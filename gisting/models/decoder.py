@@ -52,11 +52,7 @@ def prefix_states(
 
     Surviving columns are moved together, because the gists of a prompt in chunks are apart.
 
-    Args:
-        model: a patched decoder.
-        tokenizer: the tokenizer it was patched for.
-        encodings: B prompts with their gists, and nothing after them.
-        origin: what the states will belong to; its condition is the mask to use.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.prefix_states`.
 
     Returns:
         A cache of B prompts on the model's device.
@@ -90,10 +86,7 @@ def prefix_states(
 def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrainedModel | None) -> None:
     """Raise if a decoder cannot generate with these settings.
 
-    Args:
-        model: a patched decoder.
-        config: a ``GenerationConfig`` with all settings filled in.
-        assistant_model: the model that drafts, or None.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.check_settings`.
 
     Raises:
         GistError: ``use_cache`` is False, or ``min_length`` is set.
@@ -107,10 +100,7 @@ def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrai
 def take_cache_settings(model: PreTrainedModel, config: Any, implementation: str) -> dict[str, Any]:
     """Move the cache settings out of ``config``: the gist's cache is made here, not by stock ``generate``.
 
-    Args:
-        model: a patched decoder.
-        config: a ``GenerationConfig``, which is changed.
-        implementation: which transformers cache to use.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.take_cache_settings`.
 
     Returns:
         Arguments for ``GistCache.as_past_key_values``.
@@ -138,12 +128,7 @@ def group_rows(
 ) -> list[list[int]]:
     """Put all rows in one batch, or only rows of equal lengths where padding would change an answer.
 
-    Args:
-        model: a patched decoder.
-        cache: B compressed prompts.
-        continuations: the ids that follow each gist.
-        new_tokens: the largest number of new tokens.
-        takes_padding: whether padding may precede an input.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.group_rows`.
 
     Returns:
         Row numbers, grouped by batch.
@@ -183,13 +168,7 @@ def prepare_generation(
     holds the first id of the row's continuation. Stock ``generate`` repeats ids for each beam or sample, but not a
     cache it is given, so the cache is made here with ``num_copies`` of each row.
 
-    Args:
-        model: a patched decoder.
-        tokenizer: the tokenizer it was patched for.
-        cache: B compressed prompts.
-        continuations: the ids that follow each gist, at least one.
-        num_copies: beams or samples per row.
-        **past_settings: arguments for ``GistCache.as_past_key_values``.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.prepare_generation`.
 
     Returns:
         The arguments, and how many columns of the result come before the answer.

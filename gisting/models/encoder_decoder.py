@@ -74,11 +74,7 @@ def prefix_states(
 ) -> GistCache:
     """Run a ragged batch of prompts with their gists through the encoder and keep the gists' states.
 
-    Args:
-        model: a patched encoder-decoder.
-        tokenizer: the tokenizer it was patched for.
-        encodings: B prompts with their gists, and nothing after them.
-        origin: what the states will belong to; its condition is the mask to use.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.prefix_states`.
 
     Returns:
         A cache of B prompts on the model's device.
@@ -108,10 +104,7 @@ def prefix_states(
 def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrainedModel | None) -> None:
     """Raise if an encoder-decoder cannot generate with these settings.
 
-    Args:
-        model: a patched encoder-decoder.
-        config: a ``GenerationConfig`` with all settings filled in.
-        assistant_model: the model that drafts, or None.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.check_settings`.
 
     Raises:
         GistError: there is an ``assistant_model``, or a setting that transformers only supports for decoders.
@@ -134,10 +127,7 @@ def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrai
 def take_cache_settings(model: PreTrainedModel, config: Any, implementation: str) -> dict[str, Any]:
     """Set ``config`` so that stock ``generate`` makes the decoder's cache; the gist is in the encoder's states.
 
-    Args:
-        model: a patched encoder-decoder.
-        config: a ``GenerationConfig``, which is changed.
-        implementation: which transformers cache to use.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.take_cache_settings`.
 
     Returns:
         The implementation alone.
@@ -177,12 +167,7 @@ def group_rows(
 ) -> list[list[int]]:
     """Put all rows in one batch: decoders start every row at the first column.
 
-    Args:
-        model: a patched encoder-decoder.
-        cache: B compressed prompts.
-        continuations: the ids that follow each gist.
-        new_tokens: the largest number of new tokens.
-        takes_padding: whether padding may precede an input; the ids that settings look at have none.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.group_rows`.
 
     Returns:
         One group of row numbers.
@@ -200,13 +185,10 @@ def prepare_generation(
 ) -> tuple[dict[str, Any], int]:
     """Make the arguments with which stock ``generate`` answers a ragged batch.
 
-    Args:
-        model: a patched encoder-decoder.
-        tokenizer: the tokenizer it was patched for.
-        cache: B compressed prompts.
-        continuations: the ids that follow each gist.
-        num_copies: not used: stock ``generate`` repeats encoder outputs for each beam or sample.
-        **past_settings: not used: stock ``generate`` makes the decoder's cache.
+    ``num_copies`` and ``past_settings`` are not used: stock ``generate`` repeats encoder outputs for each beam or
+    sample, and makes the decoder's cache.
+
+    Arguments as :meth:`~gisting.models.architecture.Architecture.prepare_generation`.
 
     Returns:
         The encoder's outputs over gist and continuation, with their mask; and 0, as a decoder's result holds the answer

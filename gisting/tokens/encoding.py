@@ -1,4 +1,7 @@
-"""Sequences of ids, with where their parts are, and prompts in chunks."""
+"""Sequences of ids, with where their parts are, and prompts in chunks.
+
+Place in the flow: text -> **tokens** -> visibility. Does not depend on tokenizers.
+"""
 
 from __future__ import annotations
 

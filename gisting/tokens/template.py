@@ -1,4 +1,7 @@
-"""Templates: how prompt, gist, input and output become one text."""
+"""Templates: how prompt, gist, input and output become one text.
+
+Place in the flow: **text** -> tokens. Does not depend on token ids.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The gist tokenizer: a stock tokenizer with a gist token and a prompt template.
 
-The gist token is never put into the wrapped tokenizer. Its id is one that the tokenizer does not have, so no text, not
-even the literal ``<GIST>`` in a user's message, can become a gist token, here or in any other program that reads the
-saved tokenizer.
+Place in the flow: **text -> tokens** -> visibility. The gist token is never put into the wrapped tokenizer. Its id is
+one that the tokenizer does not have, so no text, not even the literal ``<GIST>`` in a user's message, can become a gist
+token, here or in any other program that reads the saved tokenizer.
 """
 
 from __future__ import annotations

@@ -388,27 +388,31 @@ class GistCache:
         """
         manifest, tensors = read(path, max_bytes=max_bytes)
         try:
-            # Compare with the number of tensors before looping up to a number from the file.
-            num_layers, rest = divmod(len(tensors) - ("last_hidden" in tensors), 2)
-            if type(manifest["num_layers"]) is not int or (manifest["num_layers"], 0) != (num_layers, rest):
-                raise ValueError(f"{len(tensors)} tensors do not make {manifest['num_layers']!r} layers")
-            lengths, rotary = manifest["lengths"], manifest.get("rotary")
-            if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
-                raise ValueError("lengths must be whole numbers, one for each prompt")
-            cache = cls(
-                tuple(tensors[f"keys.{layer}"] for layer in range(num_layers)),
-                tuple(tensors[f"values.{layer}"] for layer in range(num_layers)),
-                torch.tensor(lengths, dtype=torch.int64),
-                CacheOrigin(**manifest["origin"]),
-                tensors.get("last_hidden"),
-                None if rotary is None else Rotary.from_dict(rotary),
-            )
+            cache = cls._from_parts(manifest, tensors)
             cache._check()
         except (KeyError, TypeError, ValueError) as error:
             raise malformed(path, f"{error} is missing" if isinstance(error, KeyError) else error) from error
         return cache.to(device)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _from_parts(cls, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GistCache:
+        # Compare with the number of tensors before looping up to a number from the file.
+        num_layers, rest = divmod(len(tensors) - ("last_hidden" in tensors), 2)
+        if type(manifest["num_layers"]) is not int or (manifest["num_layers"], 0) != (num_layers, rest):
+            raise ValueError(f"{len(tensors)} tensors do not make {manifest['num_layers']!r} layers")
+        lengths, rotary = manifest["lengths"], manifest.get("rotary")
+        if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
+            raise ValueError("lengths must be whole numbers, one for each prompt")
+        return cls(
+            tuple(tensors[f"keys.{layer}"] for layer in range(num_layers)),
+            tuple(tensors[f"values.{layer}"] for layer in range(num_layers)),
+            torch.tensor(lengths, dtype=torch.int64),
+            CacheOrigin(**manifest["origin"]),
+            tensors.get("last_hidden"),
+            None if rotary is None else Rotary.from_dict(rotary),
+        )
 
     def _empty_past(
         self,
@@ -457,10 +461,13 @@ class GistCache:
         return torch.arange(self.num_slots)[None] >= self.num_slots - self.lengths[:, None]
 
     def _check(self) -> None:
-        """Raise ValueError unless the parts are consistent: a file with a correct checksum may still hold anything.
+        """Check that the parts are consistent: a file with a correct checksum may still hold anything.
 
         ``gisting.storage`` checks that all states are finite. Slots before a prompt's gist are not checked, because
         they are never read.
+
+        Raises:
+            ValueError: they are not.
         """
         if self.lengths.dim() != 1 or self.lengths.dtype != torch.int64 or not len(self):
             raise ValueError("lengths must be whole numbers, one for each prompt")

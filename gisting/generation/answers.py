@@ -129,13 +129,12 @@ def converse(
     max_new_tokens: int | None = None,
     **generate_kwargs: Any,
 ) -> Turn:
-    """Answer inputs as :func:`generate` does, and keep the states for the next turn: ``converse(...,
-    cache=turn.cache)``.
+    """Answer inputs as :func:`generate` does, and keep the states for the next turn.
 
-    Each turn reads only its own input. Between an answer, which keeps its end of sequence, and the next input is what
-    the template puts before an input. ``turn.cache`` is an ordinary ``GistCache`` that grows with every turn: it can be
-    saved, selected and joined, and its ``num_gist_tokens`` count everything it holds. In a later turn the model sees
-    what it would see in one long text after the gist.
+    The next turn is ``converse(..., cache=turn.cache)``. Each turn reads only its own input. Between an answer, which
+    keeps its end of sequence, and the next input is what the template puts before an input. ``turn.cache`` is an
+    ordinary ``GistCache`` that grows with every turn: it can be saved, selected and joined, and its ``num_gist_tokens``
+    count everything it holds. In a later turn the model sees what it would see in one long text after the gist.
 
     Args:
         model: a patched decoder.

@@ -130,8 +130,9 @@ def prepare_call(
     generate_kwargs: dict[str, Any],
     assistant_cache: GistCache | None,
 ) -> Call:
-    """Check the arguments that do not concern states, and put all settings into one ``generation_config``: stock
-    ``generate`` takes either that or keywords.
+    """Check the arguments that do not concern states, and collect the settings.
+
+    All settings go into one ``generation_config``, because stock ``generate`` takes either that or keywords.
 
     Args:
         model: a patched model.
@@ -140,6 +141,9 @@ def prepare_call(
         max_new_tokens: the largest number of tokens in an answer, or None.
         generate_kwargs: the caller's arguments for stock ``generate``.
         assistant_cache: the prompts as the assistant compressed them, or None.
+
+    Returns:
+        The settings.
 
     Raises:
         GistError: an argument is invalid, or this way of generating is not supported.

@@ -132,12 +132,10 @@ def _num_positions(model: PreTrainedModel, encoding: GistEncoding, condition: st
 
 
 def _check_window(model: PreTrainedModel, encodings: Sequence[GistEncoding]) -> None:
-    """Raise if a sliding window would cut a prompt in chunks.
-
-    A window counts columns. With several chunks in a sequence, the columns between a gist and what follows a later
-    chunk hold that chunk; when prompts run chunk by chunk, and in the cache, they do not. This makes no difference as
-    long as the row after the prompt still sees the first gist.
-    """
+    """Raise if a sliding window would cut a prompt in chunks."""
+    # A window counts columns. With several chunks in a sequence, the columns between a gist and what follows a later
+    # chunk hold that chunk; when prompts run chunk by chunk, and in the cache, they do not. This makes no difference as
+    # long as the row after the prompt still sees the first gist.
     window = sliding_windows(model.config)
     for row, encoding in enumerate(encodings):
         reach = len(encoding.input_ids) - encoding.gist_start + 1

@@ -33,7 +33,11 @@ class AnswerStreamer:
         self.is_ended = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Pass new ids on; the first ``value`` holds the ids before the answer, and is passed on empty."""
+        """Pass new ids on, except the first ones, which come before the answer.
+
+        Args:
+            value: int64, of any shape; the first is ``(1, T)``, and passed on as ``(1, 0)``.
+        """
         # Not left out: a streamer with skip_prompt skips its first value.
         self.streamer.put(value[:, :0] if self.is_before_answer else value)
         self.is_before_answer = False
@@ -46,8 +50,9 @@ class AnswerStreamer:
 
 
 def ends_its_streamer(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a ``function`` so that its ``streamer`` ends after an error too: another thread may be reading from it,
-    and would wait for ever.
+    """Decorate a ``function`` so that its ``streamer`` ends after an error too.
+
+    Another thread may be reading from the streamer, and would wait for ever.
     """
 
     @functools.wraps(function)

@@ -73,7 +73,7 @@ class Architecture(Protocol):
         ...
 
     def check_can_converse(self, model: PreTrainedModel) -> None:
-        """Raise if the states of an answer cannot be kept for the next turn.
+        """Raise if ``model`` cannot keep the states of an answer for the next turn.
 
         Raises:
             GistError: they cannot; the message says why.

@@ -115,7 +115,7 @@ def take_cache_settings(model: PreTrainedModel, config: Any, implementation: str
 
 
 def check_can_converse(model: PreTrainedModel) -> None:
-    """Do nothing: :func:`continued` keeps the states of answers."""
+    """Allow every ``model``: :func:`continued` keeps the states of answers."""
 
 
 def group_rows(
@@ -245,15 +245,17 @@ def continued(
 
 
 def _last_columns(kept: torch.Tensor, slots: int) -> torch.Tensor:
-    """Where the last ``slots`` columns come from when the columns ``kept``, bool ``(B, N)``, move to the right end in
-    order: int64 ``(B, slots)``.
+    """Where the last ``slots`` columns come from, int64 ``(B, slots)``.
+
+    The columns ``kept``, bool ``(B, N)``, move to the right end in order.
     """
     return kept.long().argsort(dim=1, stable=True)[:, kept.shape[1] - slots :]
 
 
 def _gather(states: torch.Tensor, columns: Callable[[torch.device], torch.Tensor]) -> torch.Tensor:
-    """``states`` ``(B, G, N, D)`` at ``columns`` ``(B, P)``, on the layer's own device, as a model may be spread over
-    several. Copied, so that a gist of k tokens does not keep a whole prompt's keys alive.
+    """``states`` ``(B, G, N, D)`` at ``columns`` ``(B, P)``, on the layer's own device.
+
+    They are copied, so that a gist of k tokens does not keep a whole prompt's keys alive.
     """
     return states.take_along_dim(columns(states.device)[:, None, :, None], dim=2)
 
@@ -343,8 +345,9 @@ class _Shifted:
 def needs_equal_lengths(
     window: int | None, slots: int, continuations: Sequence[Sequence[int]], new_tokens: int
 ) -> bool:
-    """Return whether padding between prefix and continuation would shift a sliding window, which counts columns, not
-    tokens.
+    """Return whether padding between prefix and continuation would shift a sliding window.
+
+    A window counts columns, not tokens.
 
     Args:
         window: the smallest window of the model, or None.

@@ -63,8 +63,9 @@ class _Player:
 
 
 def has_prefix_states(condition: str) -> bool:
-    """Return whether a prompt has states under ``condition`` that do not depend on the input, which the encoder reads
-    in both directions.
+    """Return whether a prompt has states under ``condition`` that do not depend on the input.
+
+    An encoder reads in both directions, so only a gist hides the input from the prompt.
     """
     return condition == "gist"
 
@@ -146,7 +147,7 @@ def take_cache_settings(model: PreTrainedModel, config: Any, implementation: str
 
 
 def check_can_converse(model: PreTrainedModel) -> None:
-    """Raise: an encoder does not read its decoder's answers.
+    """Raise for every ``model``: an encoder does not read its decoder's answers.
 
     Raises:
         GistError: always.

@@ -42,8 +42,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """A model type that the tests prove: the gist mask equals a dense mask, cached equals uncached, ordinary input is
-    unchanged, and chained gists equal gists computed in place.
+    """A model type for which the tests prove that gists are exact.
+
+    The gist mask equals a dense mask, cached equals uncached, ordinary input is unchanged, and chained gists equal
+    gists computed in place.
 
     Args:
         model_type: as the config declares it.
@@ -157,8 +159,10 @@ def _is_record(gist: object) -> bool:
 
 
 def register_family(family: Family) -> None:
-    """Add ``family`` to ``FAMILIES``. First run the tests that every family must pass
-    (``tests/models/test_families.py``, and ``tests/test_chain.py`` for its rotation).
+    """Add ``family`` to ``FAMILIES``.
+
+    First run the tests that every family must pass: ``tests/models/test_families.py``, and ``tests/test_chain.py`` for
+    its rotation.
     """
     FAMILIES[family.model_type] = family
 
@@ -198,18 +202,18 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def is_length_dependent(config: PreTrainedConfig) -> bool:
-    """Return whether the rotary frequencies of a ``config`` change with the length of the batch (dynamic NTK,
-    longrope).
+    """Return whether the rotary frequencies of a ``config`` change with the length of the batch.
+
+    Those of dynamic NTK and longrope do.
     """
     return bool(_rotary_types(config) & _LENGTH_DEPENDENT_ROPE)
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
-    """Return how many positions ``config`` allows a sequence to span, or None for relative positions without a limit
-    (T5).
+    """Return how many positions ``config`` allows a sequence to span.
 
-    If the rotary frequencies depend on the length, the limit is the length from which they do: up to it, a cached gist
-    and the full text are rotated alike.
+    None means relative positions without a limit (T5). If the rotary frequencies depend on the length, the limit is the
+    length from which they do: up to it, a cached gist and the full text are rotated alike.
     """
     if getattr(config, "is_encoder_decoder", False):
         return None
@@ -248,8 +252,9 @@ class EncoderStates(Protocol):
     """Keys and values of the first slots of every encoder layer, recorded or replayed."""
 
     def exchange(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what attention reads instead of ``key`` and ``value`` in encoder layer ``layer``: both
-        ``(B, H, N, D)``, in the dtype of the layer.
+        """Return what attention reads instead of ``key`` and ``value`` in encoder layer ``layer``.
+
+        All are ``(B, H, N, D)``, in the dtype of the layer.
         """
         ...
 
@@ -334,8 +339,9 @@ def _attention_forward(
 
 
 def _visibility(attention_mask: Tensor, num_keys: int, sliding_window: int | None, *, is_cross: bool) -> Visibility:
-    """What a layer sees of an interval mask. All layers of a kind get the same tensors, so that what is derived from
-    them is computed once for a batch.
+    """What a layer sees of an interval mask.
+
+    All layers of a kind get the same tensors, so that what is derived from them is computed once for a batch.
     """
 
     def build() -> Visibility:

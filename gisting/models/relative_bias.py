@@ -23,9 +23,9 @@ __all__ = ["bias_table", "install", "table_width", "uninstall"]
 
 
 def table_width(attention: Any) -> int | None:
-    """Return W of a T5 ``attention``: the smallest distance from which all keys before a row share a bucket, and all
-    keys after it share another.
+    """Return W of a T5 ``attention``, the half width of its table.
 
+    It is the smallest distance from which all keys before a row share a bucket, and all keys after it share another.
     Return None if there is no such distance, so that no table can hold the bias: the maximal distance is below that of
     the exact buckets.
     """

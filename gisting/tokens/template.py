@@ -98,8 +98,12 @@ def resolve_template(
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The tokenizer's chat template as fixed text around prompt and input. The prompt is the system message, or
-    precedes the input.
+    """The tokenizer's chat template as fixed text around prompt and input.
+
+    The prompt is the system message, or precedes the input.
+
+    Raises:
+        GistError: there is no chat template, or it does not write both once and in order.
     """
     if not tokenizer.chat_template:
         raise GistError(

@@ -102,8 +102,9 @@ class GistTokenizer:
 
     @property
     def start_ids(self) -> list[int]:
-        """What the tokenizer puts before a text, such as ``<s>``, found by encoding one. Prompts begin with it unless
-        the template spells it (``Template.add_special_tokens``).
+        """What the tokenizer puts before a text, such as ``<s>``, found by encoding one.
+
+        Prompts begin with it unless the template spells it (``Template.add_special_tokens``).
         """
         return list(self._put_before)
 
@@ -206,8 +207,9 @@ class GistTokenizer:
         return found
 
     def encode_continuations(self, inputs: Sequence[str]) -> list[list[int]]:
-        """Encode what follows the gist for each of ``inputs``, up to where the answer begins. An empty input uses
-        ``Template.continuation_without_input``.
+        """Encode what follows the gist for each of ``inputs``, up to where the answer begins.
+
+        An empty input uses ``Template.continuation_without_input``.
         """
         _check_texts("inputs", inputs)
         return self._after_gist([self.template.continuation_text(text) for text in inputs])
@@ -232,8 +234,10 @@ class GistTokenizer:
         return [completion for _, completion in self.encode_answers(inputs, outputs)]
 
     def encode_answers(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Encode the continuation and the completion of each example, as :meth:`encode_continuations` and
-        :meth:`encode_completions` do, but encode the inputs only once.
+        """Encode the continuation and the completion of each example.
+
+        The result is that of :meth:`encode_continuations` and :meth:`encode_completions`, but the inputs are encoded
+        only once.
 
         Args:
             inputs: B texts.
@@ -348,8 +352,10 @@ class GistTokenizer:
         return GistEncoding(ids, start, end, len(ids), spans)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Decode ``ids`` to text. Gist tokens are shown as ``gist_token``; with ``skip_special_tokens`` they are left
-        out like the other special tokens.
+        """Decode ``ids`` to text.
+
+        Gist tokens are shown as ``gist_token``; with ``skip_special_tokens`` they are left out like the other special
+        tokens.
         """
         parts: list[list[int]] = [[]]
         for token in ids:
@@ -522,8 +528,9 @@ def _check_counts(num_gist_tokens: int | Sequence[int], rows: int) -> list[int]:
 
 
 def _forget(tokenizer: Any, token: str) -> None:
-    """Remove an added token from a fast tokenizer, so that its literal is text. A slow one cannot do this, so such
-    texts are refused.
+    """Remove an added token from a fast tokenizer, so that its literal is text.
+
+    A slow one cannot do this, so such texts are refused.
     """
     from tokenizers import Tokenizer
 

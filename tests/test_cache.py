@@ -527,7 +527,7 @@ def assert_refused(path: Path, data: bytes, message: str, what: str) -> None:
         pytest.fail(f"accepted with {what}")
 
 
-# The type of storage decides how much memory the numbers take, and is checked before the checksum.
+# What the numbers are stored as decides how much memory they take, and is looked at before the checksum.
 KIND = "is no gist cache of format 2: (storage|dtype) "
 ALTERED = (
     r" (is truncated or altered \(|is altered: |has format \d+, |is a safetensors file but holds no gist cache|"

@@ -326,7 +326,7 @@ class GistCache:
         """
         if self.last_hidden is not None:
             raise GistError(
-                "these are encoder states, which model.generate cannot take as past_key_values; use "
+                "these are encoder states, which generate does not take as past_key_values; use "
                 "gisting.generate(cache=...)"
             )
         past: Any = self._empty_past(cache_implementation, config, max_cache_len, cache_config or {})

@@ -313,7 +313,7 @@ def test_as_past_key_values() -> None:
 
 
 def test_encoder_states_are_no_past_key_values() -> None:
-    with pytest.raises(GistError, match=r"^these are encoder states, which model.generate cannot take as past_key"):
+    with pytest.raises(GistError, match=r"^these are encoder states, which generate does not take as past_key"):
         made_up(encoder=True).as_past_key_values()
 
 
@@ -748,7 +748,7 @@ def test_other_files(data: bytes, tmp_path: Path) -> None:
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    """``test_storage.py`` has more paths that are not files."""
+    """More of what is no file is in ``test_storage.py``."""
     message = re.escape(f"{tmp_path / 'none'} is no file; save a cache there first: cache.save(path)")
     with pytest.raises(FileNotFoundError, match=message):
         GistCache.load(tmp_path / "none")

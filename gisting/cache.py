@@ -76,7 +76,7 @@ class GistCache:
     last_hidden: Tensor | None = None
     rotary: Rotary | None = None
 
-    # -- what it is ----------------------------------------------------------------------------------------------------
+    # -- properties ----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Return B, the number of prompts."""
@@ -394,7 +394,7 @@ class GistCache:
             raise malformed(path, f"{error} is missing" if isinstance(error, KeyError) else error) from error
         return cache.to(device)
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- private -------------------------------------------------------------------------------------------------------
 
     @classmethod
     def _from_parts(cls, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GistCache:

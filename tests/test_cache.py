@@ -112,7 +112,7 @@ def test_select(rows: list[int], encoder: bool) -> None:
     cache = made_up(encoder=encoder)
     chosen = cache.select(rows)
     assert chosen.num_gist_tokens == [cache.num_gist_tokens[row] for row in rows]
-    assert chosen.num_slots == max(chosen.num_gist_tokens), "slots that nobody uses are dropped"
+    assert chosen.num_slots == max(chosen.num_gist_tokens), "slots that no row uses are dropped"
     start = cache.num_slots - chosen.num_slots
     for found, all_of_it in zip(tensors_of(chosen), tensors_of(cache), strict=True):
         slots_at = 1 if all_of_it.dim() == 3 else 2

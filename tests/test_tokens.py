@@ -56,9 +56,9 @@ CORPUS = [
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
-def starting(token: str, inner: Tokenizer, behind: str = "") -> processors.TemplateProcessing:
-    names = [name for name in (token, behind) if name]
-    single = " ".join(name for name in (token, "$A", behind) if name)
+def starting(token: str, inner: Tokenizer, after: str = "") -> processors.TemplateProcessing:
+    names = [name for name in (token, after) if name]
+    single = " ".join(name for name in (token, "$A", after) if name)
     return processors.TemplateProcessing(
         single=single, pair=None, special_tokens=[(name, inner.token_to_id(name)) for name in names]
     )
@@ -96,7 +96,7 @@ def unigram() -> PreTrainedTokenizerBase:
         vocab_size=150, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
     inner.train_from_iterator(CORPUS * 4, trainer)
-    inner.post_processor = starting("", inner, behind="</s>")
+    inner.post_processor = starting("", inner, after="</s>")
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", extra_ids=0
     )
@@ -112,7 +112,7 @@ def word_piece() -> PreTrainedTokenizerBase:
         vocab_size=200, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
     )
     inner.train_from_iterator(CORPUS * 4, trainer)
-    inner.post_processor = starting("[CLS]", inner, behind="[SEP]")
+    inner.post_processor = starting("[CLS]", inner, after="[SEP]")
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="[SEP]", unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]"
     )
@@ -204,8 +204,8 @@ class Together:
         self.joint = with_real_gist_token(kind.tokenizer, MARKER)
         self.marker_id = self.joint.convert_tokens_to_ids(MARKER)
 
-    def __call__(self, before: str, k: int, behind: str, gist_id: int, *, has_start: bool = True) -> list[int]:
-        ids = list(self.joint(before + MARKER * k + behind)["input_ids"])
+    def __call__(self, before: str, k: int, after: str, gist_id: int, *, has_start: bool = True) -> list[int]:
+        ids = list(self.joint(before + MARKER * k + after)["input_ids"])
         start, tail = self.kind.ids_of(self.kind.start), self.kind.ids_of(self.kind.tail)
         assert ids[: len(start)] == start
         assert ids[len(ids) - len(tail) :] == tail
@@ -278,8 +278,8 @@ def test_a_completion_goes_on_from_its_continuation(
     assert tokenizer.encode_completions([input], [output]) == [completion]
     assert completion[-1] == kind.tokenizer.eos_token_id
 
-    behind = layout.continuation_text(input) + layout.completion_text(output)
-    whole = together(layout.prompt_text(prompt), 1, behind, tokenizer.gist_token_id)
+    after = layout.continuation_text(input) + layout.completion_text(output)
+    whole = together(layout.prompt_text(prompt), 1, after, tokenizer.gist_token_id)
     if whole[: len(before.input_ids)] == before.input_ids:
         assert encoding.input_ids[:-1] == whole
     else:
@@ -791,7 +791,7 @@ def test_a_later_free_id_may_be_chosen() -> None:
 
 
 def test_a_published_checkpoint_keeps_its_own_gist_token(kind: Kind) -> None:
-    """The published code adds ``<GIST>`` last; the ids are those of a tokenizer without it."""
+    """The published code adds ``<GIST>`` last; the ids equal those without it."""
     own = GistTokenizer(with_real_gist_token(kind.tokenizer))
     assert own.has_own_gist_token
     assert (own.gist_token_id, len(own)) == (len(kind.tokenizer), len(kind.tokenizer) + 1)

@@ -438,7 +438,7 @@ class GistTokenizer:
             f"gist_token={self.gist_token!r}, gist_token_id={self.gist_token_id})"
         )
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- private -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _joint(self) -> PreTrainedTokenizerBase:

@@ -2,7 +2,7 @@
 
 - the patched model with a gist mask equals the stock model with a dense mask, in logits and gradients;
 - generating from a cached gist equals generating from the full text;
-- ordinary input gives the same bits as before ``patch``, and ``unpatch`` leaves nothing behind;
+- ordinary input gives the same bits as before ``patch``, and ``unpatch`` leaves no trace;
 - a cached gist is an ordinary cache of length k, from which a stock, unpatched model can continue.
 
 A new family needs one row in ``tiny.py``. All families but three are ``slow``.

@@ -723,7 +723,6 @@ PUBLISHED = {
     r"\bBLEU\b": r"\bPapineni\b.*2002",
     r"\bBM25\b": r"\bRobertson\b",
     r"\b[Bb]ootstrap\b": r"\bEfron\b",
-    r"\bpass@k\b": r"arXiv 2107\.03374",
 }
 
 

@@ -106,9 +106,12 @@ def test_the_splits_share_nothing(alpaca: list[dict[str, str]], self_instruct: l
     [
         (([{"instruction": "a"}], [], []), r"alpaca record 1 has no 'output'"),
         (([], [item("a"), 3], []), r"self_instruct record 2 must be an object"),
-        (([], [], [{"instruction": "a"}]), r"human task 1 must be an object with instruction and instances"),
+        (
+            ([], [], [{"instruction": "a"}]),
+            r"human task 1 must be an object with 'instruction' and a list of 'instances'",
+        ),
         (([], [], [{"instruction": "a", "instances": [{"input": "b"}]}]), r"human task 1 has no 'output'"),
-        (([], [], [{"instances": [{"input": "b", "output": "c"}]}]), r"human task 1: 'instruction' must be a text"),
+        (([], [], [{"instances": [{"input": "b", "output": "c"}]}]), r"human task 1: 'instruction' must be a string"),
     ],
 )
 def test_bad_sources_are_named(arguments: tuple[list, list, list], message: str) -> None:
@@ -145,7 +148,7 @@ def test_sources_from_files_and_addresses(tmp_path: Path, address: str) -> None:
     for where in (tmp_path, address):
         assert read_source(f"{where}/list.json") == ALPACA
         assert read_source(f"{where}/lines.jsonl") == SELF_INSTRUCT
-    with pytest.raises(RecordError, match=r"none\.json cannot be fetched \(.*404.*\); download it yourself"):
+    with pytest.raises(RecordError, match=r"none\.json cannot be fetched \(.*404.*\); download it and pass its path"):
         read_source(f"{address}/none.json")
     with pytest.raises(FileNotFoundError):
         read_source(tmp_path / "none.json")

@@ -100,12 +100,12 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
         ),
         ("a.jsonl", '{"output": "a"}\n', r"line 1 has no 'instruction'"),
         ("a.jsonl", "[1]\n", r"line 1 must be an object with instruction, input and output, got list"),
-        ("a.jsonl", '{"instruction": 1, "output": "b"}\n', r"line 1: 'instruction' must be a text, got int"),
-        ("a.jsonl", '{"instruction": "a", "output": 0}\n', r"line 1: 'output' must be a text, got int"),
-        ("a.jsonl", '{"instruction": "a", "output": null}\n', r"line 1: 'output' must be a text, got NoneType"),
+        ("a.jsonl", '{"instruction": 1, "output": "b"}\n', r"line 1: 'instruction' must be a string, got int"),
+        ("a.jsonl", '{"instruction": "a", "output": 0}\n', r"line 1: 'output' must be a string, got int"),
+        ("a.jsonl", '{"instruction": "a", "output": null}\n', r"line 1: 'output' must be a string, got NoneType"),
         ("a.jsonl", '{"instruction": "  ", "output": "b"}\n', r"line 1: 'instruction' is empty"),
-        ("a.jsonl", "\n", r"a\.jsonl holds no record"),
-        ("a.json", '{"instruction": "a", "output": "b"}', r"a\.json must hold a list of objects, got dict"),
+        ("a.jsonl", "\n", r"a\.jsonl contains no records"),
+        ("a.json", '{"instruction": "a", "output": "b"}', r"a\.json must contain a list of objects, got dict"),
         ("a.json", '[{"instruction": "a"}]', r"a\.json, record 1 has no 'output'"),
         ("a.json", "[", r"a\.json is not JSON"),
         ("a.csv", "", r"a\.csv must end in \.json or \.jsonl"),
@@ -687,7 +687,7 @@ def test_queries_of_training_and_evaluation_are_apart() -> None:
     assert names == set(task.table.names)
     for record in task.records("eval", 10, 5):
         assert record.output.split() == task.table.answer(record.input.split())
-    with pytest.raises(GistError, match=r"count must be in 1\.\.\d+, the queries of eval, got 36"):
+    with pytest.raises(GistError, match=r"count must be in 1\.\.\d+, the number of eval queries, got 36"):
         task.records("eval", everything, 0)
     with pytest.raises(GistError, match="split must be train, eval or unasked, got 'seen'"):
         task.records("seen", 1, 0)

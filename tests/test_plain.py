@@ -94,15 +94,17 @@ def test_the_loss_is_that_of_a_stock_model(name: str, is_patched: bool) -> None:
 def test_what_does_not_fit_is_refused(tokenizer: GistTokenizer, t5_tokenizer: GistTokenizer) -> None:
     fits, long = Record("w1", "w2", "w3"), Record("w1 w2 w3", "w4", "w5 w6")
     assert PlainCollator(tokenizer, 7)([long, fits])["input_ids"].shape == (2, 7)
-    message = r"record 1 of the batch \('w4'\) has 7 ids, more than max_length=6; raise it or shorten the prompt"
+    message = (
+        r"record 1 of the batch \('w4'\) has 7 ids, more than max_length=6; raise max_length or"
+    )
     with pytest.raises(RecordError, match=message):
         PlainCollator(tokenizer, 6)([fits, long])
     assert PlainCollator(t5_tokenizer, 4, max_target_length=3)([long])["labels"].shape == (1, 3)
     with pytest.raises(RecordError, match=r"has a target of 3 ids, more than max_target_length=2"):
         PlainCollator(t5_tokenizer, 4, max_target_length=2)([long])
-    with pytest.raises(RecordError, match=r"record 0 of the batch \(''\) has nothing to continue"):
+    with pytest.raises(RecordError, match=r"record 0 of the batch \(''\) has no text for the model to continue"):
         PlainCollator(tokenizer, 6)([Record("", "", "w1")])
     with pytest.raises(GistError, match="max_length must be at least 1, got 0"):
         PlainCollator(tokenizer, 0)
-    with pytest.raises(GistError, match="inputs must be as many as prompts, 1, got 2"):
+    with pytest.raises(GistError, match=r"inputs must have one text per prompt \(1\), got 2"):
         plain_sources(tokenizer, ["w1"], ["w2", "w3"])

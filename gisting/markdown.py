@@ -14,14 +14,17 @@ __all__ = ["markdown_table"]
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    r"""Write a table as Markdown, one list item per line.
+    r"""Write a table as Markdown.
 
     Cells are written with ``str``. A ``|`` in a cell is escaped unless it already is (``\|``), and line breaks become
-    spaces, so that no text can break the table; other Markdown in a cell works.
+    spaces, so no text can break the table. Other Markdown in a cell is left alone.
 
     Args:
         columns: the header's cells.
         rows: for each row, one cell per column.
+
+    Returns:
+        The lines of the table.
 
     Raises:
         GistError: a row does not have one cell per column.

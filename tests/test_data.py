@@ -55,10 +55,12 @@ def test_alpaca_layout_of_the_published_files(shared: Path) -> None:
     assert sizes == {"human": 252, "seen": 1000, "unseen": 1000}
 
 
-@pytest.mark.parametrize("split", ["seen", "unseen", "human"])
+@pytest.mark.parametrize(
+    "split", [pytest.param("seen", marks=pytest.mark.slow), pytest.param("unseen", marks=pytest.mark.slow), "human"]
+)
 def test_every_published_record_is_split_as_it_would_be_in_one_text(shared: Path, tmp_path: Path, split: str) -> None:
-    """LLaMA's SentencePiece model, as the paper trains it (k = 10, 512 ids): the ids of a row are those of the whole
-    text with the gist tokens written in it, and no gist is cut.
+    """With LLaMA's SentencePiece model and the paper's settings (k = 10, 512 ids): the ids of a row are those of the
+    whole text including its gist tokens, and no gist is cut.
     """
     records = load_records(shared / "data" / f"alpaca_plus_validation_{split}.json")
     plain = llama(shared, tmp_path)

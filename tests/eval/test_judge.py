@@ -179,34 +179,34 @@ def test_a_server_in_trouble_is_asked_again(server: Server, tmp_path: Path, trou
 @pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b'{"choices": []}', b'{"choices": null}'])
 def test_what_is_no_chat_completion(server: Server, tmp_path: Path, body: bytes) -> None:
     server.answer = lambda _: (200, {}, body)
-    with pytest.raises(GistError, match=r"gave no chat completion but '.*'; is it an OpenAI-compatible API\?"):
+    with pytest.raises(GistError, match=r"returned no chat completion but '.*'; is it an OpenAI-compatible API\?"):
         judge_of(server, tmp_path).compare(RECORDS[:1], ["a"], ["b"])
 
 
 def test_a_server_that_stays_in_trouble(server: Server, tmp_path: Path) -> None:
     server.answer = lambda body: (503, {}, b"try later")
-    with pytest.raises(GistError, match=r"did not answer in 3 attempts, at last HTTP 503 try later; .* run again"):
+    with pytest.raises(GistError, match=r"in 3 attempts, the last of which gave HTTP 503 try later; .* run again"):
         judge_of(server, tmp_path, max_attempts=3).compare(RECORDS[:1], ["a"], ["b"])
     assert len(server.requests) == 3
 
 
 def test_a_server_that_refuses_is_not_asked_again(server: Server, tmp_path: Path) -> None:
     server.answer = lambda body: (401, {}, b"no key")
-    with pytest.raises(GistError, match=r"refuses: HTTP 401 no key; look at URL, model \(m\) and key"):
+    with pytest.raises(GistError, match=r"refuses the request: HTTP 401 no key; check URL, model \(m\) and key"):
         judge_of(server, tmp_path, num_workers=1).compare(RECORDS, ["a"] * 24, ["b"] * 24)
     assert len(server.requests) < 12  # the one that was refused, and what had begun before it was known
 
 
 def test_nobody_there(tmp_path: Path) -> None:
     judge = Judge("http://127.0.0.1:9/v1", "m", tmp_path, max_attempts=2, backoff_s=0.01)
-    with pytest.raises(GistError, match="did not answer in 2 attempts, at last URLError"):
+    with pytest.raises(GistError, match="did not answer in 2 attempts, the last of which gave URLError"):
         judge.compare(RECORDS[:1], ["a"], ["b"])
 
 
 def test_judge_errors(tmp_path: Path) -> None:
-    with pytest.raises(GistError, match=r"url must begin with http:// or https://, .*, got 'localhost'"):
+    with pytest.raises(GistError, match=r"url must start with http:// or https://, .*, got 'localhost'"):
         Judge("localhost", "m", tmp_path)
     with pytest.raises(GistError, match="num_workers must be at least 1, got 0"):
         Judge("http://localhost", "m", tmp_path, num_workers=0)
-    with pytest.raises(GistError, match="first and second must be as many as records, 1, got 1 and 2"):
+    with pytest.raises(GistError, match=r"first and second must have one answer per record \(1\), got 1 and 2"):
         Judge("http://localhost", "m", tmp_path).compare(RECORDS[:1], ["a"], ["b", "c"])

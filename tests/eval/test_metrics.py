@@ -53,7 +53,7 @@ def test_short_texts() -> None:
 
 def test_bleu_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for score in (bleu, bleu_scores):
-        with pytest.raises(GistError, match="predictions must be as many as references, and some, got 1 and 2"):
+        with pytest.raises(GistError, match="must be equally many and at least 1, got 1 and 2"):
             score(["a"], ["a", "b"])
         with pytest.raises(GistError, match="got 0 and 0"):
             score([], [])

@@ -82,17 +82,17 @@ def _edit(path: Path, change: Any) -> None:
     ("change", "message"),
     [
         (lambda state: state.update(format=2), "has format 2, this version reads 1; upgrade gisting"),
-        (lambda state: state.update(kind="x"), "is no results file; give one that `gisting eval --output` wrote"),
-        (lambda state: state.pop("model"), r"is no complete results file \(KeyError: 'model'\)"),
+        (lambda state: state.update(kind="x"), "is not a results file; give a file written by `gisting eval --output`"),
+        (lambda state: state.pop("model"), r"is not a complete results file \(KeyError: 'model'\)"),
         (
             lambda state: state["splits"][0]["records"][0].update(output="other"),
-            "split 'seen' holds other records than were evaluated",
+            "split 'seen' contains other records than were evaluated",
         ),
         (
             lambda state: state["splits"][1]["results"][2]["predictions"].pop(),
-            "split 'unseen', condition 'negative' must have one prediction and score for each of 6 records",
+            "split 'unseen', condition 'negative' must have one prediction and one value of each",
         ),
-        (lambda state: state["splits"][0]["records"][0].update(more=1), r"is no complete results file \(TypeError"),
+        (lambda state: state["splits"][0]["records"][0].update(more=1), r"is not a complete results file \(TypeError"),
     ],
 )
 def test_a_file_that_is_not_right(evaluation: Evaluation, tmp_path: Path, change: Any, message: str) -> None:
@@ -105,7 +105,7 @@ def test_a_file_that_is_not_right(evaluation: Evaluation, tmp_path: Path, change
 
 def test_what_is_no_json(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x", encoding="utf-8")
-    with pytest.raises(GistError, match="a is no results file: it is not JSON"):
+    with pytest.raises(GistError, match="a is not a results file: it is not JSON"):
         Evaluation.load(tmp_path / "a")
 
 
@@ -182,7 +182,7 @@ def test_a_table_by_eye() -> None:
 - model `f`, tokenizer `t`, template plain, trained with k = 1 to 8
 - max_new_tokens = 3
 - torch 2
-- unseen: 100 records, prompts of 20.0 tokens in the mean, SHA-256 `HASH`
+- unseen: 100 records, prompts of 20.0 tokens on average, SHA-256 `HASH`
 
 | split | k | condition | records | exact match | tokens | tokens / reference | gap kept |
 |---|---|---|---|---|---|---|---|
@@ -204,7 +204,7 @@ def test_a_report_from_files_alone(evaluation: Evaluation, tmp_path: Path) -> No
     assert [path.name for path in files] == ["report.md", "quality_by_k.png", "quality_by_compression.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files[1:])
     text = files[0].read_text(encoding="utf-8")
-    for part in ("## tiny|llama", "## other", "ROUGE-1", "perplexity", "not trained to gist", "(quality_by_k.png)"):
+    for part in ("## tiny|llama", "## other", "ROUGE-1", "perplexity", "not trained for gisting", "(quality_by_k.png)"):
         assert part in text
     assert text.count("| unseen | 2 | gist |") == 2
 
@@ -216,7 +216,7 @@ def by_name(evaluation: Evaluation, name: str) -> Evaluation:
 def test_report_errors(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GistError, match="evaluations is empty; give at least one results file"):
         write_report([], tmp_path)
-    with pytest.raises(GistError, match=r"metric must be one that all results have, exact_match, .*, got 'perplexity'"):
+    with pytest.raises(GistError, match=r"must be one that all results have \(exact_match, .*\), got 'perplexity'"):
         write_report([evaluation], tmp_path, metric="perplexity")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(GistError, match=r"need matplotlib; run: pip install 'gist-tokens\[eval\]'"):
@@ -310,9 +310,9 @@ def test_the_page_as_written(gisting_eval) -> None:
         (("--results", "a", "--results", "b", "--output", "c"), "--output takes one evaluation"),
         ((*DATA, "--data", "x/unseen.jsonl"), "--data names split 'unseen' twice; call one something else"),
         ((*DATA, "-k", "many"), "must be a number, several as in 1,2,4, or a range such as 1:4, got 'many'"),
-        ((*DATA, "-k", "4:1"), "num_gist_tokens must be at least 1, or different such numbers, got []"),
+        ((*DATA, "-k", "4:1"), "num_gist_tokens must be a number of at least 1, or several different ones, got []"),
         ((*DATA, "--judge-url", "http://x"), "a judge needs both --judge-url and --judge-model"),
-        (("--results", "model/config.json"), "model/config.json is no results file"),
+        (("--results", "model/config.json"), "model/config.json is not a results file"),
         (("--results", "none.json"), "none.json"),
     ],
 )

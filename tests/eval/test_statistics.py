@@ -101,11 +101,11 @@ def test_no_share_of_a_gap_that_may_be_none(positive: list[float], negative: lis
 
 
 def test_statistics_errors() -> None:
-    with pytest.raises(GistError, match=r"columns must have one length, at least 1, got \[1, 2\]"):
+    with pytest.raises(GistError, match=r"columns must all have the same length, at least 1, got \[1, 2\]"):
         bootstrap([[1.0], [1.0, 2.0]])
-    with pytest.raises(GistError, match=r"columns must have one length, at least 1, got \[0\]"):
+    with pytest.raises(GistError, match=r"columns must all have the same length, at least 1, got \[0\]"):
         bootstrap([[]])
-    with pytest.raises(GistError, match="columns must have one length, at least 1, got no column"):
+    with pytest.raises(GistError, match="columns must all have the same length, at least 1, got no column"):
         bootstrap([])
     with pytest.raises(GistError, match="confidence must be between 0 and 1, got 95"):
         bootstrap([[1.0]], confidence=95)

@@ -150,7 +150,8 @@ def _legend(rows: list[RequestCost], is_encoder_decoder: bool) -> list[str]:
     *others, gist = rows
     parts = []
     for other in others:
-        part = f"{_share(gist.saved_to_first_token(other))} compared with {other.mode}"
+        name = "a prefix cache" if other.num_cached_tokens else "no cache"
+        part = f"{_share(gist.saved_to_first_token(other))} compared with {name}"
         if gist.num_output_tokens > 1:
             part += f" ({_share(gist.saved(other))} over the whole answer)"
         parts.append(part)
@@ -160,8 +161,8 @@ def _legend(rows: list[RequestCost], is_encoder_decoder: bool) -> list[str]:
             "No prefix cache: an encoder reads in both directions, so a prompt's states depend on the text after it."
         )
     sentences.append(
-        f"States are in {gist.dtype}; 1 GB = 10^9 bytes. In use are the keys and values at the last token, with a "
-        "copy of the prompt's for each request. FLOPs are not time."
+        f"States are in {gist.dtype}; 1 GB = 10^9 bytes. In use are the keys and values at the last token, each "
+        "request with its own copy of the prompt's. FLOPs are not time."
     )
     return sentences
 

@@ -60,7 +60,7 @@ def test_rouge_l_is_the_published_one(shared: Path, condition: str, split: str) 
 
 
 def test_rouge_by_eye() -> None:
-    """cats = cat by stemming; "the cat sat" against "the sat cat": three words, no pair of neighbours, two in order."""
+    """By stemming, cats = cat. "the cat sat" and "the sat cat" share three words, no pair, and two words in order."""
     scores = rouge(["the cats sat", "x"], ["the sat cat", "y"])
     assert scores == {
         "rouge_1": [pytest.approx(1.0), 0.0],

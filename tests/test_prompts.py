@@ -1,4 +1,4 @@
-"""Files of prompts: what is read, and that every bad line is named."""
+"""Files of prompts: what is read, and that errors name the line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def written(folder: Path, text: str, name: str = "prompts.jsonl") -> Path:
     return path
 
 
-def test_text_is_a_prompt_a_line(tmp_path: Path) -> None:
-    path = written(tmp_path, 'answer in French\n\n  {"prompt": "as it is"}  \nüber 東京\n', "prompts.txt")
+def test_text_has_one_prompt_per_line(tmp_path: Path) -> None:
+    path = written(tmp_path, 'answer in French\n\n  {"prompt": "as written"}  \nüber 東京\n', "prompts.txt")
     assert load_prompts(path) == [
         PromptRecord("answer in French"),
-        PromptRecord('{"prompt": "as it is"}'),
+        PromptRecord('{"prompt": "as written"}'),
         PromptRecord("über 東京"),
     ]
 

@@ -23,7 +23,7 @@ def slow(*names: str) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def records(count: int = 7) -> list[Record]:
+def records(count: int = 4) -> list[Record]:
     return [
         Record(tiny.words(3 + n, n), tiny.words(1 + n % 3, 40 + n), tiny.words(1 + n % 4, 70 + n)) for n in range(count)
     ]
@@ -42,7 +42,7 @@ def test_batches_change_nothing(name: str) -> None:
     for one, alone in zip(together, run(name, batch_size=1, with_perplexity=True), strict=True):
         assert one.predictions == alone.predictions
         assert one.scores["nll"] == pytest.approx(alone.scores["nll"], rel=1e-4)
-        assert one.scores["nll_tokens"] == [1.0 + 1 + n % 4 for n in range(7)]  # the words, and the end
+        assert one.scores["nll_tokens"] == [1.0 + 1 + n % 4 for n in range(4)]  # the words, and the end
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "t5"])
@@ -172,7 +172,7 @@ def test_every_k_is_what_it_is_alone(name: str) -> None:
     done: list[int] = []
     both = run(name, [1, 3], with_perplexity=True, progress=done.append)
     assert [(one.num_gist_tokens, one.condition) for one in both] == [(k, c) for k in (1, 3) for c in EVAL_CONDITIONS]
-    assert sum(done) == 7 * len(EVAL_CONDITIONS) * 2
+    assert sum(done) == 4 * len(EVAL_CONDITIONS) * 2
     alone = [*run(name, 1, with_perplexity=True), *run(name, 3, with_perplexity=True)]
     for one, other in zip(both, alone, strict=True):
         assert one.predictions == other.predictions
@@ -223,7 +223,7 @@ def test_no_answer_holds_a_gist_token(condition: str) -> None:
         with_rouge=False,
         generation_config=GenerationConfig(eos_token_id=2, pad_token_id=0, suppress_tokens=[5]),
     )
-    assert [len(text.split()) for text in found.predictions] == [3] * 7
+    assert [len(text.split()) for text in found.predictions] == [3] * 4
 
 
 def test_metrics_by_hand() -> None:
@@ -289,7 +289,7 @@ def test_without_an_instruction_the_prompt_is_the_bare_query(name: str) -> None:
     settings: dict[str, Any] = {"max_new_tokens": 4, "with_rouge": False, "with_perplexity": True}
     shown, bare = evaluate(model, tokenizer, asked, conditions=["prompt", "no-prompt"], **settings)
     same = [a == pytest.approx(b, rel=1e-4) for a, b in zip(shown.scores["nll"], bare.scores["nll"], strict=True)]
-    assert same == [bool(n % 2) for n in range(7)]
+    assert same == [bool(n % 2) for n in range(4)]
     assert shown.predictions[1::2] == bare.predictions[1::2]
 
 

@@ -326,8 +326,8 @@ class _Run:
         tokenizer, inputs = self.tokenizer, [record.input for record in records]
         if self.condition == "truncated":
             before = [ids[: self.k] for ids in tokenizer.encode_texts([record.instruction for record in records])]
-            behind = tokenizer.encode_continuations(inputs)
-            sources = [tokenizer.start_ids + first + rest for first, rest in zip(before, behind, strict=True)]
+            after = tokenizer.encode_continuations(inputs)
+            sources = [tokenizer.start_ids + first + rest for first, rest in zip(before, after, strict=True)]
         else:
             is_shown = self.condition == "prompt"
             sources = plain_sources(tokenizer, [record.instruction if is_shown else "" for record in records], inputs)

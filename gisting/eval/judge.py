@@ -183,8 +183,8 @@ class Judge:
                     raise GistError(
                         f"the judge at {url} refuses the request: {trouble}; check URL, model ({self.model}) and key"
                     ) from error
-                told = error.headers.get("Retry-After", "")
-                wait = float(told) if told.isdecimal() else wait
+                retry_after = error.headers.get("Retry-After", "")
+                wait = float(retry_after) if retry_after.isdecimal() else wait
             except (OSError, http.client.HTTPException) as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:

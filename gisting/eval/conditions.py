@@ -140,7 +140,7 @@ class ConditionResult:
         return [name for name, metric in METRICS.items() if metric.needs in self.scores]
 
     def interval(self, metric: str, **settings: Any) -> Interval:
-        """Compute a metric with its bootstrap interval over the records.
+        """Compute a metric with its interval over resampled records.
 
         Args:
             metric: a name in ``METRICS``.

@@ -154,7 +154,10 @@ class Evaluation:
     judgements: list[Judgement] = field(default_factory=list)
 
     def split(self, name: str) -> Split:
-        """Find a split by its ``name``, and return it.
+        """Find a split by its ``name``.
+
+        Returns:
+            The split.
 
         Raises:
             GistError: there is no such split.
@@ -232,7 +235,10 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        """Read the evaluation that :meth:`save` wrote to ``path``, and return it.
+        """Read a file, ``path``, that :meth:`save` wrote.
+
+        Returns:
+            The evaluation.
 
         Raises:
             GistError: the file is not a complete results file, has another format, or its records are not the ones

@@ -283,6 +283,7 @@ def test_eval_json_has_a_line_for_each_result(gisting_eval) -> None:
     assert "perplexity" not in rows[0]
 
 
+@pytest.mark.slow
 def test_the_page_as_written(gisting_eval) -> None:
     """The commands and the Python code in docs/evaluation.md run."""
     Path("runs").mkdir()

@@ -1,27 +1,12 @@
-"""Everything that is measured on a card, in one command that is planned to take less than four minutes on an H100.
+"""Measure everything that needs a GPU, in one command that is planned to take less than four minutes on an H100.
 
-    python benchmarks/card.py                       rows and plots in docs/results/card
-    python benchmarks/card.py --only training       one part of it
-    python benchmarks/card.py --smoke               on a CPU, tiny: shows that all of it runs, measures nothing
-
-Parts, each in a process of its own with its share of ``--seconds``:
-
-    kernels      the gate (kernels against the float64 oracle), a handful of cases beside torch's attention, a training
-                 step of a LLaMA of 10^9 parameters: what benchmarks/kernels/attention.py does
-    training     stock Trainer on packed rows of 1,024 ids, a random LLaMA of the sizes of SmolLM2-135M: plain, and
-                 gist-lora with distillation
-    inference    the same model compresses a prompt and answers from the cache; beside it the whole prompt as a cache
-    compiled     only with --only compiled: plain training under torch.compile, which decides whether that pays
-
-A row is printed and written as soon as it is known, so that a part that is cut off keeps what it has. Nothing more is
-timed after a red gate; after another failure, or a cut-off, the next part runs. Exits with 1 where a part failed or was
-cut off, with 2 without a CUDA device.
+Place in the flow: kernels, training and generation -> **card** -> rows and plots in docs/results/card. Each part runs
+in a process of its own with its share of ``--seconds``. A row is printed and written as soon as it is known, so a part
+that is cut off keeps what it has.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import os
 import random
 import signal
@@ -30,37 +15,51 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import TrainerCallback
+
+import gisting
+from benchmarks.command import names, say
+from benchmarks.models import SMOLLM2, letters
+from gisting.data.collate import IGNORED
+from gisting.data.packing import GistPackingCollator, group_by_instruction
+from gisting.data.records import Record
+from gisting.measure.latency import wait
+from gisting.measure.models import random_llama
+from gisting.measure.rows import append_row, new_figure, read_rows
+from gisting.train.finetune import finetune, published_arguments
+from gisting.train.objective import Objective
+
+__all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-# Shares of the time.
+#: Each part's share of the time.
 PARTS = {"kernels": 0.5, "training": 0.3, "inference": 0.2}
 ALL_PARTS = {**PARTS, "compiled": 0.3}
-# Exit status of benchmarks/kernels/attention.py where the kernels are not found right.
+#: Exit status of the benchmark ``kernels`` where the kernels are found to be wrong.
 RED_GATE = 3
-LETTERS = "abcdefgh"
 NUM_GIST_TOKENS = 4
-#: Training: name, method, weight of the distillation.
+#: Training runs: name, method, weight of the distillation.
 RUNS = (("plain", "full", 0.0), ("distillation", "gist-lora", 1.0))
 COMPILED = (("plain, compiled", "full", 0.0),)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model, of a training step and of an answer; by default those of SmolLM2-135M, and of real instructions:
-    some 10,000 ids a step, of which a fifth have labels.
+    """Sizes of the model, of a training step and of an answer.
+
+    By default the model is as large as SmolLM2-135M and the instructions are of realistic length: some 10,000 ids a
+    step, of which a fifth have labels.
     """
 
-    hidden: int = 576
-    layers: int = 30
-    heads: int = 9
-    key_heads: int = 3
-    intermediate: int = 1536
-    vocabulary: int = 49_152
+    model: Mapping[str, Any] = field(default_factory=lambda: SMOLLM2)
     row: int = 1024
     groups: int = 32
     prompt: int = 146
@@ -73,54 +72,17 @@ class Sizes:
     repeats: int = 3
 
 
-SMOKE = Sizes(32, 2, 2, 1, 48, 128, 128, 4, 16, 4, 4, 1, 2, 24, 3, 1)
+SMOKE = Sizes(
+    {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_key_heads": 1, "intermediate_size": 48, "vocabulary": 99},
+    row=128, groups=4, prompt=16, question=4, answer=4, warmup=1, steps=2, read=24, new_tokens=3, repeats=1,
+)  # fmt: skip
 
 
 # -- what the parts share ----------------------------------------------------------------------------------------------
 
 
-def say(line: str) -> None:
-    """A line that is seen at once."""
-    print(line, flush=True)
-
-
-def letters(chance: random.Random, number: int) -> str:
-    """So many words of one id each."""
-    return " ".join(chance.choices(LETTERS, k=number))
-
-
-def make_model(sizes: Sizes, device: Any, dtype: Any) -> tuple[Any, Any]:
-    """A patched LLaMA with random weights, and the built-in task's tokenizer, which has an id for every word."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    import gisting
-    from gisting.data.tasks import task_tokenizer
-
-    tokenizer = task_tokenizer()
-    special: Any = tokenizer.tokenizer
-    config = LlamaConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.key_heads,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        pad_token_id=special.pad_token_id,
-        bos_token_id=special.bos_token_id,
-        eos_token_id=special.eos_token_id,
-    )
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return gisting.patch(model.to(device), tokenizer), tokenizer
-
-
 def keep(directory: Path, row: dict[str, Any], device: Any, sizes: Sizes) -> None:
-    """Print a row and add it to the file of its part, with versions and commit."""
-    from gisting.measure.rows import append_row
-
+    """Print a row and append it to the file of its part."""
     append_row(directory / f"{row['part']}.jsonl", row | ({"smoke": True} if sizes == SMOKE else {}), device)
     shown = (f"{name} {value:,.6g}" for name, value in row.items() if isinstance(value, int | float))
     say(f"{row['part']}, {row['name']}: {', '.join(shown)}")
@@ -129,10 +91,8 @@ def keep(directory: Path, row: dict[str, Any], device: Any, sizes: Sizes) -> Non
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def make_records(sizes: Sizes, num_groups: int) -> list[Any]:
-    """Groups of four answers to a prompt of their own, all of one length: every batch has as many ids."""
-    from gisting.data.records import Record
-
+def make_records(sizes: Sizes, num_groups: int) -> list[Record]:
+    """Make groups of four answers, each group with its own prompt. All have the same length, so all batches do."""
     chance, records = random.Random(0), []
     for _ in range(num_groups):
         prompt = letters(chance, sizes.prompt)
@@ -141,24 +101,24 @@ def make_records(sizes: Sizes, num_groups: int) -> list[Any]:
 
 
 def training(directory: Path, device: Any, sizes: Sizes, seconds: float, *, is_compiled: bool = False) -> int:
-    """Train each way for its part of the time, or as many steps as ``sizes`` says; how many ways failed."""
+    """Train each way for its part of the time, or for the steps of ``sizes``; return how many ways failed."""
     runs = COMPILED if is_compiled else RUNS
     records = make_records(sizes, sizes.groups * (sizes.warmup + sizes.steps))
     num_failed, start = 0, time.monotonic()
     for number, (name, method, distillation) in enumerate(runs, 1):
-        # Loading before and saving after take their time too.
+        # Loading and saving take time too.
         end = start + seconds * (number / len(runs) - 0.1)
         try:
             row = train(records, device, sizes, end, method=method, distillation=distillation, is_compiled=is_compiled)
             keep(directory, {"part": "training", "name": name, "method": method, **row}, device, sizes)
-        except Exception as error:  # noqa: BLE001  the other way is still measured
+        except Exception as error:  # noqa: BLE001  the other way is measured all the same
             num_failed += 1
             say(f"training, {name}: failed, {type(error).__name__}: {error}")
     return num_failed
 
 
 def train(
-    records: Sequence[Any],
+    records: Sequence[Record],
     device: Any,
     sizes: Sizes,
     end: float,
@@ -167,25 +127,18 @@ def train(
     distillation: float,
     is_compiled: bool = False,
 ) -> dict[str, Any]:
-    """The numbers of one run of ``finetune``, which is stock Trainer.
+    """Measure one run of ``finetune``, which is stock Trainer.
 
     Args:
-        records: all of one length, four for each instruction, one after another.
+        records: all of one length, four in a row for each instruction.
         device: to train on.
         sizes: of model and step.
-        end: what ``time.monotonic`` reads when training stops, though ten steps are always timed.
+        end: the ``time.monotonic`` at which training stops; at least ten steps are timed.
         method: of ``finetune``.
-        distillation: weight of it in the objective.
+        distillation: its weight in the objective.
         is_compiled: whether Trainer compiles the model.
     """
-    import torch
-
-    from gisting.data.collate import IGNORED
-    from gisting.data.packing import GistPackingCollator, group_by_instruction
-    from gisting.train.finetune import finetune, published_arguments
-    from gisting.train.objective import Objective
-
-    model, tokenizer = make_model(sizes, device, torch.float32)
+    model, tokenizer = random_llama(**sizes.model, device=device)
     layout: dict[str, Any] = {"max_length": sizes.row, "pack_length": sizes.row}
     collate = GistPackingCollator(tokenizer, NUM_GIST_TOKENS, with_teacher=distillation > 0, **layout)
     groups = group_by_instruction(records, 4)
@@ -194,7 +147,7 @@ def train(
         start = time.perf_counter()
         batch = collate(groups[step * sizes.groups : (step + 1) * sizes.groups])
         collate_ms.append(1000 * (time.perf_counter() - start))
-    clock = make_clock(device, sizes, end)
+    clock = Clock(device, sizes, end)
     with tempfile.TemporaryDirectory() as folder:
         arguments = published_arguments(
             folder,
@@ -235,57 +188,54 @@ def train(
     }
 
 
-def make_clock(device: Any, sizes: Sizes, end: float) -> Any:
-    """A callback that times the steps after the first, not waiting for the device between them, and stops in time."""
-    import torch
-    from transformers import TrainerCallback
+class Clock(TrainerCallback):
+    """Time the steps after the warm-up, without waiting for the device between them, and stop when time is up."""
 
-    class Clock(TrainerCallback):
-        num_timed, took_s, peak_bytes = -sizes.warmup, 0.0, None
+    def __init__(self, device: torch.device, sizes: Sizes, end: float) -> None:
+        self.device, self.steps, self.end = device, sizes.steps, end
+        self.num_timed, self.took_s, self.start = -sizes.warmup, 0.0, 0.0
+        self.peak_bytes: int | None = None
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.num_timed += 1
-            is_over = self.num_timed == sizes.steps or (self.num_timed >= 10 and time.monotonic() > end)
-            if self.num_timed != 0 and not is_over:
-                return
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if self.num_timed == 0:
-                self.start = time.perf_counter()
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                return
-            self.took_s = time.perf_counter() - self.start
-            if device.type == "cuda":
-                self.peak_bytes = torch.cuda.max_memory_allocated(device)
-            control.should_training_stop = True
-
-    return Clock()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step; start or stop the clock."""
+        self.num_timed += 1
+        is_over = self.num_timed == self.steps or (self.num_timed >= 10 and time.monotonic() > self.end)
+        if self.num_timed != 0 and not is_over:
+            return
+        wait(self.device)
+        if self.num_timed == 0:
+            self.start = time.perf_counter()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        self.took_s = time.perf_counter() - self.start
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        control.should_training_stop = True
 
 
 # -- inference ---------------------------------------------------------------------------------------------------------
 
 
 def inference(directory: Path, device: Any, sizes: Sizes, seconds: float) -> int:
-    """Compress a prompt, and answer one request, then eight at once; with gist tokens and with the whole prompt."""
-    import torch
+    """Compress a prompt and answer one request, then eight at once, with gist tokens and with the whole prompt.
 
-    import gisting
-
-    model, tokenizer = make_model(sizes, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    Returns how many conditions failed.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model, tokenizer = random_llama(**sizes.model, device=device, dtype=dtype)
     model.eval()
     chance, num_failed = random.Random(1), 0
     prompt = letters(chance, sizes.read)
     questions = [letters(chance, sizes.question) for _ in range(8)]
 
     def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-        """Median seconds after one run that is not timed, and the result."""
+        """Return the median of the seconds after one untimed run, and the result."""
         times, result = [], run()
         for _ in range(sizes.repeats):
             start = time.perf_counter()
             result = run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait(device)
             times.append(time.perf_counter() - start)
         return statistics.median(times), result
 
@@ -320,7 +270,7 @@ def inference(directory: Path, device: Any, sizes: Sizes, seconds: float) -> int
                     "num_repeats": sizes.repeats,
                 }
                 keep(directory, row, device, sizes)
-        except Exception as error:  # noqa: BLE001  the other condition is still measured
+        except Exception as error:  # noqa: BLE001  the other condition is measured all the same
             num_failed += 1
             say(f"inference, {condition}: failed, {type(error).__name__}: {error}")
     return num_failed
@@ -330,9 +280,7 @@ def inference(directory: Path, device: Any, sizes: Sizes, seconds: float) -> int
 
 
 def draw(directory: Path) -> None:
-    """A PNG of ids a second: training on the left, answers on the right; the last row of each name and device."""
-    from gisting.measure.rows import new_figure, read_rows
-
+    """Draw tokens per second as a PNG, training and answers, from the last row of each name and device."""
     figure = new_figure(9, 4)
     parts = [part for part in ("training", "inference") if (directory / f"{part}.jsonl").exists()]
     axes: Any = figure.subplots(1, max(len(parts), 1), squeeze=False)
@@ -342,28 +290,28 @@ def draw(directory: Path) -> None:
         }
         axis.bar(range(len(bars)), list(bars.values()), 0.6)
         axis.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right")
-        axis.set_ylabel("ids a second")
+        axis.set_ylabel("tokens per second")
         axis.set_title(part)
     figure.savefig(directory / "card.png", dpi=110)
 
 
-def run_part(part: str, options: argparse.Namespace, seconds: float) -> int:
-    """Run a part in a process of its own; its exit status, or 1 where it was cut off."""
+def run_part(part: str, directory: Path, seconds: float, *, is_smoke: bool) -> int:
+    """Run a part in a process of its own; return its exit status, or 1 where it was cut off."""
+    command = [sys.executable, "-m", "benchmarks"]
     if part == "kernels":
-        more = ["--smoke"] if options.smoke else ["--repeats", "15"]
-        files = ["--output", str(options.directory / "kernels.jsonl"), "--plot", str(options.directory / "kernels.png")]
-        command = [str(ROOT / "benchmarks" / "kernels" / "attention.py"), "--quick", "--step", *more, *files]
+        command += ["kernels", "--quick", "--step", *(["--smoke"] if is_smoke else ["--repeats", "15"])]
+        command += ["--output", str(directory / "kernels.jsonl"), "--plot", str(directory / "kernels.png")]
     else:
-        command = [__file__, "--part", part, "--seconds", str(seconds), "--directory", str(options.directory)]
-        command += ["--smoke"] * options.smoke
+        command += ["card", "--part", part, "--seconds", str(seconds), "--directory", str(directory)]
+        command += ["--smoke"] * is_smoke
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    # A group of its own, so that the processes that it starts end with it.
-    process = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True)
+    # A process group of its own, so that the processes it starts end with it.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        say(f"{part}: cut off after {seconds:.0f} s; what it had written is kept")
+        say(f"{part}: cut off after {seconds:.0f} s; the rows written so far are kept")
         return 1
     finally:
         if process.poll() is None:
@@ -371,66 +319,75 @@ def run_part(part: str, options: argparse.Namespace, seconds: float) -> int:
             process.wait()
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, help="where rows and plots go (docs/results/card; build/card)")
-    parser.add_argument("--seconds", type=float, default=230.0, help="for all parts together (230)")
-    parser.add_argument("--only", nargs="+", choices=tuple(ALL_PARTS), default=list(PARTS), help="only these")
-    parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny: shows that it runs, measures nothing")
-    parser.add_argument(
-        "--part", choices=("training", "inference", "compiled"), help=argparse.SUPPRESS
-    )  # in this process
-    options = parser.parse_args(arguments)
-    if options.directory is None:
-        options.directory = ROOT / "build" / "card" if options.smoke else RESULTS / "card"
-    if not options.seconds > 0:
-        parser.error(f"--seconds must be positive, got {options.seconds}")
-    if options.smoke and options.directory.resolve().is_relative_to(RESULTS):
-        parser.error(f"--smoke measures nothing, so it does not write to docs/results; got {options.directory}")
-    return options
+def main(
+    directory: Annotated[
+        Path | None,
+        typer.Option(help="Where rows and plots go. By default docs/results/card, or build/card with --smoke."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for all parts together.")] = 230.0,
+    only: Annotated[
+        str | None, typer.Option(help=f"Parts to run, with commas between: {', '.join(ALL_PARTS)}.")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Run tiny sizes on the CPU; measures nothing.")] = False,
+    part: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> int:
+    """Kernels, training and generation on a GPU, planned for four minutes.
+
+    kernels: the gate (kernels against the float64 oracle), a few cases against torch's attention, a training step of a
+    LLaMA with 10^9 parameters.
+
+    training: stock Trainer on packed rows of 1,024 ids with a random LLaMA as large as SmolLM2-135M: plain, and
+    gist-lora with distillation.
+
+    inference: the same model compresses a prompt and answers from the cache, and from a cache of the whole prompt.
+
+    compiled: plain training under torch.compile; runs only where --only names it.
+
+    Nothing more is timed after a failed gate. After another failure, or a cut-off, the next part runs. Exits with 1
+    where a part failed or was cut off, and with 2 where there is no CUDA device.
+
+    Example: python -m benchmarks card --only training
+
+    Example: python -m benchmarks card --smoke
+    """
+    if directory is None:
+        directory = ROOT / "build" / "card" if smoke else RESULTS / "card"
+    if not seconds > 0:
+        raise typer.BadParameter(f"--seconds must be positive, got {seconds}")
+    if smoke and directory.resolve().is_relative_to(RESULTS):
+        raise typer.BadParameter(f"--smoke measures nothing, so it does not write to docs/results; got {directory}")
+    if part is not None:
+        device, sizes = torch.device("cpu" if smoke else "cuda:0"), SMOKE if smoke else Sizes()
+        if part == "inference":
+            return 1 if inference(directory, device, sizes, seconds) else 0
+        return 1 if training(directory, device, sizes, seconds, is_compiled=part == "compiled") else 0
+    if not smoke and not torch.cuda.is_available():
+        sys.stderr.write("no CUDA device: nothing was measured (--smoke runs the code on a CPU)\n")
+        return 2
+    wanted = PARTS if only is None else names("--only", only, tuple(ALL_PARTS))
+    return run_parts([one for one in ALL_PARTS if one in wanted], directory, seconds, is_smoke=smoke)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts one after another; 1 where one failed, 2 without a CUDA device."""
-    options = parse(arguments)
-    if options.part is not None:
-        import torch
-
-        device = torch.device("cpu" if options.smoke else "cuda:0")
-        compiled = functools.partial(training, is_compiled=True)
-        part = {"training": training, "inference": inference, "compiled": compiled}[options.part]
-        return 1 if part(options.directory, device, SMOKE if options.smoke else Sizes(), options.seconds) else 0
-    if not options.smoke:
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.stderr.write("no CUDA device: nothing was measured (--smoke runs the code on a CPU)\n")
-            return 2
-    options.directory.mkdir(parents=True, exist_ok=True)
+def run_parts(parts: Sequence[str], directory: Path, seconds: float, *, is_smoke: bool) -> int:
+    """Run parts one after another within the time; return 1 where one failed."""
+    directory.mkdir(parents=True, exist_ok=True)
     start, failed = time.monotonic(), []
-    parts = [part for part in ALL_PARTS if part in options.only]
     for number, part in enumerate(parts):
         began = time.monotonic()
-        # What one part leaves of its time the next ones have.
-        left = options.seconds - (began - start)
+        # Time that one part does not use goes to the next ones.
+        left = seconds - (began - start)
         share = ALL_PARTS[part] / sum(ALL_PARTS[other] for other in parts[number:])
         say(f"== {part}, at most {left * share:.0f} s")
-        status = run_part(part, options, left * share)
+        status = run_part(part, directory, left * share, is_smoke=is_smoke)
         say(f"== {part}: {'done' if status == 0 else 'FAILED'} after {time.monotonic() - began:.0f} s")
         if status != 0:
             failed.append(part)
         if part == "kernels" and status == RED_GATE:
-            say("the kernels are not known to be right on this device: nothing else is timed (--only does it anyway)")
+            say("the kernels may be wrong on this device: nothing else is timed (--only times it anyway)")
             break
-    sys.path.insert(0, str(ROOT))
     try:
-        draw(options.directory)
+        draw(directory)
     except Exception as error:  # noqa: BLE001  the rows are there all the same
         say(f"no plot: {error}")
-    say(f"{time.monotonic() - start:.0f} s, {', '.join(failed) or 'no part'} failed; rows in {options.directory}")
+    say(f"{time.monotonic() - start:.0f} s, {', '.join(failed) or 'no part'} failed; rows in {directory}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

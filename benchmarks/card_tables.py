@@ -1,14 +1,13 @@
-"""Tables of what was measured on a card: the kernels beside torch's attention, a training step, a model of 135M.
+"""Markdown tables of what was measured on a GPU: attention, a training step, a model of 135 million parameters.
 
-Place in the flow: report -> **card**. The rows of the kernels are written by ``benchmarks/kernels/attention.py``; here
-they are only read.
+Place in the flow: committed rows -> **card_tables** -> pages. The benchmarks ``kernels`` and ``card`` write the rows.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from gisting.measure.rows import markdown_table
+from gisting.markdown import markdown_table, spread_cell
 
 __all__ = ["kernels_table", "real_model_table", "step_table"]
 
@@ -28,7 +27,7 @@ _PASSES = ("forward", "both")
 
 
 def kernels_table(rows: list[dict[str, Any]]) -> str:
-    """Times of each attention in each case, and how many times ours the others take; a causal mask has other pairs."""
+    """Format the times of each attention in each case, and their ratio to ours where the visible pairs are the same."""
     rows = [row for row in rows if "forward_ms" in row]
     ours = _ours(rows)
     lines = []
@@ -36,7 +35,7 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
         shape = f"{row['batch']} x {row['heads']}/{row['key_heads']} x {row['head_size']}"
         cells = [row["case"], shape, _NAMES[row["implementation"]]]
         for which in _PASSES:
-            cells += [_spread(row, f"{which}_ms", 3), f"{row[f'{which}_tflops']:.0f}"]
+            cells += [spread_cell(row, f"{which}_ms", 3), f"{row[f'{which}_tflops']:.0f}"]
         own = ours.get((row["case"], row["device"]))
         if own is None or own["visible_pairs"] != row["visible_pairs"]:
             cells.append("-")
@@ -46,7 +45,7 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
     columns = ("case", "batch x heads/key heads x head size", "attention", "forward, ms", "TFLOP/s")
     rates = sorted({f"{row['matmul_tflops']:.0f}" for row in rows})
     about = (
-        f"{rows[0]['dtype']}; TFLOP/s of visible pairs, beside {' and '.join(rates)} in a plain product of matrices; "
+        f"{rows[0]['dtype']}; TFLOP/s of visible pairs, against {' and '.join(rates)} in a plain matrix product; "
         f"medians, quartiles in brackets ({_where(rows)})."
     )
     return "\n".join(
@@ -55,13 +54,13 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
 
 
 def step_table(rows: list[dict[str, Any]]) -> str:
-    """A training step with each attention."""
+    """Format the time and memory of a training step with each attention."""
     rows = [row for row in rows if "step_ms" in row]
     ours = _ours(rows)
     lines = [
         [
             _NAMES[row["implementation"]],
-            _spread(row, "step_ms", 1),
+            spread_cell(row, "step_ms", 1),
             f"{row['peak_bytes'] / 1e9:.1f}",
             f"{row['step_ms'] / ours[row['case'], row['device']]['step_ms']:.2f}x",
         ]
@@ -77,7 +76,7 @@ def step_table(rows: list[dict[str, Any]]) -> str:
 
 
 def real_model_table(rows: list[dict[str, Any]]) -> str:
-    """Nats a token of the references under each condition, and the share of the prompt's gain that a gist keeps."""
+    """Format the nats per reference token under each condition, and how much of the prompt's gain a gist keeps."""
     found = {(row["run"], row["split"], row["condition"], row["k"]): row for row in rows}
     lines = []
     for run, name in _RUNS.items():
@@ -102,11 +101,6 @@ def real_model_table(rows: list[dict[str, Any]]) -> str:
 
 def _ours(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["case"], row["device"]): row for row in rows if row["implementation"] == "triton"}
-
-
-def _spread(row: dict[str, Any], name: str, digits: int) -> str:
-    median, low, high = (f"{row[f'{name}{end}']:.{digits}f}" for end in ("", "_low", "_high"))
-    return f"{median} ({low}–{high})"
 
 
 def _where(rows: list[dict[str, Any]]) -> str:

@@ -1,47 +1,45 @@
-"""What attention by pieces saves on a CPU, beside the same attention with a dense mask, alternating in one process.
+"""Compare attention in pieces with the same attention under a dense mask on a CPU, alternating in one process.
 
-Both are ``impl="sdpa"``: what it chooses by itself, and the way it takes where pieces do not serve. Nothing is reported
-unless outputs and gradients of the two agree, and where pieces are not what is chosen.
-
-    python -m benchmarks.cpu_attention --output docs/results/cpu_attention.jsonl
+Place in the flow: ``gisting.attention`` -> **cpu_attention** -> rows and a table. Both are ``impl="sdpa"``: the way it
+chooses by itself, and the way it falls back to where pieces do not pay. Nothing is reported unless outputs and
+gradients agree, nor where pieces are not chosen.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 from torch import Tensor
 
+from benchmarks.command import OutputOption, Rows, numbers, where
 from gisting.attention.pieces import plan_if_cheaper
 from gisting.attention.sdpa import dense_attention, sdpa_attention
 from gisting.errors import GistError
+from gisting.markdown import markdown_table, spread_cell
 from gisting.measure.progress import tracked
-from gisting.measure.rows import append_row, spread
+from gisting.measure.rows import spread
 from gisting.visibility import Visibility, gist
 
-__all__ = ["LAYOUTS", "CpuAttentionRow", "attention_table", "measure"]
+__all__ = ["LAYOUTS", "CpuAttentionRow", "attention_table", "main", "measure"]
 
 HEADS, HEAD_SIZE = 8, 64
-# {tokens: rounds}; at 8,192 one round takes seconds.
+#: Rounds by length; at 8,192 tokens one round takes seconds.
 REPEATS = {512: 50, 2048: 15, 8192: 5}
 
 
 def one_prompt(num_tokens: int) -> Visibility:
-    """Half the tokens prompt, then 16 gist tokens, then the rest."""
+    """Half of the tokens are prompt, then come 16 gist tokens, then the rest."""
     index = torch.arange(num_tokens)[None]
     return gist((index >= num_tokens // 2) & (index < num_tokens // 2 + 16))
 
 
 def packed(num_tokens: int) -> Visibility:
-    """Documents of 256 tokens: 128 of prompt, 8 gist tokens, the rest."""
+    """Documents of 256 tokens, each with a prompt of 128 tokens, 8 gist tokens, and the rest."""
     index = torch.arange(num_tokens)[None]
     return gist((index % 256 >= 128) & (index % 256 < 136), documents=index // 256)
 
@@ -51,7 +49,7 @@ LAYOUTS: dict[str, Callable[[int], Visibility]] = {"gist": one_prompt, "packed":
 
 @dataclass(frozen=True)
 class CpuAttentionRow:
-    """One layout at one length, batch 1; ``ratio`` is dense over pieces, low and high are quartiles."""
+    """One layout at one length, batch size 1; ``ratio`` is dense over pieces, low and high are quartiles."""
 
     layout: str
     num_tokens: int
@@ -65,7 +63,7 @@ class CpuAttentionRow:
     dense_ms_low: float
     dense_ms_high: float
     ratio: float
-    find_ms: float  # to find the pieces, once per batch and in no other number
+    find_ms: float  # to find the pieces, once per batch
     num_repeats: int
     num_heads: int = HEADS
     head_size: int = HEAD_SIZE
@@ -73,7 +71,7 @@ class CpuAttentionRow:
 
 
 def measure(layout: str, num_tokens: int, *, repeats: int) -> list[CpuAttentionRow]:
-    """Both ways in turn: the forward pass, then forward and backward.
+    """Time both ways alternately: the forward pass, then forward and backward.
 
     Args:
         layout: one of ``LAYOUTS``.
@@ -81,17 +79,19 @@ def measure(layout: str, num_tokens: int, *, repeats: int) -> list[CpuAttentionR
         repeats: measured rounds.
 
     Returns:
-        A row without and one with the backward pass: medians and quartiles.
+        A row for the forward pass and one for forward and backward, with medians and quartiles.
 
     Raises:
-        GistError: outputs or gradients differ, or pieces are not what is chosen for this layout on this machine.
+        GistError: outputs or gradients differ, or pieces are not chosen for this layout on this machine.
     """
     visibility = LAYOUTS[layout](num_tokens)
     start = time.perf_counter()
     plan = plan_if_cheaper(visibility, num_tokens, HEADS * HEAD_SIZE)
     find_ms = 1000 * (time.perf_counter() - start)
     if plan is None:
-        raise GistError(f"pieces are not chosen for layout {layout!r} at {num_tokens} tokens; there is nothing to time")
+        raise GistError(
+            f"pieces are not chosen for layout {layout!r} at {num_tokens} tokens; there is nothing to compare"
+        )
     generator = torch.Generator().manual_seed(num_tokens)
     q, k, v, upstream = (torch.randn(1, HEADS, num_tokens, HEAD_SIZE, generator=generator) for _ in range(4))
     leaves = [t.requires_grad_() for t in (q, k, v)]
@@ -141,33 +141,32 @@ def measure(layout: str, num_tokens: int, *, repeats: int) -> list[CpuAttentionR
 
 
 def attention_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the JSONL file as Markdown."""
-    lines = ["| layout | tokens | pass | by pieces, ms | dense mask, ms | ratio |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        lines.append(
-            f"| {row['layout']} | {row['num_tokens']:,} | {_pass(row['is_training'])} | "
-            f"{_spread(row, 'pieces')} | {_spread(row, 'dense')} | {row['ratio']:.2f} |"
-        )
+    """Format rows of the JSONL file as Markdown."""
+    lines = [
+        [
+            row["layout"],
+            f"{row['num_tokens']:,}",
+            "forward and backward" if row["is_training"] else "forward",
+            spread_cell(row, "pieces_ms", 1),
+            spread_cell(row, "dense_ms", 1),
+            f"{row['ratio']:.2f}",
+        ]
+        for row in rows
+    ]
     first = rows[0]
-    lines += [
+    text = [
+        *markdown_table(("layout", "tokens", "pass", "by pieces, ms", "dense mask, ms", "ratio"), lines),
         "",
         f"Batch 1, {first['num_heads']} heads of {first['head_size']}, {first['dtype']}; medians of alternating runs, "
-        f"quartiles in brackets ({first['device']}, {first['threads']} threads, torch {first['torch']}).",
+        f"quartiles in brackets ({where(first, 'threads', 'torch')}).",
     ]
-    return "\n".join(lines)
-
-
-def _pass(is_training: bool) -> str:
-    return "forward and backward" if is_training else "forward"
-
-
-def _spread(row: dict[str, Any], way: str) -> str:
-    return f"{row[f'{way}_ms']:,.1f} ({row[f'{way}_ms_low']:,.1f}–{row[f'{way}_ms_high']:,.1f})"
+    return "\n".join(text)
 
 
 def _gate(layout: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Two orders of the same float32 sums over thousands of keys or rows: 200 machine epsilons of the largest number
-    are granted; a pair of row and key too many or too few shows at a hundred times that.
+    """Check outputs and gradients. The two sum the same float32 numbers, over thousands of keys or rows, in different
+    orders, so 200 machine epsilons of the largest number are allowed; a pair of row and key too many or too few shows
+    at a hundred times that.
     """
     for name, have, want in zip(("the output", "dq", "dk", "dv"), found, expected, strict=True):
         allowed = 200 * torch.finfo(want.dtype).eps * want.abs().max()
@@ -179,31 +178,17 @@ def _gate(layout: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) 
             )
 
 
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu_attention", description="Time attention by pieces on this CPU."
-    )
-    parser.add_argument("--output", type=Path, required=True, help="JSONL file to which the rows are added")
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(REPEATS), help="lengths to measure")
-    parser.add_argument("--repeats", type=int, help="measured rounds, in place of 50, 15 and 5 by length")
-    options = parser.parse_args(arguments)
-    table = Table("layout", "tokens", "pass", "pieces", "seen", "by pieces, ms", "dense mask, ms", "ratio")
-    cells = [(layout, num_tokens) for layout in LAYOUTS for num_tokens in options.tokens]
+def main(
+    output: OutputOption = None,
+    tokens: Annotated[str, typer.Option(help="Lengths to measure, with commas between.")] = "512,2048,8192",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Measured rounds; by default 50, 15 and 5.")] = None,
+) -> None:
+    """Attention on this CPU: in pieces, against one dense mask.
+
+    Example: python -m benchmarks cpu-attention --output docs/results/cpu_attention.jsonl
+    """
+    rows = Rows("cpu-attention", output, "cpu")
+    cells = [(layout, num_tokens) for layout in LAYOUTS for num_tokens in numbers("--tokens", tokens)]
     for layout, num_tokens in tracked(cells, "measuring"):
-        for row in measure(layout, num_tokens, repeats=options.repeats or REPEATS.get(num_tokens, 5)):
-            append_row(options.output, asdict(row))
-            table.add_row(
-                row.layout,
-                f"{row.num_tokens:,}",
-                _pass(row.is_training),
-                str(row.num_pieces),
-                f"{100 * row.share_seen:.1f} %",
-                _spread(asdict(row), "pieces"),
-                _spread(asdict(row), "dense"),
-                f"{row.ratio:.2f}",
-            )
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    _main()
+        rows.add(measure(layout, num_tokens, repeats=repeats or REPEATS.get(num_tokens, 5)))
+    rows.show(attention_table)

@@ -1,53 +1,51 @@
-"""Four ways to train side by side: from one base model that knows the task, in as many steps each.
+"""Compare four training methods, each from the same base model that knows the task, with the same number of steps.
 
-The base model learns the built-in task as the positive control does: prompt in view, gist tokens in place and of no
-use. Each method then teaches a copy of it to gist, with the same records in the same order; learning rates differ, for
-an adapter bears more than a whole model, and none was searched for. No row is written for a method that promises to
-keep ordinary text and changes a bit of it.
-
-    python -m benchmarks.methods --output docs/results/methods.jsonl
+The base model learns the built-in task as the positive control does, with the prompt in view and gist tokens in place
+but of no use. Each method then teaches a copy of it to gist, with the same records in the same order. Learning rates
+differ, because an adapter tolerates a higher one than a whole model; none was tuned. No row is written for a method
+that promises to leave ordinary text unchanged and changes any bit of its logits.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 from torch import Tensor
 from transformers import set_seed
 
+from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, SeedOption, names, say, where
+from benchmarks.task import SPLITS, task_accuracy
 from gisting.data.tasks import LETTERS, LetterTask, task_tokenizer
+from gisting.demo import BATCH_SIZE, task_arguments, task_model
 from gisting.errors import GistError
 from gisting.eval.statistics import Interval
+from gisting.markdown import markdown_table
 from gisting.measure.progress import tracked
-from gisting.measure.rows import append_row
-from gisting.measure.task import BATCH_SIZE, SPLITS, task_accuracy, task_arguments, task_model
 from gisting.models.load import load
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import finetune
 from gisting.train.methods import METHODS, Method
 
-__all__ = ["LEARNING_RATES", "MethodRow", "measure", "methods_table"]
+__all__ = ["LEARNING_RATES", "MethodRow", "main", "measure", "methods_table"]
 
 NUM_GIST_TOKENS = 2
-#: The peak of the schedule by method.
+#: Peak learning rate by method.
 LEARNING_RATES = {"full": 1e-3, "lora": 5e-3, "gist-lora": 5e-3, "embeddings": 5e-2}
 _KEEPS_TEXT = ("gist-lora", "embeddings")
 
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One method, or the base model (``"base"``, of which ``num_steps`` is its own training).
+    """One method, or the base model (``"base"``, whose ``num_steps`` are its own).
 
-    ``exact_match`` is by ``split/condition``, in 0..1 with intervals of 95 %. ``is_text_unchanged`` says whether logits
-    of text without gist tokens have the base model's bits. Times are in seconds.
+    ``exact_match`` is by ``split/condition``, in 0..1 with 95 % intervals. ``is_text_unchanged`` says whether the
+    logits of text without gist tokens are bit for bit the base model's. Times are in seconds.
     """
 
     method: str
@@ -76,24 +74,24 @@ def measure(
     learning_rates: Mapping[str, float] = LEARNING_RATES,
     progress: Callable[[str], Any] | None = None,
 ) -> list[MethodRow]:
-    """Train the base model, then a copy of it by each method, and evaluate them.
+    """Train the base model, then a copy of it with each method, and evaluate them all.
 
     Args:
-        directory: where a folder for each is made.
+        directory: for a folder per model.
         methods: names of ``METHODS``.
         base_steps: optimiser steps of ``BATCH_SIZE`` rows for the base model.
-        steps: the same for each method.
+        steps: optimiser steps of each method.
         seed: of the held-out combinations, the weights and the data.
         num_records: records of each split.
         rank: of LoRA.
         learning_rates: by method.
-        progress: called with what is about to be done.
+        progress: called with a description of each step before it starts.
 
     Returns:
         A row for the base model, and one for each method.
 
     Raises:
-        GistError: there is no such method, or one that promises to keep ordinary text changes it.
+        GistError: a method is unknown, or one that promises to leave ordinary text unchanged changes it.
     """
     wanted = [Method(name, rank=rank) for name in methods]
     task, tokenizer, folder = LetterTask(seed=seed), task_tokenizer(), Path(directory)
@@ -134,7 +132,7 @@ def measure(
     metrics = finetune(model, tokenizer, records, arguments, num_gist_tokens=NUM_GIST_TOKENS, conditions="positive")
     text = _text_logits(model, tokenizer)
     rows = [row(model, "base", arguments.learning_rate, None, metrics, base_steps, True)]
-    # Other records than the base model's.
+    # Not the base model's records.
     records = task.records("seen", steps * BATCH_SIZE, seed + 2)
     for method in tracked(wanted, "training"):
         if progress is not None:
@@ -153,30 +151,27 @@ def measure(
 
 
 def methods_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the JSONL file as Markdown."""
-    lines = [
-        "| method | learns | seen: gist | unseen: gist | unseen: prompt in view | ordinary text | training |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Format rows of the JSONL file as Markdown."""
+    lines = []
     for row in rows:
         learns = f"{row['num_trainable_parameters']:,} ({row['num_trainable_parameters'] / row['num_parameters']:.1%})"
         found = (_cell(row["exact_match"][name]) for name in ("seen/gist", "unseen/gist", "unseen/positive"))
         text = "same bits" if row["is_text_unchanged"] else "changes"
-        cells = (row["method"], learns, *found, text, f"{row['train_s']:,.0f} s")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append([row["method"], learns, *found, text, f"{row['train_s']:,.0f} s"])
+    scores = ("seen: gist", "unseen: gist", "unseen: prompt in view")
     first = rows[0]
-    lines += [
+    text = [
+        *markdown_table(("method", "trained parameters", *scores, "ordinary text", "training"), lines),
         "",
         f"Exact match in per cent with its 95 % interval on {first['num_records']:,} records, k = "
-        f"{first['num_gist_tokens']} (seed {first['seed']}; {first['device']}, torch {first['torch']}, transformers "
-        f"{first['transformers']}).",
+        f"{first['num_gist_tokens']} (seed {first['seed']}; {where(first, 'torch', 'transformers')}).",
     ]
-    return "\n".join(lines)
+    return "\n".join(text)
 
 
 @torch.no_grad()
 def _text_logits(model: Any, tokenizer: GistTokenizer) -> Tensor:
-    """Of a few texts without gist tokens."""
+    """The logits of a few texts without gist tokens."""
     tokens: Any = tokenizer.tokenizer
     texts = [" ".join(LETTERS[start:] + LETTERS[:start]) for start in range(len(LETTERS))]
     ids = torch.tensor(tokens(texts)["input_ids"], device=input_weight(model).device)
@@ -187,41 +182,37 @@ def _cell(interval: Mapping[str, float]) -> str:
     return f"{100 * interval['value']:.1f} ({100 * interval['low']:.1f}–{100 * interval['high']:.1f})"
 
 
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.methods", description="Four ways to train, from one base model, side by side."
-    )
-    parser.add_argument("--output", type=Path, default=Path("docs/results/methods.jsonl"), help="JSONL file, added to")
-    parser.add_argument("--checkpoints", type=Path, default=Path("runs/methods"), help="where models are saved")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which")
-    parser.add_argument("--base-steps", type=int, default=1800, help="training steps of the base model")
-    parser.add_argument("--steps", type=int, default=1800, help="training steps of each method")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--records", type=int, default=512, help="records of each split")
-    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
-    for name, rate in LEARNING_RATES.items():
-        parser.add_argument(f"--{name}-rate", type=float, default=rate, help=f"learning rate of {name}, {rate:g}")
-    options = parser.parse_args(arguments)
-    console = Console()
-    rows = measure(
-        options.checkpoints,
-        options.methods,
-        base_steps=options.base_steps,
-        steps=options.steps,
-        seed=options.seed,
-        num_records=options.records,
-        rank=options.rank,
-        learning_rates={name: vars(options)[f"{name.replace('-', '_')}_rate"] for name in LEARNING_RATES},
-        progress=lambda what: console.print(what, highlight=False),
-    )
-    table = Table("method", "learns", "seen: gist", "unseen: gist", "unseen: prompt in view", "text", "training, s")
-    for row in rows:
-        append_row(options.output, asdict(row))
-        shown = (_cell(asdict(row.exact_match[name])) for name in ("seen/gist", "unseen/gist", "unseen/positive"))
-        text = "same bits" if row.is_text_unchanged else "changes"
-        table.add_row(row.method, f"{row.num_trainable_parameters:,}", *shown, text, f"{row.train_s:,.0f}")
-    console.print(table)
+def main(
+    output: OutputOption = None,
+    checkpoints: CheckpointsOption = Path("runs/methods"),
+    methods: Annotated[str | None, typer.Option(help=f"Some of {', '.join(METHODS)}, with commas between.")] = None,
+    base_steps: Annotated[int, typer.Option(min=1, help="Training steps of the base model.")] = 1800,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 1800,
+    records: RecordsOption = 512,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA.")] = 16,
+    full_rate: Annotated[float, typer.Option(help="Learning rate of full.")] = LEARNING_RATES["full"],
+    lora_rate: Annotated[float, typer.Option(help="Learning rate of lora.")] = LEARNING_RATES["lora"],
+    gist_lora_rate: Annotated[float, typer.Option(help="Learning rate of gist-lora.")] = LEARNING_RATES["gist-lora"],
+    embeddings_rate: Annotated[float, typer.Option(help="Learning rate of embeddings.")] = LEARNING_RATES["embeddings"],
+    seed: SeedOption = 0,
+) -> None:
+    """Training methods (full, LoRA, gist-lora, embeddings) from one base model.
 
-
-if __name__ == "__main__":
-    _main()
+    Example: python -m benchmarks methods --output docs/results/methods.jsonl
+    """
+    rows = Rows("methods", output)
+    rates = (full_rate, lora_rate, gist_lora_rate, embeddings_rate)
+    rows.add(
+        measure(
+            checkpoints,
+            names("--methods", methods, METHODS),
+            base_steps=base_steps,
+            steps=steps,
+            seed=seed,
+            num_records=records,
+            rank=rank,
+            learning_rates=dict(zip(LEARNING_RATES, rates, strict=True)),
+            progress=say,
+        )
+    )
+    rows.show(methods_table)

@@ -1,68 +1,68 @@
-"""Internalisation on real data: English requests to bash commands (NL2Bash, arXiv 1802.08979), beside every control.
+"""Internalise a prompt on real data, English requests to bash commands (NL2Bash, arXiv 1802.08979), next to every
+control.
 
 The data are two files of aligned lines, requests and commands, which are not part of the project (their licence is the
-GPL). A request belongs to the held-out split by a hash of its words, so that the split is the same in every order, for
-every seed and model, and no held-out request is in training, whatever its case, punctuation and white space. A command
-may be in both, exactly or nearly, under requests in other words, as in the published split: scores are of requests in
-new words, not of new commands.
+GPL). A hash of a request's words decides whether it belongs to the held-out split, so the split is the same for every
+order, seed and model, and no held-out request is in training, whatever its case, punctuation and white space. A command
+may be in both splits, exactly or nearly, for requests in other words, as in the published split: scores are for
+requests in new words, not for new commands.
 
-Every way to train starts from the same weights and takes as many steps: a small LLaMA with random weights and a
-tokenizer of the training split, or a checkpoint. It is too small to be good at this; what it scores is reported as it
-is, stage by stage, beside what a request costs.
-
-    python -m benchmarks.nl2bash --queries nl2bash.nl --commands nl2bash.cm --output docs/results/nl2bash.jsonl
+Every way to train starts from the same weights and takes the same number of steps: a small LLaMA with random weights
+and a tokenizer trained on the training split, or a checkpoint. It is too small to be good at this; its scores are
+reported unchanged, stage by stage, together with the cost of a request.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
+import typer
 from torch import Tensor
 from transformers import set_seed
 
+from benchmarks.command import CheckpointsOption, OutputOption, Rows, SeedOption, names, say, where
 from gisting.data.plain import plain_sources
 from gisting.data.records import Record
+from gisting.demo import ANSWERS_AT_ONCE, task_model
 from gisting.errors import GistError
 from gisting.eval.metrics import bleu, exact_match
 from gisting.eval.statistics import Interval, bootstrap
-from gisting.internalize.compressors import Rewrites
 from gisting.internalize.directory import read_answers
 from gisting.internalize.examples import ExamplePool
-from gisting.internalize.layout import PromptLayout
+from gisting.internalize.requests import PromptFormat
 from gisting.internalize.schedule import Schedule
+from gisting.internalize.shorteners import Rewrites
 from gisting.internalize.stages import internalize
+from gisting.markdown import interval_cell, markdown_table
 from gisting.measure.progress import tracked
-from gisting.measure.rows import append_row, environment, interval_cell
-from gisting.measure.task import ANSWERS_AT_ONCE, task_model
 from gisting.models.load import load
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import published_arguments
 
 __all__ = [
+    "PROMPT",
     "RUNS",
-    "TEMPLATE",
     "Nl2BashRow",
     "bleu_interval",
     "command_tokenizer",
+    "main",
     "measure",
     "nl2bash_table",
     "read_pairs",
     "split_pairs",
 ]
 
-#: What every request would begin with.
-TEMPLATE = """\
+#: The prompt of every request.
+PROMPT = """\
 Translate each request into one bash command for Linux.
 Rules:
 1. Print the command alone, on a single line, without comments.
@@ -81,24 +81,24 @@ Rules:
 Translate each request into one bash command.
 Keep file names, paths and numbers. Quote patterns.""",
 }
-#: Every way to train, with what it asks of ``internalize``.
+#: Every way to train, with its arguments of ``internalize``.
 RUNS: dict[str, dict[str, Any]] = {
     "in stages": {},
     "bare query": {"control": "bare"},
     "full prompt": {"control": "full"},
     "full prompt, run bare": {"control": "full-run-bare"},
-    "compressed prompt": {"control": "compressed", "control_share": 1 / 3},
+    "compressed prompt": {"control": "shortened", "control_share": 1 / 3},
 }
 
-FROM_NOTHING = "from nothing"
+FROM_SCRATCH = "from nothing"  # the name in committed rows
 VOCABULARY = 2000
 MAX_EXAMPLES = 3
-# Ids of an answer at most, its end among them; behind the longest prompt there is room for it.
+# The most ids of an answer, including its end; there is room for it after the longest prompt.
 MAX_ANSWER = 96
 POSITIONS = 512
 HELD_OUT_SHARE = 0.05
-# Examples look as the query does, so that what follows a query is what followed theirs.
-_LAYOUT = PromptLayout(example="{input}\n{output}", separator="\n\n", gap="\n\n")
+# Examples have the format of the query, so that an answer follows the query as it follows theirs.
+_FORMAT = PromptFormat(example="{input}\n{output}", separator="\n\n", gap="\n\n")
 _WORD = re.compile(r"\w+")
 
 
@@ -106,11 +106,12 @@ _WORD = re.compile(r"\w+")
 class Nl2BashRow:
     """One way to train.
 
-    ``num_records`` is trained on, ``num_eval_records`` are answered; ``num_dropped`` of both splits had no room with
-    the template and without examples. ``tokens`` are those of a request to the finished model, a mean over the training
-    records; BLEU is of all held-out answers together in 0..100, exact match in 0..1, both under ``condition``, with
-    intervals of 95 %. ``stages`` has, for each, share asked for and realised, examples, tokens of a request, BLEU of
-    the bare query (``bare``) and of the stage's own prompt (``as_read``), and seconds, answers among them.
+    ``num_records`` are trained on and ``num_eval_records`` answered; ``num_dropped`` records of both splits did not fit
+    with the prompt, even without examples. ``tokens`` is the mean number of tokens of a request to the finished
+    model, over the training records. BLEU is computed over all held-out answers together, in 0..100, and exact match is
+    in 0..1, both under ``condition``, BLEU with a 95 % interval. For each stage, ``stages`` has the share asked for and
+    the realised share, examples, tokens of a request, BLEU of the bare query (``bare``) and of the stage's own prompt
+    (``as_read``), and seconds, including the answers.
     """
 
     run: str
@@ -137,46 +138,46 @@ class Nl2BashRow:
 
 
 def read_pairs(queries: str | Path, commands: str | Path) -> list[tuple[str, str]]:
-    """Requests and their commands, from files of which line n of one belongs to line n of the other.
+    """Read requests and their commands from two files whose lines belong together.
 
     Args:
         queries: a request on each line, UTF-8.
         commands: a command on each line.
 
     Returns:
-        Pairs without those of which either side is empty, white space at the ends aside.
+        The pairs in which neither side is empty, without white space at the ends.
 
     Raises:
         GistError: the files have different numbers of lines, or there is no pair.
         OSError: a file cannot be read.
     """
-    # Only this ends a line: a command may hold what else str.splitlines takes for an end.
+    # Split at newlines alone: a command may contain other characters that str.splitlines takes for line ends.
     texts = (Path(path).read_text(encoding="utf-8") for path in (queries, commands))
     asked, answers = (text.removesuffix("\n").split("\n") for text in texts)
     if len(asked) != len(answers):
         raise GistError(
-            f"commands must have a line for each of queries, got {len(answers)} lines in {commands} and {len(asked)} "
-            f"in {queries}; take the two files of one release"
+            f"commands must have as many lines as queries, got {len(answers)} lines in {commands} and {len(asked)} in "
+            f"{queries}; use the two files of one release"
         )
     pairs = [(query.strip(), command.strip()) for query, command in zip(asked, answers, strict=True)]
     found = [pair for pair in pairs if all(pair)]
     if not found:
-        raise GistError(f"{queries} and {commands} hold no request with a command")
+        raise GistError(f"{queries} and {commands} contain no request with a command")
     return found
 
 
 def split_pairs(
     pairs: Sequence[tuple[str, str]], held_out_share: float = HELD_OUT_SHARE
 ) -> tuple[list[Record], list[Record]]:
-    """The training split and the held-out split, the same for any order of the pairs.
+    """Split pairs into training and held-out records, in the same way for any order of the pairs.
 
-    A request is what is left of it without case, punctuation and white space; of several pairs with one request, that
-    with the least command in the order of characters stays. The SHA-256 of a request decides its split, and its place
-    in it, so that the first records of a split are a fair sample.
+    Requests are compared without case, punctuation and white space. Of several pairs with one request, the pair whose
+    command sorts first is kept. The SHA-256 of a request decides its split and its place in the split, so the first
+    records of a split are a fair sample.
 
     Args:
         pairs: requests with their commands.
-        held_out_share: about this share of the requests is held out, from 0 to 1.
+        held_out_share: the approximate share of requests to hold out, from 0 to 1.
 
     Returns:
         Training and held-out records, with the request as input.
@@ -200,18 +201,18 @@ def split_pairs(
 
 
 def command_tokenizer(records: Sequence[Record], vocabulary: int = VOCABULARY) -> GistTokenizer:
-    """A byte-level BPE of requests, commands and the template, so that there is no text that it cannot write.
+    """Train a byte-level BPE on requests, commands and the prompt, which can encode any text.
 
     Args:
         records: of the training split only.
-        vocabulary: ids at most, special ones and the 256 bytes among them.
+        vocabulary: the most ids, including special tokens and the 256 bytes.
     """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     inner = ByteLevelBPETokenizer()
     inner.train_from_iterator(
-        (text for record in (Record("", TEMPLATE, TEMPLATE), *records) for text in (record.input, record.output)),
+        (text for record in (Record("", PROMPT, PROMPT), *records) for text in (record.input, record.output)),
         vocab_size=vocabulary,
         special_tokens=["<pad>", "<s>", "</s>"],
         show_progress=False,
@@ -236,32 +237,32 @@ def measure(
     progress: Callable[[str], Any] | None = None,
     on_row: Callable[[Nl2BashRow], Any] | None = None,
 ) -> list[Nl2BashRow]:
-    """Train a copy of the same model each way, and have each answer the same held-out requests.
+    """Train a copy of the same model in each way, and let each answer the same held-out requests.
 
     Args:
         pairs: requests with their commands.
-        directory: where a folder for each way is made; what is there of them is replaced.
-        model: a checkpoint to begin with; None for random weights and a tokenizer of the training split.
+        directory: for a folder per way; folders of the same name are replaced.
+        model: a checkpoint to start from; None for random weights and a tokenizer trained on the training split.
         seed: of the weights and the order of the data; the splits do not depend on it.
         steps: optimiser steps of each way, over all its stages.
         batch_size: requests of a step.
-        learning_rate: at its highest, in each stage.
-        num_records: held-out requests at most.
+        learning_rate: the peak, in each stage.
+        num_records: the most held-out requests.
         runs: names of ``RUNS``.
-        progress: called with what is about to be done.
-        on_row: called with each way's row, as soon as there is one.
+        progress: called with a description of each run before it starts.
+        on_row: called with each way's row as soon as it is known.
 
     Returns:
         A row for each way.
 
     Raises:
-        GistError: there is no such way, a split is left with no record, or a package of the ``internalize`` or ``eval``
-            extra is not installed.
+        GistError: a way is unknown, a split has no record, or a package of the ``internalize`` or ``eval`` extra is
+            missing.
     """
     unknown = [name for name in runs if name not in RUNS]
     if unknown or not runs:
         raise GistError(f"runs must be names of {', '.join(RUNS)}, got {unknown[0] if unknown else 'none'!r}")
-    say = progress or (lambda what: None)
+    tell = progress or (lambda what: None)
     splits = split_pairs(pairs)
     set_seed(seed)
     if model is None:
@@ -275,19 +276,19 @@ def measure(
     training, held_out = fitting[0], fitting[1][:num_records]
     if not training or not held_out:
         raise GistError(
-            f"pairs must leave records to train on and to ask, got {len(training)} and {len(held_out)} of "
-            f"{len(pairs)} pairs that fit in {max_length} ids with the template; give more"
+            f"pairs must leave records to train on and records to answer, got {len(training)} and {len(held_out)} from "
+            f"{len(pairs)} pairs that fit in {max_length} ids with the prompt; pass more pairs"
         )
     pool = ExamplePool(training, min_answer_words=1)
     rows = []
     for name in tracked(runs, "training"):
-        say(f"{name}: {steps} steps")
+        tell(f"{name}: {steps} steps")
         folder = Path(directory) / name
         shutil.rmtree(folder, ignore_errors=True)
         result = internalize(
             copy.deepcopy(base),
             tokenizer,
-            TEMPLATE,
+            PROMPT,
             training,
             published_arguments(
                 folder,
@@ -306,10 +307,10 @@ def measure(
                 seed=seed,
             ),
             schedule=Schedule.linear(4),
-            compressor=Rewrites(_SHORTER),
+            shortener=Rewrites(_SHORTER),
             max_examples=MAX_EXAMPLES,
             pool=pool,
-            layout=_LAYOUT,
+            prompt_format=_FORMAT,
             eval_records=held_out,
             metrics={"bleu": bleu, "exact_match": exact_match},
             max_new_tokens=MAX_ANSWER,
@@ -321,13 +322,13 @@ def measure(
             Nl2BashRow(
                 run=name,
                 seed=seed,
-                model=FROM_NOTHING if model is None else Path(model).name,
+                model=FROM_SCRATCH if model is None else Path(model).name,
                 vocabulary=len(tokenizer.tokenizer),
                 num_parameters=result.num_parameters,
                 num_steps=steps,
                 batch_size=batch_size,
                 learning_rate=learning_rate,
-                template_tokens=len(tokenizer.encode_texts([TEMPLATE])[0]),
+                template_tokens=len(tokenizer.encode_texts([PROMPT])[0]),
                 max_length=max_length,
                 max_examples=MAX_EXAMPLES,
                 num_records=len(training),
@@ -359,17 +360,17 @@ def measure(
 
 
 def bleu_interval(predictions: Sequence[str], references: Sequence[str]) -> Interval:
-    """:func:`gisting.eval.metrics.bleu` with its 95 % interval over resampled records.
+    """Compute :func:`gisting.eval.metrics.bleu` with its 95 % interval over resampled records.
 
     Raises:
-        GistError: as that one.
+        GistError: as ``bleu`` raises it.
     """
-    bleu(predictions, references)  # refuses what cannot be scored
+    bleu(predictions, references)  # raises where nothing can be scored
     from sacrebleu import corpus_bleu
     from sacrebleu.metrics.bleu import BLEU
 
     found = [corpus_bleu([a], [[b]]) for a, b in zip(predictions, references, strict=True)]
-    # One row for each record: n-grams in common for n = 1 to 4, n-grams of the answer, and both lengths.
+    # For each record: matching n-grams for n = 1 to 4, n-grams of the answer, and both lengths.
     columns = [*zip(*([*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found), strict=True)]
 
     def of_counts(means: Tensor) -> Tensor:
@@ -382,76 +383,67 @@ def bleu_interval(predictions: Sequence[str], references: Sequence[str]) -> Inte
 
 
 def nl2bash_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as Markdown, for each model: every way with its tokens and scores, then the stages of the first way."""
+    """Format rows as Markdown, for each model: every way with tokens and scores, then the stages of the first way."""
     models = dict.fromkeys(row["model"] for row in rows)
     return "\n\n".join(_table([row for row in rows if row["model"] == model]) for model in models)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
     seeds = sorted({row["seed"] for row in rows})
-    # A request before anything is left out: the first stage's, and the control's that keeps it so.
+    # A request with the whole prompt: the first stage's, or that of the control that keeps it.
     full = next((row["stages"][0]["tokens"] for row in rows if row["stages"][0]["share"] == 1), None)
-    scores = " | ".join(f"BLEU, seed {seed}" for seed in seeds)
-    lines = [
-        f"| trained | run on | tokens of a request | saved | {scores} | minutes |",
-        "|---" * (5 + len(seeds)) + "|",
-    ]
+    lines = []
     for name in dict.fromkeys(row["run"] for row in rows):
         mine = {row["seed"]: row for row in rows if row["run"] == name}
         first = next(iter(mine.values()))
-        cells = (
-            name,
-            {"no-prompt": "the bare query", "prompt": "its prompt"}[first["condition"]],
-            f"{first['tokens']:.1f}",
-            _saved(first["tokens"], full),
-            *(_cell(mine[seed]["bleu"]) if seed in mine else "-" for seed in seeds),
-            f"{max(row['seconds'] for row in mine.values()) / 60:.1f}",
+        lines.append(
+            [
+                name,
+                {"no-prompt": "the bare query", "prompt": "its prompt"}[first["condition"]],
+                f"{first['tokens']:.1f}",
+                _saved(first["tokens"], full),
+                *(interval_cell(mine[seed]["bleu"] if seed in mine else None, scale=1) for seed in seeds),
+                f"{max(row['seconds'] for row in mine.values()) / 60:.1f}",
+            ]
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    staged = [row for row in rows if row["run"] == next(iter(RUNS))]
-    if staged:
+    scores = (f"BLEU, seed {seed}" for seed in seeds)
+    text = markdown_table(("trained", "run on", "tokens of a request", "saved", *scores, "minutes"), lines)
+    if staged := [row for row in rows if row["run"] == next(iter(RUNS))]:
         stages = staged[0]["stages"]
-        lines += [
-            "",
-            f"| in stages | {' | '.join(f'stage {number}' for number in range(1, len(stages) + 1))} |",
-            "|---" * (1 + len(stages)) + "|",
-        ]
         kept = [
-            ("template kept", [f"{100 * stage['realised_share']:.0f} %" for stage in stages]),
-            ("examples, mean", [f"{stage['mean_examples']:.2f}" for stage in stages]),
-            ("tokens of a request", [f"{stage['tokens']:.1f}" for stage in stages]),
-            ("saved", [_saved(stage["tokens"], full) for stage in stages]),
+            ["prompt kept", *(f"{100 * stage['realised_share']:.0f} %" for stage in stages)],
+            ["examples, mean", *(f"{stage['mean_examples']:.2f}" for stage in stages)],
+            ["tokens of a request", *(f"{stage['tokens']:.1f}" for stage in stages)],
+            ["saved", *(_saved(stage["tokens"], full) for stage in stages)],
         ]
         for row in staged:
             for what, name in (("the stage's prompt", "as_read"), ("the bare query", "bare")):
-                scores = [f"{stage[name]:.1f}" for stage in row["stages"]]
-                kept.append((f"BLEU of {what}, seed {row['seed']}", scores))
-        lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in kept]
+                kept.append([f"BLEU of {what}, seed {row['seed']}", *(f"{stage[name]:.1f}" for stage in row["stages"])])
+        text += ["", *markdown_table(("in stages", *(f"stage {n}" for n in range(1, len(stages) + 1))), kept)]
     first = rows[0]
-    began = "random weights" if first["model"] == FROM_NOTHING else first["model"]
-    lines += [
+    began = "random weights" if first["model"] == FROM_SCRATCH else first["model"]
+    text += [
         "",
         f"BLEU (0 to 100, sacrebleu) with its 95 % interval on {first['num_eval_records']} held-out requests; "
-        f"{first['num_records']:,} records to train on, {first['num_dropped']} of both splits left out, which do not "
-        f"fit in {first['max_length']} tokens with the template ({first['template_tokens']}). Each way: "
+        f"{first['num_records']:,} records to train on; {first['num_dropped']} of both splits were left out, because "
+        f"they do not fit in {first['max_length']} tokens with the prompt ({first['template_tokens']}). Each way: "
         f"{first['num_steps']:,} steps of {first['batch_size']} requests from {began}, "
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['vocabulary']:,} tokens in the vocabulary "
-        f"({first['device']}, {first['threads']} threads, torch {first['torch']}, transformers "
-        f"{first['transformers']}).",
+        f"({where(first)}).",
     ]
-    return "\n".join(lines)
+    return "\n".join(text)
 
 
 def _normalised(query: str) -> str:
-    """The words of a request; of one of punctuation alone, what stands between its white space."""
+    """The words of a request, or its text without white space where there is only punctuation."""
     folded = unicodedata.normalize("NFKC", query).casefold()
     return " ".join(_WORD.findall(folded) or folded.split())
 
 
 def _fitting(tokenizer: GistTokenizer, records: Sequence[Record], max_length: int) -> list[Record]:
-    """The records that have room with the whole template and without examples, and whose answers are not too long."""
+    """The records that fit with the whole prompt, without examples, and whose answers are not too long."""
     queries = [record.input for record in records]
-    sources = plain_sources(tokenizer, [TEMPLATE] * len(queries), queries)
+    sources = plain_sources(tokenizer, [PROMPT] * len(queries), queries)
     answers = tokenizer.encode_completions(queries, [record.output for record in records])
     return [
         record
@@ -464,52 +456,37 @@ def _saved(tokens: float, full: float | None) -> str:
     return "-" if full is None else f"{100 * (1 - tokens / full):.0f} %"
 
 
-def _cell(found: dict[str, float]) -> str:
-    # interval_cell is for shares in 0..1.
-    return interval_cell({name: value / 100 for name, value in found.items()})
+def main(
+    queries: Annotated[Path, typer.Option(help="File with a request on each line.")],
+    commands: Annotated[Path, typer.Option(help="File with the command of each line.")],
+    model: Annotated[Path | None, typer.Option(help="Checkpoint to start from; by default random weights.")] = None,
+    output: OutputOption = None,
+    checkpoints: CheckpointsOption = Path("runs/nl2bash"),
+    runs: Annotated[
+        str | None, typer.Option(help=f"Ways to train, with semicolons between: {'; '.join(RUNS)}.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each way.")] = 480,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate in each stage.")] = 3e-3,
+    records: Annotated[int, typer.Option(min=1, help="Held-out requests.")] = 300,
+    seed: SeedOption = 0,
+) -> None:
+    """Internalisation on NL2Bash next to its controls.
 
-
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.nl2bash", description="Internalisation on NL2Bash, beside its controls."
-    )
-    parser.add_argument("--queries", type=Path, required=True, help="file with a request on each line")
-    parser.add_argument("--commands", type=Path, required=True, help="file with the command of each line")
-    parser.add_argument("--model", type=Path, help="checkpoint to begin with; without one, random weights")
-    parser.add_argument("--output", type=Path, help="JSONL file to which the rows are added")
-    parser.add_argument("--checkpoints", type=Path, default=Path("runs/nl2bash"), help="where models are saved")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="ways to train")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=480, help="training steps of each way")
-    parser.add_argument("--batch-size", type=int, default=16, help="requests of a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its highest, in each stage")
-    parser.add_argument("--records", type=int, default=300, help="held-out requests")
-    options = parser.parse_args(arguments)
-    console = Console(markup=False, highlight=False)
-    pairs = read_pairs(options.queries, options.commands)
-    command = f"python -m benchmarks.nl2bash --queries {options.queries.name} --commands {options.commands.name}"
-    found: list[dict[str, Any]] = []
-
-    def keep(row: Nl2BashRow) -> None:
-        found.append({"command": command, **asdict(row)})
-        if options.output is not None:
-            append_row(options.output, found[-1])
-
+    Example: python -m benchmarks nl2bash --queries nl2bash.nl --commands nl2bash.cm --output docs/results/nl2bash.jsonl
+    """
+    rows = Rows(f"nl2bash --queries {queries.name} --commands {commands.name}", output)
     measure(
-        pairs,
-        options.checkpoints / (FROM_NOTHING if options.model is None else options.model.name) / str(options.seed),
-        model=options.model,
-        seed=options.seed,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        num_records=options.records,
-        runs=options.runs,
-        progress=lambda what: console.print(f"seed {options.seed}, {what}"),
-        on_row=keep,
+        read_pairs(queries, commands),
+        checkpoints / (FROM_SCRATCH if model is None else model.name) / str(seed),
+        model=model,
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        num_records=records,
+        runs=names("--runs", runs, tuple(RUNS)),
+        progress=lambda what: say(f"seed {seed}, {what}"),
+        on_row=lambda row: rows.add([row]),
     )
-    console.print(nl2bash_table([{**row, **environment()} for row in found]), soft_wrap=True)
-
-
-if __name__ == "__main__":
-    _main()
+    rows.show(nl2bash_table)

@@ -1,53 +1,51 @@
-"""Seconds and memory of a training step of a real size on the CPU, gist-lora with distillation, in three ways.
+"""Measure seconds and memory of a training step of a real size on the CPU, gist-lora with distillation, in three ways.
 
-What is saved depends on how much of a batch is prompts, so there are two workloads: a short instruction shared by eight
-completions, where nearly nothing is, and a system prompt with two questions, where most is.
+How much is saved depends on how much of a batch is prompts, so there are two workloads: a short instruction shared by
+eight completions, where almost nothing is saved, and a system prompt with two questions, where most is.
 
     every token      student and teacher run the whole batch, with logits at every token: what a plain loop would do
     targets          logits only where there is something to predict
-    prompts once     and the prompts' keys and values computed once, without gradients: what ``finetune`` does
+    prompts once     in addition, the prompts' keys and values computed once, without gradients: what ``finetune`` does
 
-All three take their steps on the same batches and the same adapter in turn, in one process; memory is what torch's
-allocator gave out at most in one step, beyond the weights. No time is reported unless all have the same loss and
+All three take their steps on the same batches and the same adapter, alternating in one process. Memory is the most that
+torch's allocator gave out in one step, beyond the weights. No time is reported unless all ways have the same loss and
 gradients.
-
-    OMP_PROC_BIND=true python -m benchmarks.objective --output docs/results/objective.jsonl
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
+import typer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers import TrainingArguments
 
+from benchmarks.command import OutputOption, Rows, where
+from benchmarks.models import SMOLLM2, letters
 from gisting.data.collate import IGNORED
 from gisting.data.packing import GistPackingCollator
 from gisting.data.records import Record
-from gisting.data.tasks import LETTERS, task_tokenizer
 from gisting.errors import GistError
-from gisting.measure.inference import peak_of_allocator
-from gisting.measure.rows import append_row, environment, markdown_table, spread
+from gisting.markdown import markdown_table, spread_cell
+from gisting.measure.memory import peak_of_allocator
+from gisting.measure.models import random_llama
+from gisting.measure.rows import spread
 from gisting.models.adapters import Adapter, attach
 from gisting.models.mode import evaluating
-from gisting.models.patch import patch
-from gisting.tokens import GistTokenizer
 from gisting.train.batches import StepBatches
 from gisting.train.objective import Objective, ObjectiveTrainer, truncated_kl
 
-__all__ = ["WAYS", "WORKLOADS", "ObjectiveRow", "Sizes", "measure", "objective_table"]
+__all__ = ["WAYS", "WORKLOADS", "ObjectiveRow", "Sizes", "main", "measure", "objective_table"]
 
-#: How a step is computed, from the plainest to what ``finetune`` does.
+#: Ways to compute a step, from the plainest to what ``finetune`` does.
 WAYS = ("every token", "targets", "prompts once")
 NUM_GIST_TOKENS = 4
 _OBJECTIVE = Objective(distillation=1.0)
@@ -55,7 +53,7 @@ _OBJECTIVE = Objective(distillation=1.0)
 
 @dataclass(frozen=True)
 class ObjectiveRow:
-    """One way to compute a step; times are in seconds a step, median and quartiles."""
+    """One way to compute a step. Times are in seconds per step, median and quartiles."""
 
     workload: str
     way: str
@@ -73,14 +71,9 @@ class ObjectiveRow:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model, by default those of SmolLM2-135M, and of a step; prompt, question and answer in tokens."""
+    """Sizes of the model, by default SmolLM2-135M's, and of a step; prompt, question and answer in tokens."""
 
-    hidden: int = 576
-    layers: int = 30
-    heads: int = 9
-    key_heads: int = 3
-    intermediate: int = 1536
-    vocabulary: int = 49_152
+    model: Mapping[str, Any] = field(default_factory=lambda: SMOLLM2)
     prompts: int = 3
     completions: int = 2
     prompt: int = 256
@@ -88,7 +81,7 @@ class Sizes:
     answer: int = 20
 
 
-#: Steps of about 1,000 tokens.
+#: The workloads: steps of about 1,000 tokens.
 WORKLOADS: dict[str, dict[str, int]] = {
     "short instructions": {"prompts": 2, "completions": 8, "prompt": 20, "question": 40, "answer": 20},
     "system prompts": {"prompts": 3, "completions": 2, "prompt": 256, "question": 30, "answer": 20},
@@ -99,9 +92,9 @@ def measure(workload: str, sizes: Sizes, *, repeats: int = 5) -> list[ObjectiveR
     """Time whole steps: collating, both passes, the backward pass and the optimiser.
 
     Args:
-        workload: the name of it, for the rows.
+        workload: its name, for the rows.
         sizes: of model and step.
-        repeats: timed rounds after one that is not; each way takes one step a round.
+        repeats: timed rounds after an untimed one; each way takes one step per round.
 
     Raises:
         GistError: the ways differ in loss or gradients.
@@ -126,7 +119,7 @@ def measure(workload: str, sizes: Sizes, *, repeats: int = 5) -> list[ObjectiveR
                 workload=workload,
                 way=way,
                 num_parameters=sum(parameter.numel() for parameter in bench.model.parameters()),
-                vocabulary=sizes.vocabulary,
+                vocabulary=bench.model.config.vocab_size,
                 num_tokens=int((end > first).sum()),
                 num_prompt_tokens=int((prompt[:, 1] > prompt[:, 0]).sum()),
                 num_targets=int((batch["labels"] != IGNORED).sum()),
@@ -141,31 +134,29 @@ def measure(workload: str, sizes: Sizes, *, repeats: int = 5) -> list[ObjectiveR
 
 
 def objective_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the JSONL file as Markdown."""
+    """Format rows of the JSONL file as Markdown."""
     lines, plainest = [], rows[0]
     for row in rows:
         plainest = row if row["way"] == WAYS[0] else plainest
-        ends = "–".join(f"{row[f'step_s_{end}']:.2f}" for end in ("low", "high"))
         lines.append(
             [
                 row["workload"],
                 f"{row['num_prompt_tokens']:,} of {row['num_tokens']:,}",
                 f"{row['num_targets']:,}",
                 row["way"],
-                f"{row['step_s']:.2f} ({ends})",
+                spread_cell(row, "step_s", 2),
                 f"{plainest['step_s'] / row['step_s']:.2f}x",
                 f"{row['peak_bytes'] / 2**30:.2f}",
             ]
         )
-    columns = ["workload", "prompt tokens", "targets", "computed", "s a step", "as fast", "peak memory, GiB"]
+    columns = ["workload", "prompt tokens", "targets", "computed", "s per step", "speed-up", "peak memory, GiB"]
     first = rows[0]
     text = markdown_table(columns, lines)
     text += [
         "",
         f"`gist-lora` with distillation, {first['num_parameters'] / 1e6:.0f} million random parameters in float32, "
         f"vocabulary {first['vocabulary']:,}; medians of {first['num_repeats']} alternating steps, quartiles in "
-        f"brackets; memory beyond the weights ({first['device']}, {first['threads']} threads, torch {first['torch']}, "
-        f"transformers {first['transformers']}).",
+        f"brackets; memory is what a step takes beyond the weights ({where(first)}).",
     ]
     return "\n".join(text)
 
@@ -175,13 +166,12 @@ class _Bench:
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
-        self.tokenizer = task_tokenizer()
-        set_seed(0)
-        self.model: Any = patch(_model(sizes, self.tokenizer), self.tokenizer)
+        model, self.tokenizer = random_llama(**sizes.model)
+        self.model: Any = model
         attach(self.model, Adapter("gist-lora"))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                if "lora_B" in name:  # fresh, an adapter changes nothing, and its gradients would be compared at zero
+                if "lora_B" in name:  # a fresh adapter changes nothing, so gradients would be compared at zero
                     parameter.normal_(std=0.02)
         self.model.train()
         learned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -208,18 +198,12 @@ class _Bench:
         }
 
     def records(self, number: int) -> list[Record]:
-        """The records of a step: letters, for only their number counts."""
-        generator = torch.Generator().manual_seed(number)
-
-        def text(length: int) -> str:
-            drawn = torch.randint(len(LETTERS), (length,), generator=generator).tolist()
-            return " ".join(LETTERS[place] for place in drawn)
-
-        found = []
+        """Draw the records of a step: random letters, because only their number counts."""
+        chance, found = random.Random(number), []
         for _ in range(self.sizes.prompts):
-            instruction = text(self.sizes.prompt)
+            prompt = letters(chance, self.sizes.prompt)
             found += [
-                Record(instruction, text(self.sizes.question), text(self.sizes.answer))
+                Record(prompt, letters(chance, self.sizes.question), letters(chance, self.sizes.answer))
                 for _ in range(self.sizes.completions)
             ]
         return found
@@ -234,7 +218,7 @@ class _Bench:
         self.optimizer.zero_grad()
 
     def gate(self) -> None:
-        """The same loss and the same gradients."""
+        """Check that all ways have the same loss and the same gradients."""
         losses, gradients = [], []
         for way in WAYS:
             loss = self.loss(way, 0)
@@ -260,38 +244,16 @@ class _Bench:
         return loss + _OBJECTIVE.distillation * truncated_kl(student, teacher, _OBJECTIVE.top_k).mean()
 
 
-def _model(sizes: Sizes, tokenizer: GistTokenizer) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=max(sizes.vocabulary, tokenizer.gist_token_id),
-            hidden_size=sizes.hidden,
-            intermediate_size=sizes.intermediate,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            num_key_value_heads=sizes.key_heads,
-            tie_word_embeddings=True,
-        )
-    )
+def main(
+    output: OutputOption = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each way.")] = 5,
+    sizes: Annotated[str, typer.Option(help="Other sizes of model and step, as JSON.")] = "{}",
+) -> None:
+    """A training step with and without needless logits and prompts.
 
-
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.objective", description="A training step with and without needless logits."
-    )
-    parser.add_argument("--output", type=Path, help="JSONL file to which the rows are added")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each way")
-    parser.add_argument("--sizes", type=json.loads, default={}, help="other sizes of model and step, as JSON")
-    options = parser.parse_args(arguments)
-    rows = []
+    Example: OMP_PROC_BIND=true python -m benchmarks objective --output docs/results/objective.jsonl
+    """
+    rows = Rows("objective", output, "cpu")
     for workload, changes in WORKLOADS.items():
-        found = measure(workload, Sizes(**{**changes, **options.sizes}), repeats=options.repeats)
-        rows += [{"command": "python -m benchmarks.objective", **asdict(row)} for row in found]
-        if options.output is not None:
-            for row in rows[-len(WAYS) :]:
-                append_row(options.output, row, "cpu")
-    table = objective_table([{**row, **environment("cpu")} for row in rows])
-    Console().print(table, soft_wrap=True, markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    _main()
+        rows.add(measure(workload, Sizes(**{**changes, **json.loads(sizes)}), repeats=repeats))
+    rows.show(objective_table)

@@ -1,46 +1,47 @@
-"""What a gist keeps, for every k, on the built-in task: three conditions x seen and unseen instructions x k.
+"""Measure what a gist keeps, for every k, on the built-in task: three conditions, seen and unseen instructions, each k.
 
-One checkpoint is trained with k drawn anew for each row, and evaluated at each k, with intervals. With ``--alone``, a
-model is also trained for each k by itself, from the same weights, on the same records in as many steps; both answer the
-same records, so that the difference is a paired one. Checkpoints and results files stay in ``--checkpoints``; a report
-with plots: ``gisting eval --results runs/quality/k1-8/results.json --report DIR --metric exact_match``.
-
-    python -m benchmarks.quality --output docs/results/quality.jsonl
+One checkpoint is trained with k drawn again for each row, and evaluated at each k, with intervals. With ``--alone``, a
+model is also trained for each k by itself, from the same weights, on the same records with the same number of steps;
+both answer the same records, so the difference is a paired one. Checkpoints and results files stay in
+``--checkpoints``. For a report with plots: ``gisting eval --results runs/quality/k1-8/results.json --report DIR
+--metric exact_match``.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
-from rich.progress import Progress
+import typer
 from transformers import TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, SeedOption, numbers, where
+from benchmarks.task import CONDITIONS, MIXED_CONDITIONS, SPLITS
 from gisting.data.tasks import LetterTask, task_tokenizer
+from gisting.demo import ANSWERS_AT_ONCE, BATCH_SIZE, task_arguments, task_model
 from gisting.errors import GistError
 from gisting.eval.report import gap_kept
 from gisting.eval.results import Evaluation, evaluate_splits
 from gisting.eval.statistics import Interval, difference
-from gisting.measure.rows import append_row, environment, interval_cell, markdown_table
-from gisting.measure.task import ANSWERS_AT_ONCE, BATCH_SIZE, CONDITIONS, SPLITS, task_arguments, task_model
+from gisting.markdown import interval_cell, markdown_table
+from gisting.measure.progress import progress_bar
+from gisting.measure.rows import environment
 from gisting.train.finetune import finetune
 
-__all__ = ["QualityRow", "measure", "quality_table"]
+__all__ = ["QualityRow", "main", "measure", "quality_table"]
 
 
 @dataclass(frozen=True)
 class QualityRow:
     """One model at one k, on one split under one condition. Intervals are 95 %; scores are in 0..1, times in seconds.
 
-    ``trained_k`` is the range from which training drew k. ``gap_kept`` is there for the gist where the controls were
-    evaluated and are apart; ``difference`` is what the checkpoint of every k scores more than this one, which was
-    trained for its k alone.
+    ``trained_k`` is the range from which training drew k. ``gap_kept`` is set for the gist where the controls were
+    evaluated and differ. ``difference`` is set for a model that was trained for one k alone: how much more the
+    checkpoint of every k scores.
     """
 
     seed: int
@@ -67,24 +68,22 @@ def measure(
     seed: int = 0,
     num_records: int = 512,
     is_alone_too: bool = False,
-    progress: Callable[[str, int, int], Any] | None = None,
 ) -> list[QualityRow]:
-    """Train and evaluate.
+    """Train and evaluate, with a progress bar for each step.
 
     Args:
-        directory: where a folder for each model is made, with checkpoint and results file.
-        counts: the k to evaluate at; training draws from 1 to the largest.
+        directory: for a folder per model, with checkpoint and results file.
+        counts: the numbers of gist tokens to evaluate at; training draws k from 1 to the largest.
         steps: optimiser steps of ``BATCH_SIZE`` rows, for each model.
         seed: of the held-out combinations, the weights and the data.
         num_records: records of each split.
-        is_alone_too: also a model for each k, trained for it alone.
-        progress: called with what is being done, how much of it is done, and the whole.
+        is_alone_too: whether to train a model for each k alone, too.
 
     Returns:
         A row for each model, split, condition and k.
 
     Raises:
-        GistError: there is no k or one less than 1.
+        GistError: ``counts`` is empty or has a number less than 1.
     """
     if not counts or min(counts) < 1:
         raise GistError(f"counts must be numbers of gist tokens, at least 1, got {list(counts)}")
@@ -97,33 +96,33 @@ def measure(
         folder = Path(directory) / name
         conditions = CONDITIONS if base is None else ("gist",)
         total = len(ks) * len(conditions) * len(splits) * num_records
-        bars = [_Bar(progress, f"training {name}", steps), _Bar(progress, f"answering {name}", total)]
         set_seed(seed)
         model = task_model(tokenizer)
-        metrics = finetune(
-            model,
-            tokenizer,
-            training,
-            task_arguments(folder, steps, seed),
-            num_gist_tokens=(low, high),
-            # Each row draws its condition: the same weights then serve as the positive control.
-            conditions={"gist": 3, "positive": 1},
-            callbacks=[_Steps(bars[0])],
-        )
+        with progress_bar(f"training {name}", steps) as advance:
+            metrics = finetune(
+                model,
+                tokenizer,
+                training,
+                task_arguments(folder, steps, seed),
+                num_gist_tokens=(low, high),
+                conditions=MIXED_CONDITIONS,
+                callbacks=[_Steps(advance)],
+            )
         started = time.perf_counter()
-        evaluation = evaluate_splits(
-            model,
-            tokenizer,
-            splits,
-            ks,
-            name=name,
-            environment=environment(),
-            conditions=conditions,
-            max_new_tokens=task.length + 3,
-            batch_size=ANSWERS_AT_ONCE,
-            with_rouge=False,
-            progress=bars[1].advance,
-        )
+        with progress_bar(f"answering {name}", total) as advance:
+            evaluation = evaluate_splits(
+                model,
+                tokenizer,
+                splits,
+                ks,
+                name=name,
+                environment=environment(),
+                conditions=conditions,
+                max_new_tokens=task.length + 3,
+                batch_size=ANSWERS_AT_ONCE,
+                with_rouge=False,
+                progress=advance,
+            )
         evaluation.save(folder / "results.json")
         eval_s = time.perf_counter() - started
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -160,8 +159,8 @@ def measure(
 
 
 def quality_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the JSONL file as Markdown: the three conditions for each k, then each k beside a model trained for it
-    alone, where there are such.
+    """Format rows of the JSONL file as Markdown: the three conditions for each k, then each k next to a model that was
+    trained for it alone, where there is one.
     """
     lines: list[str] = []
     for seed in sorted({row["seed"] for row in rows}):
@@ -186,14 +185,14 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
             *markdown_table(["k", "compression", *header, *(f"{split}: gap kept" for split in SPLITS)], body),
             "",
             f"Exact match in per cent with its 95 % interval on {first['num_records']:,} records of each split, one "
-            f"checkpoint of {first['num_parameters'] / 1e6:.2f} million parameters, trained from nothing with k drawn "
+            f"checkpoint of {first['num_parameters'] / 1e6:.2f} million parameters, trained from scratch with k drawn "
             f"from {first['trained_k'][0]} to {first['trained_k'][1]} in {first['num_steps']:,} steps (seed {seed}): "
-            f"{first['train_s']:,.0f} s of training and {first['eval_s']:,.0f} s of evaluation ({first['device']}, "
-            f"torch {first['torch']}, transformers {first['transformers']}).",
+            f"{first['train_s']:,.0f} s of training and {first['eval_s']:,.0f} s of evaluation "
+            f"({where(first, 'torch', 'transformers')}).",
             "",
         ]
         if alone:
-            beside = {(row["split"], row["num_gist_tokens"]): row for row in alone}
+            alone_at = {(row["split"], row["num_gist_tokens"]): row for row in alone}
             columns = [
                 f"{split}: {what}" for split in SPLITS for what in ("one checkpoint", "for this k alone", "difference")
             ]
@@ -205,76 +204,41 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
                         for split in SPLITS
                         for cell in (
                             interval_cell(together[split, "gist", k]["exact_match"]),
-                            interval_cell(beside[split, k]["exact_match"]),
-                            interval_cell(beside[split, k]["difference"], sign="+"),
+                            interval_cell(alone_at[split, k]["exact_match"]),
+                            interval_cell(alone_at[split, k]["difference"], sign="+"),
                         )
                     ),
                 ]
                 for k in ks
-                if ("seen", k) in beside
+                if ("seen", k) in alone_at
             ]
             lines += [*markdown_table(["k", *columns], body), ""]
     return "\n".join(lines).strip()
 
 
-class _Bar:
-    """How far one thing is."""
-
-    def __init__(self, progress: Callable[[str, int, int], Any] | None, what: str, total: int) -> None:
-        self.progress, self.what, self.total, self.done = progress, what, total, 0
-
-    def advance(self, done: int) -> None:
-        self.done += done
-        if self.progress is not None:
-            self.progress(self.what, self.done, self.total)
-
-
 class _Steps(TrainerCallback):
-    def __init__(self, bar: _Bar) -> None:
-        self.bar = bar
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance = advance
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.advance(1)
+        self.advance(1)
 
 
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality", description="Three conditions x splits x k on the built-in task."
-    )
-    parser.add_argument("--output", type=Path, help="JSONL file to which the rows are added")
-    parser.add_argument("--checkpoints", type=Path, default=Path("runs/quality"), help="where models are saved")
-    parser.add_argument("--k", default="1,2,4,8", help="numbers of gist tokens to evaluate at")
-    parser.add_argument("--steps", type=int, default=3600, help="training steps of 32 rows")
-    parser.add_argument("--records", type=int, default=512, help="records of each split")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--alone", action="store_true", help="also train a model for each k alone")
-    options = parser.parse_args(arguments)
-    console = Console()
+def main(
+    output: OutputOption = None,
+    checkpoints: CheckpointsOption = Path("runs/quality"),
+    k: Annotated[str, typer.Option(help="Numbers of gist tokens to evaluate at, with commas between.")] = "1,2,4,8",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 rows.")] = 3600,
+    records: RecordsOption = 512,
+    alone: Annotated[bool, typer.Option("--alone", help="Also train a model for each k alone.")] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Three conditions at several k, on seen and unseen instructions.
+
+    Example: python -m benchmarks quality --output docs/results/quality.jsonl
+    """
     disable_progress_bar()  # transformers' own, for the one small file it writes
-    with Progress(console=console) as shown:
-        bars: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = shown.add_task(what, total=total)
-            shown.update(bars[what], completed=done)
-
-        rows = measure(
-            options.checkpoints,
-            [int(k) for k in options.k.split(",")],
-            steps=options.steps,
-            seed=options.seed,
-            num_records=options.records,
-            is_alone_too=options.alone,
-            progress=progress,
-        )
-    about = environment()
-    for row in rows:
-        if options.output is not None:
-            append_row(options.output, {"command": "python -m benchmarks.quality", **asdict(row)})
-    table = quality_table([{**asdict(row), **about} for row in rows])
-    console.print(table, soft_wrap=True, markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    _main()
+    rows = Rows("quality", output)
+    counts = numbers("--k", k)
+    rows.add(measure(checkpoints, counts, steps=steps, seed=seed, num_records=records, is_alone_too=alone))
+    rows.show(quality_table)

@@ -1,27 +1,24 @@
-"""What few bits cost: bytes of a file, and the loss in logits and in task accuracy, beside the states as they are.
+"""Measure what low-bit storage costs: bytes of a file, and the loss in logits and in task accuracy.
 
-A trained decoder reads the same prompts from files of every storage. Logits are compared at each place of the reference
-answers, with the answer up to there as input, so that one wrong token does not spoil the rest. Nothing is reported
-unless states that were kept as they are give back the very same logits.
-
-    python -m benchmarks.storage runs/demo --output docs/results/storage.jsonl
+A trained decoder reads the same prompts from files of every storage. Logits are compared at each position of the
+reference answers, with the answer up to there as input, so that one wrong token does not spoil the rest. Nothing is
+reported unless states stored without loss give back exactly the same logits.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.command import OutputOption, Rows, where
 from gisting import storage
 from gisting._compat import cache_argument
 from gisting.cache import GistCache
@@ -30,8 +27,8 @@ from gisting.data.tasks import LetterTask
 from gisting.errors import GistError
 from gisting.eval.metrics import exact_match
 from gisting.generation import compress, generate
+from gisting.markdown import markdown_table
 from gisting.measure.progress import tracked
-from gisting.measure.rows import append_row, markdown_table
 from gisting.models.load import load
 from gisting.models.mode import evaluating
 from gisting.models.patch import require_patched
@@ -39,16 +36,17 @@ from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
 
-__all__ = ["StorageRow", "measure", "storage_table"]
+__all__ = ["StorageRow", "main", "measure", "storage_table"]
 
 BATCH_SIZE = 64
-HEADER = ("storage", "file bytes", "of them states", "logit error, mean", "max", "KL, nats", "exact match")
+HEADER = ("storage", "file bytes", "of which states", "logit error, mean", "max", "KL, nats", "exact match")
 
 
 @dataclass(frozen=True)
 class StorageRow:
-    """One storage. Bytes are means over the prompts, one prompt in a file; errors are absolute, against the states as
-    they are; ``kl`` is KL(as they are || as stored) in nats, averaged over the places; ``exact_match`` is in 0..1.
+    """One storage. Bytes are means over the prompts, with one prompt in a file. Errors are absolute, against the states
+    without loss; ``kl`` is KL(without loss || as stored) in nats, averaged over the positions; ``exact_match`` is in
+    0..1.
     """
 
     storage: str
@@ -59,7 +57,7 @@ class StorageRow:
     logit_error_max: float
     kl: float
     exact_match: float
-    logit_mean: float  # of the absolute logits as they are, to judge the errors by
+    logit_mean: float  # of the absolute logits without loss, to judge the errors by
     num_gist_tokens: int
     num_prompts: int
     num_records: int
@@ -72,32 +70,29 @@ def measure(
     tokenizer: GistTokenizer,
     records: Sequence[Record],
     num_gist_tokens: int = 2,
-    *,
-    progress: Callable[[str], Any] | None = None,
 ) -> list[StorageRow]:
-    """Every storage over the same records.
+    """Measure every storage over the same records, with a progress bar.
 
     Args:
         model: a patched decoder that was trained to gist.
         tokenizer: the tokenizer it was patched for.
-        records: what is answered; the instruction is the prompt, the output is the reference.
+        records: to answer; the instruction is the prompt, the output is the reference.
         num_gist_tokens: k.
-        progress: called with the name of each storage before it is measured.
 
     Returns:
         A row for each of ``gisting.storage.STORAGES``.
 
     Raises:
-        GistError: there is no record, the model is an encoder-decoder or its dtype is no storage, or the states kept as
-            they are do not give the logits that they gave before.
+        GistError: there is no record, the model is an encoder-decoder, its dtype is not one of the storages, or the
+            states stored without loss change a logit.
     """
     if not records:
-        raise GistError("records is empty; give at least one")
+        raise GistError("records is empty; pass at least one")
     if require_patched(model, tokenizer).is_encoder_decoder:
-        raise GistError("measure compares logits behind a decoder's cache, which an encoder-decoder does not have")
+        raise GistError("measure compares logits after a decoder's cache, which an encoder-decoder does not have")
     own = str(input_weight(model).dtype).removeprefix("torch.")
     if own not in storage.STORAGES:
-        raise GistError(f"the model must be of a dtype that is also a storage, got {own}; load it with dtype='float32'")
+        raise GistError(f"the model's dtype must be one of the storages, got {own}; load it with dtype='float32'")
     prompts = list(dict.fromkeys(record.instruction for record in records))
     cache = compress(model, tokenizer, prompts, num_gist_tokens, batch_size=BATCH_SIZE)
     place = {prompt: row for row, prompt in enumerate(prompts)}
@@ -106,8 +101,6 @@ def measure(
     expected = _logits(model, tokenizer, cache.select(rows), records)
     found = []
     for name in tracked(storage.STORAGES, "measuring"):
-        if progress is not None:
-            progress(name)
         stored, file_bytes, tensor_bytes = _through_files(cache, name)
         stored = stored.to(device).select(rows)
         logits = _logits(model, tokenizer, stored, records)
@@ -141,15 +134,15 @@ def measure(
 
 
 def storage_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the JSONL file as Markdown."""
+    """Format rows of the JSONL file as Markdown."""
     lines = markdown_table(HEADER, [_cells(row) for row in rows])
     first = rows[0]
     lines += [
         "",
         f"{first['num_prompts']} prompts, one in a file, k = {first['num_gist_tokens']}; {first['num_records']:,} "
-        f"records of instructions that training never used, {first['num_places']:,} places of their answers, where "
-        f"logits are {first['logit_mean']:.1f} in the mean (absolute). Model and states in {first['dtype']}, which is "
-        f"the baseline ({first['device']}, torch {first['torch']}, transformers {first['transformers']}).",
+        f"records of instructions that training never used, {first['num_places']:,} positions of their answers, where "
+        f"the mean absolute logit is {first['logit_mean']:.1f}. Model and states in {first['dtype']}, which is "
+        f"the baseline ({where(first, 'torch', 'transformers')}).",
     ]
     return "\n".join(lines)
 
@@ -170,15 +163,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _through_files(cache: GistCache, name: str) -> tuple[GistCache, int, int]:
-    """The cache as it comes back from a file for each prompt, and the bytes of all files and of their tensors."""
+    """Save and load the cache, one file for each prompt; return it with the bytes of all files and of their tensors."""
     parts, file_bytes, tensor_bytes = [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
         for row in range(len(cache)):
             path = Path(folder) / f"{row}.safetensors"
             cache[row].save(path, name)
-            told = storage.inspect(path)
-            file_bytes += told["file_bytes"]
-            tensor_bytes += told["tensor_bytes"]
+            found = storage.inspect(path)
+            file_bytes += found["file_bytes"]
+            tensor_bytes += found["tensor_bytes"]
             parts.append(GistCache.load(path))
         return GistCache.cat(parts), file_bytes, tensor_bytes
 
@@ -190,7 +183,7 @@ def _batches(cache: GistCache, records: Sequence[Record]) -> Iterator[tuple[Gist
 
 
 def _logits(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, records: Sequence[Record]) -> Tensor:
-    """float32 ``(places, vocabulary)``: where each token of each reference answer is predicted."""
+    """The float32 logits ``(positions, vocabulary)`` that predict each token of each reference answer."""
     device = input_weight(model).device
     found = []
     with evaluating(model), torch.inference_mode():
@@ -208,7 +201,7 @@ def _logits(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, 
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, states.num_slots :],
                 **{cache_argument(): states.as_past_key_values()},
             ).logits
-            # A token is predicted one column before it stands.
+            # A token is predicted one column before its own.
             found += [
                 row[len(head) - 1 : len(head) - 1 + len(tail)].float().cpu()
                 for row, head, tail in zip(logits, before, answers, strict=True)
@@ -219,7 +212,7 @@ def _logits(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, 
 def _answers(
     model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, records: Sequence[Record]
 ) -> list[str]:
-    """Greedy, and no longer than the longest reference."""
+    """Answer greedily, with at most as many tokens as the longest reference."""
     lengths = tokenizer.encode_completions([record.input for record in records], [record.output for record in records])
     return [
         text
@@ -236,30 +229,17 @@ def _answers(
     ]
 
 
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.storage", description="What each storage costs a checkpoint of `gisting demo`."
-    )
-    parser.add_argument("model", help="directory that `gisting demo` wrote")
-    parser.add_argument("--output", type=Path, help="JSONL file to which the rows are added")
-    parser.add_argument("--records", type=int, default=256, help="records of instructions that training never used")
-    parser.add_argument("--num-gist-tokens", type=int, default=2, help="k")
-    parser.add_argument("--seed", type=int, default=0, help="the demo's, which says what training never used")
-    options = parser.parse_args(arguments)
-    console = Console()
-    model, tokenizer = load(options.model)
-    records = LetterTask(seed=options.seed).records("unseen", options.records, options.seed + 1)
-    rows = measure(
-        model, tokenizer, records, options.num_gist_tokens, progress=lambda name: console.print(f"measuring {name}")
-    )
-    table = Table(*HEADER)
-    table.columns[0].no_wrap = True
-    for row in rows:
-        if options.output is not None:
-            append_row(options.output, {"command": "python -m benchmarks.storage", **asdict(row)})
-        table.add_row(*_cells(asdict(row)))
-    console.print(table)
+def main(
+    model: Annotated[str, typer.Argument(help="Directory that `gisting demo` wrote.")],
+    output: OutputOption = None,
+    records: Annotated[int, typer.Option(min=1, help="Records of instructions that training never used.")] = 256,
+    num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens.")] = 2,
+    seed: Annotated[int, typer.Option(help="The demo's seed, which decides what training never used.")] = 0,
+) -> None:
+    """Caches in few bits: bytes and accuracy of each storage, with a checkpoint of `gisting demo`.
 
-
-if __name__ == "__main__":
-    _main()
+    Example: python -m benchmarks storage runs/demo --output docs/results/storage.jsonl
+    """
+    rows = Rows("storage", output)
+    rows.add(measure(*load(model), LetterTask(seed=seed).records("unseen", records, seed + 1), num_gist_tokens))
+    rows.show(storage_table)

@@ -1,35 +1,35 @@
-"""A store of ten thousand prompts: how long it takes to fill and to open, and to hand out a random batch.
+"""Measure a store of ten thousand prompts: how long it takes to fill, to open, and to return a random batch.
 
-The states are random numbers in the shape of a model's, for their values change no time. A batch is handed out three
-ways: from files that this process has not opened yet (though the system has read them before), from open caches, and
-gathered from a table; nothing is reported unless all three give the states that were put in.
+The states are random numbers in the shape of a model's, because their values change no time. A batch is returned in
+three ways: from files that this process has not opened yet (though the system has read them before), from open caches,
+and gathered from a table. Nothing is reported unless all three return the states that were put in.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 
+from benchmarks.command import OutputOption, Rows, names, where
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
+from gisting.markdown import markdown_table, spread_cell
 from gisting.measure.progress import tracked
-from gisting.measure.rows import append_row, spread
+from gisting.measure.rows import spread
 from gisting.store import GistStore
 
-__all__ = ["SHAPES", "StoreRow", "measure", "store_table"]
+__all__ = ["SHAPES", "StoreRow", "main", "measure", "store_table"]
 
-# {name: (layers, key heads, head size)}: the tiny model of the tests, and one of about 100 million parameters.
+#: Layers, key heads and head size of the tests' tiny model, and of one with about 100 million parameters.
 SHAPES = {"tiny": (3, 2, 8), "small": (12, 4, 64)}
 NUM_GIST_TOKENS = 4
 BATCH_SIZE = 64
@@ -39,16 +39,16 @@ _ORIGIN = CacheOrigin("llama/000000000000", "000000000000", "plain", "gist")
 
 @dataclass(frozen=True)
 class StoreRow:
-    """One shape of states; of times of batches the median and quartiles."""
+    """One shape of states, with median and quartiles of the times of a batch."""
 
     shape: str
     num_caches: int
     state_bytes: int  # of one prompt, in memory
     file_bytes: int  # of all files
-    disk_bytes: int  # what the files and the index take on the disk
+    disk_bytes: int  # that the files and the index take on disk
     fill_s: float
     open_ms: float
-    table_s: float  # to load all of them into a table
+    table_s: float  # to load all caches into a table
     files_ms: float
     files_ms_low: float
     files_ms_high: float
@@ -67,17 +67,17 @@ class StoreRow:
 def measure(
     shape: str, directory: Path, *, num_caches: int = 10_000, repeats: int = 50, storage: str | None = None
 ) -> StoreRow:
-    """Fill a store and hand out random batches.
+    """Fill a store and read random batches from it.
 
     Args:
         shape: one of ``SHAPES``.
-        directory: where the store goes; it must not be there.
-        num_caches: how many prompts.
-        repeats: measured batches of each way.
+        directory: of the store; it must not exist.
+        num_caches: number of prompts.
+        repeats: measured batches for each way.
         storage: as for :class:`gisting.store.GistStore`.
 
     Raises:
-        GistError: a batch holds other states than were put in; or the shape is unknown.
+        GistError: a batch has other states than were put in, or the shape is unknown.
     """
     if shape not in SHAPES:
         raise GistError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
@@ -98,7 +98,7 @@ def measure(
     chance = random.Random(0)
     ways: dict[str, Callable[[list[str]], GistCache]] = {"open_caches": store.get, "gather": table.gather}
     times: dict[str, list[float]] = {"files": [], "open_caches": [], "gather": []}
-    for number in tracked(range(repeats), "handing out"):
+    for number in tracked(range(repeats), "reading"):
         rows = chance.sample(range(num_caches), min(BATCH_SIZE, num_caches))
         names = [_name(row) for row in rows]
         with GistStore(directory) as fresh:
@@ -137,26 +137,29 @@ def measure(
 
 
 def store_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the JSONL file as Markdown."""
+    """Format rows of the JSONL file as Markdown."""
     lines = [
-        "| prompts | states of one | storage | on disk | fill | open | batch of 64: from files | from open caches | "
-        "from a table |",
-        "|---|---|---|---|---|---|---|---|---|",
+        [
+            f"{row['num_caches']:,}",
+            f"{row['state_bytes'] / 1024:,.1f} KiB",
+            row["storage"],
+            f"{row['disk_bytes'] / 2**20:,.0f} MiB",
+            f"{row['fill_s']:.1f} s",
+            f"{row['open_ms']:.1f} ms",
+            *(spread_cell(row, f"{way}_ms", 2) for way in ("files", "open_caches", "gather")),
+        ]
+        for row in rows
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['num_caches']:,} | {row['state_bytes'] / 1024:,.1f} KiB | {row['storage']} | "
-            f"{row['disk_bytes'] / 2**20:,.0f} MiB | {row['fill_s']:.1f} s | {row['open_ms']:.1f} ms | "
-            f"{_spread(row, 'files')} | {_spread(row, 'open_caches')} | {_spread(row, 'gather')} |"
-        )
+    ways = ("batch of 64: from files", "from open caches", "from a table")
     first = rows[0]
-    lines += [
+    text = [
+        *markdown_table(("prompts", "states of one", "storage", "on disk", "fill", "open", *ways), lines),
         "",
-        f"k = {first['num_gist_tokens']}, random batches by name, handed out on the CPU; medians of "
-        f"{first['num_repeats']} in ms, quartiles in brackets. Files had been read before, so that they were in the "
-        f"system's memory ({first['device']}, {first['threads']} threads, torch {first['torch']}).",
+        f"k = {first['num_gist_tokens']}, random batches by name, on the CPU; medians of {first['num_repeats']} in ms, "
+        f"quartiles in brackets. The files had been read before, so they were in the system's memory "
+        f"({where(first, 'threads', 'torch')}).",
     ]
-    return "\n".join(lines)
+    return "\n".join(text)
 
 
 def _made(shape: str, number: int) -> GistCache:
@@ -186,49 +189,29 @@ def _timed(run: Callable[[], GistStore]) -> float:
 
 def _gate(way: str, found: GistCache, expected: GistCache, *, is_exact: bool) -> None:
     for have, want in zip((*found.keys, *found.values), (*expected.keys, *expected.values), strict=True):
-        # In few bits: within an eighth of the largest number, twice the error of float8_e4m3, the coarsest, which is a
-        # sixteenth of a number.
+        # With few bits: an eighth of the largest number is allowed. That is twice the error of the coarsest storage,
+        # float8_e4m3, which is a sixteenth of a number.
         allowed = 0.0 if is_exact else float(want.abs().max()) / 8
         if not float((have - want).abs().max()) <= allowed:
-            raise GistError(f"{way}: the states are not those that were put in; no time is reported")
+            raise GistError(f"{way}: the states differ from what was put in; no time is reported")
 
 
-def _spread(row: dict[str, Any], way: str) -> str:
-    return f"{row[f'{way}_ms']:,.2f} ({row[f'{way}_ms_low']:,.2f}–{row[f'{way}_ms_high']:,.2f})"
+def main(
+    output: OutputOption = None,
+    shapes: Annotated[str | None, typer.Option(help=f"Some of {', '.join(SHAPES)}, with commas between.")] = None,
+    caches: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 10_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured batches for each way.")] = 50,
+    storage: Annotated[str | None, typer.Option(help="How numbers are stored; by default without loss.")] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where stores are made and removed; by default a temporary directory.")
+    ] = None,
+) -> None:
+    """A store of ten thousand prompts: filling, opening, returning a batch.
 
-
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.store", description="Fill a store with random states and time handing them out."
-    )
-    parser.add_argument("--output", type=Path, default=Path("docs/results/store.jsonl"), help="JSONL file, added to")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="shapes of states")
-    parser.add_argument("--caches", type=int, default=10_000, help="how many prompts")
-    parser.add_argument("--repeats", type=int, default=50, help="measured batches of each way")
-    parser.add_argument("--storage", help="how numbers are stored; by default as they are")
-    parser.add_argument("--directory", type=Path, help="where stores are made and removed; by default temporary")
-    options = parser.parse_args(arguments)
-    table = Table("prompts", "shape", "storage", "fill, s", "open, ms", "files, ms", "open caches, ms", "table, ms")
-    for shape in options.shapes:
-        with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-            row = measure(
-                shape,
-                Path(folder) / "store",
-                num_caches=options.caches,
-                repeats=options.repeats,
-                storage=options.storage,
-            )
-        append_row(options.output, asdict(row))
-        table.add_row(
-            f"{row.num_caches:,}",
-            row.shape,
-            row.storage,
-            f"{row.fill_s:.1f}",
-            f"{row.open_ms:.1f}",
-            *(_spread(asdict(row), way) for way in ("files", "open_caches", "gather")),
-        )
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    _main()
+    Example: python -m benchmarks store --output docs/results/store.jsonl
+    """
+    rows = Rows("store", output, "cpu")
+    for shape in names("--shapes", shapes, tuple(SHAPES)):
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            rows.add([measure(shape, Path(folder) / "store", num_caches=caches, repeats=repeats, storage=storage)])
+    rows.show(store_table)

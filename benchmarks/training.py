@@ -1,11 +1,8 @@
-"""Training steps a second: a padded row for each completion, rows packed with several, or completions packed behind one
+"""Measure training steps: a padded row for each completion, rows packed with several, or completions packed after one
 copy of their prompt.
 
-All ways train the built-in task's model on the same completions, alternating in one process; a step is all of it:
-collating, forward, backward and the optimiser. No time is reported unless all have the same loss and gradients.
-``gisting bench training`` and ``python -m benchmarks.training`` are the same measurement.
-
-    gisting bench training --output docs/results/training.jsonl
+All layouts train the built-in task's model on the same completions, alternating in one process. A step includes
+collating, forward, backward and the optimiser. No time is reported unless all layouts have the same loss and gradients.
 """
 
 from __future__ import annotations
@@ -13,26 +10,29 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 from transformers import set_seed
 
+from benchmarks.command import OutputOption, Rows, numbers, where
 from gisting.data.collate import IGNORED, Example, GistCollator
 from gisting.data.packing import Document, GistPackingCollator
 from gisting.data.records import Record
 from gisting.data.tasks import LetterTask, task_tokenizer
+from gisting.demo import task_model
 from gisting.errors import GistError
+from gisting.markdown import markdown_table, spread_cell
 from gisting.measure.progress import tracked
-from gisting.measure.rows import markdown_table, new_figure, spread
-from gisting.measure.task import task_model
+from gisting.measure.rows import new_figure, spread
 from gisting.tokens import GistTokenizer
 
-__all__ = ["LAYOUTS", "TrainingRow", "measure", "measure_all", "plot", "result_table", "training_table"]
+__all__ = ["LAYOUTS", "TrainingRow", "main", "measure", "plot", "training_table"]
 
 NUM_GIST_TOKENS = 2
 LAYOUTS = ("padded", "packed", "shared prompt")
@@ -40,10 +40,9 @@ LAYOUTS = ("padded", "packed", "shared prompt")
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One way to lay out a step of ``num_prompts * per_prompt`` completions.
+    """One layout of a step of ``num_prompts * per_prompt`` completions.
 
-    ``num_tokens`` counts what is no padding, ``num_columns`` everything; times are in seconds a step, median and
-    quartiles.
+    ``num_tokens`` does not count padding. Times are in seconds per step, median and quartiles.
     """
 
     mode: str
@@ -68,16 +67,16 @@ def measure(
 
     Args:
         num_prompts: prompts of a step.
-        per_prompt: completions of each.
-        prompt_tokens: ids of a prompt; an instruction of the task is said over and over up to there.
-        repeats: measured rounds; in each, all ways take a step on the same completions.
-        warmup: rounds before that.
+        per_prompt: completions of each prompt.
+        prompt_tokens: ids of a prompt; an instruction of the task is repeated up to this length.
+        repeats: measured rounds; in each, all layouts take a step on the same completions.
+        warmup: unmeasured rounds before them.
 
     Returns:
         A row for each of ``LAYOUTS``.
 
     Raises:
-        GistError: a number is too small, or the ways differ in loss or gradients.
+        GistError: a number is too small, or the layouts differ in loss or gradients.
     """
     for name, value, low in (
         ("num_prompts", num_prompts, 1),
@@ -93,7 +92,7 @@ def measure(
         for number in range(repeats + warmup)
     ]
     longest = max(len(_ids(tokenizer, record)) for records in steps for record in records)
-    # A row for each prompt with its completions.
+    # One row holds a prompt with all its completions.
     whole = prompt_tokens + NUM_GIST_TOKENS + per_prompt * (longest - prompt_tokens - NUM_GIST_TOKENS)
     collators: dict[str, Callable[[list[Record]], dict[str, Tensor]]] = {
         "padded": GistCollator(tokenizer, NUM_GIST_TOKENS, max_length=longest),
@@ -140,28 +139,8 @@ def measure(
     return rows
 
 
-def measure_all(
-    prompt_tokens: Sequence[int], per_prompt: Sequence[int], completions: int = 64, repeats: int = 30
-) -> Iterator[TrainingRow]:
-    """:func:`measure` for every length of a prompt with every number of completions of it, a progress bar beside it.
-
-    Args:
-        prompt_tokens: ids of a prompt.
-        per_prompt: completions of a prompt.
-        completions: of a step, in all.
-        repeats: measured rounds.
-
-    Raises:
-        GistError: as :func:`measure`.
-    """
-    for length, shared in tracked(list(itertools.product(prompt_tokens, per_prompt)), "measuring"):
-        yield from measure(
-            num_prompts=max(1, completions // shared), per_prompt=shared, prompt_tokens=length, repeats=repeats
-        )
-
-
 class _OwnPrompts(GistPackingCollator):
-    """Packs as ever, but leaves each completion its own copy of the prompt."""
+    """Pack as usual, but with a copy of the prompt for each completion."""
 
     def _documents(self, examples: list[Example], instructions: list[int]) -> list[tuple[int, Document]]:
         alone = (
@@ -172,35 +151,11 @@ class _OwnPrompts(GistPackingCollator):
 
 
 def training_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the JSONL file as Markdown."""
-    _, columns, cells = result_table(rows)
-    lines = markdown_table(columns, cells)
-    first = rows[0]
-    lines += [
-        "",
-        f"Whole optimiser steps of the built-in task's model ({first['num_parameters'] / 1e6:.2f} million parameters), "
-        f"k = {NUM_GIST_TOKENS}, collating included; medians of {first['num_repeats']} alternating steps, quartiles in "
-        f"brackets ({first['device']}, {first['threads']} threads, torch {first['torch']}, transformers "
-        f"{first['transformers']}).",
-    ]
-    return "\n".join(lines)
-
-
-def result_table(rows: Sequence[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and lines."""
-    columns = [
-        "layout",
-        "prompts x completions",
-        "tokens of a prompt",
-        "tokens of a step",
-        "rows x length",
-        "ms a step",
-    ]
+    """Format rows of the JSONL file as Markdown."""
     lines = []
     padded: dict[str, Any] = {}
     for row in rows:
         padded = row if row["mode"] == "padded" else padded
-        ends = "–".join(f"{1000 * row[f'step_s_{end}']:.0f}" for end in ("low", "high"))
         lines.append(
             [
                 row["mode"],
@@ -208,20 +163,30 @@ def result_table(rows: Sequence[dict[str, Any]]) -> tuple[str, list[str], list[l
                 str(row["prompt_tokens"]),
                 f"{row['num_tokens']:,}",
                 f"{row['num_rows']} x {row['row_length']}",
-                f"{1000 * row['step_s']:.0f} ({ends})",
+                spread_cell(row, "step_s", 0, scale=1000),
                 f"{row['completions_per_s']:,.0f}",
                 f"{row['completions_per_s'] / padded['completions_per_s']:.1f}x",
             ]
         )
-    return "Training steps", [*columns, "completions a second", "against padded"], lines
+    sizes = ("prompts x completions", "tokens of a prompt", "tokens of a step", "rows x length")
+    columns = ("layout", *sizes, "ms per step", "completions per second", "against padded")
+    first = rows[0]
+    text = [
+        *markdown_table(columns, lines),
+        "",
+        f"Whole optimiser steps of the built-in task's model ({first['num_parameters'] / 1e6:.2f} million parameters), "
+        f"k = {NUM_GIST_TOKENS}, including collating; medians of {first['num_repeats']} alternating steps, quartiles "
+        f"in brackets ({where(first)}).",
+    ]
+    return "\n".join(text)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draw completions a second as bars, a group for each shape of a step.
+    """Draw completions per second as bars, a group for each shape of a step.
 
     Args:
-        rows: as :func:`gisting.measure.rows.read_rows` gives them.
-        path: an image; its ending says which kind.
+        rows: as :func:`gisting.measure.rows.read_rows` returns them.
+        path: of the image; its suffix chooses the format.
 
     Raises:
         GistError: matplotlib is not installed.
@@ -240,7 +205,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
         axis.bar(places, [row["completions_per_s"] for row in shown], width, label=layout)
     labels = [f"{tokens} tokens\n{prompts} x {each}" for tokens, prompts, each in shapes]
     axis.set_xticks([place + (len(layouts) - 1) * width / 2 for place in range(len(shapes))], labels)
-    axis.set_ylabel("completions a second")
+    axis.set_ylabel("completions per second")
     axis.set_xlabel("tokens of a prompt, prompts x completions")
     axis.legend()
     first = rows[0]
@@ -251,7 +216,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
 def _step_records(
     task: LetterTask, tokenizer: GistTokenizer, num_prompts: int, per_prompt: int, prompt_tokens: int, seed: int
 ) -> list[Record]:
-    """Completions of a step, those of a prompt together; every prompt has ``prompt_tokens`` ids."""
+    """Draw the completions of a step, grouped by prompt; every prompt has ``prompt_tokens`` ids."""
     around = tokenizer.encode_prompts(["a"], 1)[0].gist_start - 1
     found: dict[str, list[Record]] = {}
     for record in task.records("seen", 100 * num_prompts * per_prompt, seed):
@@ -261,7 +226,9 @@ def _step_records(
             group.append(record)
     full = {prompt: group for prompt, group in found.items() if len(group) == per_prompt}
     if len(full) < num_prompts:
-        raise GistError(f"num_prompts must be at most {len(full)}, the instructions of the task, got {num_prompts}")
+        raise GistError(
+            f"num_prompts must be at most {len(full)}, the number of the task's instructions, got {num_prompts}"
+        )
     return [
         replace(record, instruction=prompt)
         for prompt, group in itertools.islice(full.items(), num_prompts)
@@ -274,7 +241,7 @@ def _ids(tokenizer: GistTokenizer, record: Record) -> list[int]:
 
 
 def _gate(model: Any, batches: dict[str, dict[str, Tensor]]) -> None:
-    """The same completions, the same loss, the same gradients."""
+    """Check that all layouts have the same completions, the same loss and the same gradients."""
     losses, gradients, counts = [], [], []
     for batch in batches.values():
         model.zero_grad()
@@ -290,3 +257,27 @@ def _gate(model: Any, batches: dict[str, dict[str, Tensor]]) -> None:
         raise GistError(
             f"the layouts differ: {counts} labels, losses {losses}, gradients by {apart:.1e}; no time is reported"
         )
+
+
+def main(
+    prompt_tokens: Annotated[str, typer.Option(help="Tokens of a prompt, with commas between.")] = "16,64,256",
+    per_prompt: Annotated[str, typer.Option(help="Completions of a prompt, with commas between.")] = "1,8",
+    completions: Annotated[int, typer.Option(min=1, help="Completions of a step.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured steps of each layout.")] = 30,
+    output: OutputOption = None,
+    image: Annotated[
+        Path | None, typer.Option("--plot", help="Image file for a plot, such as rows.png; needs matplotlib.")
+    ] = None,
+) -> None:
+    """Training steps: padded rows, packed rows, and completions packed after shared prompts.
+
+    Example: python -m benchmarks training --prompt-tokens 64 --per-prompt 8
+    """
+    rows = Rows("training", output, "cpu")
+    shapes = itertools.product(numbers("--prompt-tokens", prompt_tokens), numbers("--per-prompt", per_prompt))
+    for length, shared in tracked(list(shapes), "measuring"):
+        num_prompts = max(1, completions // max(1, shared))
+        rows.add(measure(num_prompts=num_prompts, per_prompt=shared, prompt_tokens=length, repeats=repeats))
+    rows.show(training_table)
+    if image is not None:
+        plot(rows.rows, image)

@@ -1,20 +1,20 @@
-"""Requests per second and time to the first token in vLLM: no cache, prefix caching, gists.
+"""Measure requests per second and the time to the first token in vLLM: no cache, prefix caching, gists.
 
-A small LLaMA with random weights, prompts of random ids and an input of 16: what is measured is work, not answers.
-Each configuration runs in a process of its own, at several numbers of requests in flight. Before a time is reported,
-every configuration must give transformers' greedy tokens to the first request, with as many in flight as are timed.
+A small LLaMA with random weights gets prompts of random ids and inputs of 16 ids, because the work is measured, not the
+answers. Each configuration runs in a process of its own, at several numbers of requests in flight. Before a time is
+reported, every configuration must give transformers' greedy tokens to the first request, with as many requests in
+flight as are timed.
 
-Four configurations, with what a server would have: ``none`` keeps nothing of earlier requests; ``prefix`` has every
-prompt in vLLM's own cache; ``prefix, overflowing`` has room for half of the prompts, and for requests in flight within
-it; ``gist`` loads k tokens from a store, and is given less room than the others. Prompts come in an order of chance,
-for by turns a cache that is too small would never hold the next one. vLLM caches whole blocks, so what a prompt has in
-its last one is computed for each request: the longest prompts are timed with small blocks as well. The gists of all
-prompts but the first are random numbers: they take the time of gists, and say nothing.
+The four configurations correspond to what a server would have. ``none`` keeps nothing of earlier requests. ``prefix``
+has every prompt in vLLM's own cache. ``prefix, overflowing`` has room for half of the prompts, including the requests
+in flight. ``gist`` loads k tokens from a store, and is given less room than the others. Prompts come in random order,
+because in a cyclic order a cache that is too small would never have the next one. vLLM caches whole blocks, so the part
+of a prompt in its last block is computed for each request; the longest prompts are therefore timed with small blocks
+too. The gists of all prompts but the first are random numbers: they take the time of gists, and mean nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -25,40 +25,40 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from benchmarks.command import OutputOption, Rows, numbers, where
 from benchmarks.vllm_load import LoadTask
 from gisting._compat import cache_argument
 from gisting.cache import GistCache
 from gisting.errors import GistError
 from gisting.generation import compress
+from gisting.markdown import markdown_table
+from gisting.measure.models import random_llama
 from gisting.measure.progress import tracked
-from gisting.measure.rows import append_row
 from gisting.models.hub import save_pretrained
-from gisting.models.patch import patch
 from gisting.serving.gists import with_placeholders
 from gisting.store import GistStore
 from gisting.tokens import GistTokenizer
 
-__all__ = ["CONFIGURATIONS", "Setup", "VllmRow", "make_setup", "measure", "vllm_highlights", "vllm_table"]
+__all__ = ["CONFIGURATIONS", "Setup", "VllmRow", "main", "make_setup", "measure", "vllm_highlights", "vllm_table"]
 
 CONFIGURATIONS = ("none", "prefix", "prefix, overflowing", "gist")
 NUM_WORDS = 509
 INPUT_LENGTH = 16
-BLOCK_SIZE = 128  # what vLLM takes on a CPU
-SMALL_BLOCK_SIZE = 32  # the least that its attention does there: more of a prompt ends at the end of a block
-_MARGIN = 4  # blocks of a request beside its prompt
+BLOCK_SIZE = 128  # vLLM's own choice on a CPU
+SMALL_BLOCK_SIZE = 32  # the smallest that its attention supports there, so that more of a prompt is in full blocks
+_MARGIN = 4  # blocks of a request besides its prompt
 
 
 @dataclass(frozen=True)
 class VllmRow:
-    """One configuration at one concurrency; times to the first token, of all runs, in milliseconds."""
+    """One configuration at one concurrency. Times to the first token are over all runs, in milliseconds."""
 
     configuration: str
     block_size: int  # positions
@@ -70,8 +70,8 @@ class VllmRow:
     requests_per_s_high: float
     first_token_p50_ms: float
     first_token_p99_ms: float
-    hit_rate: float  # share of the ids that vLLM's own cache held
-    kv_bytes_per_prompt: int  # what a cached prompt takes in the paged cache
+    hit_rate: float  # share of the ids found in vLLM's own cache
+    kv_bytes_per_prompt: int  # that a cached prompt takes in the paged cache
     cache_bytes: int  # the whole paged cache
     num_requests: int  # of a run
     num_repeats: int
@@ -84,17 +84,17 @@ class VllmRow:
 
 @dataclass(frozen=True)
 class Setup:
-    """A checkpoint, its prompts and their gists on the disk.
+    """A checkpoint, its prompts and their gists on disk.
 
     Args:
-        folder: ``model`` and ``store`` are in it.
+        folder: contains ``model`` and ``store``.
         prompts: ids of each prompt.
         num_gist_tokens: k.
         num_parameters: of the model.
         token_bytes: keys and values of one token.
-        input: ids of the input that is checked behind the first prompt, and behind its gist.
-        answer: what transformers answers to it behind the gist.
-        plain_answer: the same behind the prompt.
+        input: ids of the input that is checked after the first prompt, and after its gist.
+        answer: transformers' answer to it after the gist.
+        plain_answer: transformers' answer to it after the prompt.
     """
 
     folder: Path
@@ -119,18 +119,18 @@ def make_setup(
     head_size: int = 64,
     seed: int = 0,
 ) -> Setup:
-    """Write checkpoint and store, and ask transformers for what is checked later.
+    """Write checkpoint and store, and generate with transformers the answers that are checked later.
 
     Args:
         folder: an empty directory.
         prompt_length: ids of each prompt.
-        num_prompts: how many.
+        num_prompts: number of prompts.
         num_gist_tokens: k.
         num_new_tokens: length of the answer that is checked.
         num_layers: of the model.
         hidden_size: of the model.
-        head_size: of the model; vLLM's CPU attention does 32, 64, 128 and more.
-        seed: of weights and prompts.
+        head_size: of the model; vLLM's CPU attention supports 32, 64, 128 and more.
+        seed: of the prompts.
     """
     words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *map(str, range(NUM_WORDS))])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -138,25 +138,18 @@ def make_setup(
     tokenizer = GistTokenizer(
         PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"), "plain"
     )
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=hidden_size,
+    model: Any = random_llama(
+        hidden_size,
+        num_layers,
+        num_heads=hidden_size // head_size,
         intermediate_size=hidden_size * 11 // 4,
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // head_size,
-        head_dim=head_size,
-        max_position_embeddings=4096,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(seed)
-    model: Any = LlamaForCausalLM(config).eval()
+        vocabulary=len(words),
+        tokenizer=tokenizer,
+    )[0].eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)  # attention that is far from uniform, so that a wrong gist shows
-    patch(model, tokenizer)
     save_pretrained(model, tokenizer, folder / "model")
     chance = random.Random(seed)
     texts = [" ".join(str(chance.randrange(NUM_WORDS)) for _ in range(prompt_length)) for _ in range(num_prompts)]
@@ -204,22 +197,22 @@ def measure(
     max_s: float = 100.0,
     seed: int = 0,
 ) -> list[VllmRow]:
-    """Time configurations in turn, each time in a fresh process, for two runs of one differ more than its requests do.
+    """Time the configurations alternately, each run in a fresh process, because runs differ more than requests do.
 
     Args:
-        setup: what :func:`make_setup` made.
+        setup: from :func:`make_setup`.
         configurations: names of ``CONFIGURATIONS``, each with the positions in a block of the paged cache.
-        concurrencies: how many requests are in flight.
-        min_requests: at each of them, and at least three times as many as are in flight.
+        concurrencies: numbers of requests in flight.
+        min_requests: of a run; at least three times the requests in flight are made.
         repeats: runs of each configuration.
-        max_s: a configuration that has been timed for as many seconds is not run again.
-        seed: of inputs and of the order of prompts, the same for every configuration.
+        max_s: a configuration that has been timed for this many seconds is not run again.
+        seed: of the inputs and of the order of the prompts, the same for every configuration.
 
     Returns:
         A row for each configuration and concurrency.
 
     Raises:
-        GistError: there is no such configuration; vLLM gave other tokens than transformers; or it failed.
+        GistError: a configuration is unknown, vLLM gave other tokens than transformers, or vLLM failed.
     """
     if strange := [name for name, _ in configurations if name not in CONFIGURATIONS]:
         raise GistError(f"configuration must be one of {', '.join(CONFIGURATIONS)}, got {strange[0]!r}")
@@ -255,12 +248,12 @@ def _task(
     num_requests: list[int],
     seed: int,
 ) -> LoadTask:
-    """The engine of a configuration, and what it is asked."""
+    """The engine of a configuration and its requests."""
     is_gist = configuration == "gist"
     num_prompts = len(setup.prompts)
     longest = _held(setup, configuration) + INPUT_LENGTH + len(setup.answer)
     blocks = math.ceil(longest / block_size)
-    # Each request in flight needs its own; beside them lies what is kept.
+    # Each request in flight needs blocks of its own, in addition to what is kept.
     num_blocks = max(concurrencies) * (blocks + _MARGIN)
     if configuration == "prefix":
         num_blocks = num_prompts * blocks + max(concurrencies) * _MARGIN * 2
@@ -275,7 +268,7 @@ def _task(
 
     warm = [request(number, setup.input) for number in range(num_prompts)]
 
-    def by_chance(count: int) -> list[tuple[list[int], str | None]]:
+    def random_requests(count: int) -> list[tuple[list[int], str | None]]:
         return [
             request(chance.randrange(num_prompts), [chance.randrange(3, NUM_WORDS + 3) for _ in range(INPUT_LENGTH)])
             for _ in range(count)
@@ -289,20 +282,20 @@ def _task(
         block_size=block_size,
         concurrencies=list(concurrencies),
         warm=warm,
-        # Others for each number in flight: the same ones again would find just their prompts in the cache.
-        requests=[[request(0, setup.input), *by_chance(count - 1)] for count in num_requests],
+        # Different requests for each concurrency: the same ones would find exactly their prompts in the cache.
+        requests=[[request(0, setup.input), *random_requests(count - 1)] for count in num_requests],
         num_new_tokens=len(setup.answer),
         max_model_len=longest + block_size,
     )
 
 
 def _held(setup: Setup, configuration: str) -> int:
-    """Positions of the paged cache that stand for a prompt."""
+    """Positions of the paged cache that hold a prompt."""
     return setup.num_gist_tokens if configuration == "gist" else len(setup.prompts[0])
 
 
 def _row(setup: Setup, found: tuple[str, int], task: LoadTask, cells: list[dict[str, Any]]) -> VllmRow:
-    """One concurrency of one configuration, from its runs."""
+    """The row of one concurrency of one configuration, from its runs."""
     configuration, block_size = found
     times = sorted(1000 * seconds for cell in cells for seconds in cell["first_token_s"])
     rates = [cell["requests_per_s"] for cell in cells]
@@ -331,17 +324,16 @@ def _row(setup: Setup, found: tuple[str, int], task: LoadTask, cells: list[dict[
 
 
 def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the JSONL file as Markdown: a line for each configuration, and how many times a gist's throughput is."""
+    """Format rows of the JSONL file as Markdown: a line for each configuration, with the gist's throughput over it."""
     groups: dict[tuple[int, int, str, int], dict[int, dict[str, Any]]] = {}
     for row in rows:
         key = (row["prompt_length"], row["num_prompts"], row["configuration"], row["block_size"])
         groups.setdefault(key, {})[row["concurrency"]] = row
     concurrencies = sorted({row["concurrency"] for row in rows})
-    heads = [f"{number} in flight: requests/s | first token p50 / p99, ms" for number in concurrencies]
-    lines = [
-        f"| prompt | prompts | cache | block | bytes of a prompt | {' | '.join(heads)} |",
-        "|---|---|---|---|---|" + "---|---|" * len(concurrencies),
+    heads = [
+        head for number in concurrencies for head in (f"{number} in flight: requests/s", "first token p50 / p99, ms")
     ]
+    lines = []
     for (length, prompts, configuration, block_size), cells in groups.items():
         gist = groups.get((length, prompts, "gist", block_size), {})
         parts = []
@@ -357,7 +349,7 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
                 speed += f", gist {gist[number]['requests_per_s'] / cell['requests_per_s']:.1f}x"
             parts += [speed, f"{cell['first_token_p50_ms']:,.0f} / {cell['first_token_p99_ms']:,.0f}"]
         held = next(iter(cells.values()))["kv_bytes_per_prompt"]
-        lines.append(f"| {length:,} | {prompts} | {configuration} | {block_size} | {held:,} | {' | '.join(parts)} |")
+        lines.append([f"{length:,}", str(prompts), configuration, str(block_size), f"{held:,}", *parts])
     first = rows[0]
     hits = {
         number: f"{100 * row['hit_rate']:.0f} %"
@@ -367,44 +359,44 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
     }
     waits = sum(row["num_preemptions"] for row in rows if row["configuration"] == "prefix, overflowing")
     overflowing = (
-        f" The cache that overflows held {', '.join(hits.values())} of the ids; requests in flight, which take their "
-        f"room from the same pages, were put off {waits} times."
+        f" The overflowing cache held {', '.join(hits.values())} of the ids; requests in flight, which take their room "
+        f"from the same pages, were preempted {waits} times."
         if hits
         else ""
     )
     counts = {row["concurrency"]: row["num_requests"] for row in rows}
     asked = ", ".join(f"{counts[number]} with {number} in flight" for number in concurrencies)
-    lines += [
+    text = [
+        *markdown_table(("prompt", "prompts", "cache", "block", "bytes of a prompt", *heads), lines),
         "",
         f"k = {first['num_gist_tokens']}, inputs of {INPUT_LENGTH} tokens, answers of {first['num_new_tokens']}, a "
         f"LLaMA of {first['num_parameters'] / 1e6:.0f} million parameters in float32; requests of a run: {asked}, "
-        f"prompts in an order of chance. Medians of runs in processes of their own that take turns, the least and the "
-        f"greatest in brackets; what stands without brackets was run once.{overflowing} Of fewer than "
-        f"100 requests p99 is the slowest ({first['device']}, {first['threads']} threads, vLLM {first['vllm']}, torch "
-        f"{first['torch']}).",
+        "prompts in random order. Medians of alternating runs in processes of their own, the minimum and the maximum "
+        f"in brackets; numbers without brackets are from one run.{overflowing} With fewer than 100 requests, p99 is "
+        f"the slowest ({where(first, 'threads', 'torch')}, {first['vllm']}).",
     ]
-    return "\n".join(lines)
+    return "\n".join(text)
 
 
 def vllm_highlights(rows: Sequence[dict[str, Any]]) -> str:
-    """How many times the requests a second of another way gists give, as Markdown; with the same blocks."""
+    """Format as Markdown the requests per second with gists over those of each other configuration, at equal block
+    sizes.
+    """
     names = ("configuration", "block_size", "prompt_length", "num_prompts", "concurrency")
     by_cell = {tuple(row[name] for name in names): row for row in rows}
     cells = {key: row["requests_per_s"] for key, row in by_cell.items()}
     concurrencies = sorted({row["concurrency"] for row in rows})
-    lines = [
-        f"| prompts x tokens | against | {' | '.join(f'{number} in flight' for number in concurrencies)} |",
-        "|---|---|" + "---|" * len(concurrencies),
-    ]
+    lines = []
     for configuration, block_size, length, prompts in dict.fromkeys(key[:4] for key in cells):
         if configuration != "gist":
-            wheres = [(block_size, length, prompts, number) for number in concurrencies]
-            gains = " | ".join(f"{cells['gist', *where] / cells[configuration, *where]:.1f}x" for where in wheres)
+            places = [(block_size, length, prompts, number) for number in concurrencies]
+            gains = (f"{cells['gist', *place] / cells[configuration, *place]:.1f}x" for place in places)
             name = configuration if block_size == BLOCK_SIZE else f"{configuration}, blocks of {block_size}"
-            if any(by_cell[configuration, *where]["num_repeats"] == 1 for where in wheres):
+            if any(by_cell[configuration, *place]["num_repeats"] == 1 for place in places):
                 name += " (run once)"
-            lines.append(f"| {prompts} x {length:,} | {name} | {gains} |")
-    return "\n".join(lines)
+            lines.append([f"{prompts} x {length:,}", name, *gains])
+    columns = ("prompts x tokens", "against", *(f"{number} in flight" for number in concurrencies))
+    return "\n".join(markdown_table(columns, lines))
 
 
 def _in_a_process(task: LoadTask) -> list[dict[str, Any]]:
@@ -433,30 +425,29 @@ def _vllm_version() -> str:
     return "unknown"
 
 
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.vllm",
-        description="Time vLLM under load without a cache, with its own, with gists.",
-    )
-    parser.add_argument("--output", type=Path, help="JSONL file that the rows are added to")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[26, 512, 1500], help="ids of a prompt")
-    parser.add_argument("--concurrencies", nargs="+", type=int, default=[1, 8, 32], help="requests in flight")
-    parser.add_argument("--prompts", type=int, default=1, help="prompts that every cache holds; 0 for none")
-    parser.add_argument("--many", type=int, default=40, help="prompts of which prefix caching holds half; 0 for none")
-    parser.add_argument("--requests", type=int, default=32, help="at least so many, and three for each in flight")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each configuration, in turn")
-    parser.add_argument("--max-seconds", type=float, default=100, help="no further run of what was timed for so long")
-    parser.add_argument("--layers", type=int, default=8, help="layers of the model")
-    parser.add_argument("--hidden-size", type=int, default=512, help="width of the model")
-    parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer")
-    options = parser.parse_args(arguments)
-    table = Table("prompt", "prompts", "cache", "block", "in flight", "requests/s", "first token p50, ms", "p99, ms")
+def main(
+    output: OutputOption = None,
+    lengths: Annotated[str, typer.Option(help="Ids of a prompt, with commas between.")] = "26,512,1500",
+    concurrencies: Annotated[str, typer.Option(help="Requests in flight, with commas between.")] = "1,8,32",
+    prompts: Annotated[int, typer.Option(min=0, help="Prompts that every cache holds; 0 for none.")] = 1,
+    many: Annotated[int, typer.Option(min=0, help="Prompts of which prefix caching holds half; 0 for none.")] = 40,
+    requests: Annotated[int, typer.Option(help="The fewest requests, and three for each in flight.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each configuration.")] = 3,
+    max_seconds: Annotated[float, typer.Option(help="Repeat no configuration timed for this long.")] = 100.0,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 8,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
+) -> None:
+    """vLLM under load: without a cache, with its own, with gists.
+
+    Example: python -m benchmarks vllm --output docs/results/vllm.jsonl
+    """
+    rows, all_lengths = Rows("vllm", output), numbers("--lengths", lengths)
     usual = [("none", BLOCK_SIZE), ("prefix", BLOCK_SIZE), ("gist", BLOCK_SIZE)]
     small = [("prefix", SMALL_BLOCK_SIZE), ("gist", SMALL_BLOCK_SIZE)]
-    longest = max(options.lengths)
-    plan = [(length, options.prompts, usual + small * (length == longest)) for length in options.lengths]
-    if options.many:
-        plan.append((longest, options.many, [("prefix, overflowing", BLOCK_SIZE), ("gist", BLOCK_SIZE)]))
+    longest = max(all_lengths)
+    plan = [(length, prompts, usual + small * (length == longest)) for length in all_lengths]
+    plan.append((longest, many, [("prefix, overflowing", BLOCK_SIZE), ("gist", BLOCK_SIZE)]))
     for length, num_prompts, configurations in plan:
         if num_prompts < 1:
             continue
@@ -465,33 +456,18 @@ def _main(arguments: Sequence[str] | None = None) -> None:
                 Path(folder),
                 prompt_length=length,
                 num_prompts=num_prompts,
-                num_new_tokens=options.new_tokens,
-                num_layers=options.layers,
-                hidden_size=options.hidden_size,
+                num_new_tokens=new_tokens,
+                num_layers=layers,
+                hidden_size=hidden_size,
             )
-            rows = measure(
-                setup,
-                configurations,
-                concurrencies=options.concurrencies,
-                min_requests=options.requests,
-                repeats=options.repeats,
-                max_s=options.max_seconds,
+            rows.add(
+                measure(
+                    setup,
+                    configurations,
+                    concurrencies=numbers("--concurrencies", concurrencies),
+                    min_requests=requests,
+                    repeats=repeats,
+                    max_s=max_seconds,
+                )
             )
-        for row in rows:
-            if options.output is not None:
-                append_row(options.output, {"command": "python -m benchmarks.vllm", **asdict(row)})
-            table.add_row(
-                f"{row.prompt_length:,}",
-                str(row.num_prompts),
-                row.configuration,
-                str(row.block_size),
-                str(row.concurrency),
-                f"{row.requests_per_s:.2f}",
-                f"{row.first_token_p50_ms:,.1f}",
-                f"{row.first_token_p99_ms:,.1f}",
-            )
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    _main()
+    rows.show(vllm_table)

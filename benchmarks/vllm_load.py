@@ -1,7 +1,7 @@
-"""An engine of vLLM under load, in this process: what :mod:`benchmarks.vllm` times, one configuration a process.
+"""Put a vLLM engine under load in this process; :mod:`benchmarks.vllm` starts one process for each configuration.
 
-Place in the flow: bench -> **load** -> vLLM. Keeps a number of requests in flight and notes when each begins to answer
-and when it has answered. Only what needs vLLM is here; models, prompts, tables and rows are the benchmark's.
+Place in the flow: vllm -> **vllm_load** -> vLLM. Keeps a number of requests in flight and records when each starts to
+answer and when it is done. Only what needs vLLM is here; models, prompts, tables and rows belong to the benchmark.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["LoadCell", "LoadTask", "run"]
 
 @dataclass(frozen=True)
 class LoadTask:
-    """One configuration of the engine, and what it is asked.
+    """One configuration of the engine and its requests.
 
     Args:
         model: directory of the checkpoint.
         store: directory of the gists, or None for an engine without them.
-        is_prefix_cached: whether vLLM keeps what it has computed.
-        num_blocks: of the paged cache.
+        is_prefix_cached: whether vLLM caches prefixes.
+        num_blocks: blocks of the paged cache.
         block_size: positions in a block.
-        concurrencies: how many requests are in flight, one after another.
-        warm: requests that come before the clock starts: ids and the name of a gist, or None.
-        requests: those that are timed, for each concurrency.
+        concurrencies: numbers of requests in flight, tried one after another.
+        warm: requests before the clock starts: ids, and the name of a gist or None.
+        requests: timed requests for each concurrency.
         num_new_tokens: length of each answer.
         max_model_len: the longest sequence.
     """
@@ -51,16 +51,16 @@ class LoadTask:
 
 @dataclass(frozen=True)
 class LoadCell:
-    """What one concurrency gave.
+    """The result of one concurrency.
 
     Args:
         concurrency: requests in flight.
-        num_requests: in all.
-        requests_per_s: of all requests.
-        first_token_s: from handing a request in to its first token, of each request.
+        num_requests: in total.
+        requests_per_s: over all requests.
+        first_token_s: for each request, from its submission to its first token.
         answers: ids of the answers, in the order of the requests.
-        num_preemptions: how often a request was put off.
-        hit_rate: share of the ids that vLLM's own cache held, of all that it looked up.
+        num_preemptions: how often a request was preempted.
+        hit_rate: share of the looked-up ids that vLLM's own cache held.
     """
 
     concurrency: int
@@ -73,7 +73,7 @@ class LoadCell:
 
 
 def run(task: LoadTask) -> list[LoadCell]:
-    """What each concurrency of ``task`` gave: the engine is made, warmed up and timed."""
+    """Make the engine, warm it up and time it; return a result for each concurrency of ``task``."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
@@ -109,9 +109,11 @@ def run(task: LoadTask) -> list[LoadCell]:
         gc.collect()
         before = _counts(llm)
         elapsed, first, answers = _answer_all(llm, task, requests, concurrency)
-        put_off, asked, hits = (now - then for now, then in zip(_counts(llm), before, strict=True))
+        preemptions, asked, hits = (now - then for now, then in zip(_counts(llm), before, strict=True))
         rate = hits / asked if asked else 0.0
-        cells.append(LoadCell(concurrency, len(requests), len(requests) / elapsed, first, answers, int(put_off), rate))
+        cells.append(
+            LoadCell(concurrency, len(requests), len(requests) / elapsed, first, answers, int(preemptions), rate)
+        )
     return cells
 
 

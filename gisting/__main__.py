@@ -1,6 +1,6 @@
-"""``python -m gisting``: the command line, where its script is not on the path.
+"""``python -m gisting``: the command line, for when the ``gisting`` script is not on the path.
 
-Place in the flow: above ``cli``, which it starts. Knows nothing else.
+Place in the flow: above ``cli``, which it starts.
 """
 
 from gisting.cli import main

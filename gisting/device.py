@@ -1,8 +1,9 @@
-"""What keeps the host from waiting for an accelerator: assertions there, and one copy where many would do.
+"""Keep the host from waiting for an accelerator: assert on the device, and copy a tensor to each device only once.
 
-Place in the flow: below whatever runs a model. To branch on a number that a device has computed, the host waits for all
-the work before it; an assertion is queued like any other work and costs no wait. Every assertion of the library goes
-through here, so that the limits of such messages are known in one place. Knows no model and no text.
+Place in the flow: below everything that runs a model. To branch on a number that a device has computed, the host must
+wait for all earlier work. An assertion on the device is queued like any other work, so the host does not wait. Every
+such assertion of the library is made here, where the limit of their messages is checked. Independent of models and
+text.
 """
 
 from __future__ import annotations
@@ -17,38 +18,43 @@ from gisting.errors import GistError
 
 __all__ = ["MAX_MESSAGE_BYTES", "assert_on_device", "on_each_device"]
 
-#: CUDA hands the message to its kernel in a buffer of fixed size. torch refuses one of 255 bytes and more, even where
-#: the assertion holds, and on CUDA alone (``aten/src/ATen/native/cuda/TensorCompare.cu``).
+#: The CUDA kernel takes the message in a buffer of fixed size. Only on CUDA, torch refuses a message of 255 bytes or
+#: more, even if the assertion holds (``aten/src/ATen/native/cuda/TensorCompare.cu``).
 MAX_MESSAGE_BYTES = 254
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
-    """Fail on the device unless ``condition`` holds; the host does not wait for the answer.
+    """Assert on the device that ``condition`` holds, without making the host wait.
 
-    On the CPU and under ``torch.compile`` for it, that is an error with this message. On a CUDA device the message goes
-    to standard error and the next call that waits for the device raises; the process can then no longer use the device.
-    So this is for what must never happen; what a user may well get wrong is checked before, on the host.
+    On the CPU, also under ``torch.compile``, a failed assertion is an error with this message. On a CUDA device the
+    message goes to standard error, the next call that waits for the device raises, and the process can no longer use
+    the device. So this is for conditions that must always hold; check likely mistakes of users beforehand, on the host.
 
     Args:
         condition: bool ``()``, on any device.
-        message: at most :data:`MAX_MESSAGE_BYTES` bytes in UTF-8; a constant of its module, for a test to check.
+        message: at most :data:`MAX_MESSAGE_BYTES` bytes in UTF-8. It must be a constant of its module, so that a test
+            can check its length.
 
     Raises:
-        GistError: the message is longer, on whatever device.
-        RuntimeError: from torch, where the condition does not hold.
+        GistError: the message is too long. This is checked on every device.
+        RuntimeError: raised by torch if the condition does not hold.
     """
     size = len(message.encode())
     if size > MAX_MESSAGE_BYTES:
         raise GistError(
-            f"message must be at most {MAX_MESSAGE_BYTES} bytes, the room that an assertion has on a CUDA device, "
-            f"got {size}; shorten it"
+            f"message must be at most {MAX_MESSAGE_BYTES} bytes, the limit of an assertion on a CUDA device, got "
+            f"{size}; shorten it"
         )
     torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def on_each_device(tensor: Tensor) -> Callable[[torch.device], Tensor]:
-    """``tensor``, of any shape and dtype, on the device that is asked for, copied there the first time alone.
+    """Return a function that gives ``tensor`` on a device, and copies it there only on the first call.
 
-    For what every layer of a model needs, whose layers may lie on several devices: each copy from the CPU is a wait.
+    For tensors that every layer of a model needs. The layers may be on several devices, and the host waits for each
+    copy.
+
+    Args:
+        tensor: any shape and dtype.
     """
     return functools.cache(tensor.to)

@@ -1,6 +1,6 @@
-"""Ragged rows as rectangles: the one place where ids are padded.
+"""Pad ragged rows of ids to a rectangle. No other module pads ids.
 
-Place in the flow: below the collators and the models. Knows lists of ids; knows no tokenizer.
+Place in the flow: below the collators and the models. Independent of tokenizers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ __all__ = ["pad_rows"]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one rectangle.
+    """Pad rows of ids to the length N of the longest.
 
     Args:
         rows: B lists of ids.
         pad: the id that fills short rows.
-        left: whether it stands before the ids or behind them.
+        left: whether to pad before the ids instead of after them.
 
     Returns:
-        int64 ``(B, N)``, N the longest row, and the bool ``(B, N)`` that is true at ids.
+        The padded ids, int64 ``(B, N)``, and a mask, bool ``(B, N)``, that is true at ids and false at padding.
     """
     width = max((len(row) for row in rows), default=0)
     filled = [

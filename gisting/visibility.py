@@ -1,18 +1,23 @@
-"""Who may see whom, as two integers per key.
+"""Masks as intervals: for each key, the range of query rows that see it.
 
-Place in the flow: text -> tokens -> **visibility** -> attention -> cache -> generation. Key ``j`` may be seen by the
-query rows ``first[j] <= i < end[j]`` and by nobody else. Every mask of the Gisting paper (arXiv 2304.08467, section 3
-and appendix A) is such a set of intervals, so a mask costs O(N) memory and never N x N:
+Place in the flow: text -> tokens -> **visibility** -> attention -> cache -> generation.
 
-         a b G c        rows see keys          key    a  b  G  c
-       a 1 . . .                               first  0  1  2  3
-       b 1 1 . .                               end    3  3  *  *       * = for ever
+Query row ``i`` sees key ``j`` if and only if ``first[j] <= i < end[j]``. Every mask of the Gisting paper (arXiv
+2304.08467, section 3 and appendix A) can be written this way, so a mask takes two integers per key instead of N x N
+bits. As an example, take a prompt ``a b``, its gist token ``G`` and a completion ``c``::
+
+         a b G c        1: the row sees the key      key    a  b  G  c
+       a 1 . . .                                     first  0  1  2  3
+       b 1 1 . .                                     end    3  3  *  *       * is FOREVER
        G 1 1 1 .
-       c . . 1 1                               the prompt a b ends with the gist G; c sees it through G alone
+       c . . 1 1
 
-A *condition* (gist, positive control, negative control) is a function that returns intervals; nothing downstream
-knows which one it was. This module knows nothing of models, text or attention: tensors in, tensors out, on any
-device, without a loop over rows.
+Row ``G`` (row 2) is the last that sees the prompt: the keys ``a`` and ``b`` end at row 3. Row ``c`` knows of the prompt
+only what ``G`` has gathered. The key ``G`` has no end, so every later row sees it.
+
+A *condition* (gist, positive control, negative control) is a function that returns such intervals. Whatever receives
+them does not need to know which condition made them. The functions here turn tensors into tensors, on any device and
+without a loop over rows, and are independent of text, models and the implementation of attention.
 """
 
 from __future__ import annotations
@@ -45,26 +50,26 @@ __all__ = [
     "positive",
 ]
 
-# The end of a key that outlives its sequence: what is appended later sees it. A plain number of rows would not do: in
-# a sequence that stops with its gist, the prompt ends at K as well, and yet nothing behind may see it.
+# The end of a key that rows appended after the sequence may see. The number of rows K could not say this: if a sequence
+# stops with its gist token, then its prompt ends at row K, yet rows appended later must see the gist token alone.
 FOREVER = 1 << 30
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Key ``j`` of row ``b`` is seen by the query rows ``first[b, j] <= i < end[b, j]``.
+    """The mask of a batch: query row ``i`` of sequence ``b`` sees key ``j`` where ``first[b, j] <= i < end[b, j]``.
 
     Args:
         first: int32, shape ``(B, K)``.
-        end: int32, shape ``(B, K)``; ``end <= first`` means that nobody sees the key (padding), and an end beyond K
-            that whatever is appended to the sequence, or a decoder that reads it, sees the key too; builders write
-            ``FOREVER``.
-        position_ids: int64, shape ``(B, K)``, or None. A position is the number of surviving tokens before the token;
-            tokens that will be hidden count back from their own gist, so that a cached gist stands at ``0 .. k-1``
-            whatever it was made from.
+        end: int32, shape ``(B, K)``. No row sees a key with ``end <= first``: it is padding. A key whose end is
+            greater than K survives the sequence: rows appended later see it, and so does a decoder that reads an
+            encoder's output. The builders below write ``FOREVER`` for such an end.
+        position_ids: int64, shape ``(B, K)``, or None. The position of a token is the number of surviving tokens before
+            it. A token that gets hidden counts backwards from its own gist instead. So a prompt's k gist tokens are
+            always at the positions ``0 .. k-1``, no matter how long the prompt was.
 
     Raises:
-        GistError: the tensors disagree in shape or are no integers.
+        GistError: the tensors have different shapes or are not integers.
     """
 
     first: Tensor
@@ -79,7 +84,7 @@ class Visibility:
                 )
         if self.first.shape != self.end.shape:
             raise GistError(
-                f"first and end must have one shape, got {tuple(self.first.shape)} and {tuple(self.end.shape)}"
+                f"first and end must have the same shape, got {tuple(self.first.shape)} and {tuple(self.end.shape)}"
             )
         if self.position_ids is not None and self.position_ids.shape != self.first.shape:
             raise GistError(
@@ -96,29 +101,28 @@ class Visibility:
 
     @property
     def num_keys(self) -> int:
-        """K, the number of keys of a sequence."""
+        """K, the number of keys in a sequence."""
         return self.first.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the intervals lie."""
+        """The device that holds the intervals."""
         return self.first.device
 
     def to(self, device: torch.device | str) -> Visibility:
-        """The same intervals on ``device``."""
+        """Move the intervals to ``device``."""
         positions = None if self.position_ids is None else self.position_ids.to(device)
         return Visibility(self.first.to(device), self.end.to(device), positions)
 
     def survivors(self) -> Tensor:
-        """Keys that a row appended after the last one sees: bool ``(B, K)``. These are what a cache keeps."""
+        """Find the keys that rows appended after the sequence see: bool ``(B, K)``. A cache keeps exactly these."""
         return self.end > self.num_keys
 
     def windowed(self, window: int) -> Visibility:
-        """Sliding window attention: a key is seen by at most ``window`` rows from its own on, ``end = min(end, j +
-        window)``.
+        """Apply a sliding window: only the ``window`` rows from the key's own row onwards see it.
 
         Args:
-            window: number of rows, counting the key's own, as ``sliding_window`` of a transformers config.
+            window: number of rows, counting the key's own row, like ``sliding_window`` in a transformers config.
 
         Raises:
             GistError: ``window`` is less than 1.
@@ -129,17 +133,15 @@ class Visibility:
         return Visibility(self.first, torch.minimum(self.end, index + window), self.position_ids)
 
     def for_cross_attention(self) -> Visibility:
-        """What rows behind the last one see, whichever they are: every survivor, always. For a decoder that reads an
-        encoder.
-        """
+        """Let every row see every survivor and nothing else. This is the mask of a decoder that reads an encoder."""
         first = torch.zeros_like(self.first)
         return Visibility(first, torch.where(self.survivors(), FOREVER, first))
 
     def last_keys(self, num_keys: int) -> Visibility:
-        """The intervals of the last ``num_keys`` keys, rows counted from the first of them.
+        """Keep the last ``num_keys`` keys, and count rows from the first of them.
 
         Raises:
-            GistError: there are fewer keys than that.
+            GistError: ``num_keys`` is negative or greater than K.
         """
         shift = self.num_keys - num_keys
         if shift < 0:
@@ -150,11 +152,10 @@ class Visibility:
         return Visibility(self.first[:, shift:] - shift, self.end[:, shift:] - shift, positions)
 
     def to_dense(self, num_rows: int | None = None) -> Tensor:
-        """The mask itself, bool ``(B, T, K)``: what the intervals stand for, in O(T K) memory. For oracles and
-        drawings.
+        """Write the mask out as bool ``(B, T, K)``, in O(T K) memory. For reference implementations and drawings.
 
         Args:
-            num_rows: T; the rows are the last T of the K (all of them by default). Where T > K, rows count from 0.
+            num_rows: T, by default K. The rows are the last T of the K rows; if T > K, they are counted from 0.
         """
         num_rows = self.num_keys if num_rows is None else num_rows
         start = max(self.num_keys - num_rows, 0)
@@ -162,47 +163,36 @@ class Visibility:
         return (rows >= self.first[:, None]) & (rows < self.end[:, None])
 
     def as_attention_mask(self) -> Tensor:
-        """The intervals as int32 ``(B, 1, 2, K)``, the form in which a patched model takes them as ``attention_mask``.
+        """Stack the intervals into int32 ``(B, 1, 2, K)``, which a patched model accepts as its ``attention_mask``.
 
-        transformers hands every 4-D mask through untouched, so this works with Trainer, checkpointing and FSDP as it
-        is.
+        transformers passes 4-D masks through unchanged, so this also works with Trainer, gradient checkpointing and
+        FSDP.
         """
         return torch.stack([self.first, self.end], dim=1)[:, None]
 
     @staticmethod
     def from_attention_mask(attention_mask: Tensor) -> Visibility:
-        """The inverse of :meth:`as_attention_mask`: ``attention_mask`` is int32 ``(B, 1, 2, K)``.
+        """Read the intervals back from what :meth:`as_attention_mask` made.
 
         Raises:
-            GistError: the mask is not int32 of shape ``(B, 1, 2, K)``.
+            GistError: ``attention_mask`` is not int32 of shape ``(B, 1, 2, K)``.
         """
         if not is_interval_mask(attention_mask):
             raise GistError(
-                "attention_mask must be int32 of shape (B, 1, 2, K), as Visibility.as_attention_mask() gives it, "
+                "attention_mask must be int32 of shape (B, 1, 2, K), as made by Visibility.as_attention_mask(), "
                 f"got {attention_mask.dtype} {tuple(attention_mask.shape)}"
             )
         return Visibility(attention_mask[:, 0, 0], attention_mask[:, 0, 1])
 
-    @staticmethod
-    def where(rows: Tensor, chosen: Visibility, other: Visibility) -> Visibility:
-        """Sequence by sequence: ``chosen`` where ``rows`` (bool ``(B,)``) is true, else ``other``."""
-        pick = rows.to(chosen.device)[:, None]
-        positions = None
-        if chosen.position_ids is not None and other.position_ids is not None:
-            positions = torch.where(pick, chosen.position_ids, other.position_ids)
-        return Visibility(
-            torch.where(pick, chosen.first, other.first), torch.where(pick, chosen.end, other.end), positions
-        )
-
     def draw(self, tokens: Sequence[str] | None = None, row: int = 0) -> str:
-        """The mask of sequence ``row`` drawn with ``1`` and ``.``, rows see keys.
+        """Draw the mask of one sequence, with ``1`` where the row sees the key and ``.`` where it does not.
 
         Args:
-            tokens: K labels; the key's number (modulo 10) where there are none.
-            row: which sequence of the batch.
+            tokens: K labels. Without them, each key is labelled with its index modulo 10.
+            row: index of the sequence in the batch.
 
         Raises:
-            GistError: there is no such row, or the labels are not K.
+            GistError: there is no such sequence, or the number of labels is not K.
         """
         self._check_labels(tokens, row)
         labels = [str(j % 10) for j in range(self.num_keys)] if tokens is None else [str(t) for t in tokens]
@@ -216,12 +206,12 @@ class Visibility:
         return "\n".join([head, *lines])
 
     def save_drawing(self, path: str | Path, tokens: Sequence[str] | None = None, row: int = 0) -> None:
-        """Draw the mask of sequence ``row`` as a PNG (needs the ``eval`` extra: matplotlib).
+        """Save the mask of one sequence as a PNG image. Needs matplotlib, which the ``eval`` extra installs.
 
         Args:
             path: file to write.
-            tokens: K labels for the axes, or None.
-            row: which sequence of the batch.
+            tokens: K labels for the axes, or None for no labels.
+            row: index of the sequence in the batch.
 
         Raises:
             GistError: as :meth:`draw`, or matplotlib is not installed.
@@ -230,7 +220,7 @@ class Visibility:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise GistError("drawing a PNG needs matplotlib; run: pip install 'gist-tokens[eval]'") from error
+            raise GistError("saving a PNG needs matplotlib; run: pip install 'gist-tokens[eval]'") from error
         side = min(max(2.0, 0.28 * self.num_keys), 24.0)
         figure = Figure(figsize=(side, side), layout="constrained")
         axes = figure.subplots()
@@ -249,11 +239,11 @@ class Visibility:
         if not 0 <= row < self.batch_size:
             raise GistError(f"row must be in 0..{self.batch_size - 1}, got {row}")
         if tokens is not None and len(tokens) != self.num_keys:
-            raise GistError(f"tokens must be {self.num_keys} labels, one per key, got {len(tokens)}")
+            raise GistError(f"tokens must have {self.num_keys} labels, one per key, got {len(tokens)}")
 
 
 def is_interval_mask(attention_mask: object) -> bool:
-    """Whether this is the tensor form of a :class:`Visibility`: int32 of shape ``(B, 1, 2, K)``."""
+    """Return whether this is the tensor form of a :class:`Visibility`: int32 of shape ``(B, 1, 2, K)``."""
     return (
         isinstance(attention_mask, Tensor)
         and attention_mask.dtype == torch.int32
@@ -266,15 +256,15 @@ def is_interval_mask(attention_mask: object) -> bool:
 
 
 def causal(padding: Tensor, *, documents: Tensor | None = None, branches: Tensor | None = None) -> Visibility:
-    """Plain causal attention over the tokens that are no padding.
+    """Ordinary causal attention, in which no row sees padding.
 
     Args:
-        padding: bool or integer ``(B, K)``, true or 1 for tokens, false or 0 for padding, on either side:
-            transformers' ``attention_mask``.
-        documents: int ``(B, K)``, or None: packed documents, equal numbers in a row are one document, none sees
-            another.
-        branches: int ``(B, K)``, or None: 0 for what all completions of a document share, then 1, 2, ... for each
-            completion; a completion sees what is shared and itself.
+        padding: bool or integer ``(B, K)``: true or 1 for tokens, false or 0 for padding, on either side. This is the
+            ``attention_mask`` of transformers.
+        documents: int ``(B, K)``, or None: which of several packed documents a token belongs to. Consecutive tokens
+            with equal numbers are one document, and documents do not see each other.
+        branches: int ``(B, K)``, or None: several completions of one shared beginning. The shared tokens have number
+            0, the completions have the numbers 1, 2, ...; a completion sees the shared tokens and itself.
     """
     _check_padding(padding)
     return _decoder(torch.zeros_like(padding, dtype=torch.bool), padding, documents, branches, _hide_nothing)
@@ -287,31 +277,31 @@ def gist(
     documents: Tensor | None = None,
     branches: Tensor | None = None,
 ) -> Visibility:
-    """Causal gist masking (Gisting, section 3.2): what precedes a gist span is hidden from everything behind it.
+    """Causal gist masking (Gisting, section 3.2): rows after a span of gist tokens do not see the tokens before it.
 
-    Several spans in one document, as a long prompt in chunks has them: each hides what stands between it and the span
-    before it, and all gist tokens stay. A chunk counts back from its own gist, so it may stand at positions of the
-    gists before it, which it sees all the same::
+    A long prompt may be compressed in chunks, each followed by a span of gist tokens. Then each span hides its own
+    chunk from later rows, while all gist tokens remain visible. The tokens of a chunk count their positions backwards
+    from their own gist tokens, so they may share positions with earlier gist tokens, which they see nevertheless::
 
              a  b  G  g  c  d  e  H  h  f
           a  1  .  .  .  .  .  .  .  .  .     position_ids   -2 -1  0  1 -1  0  1  2  3  4
           b  1  1  .  .  .  .  .  .  .  .
-          G  1  1  1  .  .  .  .  .  .  .     a b, c d e: the chunks of a prompt
-          g  1  1  1  1  .  .  .  .  .  .     G g, H h: their gists
-          c  .  .  1  1  1  .  .  .  .  .     f: the rest
+          G  1  1  1  .  .  .  .  .  .  .     a b and c d e are the chunks of a prompt,
+          g  1  1  1  1  .  .  .  .  .  .     G g and H h are their gist tokens,
+          c  .  .  1  1  1  .  .  .  .  .     f is the rest of the sequence
           d  .  .  1  1  1  1  .  .  .  .
           e  .  .  1  1  1  1  1  .  .  .
           H  .  .  1  1  1  1  1  1  .  .
           h  .  .  1  1  1  1  1  1  1  .
           f  .  .  1  1  .  .  .  1  1  1
 
-    A document without gist tokens is plainly causal.
+    Documents without gist tokens get ordinary causal attention.
 
     Args:
         is_gist: bool ``(B, K)``, true at gist tokens.
         padding: as for :func:`causal`; None for no padding.
         documents: as for :func:`causal`.
-        branches: as for :func:`causal`; gist tokens stand in the shared part.
+        branches: as for :func:`causal`; gist tokens must be in the shared part.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_before_next_span)
 
@@ -323,8 +313,9 @@ def positive(
     documents: Tensor | None = None,
     branches: Tensor | None = None,
 ) -> Visibility:
-    """The positive control (Gisting, section 4): ordinary causal attention with the gist tokens in place.
-    Arguments as :func:`gist`.
+    """The positive control (Gisting, section 4): ordinary causal attention over prompt, gist tokens and the rest.
+
+    Arguments are those of :func:`gist`.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_nothing)
 
@@ -336,41 +327,45 @@ def negative(
     documents: Tensor | None = None,
     branches: Tensor | None = None,
 ) -> Visibility:
-    """The negative control (Gisting, section 4): what follows the last gist sees neither prompt nor gist.
-    Arguments as :func:`gist`.
+    """The negative control (Gisting, section 4): rows after the last gist token see neither the prompt nor its gist.
+
+    Arguments are those of :func:`gist`.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_to_last_span)
 
 
 def chained(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
-    """Gist masking of a prompt in parts, each compressed on its own, as ``GistCache.chain`` puts them together.
+    """Gist masking of a prompt in several parts that are compressed separately, as ``GistCache.chain`` joins them.
 
-    A part sees nothing of the parts before it, not even their gists; the rest sees the gists of all. So a gist would be
-    seen by two stretches of rows, its own part and the rest, and it takes two keys: behind each gist token stands a
-    *copy*, the same token at the same position. The gist is seen by its part alone, and the copy by the rest alone.
-    What a copy sees is what its gist sees, with the gist in place of itself, so it has the gist's states in every
-    layer. In the last part, which the rest follows, a gist needs no copy::
+    A part does not see the parts before it, not even their gist tokens, while the rest of the sequence sees the gist
+    tokens of all parts. A gist token must therefore be visible to its own part and to the rest, but not to the parts in
+    between: two ranges of rows, where a key has only one. So each gist token is followed by a *copy*, the same token at
+    the same position. Only the part itself sees the original, and only the rest sees the copy. The copy sees what the
+    original sees, including the original in place of itself, so both have the same hidden states in every layer. The
+    gist tokens of the last part need no copies, because nothing comes between them and the rest::
 
              a  G  g  H  h  b  J  L  c  d     parts           1  1  1  1  1  2  2  2  0  0
           a  1  .  .  .  .  .  .  .  .  .     position_ids   -1  0  0  1  1  1  2  3  4  5
           G  1  1  .  .  .  .  .  .  .  .
-          g  1  1  .  .  .  .  .  .  .  .     a, b: the prompts of two parts
-          H  1  1  .  1  .  .  .  .  .  .     G H, J L: their gists
-          h  1  1  .  1  .  .  .  .  .  .     g h: the copies of G H
-          b  .  .  .  .  .  1  .  .  .  .     c d: the rest
+          g  1  1  .  .  .  .  .  .  .  .     a and b are the prompts of two parts,
+          H  1  1  .  1  .  .  .  .  .  .     G H and J L are their gist tokens,
+          h  1  1  .  1  .  .  .  .  .  .     g h are the copies of G H,
+          b  .  .  .  .  .  1  .  .  .  .     c d is the rest of the sequence
           J  .  .  .  .  .  1  1  .  .  .
           L  .  .  .  .  .  1  1  1  .  .
           c  .  .  1  .  1  .  1  1  1  .
           d  .  .  1  .  1  .  1  1  1  1
 
-    A single part without copies is what :func:`gist` gives. In layers with a sliding window, which counts columns, a
-    gist of an early part can be out of reach here though it is within reach as a cache.
+    With a single part and no copies, the result is that of :func:`gist`. A sliding window counts columns, prompts and
+    originals included: the gist tokens of an early part may lie outside the window here although they would lie inside
+    it in a cache.
 
     Args:
-        is_gist: bool ``(B, K)``, true at gist tokens and their copies.
-        is_copy: bool ``(B, K)``, true at copies, each right behind its gist token; every gist token has one, but for
-            those of the last part.
-        parts: int ``(B, K)``: equal numbers above 0 in a row are one part; 0 for the rest, behind all parts.
+        is_gist: bool ``(B, K)``, true at gist tokens and at their copies.
+        is_copy: bool ``(B, K)``, true at copies. Each directly follows its gist token, and every gist token outside the
+            last part has one.
+        parts: int ``(B, K)``: 0 for the rest, which comes after all parts. Consecutive tokens with equal numbers above
+            0 are one part.
         padding: as for :func:`causal`, on either side; None for no padding.
     """
     is_gist, is_token = _check(is_gist, padding, is_copy=is_copy, parts=parts)
@@ -381,7 +376,7 @@ def chained(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | N
     survives = is_rest | (is_gist & ~has_copy)
     first = torch.where(is_copy.bool() & is_token, _carry_back(index, is_rest, num_keys), index)
     end = torch.where(survives, FOREVER, part_end)
-    # A prompt token counts back from the gist of its part; a gist with a copy stands where its copy stands.
+    # Prompt tokens count backwards from the gist of their part. A gist token and its copy share a position.
     next_gist = torch.minimum(_carry_back(index, is_gist, num_keys), part_end)
     before = survives.long().cumsum(-1) - survives.long()
     positions = before - torch.where(is_gist | is_rest, 0, next_gist - index)
@@ -389,14 +384,18 @@ def chained(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | N
 
 
 def chained_positive(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
-    """The positive control of a prompt in parts: all of them as one text with the gist tokens in place, copies being
-    padding. Arguments as :func:`chained`.
+    """The positive control for a prompt in parts: ordinary causal attention over all parts, with copies as padding.
+
+    Arguments are those of :func:`chained`.
     """
     return positive(*_without_copies(is_gist, is_copy, parts, padding))
 
 
 def chained_negative(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
-    """The negative control of a prompt in parts: the rest sees none of them. Arguments as :func:`chained`."""
+    """The negative control for a prompt in parts: the rest sees no part and no gist token.
+
+    Arguments are those of :func:`chained`.
+    """
     return negative(*_without_copies(is_gist, is_copy, parts, padding))
 
 
@@ -404,43 +403,45 @@ def chained_negative(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: T
 
 
 def bidirectional(padding: Tensor) -> Visibility:
-    """Every token sees every token that is no padding. ``padding`` as for :func:`causal`."""
+    """Bidirectional attention: every row sees every token that is not padding. ``padding`` is as for :func:`causal`."""
     _check_padding(padding)
     return _encoder(torch.zeros_like(padding, dtype=torch.bool), padding, hide_prompt=False, hide_gist=False)
 
 
 def encoder_gist(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
-    """Gist masking of an encoder (Gisting, appendix A): prompt and rest are hidden from each other, in both directions.
+    """Gist masking of an encoder (Gisting, appendix A): the prompt and the rest do not see each other.
 
     Args:
-        is_gist: bool ``(B, K)``; several spans hide chunk by chunk, and a chunk sees the gists before it.
+        is_gist: bool ``(B, K)``. With several spans of gist tokens, no chunk sees another chunk, but each sees the gist
+            tokens before it.
         padding: bool or integer ``(B, K)``, 1 for tokens and 0 for padding; None for no padding.
     """
     return _encoder(is_gist, padding, hide_prompt=True, hide_gist=False)
 
 
 def encoder_positive(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
-    """The positive control of an encoder: everything sees everything. Arguments as :func:`encoder_gist`."""
+    """The positive control of an encoder: bidirectional attention. Arguments are those of :func:`encoder_gist`."""
     return _encoder(is_gist, padding, hide_prompt=False, hide_gist=False)
 
 
 def encoder_negative(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
-    """The negative control of an encoder: the gist is hidden from the rest as well.
-    Arguments as :func:`encoder_gist`.
+    """The negative control of an encoder: the rest does not see the gist tokens either.
+
+    Arguments are those of :func:`encoder_gist`.
     """
     return _encoder(is_gist, padding, hide_prompt=True, hide_gist=True)
 
 
 Condition = Callable[..., Visibility]
-#: The conditions of a decoder by name.
+#: The conditions of a decoder, by name.
 CONDITIONS: dict[str, Condition] = {"gist": gist, "positive": positive, "negative": negative}
-#: The conditions of a decoder whose prompt is in parts.
+#: The conditions of a decoder whose prompt consists of several parts, by name.
 CHAINED_CONDITIONS: dict[str, Condition] = {
     "gist": chained,
     "positive": chained_positive,
     "negative": chained_negative,
 }
-#: The conditions of an encoder.
+#: The conditions of an encoder, by name.
 ENCODER_CONDITIONS: dict[str, Condition] = {
     "gist": encoder_gist,
     "positive": encoder_positive,
@@ -449,20 +450,21 @@ ENCODER_CONDITIONS: dict[str, Condition] = {
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
-# Runs are found by where they start; their ends are carried backwards by a reversed cumulative minimum. All of it is
-# O(N).
+# Documents, branches, chunks and gist spans are runs of equal labels. A reversed cumulative minimum carries the end of
+# each run back to all of its tokens, in O(N).
 
 
 def _carry_back(value: Tensor, where: Tensor, beyond: int) -> Tensor:
-    """For each index j, ``value`` at the first index >= j for which ``where`` holds, else ``beyond``. ``value`` must
-    not decrease.
+    """For each index j, return ``value`` at the first index >= j where ``where`` holds, or ``beyond`` if there is none.
+
+    ``value`` must not decrease along a row.
     """
     marked = torch.where(where, value, beyond)
     return marked.flip(-1).cummin(-1).values.flip(-1)
 
 
 def _run_end(label: Tensor) -> Tensor:
-    """For each index, the end (exclusive) of its run of equal labels."""
+    """For each index, return the (exclusive) end of its run of equal labels."""
     num_keys = label.shape[-1]
     index = torch.arange(num_keys, device=label.device).expand_as(label)
     is_last = torch.nn.functional.pad(label[:, 1:] != label[:, :-1], (0, 1), value=True)
@@ -470,24 +472,24 @@ def _run_end(label: Tensor) -> Tensor:
 
 
 def _numbered(label: Tensor) -> Tensor:
-    """Runs of equal labels numbered 1, 2, ... in their row, whatever the labels are."""
+    """Number the runs of equal labels in each row 1, 2, ..., because labels may repeat or be negative."""
     is_new = torch.nn.functional.pad(label[:, 1:] != label[:, :-1], (1, 0), value=True)
     return is_new.long().cumsum(-1)
 
 
 def _run_start(label: Tensor) -> Tensor:
-    """For each index, the start of its run of equal labels."""
+    """For each index, return the start of its run of equal labels."""
     return label.shape[-1] - _run_end(label.flip(-1)).flip(-1)
 
 
 def _check_padding(padding: Tensor) -> None:
     if padding.dim() != 2:
-        raise GistError(f"padding must be a mask of shape (B, K), got {tuple(padding.shape)}")
+        raise GistError(f"padding must have shape (B, K), got {tuple(padding.shape)}")
 
 
 def _check(is_gist: Tensor, padding: Tensor | None, **others: Tensor | None) -> tuple[Tensor, Tensor]:
     if is_gist.dim() != 2:
-        raise GistError(f"is_gist must be bool of shape (B, K), got {tuple(is_gist.shape)}")
+        raise GistError(f"is_gist must have shape (B, K), got {tuple(is_gist.shape)}")
     for name, tensor in {"padding": padding, **others}.items():
         if tensor is not None and tensor.shape != is_gist.shape:
             raise GistError(f"{name} must have the shape of is_gist, {tuple(is_gist.shape)}, got {tuple(tensor.shape)}")
@@ -496,12 +498,12 @@ def _check(is_gist: Tensor, padding: Tensor | None, **others: Tensor | None) -> 
 
 
 def _without_copies(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``is_gist`` and ``padding`` of the same sequences with their copies as padding."""
+    """Return ``is_gist`` and ``padding`` with the copies turned into padding."""
     is_gist, is_token = _check(is_gist, padding, is_copy=is_copy, parts=parts)
     return is_gist & ~is_copy.bool(), is_token & ~is_copy.bool()
 
 
-# A rule says where a key stops being seen: the row number, or FOREVER for a key that stays.
+# A rule returns, for each key, the first row from which a condition hides it, or FOREVER.
 
 
 def _hide_nothing(is_gist: Tensor, label: Tensor, document_end: Tensor) -> Tensor:
@@ -509,14 +511,14 @@ def _hide_nothing(is_gist: Tensor, label: Tensor, document_end: Tensor) -> Tenso
 
 
 def _hide_before_next_span(is_gist: Tensor, label: Tensor, document_end: Tensor) -> Tensor:
-    """A prompt token ends with the next gist span of its document; gist tokens and what has no span behind it stay."""
+    """Hide prompt tokens from the end of the next gist span in their document. Gist tokens and the rest stay."""
     span_end = _run_end(torch.where(is_gist, label, -1))
     next_span_end = _carry_back(span_end, is_gist, FOREVER)
     return torch.where(is_gist | (next_span_end > document_end), FOREVER, next_span_end)
 
 
 def _hide_to_last_span(is_gist: Tensor, label: Tensor, document_end: Tensor) -> Tensor:
-    """All up to the last gist token of a document ends there; the rest stays."""
+    """Hide everything up to the last gist token of a document from the rows after it. The rest stays."""
     num_keys = label.shape[-1]
     index = torch.arange(num_keys, device=label.device).expand_as(label)
     next_gist = _carry_back(index, is_gist, num_keys)
@@ -544,8 +546,8 @@ def _decoder(
     end = hidden_from if documents is None else torch.minimum(hidden_from, document_end)
     end = torch.where(in_branch, torch.minimum(end, _run_end(branch_run)), end)
 
-    # Shared tokens and branch tokens are counted apart: a branch goes on from the shared tokens, not from the branch
-    # before it.
+    # Positions. Each branch continues from the shared tokens, not from the branch before it, so branch tokens do not
+    # count as survivors here.
     survives = is_token & ~in_branch & (hidden_from == FOREVER)
     before = survives.long().cumsum(-1) - survives.long()
     before = before - before.gather(-1, _run_start(label))
@@ -561,7 +563,7 @@ def _encoder(is_gist: Tensor, padding: Tensor | None, *, hide_prompt: bool, hide
     first = torch.zeros_like(index)
     end = torch.full_like(index, FOREVER)
     if hide_prompt:
-        # A chunk is a stretch of prompt with its gist span; the rest is the chunk behind the last span.
+        # A chunk is a piece of prompt with its gist span. The rest is the chunk after the last span.
         chunk = torch.nn.functional.pad(is_gist[:, :-1] & ~is_gist[:, 1:], (1, 0), value=False).long().cumsum(-1)
         is_last_gist = is_gist & (is_gist.flip(-1).cumsum(-1).flip(-1) == 1)
         last_end = _carry_back(index + 1, is_last_gist, FOREVER)

@@ -1,12 +1,12 @@
-"""Lay the kernels out as the Hugging Face ``kernels`` project wants them, ready to load from a folder or to upload.
+"""Write the layout of the Hugging Face ``kernels`` project, ready to load from a folder or to upload.
 
     python kernels/build_hub.py build/hub
     python -c "import kernels; kernels.get_local_kernel('build/hub')"
 
-Writes ``build.toml``, ``CARD.md``, ``torch-ext/gisting_kernels/`` (the sources, from which that project's own builder
-can build) and ``build/torch-cuda/`` (what it would build: for pure Triton, the same files). The operators get a
-namespace of their own, the name and a hash of the sources, so that several versions and the installed package can live
-in one process. Nothing but the standard library is needed.
+The layout consists of ``build.toml``, ``CARD.md``, ``torch-ext/gisting_kernels/`` (the sources for that project's own
+builder) and ``build/torch-cuda/`` (what it would build; for pure Triton, the same files). The namespace of the
+operators contains a hash of the sources, so that several versions and the installed package can be loaded into one
+process. Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def build(output: Path, *, backends: Sequence[str] | None = None) -> Path:
 
     Args:
         output: the folder.
-        backends: of the built variants; those of ``build.toml`` by default. ``"cpu"`` serves Triton's interpreter.
+        backends: the backends to write variants for, by default those in ``build.toml``. ``"cpu"`` is for Triton's
+            interpreter.
 
     Raises:
-        FileExistsError: ``output`` holds something.
+        FileExistsError: ``output`` is not empty.
     """
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; name a new folder")
@@ -85,7 +86,7 @@ def _copy(sources: Sequence[Path], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="a new folder")
     build(parser.parse_args(arguments).output)

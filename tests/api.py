@@ -31,8 +31,8 @@ MODULES = (
     *(f"gisting.eval.{name}" for name in ("conditions", "cost", "judge", "metrics", "report", "results")),
     "gisting.eval.statistics",
     *(f"gisting.train.{name}" for name in ("finetune", "methods", "objective", "recipe")),
-    *(f"gisting.internalize.{name}" for name in ("compressors", "examples", "layout", "plan", "prices")),
-    *(f"gisting.internalize.{name}" for name in ("report", "result", "schedule", "stages")),
+    *(f"gisting.internalize.{name}" for name in ("comparison", "examples", "plan", "prices", "report")),
+    *(f"gisting.internalize.{name}" for name in ("requests", "result", "schedule", "shorteners", "stages")),
     "gisting.serving.command",
 )
 

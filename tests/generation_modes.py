@@ -35,11 +35,11 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import gisting
+from benchmarks.pages import write_between
 from gisting._compat import cache_argument
 from gisting.cache import GistCache
 from gisting.errors import GistError
 from gisting.generation import converse
-from gisting.measure.rows import write_between
 from gisting.models import decoder, encoder_decoder
 from gisting.padding import pad_rows
 from gisting.pipeline import GistTextGenerationPipeline

@@ -23,7 +23,7 @@ from gisting.errors import RecordError
 from gisting.internalize.schedule import Schedule
 from gisting.internalize.stages import internalize
 from gisting.train.finetune import finetune, published_arguments
-from gisting.train.repeat import CountEpochs, RepeatableDraws, without_parallel_tokenizers
+from gisting.train.repeat import RepeatableDraws, check_workers, without_parallel_tokenizers
 from tests import tiny
 from tests.test_recipes import trained
 
@@ -170,8 +170,7 @@ def test_workers_must_not_outlive_an_epoch(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     with pytest.raises(GistError, match="dataloader_persistent_workers must be False, got True: workers that outlive"):
         trained(tmp_path, RECORDS, **settings)
-    alone = TrainingArguments(str(tmp_path), use_cpu=True, dataloader_persistent_workers=False)
-    CountEpochs(RepeatableDraws(padded(), 3)).on_train_begin(alone, None, None)
+    check_workers(TrainingArguments(str(tmp_path), use_cpu=True, dataloader_persistent_workers=False))
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------

@@ -65,11 +65,12 @@ def test_the_demo_is_printed_with_its_headings(run, monkeypatch: pytest.MonkeyPa
     assert "1. The task: follow" in result.out
 
 
-def test_the_demo_learns(tmp_path: Path) -> None:
-    """A part of the demo's training: the loss falls as it does on the way to the committed accuracies."""
+@pytest.mark.parametrize(("steps", "fall"), [(20, 0.85), pytest.param(80, 0.5, marks=pytest.mark.slow)])
+def test_the_demo_learns(tmp_path: Path, steps: int, fall: float) -> None:
+    """The loss falls in the first steps of the demo's training as it does on the way to the committed accuracies."""
     from gisting.data.collate import GistCollator
     from gisting.data.tasks import LetterTask, task_tokenizer
-    from gisting.measure.task import task_model
+    from gisting.demo import task_model
     from gisting.train.finetune import finetune, published_arguments
 
     tokenizer = task_tokenizer()
@@ -78,17 +79,17 @@ def test_the_demo_learns(tmp_path: Path) -> None:
         tmp_path,
         batch_size=64,
         per_device_batch_size=64,
-        max_steps=80,
+        max_steps=steps,
         learning_rate=2e-3,
         lr_scheduler_type="linear",
-        warmup_steps=20,
+        warmup_steps=steps // 4,
         save_strategy="no",
         disable_tqdm=True,
     )
     batch = GistCollator(tokenizer, 2)(LetterTask().records("seen", 64, 9))
     before = float(model(**batch).loss.detach())
-    finetune(model, tokenizer, LetterTask().records("seen", 80 * 64, 0), arguments, num_gist_tokens=2)
-    assert float(model(**batch).loss.detach()) < 0.5 * before
+    finetune(model, tokenizer, LetterTask().records("seen", steps * 64, 0), arguments, num_gist_tokens=2)
+    assert float(model(**batch).loss.detach()) < fall * before
 
 
 def test_the_commands_that_the_demo_suggests_run(run, workplace: Path, demo_checkpoint: Path) -> None:
@@ -308,11 +309,11 @@ def test_version(run) -> None:
 @pytest.fixture
 def queries(workplace: Path) -> Iterator[list[str]]:
     """The words of a small internalisation, but for its output; its files are made."""
-    Path("template.txt").write_text("please reverse the letters and answer plainly\n", encoding="utf-8")
+    Path("prompt.txt").write_text("please reverse the letters and answer plainly\n", encoding="utf-8")
     rows = [{"input": f"{a} {b}", "output": f"{b} {a}"} for a in "abcd" for b in "efgh"]
     for name, part in (("train", rows[:12]), ("held-out", rows[12:])):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    words = "runs/demo --template template.txt --data train.jsonl --max-steps 4 --batch-size 4 --max-new-tokens 3"
+    words = "runs/demo --prompt prompt.txt --data train.jsonl --max-steps 4 --batch-size 4 --max-new-tokens 3"
     with garbage.frozen():
         yield ["internalize", *words.split()]
 
@@ -325,23 +326,23 @@ def test_internalize_shows_every_stage_and_says_how_to_run_it(run, queries: list
         assert cell in result.out
     found = json.loads(Path("runs/in/internalized.json").read_text(encoding="utf-8"))
     assert [stage["num_examples"] for stage in found["stages"]] == [3, 2, 1, 0]
-    assert found["template_sha256"] == hashlib.sha256(b"please reverse the letters and answer plainly").hexdigest()
+    assert found["prompt_sha256"] == hashlib.sha256(b"please reverse the letters and answer plainly").hexdigest()
     gisting.load("runs/in")
     for prompt, warned in (("please reverse the letters and answer plainly", False), ("answer plainly", True)):
         done = run("compress", "runs/in", "--prompt", prompt, "--output", "in.gist.safetensors", "-k", "1")
         assert done.code == 0
         assert ("'answer plainly' is another template than the one that runs/in was trained on" in done.err) is warned
     again = run(*queries, "--eval", "held-out.jsonl", "--examples", "3", "--output", "runs/in")
-    assert "holds an internalisation already" in again.err
+    assert "already holds an internalisation" in again.err
     done = run("internalize", "--recipe", "runs/in/recipe.yaml", "--resume", "--json")
     assert done.code == 0, "what was done can be read"
-    assert json.loads(done.out)["template_sha256"] == found["template_sha256"]
+    assert json.loads(done.out)["prompt_sha256"] == found["prompt_sha256"]
 
 
 def test_internalize_by_recipe_and_options(run, queries: list[str]) -> None:
     recipe = Path("recipe.yaml")
     recipe.write_text(
-        "model: runs/demo\ntemplate: template.txt\ndata: train.jsonl\neval: held-out.jsonl\noutput: runs/none\n"
+        "model: runs/demo\nprompt: prompt.txt\ndata: train.jsonl\neval: held-out.jsonl\noutput: runs/none\n"
         "schedule: 1,0.5,0\nrewrites: rewrites.json\nmax_steps: 3\nbatch_size: 4\nlearning_rate: 1e-3\ntail: gist\n"
         "num_gist_tokens: 2\nmax_new_tokens: 3\n",
         encoding="utf-8",
@@ -349,23 +350,23 @@ def test_internalize_by_recipe_and_options(run, queries: list[str]) -> None:
     Path("rewrites.json").write_text('{"0.5": "reverse the letters"}', encoding="utf-8")
     result = run("internalize", "--recipe", recipe, "--output", "runs/gist", "--metric", "rouge_l")
     assert result.code == 0, result.err
-    assert "run it on the gist of the template: " in result.out
+    assert "run it on the gist of the prompt: " in result.out
     assert "gist, k = 2" in result.out
     found = json.loads(Path("runs/gist/internalized.json").read_text(encoding="utf-8"))
-    assert (found["settings"]["compressor"], found["settings"]["arguments"]["learning_rate"]) == ("rewrites", 1e-3)
+    assert (found["settings"]["shortener"], found["settings"]["arguments"]["learning_rate"]) == ("rewrites", 1e-3)
     assert set(found["stages"][0]["metrics"]["prompt"]) == {"rouge_l"}
     recipe.write_text("epoch: 3\n", encoding="utf-8")
     result = run("internalize", "--recipe", recipe, "--output", "runs/x")
     assert (result.code, "there is no setting 'epoch'; did you mean epochs?" in result.err) == (1, True)
     recipe.write_text("max_steps: many\n", encoding="utf-8")
-    assert run("internalize", "--recipe", recipe, "--output", "runs/x").code == 2
+    assert run("internalize", "--recipe", recipe, "--output", "runs/x").code == 1
 
 
 def test_internalize_recipes_are_read(run, queries: list[str]) -> None:
     """Every file in recipes/internalize, in a few steps."""
     for path in sorted((ROOT / "recipes" / "internalize").glob("*.yaml")):
         words = [*queries[2:], "--eval", "held-out.jsonl", "--output", f"runs/{path.stem}"]
-        words += ["--per-device-batch-size", "4", "--compressor", "none"]
+        words += ["--per-device-batch-size", "4", "--shortener", "none"]
         result = run("internalize", "--recipe", path, *words)
         assert result.code == 0, result.err
 
@@ -374,18 +375,19 @@ def test_internalize_recipes_are_read(run, queries: list[str]) -> None:
     ("words", "message"),
     [
         ("--schedule steep", "schedule must be one of linear, exponential, inverse, or shares such as 1,0.6,0.3,0"),
-        ("--schedule 1,0.5", "shares must end at exactly 0"),
-        ("--compressor zip", "compressor must be one of none, self-information, llmlingua2, rewrites, got 'zip'"),
-        ("--compressor rewrites", "--compressor rewrites goes with --rewrites FILE"),
+        ("--schedule 1,0.5", "the last share must be exactly 0"),
+        ("--shortener zip", "shortener must be one of none, self-information, llmlingua2, rewrites, got 'zip'"),
+        ("--shortener rewrites", "--shortener rewrites goes with --rewrites FILE"),
         ("--rewrites train.jsonl", "train.jsonl is not JSON"),
-        ("--rewrites list.json", "list.json must hold texts by their share"),
+        ("--rewrites list.json", "list.json must map shares to texts"),
         ("--metric bleurt", "metric must be one of exact_match, bleu, rouge_l, got 'bleurt'"),
-        ("--control compressed", "--control compressed goes with --share, the kept share of the template: --share 0.5"),
-        ("--control compressed --share 0.5", "a compressor that leaves the template whole is control 'full'"),
-        ("--control fool", "control must be one of bare, full, full-run-bare, compressed"),
-        ("--template none.txt", "none.txt"),
-        ("--recipe template.txt", "template.txt must hold settings"),
-        ("--resume", "holds nothing to resume from; start without resume"),
+        ("--control shortened", "--control shortened needs --share, the kept share of the prompt, such as --share 0.5"),
+        ("--control shortened --share 0.5", "a shortener that keeps the whole prompt is control 'full'"),
+        ("--control fool", "control must be one of bare, full, full-run-bare, shortened"),
+        ("--prompt none.txt", "none.txt"),
+        ("--template prompt.txt", "prompt to internalise is given as prompt: --prompt FILE), got 'prompt.txt'"),
+        ("--recipe prompt.txt", "prompt.txt must hold one 'name: value' per line"),
+        ("--resume", "holds nothing to resume; start without resume"),
     ],
 )
 def test_internalize_errors_are_one_line(run, queries: list[str], words: str, message: str) -> None:
@@ -486,18 +488,20 @@ def test_the_readmes_commands_run_in_their_order(run, workplace: Path) -> None:
 
 
 def test_the_readmes_python_runs_as_pasted(workplace: Path) -> None:
+    """Each with its own names, in one fresh process, because importing torch takes longer than the rest."""
     fences = readme("python")
     assert len(fences) >= 2
-    for text in fences:
-        found = subprocess.run(
-            [sys.executable, "-c", text],
-            cwd=workplace,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert found.returncode == 0, found.stderr
+    Path("fences.json").write_text(json.dumps(fences), encoding="utf-8")
+    code = "import json\nfor text in json.load(open('fences.json')): exec(text, {'__name__': '__main__'})"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=workplace,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

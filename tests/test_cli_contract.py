@@ -94,7 +94,7 @@ def test_examples_run_as_they_are_shown(run, workplace: Path) -> None:
 
 def test_the_root_tells_the_exit_codes(run) -> None:
     said = " ".join(run("--help").out.split())
-    assert "Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 130 interrupted." in said
+    assert "Exit codes: 0 success, 1 an error reported in one line, 2 wrong usage, 130 interrupted." in said
 
 
 def test_help_needs_no_torch() -> None:
@@ -215,7 +215,7 @@ def test_wrong_usage(run, words: str) -> None:
         "generate runs/nothing --cache {cache}",
         "eval runs/nothing --data {data}",
         "train runs/nothing --data {data} --output o",
-        "internalize runs/nothing --template {data} --data {data} --output o",
+        "internalize runs/nothing --prompt {data} --data {data} --output o",
         "report runs/nothing",
         "cost runs/nothing --prompt-tokens 1 --input-tokens 1",
         "apply-difference runs/nothing --base runs/demo --output o",
@@ -224,13 +224,12 @@ def test_wrong_usage(run, words: str) -> None:
         "inspect runs/nothing",
         "doctor runs/nothing",
         "bench inference --model runs/nothing",
-        "bench training --plot runs/nothing/training.png",
         "store list runs/nothing",
         "store verify runs/nothing",
         "store remove runs/nothing a",
         "store gc runs/nothing",
         "data alpaca-plus --output o --alpaca runs/nothing --self-instruct runs/nothing --human runs/nothing",
-        "demo --output {data}",
+        "demo --steps 1 --output {data}",
         "show a b --png runs/nothing/mask.png",
     ],
 )
@@ -296,7 +295,10 @@ def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatc
         run("inspect", "one.st")
 
 
-@pytest.mark.parametrize("number", [1, 300], ids=["noticed at the end", "noticed while it prints"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(1, marks=pytest.mark.slow, id="noticed at the end"), pytest.param(300, id="noticed while printing")],
+)
 def test_a_reader_that_has_gone_is_no_error(number: int) -> None:
     """``gisting ... | head``: nothing is said, by Python at its exit neither."""
     words = f"import sys; sys.argv = ['gisting', 'show', 'a ' * {number}, 'b']; from gisting.cli import main; main()"

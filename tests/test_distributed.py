@@ -1,6 +1,6 @@
-"""Two processes train as one does: the same global batch gives the same losses and weights, under DDP and FSDP2.
+"""Two processes train like one: the same global batch gives the same losses and weights, under DDP and FSDP2.
 
-This file is also what the processes run. On a CPU, over gloo; nothing here needs an accelerator.
+This file is also the script that the processes run, on a CPU, over gloo. No test needs an accelerator.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ pytestmark = [
 
 
 class Seen(TrainerCallback):
-    """What a run did: its losses, what it trained and on how much of each batch."""
+    """Record the losses of a run, the type of its parameters and the rows of its forward passes."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -56,7 +58,7 @@ class Seen(TrainerCallback):
 
 
 def train(output: Path, name: str, kind: str) -> None:
-    """Twenty steps of eight rows; completions differ in length, so processes differ in the tokens that they learn."""
+    """Train for 20 steps of 8 rows. Completions differ in length, so processes differ in their number of targets."""
     torch.set_num_threads(1)
     set_seed(0)
     model, tokenizer = tiny.patched(name)
@@ -88,7 +90,7 @@ def train(output: Path, name: str, kind: str) -> None:
         from accelerate import PartialState
         from accelerate.utils import DistributedType
 
-        # accelerate shards on accelerators alone; what shards (torch) does so on a CPU too.
+        # accelerate only shards on accelerators, but torch, which does the sharding, can do it on a CPU, too.
         assert arguments.parallel_mode
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     seen = Seen()
@@ -96,7 +98,7 @@ def train(output: Path, name: str, kind: str) -> None:
         "objective": Objective(distillation=1.0) if kind.endswith("distilled") else Objective(),
         "method": "gist-lora" if "gist-lora" in kind else "full",
     }
-    # k is drawn from the batch, which is another one in each process: here it is the same for all rows.
+    # k is drawn from the batch, which differs between processes, so here it is the same for all rows.
     finetune(model, tokenizer, records, arguments, num_gist_tokens=2, callbacks=[seen], **settings)
     if arguments.process_index == 0:
         found = {**vars(seen), "num_rows": sorted(seen.num_rows), "num_processes": arguments.world_size}
@@ -118,39 +120,49 @@ def seen_in(output: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What one process makes of each model."""
-    outputs = {}
-    for name, kind in (("llama", "one-distilled"), ("t5", "one")):
-        outputs[name] = tmp_path_factory.mktemp("alone") / name
-        done = launch(outputs[name], name, kind, 1)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Train a model in one process, once."""
+
+    @cache
+    def trained(name: str) -> Path:
+        output = tmp_path_factory.mktemp("alone") / name
+        done = launch(output, name, {"llama": "one-distilled", "t5": "one"}[name], 1)
         assert done.returncode == 0, done.stderr
-    return outputs
+        return output
+
+    return trained
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "ddp-distilled"), ("llama", "fsdp2-distilled"), ("t5", "fsdp2")])
-def test_two_processes_train_as_one_does(tmp_path: Path, alone: dict[str, Path], name: str, kind: str) -> None:
-    """The distilled ones hold the language model's loss and the divergence in one number."""
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "ddp-distilled"),
+        pytest.param("llama", "fsdp2-distilled", marks=pytest.mark.slow),
+        pytest.param("t5", "fsdp2", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_like_one(tmp_path: Path, alone: Callable[[str], Path], name: str, kind: str) -> None:
+    """With distillation, one number holds the language model's loss and the divergence."""
     done = launch(tmp_path, name, kind, 2)
     assert done.returncode == 0, done.stderr[-4000:]
-    one, two = seen_in(alone[name]), seen_in(tmp_path)
+    one, two = seen_in(alone(name)), seen_in(tmp_path)
     assert (one["num_processes"], one["num_rows"]) == (1, [8])
     assert (two["num_processes"], two["num_rows"]) == (2, [4])
-    assert (
-        two["parameter"] == {"ddp": "Parameter", "fsdp2": "DTensor"}[kind.removesuffix("-distilled")]
-    )  # in shards, not only said to be
+    # Weights are really sharded.
+    assert two["parameter"] == {"ddp": "Parameter", "fsdp2": "DTensor"}[kind.removesuffix("-distilled")]
     assert len(two["losses"]) == NUM_STEPS
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=0)
     assert one["losses"][-1] < one["losses"][0] - 0.3
-    # Loaded, for what is gathered from shards holds tied weights under each of their names.
-    expected, found = (gisting.load(output)[0].state_dict() for output in (alone[name], tmp_path))
+    # Loaded, because weights gathered from shards hold tied weights under each of their names.
+    expected, found = (gisting.load(output)[0].state_dict() for output in (alone(name), tmp_path))
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_train_an_adapter_as_one_does(tmp_path: Path) -> None:
-    """Prompts apart from the rest: three passes of a step, of which one has gradients."""
+@pytest.mark.slow
+def test_two_processes_train_an_adapter_like_one(tmp_path: Path) -> None:
+    """With split-off prompts: a step has three forward passes, of which one has gradients."""
     adapters, losses = [], []
     for number in (1, 2):
         output = tmp_path / str(number)
@@ -165,14 +177,15 @@ def test_two_processes_train_an_adapter_as_one_does(tmp_path: Path) -> None:
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_sharding_is_refused_where_it_would_be_left_out(tmp_path: Path) -> None:
-    """accelerate shards on accelerators alone, and without one trains on whole weights without a word."""
+@pytest.mark.slow
+def test_sharding_is_refused_where_it_would_be_ignored(tmp_path: Path) -> None:
+    """accelerate only shards on accelerators; without one, it silently trains on whole weights."""
     done = launch(tmp_path, "llama", "fsdp2-unsupported", 2)
     assert done.returncode != 0
-    assert "fsdp is asked for, but accelerate shards on accelerators alone" in done.stderr
+    assert "fsdp is asked for, but accelerate only shards on accelerators" in done.stderr
 
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # threads of gloo that are left at the end abort the process
+        torch.distributed.destroy_process_group()  # threads of gloo that are still running at exit abort the process

@@ -67,7 +67,7 @@ def test_internalisation(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert [stage.num_examples for stage in names["result"].stages] == [2, 1, 0]
     made = {path.name for path in Path("runs").iterdir()}
     assert made == {"demo", "reverse", "in-stages", "control", "by-recipe", "rewritten", "report.md"}
-    assert "| full prompt behind a prefix cache |" in Path("runs/report.md").read_text(encoding="utf-8")
+    assert "| full prompt with a prefix cache |" in Path("runs/report.md").read_text(encoding="utf-8")
 
 
 def test_generation(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,13 +182,13 @@ def test_a_mask_is_added_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     test_families.test_interval_mask_is_dense_mask("llama", "gist-and-last")
 
 
-def test_a_compressor_is_added_as_told() -> None:
-    from gisting.internalize.compressors import TemplateCompressor, compress_template
+def test_a_shortener_is_added_as_told() -> None:
+    from gisting.internalize.shorteners import Shortener, shorten
 
     names: dict[str, Any] = {}
-    exec(marked("code.md", "compressor"), names)
-    compressor: TemplateCompressor = names["FirstWords"]()
-    assert [compress_template(compressor, "a b c d", share) for share in (1, 0.5, 0)] == ["a b c d", "a b", ""]
+    exec(marked("code.md", "shortener"), names)
+    shortener: Shortener = names["FirstWords"]()
+    assert [shorten(shortener, "a b c d", share) for share in (1, 0.5, 0)] == ["a b c d", "a b", ""]
 
 
 def test_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

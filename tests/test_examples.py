@@ -84,7 +84,7 @@ def test_internalize_a_template(tmp_path: Path) -> None:
     out = run_example("05_internalize_a_template.py", "--output", tmp_path / "runs", cwd=tmp_path)
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if re.match(r"\| (in-stages|full) \| ", line)]
     staged, full, cached = rows[:3]
-    assert [row[2] for row in rows[:3]] == ["bare query", "full prompt", "full prompt behind a prefix cache"]
+    assert [row[2] for row in rows[:3]] == ["bare query", "full prompt", "full prompt with a prefix cache"]
     assert float(staged[6].split()[0]) >= 90
     assert float(full[6].split()[0]) >= 90
     assert float(staged[3]) < 0.1 * float(full[3])

@@ -497,7 +497,7 @@ def test_the_four_methods() -> None:
     model, _ = tiny.patched("llama")
     whole = prepare(model, "full", 2)
     assert whole.trainable == whole.total == count_parameters(model).total
-    assert str(prepare(model, "embeddings", 2)) == f"64 of {whole.total + 64:,} parameters learn (0.233 %)"
+    assert str(prepare(model, "embeddings", 2)) == f"64 of {whole.total + 64:,} parameters are trained (0.233 %)"
     assert adapter_of(model) == Adapter("embeddings", 2)
 
 
@@ -551,32 +551,3 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     (out / "gist_adapter.json").write_text(json.dumps(about))
     with pytest.raises(GistError, match="template must be None for an adapter"):
         gisting.load(out, "plain")
-
-
-# -- the benchmark -----------------------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_of_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A few steps: every method has a row, and the table is made from the rows."""
-    from benchmarks.methods import _main, methods_table
-    from gisting.measure.rows import read_rows
-
-    output = tmp_path / "methods.jsonl"
-    sizes = ["--base-steps", "3", "--steps", "3", "--records", "8", "--rank", "4", "--lora-rate", "0.001"]
-    _main(["--output", str(output), "--checkpoints", str(tmp_path / "runs"), *sizes])
-    rows = {row["method"]: row for row in read_rows(output)}
-    assert list(rows) == ["base", *METHODS]
-    assert {name: row["is_text_unchanged"] for name, row in rows.items()} == {
-        "base": True, "full": False, "lora": False, "gist-lora": True, "embeddings": True
-    }  # fmt: skip
-    assert rows["full"]["num_trainable_parameters"] == rows["full"]["num_parameters"]
-    assert rows["embeddings"]["num_trainable_parameters"] == 2 * 128
-    assert rows["lora"]["num_trainable_parameters"] == rows["gist-lora"]["num_trainable_parameters"]
-    assert (rows["lora"]["learning_rate"], rows["gist-lora"]["learning_rate"]) == (0.001, 0.005)
-    assert set(rows["lora"]["exact_match"]) == {
-        f"{split}/{condition}" for split in ("seen", "unseen") for condition in ("gist", "positive", "negative")
-    }
-    table = methods_table(list(rows.values()))
-    assert "| gist-lora |" in table
-    assert "| same bits |" in table
-    assert "gist-lora: 3 steps" in capsys.readouterr().out

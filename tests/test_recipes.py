@@ -84,8 +84,8 @@ def losses(output_dir: Path, step: int) -> list[float]:
     ("text", "message"),
     [
         ("max_step: 3", r"recipe.yaml, line 1: there is no setting 'max_step'; did you mean max_steps\?"),
-        ("xyzzy: 3", "there is no setting 'xyzzy'; a recipe has model, data, "),
-        ("seed: 1\nseed: 2", "line 2: seed stands twice, first in line 1; take one out"),
+        ("xyzzy: 3", "there is no setting 'xyzzy'; choose from model, data, "),
+        ("seed: 1\nseed: 2", "line 2: seed is given twice, first in line 1; remove one"),
         ("model: m\nbatch_size: 0", "line 2: batch_size must be a whole number of at least 1, got 0"),
         ("batch_size: 1.5", "batch_size must be a whole number of at least 1, got 1.5"),
         ("batch_size: true", "batch_size must be a whole number of at least 1, got True"),
@@ -105,10 +105,10 @@ def losses(output_dir: Path, step: int) -> list[float]:
         ("eval: {a: b}", "eval must be a list of texts, got {'a': 'b'}"),
         ("model: 3", "model must be a text, got 3"),
         ("epochs: 1\nmax_steps: 3", "epochs and max_steps exclude each other, got 1 and 3; leave one out"),
-        ("- model", "must hold settings, one 'name: value' a line, got list"),
-        ("", "must hold settings, one 'name: value' a line, got NoneType"),
-        ("model: [", "recipe.yaml is no YAML: while parsing"),
-        ("[a]: 1", "is no YAML|there is no setting"),
+        ("- model", "must hold one 'name: value' per line, got list"),
+        ("", "must hold one 'name: value' per line, got NoneType"),
+        ("model: [", "recipe.yaml is not valid YAML: while parsing"),
+        ("[a]: 1", "is not valid YAML"),
     ],
 )
 def test_what_a_recipe_does_not_know_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -213,7 +213,7 @@ def test_the_command_line_overrides_the_recipe(tmp_path: Path, checkpoint: Path)
 
 
 def test_a_run_needs_a_model_and_data(tmp_path: Path) -> None:
-    with pytest.raises(GistError, match="there is no model and no data to train with; say which in the recipe or on"):
+    with pytest.raises(GistError, match="there is no model and no data to train with; name it in the recipe or on"):
         train_recipe(Recipe(), tmp_path / "out")
     with pytest.raises(GistError, match="there is no data to train with"):
         train_recipe(Recipe(model="m"), tmp_path / "out")
@@ -311,7 +311,7 @@ def test_part_of_a_checkpoint_is_passed_over(
     if is_whole:
         assert checkpoint_to_resume(tmp_path, named) == named
     else:
-        with pytest.raises(GistError, match="is no whole checkpoint"):
+        with pytest.raises(GistError, match="is not a whole checkpoint"):
             checkpoint_to_resume(tmp_path, named)
     (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
     if not is_whole:
@@ -418,7 +418,7 @@ def test_a_stream_is_trained_on_as_the_list_is(tmp_path: Path) -> None:
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
     assert trained(tmp_path, stream).losses == trained(tmp_path, rows, train_sampling_strategy="sequential").losses
     assert len(trained(tmp_path, stream, pack_length=48).losses) == 6
-    with pytest.raises(GistError, match="records is a stream, whose length is not known; set max_steps"):
+    with pytest.raises(GistError, match="records is a stream, whose length is unknown; set max_steps"):
         trained(tmp_path, stream, max_steps=-1)
     with pytest.raises(GistError, match="'group_by_length', but a stream cannot be sorted; leave it at 'random'"):
         trained(tmp_path, stream, train_sampling_strategy="group_by_length")

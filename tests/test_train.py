@@ -199,7 +199,7 @@ def test_the_batch_is_that_of_all_devices(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     found: dict[str, Any] = {}
-    monkeypatch.setattr(gisting.train.finetune, "TrainingArguments", lambda **settings: found.update(settings))
+    monkeypatch.setattr(gisting.train.arguments, "TrainingArguments", lambda **settings: found.update(settings))
     published_arguments("unused", **({"use_cpu": True} if use_cpu else {}))
     assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (16, accumulation)
 

@@ -1,6 +1,6 @@
-"""Masks as pictures, against a slow definition, and against what the published implementation computes.
+"""Compare masks with drawings, with a slow definition, and with the masks of the published implementation.
 
-A line of text stands for a sequence: ``_`` is padding, ``G`` a gist token, anything else an ordinary token.
+A line of text is a sequence: ``_`` is padding, ``G`` a gist token, and anything else an ordinary token.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from gisting import visibility as vis
 from gisting.errors import GistError
 from gisting.visibility import FOREVER, Visibility
 
-FUZZ = settings(deadline=None, max_examples=100, derandomize=True)
+FUZZ = settings(deadline=None, max_examples=40, derandomize=True)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def parse(line: str) -> tuple[Tensor, Tensor]:
-    """``is_gist`` and ``padding`` of one drawn sequence, ``(1, K)`` each."""
+    """Read ``is_gist`` and ``padding``, ``(1, K)`` each, from a drawn sequence."""
     tokens = line.split()
     return torch.tensor([[token == "G" for token in tokens]]), torch.tensor([[token != "_" for token in tokens]])
 
@@ -37,7 +37,7 @@ def numbers(line: str) -> Tensor:
 
 
 def picture(text: str) -> list[str]:
-    """A drawing without the indentation and the trailing blanks it has in this file."""
+    """Remove the indentation and the trailing blanks that a drawing has in this file."""
     lines = [line for line in text.splitlines() if line.strip()]
     indent = min(len(line) - len(line.lstrip()) for line in lines[1:])
     return [line[indent:].rstrip() for line in lines]
@@ -409,7 +409,7 @@ def test_drawing_of_a_sliding_window() -> None:
 
 
 def test_drawing_of_what_a_decoder_reads() -> None:
-    """The prompt is hidden from every decoder row, from the first ones too; in the encoder the prompt rows saw it."""
+    """No decoder row sees the prompt, not even the first rows, although the prompt's own rows saw it in the encoder."""
     assert build(vis.encoder_gist, "a b G c _").for_cross_attention().draw("a b G c _".split()).splitlines() == picture(
         """
             a b G c _
@@ -442,7 +442,7 @@ def test_drawing_is_as_wide_as_its_labels_and_of_the_chosen_row() -> None:
 
 # -- the slow definition -----------------------------------------------------------------------------------------------
 # Written from the paper (arXiv 2304.08467, section 3.2 and appendix A) and the docstrings of the builders. Only rows of
-# tokens are compared: what a row of padding computes is thrown away. (Drawings and published masks do hold those rows.)
+# tokens are compared, because the results of padding rows are thrown away. (Drawings and published masks include them.)
 
 
 @dataclass(frozen=True)
@@ -454,7 +454,7 @@ class Token:
 
 
 def spans(tokens: list[Token], document: int) -> list[tuple[int, int]]:
-    """Where the gist spans of a document begin and end (behind their last token)."""
+    """Return the start and the (exclusive) end of each gist span in a document."""
     found: list[tuple[int, int]] = []
     for index, token in enumerate(tokens):
         if not token.is_gist or token.document != document:
@@ -467,7 +467,7 @@ def spans(tokens: list[Token], document: int) -> list[tuple[int, int]]:
 
 
 def is_hidden(tokens: list[Token], condition: str, row: int, key: int) -> bool:
-    """Whether the condition hides ``key`` from ``row``, both tokens of one document."""
+    """Return whether the condition hides ``key`` from ``row``. Both are tokens of the same document."""
     its_spans = spans(tokens, tokens[key].document)
     if condition == "gist":
         return not tokens[key].is_gist and any(key < start and row >= end for start, end in its_spans)
@@ -485,15 +485,15 @@ def decoder_sees(tokens: list[Token], condition: str, row: int, key: int) -> boo
 
 
 def decoder_position(tokens: list[Token], condition: str, index: int) -> int:
-    """The number of surviving tokens before it; what will be hidden counts back from its own gist."""
+    """Count the surviving tokens before this one; a token that gets hidden counts backwards from its own gist."""
     token = tokens[index]
     shared = [
         other
         for other, its in enumerate(tokens)
         if its.document == token.document and its.branch == 0 and not its.is_padding
     ]
-    behind_all = len(tokens)
-    surviving = [other for other in shared if not is_hidden(tokens, condition, behind_all, other)]
+    appended = len(tokens)
+    surviving = [other for other in shared if not is_hidden(tokens, condition, appended, other)]
     if token.branch:
         before = [
             other
@@ -505,7 +505,7 @@ def decoder_position(tokens: list[Token], condition: str, index: int) -> int:
         return sum(other < index for other in surviving)
     its_spans = spans(tokens, token.document)
     if condition == "negative":
-        # Prompt and gist are hidden together: they count back from what follows the last gist, which stands at 0.
+        # Prompt and gist are hidden together: they count backwards from the token after the last gist, at position 0.
         return index - its_spans[-1][1]
     gist_start = next(start for start, _ in its_spans if start > index)
     return decoder_position(tokens, condition, gist_start) - (gist_start - index)
@@ -519,7 +519,7 @@ def encoder_sees(tokens: list[Token], condition: str, row: int, key: int) -> boo
         return True
 
     def chunk(index: int) -> int:
-        """Which stretch of prompt-with-its-gist it stands in; what follows the last gist is one more."""
+        """Number the chunks, each a piece of prompt with its gist; the rest after the last gist is one more chunk."""
         return sum(end <= index for _, end in its_spans)
 
     if chunk(key) == chunk(row):
@@ -530,7 +530,7 @@ def encoder_sees(tokens: list[Token], condition: str, row: int, key: int) -> boo
 
 @st.composite
 def sequences(draw: st.DrawFn, packed: bool, branched: bool) -> list[Token]:
-    """One row: documents of shared tokens with any gist flags, then completions of their own."""
+    """Draw one row of documents. Each has shared tokens with random gist flags, then its completions."""
     tokens: list[Token] = []
     for document in range(draw(st.integers(1, 3)) if packed else 1):
         flags = draw(st.lists(st.booleans(), min_size=0 if branched else 1, max_size=8))
@@ -656,7 +656,7 @@ def test_the_last_keys_are_the_lower_right_corner(
 @given(batch=batches(packing=False))
 @FUZZ
 def test_survivors_are_what_an_appended_token_would_see(batch: tuple[list[list[Token]], bool, bool]) -> None:
-    """Appended behind the last token, not behind the padding: left-padded rows only."""
+    """The token is appended to tokens, not to padding, so only left-padded rows are tested."""
     rows = [sorted(row, key=lambda token: not token.is_padding) for row in batch[0]]
     values = tensors(rows)
     longer = tensors([[*row, Token()] for row in rows])
@@ -692,7 +692,7 @@ def test_positions(builder: Callable[..., Visibility], line: str, packing: dict[
 @pytest.mark.parametrize("condition", ["gist", "positive", "negative"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_moves_neither_mask_nor_position(condition: str, side: str) -> None:
-    """A sequence alone, and the same in a longer batch."""
+    """A sequence is masked alike alone and padded in a longer batch."""
     for line in ("a b G", "a b G c d", "a G b G c", "a b c"):
         alone = build(vis.CONDITIONS[condition], line)
         padded = build(vis.CONDITIONS[condition], f"_ _ _ {line}" if side == "left" else f"{line} _ _ _")
@@ -722,14 +722,14 @@ def test_padding_may_be_any_attention_mask_of_transformers(dtype: torch.dtype) -
 
 
 def test_a_gist_token_in_the_padding_is_padding() -> None:
-    """A model whose pad token is its gist token: only the padding mask can tell."""
+    """If a model's pad token is its gist token, only the padding mask tells them apart."""
     is_gist = torch.tensor([[True, True, False, True, False]])
     padding = torch.tensor([[False, False, True, True, True]])
     assert torch.equal(vis.gist(is_gist, padding).to_dense(), build(vis.gist, "_ _ a G b").to_dense())
 
 
 # -- prompts in parts --------------------------------------------------------------------------------------------------
-# A line of text as above, in which ``C`` is the copy of the gist token before it; a second line names the parts.
+# As above, and ``C`` is the copy of the gist token before it. A second line holds the number of each token's part.
 
 
 def chain(line: str, parts: str) -> dict[str, Tensor]:
@@ -865,7 +865,7 @@ def test_drawing_of_a_chain(
 
 @dataclass(frozen=True)
 class Link:
-    """A token of a chain: its part (0 for the rest, None for padding), what it is, and its number in its gist."""
+    """A token of a chain: its part (0 for the rest, None for padding), its kind, and its index in its gist."""
 
     part: int | None
     kind: str = "p"  # p prompt, g gist, c copy, r rest
@@ -875,7 +875,7 @@ class Link:
 
 @st.composite
 def chains(draw: st.DrawFn) -> tuple[list[list[Link]], list[list[int]]]:
-    """Rows of parts, padded on one side, and the k of every part; whether the last part has copies differs."""
+    """Draw rows of parts, padded on one side, and the k of every part. The last part may or may not have copies."""
     rows, counts = [], []
     for _ in range(draw(st.integers(1, 3))):
         row: list[Link] = []
@@ -897,7 +897,7 @@ def chains(draw: st.DrawFn) -> tuple[list[list[Link]], list[list[int]]]:
 
 
 def link_sees(row: Link, key: Link) -> bool:
-    """For a key at or before the row; a copy is a gist token to its own part, and no key there."""
+    """Say whether a row sees a key at or before it. In its own part, a copy is a gist token as a row, but not a key."""
     if key.part is None:
         return False
     if row.part == key.part:
@@ -924,7 +924,7 @@ def test_a_chain_is_its_slow_definition(drawn: tuple[list[list[Link]], list[list
         rest = [place for place in tokens if row[place].part == 0]
         for i in tokens:
             link = row[i]
-            # What a row appended to the rest sees, at the place that chained gists have.
+            # A row appended to the rest sees the survivors, and they are at the positions of chained gists.
             assert survivors[number][i] == (link.kind == "r" or link_sees(Link(0, "r"), link))
             if link.kind == "r":
                 expected = sum(counts[number]) + rest.index(i)
@@ -939,7 +939,7 @@ def test_a_chain_is_its_slow_definition(drawn: tuple[list[list[Link]], list[list
 @FUZZ
 def test_a_single_part_without_copies_is_gist(batch: tuple[list[list[Token]], bool, bool]) -> None:
     values = tensors(batch[0])
-    # Of what was drawn, the last gist token alone.
+    # Keep only the last gist token.
     is_span = values["is_gist"] & values["padding"]
     is_span = is_span & (is_span.flip(-1).long().cumsum(-1).flip(-1) == 1)
     is_part = is_span.flip(-1).cummax(-1).values.flip(-1)
@@ -966,7 +966,10 @@ def published(shared: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", range(8))
 @pytest.mark.parametrize("condition", PUBLISHED_NAMES)
 def test_masks_equal_the_published_ones(condition: str, case: int, published: dict[str, Tensor]) -> None:
-    """All rows and keys, of padding and without gist too; the published mask leaves key padding to the model."""
+    """Compare all rows and keys, including padding and rows without gist tokens.
+
+    The published mask leaves padded keys to the model.
+    """
     ids = published[f"mask.{case}.input_ids"]
     is_gist, padding = ids == PUBLISHED_GIST, ids != PUBLISHED_PAD
     expected = published[f"mask.{case}.{PUBLISHED_NAMES[condition]}"][:, 0] & padding[:, None]
@@ -976,8 +979,8 @@ def test_masks_equal_the_published_ones(condition: str, case: int, published: di
 
 
 @pytest.mark.parametrize("case", range(8))
-def test_cross_masks_equal_the_published_ones_but_without_gist(case: int, published: dict[str, Tensor]) -> None:
-    """Deviation, on purpose: of a sequence without gist the published decoder sees nothing, ours sees all of it."""
+def test_cross_masks_equal_the_published_ones_except_without_gist(case: int, published: dict[str, Tensor]) -> None:
+    """If a sequence has no gist, the published decoder sees nothing; ours deliberately sees the whole sequence."""
     ids = published[f"mask.{case}.input_ids"]
     is_gist, padding = ids == PUBLISHED_GIST, ids != PUBLISHED_PAD
     has_gist = is_gist.any(-1)
@@ -988,8 +991,8 @@ def test_cross_masks_equal_the_published_ones_but_without_gist(case: int, publis
     assert torch.equal(ours[~has_gist], padding[~has_gist])
 
 
-def test_the_published_masks_hold_what_they_are_meant_to_show(published: dict[str, Tensor]) -> None:
-    """A test for the test: padding, rows without gist, gist at the start, and several gist tokens do occur."""
+def test_the_published_masks_cover_all_cases(published: dict[str, Tensor]) -> None:
+    """Padding, rows without gist tokens, gist tokens at the start, and several gist tokens do occur."""
     ids = torch.cat([published[f"mask.{case}.input_ids"] for case in range(8)])
     is_gist = ids == PUBLISHED_GIST
     assert (ids == PUBLISHED_PAD).any()
@@ -998,7 +1001,7 @@ def test_the_published_masks_hold_what_they_are_meant_to_show(published: dict[st
     assert (is_gist.sum(-1) > 1).any()
 
 
-# -- as a tensor, and what is made of one ------------------------------------------------------------------------------
+# -- the methods of Visibility -----------------------------------------------------------------------------------------
 
 
 def test_attention_mask_round_trip() -> None:
@@ -1031,7 +1034,7 @@ def test_other_masks_are_no_intervals(mask: Tensor, shown: str) -> None:
     with pytest.raises(GistError) as caught:
         Visibility.from_attention_mask(mask)
     assert str(caught.value) == (
-        f"attention_mask must be int32 of shape (B, 1, 2, K), as Visibility.as_attention_mask() gives it, got {shown}"
+        f"attention_mask must be int32 of shape (B, 1, 2, K), as made by Visibility.as_attention_mask(), got {shown}"
     )
 
 
@@ -1069,25 +1072,14 @@ def test_a_document_does_not_outlive_its_row() -> None:
     assert not build(vis.gist, "a G c b", documents="0 0 0 1").survivors().any()
 
 
-def test_to_dense_of_fewer_rows_is_its_last_rows_and_of_more_counts_from_0() -> None:
+def test_to_dense_with_fewer_and_with_more_rows() -> None:
+    """Fewer rows than keys are the last rows; more rows than keys are counted from 0."""
     built = build(vis.gist, "a b G c d")
     assert torch.equal(built.to_dense(2), built.to_dense()[:, -2:])
     assert built.to_dense(0).shape == (1, 0, 5)
     more = built.to_dense(7)
     assert torch.equal(more[:, :5], built.to_dense())
     assert more[0, 6].tolist() == [False, False, True, True, True]
-
-
-def test_where_chooses_sequence_by_sequence() -> None:
-    is_gist = torch.cat([parse("a b G c d")[0]] * 3)
-    rows = torch.tensor([True, False, True])
-    mixed = Visibility.where(rows, vis.gist(is_gist), vis.negative(is_gist))
-    for row, builder in enumerate((vis.gist, vis.negative, vis.gist)):
-        alone = build(builder, "a b G c d")
-        assert mixed.draw(row=row) == alone.draw()
-        assert torch.equal(mixed.position_ids[row], alone.position_ids[0])
-    without = Visibility(mixed.first, mixed.end)
-    assert Visibility.where(rows, mixed, without).position_ids is None
 
 
 def test_to_moves_every_tensor() -> None:
@@ -1103,7 +1095,7 @@ def test_intervals_are_kept_as_int32() -> None:
     assert (built.batch_size, built.num_keys) == (2, 3)
 
 
-# -- what it costs, and where it runs ----------------------------------------------------------------------------------
+# -- costs and devices -------------------------------------------------------------------------------------------------
 
 BUILDERS: dict[str, Callable[[dict[str, Tensor]], Visibility]] = {
     "causal": lambda t: vis.causal(t["padding"], documents=t["documents"], branches=t["branches"]),
@@ -1122,12 +1114,11 @@ BUILDERS: dict[str, Callable[[dict[str, Tensor]], Visibility]] = {
     "cross": lambda t: vis.encoder_gist(t["is_gist"], t["padding"]).for_cross_attention(),
     "last-keys": lambda t: vis.gist(**t).last_keys(3),
     "mask": lambda t: Visibility.from_attention_mask(vis.gist(**t).as_attention_mask()),
-    "where": lambda t: Visibility.where(t["is_gist"].any(-1), vis.gist(**t), vis.negative(**t)),
 }
 
 
 class Costs(TorchDispatchMode):
-    """Counts the operators that run and the largest tensor that any of them makes."""
+    """Count the operators that run, and record the size of the largest tensor they make."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1162,7 +1153,7 @@ def costs_of(build_it: Callable[[dict[str, Tensor]], Visibility], batch: int, ke
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_costs_are_linear_in_the_keys_and_no_loop_runs_over_rows(name: str) -> None:
-    """As many operators for 64 rows of 999 keys as for one of 63; none makes more than the mask itself holds, 2 B K."""
+    """64 rows of 999 keys take as many operators as one row of 63, and no tensor is larger than the mask's 2 B K."""
     small, large = costs_of(BUILDERS[name], 1, 63), costs_of(BUILDERS[name], 64, 999)
     assert large.num_operators == small.num_operators
     assert large.largest <= 2 * 64 * 999
@@ -1192,7 +1183,7 @@ def test_4096_rows_take_no_more_operators_than_one() -> None:
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_builder_runs_on_any_device(name: str) -> None:
-    """The meta device refuses whatever would read a value or mix devices."""
+    """On the meta device, reading a value or mixing devices raises."""
     built = BUILDERS[name](example(2, 63, "meta"))
     assert built.device.type == "meta"
     assert built.survivors().device.type == "meta"
@@ -1221,7 +1212,9 @@ ERRORS = [
         id="first-dimensions",
     ),
     pytest.param(
-        lambda: Visibility(I23, I23[:, :2]), "first and end must have one shape, got (2, 3) and (2, 2)", id="end-shape"
+        lambda: Visibility(I23, I23[:, :2]),
+        "first and end must have the same shape, got (2, 3) and (2, 2)",
+        id="end-shape",
     ),
     pytest.param(
         lambda: Visibility(I23, I23, I23[:1].long()),
@@ -1230,12 +1223,10 @@ ERRORS = [
     ),
     pytest.param(lambda: Visibility(I23, I23).windowed(0), "window must be at least 1, got 0", id="window"),
     pytest.param(lambda: Visibility(I23, I23).last_keys(4), "num_keys must be at most 3, got 4", id="last-keys"),
-    pytest.param(
-        lambda: vis.gist(NO_GIST[0]), "is_gist must be bool of shape (B, K), got (3,)", id="is-gist-dimensions"
-    ),
+    pytest.param(lambda: vis.gist(NO_GIST[0]), "is_gist must have shape (B, K), got (3,)", id="is-gist-dimensions"),
     pytest.param(
         lambda: vis.encoder_gist(NO_GIST[0]),
-        "is_gist must be bool of shape (B, K), got (3,)",
+        "is_gist must have shape (B, K), got (3,)",
         id="encoder-is-gist-dimensions",
     ),
     pytest.param(
@@ -1269,13 +1260,13 @@ ERRORS = [
         id="parts-shape",
     ),
     pytest.param(
-        lambda: Visibility(I23, I23).draw(["a", "b"]), "tokens must be 3 labels, one per key, got 2", id="draw-labels"
+        lambda: Visibility(I23, I23).draw(["a", "b"]), "tokens must have 3 labels, one per key, got 2", id="draw-labels"
     ),
     pytest.param(lambda: Visibility(I23, I23).draw(row=2), "row must be in 0..1, got 2", id="draw-row"),
     pytest.param(lambda: Visibility(I23, I23).draw(row=-1), "row must be in 0..1, got -1", id="draw-row-negative"),
     pytest.param(
         lambda: Visibility(I23, I23).save_drawing("unused.png", ["a"]),
-        "tokens must be 3 labels, one per key, got 1",
+        "tokens must have 3 labels, one per key, got 1",
         id="save-drawing-labels",
     ),
 ]
@@ -1290,7 +1281,7 @@ def test_errors(call: Callable[[], object], message: str) -> None:
 
 @pytest.mark.parametrize("builder", [vis.causal, vis.bidirectional], ids=["causal", "bidirectional"])
 def test_an_error_names_the_argument_that_the_caller_gave(builder: Callable[..., Visibility]) -> None:
-    with pytest.raises(GistError, match=r"^padding must be .*\(B, K\), got \(3,\)"):
+    with pytest.raises(GistError, match=r"^padding must have shape \(B, K\), got \(3,\)"):
         builder(torch.ones(3))
 
 
@@ -1305,7 +1296,7 @@ def test_a_negative_number_of_last_keys_is_refused() -> None:
 @pytest.mark.parametrize("line", ["a", "a b G c d"], ids=["one-key", "five-keys"])
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no-labels"])
 def test_drawing_to_a_file(line: str, labelled: bool, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="drawing a PNG needs the eval extra")
+    pytest.importorskip("matplotlib", reason="saving a PNG needs the eval extra")
     path = tmp_path / "mask.png"
     build(vis.gist, line).save_drawing(path, line.split() if labelled else None)
     content = path.read_bytes()
@@ -1322,6 +1313,6 @@ def test_drawing_to_a_file_without_matplotlib(monkeypatch: pytest.MonkeyPatch, t
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(GistError, match=r"drawing a PNG needs matplotlib; run: pip install 'gist-tokens\[eval\]'"):
+    with pytest.raises(GistError, match=r"saving a PNG needs matplotlib; run: pip install 'gist-tokens\[eval\]'"):
         build(vis.gist, "a G b").save_drawing(tmp_path / "mask.png")
     assert not (tmp_path / "mask.png").exists()

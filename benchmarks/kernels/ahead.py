@@ -1,7 +1,9 @@
-"""Work done ahead by several processes: what a child compiles stays in the on-disk caches of Triton and Inductor
-(``TRITON_CACHE_DIR``, ``TORCHINDUCTOR_CACHE_DIR``), where the process that times things finds it.
+"""Compile and check in several processes before anything is timed.
 
-Place in the flow: clocks -> **ahead** -> attention (the benchmark), tune. Knows nothing of what the work is.
+What a child process compiles stays in the on-disk caches of Triton and Inductor (``TRITON_CACHE_DIR``,
+``TORCHINDUCTOR_CACHE_DIR``), where the process that times finds it.
+
+Place in the flow: clocks -> **ahead** -> attention (the benchmark), tune. Independent of what the work is.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ import torch
 
 from benchmarks.kernels.clocks import first_line, free_bytes
 
-# Device memory that a process takes at most: its context, and the small inputs of a check.
+# The most device memory that a process takes, for its context and the small inputs of a check.
 PROCESS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Done:
-    """A job that ended: what the work returned, or in ``trouble`` a line about why it did not.
+    """A finished job: its result, or one line in ``trouble`` that says why it failed.
 
-    ``is_inconclusive``: memory ran out or the process died, which need not be the job's fault.
+    ``is_inconclusive`` is set if memory ran out or the process died, which need not be the job's fault.
     """
 
     job: Any
@@ -40,37 +42,37 @@ class Done:
 
 
 def default_processes(device: torch.device) -> int:
-    """One for each core that this process may use, and no more than the free memory of ``device`` allows."""
+    """Count the cores that this process may use, limited by the free memory of ``device``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = free_bytes(device)
     return cores if free is None else max(min(cores, free // PROCESS_BYTES), 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory, on the host or the device; a tile that is too large is another matter."""
+    """Return whether memory ran out, on the host or the device. A tile that is too large does not count."""
     text = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text or "ALLOC_FAILED" in text
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether CUDA failed, after which every later call in the process may fail too (an illegal memory access)."""
+    """Return whether CUDA failed in a way that breaks the process, as after an illegal memory access."""
     return any(text in str(error) for text in ("CUDA error", "Triton Error [CUDA]"))
 
 
 def run_ahead(
     work: Callable[[Any], Any], jobs: Sequence[Any], *, processes: int, deadline: float | None = None
 ) -> Iterator[Done]:
-    """Do every job, in the order in which they end.
+    """Do all jobs, and yield them in the order in which they finish.
 
-    A process that dies is the trouble of its job alone. After a CUDA error, or when memory ran out, the process is
-    replaced; in this process a CUDA error ends the work.
+    If a child process dies, only its current job fails. After a CUDA error, or when memory ran out, the child is
+    replaced. With a single process, which is this one, a CUDA error ends the work.
 
     Args:
-        work: a function of a module; with more than one process it and the jobs are pickled.
+        work: a module-level function; with more than one process, it and the jobs are pickled.
         jobs: its arguments, the most important first.
-        processes: how many; with 1 the jobs run in this process.
-        deadline: what ``time.monotonic`` reads when the rest is given up, and the processes are ended; None for never.
-            In this process a job that has begun is finished.
+        processes: the number of processes; with 1, the jobs run in this process.
+        deadline: the time, by ``time.monotonic``, at which the remaining jobs are dropped and the children ended; None
+            for no limit. In this process, a job that has started is finished.
     """
     if processes == 1:
         for job in jobs:
@@ -90,7 +92,7 @@ def run_ahead(
                 process, pipe = idle.pop() if idle else _start(work)
                 job = todo.popleft()
                 busy[pipe] = process, job
-                with contextlib.suppress(OSError):  # it has died: its end of the pipe is closed, as is seen below
+                with contextlib.suppress(OSError):  # if the child has died, receiving fails below
                     pipe.send(job)
             ready = wait_for_any(list(busy), None if deadline is None else max(deadline - time.monotonic(), 0.0))
             if not ready:
@@ -105,7 +107,7 @@ def run_ahead(
                     done, is_spent = Done(job, trouble=trouble, is_inconclusive=True), True
                 if is_spent:
                     pipe.close()
-                    process.kill()  # a broken CUDA context can hang on the way out
+                    process.kill()  # a process with a broken CUDA context can hang at exit
                     process.join()
                 else:
                     idle.append((process, pipe))
@@ -117,19 +119,19 @@ def run_ahead(
 
 
 def _start(work: Callable[[Any], Any]) -> tuple[Any, Connection]:
-    """A process that does jobs, and the pipe to it."""
-    # Forking a process that holds a CUDA context breaks it. Each child is one of many: threads would fight for cores.
+    """Start a process that does jobs, and return it with the pipe to it."""
+    # Forking breaks a CUDA context. One thread each, because many children share the cores.
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(work, there), daemon=True)
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}):
         process.start()
-    there.close()  # so that the pipe ends when the child does
+    there.close()  # so the pipe closes when the child ends
     return process, here
 
 
 def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
-    """Do jobs until there are none, or until one spoils the process."""
+    """Do jobs until the pipe closes or a job breaks the process."""
     torch.set_num_threads(1)
     is_spent = False
     while not is_spent:
@@ -145,5 +147,5 @@ def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
 def _attempt(work: Callable[[Any], Any], job: Any) -> tuple[Done, Exception | None]:
     try:
         return Done(job, work(job)), None
-    except Exception as error:  # noqa: BLE001  what fails is a result, with its reason
+    except Exception as error:  # noqa: BLE001  a failure is a result, with its reason
         return Done(job, trouble=first_line(error), is_inconclusive=is_out_of_memory(error)), error

@@ -1,64 +1,45 @@
-"""Time the kernels beside torch's own attention on a CUDA device; nothing is reported unless they are right first.
+"""Time the kernels against torch's own attention on a CUDA device, after checking that they are right.
 
-    python benchmarks/kernels/attention.py --output docs/results/kernels.jsonl --plot docs/results/kernels.png
-    python benchmarks/kernels/attention.py --quick --case 'gist/*'     a handful of cases, or those whose name matches
-    python benchmarks/kernels/attention.py --step                      a training step of a LLaMA-like model, 10^9 parameters
-    python benchmarks/kernels/attention.py --quick --step              both
+Place in the flow: workload, clocks, ahead, step -> **attention** -> report. A run has these steps:
 
-In order: the gate (kernel against the float64 oracle, outputs and gradients, on this device; red: exit 3, no timing)
-while other processes (``--jobs``) compile what the cases need, the card's matrix rate, then each case, forward and
-forward with backward. Implementations take turns in one process; before each run the L2 cache is overwritten;
-reported are median and quartiles. Implementations:
+1. The gate compares the kernels with the float64 oracle, outputs and gradients, on this device. If it finds a fault,
+   nothing is timed. Meanwhile other processes (``--jobs``) compile what the cases need.
+2. The rate of a plain matrix product is measured.
+3. Each case is timed, forward and forward with backward. The implementations alternate in one process, and the L2 cache
+   is overwritten before each run. Rows have the median and the quartiles.
 
-    triton   ours, with the plan made before
-    flex     torch's FlexAttention, compiled for the very lengths, with the block mask from our lists, made before
-    sdpa     torch's fused operator with the mask made dense before
-    flash    torch's FlashAttention on a causal mask (encoder: none) of that size: another question, a ceiling
+The implementations:
 
-What is made before is timed apart; torch's own way to a block mask, ``create_block_mask``, only with ``--block-mask``,
-for compiling it takes long. FLOPs are those of the pairs that see each other, 4 B H D area forward and 2.5 times
-that backward, whatever a kernel computes beside. Without a CUDA device: one line, exit 2. ``--smoke`` runs the whole of
-it on a CPU under Triton's interpreter at sizes that mean nothing, to show that it runs.
+    triton   these kernels, with the plan made beforehand
+    flex     torch's FlexAttention, compiled for the lengths of the case, with the block mask made from our lists
+             beforehand
+    sdpa     torch's fused operator, with the dense mask made beforehand
+    flash    torch's FlashAttention with a causal mask (encoder: none) of the same size: another mask, as an upper bound
+
+The preparation is timed separately. FLOPs are those of the pairs that see each other, 4 B H D area forward and 2.5
+times that backward, even if a kernel computes more.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.card_tables import kernels_table
 from benchmarks.kernels.ahead import default_processes, run_ahead
-from benchmarks.kernels.clocks import (
-    Setting,
-    first_line,
-    free_bytes,
-    matrix_rate,
-    release,
-    spread,
-    time_alternating,
-    wait,
-)
-from benchmarks.kernels.report import (
-    IMPLEMENTATIONS,
-    PASSES,
-    draw,
-    environment,
-    line_of,
-    read_rows,
-    step_table_of,
-    table_of,
-    write_rows,
-)
+from benchmarks.kernels.clocks import Setting, first_line, free_bytes, matrix_rate, release, time_alternating, wait
+from benchmarks.kernels.report import IMPLEMENTATIONS, PASSES, draw, environment, line_of, write_rows
 from benchmarks.kernels.step import STEP_IMPLEMENTATIONS, compile_step, run_step
 from benchmarks.kernels.workload import (
     T5_WIDTH,
@@ -78,11 +59,12 @@ from benchmarks.kernels.workload import (
 )
 from gisting.attention import interval_attention
 from gisting.attention.relative import dense_bias
+from gisting.measure.rows import read_rows, spread
 from gisting.visibility import Visibility
 
 ROOT = Path(__file__).resolve().parents[2]
 MATMUL_SIZE = 8192
-# Exit status; benchmarks/card.py knows it too.
+# The exit status if the gate finds a fault; benchmarks/card.py has the same number.
 RED_GATE = 3
 
 
@@ -90,12 +72,12 @@ RED_GATE = 3
 
 
 def ours(visibility: Visibility) -> Attend:
-    """The kernels, planned for each call."""
+    """Attend with the kernels, planned for each call."""
     return lambda q, k, v, table: interval_attention(q, k, v, visibility, relative_bias=table, impl="triton")
 
 
 def gate_cases(*, is_smoke: bool) -> list[Case]:
-    """Small cases of every kind of mask, odd lengths, long and short segments, the head sizes that are timed."""
+    """List small cases: every kind of mask, odd lengths, long and short segments, the head sizes that are timed."""
     if is_smoke:
         return [replace(case, num_rows=41) for case in smoke_cases() if case.mask in ("packed", "encoder")]
     found = []
@@ -112,7 +94,7 @@ def gate_cases(*, is_smoke: bool) -> list[Case]:
 
 
 def gate_faults(case: Case, device: torch.device) -> list[str]:
-    """What is wrong with the kernels in a case of the gate."""
+    """Describe the faults of the kernels in a case of the gate."""
     visibility, found = visibility_of(case, device), []
     for dtype in (torch.bfloat16, torch.float16):
         faults = faults_of(ours(visibility), make_inputs(case, device, dtype), visibility)
@@ -122,7 +104,7 @@ def gate_faults(case: Case, device: torch.device) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """Something to do before anything is timed: a case of the gate, or what is to be compiled for an implementation."""
+    """A job before the timing: a case of the gate, or the compilation of a case for an implementation."""
 
     kind: str
     name: str
@@ -131,13 +113,13 @@ class Job:
 
 
 def run_once(run: Callable[[], Any]) -> float:
-    """In place of a clock, where nothing is timed."""
+    """Run without timing, in place of a clock."""
     run()
     return 0.0
 
 
 def do_ahead(job: Job) -> list[str]:
-    """Do a job, in a process of its own; what the gate found wrong."""
+    """Do a job, usually in a child process, and return the faults that the gate found."""
     device = torch.device("cpu") if job.is_smoke else torch.device("cuda", torch.cuda.current_device())
     found = []
     if job.case is None:
@@ -156,13 +138,13 @@ def do_ahead(job: Job) -> list[str]:
 
 
 def gate(cases: Sequence[Case], *, has_step: bool, is_smoke: bool, processes: int) -> list[str]:
-    """What is wrong with the kernels on this device: nothing, if anything is to be timed. It is printed when found.
+    """Check the kernels on this device; print the faults as they are found, and return them.
 
-    With more than one process what ``cases`` and the training step need is compiled beside, unless the gate is red.
+    With more than one process, what ``cases`` and the training step need is compiled at the same time.
     """
     jobs = [Job("gate", case.name, case, is_smoke) for case in gate_cases(is_smoke=is_smoke)]
     if processes > 1:
-        # What takes longest to compile comes first.
+        # The longest compilations come first.
         if has_step:
             jobs += [Job("compile", name, None, is_smoke) for name in STEP_IMPLEMENTATIONS if name != "sdpa"]
         jobs += [Job("compile", name, case, is_smoke) for name in ("flex", "triton") for case in cases]
@@ -170,7 +152,7 @@ def gate(cases: Sequence[Case], *, has_step: bool, is_smoke: bool, processes: in
     start = time.monotonic()
     for done in run_ahead(do_ahead, jobs, processes=processes):
         if done.job.kind == "compile":
-            # No fault of the gate: what is timed later fails in the same way, and its row says why.
+            # Not a fault of the gate: the timing will fail in the same way, and the row will say why.
             what = done.job.name if done.job.case is None else f"{done.job.case.name} {done.job.name}"
             print(f"compiled ahead: {what}, {done.trouble or f'{time.monotonic() - start:.0f} s'}", flush=True)
             continue
@@ -191,7 +173,7 @@ def gate(cases: Sequence[Case], *, has_step: bool, is_smoke: bool, processes: in
 
 @dataclass(frozen=True)
 class Prepared:
-    """An implementation made ready for a case: its call, its leaves, and what the row says of it."""
+    """An implementation prepared for a case: the call, its leaves, and entries for the row."""
 
     attend: Attend
     given: Inputs
@@ -200,12 +182,12 @@ class Prepared:
     has_gradients: bool = True
 
     def forward(self) -> Tensor:
-        """The forward pass as in inference."""
+        """Run the forward pass without gradients."""
         with torch.no_grad():
             return self.attend(self.given.q, self.given.k, self.given.v, self.given.table)
 
     def both(self) -> tuple[Tensor, ...]:
-        """Forward and backward."""
+        """Run forward and backward."""
         out = self.attend(self.given.q, self.given.k, self.given.v, self.given.table)
         return torch.autograd.grad(out, self.given.leaves, self.given.upstream)
 
@@ -214,7 +196,7 @@ Clock = Callable[[Callable[[], Any]], float]
 
 
 def prepare_triton(case: Case, given: Inputs, visibility: Visibility, clock: Clock) -> Prepared:
-    """Ours."""
+    """Prepare these kernels."""
     import gisting_kernels as kernels
     from gisting_kernels.configs import KERNELS
 
@@ -237,7 +219,7 @@ def prepare_triton(case: Case, given: Inputs, visibility: Visibility, clock: Clo
 
 
 def prepare_flex(case: Case, given: Inputs, visibility: Visibility, clock: Clock) -> Prepared:
-    """What ``impl="flex"`` runs; the block mask from our lists."""
+    """Prepare what ``impl="flex"`` runs, with the block mask made from our lists."""
     import gisting_kernels as kernels
     from gisting.attention import flex
 
@@ -246,7 +228,7 @@ def prepare_flex(case: Case, given: Inputs, visibility: Visibility, clock: Clock
     def make_lists() -> kernels.TileLists:
         return kernels.list_tiles(visibility.first, visibility.end, case.num_rows, 0, size)
 
-    # Forget the lengths of the case before, which would make those of this one variables, and slower.
+    # Forget the lengths of the previous case; otherwise this case's lengths would become dynamic, and slower.
     torch._dynamo.reset()
     lists = make_lists()
     pairs = visible_pairs(visibility, case.num_rows)
@@ -256,7 +238,7 @@ def prepare_flex(case: Case, given: Inputs, visibility: Visibility, clock: Clock
     }
 
     def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
-        # The block mask is remembered on the intervals after the first call.
+        # The first call caches the block mask on the intervals.
         return flex.flex_attention(
             q, k, v, visibility, lists, relative_bias=table, scale=q.shape[-1] ** -0.5, softcap=None
         )
@@ -265,7 +247,7 @@ def prepare_flex(case: Case, given: Inputs, visibility: Visibility, clock: Clock
 
 
 def block_mask_ms(case: Case, visibility: Visibility, clock: Clock) -> float | str:
-    """Milliseconds of ``create_block_mask``, torch's own way to a block mask, compiled; or why it does not run."""
+    """Time torch's own ``create_block_mask``, compiled; return milliseconds, or the reason why it does not run."""
     import gisting_kernels as kernels
     from gisting.attention import flex
 
@@ -275,13 +257,15 @@ def block_mask_ms(case: Case, visibility: Visibility, clock: Clock) -> float | s
     sizes = case.batch, None, case.num_rows, case.num_rows
     try:
         return clock(lambda: create(mask.mask_mod, *sizes, visibility.device))
-    except Exception as error:  # noqa: BLE001  nothing else is timed with it; its reason goes into the row
+    except Exception as error:  # noqa: BLE001  a failure is a result, with its reason
         return first_line(error)
 
 
 def prepare_sdpa(case: Case, given: Inputs, visibility: Visibility, clock: Clock) -> Prepared:
-    """torch's fused operator. A bias is made dense before too, with the mask in it, and is the leaf that gets the
-    gradient: what it would take to bring that back to the table is not counted.
+    """Prepare torch's fused operator with a dense mask.
+
+    A relative bias is made dense too, together with the mask, and is the leaf that gets the gradient. Reducing that
+    gradient to the table is not timed.
     """
     group = case.heads // case.groups
 
@@ -299,7 +283,7 @@ def prepare_sdpa(case: Case, given: Inputs, visibility: Visibility, clock: Clock
 
     def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
         if group > 1:
-            # With a mask torch's own grouping leaves the fused kernels.
+            # With a mask, torch's own grouping (enable_gqa) does not use the fused kernels.
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         return scaled_dot_product_attention(q, k, v, attn_mask=mask if table is None else table)
 
@@ -307,7 +291,7 @@ def prepare_sdpa(case: Case, given: Inputs, visibility: Visibility, clock: Clock
 
 
 def prepare_flash(case: Case, given: Inputs, visibility: Visibility, clock: Clock) -> Prepared:
-    """torch's FlashAttention on the nearest mask that it knows."""
+    """Prepare torch's FlashAttention with the most similar mask that it supports."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     is_causal = case.mask != "encoder"
@@ -333,9 +317,9 @@ PREPARE: dict[str, Callable[[Case, Inputs, Visibility, Clock], Prepared]] = {
 
 
 def run_case(case: Case, setting: Setting, *, has_block_mask: bool = False) -> list[dict[str, Any]]:
-    """The rows of a case, one for each implementation: measured, skipped or failed, the latter two with a reason.
+    """Measure a case, and return one row for each implementation: measured, or skipped or failed with a reason.
 
-    With ``has_block_mask`` the row of flex has the time of ``create_block_mask`` too.
+    With ``has_block_mask``, the row of flex also has the time of ``create_block_mask``.
     """
     device = setting.device
     given, visibility = make_inputs(case, device, torch.bfloat16), visibility_of(case, device)
@@ -355,7 +339,7 @@ def run_case(case: Case, setting: Setting, *, has_block_mask: bool = False) -> l
                 prepared.both()
             wait(device)
             ready[name] = prepared
-        except Exception as error:  # noqa: BLE001  a peer that cannot run is a result, with its reason
+        except Exception as error:  # noqa: BLE001  a failure is a result, with its reason
             troubles[name] = ("failed", first_line(error))
             outputs.pop(name, None)
     for name, reason in disagreements(outputs).items():
@@ -382,16 +366,17 @@ def run_case(case: Case, setting: Setting, *, has_block_mask: bool = False) -> l
 
 
 def why_skip(name: str, case: Case, free_bytes: int | None) -> str | None:
-    """Why an implementation does not run a case, or None."""
+    """Return why an implementation skips a case, or None."""
     if name == "sdpa" and free_bytes is not None and dense_bytes(case) > free_bytes // 2:
         return f"the dense mask would take {dense_bytes(case) / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free"
     return None
 
 
 def disagreements(outputs: dict[str, Tensor]) -> dict[str, str]:
-    """Whose result is not to be trusted, by more than rounding in 16 bits explains: no time of theirs is reported.
+    """Find outputs that differ by more than rounding in 16 bits explains; their times are not reported.
 
-    A peer that differs from ours is named; where every peer does, so are we. flash answers another question.
+    A peer that differs from triton is named. If every peer differs, triton is named too. flash is not compared, because
+    it computes another mask.
     """
     peers = {name: tensor for name, tensor in outputs.items() if name not in ("triton", "flash")}
     if "triton" not in outputs or not peers:
@@ -402,16 +387,16 @@ def disagreements(outputs: dict[str, Tensor]) -> dict[str, str]:
     for name, tensor in peers.items():
         error = (tensor.float() - exact).abs().max().item()
         if not error <= allowed:  # NaN differs
-            found[name] = f"its result differs from that of triton by {error:.2e}, allowed {allowed:.2e}"
+            found[name] = f"its result differs from triton's by {error:.2e}, allowed {allowed:.2e}"
     if len(found) == len(peers):
-        found["triton"] = f"its result is that of none of {', '.join(peers)}"
+        found["triton"] = f"its result differs from those of {', '.join(peers)}"
     return found
 
 
 def measured_row(
     case: Case, name: str, prepared: Prepared, times: dict[str, list[float]], matmul_tflops: float
 ) -> dict[str, Any]:
-    """The row of an implementation that ran."""
+    """Make the row of an implementation that ran."""
     row: dict[str, Any] = {**case.to_row(), "implementation": name, "status": "measured", **prepared.says}
     row["visible_pairs"] = prepared.pairs
     for which, found in times.items():
@@ -430,88 +415,77 @@ def measured_row(
 # -- command -----------------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSONL file; rows of the same case and device are replaced")
-    parser.add_argument("--plot", type=Path, help="PNG file")
-    parser.add_argument("--quick", action="store_true", help="a handful of cases")
-    parser.add_argument("--case", help="only cases whose name matches, such as 'gist/50%%/*'")
-    parser.add_argument("--repeats", type=int, default=30, help="runs of each implementation (30)")
-    parser.add_argument("--step", action="store_true", help="a training step of a LLaMA-like model; alone, no cases")
-    parser.add_argument("--block-mask", action="store_true", help="time create_block_mask too, which compiles for long")
-    parser.add_argument("--jobs", type=int, help="processes that check and compile first (one a core; 1 with --smoke)")
-    parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny: shows that it runs, measures nothing")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    if options.jobs is None and options.smoke:
-        options.jobs = 1
-    if options.jobs is not None and options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    for path in (options.output, options.plot):
-        if options.smoke and path is not None and path.resolve().is_relative_to(ROOT / "docs" / "results"):
-            parser.error(f"--smoke measures nothing, so it does not write to docs/results; got {path}")
-    if not options.smoke and not chosen_cases(quick=options.quick, pattern=options.case):
-        parser.error(f"no case matches {options.case!r}; there are {', '.join(case.name for case in all_cases())}")
-    return options
+def main(
+    *,
+    output: Annotated[Path | None, typer.Option(help="JSONL file; replaces rows of the same case and device.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Run only a few cases.")] = False,
+    case: Annotated[str | None, typer.Option(help="Run only cases whose name matches, such as 'gist/50%/*'.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each implementation.")] = 30,
+    step: Annotated[
+        bool, typer.Option("--step", help="Time a training step; without --quick or --case, only that.")
+    ] = False,
+    block_mask: Annotated[
+        bool, typer.Option("--block-mask", help="Also time create_block_mask, which takes long to compile.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that check and compile. [default: the cores; 1 with --smoke]")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Run on the CPU with tiny sizes, to test the code.")] = False,
+) -> int:
+    """Time the kernels against FlexAttention, SDPA and FlashAttention on a GPU, once their results are right.
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, time, write; 2 without a CUDA device, 3 where the gate is red."""
-    options = parse(arguments)
-    if options.smoke:
-        # Before the first import of triton.
+    Exits with 2 without a CUDA device, and with 3 if the kernels are wrong, in which case nothing is timed.
+    """
+    for path in (output, plot):
+        if smoke and path is not None and path.resolve().is_relative_to(ROOT / "docs" / "results"):
+            raise typer.BadParameter(f"--smoke measures nothing, so it does not write to docs/results; got {path}")
+    if not smoke and not chosen_cases(quick=quick, pattern=case):
+        raise typer.BadParameter(
+            f"no case matches {case!r}; the cases are {', '.join(case.name for case in all_cases())}"
+        )
+    if smoke:
+        # Before triton is first imported.
         os.environ["TRITON_INTERPRET"] = "1"
-        device = torch.device("cpu")
-    elif not torch.cuda.is_available():
-        print("no CUDA device: nothing was measured, nothing written (--smoke runs the code on a CPU)", file=sys.stderr)
-        return 2
-    else:
-        device = torch.device("cuda", torch.cuda.current_device())
+        device, repeats, warmup, matmul_size = torch.device("cpu"), 2, 1, 64
+    elif torch.cuda.is_available():
+        device, warmup, matmul_size = torch.device("cuda", torch.cuda.current_device()), 5, MATMUL_SIZE
         if torch.cuda.get_device_capability(device)[0] < 8:
             name = torch.cuda.get_device_name(device)
             print(f"the kernels need compute capability 8.0, {name} has less: nothing was measured", file=sys.stderr)
             return 2
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    cases = smoke_cases() if options.smoke else chosen_cases(quick=options.quick, pattern=options.case)
-    if options.step and not options.quick and options.case is None:
+    else:
+        print("no CUDA device: nothing was measured, nothing written (--smoke runs the code on a CPU)", file=sys.stderr)
+        return 2
+    cases = smoke_cases() if smoke else chosen_cases(quick=quick, pattern=case)
+    if step and not quick and case is None:
         cases = []
-    processes = options.jobs or default_processes(device)
-    faults = gate(cases, has_step=options.step, is_smoke=options.smoke, processes=processes)
-    if faults:
+    processes = jobs or (1 if smoke else default_processes(device))
+    if gate(cases, has_step=step, is_smoke=smoke, processes=processes):
         print("the gate is red: nothing was timed")
         return RED_GATE
-    repeats, warmup = (2, 1) if options.smoke else (options.repeats, 5)
-    rate = matrix_rate(device, 64 if options.smoke else MATMUL_SIZE, repeats=repeats, warmup=warmup)
-    about = {**environment(is_smoke=options.smoke), "matmul_tflops": rate}
+    rate = matrix_rate(device, matmul_size, repeats=repeats, warmup=warmup)
+    about = {**environment(is_smoke=smoke), "matmul_tflops": rate}
     print(f"{about['device']}: {rate:.3g} TFLOP/s in a product of bfloat16 matrices", flush=True)
     setting = Setting(device, repeats, warmup, rate, about)
     rows: list[dict[str, Any]] = []
-    for number, case in enumerate(cases, 1):
-        found = run_case(case, setting, has_block_mask=options.block_mask)
-        rows += found
+
+    def keep(found: list[dict[str, Any]], start: str) -> None:
+        rows.extend(found)
         for row in found:
-            print(f"[{number}/{len(cases)}] {line_of(row)}", flush=True)
-        if options.output is not None:
-            write_rows(options.output, found)
+            print(f"{start} {line_of(row)}", flush=True)
+        if output is not None:
+            write_rows(output, found)
         release(device)
-    if options.step:
-        found = run_step(setting, is_smoke=options.smoke)
-        console.print(step_table_of(found))
-        if options.output is not None:
-            write_rows(options.output, found)
-    if not cases:
-        return 0
-    console.print(table_of(rows))
-    if options.plot is not None:
-        # With the rows of earlier runs on this device, if they are kept.
-        kept = rows if options.output is None else read_rows(options.output)
-        draw([row for row in kept if row["device"] == about["device"]], options.plot)
+
+    for number, one in enumerate(cases, 1):
+        keep(run_case(one, setting, has_block_mask=block_mask), f"[{number}/{len(cases)}]")
+    if step:
+        keep(run_step(setting, is_smoke=smoke), "[step]")
+    if complete := [row for row in rows if "both_ms" in row]:
+        print(kernels_table(complete))
+    if plot is not None and cases:
+        # Include the rows of earlier runs on this device, if there is a file of them.
+        kept = rows if output is None else read_rows(output)
+        draw([row for row in kept if row["device"] == about["device"]], plot)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

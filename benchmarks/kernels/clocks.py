@@ -1,4 +1,4 @@
-"""How time is taken: on a CUDA device by events and in turns, elsewhere by the wall clock.
+"""Take times: with CUDA events on a GPU, and with the wall clock on a CPU.
 
 Place in the flow: **clocks** -> attention (the benchmark), step, tune.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cases share."""
+    """The settings that all cases share."""
 
     device: torch.device
     repeats: int
@@ -25,18 +25,17 @@ class Setting:
     about: dict[str, Any]
 
     def clock(self, run: Callable[[], Any]) -> float:
-        """Wall-clock milliseconds of what is made before."""
+        """Take the wall-clock milliseconds of a preparation."""
         return wall_ms(run, self.device, repeats=min(self.repeats, 10), warmup=self.warmup)
 
 
 def time_alternating(
     runs: dict[str, Callable[[], Any]], device: torch.device, *, repeats: int, warmup: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of each run, in turns.
+    """Take the milliseconds of each run, alternating between the runs.
 
-    On a CUDA device by events: between two of them lies the work of one run on the device. What is written to memory
-    before it leaves none of its inputs in the L2 cache, and takes long enough (some 1 ms) that the host has queued the
-    run by then, so that the device does not wait for Python.
+    On a CUDA device, two events enclose the work of a run. Before each run, 12 writes of 256 MiB evict its inputs from
+    the L2 cache. They take about 1 ms, long enough for the host to queue the run, so the device never waits for Python.
     """
     for _ in range(warmup):
         for run in runs.values():
@@ -67,7 +66,7 @@ def time_alternating(
 
 
 def wall_ms(run: Callable[[], Any], device: torch.device, *, repeats: int, warmup: int) -> float:
-    """Median milliseconds from the call to the end of its work on the device: for what the host takes part in."""
+    """Take the median milliseconds from the call to the end of its work on the device, the host's share included."""
     times = []
     for number in range(warmup + repeats):
         wait(device)
@@ -80,36 +79,30 @@ def wall_ms(run: Callable[[], Any], device: torch.device, *, repeats: int, warmu
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def spread(times: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile, none of them beyond what was measured."""
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
-    return low, median, high
-
-
 def matrix_rate(device: torch.device, size: int, *, repeats: int, warmup: int) -> float:
-    """TFLOP/s of a product of bfloat16 matrices."""
+    """Measure the TFLOP/s of a product of bfloat16 matrices."""
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     times = time_alternating({"matmul": lambda: a @ b}, device, repeats=repeats, warmup=warmup)["matmul"]
     return 2 * size**3 / statistics.median(times) / 1e9
 
 
 def release(device: torch.device) -> None:
-    """Give back what torch holds for later."""
+    """Return the memory that torch caches to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Of the device, or None where it does not matter."""
+    """Return the free memory of a CUDA device, or None for a CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def first_line(error: BaseException) -> str:
-    """A failure in a line, for a row."""
+    """Describe an error in one line, for a row."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -1,39 +1,40 @@
-"""Compile every row of ``configs.json`` for sm_80 and sm_90, without a GPU, and write what the compiler used.
+"""Compile the kernels with every row of ``configs.json`` for sm_80 and sm_90, without a GPU, and report what they use.
 
-    python benchmarks/kernels/resources.py --output docs/kernel_resources.md
-
-Registers, stack (spills) and shared memory per program, whether the loop loads ahead (asynchronous copies in the IR)
-and whether it computes on the tensor cores' own instructions. Exits with 1 where a row breaks a limit: a stack over 64
-bytes, the 32 registers with which ptxas gives up, more shared memory than the card has, a loop that does not load
-ahead, no tensor-core instruction. The loop of the table-gradient kernel is not asked to load ahead: it has a barrier.
+Place in the flow: ``configs.json`` and the kernels -> **resources** -> ``docs/kernel_resources.md``. Reported are
+registers, stack (spills) and shared memory per program, whether the loop loads ahead (asynchronous copies in the IR),
+and whether it uses tensor-core instructions. A row is faulty if its stack exceeds 64 bytes, if ptxas falls back to 32
+registers, if it needs more shared memory than the card has, if a loop does not load ahead, or if there is no
+tensor-core instruction. The loop of the table-gradient kernel need not load ahead, because it contains a barrier.
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import itertools
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-sys.path.insert(0, str(KERNELS))
+import torch
+import typer
+
+from gisting.markdown import markdown_table
+from gisting_kernels.configs import CLASSES, HEAD_SIZES, read_table
+from gisting_kernels.op import MAX_HEAD_SIZE_FLOAT32
 
 MAX_STACK = 64
-# They multiply no matrices, so there is nothing to load ahead.
+# Kernels that multiply no matrices, so there is nothing to load ahead.
 SMALL_KERNELS = ("delta", "merge", "bounds", "list", "range", "order")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with one configuration, as a call would compile it."""
+    """A kernel with one configuration, compiled as a call would compile it."""
 
     arch: int
     kernel: str
@@ -48,14 +49,14 @@ class Case:
 
     @property
     def options(self) -> str:
-        """What is compiled in, for people."""
+        """The options that are compiled in, in words."""
         names = [name for name in ("bias", "softcap", "dropout", "even") if getattr(self, name)]
         return ", ".join(names) or "no"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the compiler used for a case."""
+    """What a compiled case uses."""
 
     registers: int
     stack: int
@@ -65,9 +66,9 @@ class Resources:
     tensor_instruction: str
 
     def faults(self, case: Case, shared_limit: int) -> list[str]:
-        """What breaks a limit."""
+        """Describe the limits that the case breaks."""
         found = []
-        # Tile sizes do not depend on dropout and softcap: what these cost is shown, not held to the limit.
+        # Tile sizes do not depend on dropout and softcap, so their spills are shown but not limited.
         if self.stack > MAX_STACK and not (case.dropout or case.softcap):
             found.append(f"stack of {self.stack} bytes")
         if self.registers == 32 and case.kernel not in SMALL_KERNELS:
@@ -84,12 +85,12 @@ class Resources:
 
 
 def cases_of_table() -> list[Case]:
-    """Every row of the table, with and without bias where the kernel has both; the kernel for decoding; some rows with
-    what else can be compiled in; the kernels that multiply nothing.
+    """List what is compiled.
+
+    These are all rows of the table, with and without a bias if the kernel has both; the decoding kernel; some rows with
+    other options; and the kernels that multiply no matrices.
     """
-    from gisting_kernels.configs import CLASSES, HEAD_SIZES, read_table
     from gisting_kernels.decode import decode_size
-    from gisting_kernels.op import MAX_HEAD_SIZE_FLOAT32
 
     cases = []
     for row in read_table():
@@ -115,17 +116,17 @@ def cases_of_table() -> list[Case]:
         cases += [dataclasses.replace(case, **{option: True}) for case in plain if case.head_size == 64]
     biased = [case for case in cases if case.bits == 16 and case.segment == "long" and case.bias]
     cases += [dataclasses.replace(case, dropout=True) for case in biased if case.head_size == 64]  # T5 in training
-    # A head size that is no power of two runs in the tiles of the next.
+    # A head size that is not a power of two uses the tiles of the next power.
     cases += [dataclasses.replace(case, head_size=80) for case in plain if case.head_size == 128]
     cases += [Case(arch, kernel, 16, 64, "any", (64, 64, 4, 1)) for arch in CLASSES for kernel in SMALL_KERNELS]
     return cases
 
 
 def compile_case(case: Case) -> Resources:
-    """Compile one case; needs triton, no GPU.
+    """Compile one case. Needs triton, but no GPU.
 
     Raises:
-        Exception: what Triton raises where it cannot compile.
+        Exception: whatever Triton raises if it cannot compile the case.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -151,8 +152,8 @@ def compile_case(case: Case) -> Resources:
     constants = {
         "GROUP": 4, "BIAS": case.bias, "TABLE_GRADIENT": case.bias, "SOFTCAP": case.softcap, "DROPOUT": case.dropout,
         "D": case.head_size, "BD": 1 << (case.head_size - 1).bit_length(), "BM": rows, "BN": keys,
-        "EVEN_K": case.even, "MASKED": True,
-        "PRECISION": "ieee" if case.bits == 16 else "tf32x3", "HAS_NEAR": True, "CHUNK": 128, "BLOCK": 32, "BS": 64,
+        "EVEN_K": case.even, "PRECISION": "ieee" if case.bits == 16 else "tf32x3", "HAS_NEAR": True, "CHUNK": 128,
+        "BLOCK": 32, "BS": 64,
     }  # fmt: skip
     element = "*bf16" if case.bits == 16 else "*fp32"
     signature, constexprs, attributes = {}, {}, {}
@@ -171,7 +172,7 @@ def compile_case(case: Case) -> Resources:
                 signature[name] = "*i64" if name == "p_seed" else element
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif name == "s_mask" or re.fullmatch(r"s_.d", name):
-            # Contiguous along the head size; a value of 1 is compiled in.
+            # The head dimension is contiguous; Triton specialises on a stride of 1.
             signature[name] = "constexpr"
             constexprs[(position,)] = 1
         elif name in ("scale", "softcap", "dropout"):
@@ -201,7 +202,7 @@ def compile_case(case: Case) -> Resources:
 
 
 def hot_loops(ir: str) -> list[str]:
-    """The text of each loop of Triton's GPU IR that multiplies matrices; loops do not nest in these kernels."""
+    """Return the text of each loop in Triton's GPU IR that multiplies matrices. These kernels have no nested loops."""
     loops, lines = [], ir.splitlines()
     for number, line in enumerate(lines):
         if "scf.for" not in line:
@@ -230,71 +231,76 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 def _compile_safely(case: Case) -> Resources | str:
     try:
         return compile_case(case)
-    except Exception as error:  # noqa: BLE001  a compiler's failure is a result of this command, with its reason
+    except Exception as error:  # noqa: BLE001  a failure to compile is a result, with its reason
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def write_markdown(results: Sequence[tuple[Case, Resources | str]], versions: str) -> str:
-    """The table of ``docs/kernel_resources.md``."""
-    lines = [
-        "# What the kernels use",
-        "",
-        f"Compiled without a GPU by `python benchmarks/kernels/resources.py` ({versions}); nothing here is a measurement",
-        "of speed. Tile: rows x keys, warps, stages. Stack: bytes a thread spills (limit 64). Shared: bytes a program.",
-        "Ahead: loops that load ahead, of those that multiply. The group has 4 heads, lengths are no multiple of a",
-        "tile, 16 bits means bfloat16, 32 bits float32 by three TF32 products. Rows with dropout or softcap show what",
-        "these cost; tile sizes do not depend on them, so they are not held to the limit of the stack.",
-        "",
-        "| card | kernel | bits | D | segments | options | tile | registers | stack | shared | ahead | instruction |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Make the page ``docs/kernel_resources.md``."""
+    columns = (
+        "card", "kernel", "bits", "D", "segments", "options", "tile", "registers", "stack", "shared", "ahead",
+        "instruction",
+    )  # fmt: skip
+    lines = []
     for case, used in results:
         rows, keys, warps, stages = case.tile
-        start = (
-            f"| sm_{case.arch} | {case.kernel} | {case.bits} | {case.head_size} | {case.segment} | "
-            f"{case.options} | {rows} x {keys}, {warps}, {stages} | "
-        )
+        line = [f"sm_{case.arch}", case.kernel, str(case.bits), str(case.head_size), case.segment, case.options]
+        line.append(f"{rows} x {keys}, {warps}, {stages}")
         if isinstance(used, str):
-            lines.append(f"{start}failed: {used} | | | | |")
+            line += [f"failed: {used}", "", "", "", ""]
         else:
-            lines.append(
-                f"{start}{used.registers} | {used.stack} | {used.shared:,} | {used.num_loops_ahead} of "
-                f"{used.num_loops} | {used.tensor_instruction} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print, write; 1 where a row breaks a limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
-    parser.add_argument("--arch", type=int, choices=(80, 90), help="only this one")
-    parser.add_argument(
-        "--kernel", choices=("forward", "query", "key", "table", "decode", *SMALL_KERNELS), help="only this one"
+            ahead = f"{used.num_loops_ahead} of {used.num_loops}"
+            line += [str(used.registers), str(used.stack), f"{used.shared:,}", ahead, used.tensor_instruction]
+        lines.append(line)
+    return "\n".join(
+        [
+            "# What the kernels use",
+            "",
+            "The registers, stack and shared memory that the kernels use with each row of the table of tile sizes,",
+            f"compiled without a GPU by `python -m benchmarks resources` ({versions}). Speed is not measured here.",
+            "",
+            "- tile: rows x keys, warps, stages",
+            "- stack: bytes that a thread spills (the limit is 64)",
+            "- shared: bytes of shared memory per program",
+            "- ahead: how many of the loops that multiply matrices load ahead",
+            "",
+            "Four query heads share a key head, and no length is a multiple of a tile. 16 bits are bfloat16; 32 bits",
+            "are float32, by three TF32 products. Rows with dropout or softcap show what these options cost; tile",
+            "sizes do not depend on them, so the limit of the stack does not apply.",
+            "",
+            *markdown_table(columns, lines),
+            "",
+        ]
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    options = parser.parse_args(arguments)
 
-    import torch
+
+def main(
+    *,
+    output: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
+    arch: Annotated[int | None, typer.Option(help="Only this class of cards, 80 or 90.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="Only this kernel.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> int:
+    """Report the registers, stack and shared memory that the kernels use, without a GPU.
+
+    Exits with 1 if a row breaks a limit.
+    """
     import triton
 
-    from gisting_kernels.configs import CLASSES
-
-    cases = [
-        case for case in cases_of_table() if options.arch in (None, case.arch) and options.kernel in (None, case.kernel)
-    ]
+    cases = [case for case in cases_of_table() if arch in (None, case.arch) and kernel in (None, case.kernel)]
+    if not cases:
+        raise typer.BadParameter(
+            f"no row has --arch {arch} and --kernel {kernel}; the classes are {', '.join(map(str, CLASSES))}, the "
+            f"kernels {', '.join(dict.fromkeys(case.kernel for case in cases_of_table()))}"
+        )
     results, num_faults = [], 0
-    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         for case, used in zip(cases, pool.map(_compile_safely, cases), strict=True):
             faults = [used] if isinstance(used, str) else used.faults(case, CLASSES[case.arch])
             num_faults += bool(faults)
             print(case, used if not isinstance(used, str) else "", *faults, flush=True)
             results.append((case, used))
-    if options.output is not None:
-        options.output.write_text(write_markdown(results, f"torch {torch.__version__}, triton {triton.__version__}"))
+    if output is not None:
+        output.write_text(write_markdown(results, f"torch {torch.__version__}, triton {triton.__version__}"))
     print(f"{len(results)} configurations, {num_faults} with a fault")
     return 1 if num_faults else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""One training step of a LLaMA-like model with random weights, attention through each implementation in turn.
+"""Time a training step of a LLaMA-like model with random weights, with each implementation of attention.
 
 Place in the flow: workload, clocks -> **step** -> attention (the benchmark), which has the command.
 """
@@ -16,17 +16,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.clocks import Setting, first_line, spread, wait
+from benchmarks.kernels.clocks import Setting, first_line, wait
 from benchmarks.kernels.workload import Case, visibility_of
 from gisting.attention import interval_attention
+from gisting.measure.rows import spread
 
 STEP_IMPLEMENTATIONS = ("triton", "flex", "sdpa")
-# In the norm; 16-bit rounding through a model is a few per cent, another mask is of the order of 1.
+# Relative, in the norm. Rounding to 16 bits through a model gives a few per cent; a wrong mask gives about 1.
 MAX_DIFFERENCE = 0.2
 
 
 def step_case(*, is_smoke: bool) -> tuple[Case, dict[str, Any]]:
-    """The batch, and the configuration of a LLaMA-like model (sizes of LLaMA 3.2 1B, a smaller vocabulary)."""
+    """Return the batch, and the configuration of a model sized like LLaMA 3.2 1B with a smaller vocabulary."""
     if is_smoke:
         case = Case("step/smoke", "gist", 48, 1, 4, 2, 16, num_gist=2)
         sizes = {"num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 61}
@@ -45,26 +46,25 @@ def step_case(*, is_smoke: bool) -> tuple[Case, dict[str, Any]]:
 
 @contextlib.contextmanager
 def attention_through(impl: str) -> Iterator[None]:
-    """Every interval attention of a model runs on ``impl``.
+    """Run every interval attention of a model with ``impl``.
 
-    It is asked for by name: what ``impl="auto"`` chose is remembered on the mask, and another choice for the same mask
-    would not be heeded.
+    The implementation is passed explicitly because the choice of ``impl="auto"`` is cached on the mask.
     """
-    # `new`, not `wraps`: a mock would keep every tensor that it is called with.
+    # `new`, not `wraps`: a mock would keep a reference to every tensor that it is called with.
     with mock.patch("gisting.models.registry.interval_attention", functools.partial(interval_attention, impl=impl)):
         yield
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with random weights, its batch, and what a backward pass through it is."""
+    """A model with random weights, and a function that runs forward and backward on its batch."""
 
     model: Any
     backward: Callable[[], None]
 
 
 def trained_model(device: torch.device, *, is_smoke: bool, num_layers: int | None = None) -> Trained:
-    """The model of the step, or one of the same sizes with fewer layers."""
+    """Make the model of the step, or one of the same sizes with fewer layers."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from gisting.models.registry import register_attention
@@ -93,19 +93,19 @@ def trained_model(device: torch.device, *, is_smoke: bool, num_layers: int | Non
 
 
 def compile_step(device: torch.device, impl: str, *, is_smoke: bool) -> None:
-    """Compile what the step needs of an implementation: one layer has the shapes of all."""
-    # Forget the lengths of what this process compiled before, which would make those of the step variables.
+    """Compile what the step needs of an implementation. One layer is enough, because all have the same shapes."""
+    # Forget the lengths that this process compiled before; otherwise the step's lengths would become dynamic.
     torch._dynamo.reset()
     with attention_through(impl):
         trained_model(device, is_smoke=is_smoke, num_layers=1).backward()
 
 
 def run_step(setting: Setting, *, is_smoke: bool) -> list[dict[str, Any]]:
-    """Time and peak memory of forward, backward and AdamW with each implementation, in turns on one model.
+    """Measure time and peak memory of forward, backward and AdamW with each implementation, alternating on one model.
 
-    First a backward pass with each: where the gradient of the first layer's value projection is off by more than
-    ``MAX_DIFFERENCE`` from that with triton, the row is "failed". (The loss says nothing: with random weights it is the
-    logarithm of the vocabulary under any mask.) The learning rate is 0, so that every step is the same one.
+    Before that, each runs one backward pass. If the gradient of the first layer's value projection differs from that
+    with triton by more than ``MAX_DIFFERENCE``, its row says "failed". (The loss would not show an error: with random
+    weights it is the logarithm of the vocabulary under any mask.) The learning rate is 0, so all steps are equal.
     """
     device = setting.device
     case, _ = step_case(is_smoke=is_smoke)
@@ -128,7 +128,7 @@ def run_step(setting: Setting, *, is_smoke: bool) -> list[dict[str, Any]]:
             with attention_through(impl):
                 backward()
             gradients[impl] = model.model.layers[0].self_attn.v_proj.weight.grad.float()
-        except Exception as error:  # noqa: BLE001  a peer that cannot run is a result, with its reason
+        except Exception as error:  # noqa: BLE001  a failure is a result, with its reason
             troubles[impl] = first_line(error)
         optimizer.zero_grad(set_to_none=True)
     troubles |= differing(gradients)
@@ -145,7 +145,7 @@ def run_step(setting: Setting, *, is_smoke: bool) -> list[dict[str, Any]]:
                 with attention_through(impl):
                     step()
                 wait(device)
-            except Exception as error:  # noqa: BLE001  a peer that cannot run is a result, with its reason
+            except Exception as error:  # noqa: BLE001  a failure is a result, with its reason
                 troubles[impl] = first_line(error)
                 optimizer.zero_grad(set_to_none=True)
                 continue
@@ -161,19 +161,19 @@ def run_step(setting: Setting, *, is_smoke: bool) -> list[dict[str, Any]]:
 
 
 def differing(gradients: dict[str, Tensor]) -> dict[str, str]:
-    """Whose gradient is not that with triton, and by how much."""
+    """Find the implementations whose gradient differs from the gradient with triton, and say by how much."""
     if "triton" not in gradients:
         return {}
     exact, found = gradients["triton"], {}
     for impl, gradient in gradients.items():
         difference = ((gradient - exact).norm() / exact.norm()).item()
         if not difference <= MAX_DIFFERENCE:  # NaN differs
-            found[impl] = f"a gradient is {difference:.2f} off that with triton, allowed {MAX_DIFFERENCE}"
+            found[impl] = f"a gradient differs from triton's by {difference:.2f}, allowed {MAX_DIFFERENCE}"
     return found
 
 
 def step_row(impl: str, times: Sequence[float], peak: int | None, trouble: str | None) -> dict[str, Any]:
-    """The row of an implementation in the training step."""
+    """Make the row of an implementation."""
     row: dict[str, Any] = {"implementation": impl}
     if trouble is not None:
         return {**row, "status": "failed", "reason": trouble}

@@ -1,21 +1,17 @@
-"""Time candidates for the tile sizes on the CUDA device at hand, and rewrite the rows of its class in ``configs.json``.
+"""Tune the tile sizes of ``configs.json`` on a CUDA device.
 
-    python benchmarks/kernels/tune.py                          every row of this card's class, in at most 480 seconds
-    python benchmarks/kernels/tune.py --kernel forward --bits 16 --head-size 128 --seconds 120
-    python benchmarks/kernels/tune.py --dry-run --arch 90      what would be timed, on any machine
-
-For each row: candidates that registers and shared memory should hold. First a few processes (``--jobs``) compile them,
-check each on small inputs against the float64 oracle (outputs and gradients, with a bias and without where the row
-serves both) and run it once on those that are timed. Then, one row after another, all that are right are timed in
-turns: a forward kernel by the forward pass, the others by the backward pass, in which only theirs changes. The row
-keeps its tile unless another takes less than 0.98 of its time, and where its own was not timed. The file is written
-after each row; rows not reached are listed. Long segments: a gist mask over 4,096 tokens, the longest over 16,384;
-short ones: packed documents of 256; with a bias: the T5 encoder.
+Place in the flow: workload, clocks, ahead -> **tune** -> ``configs.json``. Each row of the table has candidates that
+should fit into registers and shared memory. A few processes (``--jobs``) first compile them, check each on small inputs
+against the float64 oracle (outputs and gradients, with and without a bias if the row serves both), and run it once on
+the inputs for timing. Then, row by row, all correct candidates are timed in alternation: a forward kernel by the
+forward pass, another kernel by the backward pass, in which only that kernel changes. A row keeps its tile unless
+another takes less than 0.98 of its time. If the row's own tile could not be timed, the row stays unchanged. The file is
+written after each row, and rows that were not reached are listed. Long segments are timed with a gist mask over 4,096
+tokens, the longest over 16,384, short ones with packed documents of 256, and rows with a bias with the T5 encoder.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -25,47 +21,48 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from benchmarks.kernels.ahead import default_processes, is_device_error, is_out_of_memory, run_ahead
 from benchmarks.kernels.clocks import Setting, first_line, release, time_alternating, wait
 from benchmarks.kernels.workload import T5_WIDTH, Attend, Case, Inputs, faults_of, make_inputs, visibility_of, worst
 from gisting.visibility import Visibility
 from gisting_kernels import Plan, TileSizes, interval_attention, make_plan, mean_segment_length
-from gisting_kernels.configs import CLASSES, ENVIRONMENT_VARIABLE, KERNELS, tile_sizes
+from gisting_kernels.configs import CLASSES, ENVIRONMENT_VARIABLE, HEAD_SIZES, KERNELS, tile_sizes
 
 TABLE = Path(__file__).resolve().parents[2] / "kernels" / "gisting_kernels" / "configs.json"
-# Three TF32 products keep 21 bits of a factor, and sum in the order of the tiles.
+# Three TF32 products keep 21 bits of each factor, and the order of their sums depends on the tile.
 EPS_FLOAT32 = 2.0**-20
-# A tile has to be this much faster than the one in the table.
+# A tile replaces the row's own only if its time is below this share of the own time.
 GAIN = 0.98
-# Of the time, at most so much to compile in; timing takes about half as long.
+# The largest share of the time for compiling; timing takes about half as long.
 COMPILING = 0.65
 
 
 @dataclass(frozen=True)
 class Spot:
-    """A row of the table and where it stands."""
+    """A row of the table and its index."""
 
     index: int
     row: dict[str, Any]
 
     @property
     def has_bias(self) -> bool:
-        """Whether it is timed with a bias."""
+        """Whether the row is timed with a bias."""
         return self.row["kernel"] == "table" or self.row.get("bias", False)
 
     @property
     def biases(self) -> tuple[bool, ...]:
-        """What it serves, and is checked with."""
+        """With and without a bias: what the row serves, and is checked with."""
         if self.row["kernel"] == "table":
             return (True,)
         return (self.row["bias"],) if "bias" in self.row else (False, True)
 
     def label(self) -> str:
-        """In a few words."""
+        """Describe the row in a few words."""
         bias = ", bias" if self.has_bias else ""
         return (
             f"sm_{self.row['arch']} {self.row['kernel']}, {self.row['bits']} bits, head size {self.row['head_size']}, "
@@ -81,7 +78,7 @@ def spots_of(
     bits: int | None = None,
     head_size: int | None = None,
 ) -> list[Spot]:
-    """The rows of a class of cards, and of one kernel, width or head size alone."""
+    """Select the rows of a class of cards, optionally of a single kernel, width or head size."""
     wanted = {"arch": arch, "kernel": kernel, "bits": bits, "head_size": head_size}
     return [
         Spot(index, row)
@@ -91,11 +88,11 @@ def spots_of(
 
 
 def candidates(row: dict[str, Any]) -> list[TileSizes]:
-    """The row's own tile, then those whose estimated registers and shared memory fit and that keep a warp busy.
+    """List the row's own tile, then the tiles that should fit into registers and shared memory and keep warps busy.
 
-    Registers: the sums that a kernel keeps (rows x D forward and for dQ, twice keys x D for dK/dV) and the tile of
-    scores (two of them backward), in float32 over the threads; those that spilled when compiled lie beyond the limits.
-    Shared memory: what stays, and what is loaded ahead in every stage.
+    The estimate of registers counts the sums that a kernel keeps (rows x D forward and for dQ, twice keys x D for
+    dK/dV) and the tile of scores (two tiles backward), in float32, divided by the threads. The limits exclude the tiles
+    that spilled when compiled. Shared memory holds the tiles that stay, and those loaded ahead in every stage.
     """
     kernel, size, is_wide = row["kernel"], row["head_size"], row["bits"] == 32
     is_tight = is_wide or size == 256
@@ -127,7 +124,7 @@ def candidates(row: dict[str, Any]) -> list[TileSizes]:
 
 
 def timed_case(spot: Spot) -> Case:
-    """What a row is timed on."""
+    """Choose the case that a row is timed with."""
     size = spot.row["head_size"]
     heads = max(2048 // size, 4)
     batch_factor = 1 if spot.row["bits"] == 16 else 2
@@ -145,7 +142,7 @@ def timed_case(spot: Spot) -> Case:
 
 
 def checked_cases(spot: Spot) -> list[Case]:
-    """What a row is checked on: odd lengths, a batch, grouped heads, every bias that the row serves."""
+    """Choose the cases that a row is checked with: odd lengths, a batch, grouped heads, with and without a bias."""
     size = spot.row["head_size"]
     found = []
     for has_bias in spot.biases:
@@ -157,7 +154,7 @@ def checked_cases(spot: Spot) -> list[Case]:
 
 
 def shrink(case: Case) -> Case:
-    """The same kind of mask at a size that the interpreter can do."""
+    """Shrink a case to a size that the interpreter can handle."""
     heads = 4 if case.groups == case.heads else 2
     small = replace(case, num_rows=41, batch=1, heads=heads, groups=min(heads, case.groups), head_size=16, num_gist=2)
     return replace(small, width=None if case.width is None else 5, document_lengths=(9, 20))
@@ -166,7 +163,7 @@ def shrink(case: Case) -> Case:
 def plan_for(
     kernel: str, tile: TileSizes, case: Case, given: Inputs, visibility: Visibility, capability: tuple[int, int]
 ) -> Plan:
-    """The table's sizes, those of one kernel replaced."""
+    """Plan with the tile sizes of the table, except for one kernel."""
     segment = mean_segment_length(visibility.first, visibility.end, case.num_rows)
     bits = given.q.element_size() * 8
     sizes = list(tile_sizes(capability, case.head_size, bits, segment, has_bias=case.width is not None))
@@ -175,7 +172,7 @@ def plan_for(
 
 
 def attend_with(plan: Plan) -> Attend:
-    """Ours, with this plan."""
+    """Attend with the kernels and this plan."""
     return lambda q, k, v, table: interval_attention(q, k, v, plan, relative_bias=table)
 
 
@@ -185,7 +182,7 @@ def attend_with(plan: Plan) -> Attend:
 def faults_of_tile(
     spot: Spot, tile: TileSizes, device: torch.device, capability: tuple[int, int], *, is_smoke: bool
 ) -> list[str]:
-    """What is wrong with a candidate: that it cannot run, or what it gets wrong."""
+    """Describe the faults of a candidate: why it cannot run, or which results are wrong."""
     dtype = torch.bfloat16 if spot.row["bits"] == 16 else torch.float32
     found = []
     for case in checked_cases(spot):
@@ -198,7 +195,7 @@ def faults_of_tile(
             faults = faults_of(attend_with(plan), given, visibility, eps)
         except Exception as error:
             if is_device_error(error) or is_out_of_memory(error):
-                # The first spoils this process for the next candidate, the second says nothing of this one.
+                # A device error breaks this process; running out of memory says nothing about this candidate.
                 raise
             faults = [first_line(error)]
         found += [f"{case.name}: {fault}" for fault in faults]
@@ -208,7 +205,7 @@ def faults_of_tile(
 def run_of_tile(
     spot: Spot, tile: TileSizes, case: Case, given: Inputs, visibility: Visibility, capability: tuple[int, int]
 ) -> Callable[[], Any]:
-    """What is timed: the forward pass, or the backward pass behind a forward pass that was made before."""
+    """Return what is timed: the forward pass, or the backward pass after a forward pass done beforehand."""
     attend = attend_with(plan_for(spot.row["kernel"], tile, case, given, visibility, capability))
     if spot.row["kernel"] == "forward":
 
@@ -223,7 +220,7 @@ def run_of_tile(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tile for a row."""
+    """A candidate tile for a row."""
 
     spot: Spot
     tile: TileSizes
@@ -231,20 +228,20 @@ class Candidate:
 
 
 def prepare(candidate: Candidate) -> list[str]:
-    """Compile a candidate and check it; what is wrong with it. Runs in a process of its own."""
+    """Compile and check a candidate, usually in a child process, and return its faults."""
     spot, tile = candidate.spot, candidate.tile
     device, capability = where(is_smoke=candidate.is_smoke)
     faults = faults_of_tile(spot, tile, device, capability, is_smoke=candidate.is_smoke)
     if not faults and not candidate.is_smoke:
-        # For these inputs it is compiled once more: lengths that tiles divide, and strides.
+        # The inputs for timing need another compilation: tiles divide their lengths, and strides differ.
         run_of_tile(spot, tile, *inputs_of(spot, device, is_smoke=False), capability)()
-    wait(device)  # what goes wrong on the device is this candidate's fault, not the next one's
+    wait(device)  # so an error on the device counts for this candidate, not for the next
     release(device)
     return faults
 
 
 def where(*, is_smoke: bool) -> tuple[torch.device, tuple[int, int]]:
-    """The device, and the compute capability by which sizes are looked up."""
+    """Return the device, and the compute capability for looking up tile sizes."""
     if is_smoke:
         return torch.device("cpu"), (8, 0)
     device = torch.device("cuda", torch.cuda.current_device())
@@ -252,7 +249,7 @@ def where(*, is_smoke: bool) -> tuple[torch.device, tuple[int, int]]:
 
 
 def inputs_of(spot: Spot, device: torch.device, *, is_smoke: bool) -> tuple[Case, Inputs, Visibility]:
-    """What a row is timed on."""
+    """Make the inputs that a row is timed with."""
     case = shrink(timed_case(spot)) if is_smoke else timed_case(spot)
     dtype = torch.bfloat16 if spot.row["bits"] == 16 else torch.float32
     return case, make_inputs(case, device, dtype), visibility_of(case, device)
@@ -261,9 +258,9 @@ def inputs_of(spot: Spot, device: torch.device, *, is_smoke: bool) -> tuple[Case
 def prepare_all(
     jobs: Sequence[Candidate], processes: int, deadline: float
 ) -> tuple[dict[int, list[TileSizes]], dict[int, list[TileSizes]]]:
-    """The candidates that are right, and those that were not reached, by the place of their row in the table.
+    """Prepare all candidates. Return the correct ones and those not reached, by the index of their row.
 
-    One for which memory ran out or whose process died was not reached.
+    A candidate counts as not reached if memory ran out or its process died.
     """
     is_right: dict[tuple[int, TileSizes], bool] = {}
     start = time.monotonic()
@@ -279,7 +276,7 @@ def prepare_all(
             print(f"{number} of {len(jobs)} candidates compiled and checked in {took:.0f} s", flush=True)
     right: dict[int, list[TileSizes]] = {}
     missing: dict[int, list[TileSizes]] = {}
-    for job in jobs:  # in their order, whatever ended first
+    for job in jobs:  # in this order, no matter which finished first
         key = job.spot.index, job.tile
         if is_right.get(key, True):
             (right if key in is_right else missing).setdefault(job.spot.index, []).append(job.tile)
@@ -289,7 +286,7 @@ def prepare_all(
 def tune_spot(
     spot: Spot, tiles: Iterable[TileSizes], setting: Setting, capability: tuple[int, int], *, is_smoke: bool
 ) -> dict[TileSizes, float]:
-    """Median milliseconds of candidates that were found right; prints what became of each."""
+    """Time the correct candidates of a row, print the results, and return the median milliseconds."""
     device = setting.device
     case, given, visibility = inputs_of(spot, device, is_smoke=is_smoke)
     right: list[TileSizes] = []
@@ -300,7 +297,7 @@ def tune_spot(
             run = run_of_tile(spot, tile, case, given, visibility, capability)
             result = run()
         except Exception as error:
-            if is_device_error(error):  # nothing that follows in this process could be trusted
+            if is_device_error(error):  # later results in this process could not be trusted
                 raise
             what, fault = "not reached" if is_out_of_memory(error) else "out", first_line(error)
         else:
@@ -320,17 +317,20 @@ def tune_spot(
 
 
 def difference(have: Sequence[torch.Tensor], first: Sequence[torch.Tensor]) -> str | None:
-    """Where two tiles differ in their results by more than rounding, or None: a full float64 run would not fit."""
+    """Say where the results of two tiles differ by more than rounding, or return None.
+
+    The timed inputs are too large for a comparison with float64.
+    """
     for number, one, other in zip(itertools.count(1), have, first, strict=False):
         eps = EPS_FLOAT32 if one.dtype == torch.float32 else torch.finfo(one.dtype).eps
         error, allowed = worst(one, other), 16 * eps * other.abs().max().item()
         if not error <= allowed:
-            return f"result {number} differs by {error:.2e} from that of the first tile, allowed {allowed:.2e}"
+            return f"result {number} differs from the first tile's by {error:.2e}, allowed {allowed:.2e}"
     return None
 
 
 def pick(current: TileSizes, medians: dict[TileSizes, float]) -> TileSizes | None:
-    """The fastest; the current one where the gain is small; None where the current one was not timed."""
+    """Return the fastest tile, the current one if the gain is small, or None if the current one was not timed."""
     if current not in medians:
         return None
     best = min(medians, key=lambda tile: medians[tile])
@@ -338,7 +338,7 @@ def pick(current: TileSizes, medians: dict[TileSizes, float]) -> TileSizes | Non
 
 
 def show(tile: TileSizes) -> str:
-    """Rows, keys, warps, stages."""
+    """Write a tile as rows, keys, warps, stages."""
     return f"{tile.rows},{tile.keys},{tile.warps},{tile.stages}"
 
 
@@ -346,7 +346,7 @@ def show(tile: TileSizes) -> str:
 
 
 def with_tile(row: dict[str, Any], tile: TileSizes, device: str) -> dict[str, Any]:
-    """The row with a tile that was measured on a device; the order of its entries stays."""
+    """Put a tile that was measured on a device into a row, keeping the order of its entries."""
     return {
         **{name: value for name, value in row.items() if name != "device"},
         "tile": [tile.rows, tile.keys, tile.warps, tile.stages],
@@ -356,13 +356,13 @@ def with_tile(row: dict[str, Any], tile: TileSizes, device: str) -> dict[str, An
 
 
 def layout(document: dict[str, Any]) -> str:
-    """The text of ``configs.json``: one row a line."""
+    """Format ``configs.json`` with one row on each line."""
     rows = ",\n".join(f"    {json.dumps(row)}" for row in document["rows"])
     return f'{{\n  "format": {document["format"]},\n  "rows": [\n{rows}\n  ]\n}}\n'
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write the file in one step."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(layout(document), encoding="utf-8")
     part.replace(path)
@@ -372,104 +372,101 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 def arch_of(capability: tuple[int, int]) -> int | None:
-    """The class of the table that a card is to fill, or None: cards with less shared memory than their class borrow."""
+    """Return the class of the table that a card fills, or None: other cards borrow a class."""
     number = capability[0] * 10 + capability[1]
     return number if number in CLASSES else None
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", choices=KERNELS, help="only rows of this one")
-    parser.add_argument("--bits", type=int, choices=(16, 32), help="only rows of this width")
-    parser.add_argument("--head-size", type=int, choices=(64, 128, 256), help="only rows of this size")
-    parser.add_argument("--repeats", type=int, default=20, help="runs of each candidate (20)")
-    parser.add_argument("--seconds", type=float, default=480.0, help="when to stop, with what is done written (480)")
-    parser.add_argument("--jobs", type=int, help="processes that compile (one a core, if device memory allows)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be timed")
-    parser.add_argument("--arch", type=int, choices=tuple(CLASSES), default=90, help="class of the dry run (90)")
-    parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny, a few rows; writes nothing")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    if options.jobs is not None and options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    if not options.seconds > 0:
-        parser.error(f"--seconds must be positive, got {options.seconds}")
-    return options
+def _one_of(option: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value is not None and value not in allowed:
+        raise typer.BadParameter(f"{option} must be one of {', '.join(map(str, allowed))}, got {value}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, time, write; 2 without a CUDA device of a class of the table."""
-    options = parse(arguments)
+def main(
+    *,
+    kernel: Annotated[str | None, typer.Option(help=f"Only rows of this kernel: {', '.join(KERNELS)}.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Only rows of this width, 16 or 32.")] = None,
+    head_size: Annotated[int | None, typer.Option(help="Only rows of this head size: 64, 128 or 256.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each candidate.")] = 20,
+    seconds: Annotated[float, typer.Option(min=1, help="When to stop; rows done by then are written.")] = 480.0,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compile. [default: the cores, if device memory allows]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the candidates, on any machine.")] = False,
+    arch: Annotated[int, typer.Option(help="Class of cards for the dry run, 80 or 90.")] = 90,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Run a few tiny rows on the CPU, to test the code; writes nothing.")
+    ] = False,
+) -> int:
+    """Time candidates for the kernels' tile sizes on this GPU, and write the fastest to configs.json.
+
+    Exits with 1 if a row's own tile could not be timed, and with 2 without a CUDA device that fills the table.
+    """
+    _one_of("--kernel", kernel, KERNELS)
+    _one_of("--bits", bits, (16, 32))
+    _one_of("--head-size", head_size, HEAD_SIZES)
+    _one_of("--arch", arch, tuple(CLASSES))
     start = time.monotonic()
     document = json.loads(TABLE.read_text(encoding="utf-8"))
-    only = {"kernel": options.kernel, "bits": options.bits, "head_size": options.head_size}
-    if options.dry_run:
-        for spot in spots_of(document["rows"], options.arch, **only):
+    if dry_run:
+        for spot in spots_of(document["rows"], arch, kernel=kernel, bits=bits, head_size=head_size):
             case = timed_case(spot)
             print(f"{spot.label()}: on {case.name}, {case.batch} x {case.num_rows}, {case.heads}:{case.groups} heads")
             print(f"  {'  '.join(show(tile) for tile in candidates(spot.row))}")
         return 0
     if os.environ.get(ENVIRONMENT_VARIABLE):
-        print(f"{ENVIRONMENT_VARIABLE} is set, which forces the sizes to be tuned; unset it", file=sys.stderr)
+        print(f"{ENVIRONMENT_VARIABLE} is set and forces the sizes that would be tuned; unset it", file=sys.stderr)
         return 2
-    if options.smoke:
-        # Before the first import of triton.
+    if smoke:
+        # Before triton is first imported.
         os.environ["TRITON_INTERPRET"] = "1"
         name, repeats, warmup = "CPU", 1, 1
         # One row of each kernel with two tiles.
         tiles = [TileSizes(16, 16, 4, 1), TileSizes(32, 16, 4, 1)]
-        spots = [spots_of(document["rows"], 80, kernel=kernel, bits=16, head_size=64)[0] for kernel in KERNELS]
-        jobs = [Candidate(spot, tile, is_smoke=True) for spot in spots for tile in tiles]
+        spots = [spots_of(document["rows"], 80, kernel=name, bits=16, head_size=64)[0] for name in KERNELS]
+        prepared = [Candidate(spot, tile, is_smoke=True) for spot in spots for tile in tiles]
     elif not torch.cuda.is_available():
         print("no CUDA device: nothing was timed, nothing written (--dry-run shows the candidates)", file=sys.stderr)
         return 2
     else:
         _, capability = where(is_smoke=False)
-        name, repeats, warmup = torch.cuda.get_device_name(), options.repeats, 3
-        arch = arch_of(capability)
-        if arch is None:
+        name, warmup, own = torch.cuda.get_device_name(), 3, arch_of(capability)
+        if own is None:
             print(
-                f"{name} (compute capability {capability[0]}.{capability[1]}) fills no class of the table, only "
+                f"{name} (compute capability {capability[0]}.{capability[1]}) fills no class of the table; only "
                 f"{', '.join(f'{number / 10}' for number in CLASSES)} do",
                 file=sys.stderr,
             )
             return 2
-        spots = spots_of(document["rows"], arch, **only)
-        jobs = [Candidate(spot, tile, is_smoke=False) for spot in spots for tile in candidates(spot.row)]
-    device, capability = where(is_smoke=options.smoke)
+        spots = spots_of(document["rows"], own, kernel=kernel, bits=bits, head_size=head_size)
+        prepared = [Candidate(spot, tile, is_smoke=False) for spot in spots for tile in candidates(spot.row)]
+    device, capability = where(is_smoke=smoke)
     setting = Setting(device, repeats, warmup, 0.0, {})
-    processes = options.jobs or default_processes(device)
-    right, missing = prepare_all(jobs, processes, start + COMPILING * options.seconds)
+    right, missing = prepare_all(prepared, jobs or default_processes(device), start + COMPILING * seconds)
     num_written, num_lost, missed = 0, 0, []
     for number, spot in enumerate(spots, 1):
-        current = next(job.tile for job in jobs if job.spot == spot)
-        tiles, unknown = right.get(spot.index, []), missing.get(spot.index, [])
-        # Without the tile of the table there is nothing to be faster than.
-        if current in unknown or time.monotonic() - start > options.seconds:
+        current = next(one.tile for one in prepared if one.spot == spot)
+        found, unknown = right.get(spot.index, []), missing.get(spot.index, [])
+        # Without the tile of the table, there is nothing to compare with.
+        if current in unknown or time.monotonic() - start > seconds:
             missed.append(spot.label())
             continue
         print(f"[{number}/{len(spots)}] {spot.label()}", flush=True)
         if unknown:
             print(f"  not reached: {'  '.join(show(tile) for tile in unknown)}", flush=True)
-        medians = tune_spot(spot, tiles, setting, capability, is_smoke=options.smoke) if current in tiles else {}
+        medians = tune_spot(spot, found, setting, capability, is_smoke=smoke) if current in found else {}
         best = pick(current, medians)
         if best is None:
             num_lost += 1
-            print("  its own tile was not timed: the row stays as it is", flush=True)
+            print("  its own tile was not timed: the row stays unchanged", flush=True)
             continue
         print(f"  -> {show(best)}", flush=True)
-        if not options.smoke:
+        if not smoke:
             document["rows"][spot.index] = with_tile(spot.row, best, name)
             write(TABLE, document)
             num_written += 1
     for label in missed:
         print(f"not reached: {label}")
-    if not options.smoke:
+    if not smoke:
         print(f"{num_written} of {len(spots)} rows written to {TABLE} after {time.monotonic() - start:.0f} s")
     return 1 if num_lost else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
-"""What is timed and what it is held against: masks and sizes, inputs, counts, the oracle and the tolerance.
+"""The cases of the kernels' benchmark, their inputs and FLOPs, and the comparison with the oracle.
 
-Place in the flow: **workload** -> attention (the benchmark), tune. Knows no implementation but the reference.
+Place in the flow: **workload** -> attention (the benchmark), tune. The only implementation used here is the reference.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gisting.attention import interval_attention
 from gisting.attention.relative import dense_bias
 from gisting.visibility import Visibility
 
-# T5's buckets (32, up to distance 128) are constant from this distance on (arXiv 1910.10683).
+# From this distance on, T5's buckets (32, up to distance 128) are constant (arXiv 1910.10683).
 T5_WIDTH = 91
 TOKENS = 16_384
 
 
 @dataclass(frozen=True)
 class Case:
-    """A mask and sizes. ``share``: how many percent of a sequence are prompt."""
+    """A mask and sizes. ``share`` is the percentage of a sequence that is prompt."""
 
     name: str
     mask: str
@@ -41,7 +41,7 @@ class Case:
     num_branches: int = 8
 
     def to_row(self) -> dict[str, Any]:
-        """What a row says of its case."""
+        """Make the entries that describe the case in a row."""
         return {
             "case": self.name,
             "mask": self.mask,
@@ -60,7 +60,7 @@ def _batch(num_rows: int) -> int:
 
 
 def all_cases() -> list[Case]:
-    """Every case, in the order in which they run."""
+    """List all cases, in the order in which they run."""
     found = [
         Case(f"gist/{share}%/{num_rows}", "gist", num_rows, _batch(num_rows), share=share)
         for share in (25, 50, 90)
@@ -85,7 +85,7 @@ QUICK = ("gist/50%/2048", "gist/50%/8192", "packed/8192/d128", "shared-gist/4096
 
 
 def smoke_cases() -> list[Case]:
-    """Every kind of mask at a size that an interpreter can do."""
+    """List a case of every kind of mask, small enough for the interpreter."""
     small: dict[str, Any] = {"num_rows": 64, "batch": 1, "heads": 4, "groups": 2, "head_size": 16, "num_gist": 2}
     return [
         Case("gist/50%/64", "gist", **small),
@@ -97,13 +97,13 @@ def smoke_cases() -> list[Case]:
 
 
 def chosen_cases(*, quick: bool = False, pattern: str | None = None) -> list[Case]:
-    """The cases that are quick, and those whose name matches a pattern of the shell's kind."""
+    """Select the quick cases, or those whose name matches a shell pattern, or both."""
     found = [case for case in all_cases() if not quick or case.name in QUICK]
     return [case for case in found if pattern is None or fnmatch.fnmatch(case.name, pattern)]
 
 
 def visibility_of(case: Case, device: torch.device) -> Visibility:
-    """The intervals of a case, one row of them for each sequence."""
+    """Make the intervals of a case, with a row for each sequence."""
     shape = (case.batch, case.num_rows)
     index = torch.arange(case.num_rows, device=device).expand(shape)
     prompt = case.num_rows * case.share // 100
@@ -113,9 +113,9 @@ def visibility_of(case: Case, device: torch.device) -> Visibility:
     if case.mask == "encoder":
         return vis.encoder_gist(is_gist)
     if case.mask.startswith("shared"):
-        behind = prompt + case.num_gist
-        branch = 1 + (index - behind) * case.num_branches // (case.num_rows - behind)
-        branches = torch.where(index < behind, 0, branch)
+        shared = prompt + case.num_gist
+        branch = 1 + (index - shared) * case.num_branches // (case.num_rows - shared)
+        branches = torch.where(index < shared, 0, branch)
         if case.mask == "shared-causal":
             return vis.causal(torch.ones(shape, device=device), branches=branches)
         return vis.gist(is_gist, branches=branches)
@@ -124,7 +124,7 @@ def visibility_of(case: Case, device: torch.device) -> Visibility:
 
 
 def _pack(case: Case) -> tuple[Tensor, Tensor]:
-    """Documents of even random lengths, from a fixed seed, each with its prompt and gist in front."""
+    """Draw documents of uniformly random lengths from a fixed seed. Each starts with its prompt and gist."""
     generator = torch.Generator().manual_seed(0)
     documents = torch.zeros(case.batch, case.num_rows, dtype=torch.long)
     is_gist = torch.zeros(case.batch, case.num_rows, dtype=torch.bool)
@@ -144,25 +144,25 @@ def _pack(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def visible_pairs(visibility: Visibility, num_rows: int) -> int:
-    """Pairs of row and key that see each other, in all sequences of the mask, without a dense one."""
+    """Count the (row, key) pairs of all sequences where the row sees the key, without a dense mask."""
     start = max(visibility.num_keys - num_rows, 0)
     seen = visibility.end.clamp(max=start + num_rows).long() - visibility.first.clamp(min=start).long()
     return int(seen.clamp(min=0).sum())
 
 
 def visited_pairs(counts: Tensor, size: tuple[int, int]) -> int:
-    """Pairs in the tiles of a list, ``counts[..., 2]`` of them in each row of tiles."""
+    """Count the pairs in the listed tiles; each row of tiles lists ``counts[..., 2]``."""
     return int(counts[..., 2].sum()) * size[0] * size[1]
 
 
 def flops(case: Case, pairs: int, which: str) -> int:
-    """Of the forward pass, ``4 H D`` for each pair, or of both passes, 3.5 times that."""
+    """Count the FLOPs of the forward pass, ``4 H D`` for each pair, or of both passes, 3.5 times as many."""
     forward = 4 * case.heads * case.head_size * pairs
     return forward if which == "forward" else forward * 7 // 2
 
 
 def dense_bytes(case: Case) -> int:
-    """What the dense mask takes at its peak: the mask and the operator's copy in 16 bits; a bias has a gradient too."""
+    """Estimate the peak memory of a dense mask: the mask and a 16-bit copy; with a bias, also its gradient."""
     area = case.batch * case.num_rows**2
     return 3 * area if case.width is None else 4 * case.heads * area + area
 
@@ -172,7 +172,7 @@ def dense_bytes(case: Case) -> int:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves that ask for a gradient, and the gradient of the output."""
+    """Leaves that require gradients, and the gradient of the output."""
 
     q: Tensor
     k: Tensor
@@ -181,7 +181,7 @@ class Inputs:
     upstream: Tensor
 
     def cast(self, dtype: torch.dtype) -> Inputs:
-        """The same numbers in another dtype, as new leaves; the table stays in float32 or goes to float64."""
+        """Convert the numbers to another dtype, as new leaves. The table is converted only to float64."""
         q, k, v = (tensor.detach().to(dtype).requires_grad_() for tensor in (self.q, self.k, self.v))
         table = self.table
         if table is not None:
@@ -190,12 +190,12 @@ class Inputs:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """q, k, v and the table if there is one."""
+        """The inputs q, k, v, and the table if there is one."""
         return [self.q, self.k, self.v, *([] if self.table is None else [self.table])]
 
 
 def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Normal numbers from a fixed seed."""
+    """Draw normally distributed inputs from a fixed seed."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -219,19 +219,19 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def results_of(attend: Attend, given: Inputs) -> dict[str, Tensor]:
-    """The output and the gradient of every leaf, by name."""
+    """Return the output and the gradient of every leaf, by name."""
     out = attend(given.q, given.k, given.v, given.table)
     grads = torch.autograd.grad(out, given.leaves, given.upstream)
     return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dtable"), grads, strict=False))}
 
 
 def oracle(visibility: Visibility) -> Attend:
-    """The reference implementation."""
+    """Attend with the reference implementation."""
     return lambda q, k, v, table: interval_attention(q, k, v, visibility, relative_bias=table, impl="reference")
 
 
 def plain(visibility: Visibility) -> Attend:
-    """What anyone would write in torch with a dense mask, all in the dtype of q: the yardstick of the tolerance."""
+    """Attend the plain way, with a dense mask, all in the dtype of q: the yardstick of the tolerance."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
         group = q.shape[1] // k.shape[1]
@@ -246,16 +246,16 @@ def plain(visibility: Visibility) -> Attend:
 
 
 def faults_of(attend: Attend, given: Inputs, visibility: Visibility, eps: float | None = None) -> list[str]:
-    """Where ``attend`` errs more than twice as much as plain attention in that dtype, both against float64.
+    """Describe where the error of ``attend`` is more than twice that of plain attention in the same dtype.
 
-    The floor of the tolerance, (4 + largest score) eps of the largest number, is that of the attention tests: below it
-    rounding alone decides.
+    Both errors are against float64. The tolerance has the floor of the attention tests, (4 + largest score) eps times
+    the largest number; errors below it come from rounding.
 
     Args:
-        attend: what is checked.
+        attend: the attention to check.
         given: inputs in its dtype.
         visibility: the mask.
-        eps: of the floor, that of the dtype by default.
+        eps: rounding error for the floor, by default that of the dtype.
     """
     exact = results_of(oracle(visibility), given.cast(torch.float64))
     by_plain = results_of(plain(visibility), given.cast(given.q.dtype))
@@ -269,10 +269,11 @@ def faults_of(attend: Attend, given: Inputs, visibility: Visibility, eps: float 
     for name, tensor in have.items():
         allowed = 2 * worst(by_plain[name], exact[name]) + (4 + largest) * eps * exact[name].abs().max().item()
         error = worst(tensor, exact[name])
-        if not error <= allowed:  # NaN is a fault
+        if not error <= allowed:  # also true for NaN
             found.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
     return found
 
 
 def worst(have: Tensor, exact: Tensor) -> float:
+    """Return the largest absolute difference, in float64."""
     return (have.double() - exact.double()).abs().max().item()

@@ -1,7 +1,7 @@
-"""``interval_attention``: checks its arguments and chooses an implementation.
+"""``interval_attention``: check the arguments and choose an implementation.
 
-Place in the flow: text -> tokens -> visibility -> **attention** -> (inside a model) -> cache. Knows no model and no
-text. The only module that may import ``gisting_kernels``.
+Place in the flow: text -> tokens -> visibility -> **attention** -> (inside a model) -> cache. Independent of models and
+text. This is the only module that may import ``gisting_kernels``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import gisting_kernels as kernels
 from gisting.attention.autocast import as_autocast, autocast_dtype
 from gisting.attention.memo import remembered
 from gisting.attention.reference import reference_attention
@@ -24,13 +25,14 @@ from gisting.attention.sdpa import sdpa_attention
 from gisting.errors import GistError
 from gisting.visibility import Visibility
 
-__all__ = ["IMPLEMENTATIONS", "choose_implementation", "interval_attention", "segments_of"]
+__all__ = ["IMPLEMENTATIONS", "choose_implementation", "interval_attention", "mean_segment_length", "segments_of"]
 
-#: What ``impl=`` may be.
+#: The values of ``impl=``.
 IMPLEMENTATIONS = ("auto", "reference", "sdpa", "flex", "triton")
 
 _logger = logging.getLogger("gisting")
-# Up to so many query rows without gradients the kernel for decoding is asked: a tile of the other would be empty.
+# Up to this many query rows, without gradients, the decoding kernel is used: the other kernel's tiles would be mostly
+# empty.
 _MAX_DECODE_ROWS = 8
 
 
@@ -47,44 +49,45 @@ def interval_attention(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention in which key ``j`` is seen by the query rows ``first[j] <= i < end[j]``.
+    """Compute attention in which query row ``i`` sees key ``j`` where ``first[j] <= i < end[j]``.
 
-    softmax(softcap(q k^T scale) + bias) v over the keys that a row sees. A row that sees no key gives zeros and zero
-    gradients.
+    The result is softmax(softcap(q k^T scale) + bias) v over the keys that a row sees. A row that sees no key gives
+    zeros and has zero gradients.
 
     Args:
-        q: ``(B, H, T, D)``, floating point. The rows are the last T of the K that the visibility counts (a cached
-            prefix has K > T); where T > K, as a decoder may read an encoder, they count from 0.
+        q: ``(B, H, T, D)``, floating point. The rows are the last T of the K rows of the visibility; with a cached
+            prefix, K > T. If T > K, as in a decoder that reads an encoder, they are counted from 0.
         k: ``(B, G, K, D)``, dtype and device of q; query head h reads key head ``h // (H // G)``.
         v: ``(B, G, K, Dv)``, as k.
-        visibility: B sequences of K keys, on the device of q. B = 1 serves every sequence.
+        visibility: B sequences of K keys, on the device of q. With B = 1, it is used for every sequence.
         bias: ``(B or 1, H or 1, T, K)``, floating point, added to the scores, or None. Differentiable.
-        relative_bias: ``(H, 2 W + 1)``, floating point, or None: row i adds
-            ``relative_bias[h, clamp(j - i, -W, W) + W]`` to its score with key j, as T5 does (arXiv 1910.10683, section
-            2.1). Not together with ``bias``. Differentiable.
+        relative_bias: ``(H, 2 W + 1)``, floating point, or None. ``relative_bias[h, clamp(j - i, -W, W) + W]`` is added
+            to the score of row i and key j, as in T5 (arXiv 1910.10683, section 2.1). It excludes ``bias``.
+            Differentiable.
         scale: factor of the scores; ``D ** -0.5`` by default.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2), or None.
-        dropout: probability with which an attention weight is dropped.
-        impl: how. An explicit choice never falls back; what it cannot do it refuses.
+        softcap: if given, scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2.
+        dropout: probability of dropping an attention weight.
+        impl: the implementation. An explicit choice never falls back to another: it raises if it cannot serve the call.
 
-            - ``"triton"``: the fused kernels of ``gisting_kernels``. CUDA devices from compute capability 8.0; float16,
-              bfloat16, float32; D = Dv up to 256; ``relative_bias`` but no dense ``bias``; a positive scale.
-            - ``"sdpa"``: torch's fused operator. On the CPU in pieces without a mask where the intervals allow it, else
-              with a dense mask. No softcap.
-            - ``"flex"``: torch's FlexAttention. No dropout; on the CPU no gradients for q, k and v.
-            - ``"reference"``: dense, in float32 or better; everything, slowly.
-            - ``"auto"``: triton on a CUDA device where it applies, else reference where there is a softcap, else sdpa.
-              The choice and its reason are logged once, at level INFO, by the logger ``gisting``.
+            - ``"triton"``: the fused kernels of ``gisting_kernels``. They need a CUDA device of compute capability 8.0
+              or higher, float16, bfloat16 or float32, D = Dv up to 256, and a positive scale. They support
+              ``relative_bias`` but no dense ``bias``.
+            - ``"sdpa"``: torch's fused operator. On the CPU it runs in pieces without a mask if the intervals allow it,
+              otherwise with a dense mask. It has no softcap.
+            - ``"flex"``: torch's FlexAttention. It has no dropout, and on the CPU no gradients for q, k and v.
+            - ``"reference"``: dense attention in float32 or better. It supports everything, slowly.
+            - ``"auto"``: triton if it can serve the call on a CUDA device, otherwise reference if there is a softcap,
+              otherwise sdpa. The logger ``gisting`` logs the choice and its reason once, at level INFO.
 
     Returns:
         ``(B, H, T, Dv)`` in the dtype of q.
 
     Raises:
-        GistError: shapes, dtypes or devices disagree, a number is out of range, or ``impl`` cannot do what was asked.
+        GistError: shapes, dtypes or devices disagree, a number is out of range, or ``impl`` cannot serve the call.
     """
     if not q.dtype == k.dtype == v.dtype:
-        # Under autocast, rotated queries and keys are float32 beside values in half precision; torch's operator, too,
-        # then works in the latter.
+        # Under autocast, rotated queries and keys are float32 while values are in half precision. torch's operator then
+        # also computes in half precision.
         q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (
@@ -93,7 +96,8 @@ def interval_attention(
         or v.requires_grad
         or (relative_bias is not None and relative_bias.requires_grad)
     )
-    # All that the checks and the choice look at. The layers of a model agree in it, so both are made once for a batch.
+    # Everything that the checks and the choice depend on. The layers of a model agree in it, so both are done once for
+    # each batch.
     kinds = (_kind(q), _kind(k), _kind(v), _kind(bias), _kind(relative_bias), autocast_dtype(q))
     attend = remembered(
         visibility,
@@ -105,19 +109,28 @@ def interval_attention(
 
 @contextmanager
 def segments_of(length: float | None) -> Iterator[None]:
-    """A block in which the kernels are told how many rows see a key on average, by which they choose their tiles.
+    """Tell the kernels, inside this block, how many rows see a key on average. They choose their tiles by it.
 
-    They would measure it otherwise, for which a number is read back from the device, or, where there are gradients and
-    an accelerator should not wait, take the number of keys. Only speed depends on it.
+    Otherwise they measure it, which makes the host wait for the device, or, with gradients, assume the number of keys.
+    Only speed depends on it.
 
     Args:
-        length: of at least 0; None to leave it to them.
+        length: at least 0, such as :func:`mean_segment_length` returns; None to leave it to the kernels.
     """
     before = _segment_length.set(length)
     try:
         yield
     finally:
         _segment_length.reset(before)
+
+
+def mean_segment_length(visibility: Visibility) -> float:
+    """Return how many rows see a key, averaged over the keys that some row sees.
+
+    Args:
+        visibility: intervals on the CPU; on another device, the host waits for them.
+    """
+    return kernels.mean_segment_length(visibility.first, visibility.end, visibility.num_keys)
 
 
 _Attend = Callable[[Tensor, Tensor, Tensor, Visibility, "Tensor | None", "Tensor | None"], Tensor]
@@ -141,8 +154,10 @@ def _decide(
     impl: str,
     needs_grad: bool,
 ) -> _Attend:
-    """Check the arguments and choose; what comes back takes others of the same kinds unchecked. It holds no tensor of
-    the visibility, on which it is remembered.
+    """Check the arguments and choose an implementation.
+
+    The returned function accepts arguments of the same kinds without checks. It is cached on the visibility, so it
+    keeps no reference to the visibility's tensors.
     """
     _check(q, k, v, visibility, bias, relative_bias, softcap, dropout)
     if impl not in IMPLEMENTATIONS:
@@ -155,14 +170,14 @@ def _decide(
             _log_choice(impl, reason)
     if impl == "triton":
         if bias is not None:
-            raise GistError("impl='triton' takes no dense bias; give relative_bias, or use impl='auto'")
+            raise GistError("impl='triton' supports no dense bias; use relative_bias, or impl='auto'")
         return _by_triton(q, k, v, visibility, relative_bias, scale, softcap, dropout, needs_grad)
     if impl == "flex":
         if bias is not None or dropout > 0:
-            raise GistError("impl='flex' has no dropout and no dense bias; use impl='auto' or impl='sdpa'")
+            raise GistError("impl='flex' supports neither dropout nor a dense bias; use impl='auto' or impl='sdpa'")
         return _by_flex(q, k, visibility, scale, softcap)
     if impl == "sdpa" and softcap is not None:
-        raise GistError("impl='sdpa' has no softcap; use impl='auto' or impl='reference'")
+        raise GistError("impl='sdpa' supports no softcap; use impl='auto' or impl='reference'")
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
@@ -179,7 +194,9 @@ def _decide(
 def choose_implementation(
     q: Tensor, v: Tensor, scale: float, *, has_bias: bool = False, has_softcap: bool = False
 ) -> tuple[str, str]:
-    """What ``impl="auto"`` stands for in a call, and why. Of the tensors, only device, dtype and head size count.
+    """Return the implementation that ``impl="auto"`` chooses for a call, and the reason.
+
+    The choice depends only on the device, the dtype and the head size of the tensors, and on the other arguments.
 
     Args:
         q: ``(B, H, T, D)``, as for :func:`interval_attention`.
@@ -191,13 +208,11 @@ def choose_implementation(
     Returns:
         One of :data:`IMPLEMENTATIONS`, and the reason in words.
     """
-    from gisting_kernels import why_not
-
-    reason = why_not(q, v, scale, has_bias=has_bias) if q.is_cuda else "the tensors are not on a CUDA device"
+    reason = kernels.why_not(q, v, scale, has_bias=has_bias) if q.is_cuda else "the tensors are not on a CUDA device"
     if reason is None:
         return "triton", "the fused kernels apply"
     if has_softcap:
-        return "reference", f"there is a softcap, which sdpa has not, and not triton: {reason}"
+        return "reference", f"there is a softcap, which sdpa does not support, and not triton: {reason}"
     return "sdpa", f"not triton: {reason}"
 
 
@@ -217,8 +232,6 @@ def _by_triton(
     dropout: float,
     needs_grad: bool,
 ) -> _Attend:
-    import gisting_kernels as kernels
-
     q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
     reason = kernels.why_not(q, v, scale, has_bias=False)
     if reason is not None:
@@ -235,14 +248,14 @@ def _by_triton(
 
         return decode
     width = None if relative_bias is None else relative_bias.shape[1] // 2
-    # A compiled graph measures nothing, and torch.compile cannot trace a context variable.
+    # torch.compile cannot trace a context variable, and a compiled graph measures nothing.
     length = None if torch.compiler.is_compiling() else _segment_length.get()
     if length is None and needs_grad:
         length = float(k.shape[2])
     plan = remembered(
         visibility,
         ("triton", q.shape[2], q.shape[3], q.dtype, width, length),
-        # Cloned: the plan keeps the intervals, and what is remembered must not hold what it is remembered on.
+        # Clones, because the plan keeps the intervals, and nothing cached on a tensor may refer to that tensor.
         lambda: kernels.plan_tiles(
             visibility.first.clone(), visibility.end.clone(), q, relative_width=width, segment_length=length
         ),
@@ -267,15 +280,15 @@ def _by_triton(
 
 
 def _by_flex(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> _Attend:
+    # Importing FlexAttention takes long.
     from gisting.attention.flex import BLOCK, flex_attention
-    from gisting_kernels import list_tiles
 
     num_rows, num_keys = q.shape[2], k.shape[2]
     start = max(num_keys - num_rows, 0)
     lists = remembered(
         visibility,
         ("flex", num_rows),
-        lambda: list_tiles(visibility.first, visibility.end, num_rows, start, (BLOCK, BLOCK)),
+        lambda: kernels.list_tiles(visibility.first, visibility.end, num_rows, start, (BLOCK, BLOCK)),
     )
 
     def attend(
@@ -298,7 +311,7 @@ def _check(
 ) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
-            raise GistError(f"{name} must have four dimensions (batch, heads, rows, head size), got {_show(tensor)}")
+            raise GistError(f"{name} must have 4 dimensions (batch, heads, rows, head size), got {_show(tensor)}")
     if not q.is_floating_point():
         raise GistError(f"q must be floating point, got {q.dtype}")
     for name, tensor in (("k", k), ("v", v)):
@@ -313,11 +326,11 @@ def _check(
     if k.shape[-1] != q.shape[-1]:
         raise GistError(f"k must have the head size of q, {q.shape[-1]}, got {_show(k)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise GistError(f"the heads of q must be a multiple of those of k, got {q.shape[1]} and {k.shape[1]}")
+        raise GistError(f"q must have a multiple of k's heads, got {q.shape[1]} and {k.shape[1]} heads")
     if visibility.num_keys != k.shape[2] or visibility.batch_size not in (1, q.shape[0]):
         raise GistError(
             f"visibility must be for {q.shape[0]} sequences (or 1) of {k.shape[2]} keys, got {visibility.batch_size} "
-            f"of {visibility.num_keys}"
+            f"sequences of {visibility.num_keys} keys"
         )
     if visibility.device != q.device:
         raise GistError(
@@ -330,16 +343,16 @@ def _check(
             or bias.shape[2:] != full[2:]
             or any(have not in (1, want) for have, want in zip(bias.shape[:2], full[:2], strict=True))
         ):
-            raise GistError(f"bias must have shape {full}, 1 allowed for batch and heads, got {_show(bias)}")
+            raise GistError(f"bias must have shape {full}, or 1 for the batch or the heads, got {_show(bias)}")
         if bias.device != q.device:
             raise GistError(f"bias must be on the device of q, {q.device}, got {bias.device}")
     if relative_bias is not None:
         if bias is not None:
-            raise GistError("bias and relative_bias were both given; add them into one bias")
+            raise GistError("bias and relative_bias exclude each other; add both into one bias")
         if relative_bias.dim() != 2 or relative_bias.shape[0] != q.shape[1] or relative_bias.shape[1] % 2 == 0:
             raise GistError(
-                f"relative_bias must have shape ({q.shape[1]}, 2 W + 1), a row for each head of q and an odd number of "
-                f"distances, got {_show(relative_bias)}"
+                f"relative_bias must have shape ({q.shape[1]}, 2 W + 1), with one row for each head of q and an odd "
+                f"number of distances, got {_show(relative_bias)}"
             )
         if not relative_bias.is_floating_point():
             raise GistError(f"relative_bias must be floating point, got {relative_bias.dtype}")

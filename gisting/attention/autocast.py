@@ -1,6 +1,6 @@
-"""What autocast would do to the arguments of attention, for operators that it does not know.
+"""Apply autocast to the arguments of attention, for operators that autocast does not handle.
 
-Place in the flow: below the implementations. Knows dtypes alone.
+Place in the flow: below the implementations. Depends on dtypes only.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ __all__ = ["as_autocast", "autocast_dtype"]
 
 
 def as_autocast(tensor: Tensor) -> Tensor:
-    """What autocast makes of an argument of torch's scaled_dot_product_attention: the same ``tensor``, of any shape, in
-    the dtype of autocast where that is on; it leaves float64 alone.
+    """Convert ``tensor``, of any shape, to the dtype of autocast if autocast is on.
+
+    This is what autocast does to the arguments of torch's scaled_dot_product_attention: it leaves float64 unchanged.
     """
     dtype = autocast_dtype(tensor)
     return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of autocast on the device of ``tensor``, of any shape, or None where that is off."""
+    """Return the dtype of autocast on the device of ``tensor``, or None if autocast is off there."""
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None

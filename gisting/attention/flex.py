@@ -1,8 +1,8 @@
-"""Interval attention through torch's FlexAttention: its block mask from our tile lists, the rest as two closures.
+"""Interval attention with torch's FlexAttention: our tile lists become its block mask, the rest two closures.
 
 Place in the flow: visibility, tile lists (from ``api``) -> **flex** -> the caller. The lists say which tiles of 128 x
-128 hold anything and which need no test; inside the others the mask is asked pair by pair. On the CPU torch runs it
-uncompiled, dense and without gradients for q, k and v: good for tests, not for work.
+128 to visit and which of them need no mask test; in the others, the mask is evaluated for each pair. On the CPU, torch
+runs FlexAttention uncompiled, dense, and without gradients for q, k and v, which is enough for tests only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gisting.visibility import Visibility
 
 __all__ = ["BLOCK", "block_mask", "flex_attention"]
 
-# What FlexAttention cuts its mask into by default, on every card.
+# FlexAttention's default block size, on every card.
 BLOCK = 128
 
 
@@ -42,18 +42,18 @@ def flex_attention(
 
     Args:
         q, k, v, visibility, relative_bias, scale, softcap: as there.
-        lists: the tiles of ``visibility`` for ``BLOCK`` rows and keys, as ``gisting_kernels.list_tiles`` gives them.
+        lists: the tiles of ``visibility`` for ``BLOCK`` rows and keys, as ``gisting_kernels.list_tiles`` returns them.
 
     Raises:
-        GistError: a gradient of q, k or v was asked for on the CPU.
+        GistError: q, k or v requires a gradient on the CPU.
     """
     if q.device.type == "cpu" and any(tensor.requires_grad for tensor in (q, k, v)):
         if torch.is_grad_enabled():
             raise GistError(
-                "impl='flex' has no gradients of q, k and v on the CPU (torch's FlexAttention has none); use "
+                "impl='flex' has no gradients of q, k and v on the CPU, because torch's FlexAttention has none; use "
                 "impl='auto', or torch.no_grad()"
             )
-        # torch refuses such tensors under no_grad too.
+        # torch refuses such tensors even under no_grad.
         q, k, v = q.detach(), k.detach(), v.detach()
     if q.shape[2] == 0 or k.shape[2] == 0:
         return _attend_to_nothing(q, k, v, relative_bias)
@@ -75,7 +75,7 @@ def flex_attention(
 
 
 def _attend_to_nothing(q: Tensor, k: Tensor, v: Tensor, relative_bias: Tensor | None) -> Tensor:
-    """No rows, or zeros as sums over no keys, so that the arguments have their gradients; torch's own form raises."""
+    """Return no rows, or zeros computed as empty sums, so that the arguments get gradients. torch's operator raises."""
     group = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(group, dim=1).mT
     if relative_bias is not None:
@@ -85,33 +85,34 @@ def _attend_to_nothing(q: Tensor, k: Tensor, v: Tensor, relative_bias: Tensor | 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """One compiled function for the process.
+    """Compile FlexAttention, once for the process.
 
-    ``dynamic`` is left open: the first lengths are compiled in, so that batches of one length need no bounds checks,
-    and from the second on lengths are variables, or a training run on ragged batches would compile for each anew
-    (some 15 s, unslothai/unsloth-zoo#868). ``fullgraph``: else Dynamo, after eight compilations, would go on with the
-    dense form without a word (vllm-project/vllm#27178); so it raises, and names the setting to change.
+    ``dynamic`` keeps its default: the first lengths are compiled in, so batches of equal length need no bounds checks.
+    From the second lengths on they are dynamic; otherwise, training on ragged batches would compile for every new
+    length, which takes about 15 s (unslothai/unsloth-zoo#868). Without ``fullgraph``, Dynamo would silently use the
+    dense form after eight compilations (vllm-project/vllm#27178); with it, Dynamo raises and names the setting to
+    change.
     """
     return torch.compile(torch_flex_attention, fullgraph=True)
 
 
 def block_mask(visibility: Visibility, lists: Any, num_rows: int) -> BlockMask:
-    """FlexAttention's form of the mask, for ``num_rows`` rows that are the last of the keys.
+    """Make FlexAttention's block mask.
 
     Args:
         visibility: the intervals.
-        lists: their tiles for ``BLOCK`` rows and keys: ``tiles`` ``(B, row tiles, key tiles + 1)``, of which
-            ``counts[..., 1]`` are partial and those up to ``counts[..., 2]`` full.
-        num_rows: T.
+        lists: their tiles for ``BLOCK`` rows and keys: ``tiles`` ``(B, row tiles, key tiles + 1)`` starts with
+            ``counts[..., 1]`` partial tiles; full tiles follow, up to ``counts[..., 2]``.
+        num_rows: T; the rows are the last T of the K rows.
     """
     start = max(visibility.num_keys - num_rows, 0)
     # (B, 1, row tiles, key tiles) and (B, 1, row tiles): one mask for all heads
     tiles = lists.tiles[:, None, :, :-1]
     num_partial, num_listed = lists.counts[:, None, :, 1].contiguous(), lists.counts[:, None, :, 2]
     place = torch.arange(tiles.shape[-1], device=tiles.device)
-    # Behind the end of a list there may be anything.
+    # The entries after the end of a list are arbitrary.
     tiles = torch.where(place < num_listed[..., None], tiles, 0)
-    # The full tiles stand behind the partial ones; each row of the list is turned until they come first.
+    # Full tiles follow the partial ones in each list; rotate the list so that they come first.
     full = tiles.gather(-1, (place + num_partial[..., None]) % tiles.shape[-1])
     return BlockMask.from_kv_blocks(
         num_partial,
@@ -119,7 +120,8 @@ def block_mask(visibility: Visibility, lists: Any, num_rows: int) -> BlockMask:
         num_listed - num_partial,
         full,
         BLOCK_SIZE=BLOCK,
-        # Rows count from 0 there. New tensors even where nothing moves: what is remembered must not hold the old ones.
+        # FlexAttention counts rows from 0. The subtraction makes new tensors even if start is 0; that matters, because
+        # nothing cached on the intervals may refer to them.
         mask_mod=_mask_mod(visibility.first - start, visibility.end - start),
         seq_lengths=(num_rows, visibility.num_keys),
     )
@@ -147,9 +149,9 @@ def _score_mod(
     table = offset = last = None
     if relative_bias is not None:
         width, start = relative_bias.shape[1] // 2, max(k.shape[2] - q.shape[2], 0)
-        # Scores are in float32 there, or float64.
+        # FlexAttention computes scores in float32, or in float64.
         table = relative_bias if q.dtype == torch.float64 else relative_bias.float()
-        # Tensors, not numbers: a number that differs from call to call becomes symbolic, which not every backend takes.
+        # Tensors instead of numbers: numbers that change between calls become symbolic, which some backends reject.
         offset = torch.full((), width - start, dtype=torch.int32, device=q.device)
         last = torch.full((), 2 * width, dtype=torch.int32, device=q.device)
 

@@ -1,11 +1,11 @@
-"""What is derived from tensors once per batch and used by every layer and both passes: a mask's intervals, and from
-intervals tile plans and pieces.
+"""Cache what is derived from a mask, so that every layer and both passes of a batch share it.
 
-The memory hangs on the tensors themselves: it goes with them, and is not trusted after one was written to. So nothing
-that is remembered may hold the first of its tensors, nor a view of it, or neither would ever go.
+Cached are the intervals of a mask, and the tile plans and pieces that are made from intervals. An entry belongs to its
+tensors: it is freed with them, and ignored after one of them has been written to. A cached value must not refer to the
+first of its tensors or to a view of it, because then neither would ever be freed.
 
-Place in the flow: beside ``api``, and asked by ``models/registry.py`` for the intervals of a mask. Knows nothing of
-what is built.
+Place in the flow: used by ``api`` and the implementations, and by ``models/registry.py`` for the intervals of a mask.
+Independent of what is cached.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from gisting.visibility import Visibility
 __all__ = ["remembered", "remembered_on"]
 
 _Result = TypeVar("_Result")
-# first tensor -> (weak references to the others, versions of all, what was built under each key)
+# first tensor -> (weak references to the others, versions of all, cached values by key)
 _MEMORY: Any = WeakIdKeyDictionary()
 
 
 def remembered(visibility: Visibility, key: Hashable, build: Callable[[], _Result]) -> _Result:
-    """:func:`remembered_on` the two tensors of the intervals of ``visibility``. Arguments otherwise as there."""
+    """Call :func:`remembered_on` with the two tensors of ``visibility``; the other arguments are passed on."""
     return remembered_on((visibility.first, visibility.end), key, build)
 
 
 def remembered_on(tensors: tuple[Tensor, ...], key: Hashable, build: Callable[[], _Result]) -> _Result:
-    """``build()``, or what it gave the last time for these very ``tensors``, unwritten since, under this ``key``.
+    """Return the value cached for these ``tensors`` under ``key``, or call ``build`` and cache its result.
 
-    It is built anew each time where that cannot be known: inside ``torch.compile``; while a CUDA graph is captured,
-    which is replayed on other contents; and under ``torch.inference_mode``, whose tensors count no writes and cannot be
-    used in training afterwards.
+    The value is built again if a tensor was written to since. Nothing is cached inside ``torch.compile``; while a CUDA
+    graph is captured, because the graph is replayed with other contents; and under ``torch.inference_mode``, whose
+    tensors do not count writes and cannot be used in training afterwards.
 
     Args:
-        tensors: of any shape and dtype; what is built is forgotten with the first of them.
-        key: what is asked of them.
-        build: what makes the answer. It must not hold the tensors, which would then never be freed.
+        tensors: any shapes and dtypes. The value is freed with the first of them.
+        key: distinguishes values that are derived from the same tensors.
+        build: makes the value, which must not refer to the tensors, because they would then never be freed.
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or any(map(_is_untracked, tensors)):
         return build()

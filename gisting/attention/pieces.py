@@ -1,8 +1,8 @@
-"""Intervals cut into rectangles and causal trapezoids, each one unmasked or causal call of torch's fused CPU attention.
+"""Attention on the CPU without a mask: cut the intervals into pieces, each one call of torch's fused attention.
 
-Place in the flow: ``sdpa.py`` asks here first, and makes the mask dense only where this is dearer or cannot be. Keys
-next to each other whose intervals end together, and start together or each one row after the one before, are one
-*piece*; so a piece is a run of keys, and pieces share rows but never keys:
+Place in the flow: ``sdpa.py`` tries this first, and uses a dense mask if the pieces are more expensive or impossible. A
+*piece* is a run of neighbouring keys whose intervals have the same end, and either the same start (a rectangle, without
+a mask) or starts that increase by one (a trapezoid, causal). Pieces may share rows, but never keys:
 
          a b G c        rows see keys          piece   rows  keys
        a 1 . . .                               a b     0..3  0..2  causal: the prompt, down to its gist
@@ -10,21 +10,21 @@ next to each other whose intervals end together, and start together or each one 
        G 1 1 1 .
        c . . 1 1                               row G is in both
 
-The fused operator also returns the logarithm of the sum of exponentials of each row. With lse_ip and out_ip those of
-row i in piece p, whose keys are S_p,
+The fused operator also returns the log-sum-exp of each row. Let out_ip and lse_ip be its results for row i in piece p.
+Then the results over all keys of the row are exactly
 
     lse_i = log sum_p exp(lse_ip)        out_i = sum_p exp(lse_ip - lse_i) out_ip
 
-are exactly the row over all its keys. Backward (FlashAttention-2, arXiv 2307.08691, algorithm 2), with s_ij the scores,
+In the backward (FlashAttention-2, arXiv 2307.08691, algorithm 2), with the scores s_ij,
 
     w_ij    = exp(s_ij - lse_i)                       the weight of key j for row i
     delta_i = sum_d dout_id out_id
     ds_ij   = w_ij (dout_i . v_j - delta_i)
     dq_i    = scale sum_j ds_ij k_j        dk_j = scale sum_i ds_ij q_i        dv_j = sum_i w_ij dout_i
 
-where only lse_i and delta_i know of keys outside a piece. So the fused backward of a piece, given lse and out of the
-*whole* rows, gives that piece's exact share of each gradient: dq is the sum over pieces, dk and dv of a key come from
-its one piece. No tensor of T x K numbers exists in either pass.
+only lse_i and delta_i depend on keys outside the piece. So the fused backward of a piece, called with lse and out of
+the *whole* rows, computes that piece's exact share of the gradients: dq is the sum over the pieces, and dk and dv of a
+key come from its only piece. Neither pass makes a tensor of T x K numbers.
 """
 
 from __future__ import annotations
@@ -49,25 +49,24 @@ __all__ = [
     "plan_pieces",
 ]
 
-# Costs are in multiply-adds of q k^T, of which a thread of the fused operator does about 2e10 a second forward and 6e9
-# forward and backward; measured with torch 2.13, float32, H 8, D 64, two threads. A call takes 20 and 50 us besides.
+# Costs are in multiply-adds of q k^T. A thread of the fused operator does about 2e10 of them per second forward, and
+# 6e9 forward and backward (measured with torch 2.13, float32, H 8, D 64, two threads). A call adds 20 and 50 us.
 CALL_COST_PER_THREAD = 500_000
-# Merging a row into what other pieces gave it, in keys.
+# The cost of merging a row with the results of earlier pieces, as a number of keys.
 MERGE_COST = 32
-# The fused operator takes this many keys at a time and skips, where causal, only whole blocks of them.
+# The fused operator processes blocks of this many keys, and a causal call skips only whole blocks.
 KEY_BLOCK = 512
 
 
 class Piece(NamedTuple):
-    """Rows ``first_row <= i < end_row`` see keys ``first_key <= j < end_key``: all of them, or, if causal, those with
-    ``j - first_key <= i - first_row``. Rows are counted from the first of the T.
+    """Rows ``first_row <= i < end_row`` that see keys ``first_key <= j < end_key``.
 
     Args:
-        first_row: from this row on.
-        end_row: up to this row, which is none of them.
-        first_key: from this key on.
-        end_key: up to this key, which is none of them.
-        is_causal: whether the rows see the keys only up to the diagonal.
+        first_row: the first row, counted from the first of the T.
+        end_row: the end of the rows (exclusive).
+        first_key: the first key.
+        end_key: the end of the keys (exclusive).
+        is_causal: whether the rows see only the keys with ``j - first_key <= i - first_row``, instead of all of them.
     """
 
     first_row: int
@@ -78,22 +77,22 @@ class Piece(NamedTuple):
 
     @property
     def rows(self) -> slice:
-        """The rows, to index with."""
+        """The rows, as an index."""
         return slice(self.first_row, self.end_row)
 
     @property
     def keys(self) -> slice:
-        """The keys, to index with."""
+        """The keys, as an index."""
         return slice(self.first_key, self.end_key)
 
 
 class Stretch(NamedTuple):
-    """Rows of a piece that no piece before it had (``is_new``), or that all were in some piece before.
+    """Consecutive rows of a piece that either all occur in earlier pieces, or do not (``is_new``).
 
     Args:
-        first_row: from this row on.
-        end_row: up to this row, which is none of them.
-        is_new: whether nothing is there yet, so that nothing is merged.
+        first_row: the first row.
+        end_row: the end of the rows (exclusive).
+        is_new: whether the rows have no results yet, so nothing is merged.
     """
 
     first_row: int
@@ -102,11 +101,11 @@ class Stretch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A piece, and its rows by whether they are merged with what is there already.
+    """A piece, with its rows divided by whether they must be merged with the results of earlier pieces.
 
     Args:
-        piece: what is seen.
-        stretches: all its rows, cut where it changes whether they are new.
+        piece: the piece.
+        stretches: all its rows, in stretches that are new or not.
     """
 
     piece: Piece
@@ -114,11 +113,11 @@ class Step(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sequences of a batch (a slice or their numbers) with the same intervals, and what is done for them in turn.
+    """The sequences of a batch that have the same intervals, and the steps that compute their attention.
 
     Args:
-        sequences: a slice, or int64 ``(sequences,)``.
-        steps: what is done, in this order.
+        sequences: a slice of the batch, or indices, int64 ``(sequences,)``.
+        steps: the steps, in order.
     """
 
     sequences: slice | Tensor
@@ -126,22 +125,22 @@ class Group(NamedTuple):
 
     @property
     def pieces(self) -> list[Piece]:
-        """The pieces alone, from the first key to the last."""
+        """The pieces of the steps, from the first key to the last."""
         return [step.piece for step in self.steps]
 
 
 class Plan(NamedTuple):
-    """What a batch is computed by: every (row, key) that is seen is in one piece of its sequence's group.
+    """The pieces of a batch. Each visible (row, key) pair is in exactly one piece of its sequence's group.
 
     Args:
-        groups: every sequence is in one of them.
+        groups: each sequence is in one of them.
     """
 
     groups: tuple[Group, ...]
 
     @property
     def is_merged(self) -> bool:
-        """Whether some row is in several pieces."""
+        """Whether some row occurs in several pieces."""
         steps = (step for group in self.groups for step in group.steps)
         return any(not stretch.is_new for step in steps for stretch in step.stretches)
 
@@ -150,31 +149,30 @@ class Plan(NamedTuple):
 
 
 def plan_pieces(visibility: Visibility, num_rows: int) -> Plan:
-    """The pieces of a batch, whatever they cost.
+    """Cut the intervals of a batch into pieces, regardless of the cost.
 
     Args:
         visibility: B sequences of K keys, on the CPU.
-        num_rows: T; the rows are the last T of the K. Where T > K, rows count from 0.
+        num_rows: T; the rows are the last T of the K rows. If T > K, they are counted from 0.
 
     Returns:
-        One group for each set of sequences with equal intervals; ``slice(None)`` where that is all of them, so that one
-        sequence of intervals serves any batch.
+        One group for each set of sequences with equal intervals. If all are equal, its ``sequences`` are
+        ``slice(None)``, so a visibility with a single sequence works with any batch.
     """
     different = _different(visibility, num_rows)
     return _plan(different, _runs(different), num_rows)
 
 
 def plan_if_cheaper(visibility: Visibility, num_rows: int, work: int) -> Plan | None:
-    """The pieces of a batch, or None where attention with a dense mask is estimated to take less time.
+    """Cut the intervals into pieces, or return None if a dense mask is estimated to take less time.
 
-    Many short runs of keys are dear, such as those of a sliding window, where each key is a run of its own. The answer
-    does not look at them one by one.
+    Many short runs of keys are expensive. In a sliding window, for instance, each key is a run by itself.
 
     Args:
         visibility: as for :func:`plan_pieces`.
         num_rows: as for :func:`plan_pieces`.
-        work: multiply-adds for one (row, key) of one sequence of the visibility: H D, times the sequences that it
-            serves.
+        work: multiply-adds for one (row, key) pair of one sequence of the visibility: H D, times the number of
+            sequences that use it.
     """
     different = _different(visibility, num_rows)
     runs = _runs(different)
@@ -184,16 +182,16 @@ def plan_if_cheaper(visibility: Visibility, num_rows: int, work: int) -> Plan | 
 
 
 class _Different(NamedTuple):
-    """The different sequences of a batch: rows cut to the T and counted from their first, unseen keys ``0, 0``."""
+    """The U distinct sequences of a batch. Intervals are cut to the T rows; keys that no row sees have ``0, 0``."""
 
     first: Tensor  # (U, K)
     end: Tensor  # (U, K)
-    which: Tensor  # (B,): the one that a sequence equals
-    counts: Tensor  # (U,)
+    which: Tensor  # (B,): index of the distinct sequence that each sequence equals
+    counts: Tensor  # (U,): how many sequences are equal
 
 
 class _Runs(NamedTuple):
-    """Pieces as columns, one entry each, in the order of sequences and keys."""
+    """Pieces as columns, ordered by sequence and key."""
 
     sequence: Tensor
     first_row: Tensor
@@ -220,8 +218,8 @@ def _runs(different: _Different) -> _Runs:
     first, end = different.first, different.end
     is_seen = end > first
     step = first[:, 1:] - first[:, :-1]
-    # Between a key and the next, (U, K - 1). A key that could be in a run of either kind goes to the sloped one: what a
-    # cached prefix gives is then a rectangle and a whole triangle.
+    # Links between neighbouring keys, (U, K - 1). A key that fits into both kinds of run joins the sloped run, so that
+    # a cached prefix makes a rectangle and a full triangle.
     is_linked = is_seen[:, 1:] & is_seen[:, :-1] & (end[:, 1:] == end[:, :-1])
     is_slope = is_linked & (step == 1)
     in_slope = _after(is_slope) | _before(is_slope)
@@ -233,23 +231,23 @@ def _runs(different: _Different) -> _Runs:
 
 
 def _after(link: Tensor) -> Tensor:
-    """For each key, whether the link before it holds: ``(U, K - 1)`` to ``(U, K)``."""
+    """For each key, return whether it is linked to the key before it: ``(U, K - 1)`` to ``(U, K)``."""
     return torch.nn.functional.pad(link, (1, 0), value=False)
 
 
 def _before(link: Tensor) -> Tensor:
-    """For each key, whether the link behind it holds: ``(U, K - 1)`` to ``(U, K)``."""
+    """For each key, return whether it is linked to the key after it: ``(U, K - 1)`` to ``(U, K)``."""
     return torch.nn.functional.pad(link, (0, 1), value=False)
 
 
 def _cost(different: _Different, runs: _Runs, num_rows: int, work: int) -> float:
     rows, keys = runs.end_row - runs.first_row, runs.end_key - runs.first_key
-    # Of the causal ones, block b of the keys is skipped by the first b blocks of rows.
+    # In a causal piece, the first b blocks of rows skip block b of the keys.
     num_whole = (keys - 1) // KEY_BLOCK
     rest = keys - num_whole * KEY_BLOCK
     skipped = KEY_BLOCK * (KEY_BLOCK * num_whole * (num_whole - 1) // 2 + num_whole * rest)
     area = rows * keys - skipped * runs.is_causal
-    # (U, T): in how many pieces a row is
+    # (U, T): the number of pieces that each row is in
     steps = torch.zeros(len(different.counts), num_rows + 1, dtype=torch.long)
     steps.index_put_((runs.sequence, runs.first_row), torch.ones_like(rows), accumulate=True)
     steps.index_put_((runs.sequence, runs.end_row), -torch.ones_like(rows), accumulate=True)
@@ -259,7 +257,7 @@ def _cost(different: _Different, runs: _Runs, num_rows: int, work: int) -> float
 
 
 def call_cost() -> int:
-    """What a call of the fused operator costs before it does anything, in multiply-adds that its threads would do."""
+    """Return the fixed cost of a call of the fused operator, as multiply-adds that its threads could do meanwhile."""
     return CALL_COST_PER_THREAD * torch.get_num_threads()
 
 
@@ -273,7 +271,7 @@ def _plan(different: _Different, runs: _Runs, num_rows: int) -> Plan:
 
 
 def _members(which: Tensor, number: int) -> slice | Tensor:
-    """The sequences that equal one, as a slice where they stand together: what a slice picks is no copy."""
+    """Select the sequences that equal a distinct one, by a slice if they are neighbours, because that needs no copy."""
     members = (which == number).nonzero()[:, 0]
     first, end = int(members[0]), int(members[-1]) + 1
     if len(members) == len(which):
@@ -298,9 +296,9 @@ def _steps(pieces: list[Piece], num_rows: int) -> tuple[Step, ...]:
 
 
 def is_available() -> bool:
-    """Whether this torch has the fused CPU attention under the names of torch 2.13, which are private.
+    """Return whether this torch has the fused CPU attention under the private names of torch 2.13.
 
-    Goes when torch returns the log-sum-exp from a public function on the CPU.
+    To be removed when torch returns the log-sum-exp from a public function on the CPU.
     """
     return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") and hasattr(
         torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -308,14 +306,14 @@ def is_available() -> bool:
 
 
 def attend_pieces(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
-    """Attention over the pieces of a plan; rows in no piece give zeros and have zero gradients.
+    """Compute attention over the pieces of a plan. Rows in no piece give zeros and have zero gradients.
 
     Args:
         q: ``(B, H, T, D)``, floating point, on the CPU.
         k: ``(B, G, K, D)``, dtype of q; query head h reads key head ``h // (H // G)``.
         v: ``(B, G, K, D)``, as k.
-        plan: what :func:`plan_pieces` gives for the T, and for these B sequences or one.
-        scale: factor of the scores, positive (the fused operator gives NaN where it is not and a piece is causal).
+        plan: the result of :func:`plan_pieces` for T rows, and for these B sequences or for one.
+        scale: factor of the scores; positive, because otherwise the fused operator gives NaN in causal pieces.
 
     Returns:
         ``(B, H, T, D)`` in the dtype of q, differentiable once.
@@ -326,14 +324,14 @@ def attend_pieces(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
 
 
 class _PiecewiseAttention(torch.autograd.Function):
-    # The fused operator groups heads by itself, in both passes (pytorch/pytorch#157893), so keys are not expanded.
-    # Not marked once_differentiable, which drops a second derivative in silence where dout asks for none; the fused
-    # backward has none and says so.
+    # The fused operator handles grouped heads in both passes (pytorch/pytorch#157893), so keys are not expanded. Not
+    # marked once_differentiable, which silently drops the second derivative if dout requires no gradient; the fused
+    # backward has no derivative and raises.
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
         (batch, heads, num_rows, size), wide = q.shape, _wide(q.dtype)
-        # Rows before heads in memory, as the fused operator has it, and models want it.
+        # In memory, rows come before heads, as the fused operator lays its output out and models expect it.
         out = q.new_zeros(batch, num_rows, heads, size, dtype=wide if plan.is_merged else q.dtype).transpose(1, 2)
         lse = q.new_full((batch, num_rows, heads), -torch.inf, dtype=wide).transpose(1, 2)
         for sequences, steps in plan.groups:
@@ -351,7 +349,7 @@ class _PiecewiseAttention(torch.autograd.Function):
                         out_[:, :, here] = part[:, :, new]
                         lse_[:, :, here] = part_lse[:, :, new]
                         continue
-                    # exp(new) / (exp(old) + exp(new)), the share of the new keys
+                    # The share of the new keys is exp(new) / (exp(old) + exp(new)).
                     share = torch.sigmoid(part_lse[:, :, new] - lse_[:, :, here])
                     out_[:, :, here].lerp_(part[:, :, new].to(wide), share[..., None])
                     lse_[:, :, here] = torch.logaddexp(part_lse[:, :, new], lse_[:, :, here])
@@ -396,16 +394,16 @@ class _PiecewiseAttention(torch.autograd.Function):
 
 
 def _stretches(piece: Piece, stretches: tuple[Stretch, ...]) -> list[tuple[slice, slice, bool]]:
-    """Each stretch as rows of the T, as rows of the piece, and whether it is new."""
+    """Return each stretch as rows of the T, as rows of the piece, and whether it is new."""
     start = piece.first_row
     return [(slice(a, b), slice(a - start, b - start), is_new) for a, b, is_new in stretches]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over pieces, and of the fused operator's own."""
+    """Return the dtype of sums over pieces, which is also that of the fused operator's own sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rows_whole(tensor: Tensor) -> Tensor:
-    """The fused operator reads the numbers of a row as neighbours in memory, and does not check that they are."""
+    """Make the rows contiguous: the fused operator requires that, but does not check it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,9 +1,9 @@
-"""The oracle of interval attention: plain, dense, in float32 or better. It defines the corners.
+"""The oracle of interval attention: plain and dense, in float32 or better. It is not meant to be fast.
 
-Corner: a query row that sees no key gives zeros and has zero gradients. Nothing here is meant to be fast.
+It defines the corner cases: a query row that sees no key gives zeros and has zero gradients.
 
-Place in the flow: ``api`` -> **reference** -> the caller. Tests hold the other implementations against it, which import
-nothing of it.
+Place in the flow: ``api`` -> **reference** -> the caller. The other implementations do not use it; tests compare them
+with it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def reference_attention(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Arguments and result as :func:`gisting.attention.interval_attention`, already checked."""
-    # Autocast would make the products half precision again.
+    """Compute attention densely. Arguments and result are those of :func:`gisting.attention.interval_attention`."""
+    # Autocast would compute the products in half precision.
     device_type = q.device.type
     can_autocast = torch.amp.is_autocast_available(device_type)
     with torch.autocast(device_type, enabled=False) if can_autocast else contextlib.nullcontext():
@@ -58,8 +58,8 @@ def _attend(
     if bias is not None:
         scores = scores + bias.to(dtype)
     seen = visibility.to_dense(q.shape[2])[:, None]
-    # A finite fill keeps the softmax of an empty row finite; what it gives there is then set to zero, and with it the
-    # gradient.
+    # The finite fill value keeps the softmax of an empty row finite. Multiplying by the mask then sets the weights of
+    # such a row, and their gradients, to zero.
     weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1) * seen
     weights = torch.nn.functional.dropout(weights, dropout)
     return (weights @ v).to(q.dtype)

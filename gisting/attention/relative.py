@@ -1,10 +1,10 @@
-"""A bias that depends on the distance between key and query alone, and its dense form.
+"""The dense form of a relative bias, which depends only on the distance between key and query.
 
-T5 (arXiv 1910.10683, section 2.1) adds to each score a scalar for its bucket of distances, and beyond some distance all
-share one bucket; so 2 W + 1 numbers a head say everything. Kernels read the table; the dense form is for those that
-cannot.
+T5 (arXiv 1910.10683, section 2.1) adds a scalar to each score, chosen by the bucket of the distance. From some distance
+W on all distances share a bucket, so a table of 2 W + 1 numbers per head is enough. The kernels read the table; other
+implementations need the dense form.
 
-Place in the flow: ``api`` asks here for implementations that take a dense bias. Knows no model.
+Place in the flow: used by ``api``. Independent of models.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ __all__ = ["dense_bias"]
 
 
 def dense_bias(relative_bias: Tensor, num_rows: int, num_keys: int) -> Tensor:
-    """The bias ``(1, H, T, K)`` of a table ``(H, 2 W + 1)``: entry ``clamp(j - i, -W, W) + W`` for row i and key j.
+    """Expand a table into a dense bias: entry ``clamp(j - i, -W, W) + W`` for row i and key j. Differentiable.
 
-    Rows are the last T of the K; where T > K, they count from 0. Differentiable.
+    The rows are the last T of the K rows; if T > K, they are counted from 0.
 
     Args:
-        relative_bias: ``(H, 2 W + 1)``, of any dtype.
+        relative_bias: the table ``(H, 2 W + 1)``, of any dtype.
         num_rows: T.
         num_keys: K.
 

@@ -1,10 +1,10 @@
-"""Interval attention through torch's own fused operator: by pieces that need no mask, or with the mask made dense.
+"""Interval attention with torch's fused operator: in pieces that need no mask, or with a dense mask.
 
-On a CPU the intervals are cut into rectangles and causal pieces (``pieces.py``) where that is cheaper: time then goes
-by the pairs that are seen, and memory by T and K. With a dense mask, memory is O(T K) for each sequence (not for each
-head). No softcap: torch's operator has none.
+On a CPU, the intervals are cut into rectangles and causal pieces (``pieces.py``) if that is cheaper. Then the time is
+proportional to the visible pairs, and memory to T and K. With a dense mask, memory is O(T K) for each sequence (not for
+each head). torch's operator has no softcap.
 
-Place in the flow: ``api`` -> **sdpa** -> torch. Knows no other implementation but the pieces.
+Place in the flow: ``api`` -> **sdpa** -> torch. Uses no other implementation except the pieces.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def sdpa_attention(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """Arguments and result as :func:`gisting.attention.interval_attention`, already checked; without softcap.
+    """Compute attention with torch's operator. Arguments and result are those of
+    :func:`gisting.attention.interval_attention`, without softcap.
 
-    By pieces on a CPU, where these are estimated to take less time: a few long runs of keys with a good part hidden.
-    Dense elsewhere, and with a bias, with dropout, where v has another head size than q, where ``scale`` is not
-    positive, inside ``torch.compile`` and ``torch.func`` (the pieces depend on data), for subclasses of Tensor (which
-    may hold none), where ``torch.nn.attention.sdpa_kernel`` has the fused operator switched off, and in a torch that
-    does not have it. By pieces it can be differentiated once.
+    On a CPU, attention runs in pieces if they are estimated to take less time: if the mask consists of a few long runs
+    of keys and hides a good part of the pairs. It can then be differentiated once. The mask is dense on other devices,
+    with a bias or dropout, if v and q have different head sizes, if ``scale`` is not positive, inside ``torch.compile``
+    and ``torch.func`` (because the pieces depend on data), for subclasses of Tensor (which may hold no data), if
+    ``torch.nn.attention.sdpa_kernel`` has switched the fused operator off, and if this torch does not have it.
     """
     pieces = None if bias is not None or dropout else _pieces(q, k, v, visibility, scale)
     if pieces is None:
@@ -53,10 +54,10 @@ def _pieces(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: floa
     if q.device.type != "cpu" or v.shape[-1] != q.shape[-1] or not scale > 0:
         return None
     (batch, heads, num_rows, size), num_keys = q.shape, k.shape[2]
-    # Decoding and small batches: looking at the intervals would take longer than attention does.
+    # For decoding and small batches, examining the intervals would take longer than attention itself.
     if batch * heads * num_rows * size * num_keys <= 2 * call_cost():
         return None
-    # Under sdpa_kernel(...) too, the flag of this name is the one that the CPU's operator heeds.
+    # The CPU operator also obeys this flag, which sdpa_kernel(...) sets.
     if not torch.backends.cuda.flash_sdp_enabled() or not is_available():
         return None
     work = heads * size * (batch if visibility.batch_size == 1 else 1)
@@ -66,14 +67,13 @@ def _pieces(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: floa
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, bias: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
-    """Arguments and result as :func:`sdpa_attention`; with the mask made dense, on any device."""
+    """Compute attention with a dense mask, on any device. Arguments and result are those of :func:`sdpa_attention`."""
     group = q.shape[1] // k.shape[1]
     if group > 1:
-        # Expanded by hand: with a mask, torch's own grouping (enable_gqa) leaves the fused kernels on every device.
+        # With a mask, torch's own grouping (enable_gqa) does not use the fused kernels on any device.
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     seen = visibility.to_dense(q.shape[2])[:, None]
-    # torch's kernels disagree on a row that sees nothing (zeros, NaN or the mean of v). It is shown everything, then
-    # zeroed.
+    # For a row that sees no key, torch's kernels give zeros, NaN or the mean of v. Let it see every key, then zero it.
     is_empty = ~seen.any(-1, keepdim=True)
     seen = seen | is_empty
     mask = seen if bias is None else bias.to(q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)

@@ -1,7 +1,7 @@
 """The ``gisting`` command: parse, call one public function, print.
 
-Exit codes: 0 where all is done; 1 for an error that a user can mend, said in one line on standard error; 2 for words
-that the command does not take; 130 where it was interrupted. A traceback is a fault of gisting's.
+Exit codes: 0 for success; 1 for an error that a user can fix, which is reported in one line on standard error; 2 for
+wrong usage; 130 for an interrupted command. A traceback is a bug in gisting.
 """
 
 from __future__ import annotations
@@ -13,24 +13,37 @@ from typing import Annotated, Any
 import typer
 
 from gisting._version import __version__
-from gisting.cli import bench, caches, checkpoints, cost, data, doctor, internalize, learn, report, serve
+from gisting.cli import (
+    bench,
+    caches,
+    checkpoints,
+    cost,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    internalize,
+    report,
+    serve,
+    train,
+)
 from gisting.cli.shared import Commands, err, out, streams_put_back
 from gisting.errors import GistError
 
 __all__ = ["app", "main"]
 
-# What needs torch models is imported by the command that runs it: `gisting --help` and `gisting show` stay quick.
+# Modules that load torch models are imported by the command that needs them, so that `gisting --help` stays quick.
 
 app = Commands(
     name="gisting",
     help="Press repeated prompts into a few cached gist tokens, for unmodified Hugging Face models.",
-    epilog="Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 an error reported in one line, 2 wrong usage, 130 interrupted.",
     pretty_exceptions_enable=False,
 )
 
 
 def main() -> None:
-    """Entry point: run the command, and turn the errors that a user can mend into one line."""
+    """Run the command, and report errors that a user can fix in one line."""
     try:
         try:
             with streams_put_back():
@@ -38,7 +51,7 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read has gone, as `head` does. Python would flush again at exit, and complain.
+        # The reader has closed the pipe, as `head` does. Python would flush again at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (GistError, OSError, ImportError, *_errors_of_libraries()) as error:
@@ -47,7 +60,7 @@ def main() -> None:
 
 
 def _errors_of_libraries() -> list[Any]:
-    """What a library raises where a user can mend it, and which is none of the built-in errors above."""
+    """Errors of libraries that a user can fix and that are not subclasses of the errors above."""
     named = (("torch", "OutOfMemoryError"), ("safetensors", "SafetensorError"))
     return [getattr(sys.modules[module], name) for module, name in named if module in sys.modules]
 
@@ -67,15 +80,15 @@ def _root(
     pass
 
 
-app.command()(learn.demo)
-app.command()(learn.train)
+app.command()(demo.demo)
+app.command()(train.train)
 app.command()(internalize.internalize)
 app.command()(report.report)
 app.command()(cost.cost)
 app.command()(caches.compress)
 app.command()(caches.generate)
-app.command("eval")(learn.evaluate)
-app.command()(learn.show)
+app.command("eval")(evaluate.evaluate)
+app.command()(demo.show)
 app.command()(caches.inspect)
 app.command()(checkpoints.apply_difference)
 app.command()(checkpoints.make_difference)

@@ -1,4 +1,4 @@
-"""``gisting bench``: what is measured on the device at hand."""
+"""``gisting bench``: measure a model of your own on this device."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from gisting.errors import GistError
 
 __all__ = ["bench_app"]
 
-bench_app = Commands(name="bench", help="Measure time and memory on the device at hand.")
+bench_app = Commands(name="bench", help="Measure time and memory on this device.")
 
-_HIDDEN_SIZE, _LAYERS = 640, 12  # of the random model
+_HIDDEN_SIZE, _LAYERS = 640, 12  # of the model with random weights
 
 OutputOption = Annotated[
-    Path | None, typer.Option(help="JSONL file to which the rows are added, each with device, versions and commit.")
+    Path | None, typer.Option(help="JSONL file to which the rows are added, with device, versions and commit.")
 ]
 PlotOption = Annotated[
-    Path | None, typer.Option(help="Image of the results, such as rows.png; needs matplotlib (gist-tokens[eval]).")
+    Path | None,
+    typer.Option(help="Image file for a plot of the results, such as rows.png; needs matplotlib (gist-tokens[eval])."),
 ]
 
 
@@ -46,47 +47,55 @@ def _bench() -> None:
 def bench_inference(
     model: Annotated[
         str | None,
-        typer.Option(help="A decoder: directory or repository on the hub. By default a LLaMA with random weights."),
+        typer.Option(help="A decoder: a directory or a repository on the hub. By default a LLaMA with random weights."),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompt, with commas between.")] = "26,128,512,2000,8000",
-    batches: Annotated[str, typer.Option(help="Requests at once, with commas between.")] = "1,8,32",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompt, as numbers with commas between them.")
+    ] = "26,128,512,2000,8000",
+    batches: Annotated[str, typer.Option(help="Requests at once, as numbers with commas between them.")] = "1,8,32",
     num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens.")] = 4,
-    input_length: Annotated[int, typer.Option(min=1, help="Tokens of a request behind the prompt.")] = 16,
+    input_length: Annotated[int, typer.Option(min=1, help="Tokens of a request after the prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="The most runs of each kind.")] = 30,
     seconds: Annotated[
         float,
-        typer.Option(min=0, help="How long each kind of run may take in all; 5 runs are made anyway, of slow ones 3."),
+        typer.Option(min=0, help="Time for each kind of run in total; at least 5 runs are made, or 3 slow ones."),
     ] = 8.0,
-    max_seconds: Annotated[float, typer.Option(help="A single run that would take longer is left out.")] = 25.0,
+    max_seconds: Annotated[float, typer.Option(help="Leave out a run that would take longer than this.")] = 25.0,
     max_memory: Annotated[
-        float | None, typer.Option(help="GB; what would need more is left out. By default 70 % of what is free.")
+        float | None, typer.Option(help="GB; leave out what would need more. By default 70 % of the free memory.")
     ] = None,
-    hidden_size: Annotated[int, typer.Option(min=64, help="Of the random model: a multiple of 64.")] = _HIDDEN_SIZE,
-    layers: Annotated[int, typer.Option(min=1, help="Of the random model.")] = _LAYERS,
+    hidden_size: Annotated[
+        int, typer.Option(min=64, help="Width of the random model, a multiple of 64.")
+    ] = _HIDDEN_SIZE,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the random model.")] = _LAYERS,
     device: DeviceOption = "cpu",
-    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16, float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Floating point type of the weights: float32, bfloat16, float16.")
+    ] = "float32",
     output: OutputOption = None,
     plot: PlotOption = None,
     as_json: Annotated[bool, json_option("an object for each length, batch and way to answer")] = False,
 ) -> None:
     """Time requests that share a prompt: no cache, prefix cache, static prefix cache, gist cache.
 
-    All four run in turn in one process with stock transformers: one forward pass to the first token, and greedy
-    generate for tokens a second. Logits of all caches must be those without a cache, or nothing is reported. Caches are
-    handed over without a copy, and the growing ones once more with the copy that transformers' recipe makes. What would
-    take too long or too much memory is left out, and the table says so. By default a LLaMA with about 100 million
-    random weights, for work does not depend on their values; on two CPU cores all of it takes some thirty minutes.
+    All four alternate in one process with stock transformers: one forward pass to the first token, and greedy generate
+    for tokens per second. Nothing is reported unless the logits with every cache are those without a cache. Caches are
+    passed to the model without a copy, and growing caches a second time with the copy that transformers' recipe makes.
+    Runs that would take too long or too much memory are left out, and the table says so. The default model is a LLaMA
+    with about 100 million random weights, because the work does not depend on their values; the whole run takes about
+    thirty minutes on two CPU cores.
 
     Example: gisting bench inference --lengths 26,512 --batches 1,8
     """
-    from gisting.measure import inference
+    from gisting.measure import inference, inference_results
+    from gisting.measure.models import random_llama
     from gisting.measure.progress import progress_bar
     from gisting.measure.rows import append_row, environment
     from gisting.models.weights import input_weight
 
     if model is not None and (hidden_size, layers) != (_HIDDEN_SIZE, _LAYERS):
-        raise GistError("--hidden-size and --layers are the random model's; leave them out beside --model")
+        raise GistError("--hidden-size and --layers are for the random model; leave them out with --model")
     for name, value in (("max-memory", max_memory), ("seconds", seconds), ("max-seconds", max_seconds)):
         if value is not None and not (math.isfinite(value) and (value > 0 or name == "seconds")):
             raise GistError(f"--{name} must be a finite number above 0, got {value}")
@@ -99,7 +108,7 @@ def bench_inference(
 
         with device_errors(device):
             place = torch.empty(0, device=device).device
-        loaded, tokenizer = inference.random_llama(hidden_size, layers, device=place, dtype=weights_dtype)
+        loaded, tokenizer = random_llama(hidden_size, layers, device=place, dtype=weights_dtype)
         name = f"random LLaMA of {layers} layers, hidden size {hidden_size}"
     else:
         loaded, tokenizer = load_patched(model, None, dtype, device, is_to_be_trained=True)
@@ -118,7 +127,7 @@ def bench_inference(
         name=name,
     )
     rows, run, used = [], secrets.token_hex(4), input_weight(loaded).device
-    # A cell takes longer with more tokens, though not in proportion: most of its time is limited.
+    # A cell with more tokens takes longer, but not in proportion, because most of its time is limited.
     total = sum(_weight(length, batch) for length in wanted["lengths"] for batch in wanted["batches"])
     with progress_bar("measuring", total) as advance:
         for cell in found:
@@ -128,42 +137,18 @@ def bench_inference(
                     append_row(output, {"command": "gisting bench inference", "run": run, **asdict(row)}, used)
             advance(_weight(cell[0].prompt_tokens, cell[0].batch_size))
     rows = [{**row, **environment(used)} for row in rows]
-    _show(rows, inference.result_tables(rows), as_json)
+    _show(rows, inference_results.result_tables(rows), as_json)
     if plot is not None:
-        inference.plot(rows, plot)
+        inference_results.plot(rows, plot)
 
 
-@bench_app.command("training")
-def bench_training(
-    prompt_tokens: Annotated[str, typer.Option(help="Tokens of a prompt, with commas between.")] = "16,64,256",
-    per_prompt: Annotated[str, typer.Option(help="Completions of a prompt, with commas between.")] = "1,8",
-    completions: Annotated[int, typer.Option(min=1, help="Completions of a step.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured steps of each layout.")] = 30,
-    output: OutputOption = None,
-    plot: PlotOption = None,
-    as_json: Annotated[bool, json_option("an object for each layout and length")] = False,
-) -> None:
-    """Time training steps: a padded row for each completion, rows packed, and packed behind shared prompts.
-
-    Whole optimiser steps of the built-in task's model on the CPU, in turn in one process. Loss and gradients of all
-    layouts must be the same, or nothing is reported.
-
-    Example: gisting bench training --prompt-tokens 64 --per-prompt 8
-    """
-    from benchmarks import training
-    from gisting.measure.rows import append_row, environment
-
-    lengths, shared = _numbers("prompt-tokens", prompt_tokens), _numbers("per-prompt", per_prompt)
-    if plot is not None:
-        _check_plot(plot)
-    rows = [asdict(row) for row in training.measure_all(lengths, shared, completions, repeats)]
-    if output is not None:
-        for row in rows:
-            append_row(output, {"command": "gisting bench training", **row}, "cpu")
-    rows = [{**row, **environment("cpu")} for row in rows]
-    _show(rows, [training.result_table(rows)], as_json)
-    if plot is not None:
-        training.plot(rows, plot)
+@bench_app.command("training", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_training() -> None:
+    """Say where this command went; it goes in the next release."""
+    raise GistError(
+        "gisting bench training is not part of the package any more; in a checkout of its repository, run: python -m "
+        "benchmarks training, with the same options"
+    )
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -173,7 +158,7 @@ def _numbers(name: str, text: str) -> list[int]:
         found = []
     if not found or min(found) < 1:
         raise GistError(
-            f"--{name} must be whole numbers of at least 1 with commas between, such as 26,512, got {text!r}"
+            f"--{name} must be whole numbers of at least 1 with commas between them, such as 26,512, got {text!r}"
         )
     return found
 
@@ -183,16 +168,16 @@ def _weight(length: int, batch: int) -> float:
 
 
 def _check_plot(path: Path) -> None:
-    """Before hours of measuring, not behind them."""
+    """Check the path before hours of measuring, not after them."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
         raise GistError("--plot needs matplotlib; pip install 'gist-tokens[eval]'") from error
     kinds = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in kinds:
-        raise GistError(f"--plot must end with a kind of image, such as .png, got {path.name!r}")
+        raise GistError(f"--plot must have the suffix of an image, such as .png, got {path.name!r}")
     if not path.absolute().parent.is_dir():
-        raise GistError(f"--plot: there is no directory {path.parent}; make it first")
+        raise GistError(f"--plot: there is no directory {path.parent}; create it first")
 
 
 def _show(rows: list[dict[str, Any]], tables: list[tuple[str, list[str], list[list[str]]]], as_json: bool) -> None:

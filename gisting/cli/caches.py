@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gisting.data.prompts import PromptRecord
     from gisting.store import GistStore
     from gisting.tokens import GistTokenizer
+from gisting.measure.progress import progress_bar
 
 __all__ = ["compress", "generate", "inspect", "store_app"]
 
@@ -140,13 +141,13 @@ def compress(
 def _say_other_templates(model: str, texts: list[str]) -> None:
     """Where a template was internalised, a model has no reason to read another one."""
     from gisting.data.plain import excerpt
-    from gisting.internalize.result import RESULT_NAME, load_internalized, template_hash
+    from gisting.internalize.result import RESULT_NAME, load_internalized, prompt_hash
 
     if not (Path(model) / RESULT_NAME).is_file():
         return
-    trained = load_internalized(model).template_sha256
+    trained = load_internalized(model).prompt_sha256
     for text in texts:
-        if template_hash(text) != trained:
+        if prompt_hash(text) != trained:
             err.print(
                 f"warning: {excerpt(text)} is another template than the one that {model} was trained on, which it may "
                 "not read; compare answers before using its gist",
@@ -174,15 +175,11 @@ def _compress_into(
     *,
     as_json: bool,
 ) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from gisting.store import GistStore
 
     store = GistStore(folder, storage=storage)
     before = len(store)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        bar = progress.add_task("compressing", total=len(records))
+    with progress_bar("compressing", len(records)) as advance:
         for start in range(0, len(records), _BATCH_SIZE):
             rows = slice(start, start + _BATCH_SIZE)
             cache = store.get_or_compress(
@@ -195,7 +192,7 @@ def _compress_into(
             )
             if as_json or len(records) <= _BATCH_SIZE:
                 _print_compressed(records[rows], cache, tokenizer, folder, as_json=as_json)
-            progress.advance(bar, len(records[rows]))
+            advance(len(records[rows]))
     out.print(
         f"{len(records)} prompts in {folder}, {len(store) - before} of them new; {len(store)} entries in all",
         highlight=False,

@@ -1,4 +1,4 @@
-"""What several commands share: how their help looks, consoles, JSON, options, a checkpoint by name."""
+"""What several commands share: the layout of their help, consoles, JSON output, options and loading a checkpoint."""
 
 from __future__ import annotations
 
@@ -41,22 +41,23 @@ __all__ = [
     "wanted_k",
 ]
 
-# Without markup: what is printed holds texts of users and of files, where [/INST] is no mistake.
+# Without markup, because texts of users and of files may hold [/INST] and the like.
 out = Console(markup=False)
 err = Console(stderr=True, markup=False)
 
 
 class Commands(typer.Typer):
-    """Commands whose help ends with their examples, each on a line of its own, ready to be copied.
+    """A group of commands whose help ends with examples, each on one line, ready to be copied.
 
-    A docstring gives both: its paragraphs that begin with ``Example: `` are the examples, the others the description.
+    The docstring of a command holds both: paragraphs that begin with ``Example: `` are the examples, the others the
+    description.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(no_args_is_help=True, rich_markup_mode=None, **settings)
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
-        """As ``typer.Typer.command``, with help and epilog from the docstring."""
+        """As ``typer.Typer.command``, with help and epilog taken from the docstring."""
 
         def add(function: Any) -> Any:
             text, examples = [], []
@@ -64,7 +65,7 @@ class Commands(typer.Typer):
                 is_example = paragraph.startswith(_EXAMPLE)
                 (examples if is_example else text).append(paragraph.removeprefix(_EXAMPLE))
             lines = ["  " + " ".join(example.split()) for example in examples]
-            # \b: lines as they are.
+            # \b keeps the lines as they are.
             ending = {"epilog": "\n".join(["\b", "Examples:", *lines])} if lines else {}
             return super(Commands, self).command(name, help="\n\n".join(text), **ending, **settings)(function)
 
@@ -73,7 +74,7 @@ class Commands(typer.Typer):
 
 _EXAMPLE = "Example: "
 _DTYPES = ("float32", "bfloat16", "float16")
-# Where JSON goes while everything else that is printed goes to standard error.
+# Where JSON goes when everything else is printed to standard error.
 _json_file: TextIO | None = None
 
 
@@ -85,19 +86,19 @@ def _leave_stdout_to_json(context: typer.Context, wanted: bool) -> bool:
 
 
 def json_option(what: str) -> Any:
-    """``--json``: standard output then holds JSON alone, an object a line; whatever else is printed, by a library too,
-    goes to standard error.
+    """Return the option ``--json``. With it, standard output holds only JSON, one object per line; everything else that
+    is printed, also by libraries, goes to standard error.
 
     Args:
-        what: an object stands for, and what is in it where that is not plain.
+        what: what an object is and holds, for the help.
     """
     return typer.Option(
-        "--json", callback=_leave_stdout_to_json, is_eager=True, help=f"JSON alone on standard output: {what}."
+        "--json", callback=_leave_stdout_to_json, is_eager=True, help=f"Print only JSON on standard output: {what}."
     )
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on standard output; NaN and infinity, for which JSON has no word, are null."""
+    """Print one line of JSON on standard output; NaN and infinity, which JSON does not have, become null."""
     print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False), file=_json_file or sys.stdout)
 
 
@@ -111,7 +112,7 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def streams_put_back() -> Iterator[None]:
-    """Standard output is afterwards what it was before, whatever ``--json`` did."""
+    """Restore standard output after this block, in case ``--json`` has replaced it."""
     global _json_file
     before = sys.stdout
     try:
@@ -125,14 +126,14 @@ ModelArgument = Annotated[
 ]
 TemplateOption = Annotated[
     str | None,
-    typer.Option(
-        help="Prompt layout: alpaca, alpaca-t5, plain or chat. By default what the checkpoint was trained with."
-    ),
+    typer.Option(help="Template of a conversation: alpaca, alpaca-t5, plain or chat. By default the checkpoint's own."),
 ]
 KOption = Annotated[
     int | None,
     typer.Option(
-        "--num-gist-tokens", "-k", help="Gist tokens for each prompt. By default what the checkpoint was trained with."
+        "--num-gist-tokens",
+        "-k",
+        help="Gist tokens for each prompt. By default as many as in training.",
     ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="Floating point type of the weights: auto, float32, bfloat16, float16.")]
@@ -142,7 +143,7 @@ DeviceOption = Annotated[str, typer.Option(help="Device to run on, such as cpu o
 def load_patched(
     model: str, template: str | None, dtype: str, device: str = "cpu", *, is_to_be_trained: bool = False
 ) -> tuple[Any, GistTokenizer]:
-    """Model and tokenizer as a command asks for them, with a word where the model has not been trained to gist."""
+    """Load the model and tokenizer that a command names; print a note if the model has not been trained to gist."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -161,7 +162,7 @@ def load_patched(
 
 @contextmanager
 def device_errors(device: str) -> Iterator[None]:
-    """What torch raises within the block, because of a device, is a :class:`GistError` that names it."""
+    """Turn errors that torch raises in this block, because of a device, into a :class:`GistError` that names it."""
     try:
         yield
     except (RuntimeError, AssertionError) as error:
@@ -169,10 +170,10 @@ def device_errors(device: str) -> Iterator[None]:
 
 
 def read_dtype(dtype: str) -> torch.dtype:
-    """The dtype of a name.
+    """Return the dtype with this name.
 
     Raises:
-        GistError: there is none of that name here.
+        GistError: the name is unknown.
     """
     import torch
 
@@ -182,7 +183,7 @@ def read_dtype(dtype: str) -> torch.dtype:
 
 
 def wanted_k(model: Any, wanted: int | None) -> int:
-    """The k that was asked for, or the largest that the checkpoint was trained with."""
+    """Return the k that was asked for, or else the largest that the checkpoint was trained with."""
     from gisting.models.load import trained_num_gist_tokens
 
     trained = trained_num_gist_tokens(model)
@@ -190,12 +191,12 @@ def wanted_k(model: Any, wanted: int | None) -> int:
 
 
 def plain(text: str) -> str:
-    """A text of somebody else for the terminal: control characters are shown, not obeyed."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    """Return a text with its control characters escaped, so that a terminal shows them and does not act on them."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def read_text(path: Path) -> str:
-    """A text file.
+    """Read a text file.
 
     Raises:
         GistError: it is not UTF-8.

@@ -1,8 +1,8 @@
-"""Records to batches that stock ``Trainer`` hands to a patched model.
+"""Make batches of records, which stock ``Trainer`` passes to a patched model.
 
-Place in the flow: data -> **collate** -> model. All there is to gist training is in the batch: ids with gist tokens,
-an interval mask, anchored positions, labels on the completion. A condition is drawn for each row by name; nothing
-here knows what it hides.
+Place in the flow: data -> **collate** -> model. Everything special about gist training is in the batch: ids with gist
+tokens, an interval mask, anchored positions, labels on the completion. A condition is drawn for each row by name; this
+module does not depend on what it hides.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _log = logging.getLogger(__name__)
 IGNORED = -100  # what transformers' losses skip
 
 
-_AHEAD = 1_000  # texts of one call of the tokenizer that encodes ahead
+_AHEAD = 1_000  # texts per call when the tokenizer encodes ahead
 
 
 class Example(NamedTuple):
-    """The ids of one record before they are laid out; its prompt in one or more parts, each with its k, or in one that
-    is cut into chunks where it is longer than ``chunk_length``.
+    """The ids of one record before they are laid out. Its prompt is in one or more parts, each with its own k; a single
+    part that is longer than ``chunk_length`` is cut into chunks.
     """
 
     prompts: list[array[int]]
@@ -45,8 +45,8 @@ class Example(NamedTuple):
 
     @property
     def stretches(self) -> list[tuple[Sequence[int], int, bool]]:
-        """What stands in front of the continuation, in order: ids of a prompt, the number of gist tokens after them,
-        and whether each of those has a copy.
+        """What precedes the continuation, in order: ids of a prompt, the number of gist tokens after them, and whether
+        each gist token has a copy.
         """
         if len(self.prompts) == 1:
             chunks = cut_into_chunks(self.prompts[0], self.chunk_length)
@@ -59,14 +59,14 @@ class Example(NamedTuple):
 
     @property
     def num_gist_columns(self) -> int:
-        """Gist tokens and their copies."""
+        """The number of gist tokens and their copies."""
         if len(self.prompts) == 1:
             return self.counts[0] * num_chunks(len(self.prompts[0]), self.chunk_length)
         return 2 * sum(self.counts) - self.counts[-1]
 
     @property
     def num_shared_columns(self) -> int:
-        """All that stands in front of the continuation."""
+        """The number of ids before the continuation."""
         return sum(map(len, self.prompts)) + self.num_gist_columns
 
 
@@ -74,28 +74,28 @@ class GistCollator:
     """Collates records for gist instruction finetuning (Gisting, section 3.3).
 
     Args:
-        tokenizer: the tokenizer that the model is patched for; whether it is for an encoder-decoder decides the layout.
-        num_gist_tokens: k, or a range ``(low, high)``, both included, from which each row draws its own.
+        tokenizer: the tokenizer that the model is patched for. It decides whether batches are for a decoder or an
+            encoder-decoder.
+        num_gist_tokens: k, or a range ``(low, high)``, both included, from which each row draws its k.
         conditions: a condition for all rows, or weights with which each row draws one: ``{"gist": 3, "positive": 1}``.
-        max_length: ids of a sequence, of the source for an encoder-decoder. Longer ones lose the end of their
-            completion (down to a quarter of ``max_length``), then of their prompt (of its longest parts), then the
-            start of what stands behind the gist; never the gist.
-        max_target_length: ids of the target of an encoder-decoder.
-        part_separator: a text at which an instruction is cut into parts, each compressed on its own with a k of its own
-            (``visibility.chained``): what trains a model to read what ``GistCache.chain`` puts together. Spaces around
-            it belong to the parts. Instructions that do not hold it are one part, as they all are where it is None. The
-            gist tokens of all parts but the last stand in the sequence twice. Decoders only.
-        chunk_length: a prompt of more ids than that, once it is cut to ``max_length``, is cut into chunks with the
-            row's k gist tokens behind each, as ``gisting.compress(chunk_length=...)`` does
-            (``tokens.cut_into_chunks``): a chunk sees the gists before it. Layers with a sliding window count columns,
-            the chunks among them, so a model with a window below ``max_length`` would not see in training what it sees
-            in use. Decoders only, and without ``part_separator``.
-        with_teacher: whether a batch also has the intervals and positions of the same rows under the positive control,
-            whatever they drew: what a teacher sees that has the prompt in view.
-        with_prompt_columns: whether a batch also says which tokens depend on other prompt tokens alone, under every
-            condition and for the teacher: those before the first gist token, which of a prompt in parts or in chunks
-            is the first of these. Where the model is frozen, their states are those of the model without gists.
-            Decoders only.
+        max_length: largest number of ids in a sequence, or in the source for an encoder-decoder. Longer sequences lose
+            the end of their completion (down to a quarter of ``max_length``), then of their prompt (of its longest
+            parts), then the start of the text after the gist, but never the gist.
+        max_target_length: largest number of ids in the target of an encoder-decoder.
+        part_separator: a text at which an instruction is cut into parts, each compressed separately with its own k
+            (``visibility.chained``). This trains a model to read gists that ``GistCache.chain`` joins. Spaces around
+            the separator belong to the parts. An instruction without the separator is one part; with None, all are. The
+            gist tokens of all parts but the last are in the sequence twice. Decoders only.
+        chunk_length: a prompt with more ids than this, after it was cut to ``max_length``, is cut into chunks, each
+            followed by the row's k gist tokens, as in ``gisting.compress(chunk_length=...)``
+            (``tokens.cut_into_chunks``). A chunk sees the gists before it. Sliding windows count columns, also those of
+            earlier chunks, so a model with a window below ``max_length`` would not see the same in training and in use.
+            Decoders only, and without ``part_separator``.
+        with_teacher: whether a batch also holds the intervals and positions of its rows under the positive control, in
+            which a teacher sees the prompt.
+        with_prompt_columns: whether a batch also marks the tokens that depend only on other prompt tokens, under every
+            condition and for the teacher: those before the first gist token, so of a prompt in parts or chunks only the
+            first. If the model is frozen, their states are those of the model without gists. Decoders only.
 
     Raises:
         GistError: an argument is out of range, or two exclude each other.
@@ -128,13 +128,13 @@ class GistCollator:
         unknown = weights.keys() - CONDITIONS.keys()
         if unknown or not weights or any(weight < 0 for weight in weights.values()) or not sum(weights.values()):
             raise GistError(f"conditions must be names of {', '.join(CONDITIONS)}, with weights, got {conditions!r}")
-        # One id each of prompt, continuation and completion must fit beside the gist.
+        # One id each of prompt, continuation and completion must fit in addition to the gist.
         if max_length < high + 3:
             raise GistError(f"max_length must be at least {high + 3} to hold {high} gist tokens, got {max_length}")
         if max_target_length < 1:
             raise GistError(f"max_target_length must be at least 1, got {max_target_length}")
         if part_separator == "":
-            raise GistError("part_separator is empty; give a text that stands between the parts, or None")
+            raise GistError("part_separator is empty; give a text that separates the parts, or None")
         if part_separator is not None and tokenizer.is_encoder_decoder:
             raise GistError(
                 f"part_separator is {part_separator!r}, but gists of an encoder-decoder cannot be chained; pass None"
@@ -147,8 +147,8 @@ class GistCollator:
             )
         if with_prompt_columns and tokenizer.is_encoder_decoder:
             raise GistError(
-                "with_prompt_columns is for decoders: in an encoder a prompt sees its gist, so that no token depends "
-                "on the prompt alone; leave it out"
+                "with_prompt_columns is for decoders: in an encoder, a prompt sees its gist, so no token depends only "
+                "on the prompt; leave it out"
             )
         self.tokenizer = tokenizer
         self.num_gist_tokens = (low, high)
@@ -164,42 +164,57 @@ class GistCollator:
         self._answers = _Encoded(self._encode_answers)
 
     def encode_ahead(self, records: Iterable[Any]) -> None:
-        """Encode the texts of ``records`` and keep their ids, so that a batch of them needs no tokenizer.
+        """Encode the texts of ``records`` and keep their ids, so that a batch of them does not use the tokenizer.
 
-        Batches are the same with and without. An id takes 4 bytes, and is kept as long as the collator; an instruction
-        that several records have is encoded and kept once. Worker processes that are forked share what is kept.
+        This does not change the batches. An id takes 4 bytes, and is kept as long as the collator; an instruction that
+        several records share is encoded and kept once. Forked worker processes share the kept ids.
 
         Args:
-            records: any number of what a batch is made of.
+            records: records or groups of records, as for a batch.
 
         Raises:
-            RecordError: a record is not complete.
+            RecordError: a record is incomplete.
             GistError: a text cannot be encoded, as :meth:`GistTokenizer.encode_texts` says.
         """
         flat = (one for item in records for one in (item if isinstance(item, list | tuple) else [item]))
         rows = [to_record(record, f"record {number}") for number, record in enumerate(flat)]
-        # A part without text is refused with its batch.
+        # A part without text is refused when its batch is made.
         self._prompts.keep(text for row in rows for text in self._parts(row) if text.strip())
         self._answers.keep((row.input, row.output) for row in rows)
         if rows:
             _log.info("the texts of %d records are encoded", len(rows))
 
-    def __call__(self, records: Sequence[Record | Mapping[str, Any]]) -> dict[str, Tensor]:
-        """One batch.
+    def lengths(self, records: Sequence[Record]) -> list[int]:
+        """Count the ids of each record, without gist tokens and before it is cut to ``max_length``.
 
         Args:
-            records: B records or mappings with ``instruction``, ``input`` and ``output``.
+            records: in any order; records that were encoded ahead need no tokenizer.
+        """
+        parts = [self._parts(record) for record in records]
+        prompts = iter(self._prompts.find([text for texts in parts for text in texts]))
+        answers = self._answers.find([(record.input, record.output) for record in records])
+        return [
+            sum(len(next(prompts)) for _ in texts) + len(continuation) + len(completion)
+            for texts, (continuation, completion) in zip(parts, answers, strict=True)
+        ]
+
+    def __call__(self, records: Sequence[Record | Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch.
+
+        Args:
+            records: B records, or mappings with ``instruction``, ``input`` and ``output``.
 
         Returns:
             ``input_ids`` int64 ``(B, N)``; ``attention_mask`` int32 ``(B, 1, 2, N)``; ``labels`` int64, -100 where
-            there is nothing to learn: ``(B, N)`` for a decoder, with ``position_ids`` int64 ``(B, N)``; ``(B, M)`` for
-            an encoder-decoder. With ``with_teacher`` also ``teacher_attention_mask`` int32 ``(B, 1, 2, N)`` and, for a
-            decoder, ``teacher_position_ids`` int64 ``(B, N)``. With ``with_prompt_columns`` also ``is_prompt`` bool
-            ``(B, N)``, False at padding: row ``is_prompt[b, i]`` of either mask sees keys with ``is_prompt`` alone.
+            there is nothing to predict: ``(B, N)`` for a decoder, with ``position_ids`` int64 ``(B, N)``; ``(B, M)``
+            for an encoder-decoder. With ``with_teacher`` also ``teacher_attention_mask`` int32 ``(B, 1, 2, N)`` and,
+            for a decoder, ``teacher_position_ids`` int64 ``(B, N)``. With ``with_prompt_columns`` also ``is_prompt``
+            bool ``(B, N)``, False at padding: in both masks, a row with ``is_prompt`` sees only keys with
+            ``is_prompt``.
 
         Raises:
-            RecordError: a record is not complete, a part of its instruction is empty, there is nothing between several
-                parts and the completion, or there are so many parts that their gist tokens leave no room.
+            RecordError: a record is incomplete; a part of its instruction is empty; there is no text between several
+                parts and the completion; or the gist tokens of its parts leave no room.
         """
         rows = [to_record(record, f"record {number} of the batch") for number, record in enumerate(records)]
         examples = self._examples(rows, self._draw_counts(len(rows)))
@@ -210,12 +225,12 @@ class GistCollator:
         return torch.randint(low, high + 1, (number,)).tolist()
 
     def _draw_conditions(self, number: int) -> Tensor:
-        """int64 ``(number,)``: places in ``self.conditions``."""
+        """Draw indices into ``self.conditions``, int64 ``(number,)``."""
         weights = torch.tensor([*self.conditions.values()], dtype=torch.float)
         return torch.multinomial(weights, number, replacement=True)
 
     def _examples(self, rows: list[Record], counts: list[int]) -> list[Example]:
-        """The rows' ids, cut to length; ``counts`` are the k of their last parts."""
+        """Return the ids of the rows, cut to length; ``counts`` has the k of each row's last part."""
         return [self._fit(example, number) for number, example in enumerate(self._encode(rows, counts))]
 
     def _encode(self, rows: list[Record], counts: list[int]) -> list[Example]:
@@ -224,19 +239,19 @@ class GistCollator:
             if not all(text.strip() for text in texts):
                 raise RecordError(
                     f"record {number} of the batch has an empty part in its instruction, which is cut at "
-                    f"part_separator={self.part_separator!r}; take the separator out, or give the part a text"
+                    f"part_separator={self.part_separator!r}; remove the separator, or give the part some text"
                 )
         prompts = self._prompts.find([text for texts in parts for text in texts])
         answers = self._answers.find([(row.input, row.output) for row in rows])
-        # The last part of a prompt has the row's k, each of those before it draws its own.
+        # The last part of a prompt has the row's k; each earlier part draws its own.
         drawn = self._draw_counts(sum(map(len, parts)) - len(parts))
         prompts, drawn = iter(prompts), iter(drawn)
         examples = []
         for number, (texts, count, (continuation, completion)) in enumerate(zip(parts, counts, answers, strict=True)):
             if len(texts) > 1 and not continuation:
-                # The last gist would answer, which has not seen the parts before it.
+                # Otherwise the last gist would have to answer, which has not seen the earlier parts.
                 raise RecordError(
-                    f"record {number} of the batch has several parts and nothing behind their gists for the model to "
+                    f"record {number} of the batch has several parts and no text after their gists for the model to "
                     "continue; give an input, or a template with text there"
                 )
             own = [*itertools.islice(drawn, len(texts) - 1), count]
@@ -275,7 +290,7 @@ class GistCollator:
         return batch
 
     def _columns(self, example: Example) -> tuple[array[int], list[int], list[int]]:
-        """The ids of a row; which of them are copies (0 or 1); the part of each, from 1, and 0 for the rest."""
+        """Return the ids of a row, which of them are copies (0 or 1), and the part of each (from 1; 0 after all)."""
         ids, copies, parts = array("i"), [], []
         for number, (prompt, count, has_copies) in enumerate(example.stretches, start=1):
             gist = [0, 1] * count if has_copies else [0] * count
@@ -297,7 +312,7 @@ class GistCollator:
     def _masks(
         self, conditions: Mapping[str, Condition], drawn: Tensor, *layout: Tensor, **packing: Tensor
     ) -> dict[str, Tensor]:
-        """Intervals, and of a decoder positions, of each row under the condition that it drew, and the teacher's."""
+        """Return intervals, and positions for a decoder, of each row under the condition it drew, and the teacher's."""
         found = {"": self._drawn(conditions, drawn, layout, packing)}
         if self.with_teacher:
             found["teacher_"] = conditions["positive"](*layout, **packing)
@@ -315,7 +330,7 @@ class GistCollator:
         layout: Sequence[Tensor],
         packing: Mapping[str, Tensor],
     ) -> Visibility:
-        """Each condition is computed for the rows that drew it, and not at all if none did."""
+        """Apply each condition that was drawn to the rows that drew it."""
         names = list(self.conditions)
         numbers = sorted(set(drawn.tolist()))
         if len(numbers) == 1:
@@ -335,8 +350,8 @@ class GistCollator:
         )
 
     def _fit(self, example: Example, number: int) -> Example:
-        """At most ``max_length`` ids, gists, some of every prompt and some completion always among them; the target of
-        an encoder-decoder is cut apart from its source.
+        """Cut an example to ``max_length`` ids, always with its gists, some of every prompt and some of the completion;
+        the target of an encoder-decoder is cut separately.
         """
         if self.tokenizer.is_encoder_decoder:
             source = self._fit_sequence(example._replace(completion=_ids([])), number)
@@ -353,19 +368,19 @@ class GistCollator:
         needed = _shortened(example, 1).num_shared_columns + 2
         if needed > self.max_length:
             raise RecordError(
-                f"record {number} of the batch has {len(prompts)} parts, which take at least {needed} ids with their "
-                f"gist tokens, more than max_length={self.max_length}; raise it, or join parts"
+                f"record {number} of the batch has {len(prompts)} parts, which need at least {needed} ids with their "
+                f"gist tokens, more than max_length={self.max_length}; raise max_length, or join parts"
             )
         if not self._has_warned:
             self._has_warned = True
             _log.warning(
-                "a sequence of %d ids was cut to max_length=%d (and others may be); its gist is whole",
+                "a sequence of %d ids was cut to max_length=%d, and others may be as well; gists are never cut",
                 length,
                 self.max_length,
             )
         cut = min(excess, max(0, len(completion) - max(1, self.max_length // 4)))
         completion, excess = completion[: len(completion) - cut], excess - cut
-        # What is left of a prompt decides how many chunks it has, and so how many gist tokens.
+        # The number of chunks, and so of gist tokens, depends on how much of the prompt is left.
         room = example.num_shared_columns - excess
         limits = range(1, max(map(len, prompts)) + 1)
         limit = bisect.bisect_right(limits, room, key=lambda limit: _shortened(example, limit).num_shared_columns)
@@ -377,15 +392,15 @@ class GistCollator:
 
 
 def _shortened(example: Example, limit: int) -> Example:
-    """With at most ``limit`` ids of each prompt."""
+    """Return the example with at most ``limit`` ids of each prompt."""
     return example._replace(prompts=[prompt[:limit] for prompt in example.prompts])
 
 
 class _Encoded:
-    """Ids by what they are the ids of, encoded when they are asked for, unless they were kept before.
+    """A map from texts to their ids: it encodes texts when asked, unless their ids were kept before.
 
     Args:
-        encode: from texts, the ids of each, in one call.
+        encode: returns the ids of each text of a list.
     """
 
     def __init__(self, encode: Callable[[Sequence[Any]], list[Any]]) -> None:
@@ -393,12 +408,12 @@ class _Encoded:
         self._kept: dict[Any, Any] = {}
 
     def find(self, texts: Sequence[Any]) -> list[Any]:
-        """The ids of each of ``texts``."""
+        """Return the ids of each text."""
         fresh = self._fresh(texts)
         return [self._kept[text] if text in self._kept else fresh[text] for text in texts]
 
     def keep(self, texts: Iterable[Any]) -> None:
-        """Encode what is not kept yet, and keep it."""
+        """Encode the texts that are not kept yet, and keep their ids."""
         texts = list(dict.fromkeys(texts))
         for start in range(0, len(texts), _AHEAD):
             self._kept.update(self._fresh(texts[start : start + _AHEAD]))
@@ -409,5 +424,5 @@ class _Encoded:
 
 
 def _ids(ids: Sequence[int]) -> array[int]:
-    """In 4 bytes each; a list of Python's numbers takes 40."""
+    """Store ids in 4 bytes each; a list of Python integers takes 40."""
     return array("i", ids)

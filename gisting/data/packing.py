@@ -1,10 +1,11 @@
-"""Batches without waste: completions that share a prompt stand behind one copy of it, and short sequences share a row.
+"""Make batches with little padding: completions with the same prompt share one copy of it, and short sequences share a
+row.
 
-Place in the flow: data -> **packing** -> model, in place of the plain collator. Instruction data repeat their
-instructions. Behind one copy of prompt and gist, each completion is a branch that sees the gist and itself and goes on
-from the gist's position; rows are then filled with such documents. Masks and positions make every completion
-independent of its neighbours (``visibility.gist`` with ``documents`` and ``branches``), so loss and gradients are those
-of the padded batch. One more branch may hold the prompt itself, to be predicted from the gist alone.
+Place in the flow: data -> **packing** -> model, instead of the plain collator. Instruction data repeat their
+instructions. After one copy of prompt and gist, each completion is a branch that sees the gist and itself, and whose
+positions continue from the gist. Rows are then filled with such documents. Masks and positions make every completion
+independent of its neighbours (``visibility.gist`` with ``documents`` and ``branches``), so loss and gradients equal
+those of the padded batch. Another branch can hold the prompt itself, to be predicted from the gist alone.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ __all__ = ["GistPackingCollator", "group_by_instruction", "pack"]
 
 
 def group_by_instruction(records: Sequence[Record], max_per_group: int = 8) -> list[list[Record]]:
-    """Records with the same instruction together, at most so many in a group: a training set for stock ``Trainer``
-    whose items are groups, so that records that can share a prompt come in one batch however it is shuffled.
+    """Group records by instruction, for a training set of stock ``Trainer`` whose items are groups: records that can
+    share a prompt are then in the same batch, however the items are shuffled.
 
     Args:
         records: in any order.
-        max_per_group: the largest group; an optimiser step then holds up to so many times its batch size of records.
+        max_per_group: size of the largest group. An optimiser step then holds up to its batch size times this many
+            records.
 
     Returns:
         Groups in the order in which their instructions first appear.
@@ -53,11 +55,14 @@ def group_by_instruction(records: Sequence[Record], max_per_group: int = 8) -> l
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items, by number, for bins that hold them: first-fit decreasing, at most 11/9 of the fewest bins, plus 1.
+    """Pack items into bins by first-fit decreasing, which uses at most 11/9 of the smallest number of bins, plus 1.
 
     Args:
         lengths: of the items, none above ``capacity``.
         capacity: of a bin.
+
+    Returns:
+        The indices of the items in each bin.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -73,13 +78,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 @dataclass
 class Document:
-    """Examples behind one copy of prompt and gist, and the prompt once more where it is to be predicted from the
-    gist.
+    """Examples after one copy of their prompt and gist; and the prompt again, if it is to be predicted from the gist.
 
     Args:
-        examples: with one prompt and one k, at least one.
-        num_columns: ids of all.
-        reconstruction: what is to be predicted, its first id given; or nothing.
+        examples: one or more, with the same prompt and k.
+        num_columns: number of ids in total.
+        reconstruction: the ids to predict, of which the first is given; or none.
     """
 
     examples: list[Example]
@@ -88,13 +92,13 @@ class Document:
 
 
 class Run(NamedTuple):
-    """Neighbouring ids of a row that are alike.
+    """Consecutive ids of a row that are of the same kind.
 
     Args:
         ids: in order.
-        kind: what they are, one of the numbers below.
+        kind: one of the numbers below.
         document: number of their document in the row, from 1; 0 for padding.
-        branch: number of their branch in the document, from 1; 0 for what all branches share.
+        branch: number of their branch in the document, from 1; 0 for ids that all branches share.
     """
 
     ids: Sequence[int]
@@ -103,48 +107,48 @@ class Run(NamedTuple):
     branch: int = 0
 
 
-# Kinds of runs. A prompt is the first chunk alone: what depends on no gist token.
+# Kinds of runs. A prompt is only its first chunk, which does not depend on a gist token.
 _PADDING, _PROMPT, _LATER_CHUNK, _GIST, _GIVEN, _ANSWER, _RECONSTRUCTED = range(7)
 
 
 class GistPackingCollator(GistCollator):
     """Collates records like :class:`GistCollator`, without repeating prompts and with little padding. Decoders only.
 
-    Records of a batch with the same instruction draw one k and one condition together and share one copy of prompt and
-    gist. A record whose template leaves nothing between gist and completion keeps a copy of its own, since the gist
-    itself predicts its first token.
+    Records of a batch with the same instruction draw one k and one condition, and share one copy of prompt and gist. A
+    record whose template has no text between gist and completion gets its own copy, because the gist itself predicts
+    its first token.
 
-    Layers with a sliding window count columns, neighbours among them, so a model with a window below ``pack_length``
-    would not see in training what it sees in use; :func:`gisting.train.finetune.finetune` refuses that.
+    Sliding windows count columns, also those of other records, so a model with a window below ``pack_length`` would not
+    see the same in training and in use; :func:`gisting.train.finetune.finetune` refuses that.
 
-    With ``reconstruct``, a document whose condition is gist gets one branch more, its prompt::
+    With ``reconstruct``, a document whose condition is gist gets another branch, its prompt::
 
              a  b  G  c  d  a  b       labels                  c  d
           a  1  .  .  .  .  .  .       reconstruction_labels         b
           b  1  1  .  .  .  .  .
-          G  1  1  1  .  .  .  .       a, the cue, is given
+          G  1  1  1  .  .  .  .       a, the first id, is given
           c  .  .  1  1  .  .  .
           d  .  .  1  1  1  .  .
           a  .  .  1  .  .  1  .
           b  .  .  1  .  .  1  1
 
-    The branch stands behind all completions and its first id is not learned, so nothing of it is predicted by what it
-    does not see: neither by a completion's last token nor, in the document of a record without continuation, by the
-    gist that answers there. Every document has its own, so a prompt that fills several rows is learned in each. It is
-    left out where the document would no longer fit into a row, and where the prompt has a single id.
+    The branch comes after all completions, and its first id is not predicted, because the token before it is not part
+    of the branch: it is the last token of a completion or, if a record has no continuation, the gist that answers
+    there. Every document has its own branch, so a prompt that fills several rows is predicted in each. The branch is
+    left out if the document would no longer fit into a row, or if the prompt has a single id.
 
     Args:
         tokenizer: as for :class:`GistCollator`, of a decoder.
         num_gist_tokens: as for :class:`GistCollator`.
         conditions: as for :class:`GistCollator`.
-        max_length: as for :class:`GistCollator`, of one record with its prompt.
-        pack_length: ids of a row, at least ``max_length``; None for ``max_length``.
+        max_length: as for :class:`GistCollator`, for one record with its prompt.
+        pack_length: number of ids in a row, at least ``max_length``; None for ``max_length``.
         chunk_length: as for :class:`GistCollator`; a whole prompt is reconstructed from the gists of all its chunks.
         with_teacher: as for :class:`GistCollator`.
-        with_prompt_columns: as for :class:`GistCollator`, of each copy of a prompt; a prompt that is to be predicted is
-            none of them.
-        reconstruct: whether prompts, as they were cut to ``max_length`` and without ``tokenizer.start_ids``, are to be
-            predicted from their gists as well.
+        with_prompt_columns: as for :class:`GistCollator`, for each copy of a prompt, but not for a prompt that is to be
+            predicted.
+        reconstruct: whether prompts, cut to ``max_length`` and without ``tokenizer.start_ids``, are also predicted from
+            their gists.
 
     Raises:
         GistError: an argument is out of range, or the tokenizer is for an encoder-decoder.
@@ -174,8 +178,8 @@ class GistPackingCollator(GistCollator):
         )
         if tokenizer.is_encoder_decoder:
             raise GistError(
-                "tokenizer is for an encoder-decoder, whose encoder reads in both directions and cannot share a "
-                "prompt; use GistCollator"
+                "tokenizer is for an encoder-decoder, whose encoder reads in both directions, so records cannot share "
+                "a prompt; use GistCollator"
             )
         self.reconstruct = reconstruct
         self.pack_length = max_length if pack_length is None else pack_length
@@ -185,19 +189,19 @@ class GistPackingCollator(GistCollator):
             )
 
     def __call__(self, records: Sequence[Any]) -> dict[str, Tensor]:
-        """One batch.
+        """Make a batch.
 
         Args:
-            records: records, mappings with ``instruction``, ``input`` and ``output``, or lists of such, as
-                :func:`group_by_instruction` gives.
+            records: records, mappings with ``instruction``, ``input`` and ``output``, or lists of these, as
+                :func:`group_by_instruction` returns them.
 
         Returns:
             As :meth:`GistCollator.__call__` for a decoder, with fewer and fuller rows: B is the number of rows. With
-            ``reconstruct`` also ``reconstruction_labels`` int64 ``(B, N)``: the ids of prompts behind their gists, but
-            for the first of each, and -100 elsewhere; there ``labels`` are -100.
+            ``reconstruct`` also ``reconstruction_labels`` int64 ``(B, N)``: the ids of prompts after their gists,
+            except for the first of each, and -100 elsewhere. Where they are not -100, ``labels`` are.
 
         Raises:
-            RecordError: a record is not complete.
+            RecordError: a record is incomplete.
         """
         flat = [one for item in records for one in (item if isinstance(item, list | tuple) else [item])]
         rows = [to_record(record, f"record {number} of the batch") for number, record in enumerate(flat)]
@@ -218,11 +222,9 @@ class GistPackingCollator(GistCollator):
         return self._rows(packed, torch.tensor(drawn))
 
     def _documents(self, examples: list[Example], instructions: list[int]) -> list[tuple[int, Document]]:
-        """Examples that share a copy of prompt and gist, as many as a row holds, with the number of their
-        instruction.
-        """
+        """Group examples into documents that fit into a row; return them with the index of their instruction."""
         found: list[tuple[int, Document]] = []
-        # The last document of a prompt, which may have room. A prompt that was cut begins like the whole one.
+        # The last document of each prompt, which may have room. A prompt that was cut begins like the whole prompt.
         open_by: dict[tuple[int, int], Document] = {}
         for instruction, example in zip(instructions, examples, strict=True):
             key = (instruction, len(example.prompts[0]))
@@ -239,7 +241,7 @@ class GistPackingCollator(GistCollator):
         return found
 
     def _reconstruct(self, document: Document) -> None:
-        """Give ``document`` its prompt to be predicted, if there is room."""
+        """Add the prompt of ``document`` to it as ids to predict, if there is room."""
         prompt, start = document.examples[0].prompts[0], array("i", self.tokenizer.start_ids)
         own = prompt[len(start) :] if prompt[: len(start)] == start else prompt
         if len(own) > 1 and document.num_columns + len(own) <= self.pack_length:
@@ -247,7 +249,7 @@ class GistPackingCollator(GistCollator):
             document.num_columns += len(own)
 
     def _runs(self, document: Document, number: int) -> Iterator[Run]:
-        """The ids of a document, which is the row's ``number``-th."""
+        """Yield the ids of a document, the ``number``-th of its row."""
         for place, (chunk, count, _) in enumerate(document.examples[0].stretches):
             yield Run(chunk, _LATER_CHUNK if place else _PROMPT, number)
             yield Run([self.tokenizer.gist_token_id] * count, _GIST, number)
@@ -260,7 +262,7 @@ class GistPackingCollator(GistCollator):
             yield Run(prompt[1:], _RECONSTRUCTED, number, last)
 
     def _rows(self, packed: list[list[Document]], drawn: Tensor) -> dict[str, Tensor]:
-        """Rows of documents, as tensors."""
+        """Make tensors of rows of documents."""
         lengths = [sum(document.num_columns for document in chosen) for chosen in packed]
         width = max(lengths, default=0)
         runs: list[Run] = []

@@ -1,9 +1,9 @@
-"""A batch in two parts: the tokens of its prompts, and everything else.
+"""Split a batch into the tokens of its prompts and everything else.
 
-Place in the flow: data -> collate -> **split** -> a training step in which the base model is frozen. A prompt's tokens
-see the prompt alone, so where nothing that they pass through is trained, their keys and values need no gradient and are
-the same for the gist and for a teacher that has the prompt in view. The step then runs them once (``prompt_*``) and
-goes on from their keys and values with the rest, whose mask counts the prompts' columns first::
+Place in the flow: data -> collate -> **split** -> a training step in which the base model is frozen. The tokens of a
+prompt see only the prompt, so if no parameter that acts on them is trained, their keys and values need no gradient and
+are the same for the gist and for a teacher that sees the prompt. The step then computes them once (``prompt_*``) and
+continues from their keys and values with the rest, whose mask has the columns of the prompts first::
 
              a b G c d e H f          a b d e          a b d e G c H f
            a 1 . . . . . . .        a 1 . . .        G 1 1 . . 1 . . .
@@ -15,8 +15,8 @@ goes on from their keys and values with the rest, whose mask counts the prompts'
            H . . . . 1 1 1 .
            f . . . . . . 1 1        two packed documents: prompt a b, gist G; prompt d e, gist H
 
-Rows keep their order, so an interval of rows stays one in either part. All tensors are on the CPU, so that finding the
-sizes of the parts never waits for a device. Knows no model and no text.
+Rows keep their order, so an interval of rows is an interval in both parts. All tensors are on the CPU, so that finding
+the sizes of the parts never waits for a device. Does not depend on models or texts.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ __all__ = ["split_prompts"]
 
 
 def split_prompts(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """The batch of a decoder with its prompts' columns taken out.
+    """Split the batch of a decoder into its prompts and the rest.
 
-    Both parts keep the batch's positions, also for the teacher: those under the positive control differ by a constant,
-    the prompt's length, which rotary attention does not see.
+    Both parts keep the positions of the batch, also for the teacher: positions under the positive control differ by a
+    constant, the length of the prompt, which does not change rotary attention.
 
     Args:
-        batch: what a collator made with ``with_prompt_columns``: ``input_ids``, ``position_ids``, ``labels``, int64
+        batch: made by a collator with ``with_prompt_columns``: ``input_ids``, ``position_ids``, ``labels``, int64
             ``(B, N)``; ``is_prompt`` bool ``(B, N)``; ``attention_mask`` int32 ``(B, 1, 2, N)``; possibly
-            ``teacher_attention_mask`` of that shape, ``teacher_position_ids`` and ``reconstruction_labels`` int64
+            ``teacher_attention_mask`` of the same shape, ``teacher_position_ids`` and ``reconstruction_labels`` int64
             ``(B, N)``. On the CPU; not modified.
         pad_token_id: the id of empty columns.
 
     Returns:
-        With P the most prompt tokens and M the most other tokens of a row, both padded on the left:
+        With P the largest number of prompt tokens in a row, and M that of other tokens, both padded on the left:
         ``prompt_input_ids`` and ``prompt_position_ids`` int64 ``(B, P)``, ``prompt_attention_mask`` int32
         ``(B, 1, 2, P)``; ``input_ids``, ``position_ids``, ``labels``, ``reconstruction_labels`` int64 ``(B, M)``;
         ``attention_mask`` and ``teacher_attention_mask`` int32 ``(B, 1, 2, P + M)``, whose rows are the last M.
 
     Raises:
-        GistError: the batch does not say which columns are prompts.
+        GistError: the batch does not mark its prompts.
     """
     if "is_prompt" not in batch:
-        raise GistError("batch has no is_prompt; make its collator with with_prompt_columns=True")
+        raise GistError("batch has no is_prompt; make the collator with with_prompt_columns=True")
     first, end = batch["attention_mask"][:, 0].unbind(1)
     is_prompt = batch["is_prompt"]
     prompts, rest = _Part.of(is_prompt), _Part.of((end > first) & ~is_prompt)
@@ -76,11 +76,11 @@ def split_prompts(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tens
 
 
 class _Part:
-    """Some columns of each row, in their order, moved together to the right end of a narrower rectangle."""
+    """Some columns of each row, in order, moved to the right end of a narrower rectangle."""
 
     def __init__(self, columns: Tensor, is_kept: Tensor, num_before: Tensor) -> None:
-        self.columns = columns  # int64 (B, W): where a column comes from
-        self.is_kept = is_kept  # bool (B, W): false where there is nothing
+        self.columns = columns  # int64 (B, W): the original index of each column
+        self.is_kept = is_kept  # bool (B, W): False at padding
         self.num_before = num_before  # int64 (B, N + 1): kept columns among the first n, and the padding before them
 
     @property
@@ -96,11 +96,11 @@ class _Part:
         return _Part(columns, torch.arange(width)[None] >= width - counts, num_before + width - counts)
 
     def take(self, values: Tensor, fill: int) -> Tensor:
-        """``values`` ``(B, N)`` at the kept columns, ``fill`` elsewhere: ``(B, W)``."""
+        """Take the kept columns of ``values`` ``(B, N)``, with ``fill`` at padding: ``(B, W)``."""
         return values.gather(1, self.columns).masked_fill(~self.is_kept, fill)
 
     def intervals(self, attention_mask: Tensor, rows: _Part, start: int) -> Tensor:
-        """The intervals of these keys over the rows of another part, which count from ``start``: int ``(B, 2, W)``."""
+        """Return the intervals of these keys over the rows of another part, counted from ``start``: ``(B, 2, W)``."""
         first, end = (self.take(bound, 0).long() for bound in attention_mask[:, 0].unbind(1))
         limit = rows.num_before.shape[1] - 1
         moved = [start + rows.num_before.gather(1, bound.clamp(max=limit)) for bound in (first, end)]

@@ -1,1 +1,1 @@
-"""Prompt internalisation: a fixed template and its examples are phased out of the finetuning data, stage by stage."""
+"""Prompt internalisation: phase a fixed prompt and its examples out of the finetuning data, stage by stage."""

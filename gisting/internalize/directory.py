@@ -1,7 +1,7 @@
-"""What a run leaves on the disk while it goes on: settings, weights of a finished stage, lines for people to read.
+"""The files of a run in progress: its settings, the weights of a finished stage, and lines for people to read.
 
-Place in the flow: below the loop over stages. Everything is written whole or not at all, so that what a killed process
-left can be trusted. Knows files and weights; knows no stage.
+Place in the flow: below the loop over stages. Everything is written atomically, so that the files of a killed process
+can be trusted. Reads and writes files and weights; independent of what a stage does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from gisting.data.records import Record
 from gisting.errors import GistError
-from gisting.internalize.result import write_json
+from gisting.internalize.result import with_current_names, write_json
 from gisting.models import adapters
 from gisting.storage import write_atomically
 from gisting.tokens import GistTokenizer
@@ -32,8 +32,8 @@ __all__ = [
     "TRAINING_NAME",
     "check_directory",
     "read_answers",
+    "read_prompt",
     "read_records",
-    "read_template",
     "records_hash",
     "restore_model",
     "save_model",
@@ -42,42 +42,43 @@ __all__ = [
 ]
 
 SETTINGS_NAME = "settings.json"
-TRAINING_NAME = "training.json"  # beside the weights of a stage
-# The lines and the template of a stage, in its directory.
+TRAINING_NAME = "training.json"  # next to the weights of a stage
+# The prompt and the lines of a stage, in its directory.
 STAGE_NAME, DATA_NAME, EVAL_NAME, ANSWERS_NAME = "stage.json", "data.jsonl", "eval.jsonl", "answers.jsonl"
 _FIELDS = ("instruction", "input", "output")
 
 
 def check_directory(output: Path, settings: dict[str, Any], resume: bool, *, is_adapter: bool) -> None:
-    """Raise unless the output directory is this run's, or free.
+    """Raise unless the output directory is free, or holds the run to be resumed.
 
     Args:
         output: the directory.
-        settings: all that decides the run; JSON.
-        resume: whether there must be a run with the same settings; otherwise there must be none.
-        is_adapter: whether an adapter is to be saved in it.
+        settings: everything that determines the run; JSON.
+        resume: whether the directory must hold a run with the same settings; otherwise it must hold none.
+        is_adapter: whether an adapter will be saved in it.
 
     Raises:
-        GistError: there is another run, or none to resume, or a checkpoint of something else.
+        GistError: the directory holds another run, no run to resume, or another checkpoint.
     """
     path = output / SETTINGS_NAME
     if not resume:
         if path.exists():
             raise GistError(
-                f"{output} holds an internalisation already; go on with resume=True, or give another directory"
+                f"{output} already holds an internalisation; continue it with resume=True, or use another directory"
             )
         if is_adapter:
             adapters.check_directory(output)
         elif (output / "config.json").exists():
-            raise GistError(f"{output} holds a checkpoint, which would be lost; give another directory")
+            raise GistError(f"{output} holds a checkpoint, which would be overwritten; use another directory")
         return
     if not path.exists():
-        raise GistError(f"{output} holds nothing to resume from; start without resume")
-    found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+        raise GistError(f"{output} holds nothing to resume; start without resume")
+    found = with_current_names(json.loads(path.read_text(encoding="utf-8")))
+    wanted = json.loads(json.dumps(settings))
     differences = [f"{name} was {was}, is {now}" for name, was, now in _differences(found, wanted)]
     if differences:
         raise GistError(
-            f"{output} was begun with other settings: {'; '.join(differences)}; take those, or another directory"
+            f"{output} was started with other settings: {'; '.join(differences)}; use those, or another directory"
         )
 
 
@@ -93,13 +94,13 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[st
 
 
 def save_model(model: Any, tokenizer: GistTokenizer, directory: Path, training: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint that ``gisting.load`` reads, or the model's adapter alone.
+    """Write a checkpoint that ``gisting.load`` can read, or only the model's adapter.
 
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        directory: where to.
-        training: what is to be said of it; then the directory is made whole or not at all, and must not be there.
+        directory: the output directory.
+        training: contents of a file about the training; with it the directory is written atomically and must not exist.
     """
     target = directory if training is None else directory.with_name(f".{directory.name}.tmp")
     if training is not None:
@@ -115,11 +116,11 @@ def save_model(model: Any, tokenizer: GistTokenizer, directory: Path, training: 
 
 
 def restore_model(model: Any, directory: Path) -> None:
-    """Put weights that :func:`save_model` wrote into a model, in place: a compressor may hold it.
+    """Load weights that :func:`save_model` wrote into a model, in place, because a shortener may refer to the model.
 
     Args:
-        model: the one that they were trained from, with or without an adapter.
-        directory: where they lie.
+        model: the model that was trained, with or without an adapter.
+        directory: the directory with the weights.
     """
     if adapters.read_about(directory) is not None:
         if adapters.adapter_of(model) is not None:
@@ -133,51 +134,52 @@ def restore_model(model: Any, directory: Path) -> None:
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Write ``records``, what a stage asks, to ``path``, an object a line; an instruction may be empty."""
+    """Write the ``records`` of a stage to ``path``, one object per line; an instruction may be empty."""
     write_lines(path, [{name: getattr(record, name) for name in _FIELDS} for record in records])
 
 
 def read_records(path: Path) -> list[Record] | None:
-    """What :func:`write_records` wrote to ``path``; None where there is no file."""
+    """Read what :func:`write_records` wrote to ``path``; None if there is no file."""
     if not path.exists():
         return None
-    # Of an answer, U+2028 is a part: only this ends a line.
+    # str.splitlines would also split at U+2028, which an answer may contain.
     return [Record(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def read_template(directory: Path) -> str:
-    """The template as a stage read it.
+def read_prompt(directory: Path) -> str:
+    """Read the prompt of a stage, without examples.
 
     Args:
-        directory: of the stage.
+        directory: the stage's directory.
 
     Raises:
         GistError: it cannot be read.
     """
-    with _in_words(directory / STAGE_NAME) as path:
-        return json.loads(path.read_text(encoding="utf-8"))["template"]
+    with _naming_errors(directory / STAGE_NAME) as path:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return about["template"] if "template" in about else about["prompt"]  # the former in runs of format 1
 
 
 def read_answers(directory: Path, condition: str) -> tuple[list[str], list[str]]:
-    """What was said after a stage.
+    """Read the answers after a stage.
 
     Args:
-        directory: of the stage.
-        condition: under which it was asked, such as ``"no-prompt"``.
+        directory: the stage's directory.
+        condition: the condition of the requests, such as ``"no-prompt"``.
 
     Returns:
-        Answers, and the references, in the order of the evaluation records.
+        Answers and references, in the order of the evaluation records.
 
     Raises:
-        GistError: it cannot be read, or was not asked so.
+        GistError: they cannot be read, or there are none under this condition.
     """
-    with _in_words(directory / ANSWERS_NAME) as path:
+    with _naming_errors(directory / ANSWERS_NAME) as path:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [line[condition] for line in lines], [line["output"] for line in lines]
 
 
 @contextmanager
-def _in_words(path: Path) -> Iterator[Path]:
+def _naming_errors(path: Path) -> Iterator[Path]:
     try:
         yield path
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -185,12 +187,12 @@ def _in_words(path: Path) -> Iterator[Path]:
 
 
 def write_lines(path: Path, items: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``path`` with an object of ``items`` on each line, whole or not at all."""
+    """Write ``items`` to ``path`` atomically, one object per line."""
     text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     write_atomically(path, text.encode())
 
 
 def records_hash(records: Sequence[Record]) -> str:
-    """SHA-256 over queries and answers of ``records``, in hex."""
+    """Compute the SHA-256 of the queries and answers of ``records``, in hex."""
     rows = [[record.input, record.output] for record in records]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()

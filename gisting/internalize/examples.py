@@ -1,25 +1,26 @@
-"""Which solved examples stand in a query's prompt: the most similar ones of the training split, without leaks.
+"""Choose solved examples for a query's prompt: the most similar training records, without leaks.
 
-Place in the flow: training records, a query -> **examples** -> a stage's data. Similar is what BM25 (Robertson and
-Zaragoza, 2009) says of the queries (the records' inputs). An example that gives the answer away teaches a model to
-copy, so what is nearly the record itself never is one. Knows texts and nothing of tokens or prompts.
+Place in the flow: training records, a query -> **examples** -> the data of a stage. Similarity is the BM25 score
+(Robertson and Zaragoza, 2009) of the queries (the records' inputs). An example that gives the answer away teaches a
+model to copy, so a record that is nearly the same is never used as an example. Works on texts; independent of tokens
+and prompts.
 
-Two texts are *nearly the same* where few of their words differ: words are runs of letters and digits, compared without
-regard to case, punctuation and white space, and the edit distance over words (Levenshtein: put in, left out, replaced)
-is at most ``1 - near_duplicate`` of the longer text's words. At 0.9::
+Two texts are *nearly the same* if few of their words differ: words are runs of letters and digits, compared without
+regard to case, punctuation and white space, and their edit distance in words (Levenshtein: insert, delete, replace) is
+at most ``1 - near_duplicate`` of the number of words of the longer text. At 0.9::
 
     list all files in the folder , newest first , please now      10 words
     List all files in the folder, newest first; please now!       0 edits: nearly the same
     list all files in the folder , oldest first , please now      1 edit of 10: nearly the same
-    list all files in a    folder , oldest first , please now     2 edits of 10: another text
-    list files                                                    short texts are equal or another
+    list all files in a    folder , oldest first , please now     2 edits of 10: different
+    list files                                                    short texts are either equal or different
 
-A script without spaces between words has long ones, so there texts are equal or another as well.
+A script without spaces has long "words", so its texts are also either equal or different.
 
-A candidate is left out where its query is nearly the record's, or its answer is nearly the record's answer. The latter
-counts for answers of at least ``min_answer_words`` words: many queries rightly share a short one, a class, "yes" or a
-code, and without it there would be no example of its class left. A short answer under a nearly equal query is left out
-with the query. Where short answers are as telling as long ones, ``min_answer_words=1`` counts all of them.
+A candidate is left out if its query is nearly the same as the record's query, or its answer nearly the same as the
+record's answer. Answers are compared only if they have at least ``min_answer_words`` words, because many queries
+properly share a short answer, such as a class, "yes" or a code, and otherwise no example of that class would be left.
+If short answers give as much away as long ones, set ``min_answer_words=1`` to compare all of them.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ class ExamplePool:
     """The training records as a pool of examples, indexed by their queries.
 
     Args:
-        records: of the training split only; nothing of an evaluation split may come in here.
-        near_duplicate: the share of words from which on two texts are nearly the same, above 0, to 1: none differs.
-        min_answer_words: answers of fewer words are no sign of a leak by themselves.
+        records: records of the training split only; records of an evaluation split must not be included.
+        near_duplicate: the share of equal words from which two texts are nearly the same, above 0 and at most 1 (all).
+        min_answer_words: shorter answers alone do not count as a leak.
 
     Raises:
-        GistError: there is no record, an argument is out of range, or ``bm25s`` is not installed (the ``internalize``
+        GistError: there are no records, an argument is out of range, or ``bm25s`` is not installed (the ``internalize``
             extra).
     """
 
     def __init__(self, records: Sequence[Record], *, near_duplicate: float = 0.9, min_answer_words: int = 4) -> None:
         if not records:
-            raise GistError("records is empty; an example pool is made of the training records, give some")
+            raise GistError("records is empty; pass the training records, from which examples are chosen")
         if not 0 < near_duplicate <= 1:
             raise GistError(f"near_duplicate must be above 0 and at most 1, got {near_duplicate}")
         if min_answer_words < 1:
@@ -78,20 +79,21 @@ class ExamplePool:
             self._index.index([list(case.query.words) for case in self._cases], show_progress=False)
 
     def __len__(self) -> int:
-        """How many records it holds."""
+        """The number of records."""
         return len(self.records)
 
     def retrieve(self, record: Record, count: int) -> list[Record]:
-        """The examples for one record.
+        """Choose the examples for one record.
 
         Args:
-            record: of any split; its output counts only in what is left out (see the module), and need not be known.
-            count: how many at most.
+            record: a record of any split; its output only decides which candidates are left out (see the module), and
+                may be empty.
+            count: maximum number of examples.
 
         Returns:
-            The most similar last, of equally similar ones the earlier in the pool; none nearly the record itself, and
-            no two nearly the same. Fewer than ``count`` where there are no more. A query without a known word is
-            unlike all others, so that its examples are the first of the pool.
+            The examples, the most similar last; of equally similar records, those earlier in the pool are preferred.
+            None is nearly the same as the record, and no two are nearly the same. Fewer than ``count`` if there are no
+            more. A query without known words is equally unlike all others, so its examples are the first of the pool.
 
         Raises:
             GistError: ``count`` is negative.
@@ -112,14 +114,14 @@ class ExamplePool:
         return [self.records[number] for number in reversed(found)]
 
     def retrieve_many(self, records: Sequence[Record], count: int) -> list[list[Record]]:
-        """The examples for each of several ``records``, ``count`` each, as :meth:`retrieve`. Raises as it does."""
+        """Choose ``count`` examples for each of several ``records``; see :meth:`retrieve`."""
         return [self.retrieve(record, count) for record in records]
 
     def _case(self, record: Record) -> _Case:
         return _Case(_words_of(record.input), _words_of(record.output))
 
     def _ranked(self, query: tuple[str, ...], count: int) -> Iterator[int]:
-        """Numbers of records, the most similar first, ties in order: a few, and if these do not do, all."""
+        """Yield numbers of records, the most similar first, ties in order; only the best few are sorted at first."""
         scores = np.zeros(len(self)) if self._index is None or not query else self._index.get_scores(list(query))
         few = min(len(self), 4 * count + 16)
         least = np.partition(scores, len(self) - few)[len(self) - few]
@@ -147,7 +149,7 @@ class _Case(NamedTuple):
 
 
 def _words_of(text: str) -> _Text:
-    """The words to compare; of a text of punctuation alone, what stands between its white space."""
+    """Split a text into the words to compare; a text of punctuation alone is split at white space."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = tuple(_WORD.findall(folded) or folded.split())
     return _Text(words, frozenset(words))
@@ -157,14 +159,14 @@ def _is_nearly_the_same(one: _Text, other: _Text, near_duplicate: float) -> bool
     if one.words == other.words:
         return True
     limit = math.floor((1 - near_duplicate) * max(len(one.words), len(other.words)) + _ROUNDING)
-    # A word that the other text does not have takes an edit of its own; this settles almost every pair.
+    # Each word that the other text lacks takes at least one edit; this decides almost every pair.
     if limit == 0 or len(one.distinct - other.distinct) > limit or len(other.distinct - one.distinct) > limit:
         return False
     return _is_within(one.words, other.words, limit)
 
 
 def _is_within(one: tuple[str, ...], other: tuple[str, ...], limit: int) -> bool:
-    """Whether the edit distance is at most ``limit``, looking at no cell further than that from the diagonal."""
+    """Whether the edit distance is at most ``limit``; cells further than that from the diagonal are not computed."""
     if abs(len(one) - len(other)) > limit:
         return False
     beyond = limit + 1

@@ -1,7 +1,7 @@
-"""What tokens cost: a table that the user gives, as a provider asks for them.
+"""What tokens cost, from a table of a provider's prices that the user supplies.
 
-Place in the flow: a file -> **prices** -> what requests and training cost. Knows money and numbers of tokens; knows no
-tokenizer and no run.
+Place in the flow: a file -> **prices** -> the cost of requests and training. Pure arithmetic on prices and numbers of
+tokens; independent of tokenizers and runs.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ __all__ = ["Prices", "load_prices"]
 
 @dataclass(frozen=True)
 class Prices:
-    """What tokens cost, as the user's provider asks for them.
+    """The prices of the user's provider.
 
     Args:
-        currency: what it is counted in, such as ``"USD"``.
-        input_per_million: price of a million tokens of a prompt, read anew.
-        cached_input_per_million: the same, behind a prefix cache.
-        output_per_million: of an answer.
-        training_per_million: of finetuning, for a million tokens that are trained on; None where it is not counted.
-        finetuned_factor: what tokens of a finetuned model cost against those of the model as it is, the prices above.
+        currency: the currency, such as ``"USD"``.
+        input_per_million: price of a million input tokens that are not cached.
+        cached_input_per_million: price of a million input tokens that are in a prefix cache.
+        output_per_million: price of a million tokens of answers.
+        training_per_million: price of a million tokens that are trained on; None to leave out the cost of training.
+        finetuned_factor: factor by which the tokens of a finetuned model cost more than the prices above.
 
     Raises:
-        GistError: a price is no finite number of at least 0, or the currency is no text.
+        GistError: a price is not a finite number of at least 0, or the currency is not text.
     """
 
     currency: str
@@ -43,7 +43,7 @@ class Prices:
 
     def __post_init__(self) -> None:
         if not isinstance(self.currency, str) or not self.currency.strip():
-            raise GistError(f"currency must be a text such as USD, got {self.currency!r}")
+            raise GistError(f"currency must be text such as USD, got {self.currency!r}")
         for one in fields(self)[1:]:
             value = getattr(self, one.name)
             if value is None and one.name == "training_per_million":
@@ -55,40 +55,40 @@ class Prices:
     def request(
         self, tokens: float, cached_tokens: float, output_tokens: float, *, is_finetuned: bool = False
     ) -> float:
-        """What one request costs.
+        """Compute the cost of one request.
 
         Args:
-            tokens: of the prompt with its query, cached ones included.
-            cached_tokens: those of them that are behind a prefix cache.
-            output_tokens: of the answer.
-            is_finetuned: whether the model is.
+            tokens: tokens of the prompt with its query, including cached ones.
+            cached_tokens: how many of them are in a prefix cache.
+            output_tokens: tokens of the answer.
+            is_finetuned: whether the model is finetuned.
 
         Returns:
-            Money, in ``currency``.
+            The cost in ``currency``.
 
         Raises:
-            GistError: a number is negative, or more are cached than there are.
+            GistError: a number is negative, or ``cached_tokens`` is more than ``tokens``.
         """
         if not 0 <= cached_tokens <= tokens or output_tokens < 0:
             raise GistError(
-                "tokens must be at least cached_tokens, and no number below 0, got "
-                f"{tokens:g} with {cached_tokens:g} cached and {output_tokens:g} answered"
+                "tokens must be at least cached_tokens, and no number may be negative, got "
+                f"tokens={tokens:g}, cached_tokens={cached_tokens:g}, output_tokens={output_tokens:g}"
             )
         paid = (tokens - cached_tokens) * self.input_per_million + cached_tokens * self.cached_input_per_million
         paid += output_tokens * self.output_per_million
         return paid * (self.finetuned_factor if is_finetuned else 1.0) / 1e6
 
     def training(self, tokens: float) -> float | None:
-        """What it costs to train on so many ``tokens``, in ``currency``; None where the table does not say."""
+        """Compute the cost of training on this many ``tokens``, in ``currency``; None without a price for it."""
         return None if self.training_per_million is None else tokens * self.training_per_million / 1e6
 
 
 def load_prices(path: str | Path) -> Prices:
-    """The price table in the file ``path``: YAML or JSON, a mapping of the names that :class:`Prices` has.
+    """Read a price table from ``path``: YAML or JSON, with the fields of :class:`Prices` as names.
 
     Raises:
-        GistError: there is no such file, it is no such mapping, a name is unknown, missing or there twice, or as
-            :class:`Prices`; the file is named.
+        GistError: the file is missing or is not such a mapping, a name is unknown, missing or repeated, or a value is
+            refused by :class:`Prices`; the message names the file.
     """
     import yaml
 

@@ -1,7 +1,7 @@
-"""What an internalisation came to, as a value and as the file beside its checkpoint.
+"""The result of an internalisation, as a value and as a file next to its checkpoint.
 
-Place in the flow: behind the loop. The file says which template went into the weights, by its hash, so that a caller
-with another one can be warned. Knows files; trains nothing and measures nothing.
+Place in the flow: after the loop over the stages. The file records which prompt went into the weights, by its hash, so
+that a caller with another prompt can be warned. Reads and writes files; trains nothing and measures nothing.
 """
 
 from __future__ import annotations
@@ -9,53 +9,56 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gisting._deprecated import renamed_arguments
 from gisting.errors import GistError
 from gisting.storage import write_atomically
 
 __all__ = [
     "RESULT_NAME",
     "Internalized",
+    "PromptWarning",
     "StageResult",
-    "TemplateWarning",
-    "check_template",
+    "check_prompt",
     "load_internalized",
-    "template_hash",
+    "prompt_hash",
 ]
 
-#: The file's name in the result directory.
+#: The file's name in the output directory.
 RESULT_NAME = "internalized.json"
-#: Goes up when a file of the version before cannot be read as it stands.
-FORMAT = 1
+#: Increased when older files need a conversion to be read. In format 1 the settings had other names.
+FORMAT = 2
 _KIND = "gisting internalisation"
+_NAMES_OF_FORMAT_1 = {"template_sha256": "prompt_sha256", "compressor": "shortener", "layout": "prompt_format"}
 
 
-class TemplateWarning(UserWarning):
-    """A model was trained on another template than the one that it is asked about."""
+class PromptWarning(UserWarning):
+    """A model is used with another prompt than the one it was trained on."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage.
+    """The result of one stage.
 
     Args:
         number: from 1.
-        condition: what its requests are: ``"prompt"``, ``"no-prompt"`` or ``"gist"``.
-        share: of the template, as the schedule asks.
-        realised_share: as the model's tokenizer counts it.
-        num_examples: that a prompt may have.
-        mean_examples: that prompts have.
-        num_gist_tokens: k of a stage behind a gist, else None.
-        prompt_tokens: mean over the training requests of what they cost beside the bare query.
-        query_tokens: mean of the bare queries.
-        num_records: trained on.
-        train_loss: as ``Trainer`` gives it; of a stage that was resumed, not that of the whole stage.
-        seconds: training and evaluation; of a stage that was resumed, since then.
-        metrics: on the evaluation records, for each condition (``"no-prompt"``, and the stage's own) by name; empty
-            without such records.
+        condition: the condition of its requests: ``"prompt"``, ``"no-prompt"`` or ``"gist"``.
+        share: share of the prompt that the schedule asks for.
+        realised_share: share of the prompt that was kept, as the model's tokenizer counts it.
+        num_examples: maximum number of examples in a prompt.
+        mean_examples: mean number of examples in the prompts.
+        num_gist_tokens: k of a stage that reads a gist, otherwise None.
+        prompt_tokens: mean tokens that a training request costs in addition to the bare query.
+        query_tokens: mean tokens of the bare queries.
+        num_records: number of training records.
+        train_loss: the loss that ``Trainer`` returns; for a resumed stage, not the loss of the whole stage.
+        seconds: time of training and evaluation; for a resumed stage, since it was resumed.
+        metrics: scores on the evaluation records, for each condition (``"no-prompt"``, and the stage's own) by name;
+            empty without evaluation records.
     """
 
     number: int
@@ -74,35 +77,45 @@ class StageResult:
 
     @property
     def tokens(self) -> float:
-        """Tokens of a request, prompt and query."""
+        """Mean tokens of a request: prompt and query."""
         return self.prompt_tokens + self.query_tokens
 
 
 @dataclass(frozen=True)
 class Internalized:
-    """A finished internalisation, or control.
+    """The result of a finished internalisation or control.
 
     Args:
-        stages: in their order.
-        condition: under which the model is to be run: ``"no-prompt"``, ``"prompt"`` or ``"gist"``.
-        template_sha256: of the template's text, UTF-8, in hex.
-        settings: all that decided the run: schedule, compressor, tail, control, records (by hash), tokenizer, ...
-        num_trainable_parameters: how many numbers learned.
-        num_parameters: of how many.
-        seconds: of all stages together.
+        stages: in order.
+        condition: the condition under which to run the model: ``"no-prompt"``, ``"prompt"`` or ``"gist"``.
+        prompt_sha256: SHA-256 of the prompt's text, UTF-8, in hex.
+        settings: everything that determined the run: schedule, shortener, tail, control, records (by hash), ...
+        num_trainable_parameters: number of trained parameters.
+        num_parameters: number of all parameters.
+        seconds: time of all stages together.
     """
 
     stages: tuple[StageResult, ...]
     condition: str
-    template_sha256: str
+    prompt_sha256: str
     settings: dict[str, Any]
     num_trainable_parameters: int
     num_parameters: int
     seconds: float
 
     @property
+    def template_sha256(self) -> str:
+        """The old name of ``prompt_sha256``; deprecated."""
+        warnings.warn(
+            "Internalized.template_sha256 will be removed in the next release; use prompt_sha256",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.prompt_sha256
+
+    @property
     def metrics(self) -> dict[str, float]:
-        """Of the finished model under its condition; empty without evaluation records."""
+        """Scores of the finished model under its condition; empty without evaluation records."""
         return self.stages[-1].metrics.get(self.condition, {})
 
     @property
@@ -112,73 +125,85 @@ class Internalized:
         return last.tokens if self.condition == last.condition else last.query_tokens
 
     def save(self, directory: str | Path) -> None:
-        """Write ``internalized.json`` into ``directory``, whole or not at all.
+        """Write ``internalized.json`` into ``directory`` atomically.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         write_json(Path(directory) / RESULT_NAME, {"kind": _KIND, "format": FORMAT, **asdict(self)})
 
 
 def load_internalized(directory: str | Path) -> Internalized:
-    """What :meth:`Internalized.save` wrote into ``directory``.
+    """Read what :meth:`Internalized.save` wrote into ``directory``.
 
     Raises:
-        GistError: there is no such file, it is of a later format, or something is missing in it.
+        GistError: the file is missing, has a later format, or is incomplete.
     """
     path = Path(directory) / RESULT_NAME
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise GistError(f"{directory} has no {RESULT_NAME}, so it is no finished internalisation") from None
+        raise GistError(f"{directory} has no {RESULT_NAME}, so it is not a finished internalisation") from None
     except ValueError as error:
         raise GistError(f"{path} is not JSON ({error})") from error
     if not isinstance(state, dict) or state.pop("kind", None) != _KIND:
-        raise GistError(f"{path} is no result of an internalisation")
+        raise GistError(f"{path} is not the result of an internalisation")
     found = state.pop("format", None)
-    if found != FORMAT:
+    if found not in (1, FORMAT):
         raise GistError(
             f"{path} has format {found}, this version reads {FORMAT}; upgrade gisting: pip install -U gist-tokens"
         )
     try:
         stages = tuple(StageResult(**stage) for stage in state.pop("stages"))
-        return Internalized(stages, **state)
-    except (KeyError, TypeError) as error:
-        raise GistError(f"{path} is not complete ({type(error).__name__}: {error})") from error
+        state = with_current_names(state)
+        return Internalized(stages, **{**state, "settings": with_current_names(state["settings"])})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise GistError(f"{path} is incomplete ({type(error).__name__}: {error})") from error
 
 
-def template_hash(template: str) -> str:
-    """SHA-256 of the text of ``template``, UTF-8, in hex."""
-    return hashlib.sha256(template.encode()).hexdigest()
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the ``settings`` that a run of format 1 wrote; others are unchanged."""
+    renamed = {_NAMES_OF_FORMAT_1.get(name, name): value for name, value in settings.items()}
+    return {**renamed, "control": "shortened"} if renamed.get("control") == "compressed" else renamed
 
 
-def check_template(directory: str | Path, template: str) -> bool:
-    """Warn where a model was trained on another template: what it has internalised stays what it was.
+@renamed_arguments(template="prompt")
+def prompt_hash(prompt: str) -> str:
+    """Compute the SHA-256 of the text of ``prompt``, UTF-8, in hex."""
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+@renamed_arguments(template="prompt")
+def check_prompt(directory: str | Path, prompt: str) -> bool:
+    """Warn if a model was trained on another prompt, because what it has internalised does not change.
 
     Args:
-        directory: the result of an internalisation.
-        template: what the caller would send, or means to have internalised.
+        directory: the output directory of an internalisation.
+        prompt: what the caller would send, or believes to be internalised.
 
     Returns:
-        Whether it is the one that was trained.
+        Whether it is the prompt that the model was trained on.
 
     Raises:
         GistError: as :func:`load_internalized`.
     """
     found = load_internalized(directory)
-    asked = template_hash(template)
-    if found.template_sha256 == asked:
+    given = prompt_hash(prompt)
+    if found.prompt_sha256 == given:
         return True
-    advice = "compress it anew, and measure" if found.condition == "gist" else "train it anew: gisting internalize"
+    if found.condition == "gist":
+        advice = "compress this prompt again and measure the answers"
+    else:
+        advice = "train it again: gisting internalize"
     warnings.warn(
-        f"{directory} was trained on the template {found.template_sha256[:12]}, this one is {asked[:12]}; the model "
-        f"answers by the one that it was trained on, {advice}",
-        TemplateWarning,
+        f"{directory} was trained on the prompt {found.prompt_sha256[:12]}, this prompt is {given[:12]}; the model "
+        f"answers according to the one that it was trained on; {advice}",
+        PromptWarning,
         stacklevel=2,
     )
     return False
 
 
 def write_json(path: Path, state: Any) -> None:
-    """A JSON file for people to read, whole or not at all."""
+    """Write a readable JSON file atomically."""
     write_atomically(path, (json.dumps(state, indent=2, ensure_ascii=False) + "\n").encode())

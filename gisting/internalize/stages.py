@@ -1,20 +1,20 @@
-"""Prompt internalisation: one model through all stages, each on data of its own, on stock ``Trainer``.
+"""Train one model through all stages of prompt internalisation, each on data of its own, with stock ``Trainer``.
 
-Place in the flow: plan, layout, compressor and examples -> **stages** -> a checkpoint that answers the bare query. The
-method is PromptIntern's (arXiv 2407.02211); its public code holds neither schedule nor stage loop, SKIntern
-(arXiv 2409.13183) spells them out. What a stage leaves, under the output directory::
+Place in the flow: plan, shortener, examples and requests -> **stages** -> a checkpoint that answers the bare query. The
+method is PromptIntern's (arXiv 2407.02211); its public code contains neither schedule nor stage loop, which SKIntern
+(arXiv 2409.13183) describes in full. The output directory then contains::
 
-    stage-1/stage.json     shares asked for and realised, counts, tokens, the template's text
-    stage-1/data.jsonl     what it trains on, for a person to read (eval.jsonl: what it is asked afterwards)
-    settings.json          what was asked for; a resumed run must ask for the same
-    stage-1/answers.jsonl  what it said
-    stage-1/result.json    that it is finished, and how well
-    internalized.json      all of it, beside the finished checkpoint
+    settings.json          the settings of the run; a resumed run must have the same
+    stage-1/stage.json     shares asked for and realised, counts, tokens, the prompt's text
+    stage-1/data.jsonl     the training records, for people to read (eval.jsonl: the evaluation requests)
+    stage-1/answers.jsonl  the answers to them
+    stage-1/result.json    the scores; present when the stage is finished
+    internalized.json      all results, next to the finished checkpoint
 
-The data of all stages are made before the first is trained, so that a request that does not fit, or a text that nobody
-wrote, is known before hours have gone, and a template that the model itself shortens is shortened by the model as it
-was. Each stage has a learning rate schedule, an optimiser and a seed (for its order) of its own: its data are others
-than those of the stage before, and the last, the bare query, would otherwise get what is left of a decayed rate.
+The data of all stages are made before the first one is trained, so that a request that does not fit, or a missing
+rewrite, is found before hours of training, and so that a model that shortens its own prompt does it with its original
+weights. Each stage has its own learning rate schedule, optimiser and seed (for the order of the data): its data differ
+from those of the stage before, and otherwise the last stage, the bare query, would get what is left of a decayed rate.
 """
 
 from __future__ import annotations
@@ -31,18 +31,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+from gisting._deprecated import renamed_arguments
 from gisting.data.collate import GistCollator
 from gisting.data.plain import PlainCollator
 from gisting.data.records import Record, to_record
 from gisting.errors import GistError
 from gisting.eval.conditions import evaluate
 from gisting.eval.metrics import exact_match
-from gisting.internalize.compressors import (
-    NoCompression,
-    TemplateCompressor,
-    compress_template,
-    realised_share,
-)
 from gisting.internalize.directory import (
     ANSWERS_NAME,
     DATA_NAME,
@@ -59,22 +54,25 @@ from gisting.internalize.directory import (
     write_records,
 )
 from gisting.internalize.examples import ExamplePool
-from gisting.internalize.layout import PromptLayout, Requests, lay_out
 from gisting.internalize.plan import Plan, Stage, make_plan, num_steps, split_steps, warmup_of
+from gisting.internalize.requests import PromptFormat, Requests, make_requests
 from gisting.internalize.result import (
     RESULT_NAME,
     Internalized,
     StageResult,
     load_internalized,
-    template_hash,
+    prompt_hash,
     write_json,
 )
 from gisting.internalize.schedule import Schedule
+from gisting.internalize.settings import StageSettings
+from gisting.internalize.shorteners import NoShortening, Shortener, realised_share, shorten
 from gisting.models import adapters
 from gisting.models.fingerprint import fingerprint
 from gisting.models.patch import require_patched
+from gisting.settings import keywords_for, takes_keywords_of
 from gisting.tokens import GistTokenizer
-from gisting.train.batches import StepBatches
+from gisting.train.batches import step_batches
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import ObjectiveTrainer
 from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume, without_parallel_tokenizers
@@ -82,11 +80,11 @@ from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume, without_
 __all__ = ["internalize"]
 
 _METHODS = ("full", "lora")
-# The files of a stage, and its weights, which are kept until the next one is finished.
+# A stage's result and its weights, which are kept until the next stage is finished.
 _RESULT, _MODEL = "result.json", "model"
-# What accelerate leaves on a model that it has prepared.
+# Attributes that accelerate sets on a model.
 _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
-# What of the arguments decides the weights.
+# The training arguments that determine the weights.
 _DECISIVE = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy"),
@@ -95,130 +93,109 @@ _DECISIVE = (
 )
 
 
+@renamed_arguments(template="prompt", compressor="shortener", layout="prompt_format")
+@takes_keywords_of(StageSettings)
 def internalize(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
-    template: str,
+    prompt: str,
     records: Sequence[Record],
     arguments: TrainingArguments,
     *,
     schedule: Schedule = Schedule.linear(),  # noqa: B008
-    compressor: TemplateCompressor = NoCompression(),  # noqa: B008
-    max_examples: int = 0,
+    shortener: Shortener = NoShortening(),  # noqa: B008
     pool: ExamplePool | None = None,
-    layout: PromptLayout = PromptLayout(),  # noqa: B008
+    prompt_format: PromptFormat = PromptFormat(),  # noqa: B008
     eval_records: Sequence[Record] | None = None,
     metrics: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] | None = None,
-    max_new_tokens: int = 128,
     method: str | Method = "full",
-    max_length: int = 512,
-    max_target_length: int = 256,
-    tail: str = "none",
-    num_gist_tokens: int = 1,
-    num_gist_stages: int = 1,
-    control: str | None = None,
-    control_share: float | None = None,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     on_stage: Callable[[StageResult], Any] | None = None,
+    **settings: Any,
 ) -> Internalized:
     """Train a patched model through stages in which the prompt shrinks to nothing, and save it with its tokenizer.
 
     Args:
         model: a patched model; trained in place.
-        tokenizer: the tokenizer it was patched for; its template lays out query and answer, the same in all stages.
-        template: the text that every request would begin with.
+        tokenizer: the tokenizer it was patched for; its template, the same in all stages, formats query and answer.
+        prompt: the text with which every request would begin.
         records: queries (``input``) and answers (``output``); their instructions are ignored.
-        arguments: of stock ``Trainer``, for all stages together: ``max_steps``, or the steps that ``num_train_epochs``
-            are in one stage, are split over them as evenly as whole numbers allow. Learning rate schedule and warm-up
-            are those of each stage; of a warm-up that is a share of the steps, whole steps are taken, rounded down. The
-            results go to ``output_dir``.
-        schedule: the kept share of the template in each stage.
-        compressor: what shortens the template to a share; asked once a stage, before it is trained.
-        max_examples: examples in a full prompt; those of a stage fall with its share.
-        pool: where examples come from; None for ``records``.
-        layout: how template and examples become one prompt.
-        eval_records: queries that are answered after each stage, bare and with the stage's own prompt, whose examples
-            are found by the query alone, as in use.
-        metrics: how answers are scored, by name: functions of predictions and references; None for exact match.
-        max_new_tokens: length of such an answer.
-        method: what learns, ``"full"`` or ``"lora"`` (:mod:`gisting.train.methods`), of which the adapter alone is
-            saved.
-        max_length: ids of prompt, query and answer at most; of an encoder-decoder without the answer. Examples are
-            dropped until a request fits; template and query are never cut.
-        max_target_length: ids of the answer of an encoder-decoder at most.
-        tail: ``"none"``: in the end there is nothing but the query; ``"gist"``: the last stages read the whole template
-            (without examples) through k gist tokens.
-        num_gist_tokens: k.
-        num_gist_stages: how many stages, counted from the last, read a gist.
-        control: in place of the schedule, one stage of all epochs: ``"bare"``, ``"full"``, ``"full-run-bare"`` or
-            ``"compressed"`` (:mod:`gisting.internalize.plan`).
-        control_share: share of the template of ``"compressed"``.
-        resume: go on where a killed run stopped, between stages or within one; ``model`` is the one it began with. It
-            ends with the weights of an uninterrupted run.
-        callbacks: for ``Trainer``, the same in all stages; with any, its own printing of logs is left out.
-        on_stage: called with each stage's result, of finished ones too.
+        arguments: arguments of stock ``Trainer`` for all stages together: ``max_steps``, or the steps of
+            ``num_train_epochs`` in one stage, are split over the stages as evenly as whole numbers allow. The learning
+            rate schedule and the warm-up apply to each stage; a warm-up that is a share of the steps is rounded down to
+            whole steps. The results are written to ``output_dir``.
+        schedule: the kept share of the prompt in each stage.
+        shortener: shortens the prompt to a share of it; called once for each stage, before any training.
+        pool: the pool of examples; None for ``records``.
+        prompt_format: how prompt and examples become one text.
+        eval_records: queries that are answered after each stage, bare and as the stage's own requests. Examples for
+            them are chosen by the query alone, as in use.
+        metrics: scores of answers by name: functions of predictions and references; None for exact match.
+        method: what is trained, ``"full"`` or ``"lora"`` (:mod:`gisting.train.methods`); for the latter, only the
+            adapter is saved.
+        resume: continue a killed run where it stopped, between stages or within one; ``model`` must be the model that
+            it started with. The final weights are those of an uninterrupted run.
+        callbacks: callbacks for ``Trainer``, the same in all stages; with any, its own printing of logs is disabled.
+        on_stage: called with the result of each stage, including those that were finished before.
+        **settings: settings of :class:`gisting.internalize.settings.StageSettings`: ``max_examples``, the number of
+            examples in a full prompt, which falls with the share; ``tail`` with ``num_gist_tokens`` and
+            ``num_gist_stages``, for stages that read the whole prompt through a gist; ``control`` with
+            ``control_share``, for a control instead of the schedule (:mod:`gisting.internalize.plan`); ``max_length``
+            and ``max_target_length``, to which requests are fitted by dropping examples; ``max_new_tokens`` of answers.
 
     Returns:
-        What it came to, stage by stage; the same as is in the output directory.
+        The results, stage by stage, as they are in the output directory.
 
     Raises:
-        GistError: an argument is out of range, the output directory holds another run's results, or there is nothing to
-            resume from.
+        GistError: an argument is out of range, the output directory holds another run, or there is nothing to resume.
         RecordError: a record has no query, or does not fit without examples.
-        OSError: something cannot be written.
+        OSError: a file cannot be written.
     """
     require_patched(model, tokenizer)
+    chosen = StageSettings(**settings)
     way = Method(method) if isinstance(method, str) else method
     rows = [to_record(record) for record in records]
     asked = None if eval_records is None else [to_record(record) for record in eval_records]
-    _check(template, rows, asked, way, arguments)
-    plan = make_plan(
-        schedule,
-        max_examples,
-        tail=tail,
-        num_gist_tokens=num_gist_tokens,
-        num_gist_stages=num_gist_stages,
-        control=control,
-        control_share=control_share,
-    )
-    if control == "compressed" and isinstance(compressor, NoCompression):
+    _check(prompt, rows, asked, way, arguments)
+    plan = make_plan(schedule, **keywords_for(make_plan, chosen))
+    if chosen.control == "shortened" and isinstance(shortener, NoShortening):
         raise GistError(
-            "control 'compressed' with a compressor that leaves the template whole is control 'full'; give rewrites or "
-            "another compressor"
+            "control 'shortened' with a shortener that keeps the whole prompt is control 'full'; use rewrites or "
+            "another shortener"
         )
     metrics = {"exact_match": exact_match} if metrics is None else dict(metrics)
     steps = split_steps(num_steps(arguments, len(rows)), len(plan.stages))
     for count in steps:
-        warmup_of(arguments, count)  # refuses before anything is done
-    settings = {
+        warmup_of(arguments, count)  # raises before any work is done
+    about = {
         "model": fingerprint(model),
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_template": tokenizer.template.name,
-        "template_sha256": template_hash(template),
-        "schedule": None if control else list(schedule.shares),
-        "compressor": compressor.name,
-        "max_examples": max_examples,
+        "prompt_sha256": prompt_hash(prompt),
+        "schedule": None if chosen.control else list(schedule.shares),
+        "shortener": shortener.name,
+        "max_examples": chosen.max_examples,
         "pool": None if pool is None else [records_hash(pool.records), pool.near_duplicate, pool.min_answer_words],
-        "layout": asdict(layout),
-        "tail": tail,
-        "num_gist_tokens": num_gist_tokens if tail == "gist" else None,
+        "prompt_format": asdict(prompt_format),
+        "tail": chosen.tail,
+        "num_gist_tokens": chosen.num_gist_tokens if chosen.tail == "gist" else None,
         "stages": [asdict(stage) for stage in plan.stages],
         "steps": list(steps),
         "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps,
-        "control": control,
-        "max_length": max_length,
-        "max_target_length": max_target_length if tokenizer.is_encoder_decoder else None,
+        "control": chosen.control,
+        "max_length": chosen.max_length,
+        "max_target_length": chosen.max_target_length if tokenizer.is_encoder_decoder else None,
         "method": asdict(way),
         "records": records_hash(rows),
         "eval_records": None if asked is None else records_hash(asked),
         "metrics": sorted(metrics),
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": chosen.max_new_tokens,
         "arguments": {name: _plain(getattr(arguments, name)) for name in _DECISIVE if hasattr(arguments, name)},
     }
     output = Path(str(arguments.output_dir))
     is_adapter = way.name != "full" or adapters.adapter_of(model) is not None
-    check_directory(output, settings, resume, is_adapter=is_adapter)
+    check_directory(output, about, resume, is_adapter=is_adapter)
     if (output / RESULT_NAME).exists():
         done = load_internalized(output)
         restore_model(model, output)
@@ -230,19 +207,17 @@ def internalize(
     run = _Run(
         model=model,
         tokenizer=tokenizer,
-        template=template,
+        prompt=prompt,
         records=rows,
         eval_records=asked,
         arguments=arguments,
         plan=plan,
         steps=steps,
-        compressor=compressor,
+        shortener=shortener,
         pool=pool,
-        layout=layout,
+        prompt_format=prompt_format,
         metrics=metrics,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        max_target_length=max_target_length,
+        settings=chosen,
         callbacks=tuple(callbacks),
         output=output,
     )
@@ -250,16 +225,16 @@ def internalize(
     if not resume:
         for number in numbers:
             run.build(number)
-        write_json(output / SETTINGS_NAME, settings)
+        write_json(output / SETTINGS_NAME, about)
     results = []
-    last_trained = 0  # which stage's weights are in memory
+    last_trained = 0  # the stage whose weights are in memory
     for number in numbers:
         result = _read_result(run.directory(number))
         if result is None:
             if last_trained != number - 1:
                 restore_model(model, run.directory(number - 1) / _MODEL)
-            set_seed(arguments.seed)  # as Trainer does: a fresh adapter is drawn, and Trainer is not made yet
-            prepare(model, way, num_gist_tokens)
+            set_seed(arguments.seed)  # Trainer does this only later, after a new adapter is initialised
+            prepare(model, way, chosen.num_gist_tokens)
             result = run.stage(number)
             last_trained = number
             shutil.rmtree(run.directory(number - 1) / _MODEL, ignore_errors=True)
@@ -268,13 +243,13 @@ def internalize(
             on_stage(result)
     if last_trained != len(plan.stages):
         restore_model(model, run.directory(len(plan.stages)) / _MODEL)
-    count = prepare(model, way, num_gist_tokens)
+    count = prepare(model, way, chosen.num_gist_tokens)
     save_model(model, tokenizer, output)
     done = Internalized(
         tuple(results),
         plan.condition,
-        settings["template_sha256"],
-        settings,
+        about["prompt_sha256"],
+        about,
         count.trainable,
         count.total,
         sum(result.seconds for result in results),
@@ -287,23 +262,21 @@ def internalize(
 
 @dataclass(frozen=True)
 class _Run:
-    """What all stages have in common."""
+    """The parts of a run that all stages share."""
 
     model: Any
     tokenizer: GistTokenizer
-    template: str
+    prompt: str
     records: list[Record]
     eval_records: list[Record] | None
     arguments: TrainingArguments
     plan: Plan
     steps: tuple[int, ...]
-    compressor: TemplateCompressor
+    shortener: Shortener
     pool: ExamplePool | None
-    layout: PromptLayout
+    prompt_format: PromptFormat
     metrics: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
-    max_new_tokens: int
-    max_length: int
-    max_target_length: int
+    settings: StageSettings
     callbacks: tuple[TrainerCallback, ...]
     output: Path
 
@@ -311,33 +284,33 @@ class _Run:
         return self.output / f"stage-{number}"
 
     def build(self, number: int) -> None:
-        """Make a stage's data."""
+        """Write the data of a stage."""
         stage, directory = self.plan.stages[number - 1], self.directory(number)
-        text = compress_template(self.compressor, self.template, stage.share)
+        text = shorten(self.shortener, self.prompt, stage.share)
         training = self._requests(stage, text, self.records, self.records)
         about = {
             "number": number,
             "condition": stage.condition,
             "share": stage.share,
-            "realised_share": realised_share(self.tokenizer, self.template, text),
+            "realised_share": realised_share(self.tokenizer, self.prompt, text),
             "num_examples": stage.num_examples,
             "mean_examples": _mean(training.num_examples),
             "num_gist_tokens": stage.num_gist_tokens,
             "prompt_tokens": _mean(training.prompt_tokens),
             "query_tokens": _mean(training.query_tokens),
             "num_records": len(training.records),
-            "template": text,
+            "prompt": text,
         }
         directory.mkdir(parents=True, exist_ok=True)
         write_records(directory / DATA_NAME, training.records)
         if self.eval_records is not None:
-            # Nobody who asks knows the answer, so no example is chosen by it.
+            # In use the answer is unknown, so examples must not be chosen by it.
             unanswered = [replace(record, output="") for record in self.eval_records]
             write_records(directory / EVAL_NAME, self._requests(stage, text, self.eval_records, unanswered).records)
         write_json(directory / STAGE_NAME, about)
 
     def stage(self, number: int) -> StageResult:
-        """Train and evaluate; what a killed run has done of it is not done again."""
+        """Train and evaluate; steps that a killed run has finished are not repeated."""
         start = time.perf_counter()
         stage, directory = self.plan.stages[number - 1], self.directory(number)
         if (directory / _MODEL).exists():
@@ -347,8 +320,10 @@ class _Run:
             save_model(self.model, self.tokenizer, directory / _MODEL, {"train_loss": loss})
         about = {**_read_json(directory / STAGE_NAME), **_read_json(directory / _MODEL / TRAINING_NAME)}
         asking = read_records(directory / EVAL_NAME)
+        for text in ("prompt", "template"):  # the latter in runs of format 1
+            about.pop(text, None)
         result = StageResult(
-            **{name: value for name, value in about.items() if name != "template"},
+            **about,
             metrics={} if asking is None else self._evaluate(stage, asking, directory),
             seconds=time.perf_counter() - start,
         )
@@ -358,35 +333,33 @@ class _Run:
         return result
 
     def _requests(self, stage: Stage, text: str, records: list[Record], known: list[Record]) -> Requests:
-        """The requests of records, with examples for what is known of each."""
+        """Make the requests of records; examples are chosen for ``known``, the same records without unknown answers."""
         examples: Sequence[Sequence[Record]] = [[] for _ in records]
         if stage.num_examples and self.pool is not None:
             examples = self.pool.retrieve_many(known, stage.num_examples)
-        return lay_out(
+        return make_requests(
             self.tokenizer,
             records,
             text,
             examples,
-            self.layout,
-            max_length=self.max_length,
-            max_target_length=self.max_target_length,
+            self.prompt_format,
+            max_length=self.settings.max_length,
+            max_target_length=self.settings.max_target_length,
             num_gist_tokens=stage.num_gist_tokens,
         )
 
     def _train(self, number: int, stage: Stage, records: Any) -> float:
-        """Train a stage, from its last checkpoint where there is one; the loss as Trainer gives it."""
+        """Train a stage, from its last checkpoint if there is one, and return Trainer's loss."""
+        lengths = {name: getattr(self.settings, name) for name in ("max_length", "max_target_length")}
         if stage.num_gist_tokens is None:
-            collator = PlainCollator(self.tokenizer, self.max_length, max_target_length=self.max_target_length)
+            collator = PlainCollator(self.tokenizer, **lengths)
         else:
             k = stage.num_gist_tokens
-            collator = GistCollator(
-                self.tokenizer, k, max_length=self.max_length, max_target_length=self.max_target_length
-            )
+            collator = GistCollator(self.tokenizer, k, **lengths)
             collator.encode_ahead(records)
             self.model.config.gist = {**self.model.config.gist, "num_gist_tokens": [k, k]}
         arguments = self._arguments(number)
-        # torch's DataParallel would cut the indices of a step into shares.
-        batches = collator if arguments.n_gpu > 1 else StepBatches(collator, self.tokenizer)
+        batches = step_batches(collator, self.tokenizer, arguments)
         trainer = ObjectiveTrainer(
             model=self.model,
             args=arguments,
@@ -398,14 +371,14 @@ class _Run:
             trainer.remove_callback(PrinterCallback)  # With callbacks of the caller's own, they report progress.
         try:
             checkpoint = checkpoint_to_resume(self.directory(number), True)
-        except GistError:  # the stage begins, or was killed before its first whole checkpoint
+        except GistError:  # the stage has not started, or was killed before its first complete checkpoint
             checkpoint = None
         quiet = without_parallel_tokenizers(arguments.dataloader_num_workers > 0)
         with checkpointing_what_learns(self.model), _own_forward(self.model), quiet:
             return trainer.train(resume_from_checkpoint=checkpoint).training_loss
 
     def _arguments(self, number: int) -> TrainingArguments:
-        """Those of one stage: its part of the steps, a seed and a directory of its own."""
+        """Make the arguments of one stage, with its part of the steps and its own seed and directory."""
         own = copy.copy(self.arguments)
         own.output_dir = str(self.directory(number))
         own.max_steps = self.steps[number - 1]
@@ -415,14 +388,14 @@ class _Run:
         return own
 
     def _evaluate(self, stage: Stage, records: list[Record], directory: Path) -> dict[str, dict[str, float]]:
-        """Score the answers to the bare query and to the stage's own prompt, and write them down."""
+        """Score the answers to the bare query and to the stage's own requests, and write them to a file."""
         results = evaluate(
             self.model,
             self.tokenizer,
             records,
             stage.num_gist_tokens or 1,
             conditions=list(dict.fromkeys(("no-prompt", stage.condition))),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.settings.max_new_tokens,
             batch_size=self.arguments.per_device_eval_batch_size,
             with_rouge=False,
         )
@@ -441,8 +414,9 @@ class _Run:
 
 
 class _NoLastCheckpoint(TrainerCallback):
-    """Behind the last step the weights themselves are saved. Resumed from a checkpoint of it, Trainer would train one
-    step more before it saw that there was none left.
+    """Save no checkpoint after the last step, because the weights themselves are saved then.
+
+    Resumed from such a checkpoint, Trainer would train one more step before it noticed that none was left.
     """
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -453,33 +427,35 @@ class _NoLastCheckpoint(TrainerCallback):
 
 
 def _check(
-    template: str,
+    prompt: str,
     records: list[Record],
     eval_records: list[Record] | None,
     method: Method,
     arguments: TrainingArguments,
 ) -> None:
-    if not template.strip():
-        raise GistError("template is empty; there is nothing to internalise, give its text")
+    if not prompt.strip():
+        raise GistError("prompt is empty, so there is nothing to internalise; pass its text")
     if not records:
-        raise GistError("records is empty; give at least one")
+        raise GistError("records is empty; pass at least one")
     if eval_records is not None and not eval_records:
-        raise GistError("eval_records is empty; give at least one, or None")
+        raise GistError("eval_records is empty; pass at least one, or None")
     if method.name not in _METHODS:
         raise GistError(
-            f"method must be one of {', '.join(_METHODS)}, got {method.name!r}, which changes nothing where there "
-            "are no gist tokens"
+            f"method must be one of {', '.join(_METHODS)}, got {method.name!r}, which has no effect without gist tokens"
         )
     if arguments.world_size > 1 or arguments.fsdp or arguments.deepspeed:
-        raise GistError("stages are trained by one process; leave out torchrun, accelerate launch, fsdp and deepspeed")
+        raise GistError(
+            "stages are trained by a single process; run without torchrun, accelerate launch, fsdp and deepspeed"
+        )
     if str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no":
-        raise GistError("eval_strategy must be 'no': eval_records are answered after each stage")
+        raise GistError("eval_strategy must be 'no', because eval_records are answered after each stage")
 
 
 @contextmanager
 def _own_forward(model: Any) -> Iterator[None]:
-    """accelerate prepares a model once and wraps its ``forward`` for mixed precision; here each stage begins and ends
-    with the model's own, as a stage in a process of its own would.
+    """Restore the model's own ``forward``, which accelerate wraps for mixed precision, after a stage.
+
+    Each stage then starts and ends with the model's own ``forward``, as it would in a separate process.
     """
     attributes = vars(model)
     before = {name: attributes[name] for name in _WRAPPED if name in attributes}

@@ -1,7 +1,8 @@
-"""Time to the first token: no cache, prefix cache, gist cache, alternating in one process.
+"""Measure the time to the first token with no cache, a prefix cache and a gist cache, alternating in one process.
 
-The honest baseline of a gist cache is a *prefix cache*, the prompt's keys and values kept in full; both are measured,
-both start from states in memory, and nothing is reported unless the cached runs give the logits of the uncached ones.
+Place in the flow: a patched decoder -> **latency** -> rows. The honest baseline of a gist cache is a *prefix cache*,
+the prompt's keys and values kept in full. Both start from states in memory, and nothing is reported unless the cached
+runs give the logits of the uncached ones.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 from gisting.visibility import gist
 
-__all__ = ["LatencyRow", "check_logits", "first_token", "hand_over", "wait"]
+__all__ = ["LatencyRow", "cache_view", "check_logits", "first_token", "wait"]
 
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """One way to reach the first token of an answer, batch 1."""
+    """One way to reach the first token of an answer, at batch size 1."""
 
     mode: str
     num_cached_tokens: int
@@ -57,10 +58,10 @@ def first_token(
     repeats: int = 50,
     warmup: int = 5,
 ) -> list[LatencyRow]:
-    """Measure one forward pass up to the first token of the answer, three ways.
+    """Measure one forward pass up to the first token of the answer, in three ways.
 
-    ``no cache`` reads prompt and input as plain text, ``prefix cache`` has the prompt's keys and values, ``gist
-    cache`` those of its gist. Both are handed to the model by :func:`hand_over`, which is part of the time.
+    ``no cache`` reads prompt and input as plain text, ``prefix cache`` has the prompt's keys and values, ``gist cache``
+    has its gist's. Both are passed to the model by :func:`cache_view`, which is part of the time.
 
     Args:
         model: a patched decoder.
@@ -68,17 +69,19 @@ def first_token(
         prompt: the prompt that is cached.
         input: what follows it.
         num_gist_tokens: k.
-        repeats: measured rounds; each round runs all three, in turn.
-        warmup: rounds before that.
+        repeats: measured rounds; each round runs all three.
+        warmup: unmeasured rounds before them.
 
     Returns:
-        A row for each way: median and quartiles over the repeats.
+        A row for each way, with median and quartiles over the repeats.
 
     Raises:
         GistError: the model is an encoder-decoder, or a cached run does not give the logits of its uncached one.
     """
     if require_patched(model, tokenizer).is_encoder_decoder:
-        raise GistError("first_token measures decoders, where a prompt has a prefix cache to compare with")
+        raise GistError(
+            "first_token measures decoders only, because an encoder-decoder has no prefix cache to compare with"
+        )
     if repeats < 1 or warmup < 0:
         raise GistError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     device = input_weight(model).device
@@ -95,10 +98,10 @@ def first_token(
             return model(plain_ids, use_cache=True, logits_to_keep=1).logits
 
         def run_prefix() -> Tensor:
-            return model(rest_ids, **{cache_argument(): hand_over(kept)}, use_cache=True, logits_to_keep=1).logits
+            return model(rest_ids, **{cache_argument(): cache_view(kept)}, use_cache=True, logits_to_keep=1).logits
 
         def run_gist() -> Tensor:
-            return model(rest_ids, **{cache_argument(): hand_over(kept_gist)}, use_cache=True, logits_to_keep=1).logits
+            return model(rest_ids, **{cache_argument(): cache_view(kept_gist)}, use_cache=True, logits_to_keep=1).logits
 
         check_logits("prefix cache", run_prefix(), run_plain())
         check_logits("gist cache", run_gist(), _uncached_gist(model, tokenizer, encoding.input_ids, device))
@@ -126,17 +129,17 @@ def first_token(
     ]
 
 
-def hand_over(kept: Any, batch_size: int = 1) -> Any:
-    """A transformers cache of its own for one call, with the states of ``kept``, which stay as they are.
+def cache_view(kept: Any, batch_size: int = 1) -> Any:
+    """Return a transformers cache for one call that shares the states of ``kept`` and leaves ``kept`` unchanged.
 
-    No state is copied: a dynamic cache grows by joining what it holds with what is new, which is a copy, and never
-    writes in place, so every call may begin from the same tensors. This is less than the ``copy.deepcopy`` of
-    transformers' own recipe for prefix caching, and leaves a prefix cache nothing to wait for. Layers of other kinds,
-    which do write in place, are copied.
+    Nothing is copied: a dynamic cache grows by concatenating old and new states, which makes a copy, and never writes
+    in place, so every call may start from the same tensors. This costs less than the ``copy.deepcopy`` in transformers'
+    own recipe for prefix caching, so a prefix cache waits for nothing else. Layers of other kinds, which do write in
+    place, are copied.
 
     Args:
         kept: a transformers cache of a decoder, of ``batch_size`` rows or of one.
-        batch_size: rows of the call; one kept row is then seen by all of them.
+        batch_size: rows of the call, all of which see a single kept row.
     """
     fresh = copy.copy(kept)
     fresh.layers = [
@@ -148,7 +151,7 @@ def hand_over(kept: Any, batch_size: int = 1) -> Any:
             states if len(states) == batch_size else states.expand(batch_size, -1, -1, -1)
             for states in (layer.keys, layer.values)
         )
-    # By this a patched model knows, row by row, that the ids in front are a gist's.
+    # Tells a patched model, row by row, that the ids at the front are a gist's.
     if (mask := getattr(kept, "gist_mask", None)) is not None:
         fresh.gist_mask = mask.expand(batch_size, -1)
     return fresh
@@ -171,13 +174,13 @@ def _uncached_gist(model: PreTrainedModel, tokenizer: GistTokenizer, ids: list[i
 
 
 def check_logits(mode: str, found: Tensor, expected: Tensor) -> None:
-    """Cached and uncached logits agree up to rounding, in machine epsilons of the largest logit.
+    """Check that cached and uncached logits agree up to rounding, in machine epsilons of the largest logit.
 
-    Rounding grows with depth; a thousand are granted in single precision, sixteen in half, where more would let
-    anything pass.
+    Rounding grows with depth. The limit is a thousand epsilons in single precision, and sixteen in half precision,
+    where more would let anything pass.
 
     Raises:
-        GistError: they do not; ``mode`` is named.
+        GistError: they do not agree; the message names ``mode``.
     """
     eps = torch.finfo(expected.dtype).eps
     tolerance = (1000 if eps < 1e-6 else 16) * eps * expected.abs().max()
@@ -189,6 +192,6 @@ def check_logits(mode: str, found: Tensor, expected: Tensor) -> None:
 
 
 def wait(device: torch.device) -> None:
-    """Return when ``device`` has done what was asked of it."""
+    """Wait until ``device`` has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

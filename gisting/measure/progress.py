@@ -1,4 +1,4 @@
-"""Progress bars of the benchmarks: with the time that is left, on standard error, and only where that is a terminal."""
+"""The progress bar: on standard error, with the time that is left, and only where that is a terminal."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _T = TypeVar("_T")
 
 
 @contextmanager
-def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A bar for the time of the block.
+def progress_bar(what: str, total: float) -> Iterator[Callable[..., None]]:
+    """Show a bar while the block runs.
 
     Args:
-        what: stands in front of it.
+        what: the text before the bar.
         total: how much there is to do, in any unit.
 
     Yields:
-        A function that is told how much has been done since it was last called.
+        A function to call with the amount done since its last call, and optionally a ``note`` to show after the bar.
     """
     console = Console(stderr=True, markup=False)
     columns = (
@@ -33,16 +33,23 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    # Drawn twice a second: more would take time from what is measured.
+    # Twice a second: drawing more often would take time from what is measured.
     quiet = {"transient": True, "refresh_per_second": 2, "disable": not console.is_terminal}
     with Progress(*columns, console=console, **quiet) as progress:
-        bar = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(bar, done)
+        bar = progress.add_task(what, total=total, note="")
+
+        def advance(done: float, note: str | None = None) -> None:
+            progress.advance(bar, done)
+            if note is not None:
+                progress.update(bar, note=note)
+
+        yield advance
 
 
 def tracked(items: Iterable[_T], what: str) -> Iterator[_T]:
-    """The items in turn, a bar beside them."""
+    """Yield the items one after another while a bar shows how many are done."""
     items = items if isinstance(items, Sized) else list(items)
     with progress_bar(what, len(items)) as advance:
         for item in items:

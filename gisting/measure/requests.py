@@ -1,9 +1,8 @@
-"""Requests served with stock ``generate``, in turn: the full prompt, the full prompt behind a prefix cache of its
-template, the bare query.
+"""Measure requests served with stock ``generate``: full prompt, full prompt with a prefix cache, bare query.
 
 Place in the flow: a patched decoder and full prompts -> **requests** -> rows. A prefix cache is the honest baseline of
-an internalised template, so nothing is reported unless it gives the logits of the full prompt at every step of the
-answers. Knows requests; knows no training.
+an internalised prompt, so nothing is reported unless it gives the logits of the full prompt at every step of the
+answers. Knows requests, not training.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from gisting._compat import cache_argument
 from gisting.data.plain import plain_sources
 from gisting.data.records import Record
 from gisting.errors import GistError
-from gisting.internalize.report import BARE_QUERY, FULL_PROMPT, PREFIX_CACHE, shared_prefix
-from gisting.measure.latency import check_logits, hand_over, wait
+from gisting.internalize.comparison import BARE_QUERY, FULL_PROMPT, PREFIX_CACHE, shared_prefix
+from gisting.measure.latency import cache_view, check_logits, wait
 from gisting.measure.progress import tracked
 from gisting.measure.rows import spread
 from gisting.models.mode import evaluating
@@ -31,13 +30,14 @@ from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
 
-__all__ = ["ServingRow", "serving", "serving_table"]
+__all__ = ["FULL_PROMPT", "ServingRow", "serving"]
 
 
 @dataclass(frozen=True)
 class ServingRow:
-    """Requests served one way, answers and all; median and quartiles over alternating rounds. ``num_new_tokens`` are
-    those that are read, a mean over the requests; every answer has ``num_answer_tokens``.
+    """Whole requests served one way, with median and quartiles over alternating rounds.
+
+    ``num_new_tokens`` is the mean number of tokens read for a request; every answer has ``num_answer_tokens``.
     """
 
     mode: str
@@ -56,7 +56,7 @@ def serving(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
     records: Sequence[Record],
-    template: str,
+    prompt: str,
     *,
     batch_size: int,
     shorter: Mapping[str, Sequence[Record]] | None = None,
@@ -64,36 +64,36 @@ def serving(
     repeats: int = 30,
     warmup: int = 3,
 ) -> list[ServingRow]:
-    """Serve the same requests three ways, in turn, with stock ``generate``.
+    """Serve the same requests in three ways, alternating, with stock ``generate``.
 
-    Each round takes the next ``batch_size`` of the records, and begins anew where fewer are left. Handing the cached
-    states to the model is part of the time.
+    Each round takes the next ``batch_size`` records and starts over when fewer are left. Passing the cached states to
+    the model is part of the time.
 
     Args:
         model: a patched decoder.
         tokenizer: the tokenizer it was patched for.
-        records: full prompts, all of which begin with the template, and queries.
-        template: what a prefix cache holds; examples are others for each query and are read anew.
+        records: full prompts, all of which begin with the prompt, and queries.
+        prompt: what the prefix cache holds; examples differ from query to query and are read each time.
         batch_size: requests at once.
         shorter: more ways to ask the same queries, by name: a record for each of ``records``, with another prompt.
-        num_answer_tokens: length of every answer, whatever it says.
+        num_answer_tokens: length of every answer, whatever its text.
         repeats: measured rounds.
-        warmup: rounds before that.
+        warmup: unmeasured rounds before them.
 
     Returns:
         A row for ``full prompt``, ``prefix cache`` and ``bare query``, then one for each of ``shorter``.
 
     Raises:
-        GistError: the model is an encoder-decoder, an argument is out of range, the prompts have no token in common to
+        GistError: the model is an encoder-decoder, an argument is out of range, the prompts share no token that could
             be cached, or the prefix cache does not give the logits of the full prompt.
     """
     _check(model, tokenizer, records, shorter or {}, batch_size, num_answer_tokens, repeats, warmup)
     device, pad = input_weight(model).device, tokenizer.pad_token_id
     inputs = [record.input for record in records]
     full = plain_sources(tokenizer, [record.instruction for record in records], inputs)
-    num_cached = shared_prefix(tokenizer, template, full)
+    num_cached = shared_prefix(tokenizer, prompt, full)
     if not num_cached:
-        raise GistError("records have no token in common to be cached; give full prompts that begin with the template")
+        raise GistError("records share no token that could be cached; give full prompts that begin with the prompt")
     plain = {FULL_PROMPT: full, BARE_QUERY: plain_sources(tokenizer, [""] * len(inputs), inputs)}
     for name, asked in (shorter or {}).items():
         plain[name] = plain_sources(tokenizer, [record.instruction for record in asked], inputs)
@@ -117,14 +117,14 @@ def serving(
         def run(ids: Tensor, mask: Tensor, **more: Any) -> Any:
             return generating.generate(input_ids=ids, attention_mask=mask, **settings, **more)
 
-        def behind_prefix(ids: Tensor, mask: Tensor, **more: Any) -> Any:
-            # The cached columns stand in front, so padding goes between them and the rest.
+        def run_with_prefix(ids: Tensor, mask: Tensor, **more: Any) -> Any:
+            # The cached columns come first, so padding goes between them and the rest.
             ids, mask = torch.cat([front, ids], dim=1), torch.cat([torch.ones_like(front), mask], dim=1)
-            return run(ids, mask, **{cache_argument(): hand_over(kept, batch_size)}, **more)
+            return run(ids, mask, **{cache_argument(): cache_view(kept, batch_size)}, **more)
 
         rests = {**plain, PREFIX_CACHE: [row[num_cached:] for row in full]}
         batches = {mode: [padded(sources, start) for start in starts] for mode, sources in rests.items()}
-        ways: dict[str, Callable[..., Any]] = {FULL_PROMPT: run, PREFIX_CACHE: behind_prefix}
+        ways: dict[str, Callable[..., Any]] = {FULL_PROMPT: run, PREFIX_CACHE: run_with_prefix}
         ways |= {mode: run for mode in plain if mode not in ways}
         shown = {"output_logits": True, "return_dict_in_generate": True}
         for number in range(len(starts)):
@@ -151,35 +151,6 @@ def serving(
     return rows
 
 
-def serving_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of requests served as Markdown."""
-    rows = [row for row in rows if "mode" in row]
-    lines = [
-        "| parameters | batch | | tokens cached | tokens read | requests a second | against full prompt |",
-        "|---" * 7 + "|",
-    ]
-    full = {
-        (row["num_parameters"], row["batch_size"]): row["requests_per_s"] for row in rows if row["mode"] == FULL_PROMPT
-    }
-    for row in rows:
-        digits = 0 if row["requests_per_s"] >= 100 else 1
-        rate, *ends = (f"{row[f'requests_per_s{end}']:,.{digits}f}" for end in ("", "_low", "_high"))
-        gain = row["requests_per_s"] / full[row["num_parameters"], row["batch_size"]]
-        lines.append(
-            f"| {row['num_parameters'] / 1e6:.1f} M | {row['batch_size']} | {row['mode']} | "
-            f"{row['num_cached_tokens']} | {row['num_new_tokens']:.1f} | {rate} ({'–'.join(ends)}) | "
-            f"{gain:.2f}x |"
-        )
-    first = rows[0]
-    lines += [
-        "",
-        f"{first['num_answer_tokens']} tokens answered greedily with stock `generate`; medians of "
-        f"{first['num_repeats']} alternating rounds, quartiles in brackets ({first['device']}, {first['threads']} "
-        f"threads, torch {first['torch']}, transformers {first['transformers']}).",
-    ]
-    return "\n".join(lines)
-
-
 def _check(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
@@ -191,7 +162,9 @@ def _check(
     warmup: int,
 ) -> None:
     if require_patched(model, tokenizer).is_encoder_decoder:
-        raise GistError("serving times decoders, where a prompt has a prefix cache to compare with")
+        raise GistError(
+            "serving measures decoders only, because an encoder-decoder has no prefix cache to compare with"
+        )
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("num_answer_tokens", num_answer_tokens, 1),
@@ -201,17 +174,17 @@ def _check(
         if value < least:
             raise GistError(f"{name} must be at least {least}, got {value}")
     if len(records) < batch_size:
-        raise GistError(f"records must be at least batch_size={batch_size}, got {len(records)}; lower it")
+        raise GistError(f"there must be at least batch_size={batch_size} records, got {len(records)}; lower batch_size")
     for name, asked in shorter.items():
         if [record.input for record in asked] != [record.input for record in records]:
-            raise GistError(f"shorter[{name!r}] must ask the queries of records, in their order; it asks others")
+            raise GistError(f"shorter[{name!r}] must have the queries of records, in the same order")
 
 
 def _check_answers(expected: Any, found: Any, dtype: torch.dtype) -> None:
-    """Raise unless both runs have the same logits up to rounding, at every step up to which a row's answers are equal.
+    """Raise unless both runs have the same logits up to rounding, at every step until a row's answers diverge.
 
-    Where two tokens are as likely as each other, rounding decides, and the answers part for good reason; what counts
-    is that they had the same logits before.
+    Where two tokens are equally likely, rounding decides between them and the answers may rightly diverge; what counts
+    is that the logits were the same until then.
     """
     length = len(expected.logits)
     theirs, ours = (answer.sequences[:, answer.sequences.shape[1] - length :] for answer in (expected, found))
@@ -219,6 +192,6 @@ def _check_answers(expected: Any, found: Any, dtype: torch.dtype) -> None:
     for step, (wanted, got) in enumerate(zip(expected.logits, found.logits, strict=True)):
         if not is_same.any():
             return
-        # generate gives float32 whatever the weights are; rounding is that of the weights.
+        # generate returns float32 for every dtype, but rounding is that of the weights.
         check_logits(PREFIX_CACHE, got[is_same].to(dtype), wanted[is_same].to(dtype))
         is_same &= theirs[:, step] == ours[:, step]

@@ -1,8 +1,9 @@
-"""What a training step needs to know about its batch, worked out on the host, where asking costs nothing.
+"""What a training step needs to know about its batch, calculated on the host.
 
-Place in the flow: data -> collate -> **batches** -> ``objective``. A boolean mask as an index, or the length of a row,
-would have to be read back from an accelerator, which then waits for the host in every step; here they become tensors of
-indices whose sizes are known. Runs in the data loader's workers. Knows columns and labels; knows no model.
+Place in the flow: data -> collate -> **batches** -> ``objective``. To index with a boolean mask, or to know the length
+of a row, the host would have to read from the accelerator and wait for it in every step. Here, both become tensors of
+indices whose sizes are known. Runs in the workers of the data loader. Knows columns and labels; does not depend on
+models.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import TrainingArguments
 
+from gisting.attention.api import mean_segment_length
 from gisting.data.collate import IGNORED
 from gisting.data.split import split_prompts
 from gisting.errors import GistError
 from gisting.tokens import GistTokenizer
-from gisting.visibility import is_interval_mask
+from gisting.visibility import Visibility, is_interval_mask
 
-__all__ = ["StepBatches", "Targets", "find_targets"]
+__all__ = ["StepBatches", "Targets", "find_targets", "is_data_parallel", "step_batches"]
 
 
 class Targets(NamedTuple):
-    """What is predicted in a batch, and where.
+    """The tokens to predict in a batch.
 
     Args:
-        places: int64 ``(T,)``: numbers of the rows of hidden states, counted through the batch, that predict it.
+        places: int64 ``(T,)``: indices of the hidden states that predict them, in the flattened batch.
         ids: int64 ``(T,)``: the ids that they should predict.
     """
 
@@ -34,12 +37,12 @@ class Targets(NamedTuple):
 
 
 def find_targets(labels: Tensor, *, is_shifted: bool) -> Targets:
-    """Where ``labels`` are predicted.
+    """Find where ``labels`` are predicted.
 
     Args:
-        labels: int64 ``(B, N)``, -100 where there is nothing to learn.
-        is_shifted: whether a token is predicted one column before its own, as in a decoder; the first column of a
-            row is then predicted by nothing.
+        labels: int64 ``(B, N)``, -100 where there is nothing to predict.
+        is_shifted: whether a token is predicted one column before its own, as in a decoder. The first column of a row
+            is then not predicted.
     """
     width = labels.shape[1]
     if is_shifted:
@@ -50,16 +53,16 @@ def find_targets(labels: Tensor, *, is_shifted: bool) -> Targets:
 
 
 class StepBatches:
-    """A collator whose batches :class:`gisting.train.objective.ObjectiveTrainer` runs without asking the device.
+    """A collator whose batches :class:`gisting.train.objective.ObjectiveTrainer` runs without waiting for the device.
 
     Args:
         collator: makes a batch of records: ``input_ids``, ``labels``, masks.
         tokenizer: of the model.
-        has_frozen_base: whether nothing that prompts pass through is trained, so that they are to be computed once
-            (:mod:`gisting.data.split`); ``collator`` then says where they are (``with_prompt_columns``).
+        has_frozen_base: whether no parameter that acts on prompts is trained, so that prompts can be computed once
+            (:mod:`gisting.data.split`). The ``collator`` must then mark them (``with_prompt_columns``).
 
     Raises:
-        GistError: the base is said to be frozen, and the tokenizer is for an encoder-decoder.
+        GistError: ``has_frozen_base`` is True, and the tokenizer is for an encoder-decoder.
     """
 
     def __init__(
@@ -71,8 +74,8 @@ class StepBatches:
     ) -> None:
         if has_frozen_base and tokenizer.is_encoder_decoder:
             raise GistError(
-                "has_frozen_base is for decoders: in an encoder a prompt sees its gist, so its states depend on what "
-                "is trained; leave it out"
+                "has_frozen_base is for decoders: in an encoder, a prompt sees its gist, so its states change with "
+                "training; leave it out"
             )
         self.collator = collator
         self.has_frozen_base = has_frozen_base
@@ -81,20 +84,18 @@ class StepBatches:
         self._is_shifted = not tokenizer.is_encoder_decoder
 
     def __call__(self, records: Sequence[Any]) -> dict[str, Any]:
-        """The batch of ``collator``, split where the base is frozen, with int64 indices beside it.
+        """Make a batch with ``collator``, split it if the base is frozen, and add int64 indices.
 
         Returns:
-            As ``collator``, or as :func:`gisting.data.split.split_prompts`; and ``target_places``, ``target_ids``
-            ``(T,)``, of ``labels``; ``reconstruction_places``, ``reconstruction_ids`` ``(S,)``, which replace
-            ``reconstruction_labels``; ``gist_index`` ``(G,)``, where gist tokens stand in ``input_ids``, counted
-            through the batch; and for every interval mask, say ``attention_mask``, the float
-            ``attention_mask_segment``: how many rows see a key on average, by which attention kernels choose tiles.
+            As ``collator``, or as :func:`gisting.data.split.split_prompts`. In addition: ``target_places`` and
+            ``target_ids`` ``(T,)`` for ``labels``; ``reconstruction_places`` and ``reconstruction_ids`` ``(S,)``, which
+            replace ``reconstruction_labels``; ``gist_index`` ``(G,)``, the indices of gist tokens in the flattened
+            ``input_ids``; and for every interval mask, such as ``attention_mask``, the float
+            ``attention_mask_segment``: the mean number of rows that see a key, by which attention kernels choose tiles.
         """
         batch: dict[str, Any] = self.collator(records)
         if "labels" not in batch:
-            raise GistError(
-                "the collator's batch has no labels, of which a loss is made; give a collator that makes them"
-            )
+            raise GistError("the collator's batch has no labels, which the loss needs; give a collator that makes them")
         if self.has_frozen_base:
             batch = split_prompts(batch, self._pad_token_id)
         batch["target_places"], batch["target_ids"] = find_targets(batch["labels"], is_shifted=self._is_shifted)
@@ -102,11 +103,31 @@ class StepBatches:
             found = find_targets(batch.pop("reconstruction_labels"), is_shifted=self._is_shifted)
             batch["reconstruction_places"], batch["reconstruction_ids"] = found
         batch["gist_index"] = (batch["input_ids"].flatten() == self._gist_token_id).nonzero()[:, 0]
-        masks = {name: tensor for name, tensor in batch.items() if is_interval_mask(tensor)}
-        return batch | {f"{name}_segment": _segment_length(mask) for name, mask in masks.items()}
+        masks = {name: Visibility.from_attention_mask(mask) for name, mask in batch.items() if is_interval_mask(mask)}
+        return batch | {f"{name}_segment": mean_segment_length(mask) for name, mask in masks.items()}
 
 
-def _segment_length(attention_mask: Tensor) -> float:
-    first, end = attention_mask[:, 0].unbind(1)
-    seen = (end.clamp(max=attention_mask.shape[-1]) - first).clamp(min=0)
-    return float(seen.sum()) / max(int((seen > 0).sum()), 1)
+def step_batches(
+    collator: Callable[[Sequence[Any]], dict[str, Tensor]],
+    tokenizer: GistTokenizer,
+    arguments: TrainingArguments,
+    *,
+    has_frozen_base: bool = False,
+) -> Callable[[Sequence[Any]], dict[str, Any]]:
+    """Return :class:`StepBatches`; or ``collator`` unchanged where torch's DataParallel would cut their indices into
+    shares.
+
+    Args:
+        collator: as for :class:`StepBatches`.
+        tokenizer: as for :class:`StepBatches`.
+        arguments: of the trainer.
+        has_frozen_base: as for :class:`StepBatches`.
+    """
+    if is_data_parallel(arguments):
+        return collator
+    return StepBatches(collator, tokenizer, has_frozen_base=has_frozen_base)
+
+
+def is_data_parallel(arguments: TrainingArguments) -> bool:
+    """Return whether ``Trainer`` spreads each batch over several devices of this process, with torch's DataParallel."""
+    return arguments.n_gpu > 1

@@ -1,5 +1,4 @@
-"""Gist instruction finetuning: stock ``Trainer``, the published hyper-parameters, and our collator. Nothing else is
-needed.
+"""Gist instruction finetuning: stock ``Trainer``, the published hyper-parameters and our collator.
 
 Place in the flow: data -> collate -> **train** -> a checkpoint that ``patch`` recognises.
 """
@@ -9,9 +8,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,110 +24,29 @@ from gisting.models.adapters import adapter_of, check_directory
 from gisting.models.hub import save_pretrained
 from gisting.models.patch import require_patched
 from gisting.models.registry import is_length_dependent, sliding_windows
+from gisting.settings import keywords_for, takes_keywords_of
 from gisting.tokens import GistTokenizer
-from gisting.train.batches import StepBatches
+from gisting.train.arguments import PUBLISHED, default_num_workers, published_arguments
+from gisting.train.batches import is_data_parallel, step_batches
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import Objective, ObjectiveTrainer
 from gisting.train.repeat import (
     CountEpochs,
     RepeatableDraws,
+    check_workers,
     checkpoint_to_resume,
     num_steps_in,
     without_parallel_tokenizers,
 )
+from gisting.train.settings import BatchSettings
 
 __all__ = ["PUBLISHED", "finetune", "published_arguments"]
 
 _log = logging.getLogger(__name__)
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
-#: Gisting, appendix B: LLaMA-7B and FLAN-T5-XXL.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "decoder": {
-        "num_train_epochs": 3.0,
-        "batch_size": 128,
-        "learning_rate": 2e-5,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
-        "weight_decay": 0.0,
-    },
-    "encoder-decoder": {
-        "max_steps": 16_000,
-        "batch_size": 16,
-        "learning_rate": 5e-5,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-    },
-}
 
 
-def published_arguments(
-    output_dir: str | Path,
-    *,
-    is_encoder_decoder: bool = False,
-    batch_size: int | None = None,
-    per_device_batch_size: int | None = None,
-    **changes: Any,
-) -> TrainingArguments:
-    """The published hyper-parameters as ``TrainingArguments``; anything may be changed.
-
-    Args:
-        output_dir: where checkpoints go.
-        is_encoder_decoder: FLAN-T5-XXL's settings rather than LLaMA-7B's.
-        batch_size: rows of one optimiser step over all devices, reached by accumulating gradients; the published one
-            by default.
-        per_device_batch_size: rows of one forward pass; ``batch_size``, at most 16, by default.
-        **changes: fields of ``TrainingArguments``. ``dataloader_num_workers``, the processes that collate ahead of the
-            step, is up to 4 on a GPU and as many as cores are left, and 0 on a CPU, which has no time to spare.
-
-    Raises:
-        GistError: the batch size is no multiple of the rows of a forward pass.
-    """
-    settings = dict(PUBLISHED["encoder-decoder" if is_encoder_decoder else "decoder"])
-    published: int = settings.pop("batch_size")
-    rows = published if batch_size is None else batch_size
-    on_gpu = torch.cuda.is_available() and not changes.get("use_cpu", False)
-    # One process for each device where a launcher made them; else one process that spreads a batch over all it sees.
-    launched = os.environ.get("WORLD_SIZE")
-    devices = int(launched) if launched else torch.cuda.device_count() if on_gpu else 1
-    per_device = min(max(rows // devices, 1), 16) if per_device_batch_size is None else per_device_batch_size
-    if per_device < 1 or rows < 1 or rows % (per_device * devices):
-        raise GistError(
-            f"batch_size must be a multiple of per_device_batch_size, got {rows} and {per_device}"
-            + (f" on each of {devices} devices, {per_device * devices} rows at once" if devices > 1 else "")
-        )
-    if "num_train_epochs" in changes:
-        settings.pop("max_steps", None)
-    defaults = {
-        "per_device_train_batch_size": per_device,
-        "per_device_eval_batch_size": per_device,
-        "gradient_accumulation_steps": rows // (per_device * devices),
-        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
-        "use_cpu": not torch.accelerator.is_available(),  # said aloud, or bfloat16 is refused there
-        # Records are no dictionaries of model inputs; the collator makes the columns.
-        "remove_unused_columns": False,
-        "report_to": "none",
-        # Of a stream each process reads its own share: batches of several lengths could not be cut in shares.
-        # And on a GPU neither copying a batch nor asking whether a loss is a number may wait for the step before.
-        "accelerator_config": {"dispatch_batches": False, "non_blocking": on_gpu},
-        "logging_nan_inf_filter": not on_gpu,
-        "dataloader_pin_memory": on_gpu,
-        "dataloader_num_workers": _default_num_workers(on_gpu=on_gpu),
-        "logging_steps": 10,
-    }
-    return TrainingArguments(output_dir=str(output_dir), **{**settings, **defaults, **changes})
-
-
-def _default_num_workers(*, on_gpu: bool) -> int:
-    """Processes that collate ahead: on a GPU up to 4, as many as there are cores beside the training process's own,
-    assuming that every launched process on this machine takes the same share.
-    """
-    if not on_gpu:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
-
-
+@takes_keywords_of(BatchSettings)
 def finetune(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
@@ -137,120 +54,88 @@ def finetune(
     arguments: TrainingArguments,
     *,
     method: str | Method = "full",
-    num_gist_tokens: int | tuple[int, int] = 1,
-    conditions: str | Mapping[str, float] = "gist",
-    max_length: int = 512,
-    max_target_length: int = 256,
-    part_separator: str | None = None,
-    pack_length: int | None = None,
-    max_per_group: int = 8,
-    chunk_length: int | None = None,
     objective: Objective = Objective(),  # noqa: B008
     eval_records: Sequence[Record] | None = None,
     resume: bool | str = False,
     callbacks: Sequence[TrainerCallback] = (),
+    **settings: Any,
 ) -> dict[str, float]:
     """Train a patched model to gist, and save it with its tokenizer in ``arguments.output_dir``.
 
     Args:
         model: a patched model.
-        tokenizer: the tokenizer it was patched for.
-        records: the training records, or mappings like them; also a stream of such (``datasets.IterableDataset``),
-            which is read in its own order, in this process, and needs ``max_steps``. The texts of records are encoded
-            once, before the first step; those of a stream as they come.
-        arguments: of stock ``Trainer``; :func:`published_arguments` gives the paper's. ``train_sampling_strategy=
-            "group_by_length"`` groups by the ids of a record, and needs ``datasets``.
-        method: what learns: ``"full"``, ``"lora"``, ``"gist-lora"`` or ``"embeddings"`` (:mod:`gisting.train.methods`).
-            With an adapter, the adapter alone is saved, for ``gisting.load`` and for peft.
-        num_gist_tokens: k, or a range from which each row draws.
-        conditions: as for :class:`GistCollator`.
-        max_length: as for :class:`GistCollator`.
-        max_target_length: as for :class:`GistCollator`.
-        part_separator: as for :class:`GistCollator`: instructions that hold it are trained as chained gists.
-        pack_length: ids of a row in which records are packed (:class:`GistPackingCollator`); None for a row each. A
-            batch of ``arguments`` then counts groups of records with one instruction, not records. A stream is not
-            grouped; what shares an instruction in a batch of it shares a copy.
-        max_per_group: the largest such group.
-        chunk_length: as for :class:`GistCollator`: longer prompts get a gist for each chunk.
-        objective: losses beside the language model's: distillation from the prompt in view, reconstruction of the
-            prompt, which needs ``pack_length``.
-        eval_records: records for the loss that ``arguments.eval_strategy`` asks for.
-        resume: go on from the last whole checkpoint in the output directory, or from the named one. What a killed
-            process left of a checkpoint is passed over, and the run ends with the weights of an uninterrupted one.
-        callbacks: for ``Trainer``; with any, its own printing of logs is left out.
+        tokenizer: the tokenizer that it was patched for.
+        records: training records, or mappings with the same keys; or a stream of them (``datasets.IterableDataset``),
+            which is read in its own order, in this process, and needs ``max_steps``. Texts of records are encoded once,
+            before the first step; texts of a stream are encoded as they are read.
+        arguments: of stock ``Trainer``; :func:`published_arguments` returns the paper's.
+            ``train_sampling_strategy="group_by_length"`` groups records by their number of tokens, and needs
+            ``datasets``.
+        method: what is trained: ``"full"``, ``"lora"``, ``"gist-lora"`` or ``"embeddings"``
+            (:mod:`gisting.train.methods`). With an adapter, only the adapter is saved, for ``gisting.load`` and for
+            peft.
+        objective: weights of additional losses: distillation from the same model with the prompt visible, and
+            reconstruction of the prompt, which needs ``pack_length``.
+        eval_records: records for the evaluation loss, if ``arguments.eval_strategy`` asks for one.
+        resume: continue from the last whole checkpoint in the output directory, or from the checkpoint at this path.
+            Incomplete checkpoints of a killed process are skipped, and the run ends with the same weights as an
+            uninterrupted one.
+        callbacks: for ``Trainer``; if there are any, ``Trainer`` does not print its logs.
+        **settings: how records become batches (:class:`gisting.train.settings.BatchSettings`): ``num_gist_tokens``,
+            ``conditions``, ``max_length`` and others. With ``pack_length``, a batch of ``arguments`` counts groups of
+            records with one instruction, not records. A stream is not grouped; records of a batch that have the same
+            instruction share a copy.
 
     Returns:
-        What ``Trainer`` measured: ``train_loss`` (NaN where a resumed run had no step left), ``train_runtime`` in
-        seconds, ..., and how much of the model learned:
-        ``num_trainable_parameters`` of ``num_parameters``.
+        What ``Trainer`` measured: ``train_loss`` (NaN if a resumed run had no step left), ``train_runtime`` in seconds
+        and others; and the number of trained parameters, ``num_trainable_parameters`` of ``num_parameters``.
 
     Raises:
-        GistError: the model is not patched, there are no records, a stream has no end (``max_steps``) or cannot be
-            sorted, rows are longer than a sliding window of the model where that counts, the prompt is to be
-            reconstructed without ``pack_length``, there is nothing to resume from, or weights would not be sharded
-            although ``fsdp`` asks for it; or an adapter is to be trained on shards, or to be saved beside a whole
-            checkpoint.
+        GistError: the model is not patched; there are no records; a stream is given without ``max_steps`` or is to be
+            sorted; packed rows or chunked prompts are longer than a sliding window of the model; reconstruction is
+            asked for without ``pack_length``; there is nothing to resume from; ``fsdp`` is asked for, but weights would
+            not be sharded; or an adapter would be sharded, or saved into the directory of a whole checkpoint.
     """
     require_patched(model, tokenizer)
+    check_workers(arguments)
     checkpoint = checkpoint_to_resume(str(arguments.output_dir), resume)
     items: Any = records if isinstance(records, IterableDataset) else list(records)
-    _check_records(items, arguments, pack_length)
-    if pack_length is None and objective.reconstruction:
-        raise GistError(
-            "objective weighs the reconstruction of the prompt, which is one more branch behind its gist in a packed "
-            "row; give pack_length, at least max_length"
-        )
-    _check_window(model, pack_length=pack_length, max_length=max_length if chunk_length is not None else None)
-    layout: dict[str, Any] = {
-        "conditions": conditions,
-        "max_length": max_length,
-        "chunk_length": chunk_length,
-        "with_teacher": objective.distillation > 0,
-    }
-    if pack_length is None:
-        collator = GistCollator(
-            tokenizer, num_gist_tokens, max_target_length=max_target_length, part_separator=part_separator, **layout
-        )
-    else:
-        if part_separator is not None:
-            raise GistError("pack_length and part_separator exclude each other: chained gists are not packed; give one")
-        if isinstance(items, list):
-            items = group_by_instruction([to_record(item) for item in items], max_per_group)
-        collator = GistPackingCollator(
-            tokenizer,
-            num_gist_tokens,
-            pack_length=pack_length,
-            reconstruct=objective.reconstruction > 0,
-            **layout,
-        )
+    chosen = BatchSettings(**settings)
+    _check_records(items, arguments, chosen.pack_length)
+    collator = _collator(tokenizer, chosen, objective)
+    _check_window(
+        model,
+        pack_length=chosen.pack_length,
+        max_length=None if chosen.chunk_length is None else collator.max_length,
+    )
+    if isinstance(collator, GistPackingCollator) and isinstance(items, list):
+        items = group_by_instruction([to_record(item) for item in items], chosen.max_per_group)
     if isinstance(items, list):
         collator.encode_ahead(items)
     elif arguments.dataloader_num_workers:
-        if arguments.dataloader_num_workers != _default_num_workers(on_gpu=arguments.device.type == "cuda"):
+        if arguments.dataloader_num_workers != default_num_workers(on_gpu=arguments.device.type == "cuda"):
             _log.warning(
-                "a stream is read in this process, not by the %d workers of dataloader_num_workers: they would read it "
-                "in another order, or several times",
+                "a stream is read in this process, not by the %d workers of dataloader_num_workers, which would read "
+                "it in another order, or several times",
                 arguments.dataloader_num_workers,
             )
         arguments = copy.copy(arguments)
         arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 0, None
     collator.encode_ahead(eval_records or ())
     if arguments.train_sampling_strategy in _BY_LENGTH:
-        items = _with_lengths(items, tokenizer, arguments.length_column_name)
-    set_seed(arguments.seed)  # as Trainer does: a fresh adapter is drawn, and Trainer is not made yet
+        items = _with_lengths(items, collator, arguments.length_column_name)
+    set_seed(arguments.seed)  # as Trainer does, which is made after a new adapter is initialised
     count = prepare(model, method, collator.num_gist_tokens[1])
     has_adapter = adapter_of(model) is not None
     if has_adapter:
         check_directory(str(arguments.output_dir))
         if _is_to_be_sharded(arguments):
             raise GistError(
-                "an adapter cannot be trained with fsdp, which shards it; leave fsdp out: a frozen model has no "
+                "an adapter cannot be trained with fsdp, which would shard it; leave fsdp out: a frozen model has no "
                 "gradients and no optimiser state to shard"
             )
     collator.with_prompt_columns = _has_frozen_prompts(model, collator, arguments)
-    batches: Any = collator
-    if arguments.n_gpu <= 1:  # torch's DataParallel would cut the indices of a step into shares
-        batches = StepBatches(collator, tokenizer, has_frozen_base=collator.with_prompt_columns)
+    batches = step_batches(collator, tokenizer, arguments, has_frozen_base=collator.with_prompt_columns)
     draws = RepeatableDraws(batches, arguments.seed)
     trainer: Any = ObjectiveTrainer(
         model=model,
@@ -263,20 +148,19 @@ def finetune(
     )
     if callbacks:
         trainer.remove_callback(PrinterCallback)  # With callbacks of the caller's own, they report progress.
-    if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # left out without a word
-        raise GistError("fsdp is asked for, but accelerate shards on accelerators alone; leave it out on a CPU")
-    low, high = collator.num_gist_tokens
-    about = {"num_gist_tokens": [low, high], **({} if chunk_length is None else {"chunk_length": chunk_length})}
-    model.config.gist = {**model.config.gist, **about}
+    if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # ignored silently by accelerate
+        raise GistError("fsdp is asked for, but accelerate only shards on accelerators; leave it out on a CPU")
+    about = {"num_gist_tokens": list(collator.num_gist_tokens), "chunk_length": collator.chunk_length}
+    model.config.gist = {**model.config.gist, **{name: value for name, value in about.items() if value is not None}}
     with checkpointing_what_learns(model), without_parallel_tokenizers(arguments.dataloader_num_workers > 0):
         if checkpoint is not None and 0 < arguments.max_steps <= num_steps_in(checkpoint):
-            # Trainer, asked to go on from a last step in the middle of an epoch, would take one step more.
+            # If the last step is in the middle of an epoch, Trainer would take one more.
             trainer._load_from_checkpoint(checkpoint)
             measured = {"train_runtime": 0.0, "train_loss": float("nan")}
         else:
             measured = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if not has_adapter:
-        trainer.save_model()  # by every process, for sharded weights are gathered; the first one writes
+        trainer.save_model()  # in every process, because sharded weights are gathered; the first one writes
     if trainer.is_world_process_zero():
         if has_adapter:
             save_pretrained(model, tokenizer, str(arguments.output_dir))
@@ -285,13 +169,32 @@ def finetune(
     return {**measured, "num_trainable_parameters": count.trainable, "num_parameters": count.total}
 
 
-def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingArguments) -> bool:
-    """Whether the states of prompts are the same for every layout of what follows them and nothing that is trained
-    changes them, so that a step may compute them once and apart (:mod:`gisting.data.split`).
+def _collator(tokenizer: GistTokenizer, settings: BatchSettings, objective: Objective) -> GistCollator:
+    with_teacher = objective.distillation > 0
+    if settings.pack_length is None:
+        if objective.reconstruction:
+            raise GistError(
+                "the objective weighs the reconstruction of the prompt, which needs packed rows; give pack_length, at "
+                "least max_length"
+            )
+        return GistCollator(tokenizer, with_teacher=with_teacher, **keywords_for(GistCollator, settings))
+    if settings.part_separator is not None:
+        raise GistError("pack_length and part_separator exclude each other: chained gists are not packed; give one")
+    return GistPackingCollator(
+        tokenizer,
+        with_teacher=with_teacher,
+        reconstruct=objective.reconstruction > 0,
+        **keywords_for(GistPackingCollator, settings),
+    )
 
-    That takes an adapter that acts at gist tokens alone, one gist a prompt, positions that count tokens and not columns
+
+def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingArguments) -> bool:
+    """Return whether the states of prompts depend neither on the text after them nor on trained parameters, so that a
+    step can compute them once and separately (:mod:`gisting.data.split`).
+
+    This needs an adapter that acts only at gist tokens, one gist per prompt, positions that count tokens, not columns
     (no sliding window, no rotary type that depends on the length), no noise in the base model (dropout, NEFTune, a
-    router's jitter), and no activation checkpointing, which takes no cache.
+    router's jitter), and no activation checkpointing, which does not work with a cache.
     """
     adapter, config = adapter_of(model), model.config
     return (
@@ -303,7 +206,7 @@ def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingA
         and sliding_windows(config) is None
         and not is_length_dependent(config)
         and not any(getattr(arguments, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
-        and arguments.n_gpu <= 1
+        and not is_data_parallel(arguments)
         and not arguments.neftune_noise_alpha
         and not getattr(config, "attention_dropout", 0)
         and not getattr(config, "router_jitter_noise", 0)
@@ -316,7 +219,7 @@ def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingA
 
 
 def _is_to_be_sharded(arguments: TrainingArguments) -> bool:
-    """Whether the arguments ask for FSDP, or ``accelerate launch`` does, which speaks through the environment."""
+    """Return whether the arguments ask for FSDP, or ``accelerate launch`` does, through the environment."""
     return bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
@@ -325,7 +228,7 @@ def _check_records(items: Any, arguments: TrainingArguments, pack_length: int | 
         if not items:
             raise GistError("records is empty; give at least one")
     elif arguments.max_steps < 1:
-        raise GistError("records is a stream, whose length is not known; set max_steps of the arguments")
+        raise GistError("records is a stream, whose length is unknown; set max_steps in the arguments")
     if arguments.train_sampling_strategy in _BY_LENGTH and (pack_length is not None or not isinstance(items, list)):
         kind = "a stream cannot be sorted" if pack_length is None else "packed rows are equally long"
         raise GistError(
@@ -333,26 +236,22 @@ def _check_records(items: Any, arguments: TrainingArguments, pack_length: int | 
         )
 
 
-def _with_lengths(items: list[Any], tokenizer: GistTokenizer, name: str) -> Any:
-    """A data set with a column of lengths in ids, which is where ``Trainer`` looks for them."""
+def _with_lengths(items: list[Any], collator: GistCollator, name: str) -> Any:
+    """Return a data set with a column of the records' numbers of ids, where ``Trainer`` looks for them."""
     from datasets import Dataset
 
     rows = [to_record(item) for item in items]
-    columns = ([getattr(row, part) for row in rows] for part in ("instruction", "input", "output"))
-    encodings = tokenizer.encode_batch(*columns)
     return Dataset.from_list(
-        [{**asdict(row), name: len(encoding.input_ids)} for row, encoding in zip(rows, encodings, strict=True)]
+        [{**asdict(row), name: length} for row, length in zip(rows, collator.lengths(rows), strict=True)]
     )
 
 
 def _check_window(model: PreTrainedModel, **lengths: int | None) -> None:
-    """Raise where a row would be longer than a sliding window, which counts columns: those of neighbours and of chunks
-    that are hidden among them.
-    """
+    """Check that rows are not longer than a sliding window, which counts columns, also those of hidden tokens."""
     window = sliding_windows(model.config)
     for name, length in lengths.items():
         if window is not None and length is not None and window < length:
             raise GistError(
-                f"{name} must be at most {window}, the sliding window of {model.config.model_type}, got {length}: a "
-                "window counts columns, those of neighbours in the row and of hidden chunks among them"
+                f"{name} must be at most {window}, the sliding window of {model.config.model_type}, got {length}: the "
+                "window also counts hidden columns, of other records in the row and of earlier chunks"
             )

@@ -1,25 +1,25 @@
-"""What of a model is trained: everything, or an adapter beside a frozen model.
+"""Which parameters of a model are trained: all, or an adapter on a frozen model.
 
-Place in the flow: ``finetune`` asks here for what its ``method`` says; what the adapters are, and how they are saved,
-is in ``models/adapters.py``. Knows how much of a model learns and what of it a training checkpoint needs; knows no data
-and no loss.
+Place in the flow: ``finetune`` prepares a model here as its ``method`` says; what the adapters are, and how they are
+saved, is in ``models/adapters.py``. Knows which parameters are trained and which of them a training checkpoint needs;
+does not depend on data or losses.
 
 =============== ======================================== ==================== ====================================
-method          what learns                              ordinary text        use it for
+method          what is trained                          ordinary text        use it for
 =============== ======================================== ==================== ====================================
 ``full``        every weight                             changes              the published recipe
 ``lora``        LoRA everywhere, the gist token's row    changes              large models on one device
-``gist-lora``   LoRA at gist tokens, the gist token's    same bits as before  many adapters beside one base model
+``gist-lora``   LoRA at gist tokens, the gist token's    same bits as before  many adapters with one base model
                 row
-``embeddings``  a row for each place in a gist           same bits as before  the least to train; plain token rows
+``embeddings``  one embedding row per token of a gist    same bits as before  the fewest trained parameters
 =============== ======================================== ==================== ====================================
 
-LoRA is that of Hu and others (arXiv 2106.09685).
+LoRA is described by Hu and others (arXiv 2106.09685).
 
-The last two serve at the base model's cost: a cached gist is keys and values, and behind it there is no gist token for
-them to act on, so requests of any adapter, and of none, can share a batch of one base model
-(``models.adapters.for_base_model``). They teach how a prompt is pressed, and cannot teach the model that reads the gist
-anything: that one must know the task with the prompt in view.
+The last two cost nothing in serving: a cached gist consists of keys and values, and no gist token comes after it for
+them to act on. So requests with any adapter, or with none, can share a batch of one base model
+(``models.adapters.for_base_model``). They teach the model to compress a prompt, but not to read the gist: the base
+model must already be able to do the task with the prompt visible.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from gisting.models.adapters import KINDS, Adapter, adapter_of, attach, check_nu
 
 __all__ = ["METHODS", "Method", "TrainableCount", "checkpointing_what_learns", "count_parameters", "prepare"]
 
-#: The four ways to train.
+#: The names of the methods.
 METHODS = ("full", *KINDS)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train, where its name alone does not say enough.
+    """A training method with its settings.
 
     Args:
         name: one of :data:`METHODS`.
@@ -49,7 +49,7 @@ class Method:
         dropout: of LoRA.
 
     Raises:
-        GistError: there is no such method.
+        GistError: the name is unknown.
     """
 
     name: str
@@ -64,24 +64,26 @@ class Method:
 
 @dataclass(frozen=True)
 class TrainableCount:
-    """Numbers of a model.
+    """The size of a model.
 
     Args:
-        trainable: numbers that learn.
-        total: all numbers.
+        trainable: number of trained parameters.
+        total: number of parameters.
     """
 
     trainable: int
     total: int
 
     def __str__(self) -> str:
-        return f"{self.trainable:,} of {self.total:,} parameters learn ({100 * self.trainable / self.total:.3g} %)"
+        return (
+            f"{self.trainable:,} of {self.total:,} parameters are trained ({100 * self.trainable / self.total:.3g} %)"
+        )
 
 
 def prepare(model: Any, method: str | Method, num_gist_tokens: int) -> TrainableCount:
-    """Make a patched model learn as ``method`` says, in place: for all but ``full``, freeze it and attach an adapter.
+    """Prepare a patched model for training, in place: for all methods but ``full``, freeze it and attach an adapter.
 
-    A model that has an adapter of this kind goes on with it.
+    If the model already has an adapter of this kind, that adapter is trained further.
 
     Args:
         model: a patched model.
@@ -89,10 +91,11 @@ def prepare(model: Any, method: str | Method, num_gist_tokens: int) -> Trainable
         num_gist_tokens: the largest k that is trained; for ``"embeddings"`` the number of rows.
 
     Returns:
-        How much learns.
+        The number of trained parameters.
 
     Raises:
-        GistError: there is no such method, the model has another adapter, or its adapter is for fewer gist tokens.
+        GistError: the method is unknown, the model has an adapter of another kind, or its adapter is for fewer gist
+            tokens.
     """
     wanted = Method(method) if isinstance(method, str) else method
     found = adapter_of(model)
@@ -102,15 +105,15 @@ def prepare(model: Any, method: str | Method, num_gist_tokens: int) -> Trainable
         attach(model, Adapter(wanted.name, rows, wanted.rank, wanted.alpha, wanted.dropout))
     elif kind != wanted.name:
         raise GistError(
-            f"method is {wanted.name!r}, but the model has an adapter of kind {kind!r}; train that one on, or take it "
-            "off first: gisting.models.adapters.detach(model)"
+            f"method is {wanted.name!r}, but the model has an adapter of kind {kind!r}; train that adapter, or remove "
+            "it first: gisting.models.adapters.detach(model)"
         )
     check_num_gist_tokens(model, num_gist_tokens)
     return count_parameters(model)
 
 
 def count_parameters(model: Any) -> TrainableCount:
-    """How many numbers of ``model`` learn, and how many it has; tied ones count once."""
+    """Count the parameters of ``model``, and those that are trained; tied ones count once."""
     parameters = list(model.parameters())
     return TrainableCount(
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
@@ -120,18 +123,18 @@ def count_parameters(model: Any) -> TrainableCount:
 
 @contextmanager
 def checkpointing_what_learns(model: Any) -> Iterator[None]:
-    """While ``model`` is trained in this block, save checkpoints without what is frozen, which the base model's files
-    hold.
+    """While ``model`` is trained in this block, save checkpoints without frozen parameters, which are in the files of
+    the base model.
 
-    Trainer resumes from them: what they lack stays as it is.
+    Trainer can resume from such checkpoints: parameters that they lack stay unchanged.
     """
     if adapter_of(model) is None:
         yield
         return
-    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     ignored, was_peft = model._keys_to_ignore_on_save, model._hf_peft_config_loaded
-    model._keys_to_ignore_on_save = set(model.state_dict()) - learns
-    # transformers would write peft's file, without the rows and in a form that Trainer does not resume from.
+    model._keys_to_ignore_on_save = set(model.state_dict()) - trained
+    # Otherwise transformers writes peft's file, which lacks the rows and from which Trainer cannot resume.
     model._hf_peft_config_loaded = False
     try:
         yield

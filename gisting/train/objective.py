@@ -1,15 +1,15 @@
-"""What is minimised: the language model's loss on the answers, and beside it what the gist should carry.
+"""The loss: the language model's loss on the answers, and optionally losses on what the gist should carry.
 
-Place in the flow: stock ``Trainer`` asks ``compute_loss`` for a batch's loss; here it is answered. Knows logits and
-labels; masks and positions of the teacher come with the batch, so nothing here knows what they hide.
+Place in the flow: stock ``Trainer`` calls ``compute_loss`` for every batch. Knows logits and labels; the teacher's
+masks and positions come with the batch, so that this module does not depend on what they hide.
 
-* *Distillation*: at every token of the answer, the distribution behind the gist is drawn to the one with the prompt in
-  view. Teacher and student are the same weights in the same batch under two masks (the positive control is the
-  teacher), so there is no second model, and one more forward pass without gradients. This is the loss of context
-  distillation (Askell et al. 2021, arXiv 2112.00861, section 2.3); the Gisting paper names it as what its training
-  amounts to (section 3.1) and trains without it.
-* *Reconstruction*: behind the gist stands the prompt once more, in a branch that sees the gist alone, and is predicted
-  from it (as the autoencoding loss of ICAE, arXiv 2307.06945, section 2.2).
+* *Distillation*: at every token of the answer, the distribution given the gist is drawn towards the distribution given
+  the prompt. Teacher and student are the same weights in the same batch under two masks (the teacher has that of the
+  positive control), so that there is no second model, only one more forward pass without gradients. This is the loss of
+  context distillation (Askell et al. 2021, arXiv 2112.00861, section 2.3). The Gisting paper describes its training as
+  a form of it (section 3.1), but trains without this loss.
+* *Reconstruction*: the prompt is repeated after its gist, in a branch that sees only the gist, and is predicted from it
+  (as with the autoencoding loss of ICAE, arXiv 2307.06945, section 2.2).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gisting.models.gist_lora import gists_at
 from gisting.models.head import logits_at
 from gisting.models.mode import evaluating
 from gisting.models.prefix import PrefixStates
-from gisting.train.batches import Targets, find_targets
+from gisting.train.batches import Targets, find_targets, is_data_parallel
 
 __all__ = ["Objective", "ObjectiveTrainer", "truncated_kl"]
 
@@ -40,17 +40,17 @@ _TEACHER = {f"teacher_{name}": name for name in ("attention_mask", "position_ids
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights of the losses beside the language model's, which has weight 1.
+    """Weights of the losses that are added to the language model's loss, which has weight 1.
 
     Args:
-        distillation: of the KL divergence from the model with the prompt in view, in nats a token of the answers. Rows
-            of every condition count: those with the prompt in view diverge by nothing, and those of the negative
-            control are drawn to what they cannot know.
-        top_k: how many of the teacher's likeliest tokens are compared one by one; all others count as one.
-        reconstruction: of the prompt's negative log-likelihood behind its gist, in nats a token of the prompts.
+        distillation: weight of the KL divergence from the model with the prompt visible, in nats per token of the
+            answers. Rows of every condition count: rows with the prompt visible have no divergence, and rows of the
+            negative control are drawn towards what they cannot know.
+        top_k: number of the teacher's likeliest tokens that are compared one by one; all others count as one outcome.
+        reconstruction: weight of the prompt's negative log-likelihood after its gist, in nats per token of the prompts.
 
     Raises:
-        GistError: a weight is negative, or ``top_k`` less than 1.
+        GistError: a weight is negative, or ``top_k`` is less than 1.
     """
 
     distillation: float = 0.0
@@ -66,27 +66,27 @@ class Objective:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the language model's loss is all there is."""
+        """Whether there is only the language model's loss."""
         return not (self.distillation or self.reconstruction)
 
 
 def truncated_kl(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
-    """KL divergence from teacher to student over the teacher's ``top_k`` likeliest tokens and one outcome more, any
-    other token: at most the whole divergence (both lose the same detail), and all of it where ``top_k >= V - 1``.
+    """Compute the KL divergence from teacher to student over the teacher's ``top_k`` likeliest tokens and one more
+    outcome, any other token. It is at most the full divergence, and equal to it for ``top_k >= V - 1``.
 
     Args:
         student: logits ``(T, V)``, floating.
-        teacher: logits ``(T, V)``, floating; no gradient goes there.
-        top_k: of at least 1.
+        teacher: logits ``(T, V)``, floating; no gradient flows into them.
+        top_k: at least 1.
 
     Returns:
         float32 ``(T,)``, in nats.
     """
-    # A forbidden token's -inf would make its gradient NaN; so low a logit is no probability either.
+    # The -inf of a forbidden token would make its gradient NaN; -1e4 has a probability of 0 as well.
     student, teacher = student.float().clamp(min=-1e4), teacher.detach().float().clamp(min=-1e4)
     size = min(top_k, teacher.shape[-1])
     values, places = teacher.topk(size, dim=-1)
-    # Once each: rows of a large vocabulary are read from memory every time.
+    # Computed once each, because every use reads rows of a large vocabulary from memory.
     teacher_total, student_total = (logits.logsumexp(-1, keepdim=True) for logits in (teacher, student))
     target = values - teacher_total
     found = student.gather(-1, places) - student_total
@@ -97,29 +97,29 @@ def truncated_kl(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
 
 
 def _log_rest(logits: Tensor, places: Tensor) -> Tensor:
-    """The log-sum-exp ``(T, 1)`` of all tokens but those at ``places``."""
+    """Return the log-sum-exp ``(T, 1)`` of all tokens except those at ``places``."""
     return logits.scatter(-1, places, float("-inf")).logsumexp(-1, keepdim=True)
 
 
 class ObjectiveTrainer(Trainer):
-    """Stock ``Trainer`` with an :class:`Objective`, which makes logits only where there is something to predict.
+    """Stock ``Trainer`` with an :class:`Objective`; it computes logits only where a token is predicted.
 
-    The loss of an optimiser step is the mean over all its target tokens, however it is split into forward passes and
-    processes. (Stock ``Trainer`` counts T5's kind as dividing its loss by the tokens of the whole step, for its
-    ``forward`` takes any keyword, and it does not: transformers 5.17 to 5.24.)
+    The loss of an optimiser step is the mean over all its target tokens, however the step is split into forward passes
+    and processes. (Stock ``Trainer`` assumes that models like T5, whose ``forward`` takes any keyword, divide their
+    loss by the number of tokens of the whole step. They do not: transformers 5.17 to 5.24.)
 
-    Batches are those of :class:`gisting.train.batches.StepBatches`, or of any collator, whose labels are then read back
-    from the device. They hold the teacher's mask, and the labels of the reconstruction, where the objective weighs them
-    (``with_teacher`` and ``reconstruct`` of the collators). Where the prompts of a batch stand apart, their keys and
-    values are computed once, without gradients, and read by student and teacher.
+    Batches come from :class:`gisting.train.batches.StepBatches`, or from any collator, whose labels are then read back
+    from the device. If the objective weighs distillation or reconstruction, they must hold the teacher's mask or the
+    labels of the reconstruction (``with_teacher`` and ``reconstruct`` of the collators). If the prompts of a batch are
+    split off, their keys and values are computed once, without gradients, for student and teacher.
 
-    With an objective that is not plain, the logs have the losses one by one (``lm_loss``, ``distillation_loss``,
-    ``reconstruction_loss``: means over the steps since the last log) beside their weighted sum, ``loss``. The loss of
-    an evaluation is the language model's alone.
+    With an objective that is not plain, the logs hold each loss (``lm_loss``, ``distillation_loss``,
+    ``reconstruction_loss``: means over the steps since the last log) in addition to their weighted sum, ``loss``. The
+    loss of an evaluation is only the language model's.
 
     Args:
         *args: as for ``Trainer``.
-        objective: what is minimised.
+        objective: the weights of the losses.
         **kwargs: as for ``Trainer``.
     """
 
@@ -128,19 +128,20 @@ class ObjectiveTrainer(Trainer):
         self.objective = objective
         self._sums: dict[str, Tensor] = {}
         self._first_noted = 0
-        self._num_prompt_labels = torch.ones(())  # of the step at hand, over all processes
+        self._num_prompt_labels = torch.ones(())  # of the current step, over all processes
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs=False, num_items_in_batch: Any = None) -> Any:
-        """As ``Trainer.compute_loss``; the logits of ``outputs`` are those of the targets, ``(T, V)``.
+        """As ``Trainer.compute_loss``; the logits in ``outputs`` are those of the targets, ``(T, V)``.
 
         Raises:
-            GistError: the batch lacks what the objective weighs, or has its prompts apart though they are trained.
+            GistError: the batch lacks what the objective needs, or its prompts are split off although the weights that
+                act on them are trained.
         """
         inputs = dict(inputs)
         num_items_in_batch = self._whole_number(num_items_in_batch)
         labels, prompt_labels = inputs.pop("labels", None), inputs.pop("reconstruction_labels", None)
         if labels is None:
-            raise GistError("inputs hold no labels, of which the loss is made; give a collator that makes them")
+            raise GistError("inputs have no labels, which the loss needs; give a collator that makes them")
         targets = _taken(inputs, "target") or self._find(labels)
         reconstructed = _taken(inputs, "reconstruction")
         if reconstructed is None and prompt_labels is not None:
@@ -153,7 +154,7 @@ class ObjectiveTrainer(Trainer):
         changed = {_TEACHER[name]: inputs.pop(name) for name in _TEACHER if name in inputs}
         if model.training and self.objective.distillation and "attention_mask" not in changed:
             raise GistError(
-                "the objective weighs distillation, but the batch has no teacher_attention_mask; make its collator "
+                "the objective weighs distillation, but the batch has no teacher_attention_mask; make the collator "
                 "with with_teacher=True"
             )
         places = targets.places if reconstructed is None else torch.cat([targets.places, reconstructed.places])
@@ -182,7 +183,7 @@ class ObjectiveTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.get_batch_samples``; counts the step's tokens of prompts as Trainer does those of answers."""
+        """As ``Trainer.get_batch_samples``; also counts the prompt tokens to reconstruct in the step."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self.objective.reconstruction:
             number = sum(self._num_reconstructed(batch) for batch in batches)
@@ -203,7 +204,7 @@ class ObjectiveTrainer(Trainer):
 
     @property
     def _num_averaged(self) -> int:
-        """Processes average their gradients; where labels are counted over all of them, this takes that back."""
+        """The factor that undoes averaging gradients over processes, where labels are counted over all of them."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     @property
@@ -219,21 +220,21 @@ class ObjectiveTrainer(Trainer):
             return len(batch["reconstruction_ids"])
         if "reconstruction_labels" not in batch:
             raise GistError(
-                "the objective weighs reconstruction, but the batch has no reconstruction_labels; make its collator a "
+                "the objective weighs reconstruction, but the batch has no reconstruction_labels; use a "
                 "GistPackingCollator with reconstruct=True"
             )
         return (batch["reconstruction_labels"] != IGNORED).sum()
 
     def _prompts(self, model: Any, inputs: dict[str, Any]) -> PrefixStates | None:
-        """Keys and values of the prompts that stand apart, which are taken out of the inputs; None where none do."""
+        """Take split-off prompts out of the inputs, and return their keys and values; None if there are none."""
         names = [name for name in inputs if name.startswith("prompt_")]
         if not names:
             return None
         adapter = adapter_of(self.model)
         if adapter is None or not adapter.is_gist_only:
             raise GistError(
-                "the batch has its prompts apart, whose states get no gradient, but the model's own weights are "
-                "trained; make StepBatches without has_frozen_base"
+                "the prompts of the batch are split off, so that their states get no gradient, but the weights of the "
+                "model are trained; make StepBatches without has_frozen_base"
             )
         own = {name.removeprefix("prompt_"): inputs.pop(name) for name in names}
         if not own["input_ids"].shape[1]:
@@ -245,10 +246,9 @@ class ObjectiveTrainer(Trainer):
         return states
 
     def _logits(self, model: Any, inputs: dict[str, Any], places: Tensor, prompts: PrefixStates | None) -> Tensor:
-        """Logits ``(T, V)``."""
         if prompts is not None:
             inputs = {**inputs, cache_argument(): prompts}
-        if self.args.n_gpu > 1:  # spread by torch's DataParallel, whose threads would share one hook
+        if is_data_parallel(self.args):  # whose threads would share one hook
             return model(**inputs).logits.flatten(0, 1)[places]
         length = inputs.get("attention_mask_segment")
         inputs = {name: value for name, value in inputs.items() if name != "attention_mask_segment"}
@@ -261,24 +261,24 @@ class ObjectiveTrainer(Trainer):
         )
 
     def _mean(self, total: Tensor, number: int, num_items_in_batch: Any) -> Tensor:
-        """What a batch adds to the loss of its optimiser step: its ``total`` by the targets of the whole step; or its
-        own mean, which Trainer divides by the step's batches, where Trainer does not count those.
+        """Return what a batch adds to the loss of its optimiser step: its ``total`` divided by the targets of the whole
+        step; or, where Trainer does not count these, its own mean, which Trainer divides by the step's batches.
         """
         if num_items_in_batch is None:
             return total / max(number, 1)
         return total / num_items_in_batch * self._num_averaged
 
     def _whole_number(self, num_items_in_batch: Any) -> Any:
-        """Trainer's number of targets of a step. For torch's DataParallel that comes once for each replica, and as a
-        share where tokens are not averaged over devices; here the loss is that of the whole batch.
+        """Return the number of targets of a step. With torch's DataParallel, Trainer gives it once per replica, and as
+        a share if tokens are not averaged over devices; but the loss here is that of the whole batch.
         """
-        if num_items_in_batch is None or self.args.n_gpu <= 1:
+        if num_items_in_batch is None or not is_data_parallel(self.args):
             return num_items_in_batch
         shares = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
         return torch.as_tensor(num_items_in_batch).flatten()[0] * shares
 
     def _note(self, parts: dict[str, Tensor], *, is_share: bool) -> None:
-        """Add what a batch gives its step: a share of it, or a mean that Trainer divides by the step's batches."""
+        """Add the losses of a batch to the sums: shares of the step's, or means that Trainer divides by the batches."""
         if not self._sums:
             self._first_noted = self.state.global_step
         batches = 1 if is_share else self.args.gradient_accumulation_steps
@@ -287,7 +287,7 @@ class ObjectiveTrainer(Trainer):
 
 
 def _taken(inputs: dict[str, Any], name: str) -> Targets | None:
-    """The targets that a batch brings under a name, taken out of it; None where it brings none."""
+    """Take the targets with this name out of the inputs; None if there are none."""
     if f"{name}_places" not in inputs:
         return None
     return Targets(inputs.pop(f"{name}_places"), inputs.pop(f"{name}_ids"))

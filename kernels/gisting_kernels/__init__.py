@@ -1,8 +1,8 @@
-"""Fused Triton kernels for interval attention: forward, backward, decoding, grouped heads, an optional Toeplitz bias.
+"""Fused Triton kernels for interval attention: forward, backward, decoding, grouped heads, an optional relative bias.
 
-Place in the flow: below everything. Depends on torch and triton only, knows nothing of prompts, gists or models. Key
-``j`` is seen by the query rows ``first[j] <= i < end[j]``; ``plan_tiles`` finds the tiles in which that is so,
-``interval_attention`` computes there and nowhere else. ``README.md`` beside this folder has the derivations.
+Place in the flow: below everything else. Depends only on torch and triton, and is independent of prompts, gists and
+models. Query row ``i`` sees key ``j`` where ``first[j] <= i < end[j]``. ``plan_tiles`` finds the tiles that contain
+such pairs, and ``interval_attention`` visits no others. ``README.md`` in the parent folder has the derivations.
 """
 
 from .op import decode_attention, interval_attention, is_interpreting, keep_attention, plan_tiles, why_not

@@ -1,5 +1,7 @@
-"""The namespace of the operators. A build for the Kernel Hub writes this file anew, with a name of its own, so that
-several versions can be loaded into one process.
+"""The namespace of the operators.
+
+A build for the Kernel Hub replaces this file to use its own namespace, so that several versions can be loaded into one
+process.
 
 Place in the flow: below op.
 """
@@ -12,5 +14,5 @@ ops = torch.ops.gisting
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
-    """The full name of the operator ``op_name``."""
+    """Return the full name of the operator ``op_name``."""
     return f"gisting::{op_name}"

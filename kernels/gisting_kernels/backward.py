@@ -1,4 +1,4 @@
-"""The backward kernels: gradients of q, k, v and of the relative bias, without atomics, so equal runs give equal bits.
+"""The backward kernels: gradients of q, k, v and of the relative bias. Without atomics, so equal runs give equal bits.
 
 Place in the flow: plan, forward -> **backward** -> op. With P = softmax(S), out = P v, and g the gradient of out:
 
@@ -7,22 +7,22 @@ Place in the flow: plan, forward -> **backward** -> op. With P = softmax(S), out
     dq_i  = scale sum_j dS_ij k_j                dk_j  = scale sum_i dS_ij q_i
     dbias[d] = sum over i, j with clamp(j - i, -W, W) = d of dS_ij
 
-P is made again from q, k and the log-sum-exp of the forward. Under dropout with keep mask Z and rate r, P in dv becomes
-P Z / (1 - r) and dP becomes dP Z / (1 - r); delta = g . out stays right. Under a softcap c the gradient of the score
-before the cap is dS (1 - (s / c)^2), s the score after it.
+P is recomputed from q, k and the log-sum-exp of the forward. Under dropout with keep mask Z and rate r, P in dv becomes
+P Z / (1 - r) and dP becomes dP Z / (1 - r), while delta = g . out is unchanged. Under a softcap c, the gradient of the
+score before the cap is dS (1 - (s / c)^2), where s is the score after it.
 
-dQ walks the lists of the plan, as the forward does. dK/dV keeps a tile of keys and walks the rows that see any of it:
-for an interval they are one contiguous range. One flat loop over (head of the group, tile of rows), the mask always
-tested: nested loops and unmasked variants spill registers.
+The dQ kernel walks the lists of the plan, as the forward does. The dK/dV kernel keeps a tile of keys and walks the rows
+that see any of them, which are one contiguous range. It has a single flat loop over (head of the group, tile of rows)
+and always tests the mask, because nested loops and unmasked variants spill registers.
 
-dbias (of a bias as T5's, arXiv 1910.10683): distances of W and more have one entry on each side, whose sum dQ takes on
-the way (two numbers a row). For those below W near tiles are visited once more by a kernel of their own: it shears the
-tile of dS, so that diagonals become columns, sums those, and adds the sums to a row of partial results that belongs to
-this program alone; a sum over programs follows. Each pair is counted by exactly one of the two, whatever the shapes of
-their tiles. Names as in ``forward.py``.
+For dbias (of a bias like T5's, arXiv 1910.10683), all distances of W or more share one entry on each side. The dQ
+kernel sums these as it goes, two numbers per row. For smaller distances, the table kernel visits the near tiles once
+more. It shears the tile of dS so that diagonals become columns, sums the columns, and adds the sums to a row of partial
+results that belongs to this program alone; a sum over programs follows. Exactly one of the two kernels counts each
+pair, even if their tiles have different shapes. Names as in ``forward.py``.
 """
 
-# What stands in a kernel is Triton's language, typed for its compiler; so are the launches.
+# Kernels are written in Triton's language and typed for its compiler, and so are their launches.
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportUnboundVariable=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def delta_kernel(
     p_out, p_grad, p_delta, s_ob, s_oh, s_ot, s_od, s_gb, s_gh, s_gt, s_gd, num_heads, num_rows, num_row_tiles,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """delta = g . out, float32 ``(B, H, T)``; one program: BM rows of one head."""
+    """Compute delta = g . out, float32 ``(B, H, T)``. One program handles BM rows of one head."""
     i_program = tl.program_id(0)
     i_tile, i_bh = i_program % num_row_tiles, (i_program // num_row_tiles).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
@@ -58,9 +58,9 @@ def _score_gradient(
     b_s, b_dp, b_lse, b_delta, m_seen, b_bias, m_keep, scale, softcap, dropout,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """From q k^T and g v^T of a tile: what dv sums (P, dropped), dS of the score with bias, and dS before the cap.
+    """From q k^T and g v^T of a tile, compute P (after dropout), dS of the final score, and dS before the softcap.
 
-    Laid out either way round; ``b_lse``, ``b_delta`` and ``m_seen`` broadcast to the tile.
+    The tile may be (rows, keys) or (keys, rows); ``b_lse``, ``b_delta`` and ``m_seen`` broadcast to it.
     """
     if SOFTCAP:
         b_s = cap(b_s, scale, softcap)
@@ -70,7 +70,7 @@ def _score_gradient(
         b_s = b_s * (scale * LOG2E)
     if BIAS:
         b_s += b_bias * LOG2E
-    # Where nothing is seen the exponent may be anything: it is cut off, for infinity times zero is NaN.
+    # The exponent of a hidden pair may have any value; set it to 0, because infinity times zero is NaN.
     b_p = tl.where(m_seen, tl.math.exp2(tl.where(m_seen, b_s - b_lse, 0.0)), 0.0)
     b_dropped = b_p
     if DROPOUT:
@@ -144,7 +144,7 @@ def query_kernel(
     DROPOUT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of BM rows of a query head; dbias of the distances from W on, left and right, float32 ``(B, H, T, 2)``."""
+    """Compute dq of BM rows of a query head, and dbias of distances from W on, left and right: ``(B, H, T, 2)``."""
     i_program = tl.program_id(0)
     i_group = i_program % GROUP
     i_rank = (i_program // GROUP) % num_row_tiles
@@ -212,7 +212,7 @@ def key_kernel(
     GROUP: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk (strides s_x) and dv (s_y) of BN keys of one key head, summed over the query heads of its group."""
+    """Compute dk (strides s_x) and dv (s_y) of BN keys of one key head, summed over the query heads of its group."""
     i_program = tl.program_id(0)
     num_groups = num_heads // GROUP
     i_rank = i_program % num_key_tiles
@@ -240,7 +240,7 @@ def key_kernel(
 
     num_tiles = i_high - i_low
     for i in tl.range(0, GROUP * num_tiles):  # pyright: ignore
-        # At least 1: a loop that loads ahead computes this for keys that nobody sees, too.
+        # At least 1, because a loop that loads ahead also computes this for keys that no row sees.
         i_h = i_g * GROUP + i // tl.maximum(num_tiles, 1)
         i_bh = (i_b * num_heads + i_h).to(tl.int64)
         o_query = (i_low + i % tl.maximum(num_tiles, 1)) * BM + tl.arange(0, BM)
@@ -317,7 +317,7 @@ def table_kernel(
     b_lse = tl.load(p_lse + o_flat, mask=m_row, other=float("inf"))
     b_delta = tl.load(p_delta + o_flat, mask=m_row, other=0.0)
 
-    # Sheared: column c of row i holds key (c + i) mod BN, so that a column is a diagonal, wrapped round.
+    # Sheared: column c of row i holds key (c + i) mod BN, so a column is a diagonal that wraps around.
     o_shear = tl.arange(0, BM)[:, None] + tl.arange(0, BN)[None, :]
     for i in tl.range(0, i_near):  # pyright: ignore
         i_key = tl.load(p_list + i)
@@ -340,11 +340,11 @@ def table_kernel(
         b_ds = tl.where(m_row[:, None], b_ds, 0.0)
         b_sheared = tl.gather(b_ds, o_shear % BN, axis=1)
         for i_wrap in tl.static_range((BM + BN - 2) // BN + 1):
-            # (BN,) sums of whole or cut diagonals; distance of column c: key c of this tile, less i_wrap tiles
+            # (BN,): sums of whole or partial diagonals. Column c has the distance of key c, less i_wrap tiles.
             b_sum = tl.sum(tl.where(o_shear // BN == i_wrap, b_sheared, 0.0), 0)
             o_distance = i_key * BN - (row_start + i_tile * BM) + tl.arange(0, BN) - i_wrap * BN
             m_inner = (o_distance > -WIDTH) & (o_distance < WIDTH)
             p_inner = p_partial + WIDTH + o_distance
             tl.store(p_inner, tl.load(p_inner, mask=m_inner, other=0.0) + b_sum, mask=m_inner)
-            # Another thread may own this entry in the next step.
+            # In the next step, another thread may own this entry.
             tl.debug_barrier()

@@ -1,9 +1,9 @@
-"""Tile sizes: a committed table, looked up by GPU class, kernel, head size, dtype and mean segment length.
+"""Look up tile sizes in a committed table, by GPU class, kernel, head size, dtype and mean segment length.
 
-Nothing is timed at run time: the same input on the same card always runs the same code. ``configs.json`` is written by
-``benchmarks/kernels/tune.py`` on a card; rows that no card has timed yet are the seeds from which it starts, and say so
-(``"measured": false``). The environment variable ``GISTING_KERNEL_CONFIG`` forces sizes, for instance
-``forward=128,64,8,3;key=64,64,4,2`` (rows, keys, warps, stages; kernels: forward, query, key, table).
+Nothing is timed at run time, so the same input on the same card always runs the same code. ``python -m benchmarks
+tune`` writes ``configs.json`` on a card. Rows that no card has timed yet say ``"measured": false``. The environment
+variable ``GISTING_KERNEL_CONFIG`` forces sizes, for instance ``forward=128,64,8,3;key=64,64,4,2`` (rows, keys, warps,
+stages; the kernels are forward, query, key and table).
 
 Place in the flow: a card, a shape -> **configs** -> op, which plans with these sizes.
 """
@@ -29,39 +29,39 @@ __all__ = [
 
 KERNELS = ("forward", "query", "key", "table")
 HEAD_SIZES = (64, 128, 256)
-# Mean rows per key up to which a segment is short: there most of a large tile would be masked.
+# A segment is short if a key is seen by at most this many rows on average: most of a large tile would be masked.
 SHORT = 384
-# Beyond this many a row for the longest segments serves, where the table has one. With half of the tokens in the prompt
-# it is reached at 8,192 tokens.
+# Beyond this length, a row of the table for the longest segments is used if there is one. With half of the tokens in
+# the prompt, that is at 8,192 tokens.
 LONG = 2048
-# Compute capability from which a class of the table serves, and the shared memory that its tiles fit in, in bytes.
+# The lowest compute capability of each class of the table, and the shared memory for its tiles, in bytes.
 CLASSES = {80: 166_912, 90: 232_448}
 ENVIRONMENT_VARIABLE = "GISTING_KERNEL_CONFIG"
 
 
-# Read here, not when asked for: torch.compile traces what asks, and cannot trace the reading of a file.
+# Read at import, because torch.compile traces the look-up and cannot trace reading a file.
 _ROWS = tuple(json.loads(Path(__file__).with_name("configs.json").read_text(encoding="utf-8"))["rows"])
 
 
 def read_table() -> tuple[dict[str, Any], ...]:
-    """The rows of ``configs.json``."""
+    """Return the rows of ``configs.json``."""
     return _ROWS
 
 
 def tile_sizes(
     capability: tuple[int, int], head_size: int, bits: int, segment_length: float, *, has_bias: bool
 ) -> tuple[TileSizes, TileSizes, TileSizes, TileSizes]:
-    """Sizes of the forward, dQ, dK/dV and table-gradient kernels.
+    """Return the sizes of the forward, dQ, dK/dV and table-gradient kernels.
 
     Args:
-        capability: of the GPU, as ``torch.cuda.get_device_capability`` gives it.
+        capability: of the GPU, from ``torch.cuda.get_device_capability``.
         head_size: D, at most 256.
-        bits: of an element of q: 16 or 32.
-        segment_length: mean number of rows that see a key, see :func:`~gisting_kernels.plan.mean_segment_length`.
+        bits: bits per element of q, 16 or 32.
+        segment_length: mean number of rows that see a key; see :func:`~gisting_kernels.plan.mean_segment_length`.
         has_bias: whether there is a relative bias.
 
     Raises:
-        ValueError: ``GISTING_KERNEL_CONFIG`` cannot be read, or the table has no such head size.
+        ValueError: ``GISTING_KERNEL_CONFIG`` is not valid, or the table has no row for this head size.
     """
     forced = _forced(os.environ.get(ENVIRONMENT_VARIABLE, ""))
     is_small = has_little_shared_memory(capability)
@@ -85,7 +85,7 @@ def tile_sizes(
             and row.get("segment", segments[-1]) in segments
         ]
         if not rows:
-            raise ValueError(f"there are no tile sizes for head size {head_size} of {bits} bits")
+            raise ValueError(f"there are no tile sizes for head size {head_size} with {bits} bits")
         row = min(rows, key=lambda row: segments.index(row.get("segment", segments[-1])))
         size = forced.get(kernel, TileSizes(*row["tile"]))
         if is_small and kernel not in forced:
@@ -96,8 +96,9 @@ def tile_sizes(
 
 
 def has_little_shared_memory(capability: tuple[int, int]) -> bool:
-    """Whether a card of compute ``capability`` 8.6, 8.7, 8.9 or 12.x has less of it, 99 KiB a program, than the class
-    that it would fall in.
+    """Return whether a card has only 99 KiB of shared memory per program, less than others of its class.
+
+    These are the cards of compute ``capability`` 8.6, 8.7, 8.9 and 12.x.
     """
     return capability in ((8, 6), (8, 7), (8, 9)) or capability >= (12, 0)
 
@@ -111,16 +112,15 @@ def _forced(text: str) -> dict[str, TileSizes]:
         values = numbers.split(",")
         if kernel not in KERNELS or len(values) != 4 or not all(value.isdigit() for value in values):
             raise ValueError(
-                f"{ENVIRONMENT_VARIABLE}: expected KERNEL=ROWS,KEYS,WARPS,STAGES with a kernel of "
-                f"{', '.join(KERNELS)}, several joined by ';', got {part!r}"
+                f"{ENVIRONMENT_VARIABLE}: expected KERNEL=ROWS,KEYS,WARPS,STAGES, separated by ';', where KERNEL is "
+                f"one of {', '.join(KERNELS)}, got {part!r}"
             )
         size = TileSizes(*(int(value) for value in values))
         for name in ("rows", "keys", "warps"):
             value = getattr(size, name)
+            at_least = "" if name == "warps" else " of at least 16"
             if value & (value - 1) or (name != "warps" and value < 16) or value < 1:
-                raise ValueError(
-                    f"{ENVIRONMENT_VARIABLE}: {name} must be a power of two (of at least 16), got {part!r}"
-                )
+                raise ValueError(f"{ENVIRONMENT_VARIABLE}: {name} must be a power of two{at_least}, got {part!r}")
         if size.stages < 1:
             raise ValueError(f"{ENVIRONMENT_VARIABLE}: stages must be at least 1, got {part!r}")
         forced[kernel] = size

@@ -1,16 +1,15 @@
-"""Decoding: a few query rows against many keys, some of them shared by the whole batch. No gradients.
+"""Decoding: attention of a few query rows to many keys. No gradients.
 
-Place in the flow: beside forward; **decode** -> op's callers. One query row gives a tile nothing to multiply, so the
-rows are packed: the GROUP heads that read one key head, and for keys that every sequence shares (a gist prefix) the
-rows of all sequences, which then are read once for the batch (Hydragen, arXiv 2402.05099). Keys are split over programs
-to fill the card, and the splits' results merged by their log-sum-exps (base 2; FlashAttention-2, section 3.1):
+Place in the flow: next to forward; **decode** -> op's callers. A single query row leaves most of a tile empty, so the
+rows of the GROUP heads that read the same key head are packed into one tile. The keys are split over programs to fill
+the card, and the results of the splits are merged by their log-sum-exps (base 2; FlashAttention-2, section 3.1):
 
     out = sum_s 2^(lse_s - m) out_s / sum_s 2^(lse_s - m)        m = max_s lse_s
 
 Names as in ``forward.py``.
 """
 
-# What stands in a kernel is Triton's language, typed for its compiler; so are the launches.
+# Kernels are written in Triton's language and typed for its compiler, and so are their launches.
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportUnboundVariable=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from .plan import TileSizes
 
 __all__ = ["decode_kernel", "decode_size", "merge_kernel", "run_decode"]
 
-# More splits than this cost more to merge than they gain.
+# Beyond this number of splits, merging costs more than splitting gains.
 _MAX_SPLITS = 64
 
 
 def decode_size(num_packed: int, head_size: int, bits: int, *, is_small: bool = False) -> TileSizes:
-    """The tile of the decoding kernel.
+    """Return the tile of the decoding kernel.
 
     Args:
-        num_packed: rows that are packed, those of a group's heads, or of all sequences too where keys are shared.
+        num_packed: rows packed together, T times the heads of a group.
         head_size: D.
-        bits: of a number of q.
-        is_small: for a card with little shared memory.
+        bits: bits per element of q.
+        is_small: whether the card has little shared memory.
     """
     rows, keys, warps = (64, 64, 8 if head_size > 128 else 4) if bits <= 16 else (32, 32, 4)
     if is_small and head_size > 128:
@@ -48,33 +47,30 @@ def decode_size(num_packed: int, head_size: int, bits: int, *, is_small: bool = 
 def decode_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_first, p_end,
     s_qb, s_qh, s_qt, s_qd, s_kb, s_kh, s_kk, s_kd, s_vb, s_vh, s_vk, s_vd,
-    s_mask, num_heads, num_rows, num_keys, row_start, num_packed, keys_per_split, split_start, s_split,
-    scale, softcap,
-    GROUP: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    s_mask, num_heads, num_rows, num_keys, row_start, keys_per_split, s_split, scale, softcap,
+    GROUP: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM packed rows of one key head, one split of its keys.
+    """Attend with BM packed rows of one key head to one split of its keys.
 
-    Packed row r of batch entry b is row ``b num_packed + r`` of (B, T, GROUP); with keys that the batch shares there is
-    one entry of B T GROUP rows. Writes ``(splits, B, H, T, D)`` and ``(splits, B, H, T)``, float32.
+    Packed row r of a sequence is row ``r // GROUP`` of head ``r % GROUP`` of the group. Writes float32
+    ``(splits, B, H, T, D)`` and ``(splits, B, H, T)``.
     """
     i_bg, i_block, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_groups = num_heads // GROUP
-    i_entry, i_g = i_bg // num_groups, i_bg % num_groups
+    i_b, i_g = i_bg // num_groups, i_bg % num_groups
     o_packed = i_block * BM + tl.arange(0, BM)
-    m_row = o_packed < num_packed
-    o_flat = i_entry * num_packed + o_packed
-    o_b = (o_flat // (num_rows * GROUP)).to(tl.int64)
-    o_t = (o_flat // GROUP) % num_rows
-    o_h = i_g * GROUP + o_flat % GROUP
+    m_row = o_packed < num_rows * GROUP
+    o_t = o_packed // GROUP
+    o_h = i_g * GROUP + o_packed % GROUP
     o_row = row_start + o_t
     o_dim = tl.arange(0, BD)
-    p_rows = p_q + o_b * s_qb + o_h.to(tl.int64) * s_qh + o_t.to(tl.int64) * s_qt
+    p_rows = p_q + i_b.to(tl.int64) * s_qb + o_h.to(tl.int64) * s_qh + o_t.to(tl.int64) * s_qt
     # (BM, BD)
     b_q = tl.load(p_rows[:, None] + o_dim[None, :] * s_qd, mask=m_row[:, None] & (o_dim[None, :] < D), other=0.0)
-    p_k += i_entry.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
-    p_v += i_entry.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
-    i_mask = (i_entry * s_mask).to(tl.int64) * num_keys
+    p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
+    p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
+    i_mask = (i_b * s_mask).to(tl.int64) * num_keys
 
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
@@ -91,11 +87,9 @@ def decode_kernel(
             b_s = cap(b_s, scale, softcap) * LOG2E
         else:
             b_s = b_s * (scale * LOG2E)
-        m_seen = m_key[None, :]
-        if MASKED:
-            b_first = tl.load(p_first + i_mask + o_key, mask=m_key, other=0)
-            b_end = tl.load(p_end + i_mask + o_key, mask=m_key, other=0)
-            m_seen = (o_row[:, None] >= b_first[None, :]) & (o_row[:, None] < b_end[None, :])
+        b_first = tl.load(p_first + i_mask + o_key, mask=m_key, other=0)
+        b_end = tl.load(p_end + i_mask + o_key, mask=m_key, other=0)
+        m_seen = (o_row[:, None] >= b_first[None, :]) & (o_row[:, None] < b_end[None, :])
         b_s = tl.where(m_seen, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -108,7 +102,7 @@ def decode_kernel(
     m_empty = b_sum == 0.0
     b_sum = tl.where(m_empty, 1.0, b_sum)
     b_lse = tl.where(m_empty, float("-inf"), b_max + tl.math.log2(b_sum))
-    o_out = (split_start + i_split).to(tl.int64) * s_split + (o_b * num_heads + o_h) * num_rows + o_t
+    o_out = i_split.to(tl.int64) * s_split + (i_b.to(tl.int64) * num_heads + o_h) * num_rows + o_t
     p_tile = p_out + o_out[:, None] * D + o_dim[None, :]
     tl.store(p_tile, b_acc / b_sum[:, None], mask=m_row[:, None] & (o_dim[None, :] < D))
     tl.store(p_lse + o_out, b_lse, mask=m_row)
@@ -119,7 +113,7 @@ def merge_kernel(
     p_parts, p_lse, p_out, s_ob, s_oh, s_ot, s_od, num_splits, num_heads, num_rows, s_split,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the splits of one row."""
+    """Merge the splits of one row."""
     i_row = tl.program_id(0).to(tl.int64)
     o_split = tl.arange(0, BS)
     o_dim = tl.arange(0, BD)
@@ -144,8 +138,6 @@ def run_decode(
     v: Tensor,
     first: Tensor,
     end: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
     scale: float,
     softcap: float,
     precision: str,
@@ -153,7 +145,7 @@ def run_decode(
     *,
     is_small: bool = False,
 ) -> Tensor:
-    """Launch what :func:`gisting_kernels.decode_attention` asks for, its arguments checked.
+    """Launch the kernels for :func:`gisting_kernels.decode_attention`, whose arguments have been checked.
 
     Args:
         q: ``(B, H, T, D)``, floating point.
@@ -161,13 +153,11 @@ def run_decode(
         v: ``(B, G, K, D)``, dtype of q.
         first: int32 ``(B or 1, K)``, contiguous.
         end: int32 ``(B or 1, K)``, contiguous.
-        prefix_k: ``(1, G, P, D)``, dtype of q, or None.
-        prefix_v: ``(1, G, P, D)``, dtype of q, or None.
         scale: factor of the scores.
         softcap: 0 for none.
         precision: of the matrix products, as ``tl.dot`` names it.
-        num_processors: of the device, by which keys are split.
-        is_small: whether it has little shared memory.
+        num_processors: number of processors of the device; more processors make more splits.
+        is_small: whether the device has little shared memory.
 
     Returns:
         ``(B, H, T, D)`` in the dtype and layout of q.
@@ -176,43 +166,30 @@ def run_decode(
     if out.numel() == 0:
         return out
     batch, heads, rows, size = q.shape
-    groups = k.shape[1]
+    groups, num_keys = k.shape[1], k.shape[2]
+    if num_keys == 0:
+        return out.zero_()
     group = heads // groups
     padded = max(16, 1 << (size - 1).bit_length())
-    # (keys, values, number of keys, entries, packed rows, whether masked)
-    parts = [(k, v, k.shape[2], batch, rows * group, True)]
-    if prefix_k is not None and prefix_v is not None:
-        parts.append((prefix_k, prefix_v, prefix_k.shape[2], 1, batch * rows * group, False))
-    launches, num_splits = [], 0
-    for keys, values, num_keys, entries, packed, is_masked in parts:
-        if num_keys == 0:
-            continue
-        tile = decode_size(packed, size, q.element_size() * 8, is_small=is_small)
-        num_blocks = -(-packed // tile.rows)
-        # Twice as many programs as processors, but never a split smaller than a block of keys.
-        wanted = max(1, 2 * num_processors // (num_blocks * entries * groups))
-        num_tiles = -(-num_keys // tile.keys)
-        per_split = -(-num_tiles // min(wanted, num_tiles, _MAX_SPLITS)) * tile.keys
-        splits = -(-num_keys // per_split)
-        launches.append((keys, values, num_keys, entries, packed, is_masked, tile, num_blocks, per_split, splits))
-        num_splits += splits
-    if not launches:
-        return out.zero_()
-    rows_total = batch * heads * rows
-    results = torch.empty((num_splits, rows_total, size), dtype=torch.float32, device=q.device)
-    lse = torch.empty((num_splits, rows_total), dtype=torch.float32, device=q.device)
-    start = 0
-    for keys, values, num_keys, entries, packed, is_masked, tile, num_blocks, per_split, splits in launches:
-        decode_kernel[(entries * groups, num_blocks, splits)](
-            q, keys, values, results, lse, first, end, *q.stride(), *keys.stride(), *values.stride(),
-            0 if first.shape[0] == 1 else 1, heads, rows, num_keys, max(k.shape[2] - rows, 0), packed,
-            per_split, start, rows_total, scale, softcap,
-            GROUP=group, MASKED=is_masked, SOFTCAP=softcap > 0, D=size, BD=padded, BM=tile.rows, BN=tile.keys,
-            PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        )  # fmt: skip
-        start += splits
-    merge_kernel[(rows_total,)](
-        results, lse, out, *out.stride(), num_splits, heads, rows, rows_total,
+    tile = decode_size(rows * group, size, q.element_size() * 8, is_small=is_small)
+    num_blocks = -(-rows * group // tile.rows)
+    # Twice as many programs as processors, but no split smaller than one tile of keys.
+    wanted = max(1, 2 * num_processors // (num_blocks * batch * groups))
+    num_tiles = -(-num_keys // tile.keys)
+    keys_per_split = -(-num_tiles // min(wanted, num_tiles, _MAX_SPLITS)) * tile.keys
+    num_splits = -(-num_keys // keys_per_split)
+    num_results = batch * heads * rows
+    results = torch.empty((num_splits, num_results, size), dtype=torch.float32, device=q.device)
+    lse = torch.empty((num_splits, num_results), dtype=torch.float32, device=q.device)
+    decode_kernel[(batch * groups, num_blocks, num_splits)](
+        q, k, v, results, lse, first, end, *q.stride(), *k.stride(), *v.stride(),
+        0 if first.shape[0] == 1 else 1, heads, rows, num_keys, max(num_keys - rows, 0), keys_per_split, num_results,
+        scale, softcap,
+        GROUP=group, SOFTCAP=softcap > 0, D=size, BD=padded, BM=tile.rows, BN=tile.keys,
+        PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    merge_kernel[(num_results,)](
+        results, lse, out, *out.stride(), num_splits, heads, rows, num_results,
         D=size, BD=padded, BS=1 << (num_splits - 1).bit_length(), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -1,22 +1,23 @@
 """The forward kernel: out = softmax(scores) v over the keys that a row sees, and the log-sum-exp of each row.
 
-Place in the flow: plan -> **forward** -> op. With ``s = scale q k^T`` (then ``softcap tanh(s / softcap)``, then plus
-T5's relative bias, arXiv 1910.10683) a program keeps, for its tile of rows, the running maximum m, the running sum l
-and the unnormalised output of the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867; FlashAttention-2,
-arXiv 2307.08691):
+Place in the flow: plan -> **forward** -> op. The scores are ``s = scale q k^T``, then ``softcap tanh(s / softcap)``,
+then plus T5's relative bias (arXiv 1910.10683). A program keeps, for its tile of rows, the running maximum m, the
+running sum l and the unnormalised output of the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867;
+FlashAttention-2, arXiv 2307.08691):
 
     m' = max(m, max_j s_j)      l' = l 2^(m - m') + sum_j 2^(s_j - m')      acc' = acc 2^(m - m') + 2^(s - m') v
 
-Scores are kept in base 2 (scaled by log2 e), for ``exp2`` is what the hardware has; so is the log-sum-exp. A row that
-sees nothing has l = 0: it gives zeros, and the log-sum-exp +infinity, with which 2^(s - lse) is 0 in the backward.
+Scores and the log-sum-exp are kept in base 2 (multiplied by log2 e), because the hardware has ``exp2``. A row that sees
+no key has l = 0. It gives zeros and a log-sum-exp of +infinity, with which 2^(s - lse) is 0 in the backward.
 
-The loop over the list of tiles carries the next index (else Triton cannot load ahead), and loads the same for partial
-and full tiles: a branch round the loads would end software pipelining, a branch round the mask does not.
+The loop over the list of tiles carries the next index, because Triton could not load ahead otherwise. It loads the same
+data for partial and full tiles: a branch around the loads would prevent software pipelining, while a branch around the
+mask does not.
 
 Names: ``i_`` index, ``o_`` offsets, ``p_`` pointer, ``b_`` block of values, ``m_`` mask, ``s_`` stride in elements.
 """
 
-# What stands in a kernel is Triton's language, typed for its compiler; so are the launches.
+# Kernels are written in Triton's language and typed for its compiler, and so are their launches.
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportUnboundVariable=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def tanh(x):
-    """tanh in float32; the power series where the quotient would cancel."""
+    """Compute tanh in float32, by a power series where the quotient would cancel."""
     small = x * x
     series = x * (1.0 + small * (-1.0 / 3 + small * (2.0 / 15 + small * (-17.0 / 315 + small * (62.0 / 2835)))))
     quotient = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
@@ -40,29 +41,29 @@ def tanh(x):
 
 @triton.jit
 def cap(b_dot, scale, softcap):
-    """softcap tanh(scale q k^T / softcap), natural units."""
+    """Compute softcap tanh(scale q k^T / softcap), not in base 2."""
     return softcap * tanh(b_dot * (scale / softcap))
 
 
 @triton.jit
 def bias_tile(p_table, i_h, o_row, o_key, s_table, WIDTH):
-    """The relative bias of a tile, gathered: entry clamp(j - i, -W, W) + W of the head's row of the table."""
+    """Gather the relative bias of a tile: entry clamp(j - i, -W, W) + W of the head's row of the table."""
     o_entry = tl.minimum(tl.maximum(o_key - o_row, -WIDTH), WIDTH) + WIDTH
     return tl.load(p_table + i_h * s_table + o_entry)
 
 
 @triton.jit
 def keep_tile(seed, i_bh, o_row, o_key, num_keys, dropout):
-    """Which weights dropout keeps: a pure function of seed, head, row and key, so the backward draws the same.
+    """Choose the weights that dropout keeps, as a function of seed, head, row and key, so the backward keeps the same.
 
-    The number of the pair is taken modulo 2^32: beyond 65,536 rows and keys the pattern repeats.
+    The pair is numbered modulo 2^32, so the pattern repeats beyond 65,536 rows and keys.
     """
     return tl.rand(seed + tl.cast(i_bh, tl.int64) * 2654435769, o_row * num_keys + o_key) >= dropout
 
 
 @triton.jit
 def load_tile(p_base, o_row, o_dim, s_row, s_dim, num_rows, D: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr):
-    """A tile (rows, BD); rows from ``num_rows`` on and dimensions from D on are 0."""
+    """Load a tile (rows, BD). Rows from ``num_rows`` on and dimensions from D on are 0."""
     p_tile = p_base + o_row[:, None] * s_row + o_dim[None, :] * s_dim
     if EVEN:
         if D == BD:
@@ -84,9 +85,9 @@ def _walk(
     NEAR: tl.constexpr, BIAS: tl.constexpr, WIDTH, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tiles ``i_begin <= i < i_end`` of the list; those before ``i_masked`` are partial.
+    """Walk the tiles ``i_begin <= i < i_end`` of the list. Tiles before ``i_masked`` are partial.
 
-    NEAR: the bias is gathered and the mask always tested. Otherwise the bias of a tile is one scalar.
+    With NEAR, the bias is gathered; otherwise the bias of a tile is one scalar.
     """
     i_next = tl.load(p_list + i_begin)
     for i in tl.range(i_begin, i_end):  # pyright: ignore
@@ -112,10 +113,10 @@ def _walk(
         if i < i_masked:
             m_seen = (o_row[:, None] >= b_first[None, :]) & (o_row[:, None] < b_end[None, :])
             b_s = tl.where(m_seen, b_s, float("-inf"))
-        # Without softcap and bias the scale is folded into the exponent, where it is one fused multiply-add.
+        # Without softcap and bias, the scale is part of the exponent, as one fused multiply-add.
         factor = 1.0 if SOFTCAP or BIAS else scale * LOG2E
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
-        # A row that has seen nothing yet has maximum -infinity; -inf - -inf would be NaN.
+        # A row that has seen no key yet has the maximum -infinity, and -inf - -inf would be NaN.
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.math.exp2(b_s * factor - b_shift[:, None])
         b_decay = tl.math.exp2(b_max - b_shift)
@@ -139,9 +140,10 @@ def forward_kernel(
     GROUP: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM rows of one query head. ``s_mask`` is 1, or 0 where one mask serves every sequence.
+    """Attend with BM rows of one query head. ``s_mask`` is 1, or 0 if one mask serves every sequence.
 
-    Programs of the heads that share keys are neighbours (they find them in L2), the longest tiles of rows come first.
+    Heads that share keys run in neighbouring programs, which find the keys in the L2 cache. Tiles of rows with the
+    longest lists come first.
     """
     i_program = tl.program_id(0)
     i_group = i_program % GROUP

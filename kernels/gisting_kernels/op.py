@@ -1,10 +1,10 @@
-"""The operator: interval attention with its gradients, as a torch custom op that runs the Triton kernels.
+"""The operators: interval attention with its gradients, and decoding, as torch custom ops that run the Triton kernels.
 
-Place in the flow: plan, forward, backward -> **op** -> the caller. ``torch.ops.gisting.interval_attention`` has a
-schema, shapes for fake tensors and a backward of its own, so ``torch.compile(fullgraph=True)``, ``torch.export`` and
-gradient checkpointing go through it; a selective checkpoint can keep its result (:func:`keep_attention`).
+Place in the flow: plan, forward, backward, decode -> **op** -> the caller. ``torch.ops.gisting.interval_attention`` has
+a schema, a fake implementation and a backward, so it works under ``torch.compile(fullgraph=True)``, ``torch.export``
+and gradient checkpointing. A selective checkpoint can keep its result (:func:`keep_attention`).
 
-On a machine without a GPU the kernels run under ``TRITON_INTERPRET=1`` (set before the first import of triton), slowly.
+On a machine without a GPU the kernels run, slowly, under ``TRITON_INTERPRET=1`` (set before triton is first imported).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .plan import Plan, TileSizes, make_plan, mean_segment_length
 __all__ = ["decode_attention", "interval_attention", "is_interpreting", "keep_attention", "plan_tiles", "why_not"]
 
 MAX_HEAD_SIZE = 256
-# Three TF32 products need both operands twice in registers: beyond this size they do not fit.
+# Three TF32 products keep both operands twice in registers, where larger heads do not fit.
 MAX_HEAD_SIZE_FLOAT32 = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# In the plan's list of tensors
+# Indices into Plan.tensors()
 _FIRST, _END, _FORWARD, _QUERY, _TABLE, _BOUNDS, _KEY_ORDER = 0, 1, 2, 5, 8, 11, 12
 
 
 def is_interpreting() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    """Return whether Triton runs its kernels in Python, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not(q: Tensor, v: Tensor, scale: float, *, has_bias: bool) -> str | None:
-    """Why the kernels cannot serve a call, or None: they can.
+    """Return why the kernels cannot serve a call, or None if they can.
 
     Args:
         q: ``(B, H, T, D)``, of any dtype.
@@ -46,7 +46,8 @@ def why_not(q: Tensor, v: Tensor, scale: float, *, has_bias: bool) -> str | None
         scale: factor of the scores.
         has_bias: whether there is a dense bias.
     """
-    # On the CPU the environment decides, which may change; torch.compile cannot trace what remembers.
+    # Not cached on the CPU, where the answer depends on the environment and may change, nor inside torch.compile, which
+    # cannot trace a cache.
     is_known = q.device.type == "cuda" and not torch.compiler.is_compiling()
     device_trouble, triton_trouble = (_known_troubles_of if is_known else _troubles_of)(q.device)
     if device_trouble is not None:
@@ -68,7 +69,7 @@ def why_not(q: Tensor, v: Tensor, scale: float, *, has_bias: bool) -> str | None
 
 
 def _troubles_of(device: torch.device) -> tuple[str | None, str | None]:
-    """What forbids the kernels whatever the tensors are: the device, or that triton is missing."""
+    """What rules the kernels out for any tensors: the device, and a missing triton."""
     try:
         import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -79,14 +80,14 @@ def _troubles_of(device: torch.device) -> tuple[str | None, str | None]:
     if device.type != "cuda" and not (is_interpreting() and device.type == "cpu"):
         device_trouble = f"the tensors are on {device.type}, not on a CUDA device"
     elif torch.version.hip is not None:
-        device_trouble = "this torch is for AMD cards, on which the kernels were never compiled"
+        device_trouble = "this torch is built for AMD cards, for which the kernels have never been compiled"
     elif device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         name = torch.cuda.get_device_name(device)
         device_trouble = f"{name} has no asynchronous copies (compute capability below 8.0)"
     return device_trouble, triton_trouble
 
 
-# Asked in every layer of every step: once is enough for a device.
+# Called in every layer of every step; the answer for a CUDA device does not change.
 _known_troubles_of = functools.cache(_troubles_of)
 
 
@@ -98,14 +99,15 @@ def plan_tiles(
     relative_width: int | None = None,
     segment_length: float | None = None,
 ) -> Plan:
-    """The plan for queries like ``q``; one serves every layer of a batch.
+    """Plan attention for queries like ``q``. One plan serves every layer of a batch.
 
     Args:
         first, end: integer ``(B or 1, K)``: key j is seen by the rows ``first[j] <= i < end[j]``.
-        q: ``(B, H, T, D)``: its device, dtype, head size and T count.
+        q: ``(B, H, T, D)``. Only its device, dtype, head size and T matter.
         relative_width: W of a relative bias ``(H, 2 W + 1)``, if there will be one.
-        segment_length: mean number of rows that see a key. By default it is measured, which reads one number back
-            from the device, where K is large enough to matter; never inside ``torch.compile`` or a CUDA graph.
+        segment_length: mean number of rows that see a key. By default it is measured where K is large enough to
+            matter, which reads one number back from the device. Inside ``torch.compile`` and while a CUDA graph is
+            captured it is never measured.
     """
     capability = (8, 0) if q.device.type != "cuda" else torch.cuda.get_device_capability(q.device)
     num_rows, num_keys = q.shape[2], first.shape[1]
@@ -134,26 +136,26 @@ def interval_attention(
     precision: str | None = None,
     is_checked: bool = False,
 ) -> Tensor:
-    """softmax(softcap(scale q k^T) + bias) v over the keys that a row sees. Rows that see nothing give zeros.
+    """Compute softmax(softcap(scale q k^T) + bias) v over the keys that each row sees. Rows that see none give zeros.
 
     Args:
-        q: ``(B, H, T, D)``, float16, bfloat16 or float32, any strides. Row t stands at ``max(K - T, 0) + t``.
+        q: ``(B, H, T, D)``, float16, bfloat16 or float32, any strides. Row t is row ``max(K - T, 0) + t`` of the mask.
         k, v: ``(B, G, K, D)``, as q; query head h reads key head ``h // (H // G)``.
-        plan: of :func:`plan_tiles`.
-        relative_bias: ``(H, 2 W + 1)``, floating point: entry ``clamp(j - i, -W, W) + W`` is added to a score. Its
-            gradient is exact and deterministic.
+        plan: what :func:`plan_tiles` returned.
+        relative_bias: ``(H, 2 W + 1)``, floating point: entry ``clamp(j - i, -W, W) + W`` is added to the score of row
+            i and key j. Its gradient is exact and deterministic.
         scale: positive; ``D ** -0.5`` by default.
-        softcap: scores become ``softcap tanh(score / softcap)``.
-        dropout: probability with which a weight is dropped.
-        seed: int64 ``(1,)`` on the device of q; the same seed drops the same weights. By default drawn from torch's
-            generator of that device.
-        precision: of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or ``"ieee"``. By
-            default tf32x3, or tf32 where ``torch.set_float32_matmul_precision`` allows it.
-        is_checked: skip the checks of all arguments. Only after a call with the same shapes, dtypes, devices and
-            options passed them, as in the layers of a model after the first; otherwise the result is undefined.
+        softcap: if given, scores become ``softcap tanh(score / softcap)``.
+        dropout: probability of dropping a weight.
+        seed: int64 ``(1,)`` on the device of q; the same seed drops the same weights. By default it is drawn from
+            torch's generator for that device.
+        precision: of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or ``"ieee"``. The
+            default is tf32x3, or tf32 where ``torch.set_float32_matmul_precision`` allows it.
+        is_checked: skip all argument checks. Only valid after a call with the same shapes, dtypes, devices and options
+            has passed them, as in every layer of a model after the first; otherwise the result is undefined.
 
     Returns:
-        ``(B, H, T, D)`` in the dtype and the memory layout of q.
+        ``(B, H, T, D)`` in the dtype and memory layout of q.
 
     Raises:
         ValueError: the arguments do not fit each other or the kernels.
@@ -185,22 +187,18 @@ def decode_attention(
     first: Tensor,
     end: Tensor,
     *,
-    prefix_k: Tensor | None = None,
-    prefix_v: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     is_checked: bool = False,
 ) -> Tensor:
-    """A few query rows against each sequence's own keys and, before them, keys that the whole batch shares.
+    """Compute attention for a few query rows, without gradients.
 
-    The shared keys (a gist prefix) are read once for the batch. Keys are split over programs, heads that read one key
-    head are packed. No gradients.
+    The heads that read the same key head are packed into one tile, and the keys are split over programs.
 
     Args:
-        q: ``(B, H, T, D)``, float16, bfloat16 or float32; row t stands at ``max(K - T, 0) + t`` among the own keys.
-        k, v: ``(B, G, K, D)``, dtype of q, own keys and values; K may be 0.
-        first, end: integer ``(B or 1, K)``: own key j is seen by the rows ``first[j] <= i < end[j]``.
-        prefix_k, prefix_v: ``(1, G, P, D)``, dtype of q, seen by every row, or None.
+        q: ``(B, H, T, D)``, float16, bfloat16 or float32. Row t is row ``max(K - T, 0) + t`` of the mask.
+        k, v: ``(B, G, K, D)``, dtype of q; K may be 0.
+        first, end: integer ``(B or 1, K)``: key j is seen by the rows ``first[j] <= i < end[j]``.
         scale, softcap, is_checked: as for :func:`interval_attention`.
 
     Returns:
@@ -211,18 +209,18 @@ def decode_attention(
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else float(scale)
     if not is_checked:
-        _check_decode(q, k, v, first, end, prefix_k, prefix_v, scale, softcap)
+        _check_decode(q, k, v, first, end, scale, softcap)
     return ops.decode_attention(
-        q, k, v, first.to(torch.int32).contiguous(), end.to(torch.int32).contiguous(), prefix_k, prefix_v, scale,
+        q, k, v, first.to(torch.int32).contiguous(), end.to(torch.int32).contiguous(), scale,
         0.0 if softcap is None else float(softcap),
     )  # fmt: skip
 
 
 def keep_attention() -> Any:
-    """A ``context_fn`` for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`` that keeps the attention.
+    """Return contexts that keep attention's result, for the argument ``context_fn`` of torch's ``checkpoint``.
 
-    Everything else is computed again in the backward; the result of attention, the dearest thing to make again and
-    among the cheapest to keep, is not.
+    With ``use_reentrant=False``, everything else is recomputed in the backward. The result of attention is expensive to
+    recompute and cheap to keep.
     """
     return create_selective_checkpoint_contexts(_keep_policy)
 
@@ -247,7 +245,7 @@ def _check(
     if reason is not None:
         raise ValueError(f"the kernels cannot serve this call: {reason}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(f"q, k and v must have the same dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     for name, tensor in (("k", k), ("v", v), ("plan", plan.first), ("relative_bias", relative_bias), ("seed", seed)):
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}; move one of them")
@@ -255,11 +253,11 @@ def _check(
         raise ValueError(f"seed must be one int64, got {seed.dtype} {tuple(seed.shape)}")
     batch, heads, rows, size = q.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+        raise ValueError(f"shapes do not match: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if plan.num_rows != rows or plan.num_keys != k.shape[2] or plan.first.shape[0] not in (1, batch):
         raise ValueError(
-            f"plan is for {plan.first.shape[0]} sequences of {plan.num_rows} rows and {plan.num_keys} keys, q and k "
-            f"have {batch} of {rows} and {k.shape[2]}; plan again"
+            f"plan is for {plan.first.shape[0]} sequences of {plan.num_rows} rows and {plan.num_keys} keys, but q and "
+            f"k have {batch} sequences of {rows} rows and {k.shape[2]} keys; call plan_tiles again"
         )
     if relative_bias is not None and (
         relative_bias.dim() != 2 or relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 == 0
@@ -267,7 +265,9 @@ def _check(
         raise ValueError(f"relative_bias must have shape ({heads}, 2 W + 1), got {tuple(relative_bias.shape)}")
     width = None if relative_bias is None else max(relative_bias.shape[1] // 2, 1)
     if plan.near != width:
-        raise ValueError(f"plan was made for a relative bias of width {plan.near}, got one of {width}; plan again")
+        raise ValueError(
+            f"plan was made for a relative bias of width {plan.near}, got width {width}; call plan_tiles again"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if not 0.0 <= dropout < 1.0:
@@ -280,32 +280,20 @@ def _check_decode(
     v: Tensor,
     first: Tensor,
     end: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
     scale: float,
     softcap: float | None,
 ) -> None:
     reason = why_not(q, v, scale, has_bias=False)
     if reason is not None:
         raise ValueError(f"the kernels cannot serve this call: {reason}")
-    if (prefix_k is None) != (prefix_v is None):
-        raise ValueError("prefix_k and prefix_v must be given together")
-    shape = (k.shape[1], q.shape[3])
-    for name, tensor in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        batch = 1 if name.startswith("prefix") else q.shape[0]
-        if tensor is None:
-            continue
+    shape = (q.shape[0], k.shape[1], k.shape[2], q.shape[3])
+    for name, tensor in (("k", k), ("v", v)):
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}; move one of them")
-        if tensor.dtype != q.dtype or tensor.shape[0] != batch or (tensor.shape[1], tensor.shape[3]) != shape:
-            raise ValueError(
-                f"{name} must be {q.dtype} of shape ({batch}, {shape[0]}, any, {shape[1]}), got {tensor.dtype} "
-                f"{tuple(tensor.shape)}"
-            )
+        if tensor.dtype != q.dtype or tensor.shape != shape:
+            raise ValueError(f"{name} must be {q.dtype} of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
     if first.device != q.device or end.device != q.device:
         raise ValueError(f"first and end must be on the device of q, {q.device}, got {first.device} and {end.device}")
-    if v.shape != k.shape or (prefix_v is not None and prefix_k is not None and prefix_v.shape != prefix_k.shape):
-        raise ValueError("keys and values must agree in length")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if (
@@ -315,7 +303,7 @@ def _check_decode(
         or first.shape[1] != k.shape[2]
         or first.shape[0] not in (1, q.shape[0])
     ):
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, first {tuple(first.shape)}")
+        raise ValueError(f"shapes do not match: q {tuple(q.shape)}, k {tuple(k.shape)}, first {tuple(first.shape)}")
 
 
 # -- the custom op -----------------------------------------------------------------------------------------------------
@@ -336,7 +324,7 @@ def _forward_op(
     sizes: Sequence[int],
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the log-sum-exp in base 2, float32 ``(B, H, T)``."""
+    """Return the output and the log-sum-exp in base 2, float32 ``(B, H, T)``."""
     from .forward import forward_kernel
 
     out = torch.empty_like(q)
@@ -388,7 +376,7 @@ def _backward_op(
     precision: str,
     needs_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the table, float32 ``(H, 2 W + 1)`` (empty unless ``needs_table``)."""
+    """Return the gradients of q, k, v and of the table, float32 ``(H, 2 W + 1)`` (empty unless ``needs_table``)."""
     from .backward import delta_kernel, key_kernel, query_kernel, table_kernel
 
     heads = q.shape[1]
@@ -491,8 +479,6 @@ def _decode_op(
     v: Tensor,
     first: Tensor,
     end: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
     scale: float,
     softcap: float,
 ) -> Tensor:
@@ -500,44 +486,40 @@ def _decode_op(
 
     precision = _precision(q.dtype, "")
     if _must_upcast(q):
-        wide = [None if tensor is None else tensor.float() for tensor in (q, k, v, prefix_k, prefix_v)]
-        out = _decode_op(*wide[:3], first, end, *wide[3:], scale, softcap)  # pyright: ignore[reportArgumentType]
-        return torch.empty_like(q).copy_(out)
+        return torch.empty_like(q).copy_(_decode_op(q.float(), k.float(), v.float(), first, end, scale, softcap))
     if q.device.type != "cuda":
-        return run_decode(q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, 4, is_small=False)
+        return run_decode(q, k, v, first, end, scale, softcap, precision, 4)
     processors, is_small = _card(q.device)
     with torch.cuda.device(q.device):
-        return run_decode(
-            q, k, v, first, end, prefix_k, prefix_v, scale, softcap, precision, processors, is_small=is_small
-        )
+        return run_decode(q, k, v, first, end, scale, softcap, precision, processors, is_small=is_small)
 
 
 @functools.cache
 def _card(device: torch.device) -> tuple[int, bool]:
-    """How many processors a card has, and whether it has little shared memory."""
+    """Return the number of a card's processors, and whether it has little shared memory."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return processors, has_little_shared_memory(torch.cuda.get_device_capability(device))
 
 
 @_decode_op.register_fake
-def _(q, k, v, first, end, prefix_k, prefix_v, scale, softcap):  # type: ignore[no-untyped-def]
+def _(q, k, v, first, end, scale, softcap):  # type: ignore[no-untyped-def]
     return torch.empty_like(q)
 
 
-def _precision(dtype: torch.dtype, asked: str) -> str:
-    """How float32 products are made; asked here, in the operator, for torch.compile cannot trace the question."""
+def _precision(dtype: torch.dtype, wanted: str) -> str:
+    """Choose how float32 products are computed, inside the operator, because torch.compile cannot trace the getter."""
     if dtype != torch.float32:
         return "ieee"
-    return asked or ("tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32")
+    return wanted or ("tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
 def _must_upcast(q: Tensor) -> bool:
-    """The interpreter multiplies the bit patterns of bfloat16 (Triton 3.9), and rounds to it by cutting off."""
+    """The interpreter multiplies the bit patterns of bfloat16 (Triton 3.9) and truncates when it rounds to bfloat16."""
     return q.dtype == torch.bfloat16 and q.device.type == "cpu"
 
 
 class _Launch:
-    """What every kernel of a call is launched with."""
+    """The arguments that all kernels of a call share."""
 
     def __init__(
         self,
@@ -554,7 +536,7 @@ class _Launch:
     ) -> None:
         self.group = q.shape[1] // k.shape[1]
         self.has_bias = table is not None
-        # Never read where there is none; any tensor on the device will do.
+        # A missing table or seed is never read; any tensor on the device will do.
         self.table = plan[_FIRST] if table is None else table
         self.seed = plan[_FIRST] if seed is None else seed
         self.padded = max(16, 1 << (q.shape[3] - 1).bit_length())
@@ -566,14 +548,14 @@ class _Launch:
         self._scalars = (scale, softcap, dropout, width)
 
     def numbers(self, *tiles: int) -> tuple[float, ...]:
-        """The scalar arguments, in the order in which every kernel takes them."""
+        """Return the scalar arguments in the order that every kernel takes them."""
         return (self._mask_stride, self._table_stride, *self._counts, *tiles, *self._scalars)
 
     def __call__(self, kernel: Any, num_programs: int, size: TileSizes) -> Any:
         launch = functools.partial(
             kernel[(num_programs,)], num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True
         )
-        # Entering a device costs a few microseconds, at each of some hundred launches of a step.
+        # Entering a device costs a few microseconds, and a training step has hundreds of launches.
         if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
             return launch
 

@@ -1,9 +1,9 @@
-"""Which tiles an interval mask touches, computed once per batch and read by every kernel of every layer.
+"""Find the tiles that an interval mask touches, once per batch, for every kernel of every layer.
 
-Place in the flow: first/end (from the caller) -> **plan** -> kernels. Torch operations, no loop over tiles, no tensor
-of N x N elements; on a GPU the kernels of ``plan_kernels.py`` give the same in a handful of launches. All that is
-needed of a tile of keys is four numbers over its *live* keys (those that anybody sees): the smallest and largest
-``first``, the smallest and largest ``end``. With rows ``r0 <= i < r1``:
+Place in the flow: first/end (from the caller) -> **plan** -> kernels. Written in torch operations, without a loop over
+tiles and without a tensor of N x N elements; on a GPU the kernels of ``plan_kernels.py`` compute the same in a few
+launches. Four numbers describe a tile of keys: the smallest and largest ``first`` and the smallest and largest ``end``
+of its *live* keys, the keys that some row sees. For the rows ``r0 <= i < r1``:
 
     visible   min first < r1  and  max end > r0        some row may see some key (conservative: perhaps none does)
     full      max first <= r0 and  min end >= r1       every row sees every key, none of them dead: no mask test
@@ -13,10 +13,10 @@ An example: 8 rows and keys in tiles of 2 x 2, prompt ``a b c``, gist ``G``, com
             a b  c G  d e  f g
       a b   P    .    .    .         P  partial: loaded, masked
       c G   F    P    .    .         F  full: loaded, no mask test
-      d e   .    P    P    .         .  neither loaded nor looked at
-      f g   .    P    F    P         (c is not seen by d and later, so its tile is never full below)
+      d e   .    P    P    .         .  skipped: not even loaded
+      f g   .    P    F    P         (the rows from d on do not see c, so the tile c G is never full for them)
 
-Forward and dQ walk a list of key tiles per tile of rows. dK/dV walks rows per tile of keys, and there an interval needs
+Forward and dQ walk a list of key tiles for each tile of rows. dK/dV walks the rows for each tile of keys, which needs
 no list: the rows that see any key of the tile lie between two bounds.
 """
 
@@ -44,13 +44,13 @@ _INT_MAX = torch.iinfo(torch.int32).max
 
 @dataclass(frozen=True)
 class TileSizes:
-    """A kernel's configuration: the shape of a tile, and how Triton is to compile it.
+    """The configuration of a kernel: the shape of its tile, and Triton's compile options.
 
     Args:
-        rows: query rows of a tile.
-        keys: keys of a tile.
-        warps: of a program.
-        stages: of its software pipeline.
+        rows: query rows in a tile.
+        keys: keys in a tile.
+        warps: warps per program.
+        stages: stages of the software pipeline.
     """
 
     rows: int
@@ -60,19 +60,19 @@ class TileSizes:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and keys."""
+        """The rows and keys of a tile."""
         return self.rows, self.keys
 
 
 @dataclass(frozen=True)
 class TileLists:
-    """Per tile of rows, the key tiles to walk: first those near the diagonal, then partial, then full ones.
+    """The key tiles to walk for each tile of rows: near ones first, then partial, then full ones.
 
     Args:
-        tiles: int32 ``(B, row tiles, key tiles + 1)``, indices of key tiles. One longer than needed, for the kernel
-            loads the next index before it works on this one.
-        counts: int32 ``(B, row tiles, 3)``: where near, partial and full ones end in the list.
-        order: int32 ``(B, row tiles)``, row tiles by length of their list, longest first.
+        tiles: int32 ``(B, row tiles, key tiles + 1)``, indices of key tiles. One longer than needed, because the kernel
+            loads the next index before it works on the current tile.
+        counts: int32 ``(B, row tiles, 3)``: where the near, partial and full tiles end in the list.
+        order: int32 ``(B, row tiles)``, row tiles sorted by the length of their lists, longest first.
     """
 
     tiles: Tensor
@@ -82,11 +82,11 @@ class TileLists:
 
 @dataclass(frozen=True)
 class RowRanges:
-    """Per tile of keys, the rows that see any of them.
+    """The rows that see any key, for each tile of keys.
 
     Args:
         bounds: int32 ``(B, key tiles, 2)``: the half-open range of row tiles.
-        order: int32 ``(B, key tiles)``, key tiles by number of row tiles, longest first.
+        order: int32 ``(B, key tiles)``, key tiles sorted by their number of row tiles, largest first.
     """
 
     bounds: Tensor
@@ -95,14 +95,14 @@ class RowRanges:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernels need to know about the intervals of a batch; B is 1 where one mask serves every sequence.
+    """What the kernels need to know about the intervals of a batch. B is 1 if one mask serves every sequence.
 
     Args:
         first, end: int32 ``(B, K)``, contiguous.
         forward, backward_query, backward_table: lists for the forward, dQ and table-gradient kernels.
         backward_key: ranges for the dK/dV kernel.
-        num_rows: T; query row t stands at ``max(K - T, 0) + t``.
-        near: W, the distance from which a relative bias is constant, or None where there is none.
+        num_rows: T; query row t is row ``max(K - T, 0) + t`` of the mask.
+        near: W, the distance from which a relative bias is constant, or None without a bias.
         sizes: tile sizes of the forward, dQ, dK/dV and table-gradient kernels.
     """
 
@@ -120,11 +120,11 @@ class Plan:
 
     @property
     def num_keys(self) -> int:
-        """K."""
+        """K, the number of keys."""
         return self.first.shape[1]
 
     def __post_init__(self) -> None:
-        # Every layer asks for both in every step, so they are made once.
+        # Every layer uses both lists in every step, so they are made once.
         lists = (self.forward, self.backward_query, self.backward_table)
         tensors = [
             self.first,
@@ -138,14 +138,16 @@ class Plan:
         object.__setattr__(self, "_numbers", numbers)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor, int32, in the order in which the custom op takes them; of lists and ranges the shapes are
-        theirs. The same list every time: do not change it.
+        """Return all tensors, int32, in the order that the custom op takes them.
+
+        The list is shared: do not change it.
         """
         return self._tensors
 
     def numbers(self) -> list[int]:
-        """Rows, keys, warps and stages of each of ``sizes``, flat, as the custom op takes them. The same list every
-        time: do not change it.
+        """Return rows, keys, warps and stages of each of ``sizes``, as the custom op takes them.
+
+        The list is shared: do not change it.
         """
         return self._numbers
 
@@ -163,8 +165,8 @@ def make_plan(
     Args:
         first, end: integer ``(B, K)``.
         num_rows: T.
-        sizes: of the forward, dQ, dK/dV and table-gradient kernels.
-        near: W of a relative bias ``(H, 2 W + 1)``; key tiles with some ``|j - i| < W`` are then listed apart.
+        sizes: tile sizes of the forward, dQ, dK/dV and table-gradient kernels.
+        near: W of a relative bias ``(H, 2 W + 1)``; key tiles with some ``|j - i| < W`` are then listed separately.
 
     Returns:
         The plan, on the device of ``first``.
@@ -173,7 +175,7 @@ def make_plan(
     start = max(first.shape[1] - num_rows, 0)
     lists: dict[tuple[int, int], TileLists] = {}
     forward, query, key, table = sizes
-    # Without a bias nothing walks the lists of the table gradient.
+    # Without a bias, no kernel walks the lists of the table gradient.
     table = query if near is None else table
     for size in (forward, query, table):
         if size.shape not in lists:
@@ -194,15 +196,15 @@ def make_plan(
 def list_tiles(
     first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int], near: int | None = None
 ) -> TileLists:
-    """The lists for tiles of a size.
+    """List the tiles of one size.
 
     Args:
         first: int32 ``(B, K)``.
         end: int32 ``(B, K)``.
-        num_rows: T; the rows stand at ``start .. start + num_rows - 1``.
-        start: where the first row stands.
+        num_rows: T; the rows are ``start .. start + num_rows - 1`` of the mask.
+        start: index of the first row.
         size: rows and keys of a tile.
-        near: W of a relative bias: key tiles with some ``|j - i| < W`` are listed apart; None for none.
+        near: W of a relative bias, or None without one; key tiles with some ``|j - i| < W`` are listed separately.
     """
     if _is_fused(first, num_rows):
         from .plan_kernels import list_tiles_fused
@@ -221,7 +223,7 @@ def list_tiles(
     kind = torch.where(is_full, 2, 1)
     if near is not None:
         key_first = torch.arange(num_tiles, dtype=torch.int32, device=device) * tile_keys
-        # Distances j - i of the whole tile, rows beyond the last among them: what the kernel computes must be exact.
+        # The distances j - i of the whole tile, including rows beyond the last, because the kernel computes with those.
         lowest = key_first - (r0 + tile_rows - 1)
         highest = key_first + (tile_keys - 1) - r0
         kind = torch.where((lowest < near) & (highest > -near), 0, kind)
@@ -232,13 +234,13 @@ def list_tiles(
 
 
 def range_rows(first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int]) -> RowRanges:
-    """The ranges for tiles of a size.
+    """Find the row ranges for tiles of one size.
 
     Args:
         first: int32 ``(B, K)``.
         end: int32 ``(B, K)``.
-        num_rows: T; the rows stand at ``start .. start + num_rows - 1``.
-        start: where the first row stands.
+        num_rows: T; the rows are ``start .. start + num_rows - 1`` of the mask.
+        start: index of the first row.
         size: rows and keys of a tile.
     """
     if _is_fused(first, num_rows):
@@ -256,15 +258,15 @@ def range_rows(first: Tensor, end: Tensor, num_rows: int, start: int, size: tupl
 
 
 def _is_fused(first: Tensor, num_rows: int) -> bool:
-    """Triton on a GPU; inside ``torch.compile`` torch operations, which the compiler fuses itself."""
+    """Use Triton on a GPU, except inside ``torch.compile``, which fuses torch operations itself."""
     return first.is_cuda and first.numel() > 0 and num_rows > 0 and not torch.compiler.is_compiling()
 
 
 def _bounds(first: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Smallest and largest first, smallest and largest end of the live keys of each tile, each ``(B, key tiles)``.
+    """Return the smallest and largest first, and the smallest and largest end, of each tile: ``(B, key tiles)`` each.
 
-    A dead key counts as "first = infinity, end = 0" where that forbids the tile to be full, and not at all where it
-    would make the tile visible. Keys beyond the last are dead.
+    A dead key gets first = infinity and end = 0, so its tile cannot be full, and it does not make its tile visible.
+    Keys beyond the last are dead.
     """
     num_keys = first.shape[1]
     missing = -num_keys % size
@@ -281,9 +283,9 @@ def _longest_first(length: Tensor) -> Tensor:
 
 
 def mean_segment_length(first: Tensor, end: Tensor, num_rows: int) -> float:
-    """How many rows see a key, averaged over the keys that anybody sees: what tile sizes are chosen by.
+    """Return how many rows see a key, averaged over the keys that some row sees. Tile sizes depend on it.
 
-    Reads one number back from the device.
+    Reads two numbers back from the device, in one transfer.
 
     Args:
         first: integer ``(B, K)``.

@@ -1,10 +1,10 @@
-"""The plan in a handful of launches: what ``plan.py`` computes with some hundred torch operations, as Triton kernels.
+"""The plan as Triton kernels: a few launches replace the hundred or so torch operations of ``plan.py``.
 
-Place in the flow: beside plan, which calls this on a GPU. Results are those of the torch operations, to the number;
-only behind the end of a list there is 0 here. Names as in ``forward.py``.
+Place in the flow: next to plan, which calls this on a GPU. The results equal those of the torch operations, except that
+the entries after the end of a list are 0 here. Names as in ``forward.py``.
 """
 
-# What stands in a kernel is Triton's language, typed for its compiler; so are the launches.
+# Kernels are written in Triton's language and typed for its compiler, and so are their launches.
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportUnboundVariable=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INT_MAX = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def bounds_kernel(p_first, p_end, p_bounds, num_keys, num_tiles, BN: tl.constexpr):
-    """Smallest and largest first, smallest and largest end of the live keys of a tile: ``(B, key tiles, 4)``."""
+    """Find the smallest and largest first, and the same of end, over a tile's live keys: ``(B, key tiles, 4)``."""
     i_b, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_key = i_tile * BN + tl.arange(0, BN)
     b_first = tl.load(p_first + i_b * num_keys + o_key, mask=o_key < num_keys, other=0)
@@ -39,7 +39,7 @@ def bounds_kernel(p_first, p_end, p_bounds, num_keys, num_tiles, BN: tl.constexp
 
 @triton.jit
 def _kinds(p_bounds, o_tile, num_tiles, row, row_end, BM: tl.constexpr, BN: tl.constexpr, NEAR, HAS_NEAR: tl.constexpr):
-    """0 near, 1 partial, 2 full, 3 not visible."""
+    """Classify tiles: 0 near, 1 partial, 2 full, 3 not visible."""
     m_tile = o_tile < num_tiles
     first_min = tl.load(p_bounds + o_tile * 4, mask=m_tile, other=_INT_MAX)
     first_max = tl.load(p_bounds + o_tile * 4 + 1, mask=m_tile, other=_INT_MAX)
@@ -58,7 +58,7 @@ def list_kernel(
     p_bounds, p_tiles, p_counts, p_lengths, num_rows, row_start, num_row_tiles, num_tiles, NEAR,
     HAS_NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The list of one tile of rows: counted first, then written, kind by kind, in the order of the tiles."""
+    """Make the list of one tile of rows: count the kinds first, then write the tiles, kind by kind, in order."""
     i_b, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = row_start + i_tile * BM
     row_end = tl.minimum(row + BM, row_start + num_rows)
@@ -94,7 +94,7 @@ def list_kernel(
 def range_kernel(
     p_first, p_end, p_ranges, p_lengths, num_rows, row_start, num_keys, num_tiles, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """The range of row tiles of one tile of keys."""
+    """Find the range of row tiles for one tile of keys."""
     i_b, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_key = i_tile * BN + tl.arange(0, BN)
     b_first = tl.load(p_first + i_b * num_keys + o_key, mask=o_key < num_keys, other=0)
@@ -115,7 +115,7 @@ def range_kernel(
 
 @triton.jit
 def order_kernel(p_lengths, p_order, num_tiles, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """A stable sort, longest first: the place of an entry is the number of those that come before it."""
+    """Sort stably, longest first: the place of an entry is the number of entries that come before it."""
     i_b = tl.program_id(0).to(tl.int64)
     o_tile = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     b_length = tl.load(p_lengths + i_b * num_tiles + o_tile, mask=o_tile < num_tiles, other=0)
@@ -132,8 +132,9 @@ def order_kernel(p_lengths, p_order, num_tiles, BLOCK: tl.constexpr, CHUNK: tl.c
 def list_tiles_fused(
     first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int], near: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles, counts and order, int32, of the shapes that :class:`gisting_kernels.plan.TileLists` has. Arguments as
-    :func:`gisting_kernels.plan.list_tiles`, the intervals contiguous.
+    """Return tiles, counts and order, int32, in the shapes of :class:`gisting_kernels.plan.TileLists`.
+
+    Arguments are those of :func:`gisting_kernels.plan.list_tiles`, with contiguous intervals.
     """
     batch, num_keys = first.shape
     tile_rows, tile_keys = size
@@ -153,8 +154,9 @@ def list_tiles_fused(
 def range_rows_fused(
     first: Tensor, end: Tensor, num_rows: int, start: int, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Bounds and order, int32, of the shapes that :class:`gisting_kernels.plan.RowRanges` has. Arguments as
-    :func:`gisting_kernels.plan.range_rows`, the intervals contiguous.
+    """Return bounds and order, int32, in the shapes of :class:`gisting_kernels.plan.RowRanges`.
+
+    Arguments are those of :func:`gisting_kernels.plan.range_rows`, with contiguous intervals.
     """
     batch, num_keys = first.shape
     num_tiles = -(-num_keys // size[1])

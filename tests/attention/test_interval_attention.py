@@ -38,7 +38,11 @@ def masks(num_keys: int) -> Visibility:
     documents = torch.stack([index * 0, index * 0, (index >= num_keys // 2).long(), index * 0])
     spans = is_gist.expand(4, -1)
     is_negative = torch.tensor([False, True, False, False])
-    return Visibility.where(is_negative, vis.negative(spans, padding), vis.gist(spans, padding, documents=documents))
+    negative, gist = vis.negative(spans, padding), vis.gist(spans, padding, documents=documents)
+    return Visibility(
+        torch.where(is_negative[:, None], negative.first, gist.first),
+        torch.where(is_negative[:, None], negative.end, gist.end),
+    )
 
 
 class Inputs(NamedTuple):

@@ -7,8 +7,6 @@ it is causal, in the order of its keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import cpu_attention
 from gisting import visibility as vis
 from gisting.attention import interval_attention, sdpa
 from gisting.attention.pieces import Group, Piece, Plan, attend_pieces, is_available, plan_if_cheaper, plan_pieces
-from gisting.errors import GistError
-from gisting.measure.rows import append_row, read_rows
 from gisting.visibility import FOREVER, Visibility
 from tests.attention import test_interval_attention as oracle
 from tests.attention.test_interval_attention import Inputs, largest_score, plain, run, tolerance, worst
@@ -666,33 +661,3 @@ def run_backward(attend: Callable[..., Tensor], given: Inputs) -> dict[str, Tens
     leaves = given.cast(given.q.dtype)
     attend(leaves.q, leaves.k, leaves.v, None).backward(leaves.upstream)
     return {f"d{name}": t.grad for name, t in zip("qkv", leaves[:3], strict=True) if t.grad is not None}
-
-
-# -- the benchmark -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", list(cpu_attention.LAYOUTS))
-def test_benchmark_rows(layout: str, tmp_path: Path) -> None:
-    rows = cpu_attention.measure(layout, 512, repeats=2)
-    assert [row.is_training for row in rows] == [False, True]
-    for row in rows:
-        assert row.pieces_ms_low <= row.pieces_ms <= row.pieces_ms_high
-        assert row.dense_ms_low <= row.dense_ms <= row.dense_ms_high
-        assert row.ratio == row.dense_ms / row.pieces_ms
-        append_row(tmp_path / "rows.jsonl", asdict(row))
-    table = cpu_attention.attention_table(read_rows(tmp_path / "rows.jsonl")).splitlines()
-    assert [line.split(" | ")[1:3] for line in table[2:4]] == [["512", "forward"], ["512", "forward and backward"]]
-
-
-def test_benchmark_reports_nothing_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_key_too_many(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, **options: Any) -> Tensor:
-        return sdpa.dense_attention(q, k, v, Visibility(visibility.first - 1, visibility.end), **options)
-
-    monkeypatch.setattr(cpu_attention, "dense_attention", one_key_too_many)
-    with pytest.raises(GistError, match=r"the output by pieces differs from dense by .* no time is reported"):
-        cpu_attention.measure("gist", 512, repeats=1)
-
-
-def test_benchmark_refuses_where_there_is_nothing_to_time() -> None:
-    with pytest.raises(GistError, match="pieces are not chosen for layout 'gist' at 34 tokens"):
-        cpu_attention.measure("gist", 34, repeats=1)

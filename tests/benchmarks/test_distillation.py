@@ -1,4 +1,4 @@
-"""Distillation beside the plain loss: the table by eye, and the command with a few steps."""
+"""Distillation against the plain loss: the table by eye, and the command with a few steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import distillation
+from benchmarks.__main__ import run
 from benchmarks.distillation import distillation_table
 from gisting.measure.rows import read_rows
 
@@ -51,19 +51,15 @@ def test_the_table_by_eye() -> None:
         "| mean | plain | 85.0 | 85.0 | 85.0 | 85.0 | 100 s |",
         "| mean | distilled | 91.0 | 91.0 | 91.0 | 91.0 | 160 s |",
         "",
-        "Exact match in per cent with its 95 % interval on 512 records, k = 2, 1,200 steps from nothing; distilled "
+        "Exact match in per cent with its 95 % interval on 512 records, k = 2, 1,200 steps from scratch; distilled "
         "with weight 1 over the teacher's 32 likeliest tokens (d, torch t, transformers f).",
     ]
 
 
 def test_the_command_with_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "rows.jsonl"
-    distillation._main(
-        [
-            *("--output", str(output), "--checkpoints", str(tmp_path / "models")),
-            *("--seeds", "3", "4", "--steps", "2", "--records", "6"),
-        ]
-    )
+    words = f"--output {output} --checkpoints {tmp_path / 'models'} --seeds 3,4 --steps 2 --records 6"
+    assert run(["distillation", *words.split()]) == 0
     rows = read_rows(output)
     assert [(one["seed"], one["objective"], one["weight"]) for one in rows] == [
         *((3, "plain", 0.0), (3, "distilled", 1.0)),

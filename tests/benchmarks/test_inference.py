@@ -1,367 +1,17 @@
-"""Requests behind one prompt, four ways: rows, their gate, what is left out, memory, tables, the command; and what is
-promised of the committed rows.
-"""
+"""Markdown tables of requests that share a prompt, checked by eye."""
 
 from __future__ import annotations
 
-import copy
-import io
-import json
-import shlex
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
-from transformers import StaticCache
 
-import gisting
-from benchmarks import training
+from benchmarks.inference import inference_table, losses_table
 from gisting import GistError
-from gisting._compat import cache_argument
-from gisting.measure import inference
-from gisting.measure.inference import GIST, MODES, NO_CACHE, PREFIX, STATIC, measure
-from gisting.measure.latency import first_token, hand_over
-from gisting.measure.progress import progress_bar, tracked
-from gisting.measure.rows import read_rows, spread
-from tests import tiny
-from tests.memory import held_mb, requires_peak
+from gisting.measure.inference import GIST, NO_CACHE, PREFIX, STATIC
+from tests.measure.test_inference import ROWS, row
 
-ROOT = Path(__file__).resolve().parents[2]
-PER_TOKEN = 3 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, head size, bytes
 
-
-def measured(name: str = "llama", **changes: Any) -> dict[tuple[int, int, str], Any]:
-    settings: dict[str, Any] = {
-        "lengths": [20],
-        "batches": [1, 3],
-        "num_gist_tokens": 2,
-        "input_tokens": 4,
-        "answer_tokens": 5,
-    }
-    settings |= {"repeats": 3, **changes}
-    cells = measure(*tiny.patched(name), **settings)
-    return {(row.prompt_tokens, row.batch_size, row.mode): row for cell in cells for row in cell}
-
-
-# -- rows --------------------------------------------------------------------------------------------------------------
-
-
-def test_rows_say_what_was_kept_and_how_long_it_took() -> None:
-    rows = measured(lengths=[7, 20])
-    assert list(rows) == [(length, batch, mode) for length in (7, 20) for batch in (1, 3) for mode in MODES]
-    for (length, batch, mode), row in rows.items():
-        whole = batch * (length + 4 + 5 - 1)
-        kept, front = {NO_CACHE: (0, length), PREFIX: (length,) * 2, STATIC: (whole, length), GIST: (2, 2)}[mode]
-        assert row.cache_bytes == kept * PER_TOKEN
-        assert row.held_bytes == batch * (front + 4 + 5 - 1) * PER_TOKEN
-        assert row.first_token_ms_low <= row.first_token_ms <= row.first_token_ms_high
-        assert row.tokens_per_s_low <= row.tokens_per_s <= row.tokens_per_s_high
-        assert (row.num_first_token_repeats, row.num_answer_repeats, row.not_run) == (3, 3, None)
-        assert row.peak_bytes > row.held_bytes
-        if mode in (NO_CACHE, STATIC):
-            assert row.copied_first_token_ms is None
-        else:
-            assert row.copied_first_token_ms_low <= row.copied_first_token_ms <= row.copied_first_token_ms_high
-    assert rows[20, 3, PREFIX].peak_bytes > rows[20, 3, GIST].peak_bytes + 3 * 18 * PER_TOKEN
-
-
-def test_the_model_is_left_as_it_was() -> None:
-    model, tokenizer = tiny.patched("llama")
-    model.train()
-    list(measure(model, tokenizer, lengths=[5], batches=[1], answer_tokens=1, repeats=1))
-    assert model.training
-    assert not torch.is_inference_mode_enabled()
-
-
-def test_a_prompt_longer_than_the_window() -> None:
-    rows = measured("mistral-window", batches=[2], answer_tokens=12)
-    row = rows[20, 2, PREFIX]
-    assert (row.cache_bytes, row.not_run) == ((tiny.WINDOW - 1) * PER_TOKEN, None)
-    row = rows[20, 2, STATIC]
-    assert (row.not_run, row.tokens_per_s) == ("a static cache with a sliding window cannot be wound back", None)
-
-
-def test_slow_runs_are_few_and_spread_and_each_round_begins_with_another() -> None:
-    ran: list[str] = []
-    runs = {mode: partial(ran.append, mode) for mode in (NO_CACHE, PREFIX, GIST)}
-    bench = inference._Bench(*tiny.patched("llama"), inference._Settings(4, 4, 4, 6, 12.0, 60.0, 10**9, ""))
-    cell = inference._Cell.__new__(inference._Cell)
-    cell.bench = bench
-    times = cell._alternating(runs, {NO_CACHE: 100.0, PREFIX: 4.0, GIST: 0.1})
-    assert {mode: len(found) for mode, found in times.items()} == {NO_CACHE: 3, PREFIX: 5, GIST: 6}
-    n, p, _, g = MODES
-    assert sorted(ran) == sorted([n] * 3 + [p] * 5 + [g] * 6)
-    assert ran[-3:] == [g, n, p], "the last round is the one in which all run"
-    assert n in ran[:6]
-    assert n in ran[6:]
-
-
-# -- the gate ----------------------------------------------------------------------------------------------------------
-
-
-def shifted(found: Any) -> Any:
-    for layer in found.layers:
-        layer.keys = layer.keys + 0.1
-    return found
-
-
-def test_no_time_for_a_gist_that_is_not_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = inference.prefix_states
-
-    def wrong(*args: Any) -> Any:
-        cache = real(*args)
-        return cache._map(lambda tensor, dim: tensor + 0.1, cache.lengths)
-
-    monkeypatch.setattr(inference, "prefix_states", wrong)
-    with pytest.raises(GistError, match=r"^gist cache differs from its uncached run by .*; no time is reported"):
-        measured()
-
-
-def test_no_time_for_a_prefix_that_is_not_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "hand_over", lambda kept, rows: shifted(hand_over(kept, rows)))
-    with pytest.raises(GistError, match=r"^prefix cache differs from its uncached run by"):
-        measured()
-
-
-def test_no_time_for_a_static_cache_that_is_not_wound_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = inference._Cell.past
-
-    def never_back(self: Any, mode: str) -> Any:
-        return self.static if mode == STATIC and self.static is not None else real(self, mode)
-
-    monkeypatch.setattr(inference._Cell, "past", never_back)
-    with pytest.raises(GistError, match=r"^static prefix cache, request 0 of 1 differs from its uncached run by"):
-        measured()
-
-
-def test_no_time_where_requests_of_a_batch_are_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = inference._Cell.first_logits
-    monkeypatch.setattr(inference._Cell, "first_logits", lambda self, mode: real(self, mode).roll(1, 0))
-    with pytest.raises(GistError, match=r"^prefix cache, request 0 of 3 differs"):
-        measured(batches=[3])
-
-
-def test_no_time_where_another_token_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = inference._Cell.answers
-
-    def wrong(self: Any, mode: str, num_tokens: int, **more: Any) -> Any:
-        found = real(self, mode, num_tokens, **more)
-        if more:
-            found.sequences[0, -1] = 5
-            # The last of the chosen tokens changes no logits that are compared.
-        return found
-
-    monkeypatch.setattr(inference._Cell, "answers", wrong)
-    with pytest.raises(GistError, match=r"^prefix cache, the logits of its greedy tokens, differs"):
-        measured()
-
-
-# -- handing over ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3_text"])
-@torch.inference_mode()
-def test_handing_over_copies_nothing_and_changes_nothing(name: str) -> None:
-    model, _ = tiny.patched(name)
-    ids = torch.arange(4, 24)[None]
-    kept = model(ids, use_cache=True)[cache_argument()]
-    before = copy.deepcopy(kept)
-    fresh = hand_over(kept, 3)
-    for ours, theirs in zip(fresh.layers, kept.layers, strict=True):
-        assert ours.keys.data_ptr() == theirs.keys.data_ptr()
-        assert ours.keys.shape[0] == 3
-    model(ids[:, :3].expand(3, -1), **{cache_argument(): fresh}, use_cache=True)
-    assert (fresh.get_seq_length(), kept.get_seq_length()) == (23, 20)
-    for ours, theirs in zip(kept.layers, before.layers, strict=True):
-        assert torch.equal(ours.keys, theirs.keys)
-        assert torch.equal(ours.values, theirs.values)
-
-
-@torch.inference_mode()
-def test_what_writes_in_place_is_copied() -> None:
-    model, _ = tiny.patched("llama")
-    kept: Any = StaticCache(model.config, 16)
-    ids = torch.arange(4, 12)[None]
-    model(ids, **{cache_argument(): kept}, use_cache=True)
-    before = kept.layers[0].keys.clone()
-    model(ids[:, :2], **{cache_argument(): hand_over(kept)}, use_cache=True)
-    assert torch.equal(kept.layers[0].keys, before)
-
-
-def test_latency_beyond_a_sliding_window() -> None:
-    """The kept states are the window's last ones: poured into a cache that knows no window, they would be the whole."""
-    rows = first_token(*tiny.patched("mistral-window"), tiny.words(20, 1), "w1 w2", 3, repeats=1, warmup=0)
-    assert [row.num_cached_tokens for row in rows] == [0, 20, 3]
-
-
-# -- what is left out --------------------------------------------------------------------------------------------------
-
-
-def test_what_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(self: Any, run: Callable[[], Any]) -> float:
-        run()
-        return 1.0
-
-    monkeypatch.setattr(inference._Bench, "timed", slow)
-    rows = measured(lengths=[20], batches=[1, 100], max_seconds=50.0)
-    # Every run takes a second, so a step takes none; a hundred prompts with their inputs take more than a hundred.
-    assert rows[20, 100, NO_CACHE].not_run == "the first token would take about 123 s"
-    assert rows[20, 100, NO_CACHE].first_token_ms is rows[20, 100, NO_CACHE].tokens_per_s is None
-    assert rows[20, 100, GIST].not_run is rows[20, 1, NO_CACHE].not_run is None
-    rows = measured(lengths=[20, 90], batches=[1], max_seconds=1.5)
-    assert {rows[90, 1, mode].not_run for mode in MODES} == {"reading the prompt once would take about 7 s"}
-
-
-def test_a_long_prompt_is_not_left_out_for_what_few_tokens_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 tokens in a second would be 2,000 in 35, but 512 are read in a second as well."""
-
-    def slow(self: Any, run: Callable[[], Any]) -> float:
-        run()
-        return 1.0
-
-    monkeypatch.setattr(inference._Bench, "timed", slow)
-    model, tokenizer = inference.random_llama(64, 1)
-    for max_seconds, reason in ((25.0, None), (3.0, "reading the prompt once would take about 35 s")):
-        settings = inference._Settings(2, 4, 4, 1, 1.0, max_seconds, 10**12, "")
-        prompt, found = inference._Bench(model, tokenizer, settings).read_prompt(2000)
-        assert (found, prompt is None) == (reason, reason is not None)
-
-
-def test_answers_that_would_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ({PREFIX: 1.0, STATIC: 1.0, GIST: 1.0}, {PREFIX: 20.0, STATIC: 20.0, GIST: 1.0})
-    monkeypatch.setattr(inference._Cell, "_gated", lambda self, rows: found)
-    rows = measured(batches=[1], max_seconds=70.0)
-    # Read anew, a prompt is followed by the steps of a prefix cache.
-    assert rows[20, 1, PREFIX].not_run == rows[20, 1, STATIC].not_run == "the answers would take about 81 s"
-    assert rows[20, 1, NO_CACHE].not_run == "the answers would take about 80 s"
-    for mode in (NO_CACHE, PREFIX):
-        assert rows[20, 1, mode].first_token_ms > 0
-        assert rows[20, 1, mode].tokens_per_s is rows[20, 1, mode].peak_bytes is None
-    assert rows[20, 1, GIST].tokens_per_s > 0
-
-
-def test_what_would_need_too_much_memory_is_left_out() -> None:
-    rows = measured(batches=[1, 256], max_bytes=5_000_000)
-    assert rows[20, 256, PREFIX].not_run == "would need 6.4 MB, allowed are 5.0 MB"
-    assert rows[20, 1, PREFIX].not_run is rows[20, 256, GIST].not_run is None
-    assert rows[20, 256, PREFIX].copied_first_token_ms is rows[20, 256, PREFIX].peak_bytes is None
-
-
-def test_what_has_no_positions_is_left_out() -> None:
-    rows = measured(lengths=[119, 120], batches=[1])
-    assert {rows[119, 1, mode].not_run for mode in MODES} == {None}
-    assert {rows[120, 1, mode].not_run for mode in MODES} == {"the model's positions end at 128"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lengths": []}, r"lengths must be whole numbers of at least 1, got \[\]"),
-        ({"batches": [1, 0]}, r"batches must be whole numbers of at least 1, got \[1, 0\]"),
-        ({"repeats": 0}, "repeats must be whole numbers of at least 1, got 0"),
-        ({"num_gist_tokens": 0}, "num_gist_tokens must be whole numbers"),
-        ({"max_seconds": 0.0}, "seconds must be at least 0 and max_seconds above it"),
-    ],
-)
-def test_what_cannot_be_measured(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(GistError, match=message):
-        measured(**changes)
-
-
-def test_decoders_only() -> None:
-    with pytest.raises(GistError, match="inference measures decoders"):
-        measured("t5")
-
-
-def test_the_random_model() -> None:
-    model, tokenizer = inference.random_llama(64, 2)
-    assert gisting.models.patch.is_patched(model)
-    assert model.config.num_key_value_heads == 1
-    assert tokenizer.gist_token_id < model.config.vocab_size
-    with pytest.raises(GistError, match="hidden_size must be a multiple of 64, the size of a head, got 100"):
-        inference.random_llama(100)
-
-
-# -- memory, quartiles, bars -------------------------------------------------------------------------------------------
-
-
-def test_peak_bytes_are_what_is_out_at_once() -> None:
-    def run() -> None:
-        one = torch.empty(1000, 1000)
-        two = one + 1
-        del one
-        three = torch.cat([two, two])
-        del three
-        torch.empty(10)
-
-    assert inference.peak_of_allocator(torch.device("cpu"), run) == 12_000_000
-
-
-@requires_peak
-def test_what_was_freed_goes_back() -> None:
-    blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each, on the C library's heap
-    del blocks[::2]
-    before = held_mb("VmRSS")
-    inference._give_back()
-    assert held_mb("VmRSS") < before - 80
-    assert len(blocks) == 1_000
-
-
-def test_spread_stays_within_what_was_measured() -> None:
-    assert spread([3.0]) == (3.0, 3.0, 3.0)
-    assert spread([1.0, 2.0]) == (1.25, 1.5, 1.75)
-    assert spread([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 3.0, 4.0)
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
-    class Stream(io.StringIO):
-        def isatty(self) -> bool:
-            return is_terminal
-
-    stream = Stream()
-    monkeypatch.setattr("sys.stderr", stream)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert list(tracked(iter("abc"), "letters")) == ["a", "b", "c"]
-    with progress_bar("halves", 2) as advance:
-        advance(1)
-    shown = stream.getvalue()
-    assert [word in shown for word in ("letters", "halves", "left")] == [is_terminal] * 3
-
-
-# -- shown -------------------------------------------------------------------------------------------------------------
-
-
-def row(mode: str, length: int, first_ms: float | None, rate: float | None, **changes: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {"run": "a", "mode": mode, "prompt_tokens": length, "batch_size": 8, "input_tokens": 16}
-    made |= {"answer_tokens": 32, "num_gist_tokens": 4, "model": "m", "num_parameters": 10**8, "dtype": "float32"}
-    kept = {NO_CACHE: 0, PREFIX: length, STATIC: 8 * (length + 47), GIST: 4}[mode]
-    made |= {"cache_bytes": 1000 * kept, "peak_bytes": 2_500_000}
-    copied_ms = None if mode in (NO_CACHE, STATIC) else first_ms and 2 * first_ms
-    for key, value in (("first_token_ms", first_ms), ("copied_first_token_ms", copied_ms), ("tokens_per_s", rate)):
-        made |= {key: value, f"{key}_low": value and value - 1, f"{key}_high": value and value + 1}
-    made |= {"num_first_token_repeats": 30, "num_answer_repeats": 2 if rate else 0, "not_run": None}
-    return made | {"device": "d", "threads": 2, "torch": "t", "transformers": "f", **changes}
-
-
-ROWS = [
-    row(NO_CACHE, 2000, 2500, None, not_run="it would take about 70 s", peak_bytes=None),
-    row(PREFIX, 2000, 100, 20),
-    row(STATIC, 2000, 80, 70),
-    row(GIST, 2000, 50, 210),
-    row(NO_CACHE, 26, 60, 30),
-    row(PREFIX, 26, 50, 41),
-    row(STATIC, 26, 40, 40),
-    row(GIST, 26, 50, 40),
-]
-
-
-def test_the_tables_by_eye() -> None:
-    lines = inference.inference_table(ROWS).splitlines()
+def test_the_inference_tables_by_eye() -> None:
+    lines = inference_table(ROWS).splitlines()
     assert [line for line in lines if line.startswith(("| 26", "| 2,000"))] == [
         "| 26 | 8 | 60.0 (59.0–61.0) | 50.0 (49.0–51.0) | 40.0 (39.0–41.0) | 50.0 (49.0–51.0) "
         "| 1.20x | 1.00x | 0.80x |",
@@ -383,13 +33,13 @@ def test_the_tables_by_eye() -> None:
 
 
 def test_several_processes_by_eye() -> None:
-    """Each process's ways are compared with each other; of the processes the median is taken."""
+    """Modes are compared within each process; the table shows the median over the processes."""
     again = [row(NO_CACHE, 26, None, None, not_run="it would take about 70 s")]
     again += [row(PREFIX, 26, 80, 30), row(STATIC, 26, 40, 45), row(GIST, 26, 40, 45)]
     more = [row(NO_CACHE, 26, 90, 30), row(PREFIX, 26, 60, 20), row(STATIC, 26, 40, 30), row(GIST, 26, 20, 60)]
     ended = [row(NO_CACHE, 26, 1, 1), row(PREFIX, 26, 1, 1), row(NO_CACHE, 3, 1, 1)]
     runs = [{**one, "run": name} for name, found in (("b", again), ("c", more), ("d", ended)) for one in found]
-    lines = inference.inference_table(ROWS + runs).splitlines()
+    lines = inference_table(ROWS + runs).splitlines()
     assert [line for line in lines if line.startswith("| 26")][:3] == [
         "| 26 | 8 | 75.0 (59.0–91.0) | 60.0 (49.0–81.0) | 40.0 (39.0–41.0) | 40.0 (19.0–51.0) "
         "| 2.85x | 2.00x | 1.00x |",
@@ -397,129 +47,24 @@ def test_several_processes_by_eye() -> None:
         "| 26 | 8 | 30.0 (29.0–31.0) | 30.0 (19.0–42.0) | 40.0 (29.0–46.0) | 45.0 (39.0–61.0) "
         "| 1.67x | 1.50x | 1.00x |",
     ]
-    assert "in brackets; of 3 processes (26 x 8) the medians, and the lowest and the highest quartile (d, " in lines[-1]
+    assert (
+        "in brackets; for 26 x 8, the medians over 3 processes, with the lowest and the highest quartile (d, "
+        in lines[-1]
+    )
     assert not any(line.startswith("| 3 |") for line in lines)
 
 
 def test_rows_of_other_settings_are_no_table() -> None:
     other = [{**one, "run": "b", "num_gist_tokens": 1} for one in ROWS]
-    with pytest.raises(GistError, match="rows of one table must have one num_gist_tokens, these have 1, 4; give each"):
-        inference.inference_table(ROWS + other)
+    with pytest.raises(GistError, match="the rows of one table must have the same num_gist_tokens, got 1, 4; use a"):
+        inference_table(ROWS + other)
 
 
 def test_losses_are_the_cells_without_gain() -> None:
-    assert inference.losses_table(ROWS).splitlines()[2:] == [
+    assert losses_table(ROWS).splitlines()[2:] == [
         "| 26 | 8 | time to the first token | prefix cache | 50.0 (49.0–51.0) | 50.0 (49.0–51.0) | 1.00x |",
         "| 26 | 8 | time to the first token | static prefix cache | 40.0 (39.0–41.0) | 50.0 (49.0–51.0) | 0.80x |",
-        "| 26 | 8 | tokens a second | prefix cache | 41.0 (40.0–42.0) | 40.0 (39.0–41.0) | 0.98x |",
-        "| 26 | 8 | tokens a second | static prefix cache | 40.0 (39.0–41.0) | 40.0 (39.0–41.0) | 1.00x |",
+        "| 26 | 8 | tokens per second | prefix cache | 41.0 (40.0–42.0) | 40.0 (39.0–41.0) | 0.98x |",
+        "| 26 | 8 | tokens per second | static prefix cache | 40.0 (39.0–41.0) | 40.0 (39.0–41.0) | 1.00x |",
     ]
-    assert inference.losses_table(ROWS[:4]) == "None of the cells above."
-
-
-def test_plots(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    inference.plot(ROWS, tmp_path / "a.png")
-    shape = {"num_prompts": 8, "per_prompt": 8, "prompt_tokens": 64, "num_parameters": 10**6, "device": "d"}
-    training.plot([{"mode": mode, "completions_per_s": 9.0, **shape} for mode in training.LAYOUTS], tmp_path / "b.png")
-    for name in "ab":
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-
-SMALL = "bench inference --hidden-size 64 --layers 1 --batches 2 --input-length 3 --new-tokens 2 --repeats 2"
-
-
-def test_the_command(run, tmp_path: Path) -> None:
-    done = run(*SMALL.split(), "--lengths", "9,5", "--output", tmp_path / "rows.jsonl", "--json")
-    assert done.code == 0, done.err
-    rows = [json.loads(line) for line in done.out.splitlines()]
-    assert [(one["mode"], one["prompt_tokens"]) for one in rows] == [(mode, p) for p in (5, 9) for mode in MODES]
-    written = read_rows(tmp_path / "rows.jsonl")
-    assert [one["first_token_ms"] for one in written] == [one["first_token_ms"] for one in rows]
-    assert {"device", "torch", "commit", "num_parameters"} <= written[0].keys()
-    assert len({one["run"] for one in written}) == 1
-
-
-def test_the_command_of_the_page_shows_tables(
-    run, demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(demo_checkpoint)
-    monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    (command,) = (line for line in page.splitlines() if line.startswith("gisting bench inference --model runs/demo"))
-    done = run(*shlex.split(command)[1:], "--repeats", "2")
-    assert done.code == 0, done.err
-    assert all(title in done.out for title in ("Time to the first token, ms", "Tokens a second", "Memory"))
-    assert "\N{HORIZONTAL ELLIPSIS}" not in done.out, "no number is cut"
-
-
-def test_the_command_for_training(run, tmp_path: Path) -> None:
-    words = "bench training --prompt-tokens 20 --per-prompt 4 --completions 8 --repeats 2".split()
-    done = run(*words, "--output", tmp_path / "rows.jsonl")
-    assert done.code == 0, done.err
-    assert [one["mode"] for one in read_rows(tmp_path / "rows.jsonl")] == list(training.LAYOUTS)
-    assert all(word in done.out for word in ("padded", "packed", "shared", "against", "2 x 4"))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            "--lengths 5,x",
-            "--lengths must be whole numbers of at least 1 with commas between, such as 26,512, got '5,x'",
-        ),
-        ("--batches 0", "--batches must be whole numbers of at least 1"),
-        ("--dtype int8", "dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        ("--device nowhere", "device 'nowhere' cannot be used"),
-        ("--hidden-size 100", "hidden_size must be a multiple of 64"),
-        ("--max-memory nan", "--max-memory must be a finite number above 0, got nan"),
-        ("--max-memory -1", "--max-memory must be a finite number above 0, got -1.0"),
-        ("--seconds inf", "--seconds must be a finite number above 0, got inf"),
-        ("--max-seconds 0", "--max-seconds must be a finite number above 0, got 0.0"),
-        ("--model runs/demo", "--hidden-size and --layers are the random model's; leave them out beside --model"),
-        ("--plot rows.jsonl", "--plot must end with a kind of image, such as .png, got 'rows.jsonl'"),
-        ("--plot nowhere/rows.png", "--plot: there is no directory nowhere; make it first"),
-    ],
-)
-def test_what_the_command_refuses(run, words: str, message: str) -> None:
-    if "--plot" in words:
-        pytest.importorskip("matplotlib")
-    done = run(*SMALL.split(), *words.split())
-    assert (done.code, done.out) == (1, "")
-    assert message in " ".join(done.err.split())
-
-
-# -- the committed rows ------------------------------------------------------------------------------------------------
-
-
-def test_the_committed_rows_hold_what_is_promised() -> None:
-    """A LLaMA of 100 million parameters on a CPU, k = 4, 16 input tokens; what was not run says why.
-
-    Four times faster to the first token, 8 requests behind 2,000 tokens, is so against both ways of handing over.
-    """
-    rows = read_rows(ROOT / "docs" / "results" / "inference.jsonl")
-    cells = inference._by_cell(rows)
-    assert cells.keys() == {(length, batch) for length in inference.LENGTHS for batch in inference.BATCHES}
-    for one in rows:
-        assert (one["num_gist_tokens"], one["input_tokens"]) == (4, 16)
-        assert one["num_parameters"] == pytest.approx(100e6, rel=0.1)
-        assert one["not_run"] or (one["first_token_ms"] and one["tokens_per_s"] and one["peak_bytes"])
-
-    def gain(length: int, batch: int, other: str, key: str) -> float:
-        found = inference._gain(cells[length, batch], other, key)
-        assert found is not None
-        return found
-
-    assert gain(512, 1, NO_CACHE, "first_token_ms") >= 8
-    assert gain(512, 1, PREFIX, "first_token_ms") >= 1
-    assert gain(512, 8, PREFIX, "tokens_per_s") >= 1.6
-    assert gain(2000, 8, PREFIX, "copied_first_token_ms") >= 4
-    assert gain(2000, 8, PREFIX, "first_token_ms") >= 4
-    assert gain(2000, 8, PREFIX, "tokens_per_s") >= 6
-    for length, times in ((512, 128), (2000, 500)):
-        assert inference._smaller(cells[length, 1]) == times
-    # A prompt of 26 tokens costs a prefix cache nothing to speak of.
-    assert gain(26, 1, PREFIX, "first_token_ms") == pytest.approx(1, abs=0.15)
+    assert losses_table(ROWS[:4]) == "None of the cells above."

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from benchmarks import internalize
-from benchmarks.internalize import internalize_table, measure
+from benchmarks.__main__ import run
+from benchmarks.internalize import internalize_table, measure, serving_table
 from gisting import GistError
-from gisting.measure.requests import serving_table
+from gisting.demo import task_model
 from gisting.measure.rows import read_rows
 
 ABOUT = {"device": "d", "threads": 2, "torch": "t", "transformers": "f"}
@@ -46,14 +47,14 @@ def test_the_tables_by_eye() -> None:
     ]
     lines = internalize_table([*rows, {"mode": "full prompt"}]).splitlines()
     assert lines[:9] == [
-        "| trained | run on | tokens of a request | seed 0 | seed 1 | unasked names | edited template | seconds |",
+        "| trained | run on | tokens of a request | seed 0 | seed 1 | unasked names | edited prompt | seconds |",
         "|---|---|---|---|---|---|---|---|",
         "| in stages | the bare query | 6.0 | 98.0 [97.0, 99.0] | 97.0 [96.0, 98.0] | 25.0, 25.0 | - | 60–62 |",
         "| full prompt | its prompt | 110.0 | 99.0 [98.0, 100.0] | - | 25.0 | 50.0 | 70 |",
         "",
         "| in stages | stage 1 | stage 2 |",
         "|---|---|---|",
-        "| template kept (seed 0) | 66 % | 0 % |",
+        "| prompt kept (seed 0) | 66 % | 0 % |",
         "| tokens of a request | 50.0 | 6.0 |",
     ]
     served = [
@@ -84,13 +85,11 @@ def test_the_command_with_few_steps(
 ) -> None:
     names = ("in stages", "in stages, gist at the end", "full prompt", "full prompt, run bare")
     monkeypatch.setattr(internalize, "measure", lambda *args, **kwargs: measure(*args, runs=names, **kwargs))
+    # The model of 26 million parameters would take most of the time.
+    monkeypatch.setattr(internalize, "task_model", lambda tokenizer, positions=512, **sizes: task_model(tokenizer, 512))
     output = tmp_path / "rows.jsonl"
-    internalize._main(
-        [
-            *("--output", str(output), "--checkpoints", str(tmp_path / "models"), "--seeds", "3"),
-            *("--base-steps", "2", "--steps", "4", "--records", "8", "--repeats", "2"),
-        ]
-    )
+    words = f"--output {output} --checkpoints {tmp_path / 'models'} --seeds 3"
+    assert run(["internalize", *words.split(), *"--base-steps 2 --steps 4 --records 8 --repeats 2".split()]) == 0
     rows = read_rows(output)
     found = {row["run"]: row for row in rows if "run" in row}
     assert [(name, row["condition"], len(row["stages"])) for name, row in found.items()] == [

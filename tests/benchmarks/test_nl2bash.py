@@ -1,5 +1,5 @@
-"""Internalisation on requests and commands: the split, files that do not belong together, the table by eye, the command
-with a few steps. All lines are made up here.
+"""Internalisation on requests and commands: the split, files that differ, the table by eye, the command with a
+few steps. All lines are made up here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import nl2bash
+from benchmarks.__main__ import run
 from benchmarks.nl2bash import (
-    TEMPLATE,
+    PROMPT,
     bleu_interval,
     command_tokenizer,
     measure,
@@ -31,10 +32,10 @@ from gisting.measure.rows import read_rows
 NUMBERS = range(160)
 QUERIES = [f"Show the last {number} lines of log{number}.txt" for number in NUMBERS]
 COMMANDS = [f"tail -n {number} log{number}.txt" for number in NUMBERS]
-# Those n for which the SHA-256 of "show the last n lines of logn txt" lies in the lowest 5 % of its range.
+# The n for which the SHA-256 of "show the last n lines of logn txt" is in the lowest 5 % of its range.
 HELD_OUT = [7, 32, 37, 85, 88, 139, 146]
 PAIRS = list(zip(QUERIES, COMMANDS, strict=True))
-# Words, case, punctuation and white space from a small stock, so that requests are often the same but for these.
+# Words, case, punctuation and white space from a small set, so that requests often differ in these alone.
 REQUESTS = st.lists(
     st.tuples(
         st.from_regex(r"[ab][ .,]{1,2}[aB][ !]?", fullmatch=True), st.from_regex(r"ls( -[alh])?", fullmatch=True)
@@ -84,7 +85,7 @@ def test_the_split_does_not_depend_on_order_and_shares_no_request(
     assert not training & held_out
     assert len(training) + len(held_out) == sum(map(len, splits))
     assert training | held_out == {words(Record("", *pair)) for pair in pairs}
-    # What is added moves nothing from one split to the other.
+    # Adding pairs moves no request to the other split.
     later = split_pairs([*pairs, ("c", "ls"), ("d", "ls")], share)
     assert all(
         part <= {words(record) for record in split} for part, split in zip((training, held_out), later, strict=True)
@@ -104,7 +105,7 @@ def written(folder: Path, queries: str, commands: str) -> tuple[Path, Path]:
 
 
 def test_lines_are_read_in_pairs(tmp_path: Path) -> None:
-    # A form feed and U+2028 are no ends of lines.
+    # A form feed and U+2028 do not end a line.
     paths = written(tmp_path, " a \n\nb\u2028b\nc\n", "ls\nls -l\necho '\f'\n \n")
     assert read_pairs(*paths) == [("a", "ls"), ("b\u2028b", "echo '\f'")]
 
@@ -112,8 +113,8 @@ def test_lines_are_read_in_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("queries", "commands", "message"),
     [
-        ("a\nb\n", "ls\n", r"a line for each of queries, got 1 lines in .*made\.cm and 2 in .*made\.nl; take the two"),
-        ("\n\n", "ls\n\n", r"made\.nl and .*made\.cm hold no request with a command"),
+        ("a\nb\n", "ls\n", r"as many lines as queries, got 1 lines in .*made\.cm and 2 in .*made\.nl; use the two"),
+        ("\n\n", "ls\n\n", r"made\.nl and .*made\.cm contain no request with a command"),
     ],
     ids=["other numbers of lines", "nothing"],
 )
@@ -124,10 +125,10 @@ def test_files_that_give_no_pairs_are_refused(tmp_path: Path, queries: str, comm
 
 def test_the_tokenizer_writes_any_text() -> None:
     tokenizer = command_tokenizer([Record("", *pair) for pair in PAIRS], 600)
-    texts = [TEMPLATE, COMMANDS[7], "awk '{print $2}' 'ü — 日' \t\\;"]
+    texts = [PROMPT, COMMANDS[7], "awk '{print $2}' 'ü — 日' \t\\;"]
     ids = tokenizer.encode_texts(texts)
     assert [tokenizer.tokenizer.decode(row) for row in ids] == texts
-    assert len(ids[0]) < 0.5 * len(TEMPLATE.encode())
+    assert len(ids[0]) < 0.5 * len(PROMPT.encode())
     assert len(tokenizer.tokenizer) == 600
 
 
@@ -142,7 +143,7 @@ def test_bleu_with_its_interval() -> None:
 
 
 def trained(run: str, seed: int, condition: str, stages: list[tuple[float, float, float, float]]) -> dict[str, Any]:
-    """A row; of each stage, share, tokens, BLEU bare and as read."""
+    """A row whose stages are given as share, tokens, BLEU bare and BLEU as read."""
     return {
         "run": run,
         "seed": seed,
@@ -189,7 +190,7 @@ def test_the_table_by_eye() -> None:
         "",
         "| in stages | stage 1 | stage 2 | stage 3 |",
         "|---|---|---|---|",
-        "| template kept | 100 % | 50 % | 0 % |",
+        "| prompt kept | 100 % | 50 % | 0 % |",
         "| examples, mean | 3.00 | 1.50 | 0.00 |",
         "| tokens of a request | 250.0 | 125.0 | 20.0 |",
         "| saved | 0 % | 50 % | 92 % |",
@@ -197,29 +198,25 @@ def test_the_table_by_eye() -> None:
         "| BLEU of the bare query, seed 0 | 1.5 | 2.5 | 7.0 |",
         "| BLEU of the stage's prompt, seed 1 | 4.0 | 5.0 | 8.0 |",
     ]
-    # Of the other model there is no full prompt to compare with.
+    # The other model has no full prompt to compare with.
     (other,) = (line for line in lines[16:] if line.startswith("| compressed prompt"))
     assert other == "| compressed prompt | its prompt | 100.0 | - | 6.0 [5.0, 7.5] | 1.5 |"
-    assert "21 of both splits left out" in lines[-1]
+    assert "21 of both splits were left out" in lines[-1]
     assert "16 requests from other, 1.15 million parameters" in lines[-1]
 
 
 def test_the_command_with_few_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(nl2bash, "MAX_ANSWER", 16)  # what has learned nothing yet answers up to the limit
-    # The last request has no room for its answer.
+    monkeypatch.setattr(nl2bash, "MAX_ANSWER", 16)  # an untrained model answers up to the limit
+    # The answer to the last request is too long.
     queries, commands = written(
         tmp_path, "\n".join([*QUERIES, "too long"]), "\n".join([*COMMANDS, "echo " + "é1 " * 9])
     )
     output = tmp_path / "rows.jsonl"
-    nl2bash._main(
-        [
-            *("--queries", str(queries), "--commands", str(commands), "--output", str(output)),
-            *("--checkpoints", str(tmp_path / "models"), "--runs", "in stages", "full prompt, run bare"),
-            *("--steps", "4", "--batch-size", "2", "--records", "4"),
-        ]
-    )
+    words = f"--queries {queries} --commands {commands} --output {output} --checkpoints {tmp_path / 'models'}"
+    words += " --steps 4 --batch-size 2 --records 4"
+    assert run(["nl2bash", *words.split(), "--runs", "in stages;full prompt, run bare"]) == 0
     staged, control = read_rows(output)
     assert [(row["run"], row["condition"], len(row["stages"])) for row in (staged, control)] == [
         ("in stages", "no-prompt", 4),
@@ -235,11 +232,11 @@ def test_the_command_with_few_steps(
     assert stages[0]["tokens"] == control["stages"][0]["tokens"]
     assert staged["tokens"] == stages[3]["tokens"] == control["tokens"] == control["query_tokens"]
     assert all(0 <= stage[name] <= 100 for stage in stages for name in ("bare", "as_read"))
-    assert staged["command"] == "python -m benchmarks.nl2bash --queries made.nl --commands made.cm"
+    assert staged["command"] == "python -m benchmarks nl2bash --queries made.nl --commands made.cm"
     assert "| in stages | the bare query |" in capsys.readouterr().out
 
 
-def test_a_checkpoint_is_what_all_ways_begin_with(tmp_path: Path, shared: Path) -> None:
+def test_all_ways_start_from_the_checkpoint(tmp_path: Path, shared: Path) -> None:
     (row,) = measure(
         PAIRS, tmp_path, model=shared / "models" / "stories260K", steps=2, batch_size=2, runs=["bare query"]
     )
@@ -250,5 +247,7 @@ def test_a_checkpoint_is_what_all_ways_begin_with(tmp_path: Path, shared: Path) 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GistError, match=r"runs must be names of in stages, .*, got 'by magic'"):
         measure(PAIRS, tmp_path, runs=["by magic"])
-    with pytest.raises(GistError, match=r"pairs must leave records to train on and to ask, got 1 and 0 of 1 pairs"):
+    with pytest.raises(
+        GistError, match=r"pairs must leave records to train on and records to answer, got 1 and 0 from 1 pairs"
+    ):
         measure(PAIRS[1:2], tmp_path)

@@ -1,4 +1,4 @@
-"""The benchmark of a training step's logits and prompts: the same work three ways, and no time where they differ."""
+"""A training step computed in three ways: rows, table, and no time where the ways differ."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import pytest
 import torch
 
 from benchmarks import objective
+from benchmarks.__main__ import run
 from benchmarks.objective import WAYS, WORKLOADS, Sizes, measure, objective_table
 from gisting.errors import GistError
 from gisting.measure.rows import environment, read_rows
 
-TINY = {"hidden": 32, "layers": 2, "heads": 2, "key_heads": 1, "intermediate": 48, "vocabulary": 500}
+TINY = {
+    "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_key_heads": 1, "intermediate_size": 48, "vocabulary": 500
+}  # fmt: skip
 
 
 def test_rows_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
-    objective._main(["--output", str(path), "--repeats", "1", "--sizes", json.dumps(TINY)])
+    assert run(["objective", "--output", str(path), "--repeats", "1", "--sizes", json.dumps({"model": TINY})]) == 0
     rows = read_rows(path)
     assert [(row["workload"], row["way"]) for row in rows] == [(one, way) for one in WORKLOADS for way in WAYS]
     for row, sizes in zip(rows[:: len(WAYS)], WORKLOADS.values(), strict=True):
-        # <s> or the template's words come on top of what was asked for.
+        # <s> and the template's words are counted in addition.
         assert row["num_prompt_tokens"] >= sizes["prompts"] * sizes["prompt"]
         assert row["num_targets"] >= sizes["prompts"] * sizes["completions"] * sizes["answer"]
         assert row["num_tokens"] > row["num_prompt_tokens"] + row["num_targets"]
-    # What is never made takes no memory: logits of every token, then the prompts' activations.
+    # Each way saves memory: the logits of every token, then the activations of the prompts.
     plain, targets, once = (row["peak_bytes"] for row in rows[-len(WAYS) :])
     assert plain > targets > once
     assert objective_table(rows) == capsys.readouterr().out.strip()
@@ -41,7 +44,7 @@ def test_ways_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(objective._Bench, "_every_token", wrong)
     with pytest.raises(GistError, match=r"the ways differ: losses .*; no time is reported"):
-        measure("tiny", Sizes(**TINY, prompts=1, prompt=8, question=3, answer=3), repeats=1)
+        measure("tiny", Sizes(TINY, prompts=1, prompt=8, question=3, answer=3), repeats=1)
 
 
 def test_a_faster_way_shows(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quality
+from benchmarks.__main__ import run
 from benchmarks.quality import measure, quality_table
 from gisting import GistError
 from gisting.eval.results import Evaluation
@@ -56,14 +56,14 @@ unseen: negative | seen: gap kept | unseen: gap kept |
 5.0 [4.0, 6.0] | 97.0 [96.0, 98.0] | 97.0 [96.0, 98.0] |
 
 Exact match in per cent with its 95 % interval on 512 records of each split, one checkpoint of 0.66 million \
-parameters, trained from nothing with k drawn from 1 to 8 in 3,600 steps (seed 0): 300 s of training and 60 s of \
+parameters, trained from scratch with k drawn from 1 to 8 in 3,600 steps (seed 0): 300 s of training and 60 s of \
 evaluation (d, torch t, transformers f)."""
     )
 
 
 def test_the_table_beside_a_model_for_each_k() -> None:
-    beside = [row(split, "gist", 0.94, alone=0.005) for split in ("seen", "unseen")]
-    assert quality_table([*ROWS, *beside]).splitlines()[-3:] == [
+    alone = [row(split, "gist", 0.94, alone=0.005) for split in ("seen", "unseen")]
+    assert quality_table([*ROWS, *alone]).splitlines()[-3:] == [
         "| k | seen: one checkpoint | seen: for this k alone | seen: difference | unseen: one checkpoint | unseen: for "
         "this k alone | unseen: difference |",
         "|---|---|---|---|---|---|---|",
@@ -73,12 +73,10 @@ def test_the_table_beside_a_model_for_each_k() -> None:
 
 
 def test_the_command_with_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quality._main(
-        [
-            *("--output", str(tmp_path / "rows.jsonl"), "--checkpoints", str(tmp_path / "models")),
-            *("--k", "1,2", "--steps", "2", "--records", "6", "--alone"),
-        ]
+    words = (
+        f"--output {tmp_path / 'rows.jsonl'} --checkpoints {tmp_path / 'models'} --k 1,2 --steps 2 --records 6 --alone"
     )
+    assert run(["quality", *words.split()]) == 0
     rows = read_rows(tmp_path / "rows.jsonl")
     together = [one for one in rows if one["trained_k"] == [1, 2]]
     assert [(one["split"], one["num_gist_tokens"], one["condition"]) for one in together] == [

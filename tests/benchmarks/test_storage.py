@@ -1,4 +1,4 @@
-"""``benchmarks.storage``: the table of what few bits cost, from a checkpoint of the demo."""
+"""The table of what low-bit storage costs, from a checkpoint of the demo."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import storage as bench
+from benchmarks.__main__ import run
 from gisting.cache import GistCache
 from gisting.data.records import Record
 from gisting.data.tasks import LetterTask
@@ -49,7 +50,7 @@ def test_bytes(rows: dict[str, bench.StorageRow]) -> None:
 
 
 def test_errors(rows: dict[str, bench.StorageRow]) -> None:
-    """None where nothing is lost; with fewer bits more, in the order of what they can hold."""
+    """No error where nothing is lost; the fewer bits, the larger it is."""
     exact = rows["float32"]
     assert (exact.logit_error_mean, exact.logit_error_max, exact.kl) == (0, 0, 0)
     by_error = sorted(STORAGES, key=lambda name: rows[name].logit_error_mean)
@@ -112,24 +113,24 @@ def test_gate(trained: tuple[PreTrainedModel, GistTokenizer], monkeypatch: pytes
 
 
 def test_what_is_not_measured(trained: tuple[PreTrainedModel, GistTokenizer]) -> None:
-    with pytest.raises(GistError, match=r"^records is empty; give at least one$"):
+    with pytest.raises(GistError, match=r"^records is empty; pass at least one$"):
         bench.measure(*trained, [])
-    with pytest.raises(GistError, match=r"^measure compares logits behind a decoder's cache, which an encoder-decoder"):
+    with pytest.raises(GistError, match=r"^measure compares logits after a decoder's cache, which an encoder-decoder"):
         bench.measure(*tiny.patched("t5"), RECORDS)
     model, tokenizer = tiny.patched("llama")
-    with pytest.raises(GistError, match=r"^the model must be of a dtype that is also a storage, got float64; load it"):
+    with pytest.raises(GistError, match=r"^the model's dtype must be one of the storages, got float64; load it"):
         bench.measure(model.double(), tokenizer, RECORDS)
 
 
 def test_command_and_table(demo_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench._main([str(demo_checkpoint), "--output", str(tmp_path / "rows.jsonl"), "--records", "4"])
+    assert run(["storage", str(demo_checkpoint), "--output", str(tmp_path / "rows.jsonl"), "--records", "4"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in STORAGES)
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [row["storage"] for row in rows] == list(STORAGES)
     assert all(row["model"].startswith("llama/") and math.isfinite(row["kl"]) and row["torch"] for row in rows)
     table = bench.storage_table(rows).splitlines()
-    assert table[0] == ("| storage | file bytes | of them states | logit error, mean | max | KL, nats | exact match |")
+    assert table[0] == ("| storage | file bytes | of which states | logit error, mean | max | KL, nats | exact match |")
     assert table[1] == "|---|---|---|---|---|---|---|"
     assert table[2].startswith("| float32 | ")
     assert " | 6,144 | 0 | 0 | 0 | 0.0 % |" in table[2]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import training
+from benchmarks.__main__ import run
 from benchmarks.training import measure, training_table
 from gisting import GistError
+from gisting.measure.rows import read_rows
 
 
 def row(mode: str, step_s: float) -> dict[str, Any]:
@@ -42,14 +45,14 @@ def test_the_table_by_eye() -> None:
 
 
 def test_all_layouts_hold_the_same_completions() -> None:
-    padded, packed, shared = rows = list(training.measure_all([20], [4], completions=8, repeats=2))
+    padded, packed, shared = rows = measure(num_prompts=2, per_prompt=4, prompt_tokens=20, repeats=1, warmup=1)
     assert [one.mode for one in rows] == ["padded", "packed", "shared prompt"]
     assert (padded.num_rows, shared.num_rows) == (8, 2)
-    # Each its own prompt, several in a row as long as a prompt with its four completions.
+    # Every completion has its own prompt, and a row is as long as a prompt with its four completions.
     assert packed.num_tokens == padded.num_tokens
     assert 2 < packed.num_rows < 8
     assert packed.row_length <= padded.row_length + 3 * (padded.row_length - 22)
-    # Six copies of prompt and gist less: two of eight are left.
+    # Six of the eight copies of prompt and gist are saved.
     assert padded.num_tokens - shared.num_tokens == 6 * (20 + 2)
     assert all(one.completions_per_s == pytest.approx(8 / one.step_s) for one in rows)
 
@@ -69,3 +72,14 @@ def test_no_time_where_the_layouts_differ(monkeypatch: pytest.MonkeyPatch) -> No
 def test_numbers_too_small_are_refused(name: str) -> None:
     with pytest.raises(GistError, match=f"{name} must be at least"):
         measure(**{name: 0})
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib: pip install 'gist-tokens[eval]'")
+    words = "--prompt-tokens 20 --per-prompt 4 --completions 8 --repeats 2".split()
+    output, image = tmp_path / "rows.jsonl", tmp_path / "rows.png"
+    assert run(["training", *words, "--output", str(output), "--plot", str(image)]) == 0
+    rows = read_rows(output)
+    assert [one["mode"] for one in rows] == list(training.LAYOUTS)
+    assert training_table(rows) == capsys.readouterr().out.strip()
+    assert image.read_bytes().startswith(b"\x89PNG")

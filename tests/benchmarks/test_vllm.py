@@ -1,4 +1,4 @@
-"""The vLLM benchmark's setup, gates and table; that it runs is tested beside vLLM (tests/vllm)."""
+"""Setup, gates and table of the vLLM benchmark. tests/vllm runs it with vLLM itself."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_configuration_has_its_cache(setup: bench.Setup, monkeypatch: pyte
     for number in range(2):
         requests = {name: task.requests[number] for name, task in tasks.items()}
         assert requests["gist"][0][0][:3] == [512, 512, setup.input[0]]
-        # All ask for the same prompts, the first for the one that is checked, and read the same inputs.
+        # All use the same prompts, the checked one first, and the same inputs.
         asked = [gist for _, gist in requests["gist"]]
         assert asked[0] == "0"
         for name in bench.CONFIGURATIONS[:3]:
@@ -75,7 +75,7 @@ def test_every_configuration_has_its_cache(setup: bench.Setup, monkeypatch: pyte
         inputs = {name: [ids[-16:] for ids, _ in found] for name, found in requests.items()}
         assert len({str(found) for found in inputs.values()}) == 1
     first, second = tasks["none"].requests
-    assert first[1:] != second[1:4], "what was asked just before is no fair sample"
+    assert first[1:] != second[1:4], "requests of the run before would not be a fair sample"
 
 
 def test_no_time_is_reported_for_wrong_answers(setup: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_runs_take_turns_and_what_takes_long_is_not_repeated(
 
     monkeypatch.setattr(bench, "_in_a_process", in_a_process)
     found = [("prefix", 128), ("none", 32)]
-    rows = measure(setup, found, concurrencies=(1, 8), repeats=3, max_s=7)  # none takes 8 s, the other 2 at most
+    rows = measure(setup, found, concurrencies=(1, 8), repeats=3, max_s=7)  # none takes 8 s, the other at most 2
     assert ran == [(True, 128), (False, 32), (True, 128), (True, 128)]
     assert [(row.configuration, row.concurrency, row.num_repeats) for row in rows] == [
         ("prefix", 1, 3),
@@ -113,7 +113,7 @@ def test_runs_take_turns_and_what_takes_long_is_not_repeated(
     assert (rows[2].requests_per_s_low, rows[2].requests_per_s, rows[2].requests_per_s_high) == (1, 1, 1)
 
 
-def test_a_failed_engine_is_told(setup: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_engine_is_reported(setup: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 
     def run(words: list[str], **settings: Any) -> Any:
@@ -156,12 +156,12 @@ def test_the_table_says_how_many_times() -> None:
     assert table[3] == "| 1,500 | 1 | gist | 32 | 256 | 2.00 (1.50–2.50) | 5 / 9 | 4.00 (3.50–4.50) | 5 / 9 |"
     assert {line.count("|") for line in table[:4]} == {10}
     others = [{**other, "block_size": 128} for other in rows[2:]]
-    assert ", gist" not in vllm_table([*rows[:2], *others]), "a gist with other blocks is no measure of it"
+    assert ", gist" not in vllm_table([*rows[:2], *others]), "a gist with other blocks is not comparable"
 
 
 def test_the_committed_rows_hold_what_is_promised() -> None:
-    """Prompts of 1,500 tokens, vLLM's own block size: against its hot prefix cache twice the requests a second with 8
-    in flight and three times with 32; six times where it cannot hold the prompts. Small blocks help the baseline.
+    """Prompts of 1,500 tokens, vLLM's own block size: twice the requests per second of its warm prefix cache with 8 in
+    flight, three times with 32, and six times where it cannot hold the prompts. Small blocks help the baseline.
     """
     rows = read_rows(ROOT / "docs" / "results" / "vllm.jsonl")
     rates = {
@@ -180,4 +180,4 @@ def test_the_committed_rows_hold_what_is_promised() -> None:
     assert gain("prefix, overflowing", 1500, 40, 32) >= 6
     assert gain("none", 1500, 1, 8) > gain("none", 512, 1, 8) > gain("none", 26, 1, 8)
     assert 1.2 < gain("prefix", 1500, 1, 32, bench.SMALL_BLOCK_SIZE) < gain("prefix", 1500, 1, 32)
-    assert gain("prefix", 26, 1, 1) < 1.3, "where it does not pay is shown as well"
+    assert gain("prefix", 26, 1, 1) < 1.3, "the page also shows where it does not pay"

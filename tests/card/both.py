@@ -1,9 +1,9 @@
-"""The same work on a card and on the CPU, and how far the two may lie apart.
+"""Compare the same work on a GPU and on the CPU, within a bound.
 
-In float32 a card sums in another order, and the kernels make float32 products of three in TF32 (nearly float32). A tiny
-model's logits and gradients then differ in the sixth digit; a wrong mask or position changes the first. So the bound is
-a thousandth of the largest number, and no test here depends on where in between it stands. Answers are compared word by
-word, and it is checked that no word won by less than that.
+In float32 a GPU sums in another order, and the kernels make a float32 product of three TF32 products (nearly float32).
+A tiny model's logits and gradients then differ in the sixth digit, while a wrong mask or position changes the first.
+The bound is a thousandth of the largest number, and no test here depends on its exact value. Answers are compared word
+by word, and every word must have won by more than the bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Place:
-    """A device whose work is compared with that of the CPU.
+    """A device whose work is compared with the CPU's.
 
     Args:
         device: a CUDA device, or the CPU in a smoke run.
@@ -34,12 +34,12 @@ class Place:
 
     @property
     def is_card(self) -> bool:
-        """Whether it is no smoke run."""
+        """Whether this is a real GPU, not a smoke run."""
         return self.device.type == "cuda"
 
     @contextmanager
     def not_waiting(self) -> Iterator[None]:
-        """A block in which torch raises where the host would wait for the card."""
+        """Make torch raise within the block where the host would wait for the GPU."""
         if not self.is_card:
             yield
             return
@@ -51,7 +51,7 @@ class Place:
             torch.cuda.set_sync_debug_mode("default")
 
     def put(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch on the device; what is no tensor stays."""
+        """Move the tensors of a batch to the device."""
         return {name: one.to(self.device) if isinstance(one, Tensor) else one for name, one in batch.items()}
 
     def only_on_a_card(self, why: str) -> None:
@@ -70,14 +70,15 @@ def assert_near(found: Tensor, wanted: Tensor, name: str = "", bound: float = BO
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """Of all parameters that have one, on the CPU."""
+    """Return the gradients of all parameters that have one, on the CPU."""
     return {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_all_near(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float = BOUND) -> None:
     """Raise unless tensors with the same names differ by at most ``bound`` of the largest number of all.
 
-    Of all, not of each: a gradient that is zero up to rounding (of a key's bias, say) has no scale of its own.
+    The largest over all tensors, not of each: a gradient that is zero up to rounding (such as a key bias's) has no
+    scale.
     """
     assert found.keys() == wanted.keys()
     assert wanted
@@ -86,7 +87,7 @@ def assert_all_near(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: 
 
 
 class Margins(LogitsProcessor):
-    """Notes by how much the likeliest word led the next, as a part of the largest logit."""
+    """Record the smallest lead of the likeliest word over the next, relative to the largest logit."""
 
     def __init__(self) -> None:
         self.smallest = float("inf")
@@ -100,7 +101,7 @@ class Margins(LogitsProcessor):
 
 @contextmanager
 def clear_winners() -> Iterator[dict[str, Any]]:
-    """Settings for a greedy answer on the CPU whose every word won by more than the bound, twice."""
+    """Yield settings for a greedy answer on the CPU, and check that every word won by more than twice the bound."""
     margins = Margins()
     yield {"logits_processor": LogitsProcessorList([margins])}
-    assert 2 * BOUND < margins.smallest < float("inf"), f"a word won by {margins.smallest:.1e} alone; take another text"
+    assert 2 * BOUND < margins.smallest < float("inf"), f"a word won by only {margins.smallest:.1e}; use another text"

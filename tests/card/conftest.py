@@ -1,4 +1,4 @@
-"""Where the tests of this folder run: on a CUDA device, on the CPU with ``--smoke``, and else not at all."""
+"""Run the tests of this folder on a CUDA device, or on the CPU with ``--smoke``; otherwise skip them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--smoke",
         action="store_true",
-        help="run the tests for a card on the CPU: what they compare is proven, the card is not",
+        help="run the tests for a GPU on the CPU: this tests the comparisons, not the GPU",
     )
 
 
 def _is_smoke(config: pytest.Config) -> bool:
-    # Known only where this folder was named on the command line.
+    # The option exists only where this folder was named on the command line.
     return bool(config.getoption("--smoke", default=False))
 
 
@@ -32,5 +32,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> Place:
-    """What is compared with the CPU."""
+    """The device that is compared with the CPU."""
     return Place(torch.device("cpu" if _is_smoke(request.config) else "cuda"))

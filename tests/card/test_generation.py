@@ -1,4 +1,4 @@
-"""Prompts are compressed and answered from on a card as on the CPU: by every kind of attention and of cache."""
+"""A GPU compresses prompts and answers from them as the CPU does, with every kind of attention and of cache."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tests.card.both import BOUND, Place, assert_near, clear_winners
 pytestmark = pytest.mark.card
 PROMPTS, COUNTS = [tiny.words(9, 1), tiny.words(4, 2)], [1, 3]
 INPUTS = [tiny.words(3, 3), tiny.words(6, 4)]
-# A softcap (Gemma 2), windows, an encoder, positions that turn a part of each head.
+# A softcap (Gemma 2), windows, an encoder, and positions that rotate a part of each head.
 FAMILIES = ["llama", "gemma2", "qwen2-window", "gpt_neox", "t5", "umt5"]
 
 
 class Pair:
-    """A patched model on the CPU, its twin at the place, and prompts that the first compressed."""
+    """A patched model on the CPU, its copy on the device, and prompts that the first compressed."""
 
     def __init__(self, name: str, place: Place, dtype: torch.dtype = torch.float32) -> None:
         self.on_cpu, self.tokenizer = tiny.patched(name)
-        self.there: Any = copy.deepcopy(self.on_cpu).to(place.device, dtype)
+        self.there: Any = copy.deepcopy(self.on_cpu).to(place.device, dtype)  # pyright: ignore[reportArgumentType]
         self.place = place
         self.wanted = gisting.compress(self.on_cpu, self.tokenizer, PROMPTS, COUNTS)
 
@@ -40,7 +40,7 @@ class Pair:
         return gisting.compress(self.there, self.tokenizer, PROMPTS, COUNTS)
 
     def said_on_cpu(self) -> list[str]:
-        """Each input alone, so that all that is computed for it is looked at."""
+        """Answer each input alone, so that everything computed for it is checked."""
         answers: list[str] = []
         for row, text in enumerate(INPUTS):
             with clear_winners() as watched:
@@ -64,7 +64,7 @@ def assert_same_states(found: GistCache, wanted: GistCache, bound: float = BOUND
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cached_generation(name: str, place: Place) -> None:
-    """No step of it ever ran on a card: a message was too long for an assertion there."""
+    """This once failed on every GPU, because a message was too long for an assertion there."""
     pair = Pair(name, place)
     cache = pair.compress()
     assert cache.device.type == place.device.type
@@ -73,7 +73,7 @@ def test_cached_generation(name: str, place: Place) -> None:
 
 
 def test_a_planted_fault_is_found(place: Place) -> None:
-    """A model that is off by a hundredth, in one matrix of one layer."""
+    """A model with an error of a hundredth in one matrix of one layer."""
     pair = Pair("llama", place)
     with torch.no_grad():
         pair.there.base_model.layers[1].mlp.up_proj.weight.mul_(1.01)
@@ -83,7 +83,7 @@ def test_a_planted_fault_is_found(place: Place) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype: torch.dtype, place: Place) -> None:
-    """What training and serving run in. Three layers round a dozen times each."""
+    """Training and serving run in half precision. Each of three layers rounds a dozen times."""
     pair = Pair("llama", place, dtype)
     cache = pair.compress()
     assert cache.dtype == dtype
@@ -105,7 +105,7 @@ def test_beams_and_stock_generate(place: Place) -> None:
     pair = Pair("llama", place)
     cache = pair.compress()
     assert len(pair.said(cache, num_beams=3, num_return_sequences=2)) == 2 * len(INPUTS)
-    # As a user of stock transformers calls it, whose ids begin with the gist tokens.
+    # As a user of stock transformers would call it: the ids begin with the gist tokens.
     one, gist = cache.select([1]), pair.tokenizer.gist_token_id
     (continuation,) = pair.tokenizer.encode_continuations(INPUTS[1:])
     ids = torch.tensor([[gist] * 3 + continuation], device=place.device)
@@ -119,7 +119,7 @@ def test_beams_and_stock_generate(place: Place) -> None:
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["llama", "qwen2-window"])
 def test_static_cache(name: str, is_compiled: bool, place: Place) -> None:
-    """transformers compiles decoding with such a cache on a card by itself, the guard with it, into CUDA graphs."""
+    """On a GPU, transformers itself compiles decoding with such a cache, including the guard, into CUDA graphs."""
     pair = Pair(name, place)
     torch._dynamo.reset()
     settings: dict[str, Any] = {"cache_implementation": "static", "disable_compile": not is_compiled}
@@ -130,7 +130,7 @@ def test_static_cache(name: str, is_compiled: bool, place: Place) -> None:
 
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 def test_offloaded_cache(implementation: str, place: Place) -> None:
-    place.only_on_a_card("the layers that are not in use wait on its streams")
+    place.only_on_a_card("idle layers wait on its streams")
     pair = Pair("llama", place)
     settings: dict[str, Any] = {"cache_implementation": implementation, "disable_compile": True}
     assert pair.said(pair.compress(), **settings) == pair.said_on_cpu()
@@ -196,7 +196,7 @@ print(model(input_ids=step, **{{cache_argument(): past}}).logits.sum().item())
 
 @pytest.mark.parametrize("is_gist", [False, True], ids=["word", "gist"])
 def test_a_gist_token_in_a_decoding_step_fails(is_gist: bool, place: Place) -> None:
-    """On a card by an assertion there, after which a process cannot use it; so the process is another one."""
+    """On a GPU an assertion fails there, after which a process cannot use it; so another process runs it."""
     code = STEP.format(device=place.device, token=len(tiny.VOCABULARY) if is_gist else 7)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode != 0) is is_gist, done.stderr

@@ -1,6 +1,4 @@
-"""What measures and examines: on a card it names the card, waits for it where time or memory is read, and finds no
-fault.
-"""
+"""Measurements and the doctor on a GPU: they name it, wait for it where time or memory is read, and find no fault."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ import torch
 
 from gisting import Record, doctor
 from gisting.eval.conditions import evaluate
-from gisting.internalize.compressors import SelfInformation
-from gisting.measure import inference, latency
+from gisting.internalize.shorteners import SelfInformation
+from gisting.measure import latency, memory
 from gisting.measure.rows import environment
 from tests import tiny
 from tests.card.both import Place
@@ -23,7 +21,7 @@ RECORDS = [Record("w1 w2 w3", "w4", "w5 w6"), Record("w7 w8", "w9 w10", "w11"), 
 
 
 def test_doctor(place: Place) -> None:
-    """It compares every device with the reference, so this is also the shortest check of the kernels."""
+    """The doctor compares every device with the reference, so this is also the shortest check of the kernels."""
     found = doctor.examine_here()
     assert [finding for finding in found if finding.is_fault and finding.topic in ("devices", "attention")] == []
     names = {finding.name for finding in found if finding.topic == "attention"}
@@ -43,11 +41,11 @@ def test_latency(place: Place) -> None:
 
 
 def test_memory(place: Place) -> None:
-    free = inference._free_bytes(place.device)
+    free = memory.free_bytes(place.device)
     assert free is not None
     assert free > 0
     size = 2**20  # a multiple of the blocks of every allocator
-    peak = inference.peak_of_allocator(place.device, lambda: torch.empty(size, dtype=torch.uint8, device=place.device))
+    peak = memory.peak_of_allocator(place.device, lambda: torch.empty(size, dtype=torch.uint8, device=place.device))
     assert peak == size
 
 
@@ -65,5 +63,5 @@ def test_evaluation(name: str, place: Place) -> None:
 def test_self_information(place: Place) -> None:
     model, tokenizer = tiny.patched("llama")
     there: Any = copy.deepcopy(model).to(place.device)  # pyright: ignore[reportArgumentType]
-    texts = [SelfInformation(which, tokenizer).compress(tiny.words(12, 1), 0.5) for which in (there, model)]
+    texts = [SelfInformation(which, tokenizer).shorten(tiny.words(12, 1), 0.5) for which in (there, model)]
     assert texts[0] == texts[1]

@@ -1,5 +1,5 @@
-"""A step of training on a card gives the loss and the gradients of the CPU, whatever learns and whatever is minimised;
-and the host does not wait for it.
+"""A training step on a GPU gives the CPU's loss and gradients for every method and objective, and the host does not
+wait for it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.card.both import CPU, Place, assert_all_near, assert_near, gradients
 
 pytestmark = [
     pytest.mark.card,
-    # peft 0.21 asks a model for a property by the name that transformers 5.23 deprecates.
+    # peft 0.21 reads a property under a name that transformers 5.23 deprecates.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
 RECORDS = [
@@ -68,7 +68,7 @@ def test_loss_and_gradients(name: str, is_packed: bool, place: Place) -> None:
 
 
 def test_other_dtypes(place: Place) -> None:
-    """The kernels have no float64: there a card runs torch's own attention with a dense mask."""
+    """The kernels do not support float64: there a GPU runs torch's own attention with a dense mask."""
     model, tokenizer = tiny.patched("llama")
     model.double()
     there = copy.deepcopy(model).to(place.device)  # pyright: ignore[reportArgumentType]
@@ -79,7 +79,7 @@ def test_other_dtypes(place: Place) -> None:
 
 @pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope"])
 def test_length_dependent_positions(name: str, place: Place) -> None:
-    """Below the length at which the frequencies change they are the CPU's; beyond it both refuse."""
+    """Below the length at which the frequencies change, results agree; beyond it both devices raise."""
     model, tokenizer = tiny.patched(name)
     there: Any = copy.deepcopy(model).to(place.device)  # pyright: ignore[reportArgumentType]
     batch = batch_of(tokenizer)
@@ -91,7 +91,7 @@ def test_length_dependent_positions(name: str, place: Place) -> None:
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
 def test_a_step_does_not_wait(is_packed: bool, place: Place) -> None:
-    """Once the kernels are compiled and the optimiser has its state."""
+    """The step is tested after the kernels are compiled and the optimiser has its state."""
     model, tokenizer = tiny.patched("llama")
     there: Any = model.to(place.device)  # pyright: ignore[reportArgumentType]
     stepper = torch.optim.AdamW(there.parameters(), lr=1e-4, foreach=True)
@@ -110,7 +110,7 @@ def test_a_step_does_not_wait(is_packed: bool, place: Place) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trainers_step_does_not_wait(method: str, place: Place, tmp_path: Path) -> None:
-    """The loss of a distilled step, prompts apart where the base is frozen, and its gradients."""
+    """Loss and gradients of a distilled step, with prompts split off where the base is frozen."""
     model, tokenizer = tiny.patched("llama")
     prepare(model, method, 2)
     arguments = published_arguments(tmp_path, use_cpu=not place.is_card, bf16=False)
@@ -137,7 +137,7 @@ def train(place: torch.device, output: Path, name: str, records: list[Record] = 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.div_(5)  # weights of the usual size
+                parameter.div_(5)  # weights of a normal size
     arguments = published_arguments(
         output, batch_size=4, per_device_batch_size=4, max_steps=3, learning_rate=1e-3, save_strategy="no",
         disable_tqdm=True, logging_steps=1, bf16=False, use_cpu=place.type == "cpu", seed=3,
@@ -154,7 +154,7 @@ def test_methods(method: str, place: Place, tmp_path: Path) -> None:
     learns = {name for name, parameter in here.named_parameters() if parameter.requires_grad}
     assert {parameter.device.type for parameter in there.parameters()} == {place.device.type}
     trained = [{name: p for name, p in model.named_parameters() if name in learns} for model in (there, here)]
-    # Adam's first steps are as large for a gradient near zero, of either sign, as for any other: two of 1e-3 each way.
+    # Adam's first steps have the same size for any gradient, even for one near zero: two of 1e-3 in either direction.
     assert_all_near(trained[0], trained[1], bound=0.05)
 
 
@@ -186,7 +186,7 @@ def test_distillation_of_an_encoder_decoder(place: Place, tmp_path: Path) -> Non
 
 
 def test_the_published_precision(place: Place, tmp_path: Path) -> None:
-    """bfloat16 where a card has it, by autocast, and pinned memory."""
+    """bfloat16 by autocast where a GPU supports it, and pinned memory."""
     arguments = published_arguments(tmp_path)
     assert arguments.dataloader_pin_memory is torch.cuda.is_available()
     assert arguments.use_cpu is not torch.cuda.is_available()
@@ -196,7 +196,7 @@ def test_the_published_precision(place: Place, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
 def test_autocast(name: str, place: Place) -> None:
-    """Weights in float32, attention in bfloat16: eight bits, in a dozen roundings a layer."""
+    """Weights in float32, attention in bfloat16: eight bits, with a dozen roundings per layer."""
     model, tokenizer = tiny.patched(name)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -212,7 +212,7 @@ def test_autocast(name: str, place: Place) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_compiled(name: str, place: Place) -> None:
-    """The whole model in one graph, mask and kernels inside it, forward and backward."""
+    """The whole model, with mask and kernels, is one graph, forward and backward."""
     model, tokenizer = tiny.patched(name)
     there = copy.deepcopy(model).to(place.device)  # pyright: ignore[reportArgumentType]
     batch = batch_of(tokenizer)
@@ -235,7 +235,7 @@ MODES: dict[str, Callable[[], Any]] = {"no_grad": torch.no_grad, "inference_mode
 
 @pytest.mark.parametrize("mode", MODES)
 def test_without_gradients(mode: str, place: Place) -> None:
-    """What is made once for a batch is made again for another one, also where it is not remembered at all."""
+    """The plan of a batch is made again for another batch, also where plans are not kept at all."""
     model, _ = tiny.patched("llama")
     there: Any = copy.deepcopy(model).to(place.device)  # pyright: ignore[reportArgumentType]
     ids = torch.arange(4, 16)[None]
@@ -250,7 +250,7 @@ def test_without_gradients(mode: str, place: Place) -> None:
 
 
 def test_a_captured_graph_plans_what_it_is_given(place: Place) -> None:
-    """A CUDA graph is replayed on other contents of the same memory: nothing may be remembered from its capture."""
+    """A CUDA graph is replayed on new contents of the same memory, so nothing may be kept from its capture."""
     place.only_on_a_card("captures a CUDA graph")
     from gisting import interval_attention
 

@@ -1,4 +1,4 @@
-"""Examples for a query's prompt: similar, in a fixed order, and free of leaks."""
+"""Examples for a query: similar, in a fixed order, and without leaks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gisting.internalize.examples import ExamplePool
 
 
 def record(query: str, answer: str = "yes") -> Record:
-    return Record("template", query, answer)
+    return Record("prompt", query, answer)
 
 
 def queries(found: list[Record]) -> list[str]:
@@ -28,7 +28,7 @@ def queries(found: list[Record]) -> list[str]:
 # -- order -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_most_similar_stands_last() -> None:
+def test_the_most_similar_comes_last() -> None:
     pool = ExamplePool([record(text) for text in ("red fish", "blue bird", "blue fish swims", "old stone")])
     assert queries(pool.retrieve(record("a blue fish"), 3)) == ["blue bird", "red fish", "blue fish swims"]
     assert queries(pool.retrieve(record("a blue fish"), 1)) == ["blue fish swims"]
@@ -48,11 +48,11 @@ def test_a_query_without_a_known_word_gets_the_first_of_the_pool(query: str) -> 
 
 
 def test_a_pool_without_words() -> None:
-    pool = ExamplePool([record(sign) for sign in ("+", "-", "", "+")])
+    pool = ExamplePool([record(text) for text in ("+", "-", "", "+")])
     assert queries(pool.retrieve(record("+"), 4)) == ["", "-"]
 
 
-def test_many_at_once_are_one_by_one() -> None:
+def test_retrieving_many_is_retrieving_one_by_one() -> None:
     pool = pool_of(40)
     found = pool.retrieve_many(pool.records, 3)
     assert found == [pool.retrieve(one, 3) for one in pool.records]
@@ -71,7 +71,7 @@ def pool_of(number: int) -> ExamplePool:
 
 @cache
 def originals(number: int) -> list[Record]:
-    """Queries of ten words and answers of seven, any two of which differ in two words at least."""
+    """Make queries of ten words and answers of seven, any two of which differ in at least two words."""
     draw = random.Random(0)
 
     def task() -> str:
@@ -84,20 +84,20 @@ def originals(number: int) -> list[Record]:
 
 
 PLANTED = {
-    "itself again": lambda one, n: one,
-    "other case": lambda one, n: record(one.input.upper(), f"other answer of its own {n}"),
-    "other punctuation": lambda one, n: record(f"«{one.input.replace(' ', ', ')}»!", f"other answer of its own {n}"),
-    "other white space": lambda one, n: record(one.input.replace(" ", " \n"), f"other answer of its own {n}"),
-    "a word changed": lambda one, n: record(one.input.replace("please", "kindly"), f"other answer of its own {n}"),
-    "a word more": lambda one, n: record(f"{one.input} quickly", f"other answer of its own {n}"),
-    "a word less": lambda one, n: record(one.input.replace("please ", ""), f"other answer of its own {n}"),
+    "repeated": lambda one, n: one,
+    "other case": lambda one, n: record(one.input.upper(), f"a quite different answer {n}"),
+    "other punctuation": lambda one, n: record(f"«{one.input.replace(' ', ', ')}»!", f"a quite different answer {n}"),
+    "other white space": lambda one, n: record(one.input.replace(" ", " \n"), f"a quite different answer {n}"),
+    "a word changed": lambda one, n: record(one.input.replace("please", "kindly"), f"a quite different answer {n}"),
+    "a word more": lambda one, n: record(f"{one.input} quickly", f"a quite different answer {n}"),
+    "a word less": lambda one, n: record(one.input.replace("please ", ""), f"a quite different answer {n}"),
     "same answer": lambda one, n: record(f"{' '.join(one.input.split()[3:8])} unlike {n}", one.output),
     "answer in capitals": lambda one, n: record(f"unlike {n} {one.input[20:40]}", f"{one.output.upper()}."),
 }
 
 
 def planted() -> tuple[list[Record], dict[int, set[int]]]:
-    """300 records, among them ten leaks of each kind; and for each original the places of what leaks it."""
+    """Make 300 records, including ten leaks of each kind, and for each original the places of its leaks."""
     records = list(originals(300 - 10 * len(PLANTED)))
     leaks: dict[int, set[int]] = {}
     for kind, make in enumerate(PLANTED.values()):
@@ -114,7 +114,7 @@ def planted() -> tuple[list[Record], dict[int, set[int]]]:
 
 
 def leaks_found(pool: ExamplePool, leaks: dict[int, set[int]]) -> list[tuple[int, int]]:
-    """Pairs of a record and an example of it of which one was made from the other; itself is always such a pair."""
+    """List the pairs of a record and its example that are the same, or of which one was made from the other."""
     number_of = {id(one): number for number, one in enumerate(pool.records)}
     pairs = {(source, leak) for source, several in leaks.items() for leak in several}
     pairs |= {(leak, source) for source, leak in pairs} | {(number, number) for number in range(len(pool))}
@@ -136,7 +136,7 @@ def test_no_planted_leak_is_retrieved() -> None:
 
 
 def test_without_the_guard_the_planted_leaks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above would see them: of each kind all, and every record would be its own example."""
+    """Show that the test above can fail: without the guard, leaks of each kind are found, and each record itself."""
     records, leaks = planted()
     pool = ExamplePool([Record(*vars(one).values()) for one in records])
     monkeypatch.setattr(examples, "_is_nearly_the_same", lambda *_: False)
@@ -160,12 +160,12 @@ def test_examples_of_a_prompt_are_no_near_duplicates_of_each_other() -> None:
     assert sorted(text for text in found if text in queries(others)) == queries(others)
 
 
-def test_it_looks_on_where_all_that_is_similar_is_a_duplicate() -> None:
+def test_the_search_continues_if_everything_similar_is_a_duplicate() -> None:
     pool = ExamplePool([*[record("count the apples")] * 200, record("the pears"), record("no")])
     assert queries(pool.retrieve(record("count the apples"), 5)) == ["no", "the pears"]
 
 
-def test_short_answers_are_shared_rightly() -> None:
+def test_short_answers_may_be_shared() -> None:
     pool = ExamplePool([record("a warm day", "good"), record("a cold day", "bad"), record("A warm, day!", "good")])
     assert queries(pool.retrieve(record("warm sun", "good"), 3)) == ["a cold day", "a warm day"]
     strict = ExamplePool(pool.records, min_answer_words=1)
@@ -198,7 +198,7 @@ def test_the_table_of_the_docstring(text: str, is_near: bool) -> None:
 
 
 def distance(one: str, other: str) -> int:
-    """Levenshtein, as its definition."""
+    """Compute the Levenshtein distance by its definition."""
 
     @cache
     def of(a: int, b: int) -> int:
@@ -222,7 +222,7 @@ def test_nearly_the_same_is_the_edit_distance(one: str, other: str, near_duplica
 
 
 def test_real_commands(shared: Path) -> None:
-    """NL2Bash: no example has the record's query or command, whatever their case and punctuation."""
+    """Check on NL2Bash that no example has the record's query, whatever its case and punctuation."""
     data = shared / "data"
     lines = zip(
         (data / "nl2bash.nl").read_text(encoding="utf-8").splitlines(),

@@ -19,18 +19,19 @@ from hypothesis import strategies as st
 from gisting import GistError, GistTokenizer, Record
 from gisting.data.plain import plain_sources
 from gisting.eval.metrics import bleu, exact_match
-from gisting.internalize.compressors import Rewrites
-from gisting.internalize.layout import PromptLayout
+from gisting.internalize.comparison import Times, num_rows_read, shared_prefix
 from gisting.internalize.prices import Prices, load_prices
-from gisting.internalize.report import Times, make_report, num_rows_read, shared_prefix
+from gisting.internalize.report import make_report
+from gisting.internalize.requests import PromptFormat
 from gisting.internalize.schedule import Schedule
+from gisting.internalize.shorteners import Rewrites
 from gisting.internalize.stages import internalize
 from gisting.measure import requests
 from gisting.measure.requests import serving
 from gisting.train.finetune import published_arguments
 from tests import garbage, tiny
 
-TEMPLATE = "w50 w51 w52 w53 w54 w55"
+PROMPT = "w50 w51 w52 w53 w54 w55"
 RECORDS = [Record("-", f"w{number} w{number + 10}", f"w{number + 30}") for number in range(8)]
 PRICES = Prices("USD", 2.0, 0.5, 10.0, 20.0)
 
@@ -40,18 +41,18 @@ def run_to(folder: Path, name: str = "llama", **changes: Any) -> None:
     model, tokenizer = tiny.patched(name)
     settings: dict[str, Any] = {
         "schedule": Schedule((1.0, 0.5, 0.0)),
-        "compressor": Rewrites({0.5: "w50 w52 w54"}),
+        "shortener": Rewrites({0.5: "w50 w52 w54"}),
         "eval_records": RECORDS[:4],
         "max_new_tokens": 2,
         "metrics": {"exact_match": exact_match},
     }
     steps = changes.pop("max_steps", 3)
-    template = changes.pop("template", TEMPLATE)
+    prompt = changes.pop("prompt", PROMPT)
     records = changes.pop("records", RECORDS)
     arguments = published_arguments(
         folder, batch_size=4, per_device_batch_size=4, max_steps=steps, save_strategy="no", disable_tqdm=True
     )
-    internalize(model, tokenizer, template, records, arguments, **{**settings, **changes})
+    internalize(model, tokenizer, prompt, records, arguments, **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_to(folder / "tailed", tail="gist", num_gist_tokens=3)
         for control in ("bare", "full", "full-run-bare"):
             run_to(folder / control, control=control)
-        run_to(folder / "compressed", control="compressed", control_share=0.5)
+        run_to(folder / "shortened", control="shortened", control_share=0.5)
     return folder
 
 
@@ -169,29 +170,29 @@ def test_rows_that_training_reads(num_records: int, num_steps: int, batch_size: 
 
 
 def test_what_a_prefix_cache_can_hold(tokenizer: GistTokenizer) -> None:
-    layout = PromptLayout(gap=" ", separator=" ")
-    prompts = [layout.prompt(TEMPLATE, [RECORDS[1]]), layout.prompt(TEMPLATE, [RECORDS[2]]), TEMPLATE]
+    prompt_format = PromptFormat(gap=" ", separator=" ")
+    prompts = [prompt_format.prompt(PROMPT, [RECORDS[1]]), prompt_format.prompt(PROMPT, [RECORDS[2]]), PROMPT]
     sources = plain_sources(tokenizer, prompts, ["w1", "w2", "w3"])
-    count = shared_prefix(tokenizer, TEMPLATE, sources)
+    count = shared_prefix(tokenizer, PROMPT, sources)
     words = tokenizer.decode(sources[0][:count]).split()
-    assert words[: len(TEMPLATE.split())] == TEMPLATE.split()
+    assert words[: len(PROMPT.split())] == PROMPT.split()
     assert all(source[:count] == sources[0][:count] for source in sources)
-    assert shared_prefix(tokenizer, TEMPLATE, [sources[0], sources[1][:1] + sources[1][2:]]) < count
+    assert shared_prefix(tokenizer, PROMPT, [sources[0], sources[1][:1] + sources[1][2:]]) < count
     # The last id of a request is read anew, or there would be no logits.
-    assert shared_prefix(tokenizer, TEMPLATE, [sources[0][:3], sources[0]]) == 2
-    assert shared_prefix(tokenizer, TEMPLATE, [[9, 9], sources[0]]) == 0
-    assert shared_prefix(tokenizer, TEMPLATE, [[], sources[0]]) == 0
+    assert shared_prefix(tokenizer, PROMPT, [sources[0][:3], sources[0]]) == 2
+    assert shared_prefix(tokenizer, PROMPT, [[9, 9], sources[0]]) == 0
+    assert shared_prefix(tokenizer, PROMPT, [[], sources[0]]) == 0
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
 def test_runs_beside_each_other(runs: Path) -> None:
-    names = ("staged", "tailed", "bare", "full", "full-run-bare", "compressed")
+    names = ("staged", "tailed", "bare", "full", "full-run-bare", "shortened")
     report = make_report([runs / name for name in names], PRICES)
     tokenizer = GistTokenizer.from_pretrained(runs / "staged")
     bare = len(plain_sources(tokenizer, [""], ["w1 w11"])[0])
-    full = len(plain_sources(tokenizer, [TEMPLATE], ["w1 w11"])[0])
+    full = len(plain_sources(tokenizer, [PROMPT], ["w1 w11"])[0])
     behind = len(tokenizer.encode_continuations(["w1 w11"])[0])
     rows = {row.name: row for row in report.rows[:-1]}
     assert {name: (row.trained, row.run_on, row.tokens, row.cached_tokens) for name, row in rows.items()} == {
@@ -200,10 +201,10 @@ def test_runs_beside_each_other(runs: Path) -> None:
         "bare": ("bare query", "bare query", bare, 0),
         "full": ("full prompt", "full prompt", full, 0),
         "full-run-bare": ("full prompt", "bare query", bare, 0),
-        "compressed": ("compressed prompt", "compressed prompt", full - 3, 0),
+        "shortened": ("shortened prompt", "shortened prompt", full - 3, 0),
     }
     cached = report.rows[-1]
-    assert (cached.run_on, cached.name) == ("full prompt behind a prefix cache", "full")
+    assert (cached.run_on, cached.name) == ("full prompt with a prefix cache", "full")
     assert (cached.tokens, cached.score) == (full, rows["full"].score)
     # All requests have the same words before the query.
     assert cached.cached_tokens == full - behind
@@ -236,7 +237,7 @@ def test_runs_beside_each_other(runs: Path) -> None:
         ("tailed", 2, "prompt", 0.5, full - 3),
         ("tailed", 3, "gist, k = 3", 1.0, 3 + behind),
     ]
-    assert report.shorter.keys() == {"compressed prompt of compressed"}
+    assert report.shorter.keys() == {"shortened prompt of shortened"}
     assert report.notes == ()
 
 
@@ -267,7 +268,7 @@ def test_without_the_control_the_full_prompt_has_no_score(runs: Path) -> None:
     assert [(row.name, row.run_on, row.score is None) for row in report.rows] == [
         ("staged", "bare query", False),
         ("-", "full prompt", True),
-        ("-", "full prompt behind a prefix cache", True),
+        ("-", "full prompt with a prefix cache", True),
     ]
     assert all(row.cost is None and row.training_tokens is None for row in report.rows)
     assert report.request_cells()[0] == ("run", "trained", "run on", "tokens", "cached", "saved", "exact_match")
@@ -315,7 +316,7 @@ def test_the_tables_by_eye(runs: Path) -> None:
     assert text[4].split(" | ")[8] == "5.0 (4.0–6.5)"
     assert text[5].split(" | ")[8] == "-", "was not measured"
     assert text[6].split(" | ")[2:5] == [
-        "full prompt behind a prefix cache",
+        "full prompt with a prefix cache",
         f"{full.tokens:.1f}",
         f"{report.rows[2].cached_tokens:.1f}",
     ]
@@ -357,7 +358,7 @@ def test_seeds_may_differ(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"template": "w50 w51"}, "staged and other cannot be compared: they differ in template; compare runs"),
+        ({"prompt": "w50 w51"}, "staged and other cannot be compared: they differ in template; compare runs"),
         ({"eval_records": RECORDS[:3]}, "staged and other cannot be compared: they differ in evaluation records;"),
         ({"eval_records": None}, "other was trained without evaluation records, so it has no score"),
         ({"metrics": {"bleu": bleu}}, r"metric must be one by which all runs were scored \(staged: exact_match; other"),
@@ -416,7 +417,7 @@ def test_what_is_no_comparison(runs: Path) -> None:
     with pytest.raises(GistError, match=r"directories has .*bare/?.* twice; give each once"):
         make_report([runs / "bare", runs / "staged" / ".." / "bare"])
     with pytest.raises(GistError, match=r"no run read the full prompt.*; give the staged run, or the control full"):
-        make_report([runs / "bare", runs / "compressed"])
+        make_report([runs / "bare", runs / "shortened"])
 
 
 def test_a_template_behind_a_gist_is_no_full_prompt(tmp_path: Path) -> None:
@@ -437,9 +438,9 @@ def test_runs_of_one_name_are_told_apart(runs: Path, tmp_path: Path) -> None:
 
 def asked(tokenizer: GistTokenizer) -> list[Record]:
     """Full prompts with examples, and queries of one to three words."""
-    layout = PromptLayout(gap=" ", separator=" ")
+    prompt_format = PromptFormat(gap=" ", separator=" ")
     return [
-        Record(layout.prompt(TEMPLATE, RECORDS[number : number + 2]), " ".join(["w7"] * (1 + number % 3)), "w1")
+        Record(prompt_format.prompt(PROMPT, RECORDS[number : number + 2]), " ".join(["w7"] * (1 + number % 3)), "w1")
         for number in range(6)
     ]
 
@@ -447,7 +448,7 @@ def asked(tokenizer: GistTokenizer) -> list[Record]:
 @pytest.mark.parametrize("name", list(tiny.DECODERS))
 def test_every_decoder_is_served_three_ways(name: str) -> None:
     model, tokenizer = tiny.patched(name)
-    rows = serving(model, tokenizer, asked(tokenizer), TEMPLATE, batch_size=1, repeats=1, warmup=0)
+    rows = serving(model, tokenizer, asked(tokenizer), PROMPT, batch_size=1, repeats=1, warmup=0)
     assert [row.mode for row in rows] == ["full prompt", "prefix cache", "bare query"]
     assert all(row.requests_per_s > 0 for row in rows)
 
@@ -455,9 +456,9 @@ def test_every_decoder_is_served_three_ways(name: str) -> None:
 def test_batches_go_round() -> None:
     model, tokenizer = tiny.patched("llama")
     records = asked(tokenizer)
-    shorter = {"compressed": [Record("w50 w51", one.input, one.output) for one in records]}
+    shorter = {"shortened": [Record("w50 w51", one.input, one.output) for one in records]}
     rows = serving(
-        model, tokenizer, records, TEMPLATE, batch_size=4, shorter=shorter, repeats=3, warmup=1, num_answer_tokens=2
+        model, tokenizer, records, PROMPT, batch_size=4, shorter=shorter, repeats=3, warmup=1, num_answer_tokens=2
     )
     full, cached, bare, short = rows
     inputs = [one.input for one in records[:4]]
@@ -465,16 +466,16 @@ def test_batches_go_round() -> None:
     # Two of the six are left over.
     assert full.num_new_tokens == round(sum(map(len, sources)) / 4, 1)
     assert cached.num_new_tokens == pytest.approx(full.num_new_tokens - cached.num_cached_tokens, abs=0.1)
-    assert cached.num_cached_tokens >= len(TEMPLATE.split())
+    assert cached.num_cached_tokens >= len(PROMPT.split())
     assert bare.num_new_tokens < short.num_new_tokens < full.num_new_tokens
-    assert short.mode == "compressed"
+    assert short.mode == "shortened"
     assert {row.num_repeats for row in rows} == {3}
 
 
 def test_a_wrong_cache_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.patched("llama")
     records = asked(tokenizer)
-    original = requests.hand_over
+    original = requests.cache_view
 
     def spoilt(cache: Any, batch_size: int) -> Any:
         found = original(cache, batch_size)
@@ -483,9 +484,9 @@ def test_a_wrong_cache_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
         found.layers[0].keys = keys
         return found
 
-    monkeypatch.setattr(requests, "hand_over", spoilt)
+    monkeypatch.setattr(requests, "cache_view", spoilt)
     with pytest.raises(GistError, match=r"prefix cache differs from its uncached run by .*; no time is reported"):
-        serving(model, tokenizer, records, TEMPLATE, batch_size=2, repeats=1, warmup=0)
+        serving(model, tokenizer, records, PROMPT, batch_size=2, repeats=1, warmup=0)
 
 
 class Said:
@@ -509,7 +510,7 @@ def test_answers_may_part_where_two_tokens_are_as_likely() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 7}, "records must be at least batch_size=7, got 6; lower it"),
+        ({"batch_size": 7}, "there must be at least batch_size=7 records, got 6; lower batch_size"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"warmup": -1}, "warmup must be at least 0, got -1"),
@@ -520,15 +521,15 @@ def test_answers_may_part_where_two_tokens_are_as_likely() -> None:
 )
 def test_what_cannot_be_served(changes: dict[str, Any], message: str) -> None:
     model, tokenizer = tiny.patched("llama")
-    settings: dict[str, Any] = {"records": asked(tokenizer), "template": TEMPLATE, "batch_size": 1, **changes}
+    settings: dict[str, Any] = {"records": asked(tokenizer), "template": PROMPT, "batch_size": 1, **changes}
     with pytest.raises(GistError, match=message):
         serving(model, tokenizer, **settings)
 
 
 def test_an_encoder_decoder_is_not_served() -> None:
     model, tokenizer = tiny.patched("t5")
-    with pytest.raises(GistError, match="serving times decoders"):
-        serving(model, tokenizer, RECORDS, TEMPLATE, batch_size=1)
+    with pytest.raises(GistError, match="serving measures decoders"):
+        serving(model, tokenizer, RECORDS, PROMPT, batch_size=1)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -537,7 +538,7 @@ def test_an_encoder_decoder_is_not_served() -> None:
 def test_the_command(run, runs: Path, tmp_path: Path) -> None:
     prices, page = tmp_path / "prices.json", tmp_path / "pages" / "report.md"
     prices.write_text(json.dumps({**TABLE, "training_per_million": 20}), encoding="utf-8")
-    names = [runs / "staged", runs / "compressed"]
+    names = [runs / "staged", runs / "shortened"]
     done = run("report", *names, "--prices", prices, "--output", page)
     assert done.code == 0, done.err
     assert page.read_text(encoding="utf-8") == make_report(names, load_prices(prices)).markdown()
@@ -566,7 +567,7 @@ def test_the_command_times_no_encoder_decoder(run, tmp_path: Path) -> None:
         (["staged", "nothing"], "nothing has no internalized.json, so it is no finished internalisation"),
         (["staged", "--prices", "none.yaml"], "there is no price table none.yaml"),
         (["staged", "--metric", "bleurt"], "metric must be one by which all runs were scored"),
-        (["staged", "--time", "--batch-size", "5"], "records must be at least batch_size=5, got 4; lower it"),
+        (["staged", "--time", "--batch-size", "5"], "there must be at least batch_size=5 records, got 4; lower batch_size"),
     ],
 )
 def test_the_commands_errors_are_one_line(

@@ -1,4 +1,4 @@
-"""Kept shares and numbers of examples, stage by stage."""
+"""The kept share and the number of examples of each stage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_linear_shares_by_eye() -> None:
     assert Schedule.linear().shares == pytest.approx((1, 2 / 3, 1 / 3, 0))
     assert Schedule.linear(2).shares == (1, 0)
     assert Schedule.linear(3).shares == (1, 0.5, 0)
-    # floor would lose one where 3 * (1 / 3) falls short.
+    # floor alone would lose one where 3 * (1 / 3) is less than 1.
     assert Schedule.linear().example_counts(3) == (3, 2, 1, 0)
 
 
@@ -49,7 +49,7 @@ def test_every_schedule_falls_from_one_to_exactly_zero(num_stages: int, name: st
 
 @given(st.integers(2, 60), st.integers(0, 200))
 def test_counts_are_exact_for_linear(num_stages: int, max_examples: int) -> None:
-    """In whole numbers there is no rounding to guard against."""
+    """Compare with integer arithmetic, which has no rounding errors."""
     steps = num_stages - 1
     expected = tuple(max_examples * (steps - stage) // steps for stage in range(num_stages))
     assert Schedule.linear(num_stages).example_counts(max_examples) == expected
@@ -71,18 +71,18 @@ def test_given_values() -> None:
 @pytest.mark.parametrize(
     ("shares", "says"),
     [
-        ((), "at least two, such as 1, 0.5, 0, got none"),
-        ((0.0,), "at least two, such as 1, 0.5, 0, got 0"),
-        ((1.5, 0.0), "begin above 0 and at most at 1, the whole template, got 1.5, 0"),
-        ((0.0, 0.0), "begin above 0"),
-        ((math.nan, 0.0), "begin above 0"),
+        ((), "at least two shares, such as 1, 0.5, 0, got none"),
+        ((0.0,), "at least two shares, such as 1, 0.5, 0, got 0"),
+        ((1.5, 0.0), r"first share must be above 0 and at most 1 \(the whole prompt\), got 1.5, 0"),
+        ((0.0, 0.0), "first share must be above 0"),
+        ((math.nan, 0.0), "first share must be above 0"),
         ((1.0, 0.3, 0.6, 0.0), "must not rise from one stage to the next, got 1, 0.3, 0.6, 0"),
         ((1.0, math.nan, 0.0), "must not rise"),
-        ((1.0, 0.5, 1e-12), "must end at exactly 0, .* got 1, 0.5, 1e-12; add a 0"),
-        ((1.0, 0.5, -0.1), "must end at exactly 0"),
+        ((1.0, 0.5, 1e-12), "last share must be exactly 0, .* got 1, 0.5, 1e-12; add a 0"),
+        ((1.0, 0.5, -0.1), "last share must be exactly 0"),
     ],
 )
-def test_shares_that_are_no_schedule(shares: tuple[float, ...], says: str) -> None:
+def test_shares_that_do_not_form_a_schedule(shares: tuple[float, ...], says: str) -> None:
     with pytest.raises(GistError, match=says):
         Schedule(shares)
 

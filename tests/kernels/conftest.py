@@ -1,8 +1,9 @@
-"""What the tests of the kernels share: the device, inputs, the plain formula, and the comparison with float64.
+"""Shared by the tests of the kernels: the device, inputs, the plain formula, and the comparison with float64.
 
-On a machine with a card the kernels are compiled and run there, else Triton's interpreter runs them on the CPU
-(``tests/conftest.py`` asks for it). The tolerance is that of ``tests/attention/test_interval_attention.py``: at most
-twice the error of the plain formula in the same dtype, both against float64, with a small floor.
+On a machine with a card the kernels are compiled and run there. On other machines Triton's interpreter, which
+``tests/conftest.py`` switches on, runs them on the CPU. The tolerance is that of
+``tests/attention/test_interval_attention.py``: at most twice the error of the plain formula in the same dtype, both
+against float64, with a small floor. By default each path runs at one odd size in float32; the other rows are slow.
 """
 
 from __future__ import annotations
@@ -21,15 +22,23 @@ from gisting.attention import interval_attention
 from gisting.visibility import Visibility
 from gisting_kernels.plan import Plan, TileSizes
 from tests.attention.test_interval_attention import tolerance, worst
+from tests.slow import slow
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_CUDA = DEVICE.type == "cuda"
-# The interpreter has no arithmetic in bfloat16; there the op computes in float32, which has a test of its own.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if IS_CUDA else [])]
+# The interpreter has no bfloat16 arithmetic. There the operator computes in float32, which other tests cover.
+each_dtype = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="float32"),
+        slow(torch.float16, id="float16"),
+        *([pytest.param(torch.bfloat16, id="bfloat16")] if IS_CUDA else []),
+    ],
+)
 
 
 def _version(name: str) -> tuple[int, int]:
-    """Major and minor version of a package, (0, 0) where it is not installed."""
+    """Return the major and minor version of a package, or (0, 0) if it is not installed."""
     try:
         major, minor = importlib.metadata.version(name).split(".")[:2]
     except importlib.metadata.PackageNotFoundError:
@@ -37,7 +46,7 @@ def _version(name: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-# What asks for the interpreter in a process of its own, also where there is a card.
+# For tests that start a process under the interpreter, even on a machine with a card.
 requires_interpreter = pytest.mark.skipif(
     (0, 0) < _version("triton") < (3, 7) and _version("numpy") >= (2, 5),
     reason="Triton's interpreter fails with numpy 2.5 before triton 3.7; install triton 3.7 or numpy 2.4",
@@ -46,7 +55,7 @@ Sizes = tuple[TileSizes, TileSizes, TileSizes, TileSizes]
 
 
 def tiles(*shapes: tuple[int, int]) -> Sizes:
-    """Tile sizes (rows, keys) of the forward, dQ, dK/dV and table-gradient kernels; one shape serves all four."""
+    """Make the tiles of the forward, dQ, dK/dV and table-gradient kernels; a single (rows, keys) serves all four."""
     sizes = [TileSizes(rows, keys, 4, 2) for rows, keys in (shapes if len(shapes) == 4 else shapes * 4)]
     return (sizes[0], sizes[1], sizes[2], sizes[3])
 
@@ -63,7 +72,7 @@ def device() -> torch.device:
 
 
 class Given(NamedTuple):
-    """Leaves that ask for a gradient, and the gradient of the output."""
+    """Leaves that require gradients, and the gradient of the output."""
 
     q: Tensor
     k: Tensor
@@ -72,7 +81,7 @@ class Given(NamedTuple):
     upstream: Tensor
 
     def cast(self, dtype: torch.dtype) -> Given:
-        """The same numbers in another dtype, as new leaves."""
+        """Convert the numbers to another dtype, as new leaves."""
         q, k, v, table = (None if t is None else t.detach().to(dtype).requires_grad_() for t in self[:4])
         assert q is not None
         assert k is not None
@@ -85,7 +94,7 @@ class Given(NamedTuple):
 
     @property
     def near(self) -> int | None:
-        """What a plan for this has to know of the relative bias."""
+        """The width of the relative bias that a plan for these inputs needs."""
         return None if self.table is None else max(self.table.shape[1] // 2, 1)
 
 
@@ -100,7 +109,7 @@ def make(
     size: int = 16,
     width: int | None = None,
 ) -> Given:
-    """Numbers that ``dtype`` holds exactly. ``width``: W of a relative bias."""
+    """Draw inputs that ``dtype`` represents exactly. ``width`` is W of a relative bias."""
     num_keys = num_rows if num_keys is None else num_keys
     generator = torch.Generator().manual_seed(heads * 1000 + groups * 100 + num_rows)
 
@@ -117,13 +126,13 @@ def make(
 
 
 def intervals(*pairs: tuple[int, int]) -> Visibility:
-    """One sequence, ``(first, end)`` of each key."""
+    """Make one sequence from the ``(first, end)`` of each key."""
     first, end = torch.tensor(pairs, dtype=torch.int32).T
     return Visibility(first[None].contiguous(), end[None].contiguous())
 
 
 def scores(given: Given, scale: float | None, softcap: float | None) -> Tensor:
-    """softcap(scale q k^T) + bias, in the dtype of q."""
+    """Compute softcap(scale q k^T) + bias in the dtype of q."""
     group, num_rows, num_keys = given.q.shape[1] // given.k.shape[1], given.q.shape[2], given.k.shape[2]
     k = given.k.repeat_interleave(group, 1)
     result = given.q @ k.transpose(-1, -2) * (given.q.shape[-1] ** -0.5 if scale is None else scale)
@@ -146,8 +155,9 @@ def plain(
     dropout: float = 0.0,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """What anyone would write in torch with a dense mask, all in the dtype of q; ``keep``: the weights that dropout
-    leaves, ``(B, H, T, K)``.
+    """Compute attention the plain way, with a dense mask, all in the dtype of q.
+
+    ``keep`` marks the weights that dropout keeps, ``(B, H, T, K)``.
     """
     seen = visibility.to_dense(given.q.shape[2])[:, None].to(DEVICE)
     weights = scores(given, scale, softcap).masked_fill(~seen, torch.finfo(given.q.dtype).min).softmax(-1)
@@ -158,8 +168,10 @@ def plain(
 
 
 def exact(given: Given, visibility: Visibility, *, keep: Tensor | None = None, **options: Any) -> Tensor:
-    """The oracle of ``gisting``, in float64. It draws its own dropout, so that with ``keep`` the plain formula in
-    float64 stands in (test_the_plain_formula_is_the_oracle).
+    """Run the reference implementation.
+
+    It draws its own dropout, so with ``keep`` the plain formula replaces it (test_the_plain_formula_is_the_oracle shows
+    that both agree).
     """
     if keep is not None:
         return plain(given, visibility, keep=keep, **options)
@@ -173,23 +185,23 @@ def plan_for(given: Given, visibility: Visibility, sizes: Sizes = SMALL) -> Plan
 
 
 def fused(given: Given, plan: Plan, **options: Any) -> Tensor:
-    """The kernels under test; float32 products as float32 has them."""
+    """Run the kernels under test, with full precision in float32 products."""
     options.setdefault("precision", "ieee")
     return kernels.interval_attention(*given[:3], plan, relative_bias=given.table, **options)
 
 
 def differentiate(attend: Callable[[Given], Tensor], given: Given) -> dict[str, Tensor]:
-    """The output and the gradient of every input, by name."""
+    """Return the output and the gradient of every input, by name."""
     out = attend(given)
     grads = torch.autograd.grad(out, given.leaves, given.upstream)
     return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dtable"), grads, strict=False))}
 
 
 def rounding(given: Given, scale: float | None) -> dict[str, float]:
-    """What rounding alone may leave of gradients that nearly cancel, as where rows see one key, whose score has none.
+    """Bound the rounding errors of gradients that nearly cancel, for instance where rows see a single key.
 
-    The gradient of a score is P (g . v - g . out): two sums over D in different orders, each within eps |g| . |v| of
-    the right one. Those of q, k and the table are sums of as many such errors, of random sign.
+    The gradient of a score is P (g . v - g . out), the difference of two sums over D in different orders. Each is
+    within eps |g| . |v| of its exact value. The gradients of q, k and the table sum such errors with random signs.
     """
     batch, heads, num_rows, size = given.q.shape
     group = heads // given.k.shape[1]
@@ -213,10 +225,10 @@ def failures(
     factor: float = 1.0,
     **options: Any,
 ) -> dict[str, str]:
-    """What of the output and the gradients is further from float64 than allowed, and by how much.
+    """Find the outputs and gradients that are further from float64 than allowed, and say by how much.
 
     Args:
-        factor: of the tolerance; everywhere 1 but where a docstring says why.
+        factor: of the tolerance, always 1 unless a docstring gives a reason.
         options: scale, softcap and dropout, for the oracle and the plain formula.
     """
     wide = given.cast(torch.float64)
@@ -233,13 +245,13 @@ def failures(
         if truth[name].abs().max() < 1:  # for inputs and upstream gradients of size 1
             bound = max(bound, floor.get(name, 0.0))
         error = worst(tensor, truth[name])
-        if not error <= bound:  # NaN fails too
+        if not error <= bound:  # also true for NaN
             found[name] = f"error {error:.2e}, allowed {bound:.2e}"
     return found
 
 
 def check(given: Given, visibility: Visibility, sizes: Sizes = SMALL, **options: Any) -> None:
-    """The kernels give what float64 gives, within the tolerance: output and all gradients."""
+    """Assert that the output and all gradients of the kernels agree with float64 within the tolerance."""
     only_here = {name: options.pop(name) for name in ("keep", "factor") if name in options}
     seed = options.pop("seed", None)
     plan = plan_for(given, visibility, sizes)

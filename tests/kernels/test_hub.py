@@ -1,4 +1,4 @@
-"""The layout for the Hugging Face ``kernels`` project: complete, self-contained, loadable beside the package."""
+"""Test the layout for the Hugging Face ``kernels`` project: complete, self-contained, loadable next to the package."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_sources_import_nothing_absolute_of_ours() -> None:
         assert not re.search(r"^\s*(?:from|import) gisting", path.read_text(), flags=re.MULTILINE), path
 
 
-@pytest.mark.skipif(not gisting_kernels.is_interpreting(), reason="the cpu variant serves the interpreter alone")
-def test_loads_beside_the_package_as_the_hub_does(hub: Path) -> None:
+@pytest.mark.skipif(not gisting_kernels.is_interpreting(), reason="the cpu variant only runs under the interpreter")
+def test_loads_next_to_the_package_as_the_hub_does(hub: Path) -> None:
     variant = hub / "build" / "torch-cpu"
     name = json.loads((variant / "metadata.json").read_text())["id"]
     spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
@@ -108,6 +108,6 @@ def test_other_sources_get_another_namespace(hub: Path, tmp_path: Path, monkeypa
     assert len(ids) == 2
 
 
-def test_refuses_a_folder_that_holds_something(hub: Path) -> None:
+def test_refuses_a_folder_that_is_not_empty(hub: Path) -> None:
     with pytest.raises(FileExistsError, match=r"is not empty; name a new folder"):
         build_hub.build(hub)

@@ -134,13 +134,11 @@ def test_opcheck_of_the_backward(needs_table: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("prefix", [None, 5], ids=["no-prefix", "prefix"])
-def test_opcheck_of_decoding(prefix: int | None) -> None:
+def test_opcheck_of_decoding() -> None:
     given = make(2, 17, batch=2, heads=4, groups=2)
     q, k, v = (t.detach() for t in given[:3])
-    shared = (None, None) if prefix is None else (k[:1, :, :prefix].contiguous(), v[:1, :, :prefix].contiguous())
     visibility = gist_in_the_middle(17)
-    opcheck(DECODE, (q, k, v, visibility.first, visibility.end, *shared, 0.25, 0.0))
+    opcheck(DECODE, (q, k, v, visibility.first, visibility.end, 0.25, 0.0))
 
 
 def test_there_is_no_second_derivative_and_torch_says_so() -> None:
@@ -605,7 +603,7 @@ def call(**changes: Any) -> Tensor:
     return kernels.interval_attention(**{**arguments, **changes})
 
 
-FOR = "plan is for {}, q and k have 2 of 5 and 6; plan again"
+FOR = "plan is for {}, but q and k have 2 sequences of 5 rows and 6 keys; call plan_tiles again"
 ERRORS = [
     pytest.param(
         {name: zeros(2, 4, 6, 8, dtype=torch.float64) for name in "qkv"},
@@ -616,30 +614,30 @@ ERRORS = [
     pytest.param({"v": zeros(2, 2, 6, 9)}, f"{CANNOT}the head sizes of q and v differ, 8 and 9", id="value-head-size"),
     pytest.param(
         {"k": zeros(2, 2, 6, 8, dtype=torch.float16)},
-        "q, k and v must have one dtype, got torch.float32, torch.float16 and torch.float32",
+        "q, k and v must have the same dtype, got torch.float32, torch.float16 and torch.float32",
         id="k-dtype",
     ),
     pytest.param(
         {"v": zeros(2, 2, 6, 8, dtype=torch.bfloat16)},
-        "q, k and v must have one dtype, got torch.float32, torch.float32 and torch.bfloat16",
+        "q, k and v must have the same dtype, got torch.float32, torch.float32 and torch.bfloat16",
         id="v-dtype",
     ),
     pytest.param(
-        {"v": zeros(2, 2, 7, 8)}, "shapes do not fit: q (2, 4, 5, 8), k (2, 2, 6, 8), v (2, 2, 7, 8)", id="v-length"
+        {"v": zeros(2, 2, 7, 8)}, "shapes do not match: q (2, 4, 5, 8), k (2, 2, 6, 8), v (2, 2, 7, 8)", id="v-length"
     ),
     pytest.param(
         {"k": zeros(1, 2, 6, 8), "v": zeros(1, 2, 6, 8)},
-        "shapes do not fit: q (2, 4, 5, 8), k (1, 2, 6, 8), v (1, 2, 6, 8)",
+        "shapes do not match: q (2, 4, 5, 8), k (1, 2, 6, 8), v (1, 2, 6, 8)",
         id="batch",
     ),
     pytest.param(
         {"k": zeros(2, 3, 6, 8), "v": zeros(2, 3, 6, 8)},
-        "shapes do not fit: q (2, 4, 5, 8), k (2, 3, 6, 8), v (2, 3, 6, 8)",
+        "shapes do not match: q (2, 4, 5, 8), k (2, 3, 6, 8), v (2, 3, 6, 8)",
         id="heads-no-multiple",
     ),
     pytest.param(
         {"q": zeros(2, 4, 5, 9), "v": zeros(2, 2, 6, 9)},
-        "shapes do not fit: q (2, 4, 5, 9), k (2, 2, 6, 8), v (2, 2, 6, 9)",
+        "shapes do not match: q (2, 4, 5, 9), k (2, 2, 6, 8), v (2, 2, 6, 9)",
         id="k-head-size",
     ),
     pytest.param({"plan": {"num_rows": 4}}, FOR.format("2 sequences of 4 rows and 6 keys"), id="plan-rows"),
@@ -647,17 +645,17 @@ ERRORS = [
     pytest.param({"plan": {"batch": 3}}, FOR.format("3 sequences of 5 rows and 6 keys"), id="plan-batch"),
     pytest.param(
         {"relative_bias": zeros(4, 5)},
-        "plan was made for a relative bias of width None, got one of 2; plan again",
+        "plan was made for a relative bias of width None, got width 2; call plan_tiles again",
         id="plan-without-bias",
     ),
     pytest.param(
         {"plan": {"near": 2}},
-        "plan was made for a relative bias of width 2, got one of None; plan again",
+        "plan was made for a relative bias of width 2, got width None; call plan_tiles again",
         id="plan-with-bias",
     ),
     pytest.param(
         {"plan": {"near": 2}, "relative_bias": zeros(4, 7)},
-        "plan was made for a relative bias of width 2, got one of 3; plan again",
+        "plan was made for a relative bias of width 2, got width 3; call plan_tiles again",
         id="plan-of-another-width",
     ),
     pytest.param(

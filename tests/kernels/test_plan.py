@@ -1,6 +1,4 @@
-"""The plan against the dense mask, with torch alone: which tiles are listed, in which class, in which order; and the
-table of tile sizes.
-"""
+"""Compare the plan with the dense mask: which tiles are listed, as what, in which order. Test the table of tile sizes."""
 
 from __future__ import annotations
 
@@ -23,6 +21,7 @@ from gisting_kernels import configs
 from gisting_kernels.configs import ENVIRONMENT_VARIABLE, LONG, SHORT, read_table, tile_sizes
 from gisting_kernels.plan import Plan, TileLists, TileSizes, list_tiles, make_plan, mean_segment_length, range_rows
 from tests.kernels.conftest import DEVICE, SMALL, intervals, tiles
+from tests.slow import slow
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +33,7 @@ def _sizes_are_not_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw(lists: TileLists, row: int = 0) -> list[str]:
-    """A letter for each tile: near, partial, full. What is listed twice fails."""
+    """Draw a letter for each tile: near, partial, full. Fail if a tile is listed twice."""
     lines = []
     for listed, (near, partial, full) in zip(lists.tiles[row].tolist(), lists.counts[row].tolist(), strict=True):
         line = ["."] * (len(listed) - 1)
@@ -55,10 +54,10 @@ DRAWINGS: list[Any] = [
     pytest.param(PADDED, 8, None, ".... .P.. .PP. .PFP", id="padding"),
     pytest.param(vis.causal(torch.ones(1, 8)), 8, None, "P... FP.. FFP. FFFP", id="causal"),
     pytest.param(vis.causal(torch.ones(1, 7)), 7, None, "P... FP.. FFP. FFFP", id="a-key-short-of-a-tile"),
-    pytest.param(vis.bidirectional(torch.ones(1, 7)), 7, None, "FFFP FFFP FFFP FFFP", id="the-rest-is-partial"),
+    pytest.param(vis.bidirectional(torch.ones(1, 7)), 7, None, "FFFP FFFP FFFP FFFP", id="the-last-tile-is-partial"),
     pytest.param(vis.causal(torch.ones(1, 8)).windowed(2), 8, None, "P... PP.. .PP. ..PP", id="window"),
     pytest.param(vis.causal(torch.ones(1, 8)), 3, None, "FFFP FFFF", id="prefix-keys-rows-5-to-7"),
-    pytest.param(vis.causal(torch.zeros(1, 8)), 8, None, ".... .... .... ....", id="nobody-sees-anything"),
+    pytest.param(vis.causal(torch.zeros(1, 8)), 8, None, ".... .... .... ....", id="no-row-sees-a-key"),
     pytest.param(vis.causal(torch.ones(1, 3)).for_cross_attention(), 6, None, "FP FP FP", id="more-rows-than-keys"),
     pytest.param(vis.causal(torch.ones(1, 8)), 8, 1, "N... FN.. FFN. FFFN", id="near-the-diagonal-alone"),
     pytest.param(vis.causal(torch.ones(1, 8)), 8, 2, "N... NN.. FNN. FFNN", id="near-one-off-the-diagonal"),
@@ -71,7 +70,7 @@ DRAWINGS: list[Any] = [
 
 @pytest.mark.parametrize(("visibility", "num_rows", "near", "drawing"), DRAWINGS)
 def test_drawings(visibility: Visibility, num_rows: int, near: int | None, drawing: str) -> None:
-    """Tiles of 2 x 2."""
+    """The tiles are 2 x 2."""
     start = max(visibility.num_keys - num_rows, 0)
     lists = list_tiles(visibility.first, visibility.end, num_rows, start, (2, 2), near)
     assert " ".join(draw(lists)) == drawing
@@ -84,12 +83,12 @@ def test_row_ranges_of_the_docstring() -> None:
     assert ranges.order.tolist() == [[1, 0, 2, 3]]
 
 
-# -- any intervals at all ----------------------------------------------------------------------------------------------
+# -- random intervals --------------------------------------------------------------------------------------------------
 
 
 @st.composite
 def plans(draw_from: st.DrawFn) -> tuple[Visibility, int, tuple[int, int], int | None]:
-    """A batch of random intervals, T, tile rows and keys, and W."""
+    """Draw a batch of random intervals, T, the rows and keys of a tile, and W."""
     num_keys, num_rows = draw_from(st.integers(0, 23)), draw_from(st.integers(0, 23))
     rows, keys = (draw_from(st.sampled_from([1, 2, 4, 8, 16])) for _ in range(2))
     edges = st.builds(lambda tile, size, off: tile * size + off, st.integers(0, 6), st.just(rows), st.integers(-1, 1))
@@ -102,7 +101,7 @@ def plans(draw_from: st.DrawFn) -> tuple[Visibility, int, tuple[int, int], int |
 
 
 def tile_view(dense: Tensor, size: tuple[int, int], missing: bool) -> Tensor:
-    """``(B, T, K)`` as ``(B, row tiles, key tiles, rows * keys)``; what is beyond the last is ``missing``."""
+    """View ``(B, T, K)`` as ``(B, row tiles, key tiles, rows * keys)``, padded with ``missing``."""
     rows, keys = size
     padded = torch.nn.functional.pad(dense, (0, -dense.shape[2] % keys, 0, -dense.shape[1] % rows), value=missing)
     tiled = padded.unflatten(1, (padded.shape[1] // rows, rows)).unflatten(3, (padded.shape[2] // keys, keys))
@@ -110,7 +109,7 @@ def tile_view(dense: Tensor, size: tuple[int, int], missing: bool) -> Tensor:
 
 
 def classes(lists: TileLists) -> Tensor:
-    """``(B, row tiles, key tiles)`` of 0 near, 1 partial, 2 full, 3 not listed."""
+    """Return the class of each tile, ``(B, row tiles, key tiles)``: 0 near, 1 partial, 2 full, 3 not listed."""
     batch, num_row_tiles, padded = lists.tiles.shape
     kind = torch.full((batch, num_row_tiles, padded - 1), 3)
     for b in range(batch):
@@ -120,9 +119,9 @@ def classes(lists: TileLists) -> Tensor:
     return kind
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @for_all(plans())
-def test_lists_hold_what_the_dense_mask_shows(
+def test_lists_agree_with_the_dense_mask(
     drawn: tuple[Visibility, int, tuple[int, int], int | None],
 ) -> None:
     visibility, num_rows, size, near = drawn
@@ -133,16 +132,16 @@ def test_lists_hold_what_the_dense_mask_shows(
     assert lists.tiles.shape == (batch, num_row_tiles, num_key_tiles + 1)
     assert lists.counts.shape == (batch, num_row_tiles, 3)
     assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (lists.tiles, lists.counts, lists.order))
-    # What the kernel loads ahead must be a place in memory, though it is not used.
+    # The kernel loads the next tile ahead, even if it does not use it, so every entry must be a valid address.
     assert ((lists.tiles >= 0) & (lists.tiles <= num_key_tiles)).all()
 
     kind = classes(lists)  # no tile twice
     dense = visibility.to_dense(num_rows)
     anything, everything = tile_view(dense, size, False).any(-1), tile_view(dense, size, True).all(-1)
-    # Keys beyond the last are seen by nobody.
+    # No row sees the keys beyond the last.
     is_rest = torch.arange(num_key_tiles) * size[1] + size[1] > visibility.num_keys
     everything &= ~is_rest
-    assert (kind[anything] < 3).all(), "a tile in which something is seen is not listed"
+    assert (kind[anything] < 3).all(), "a tile with a visible pair is not listed"
     assert everything[kind == 2].all(), "a full tile hides something"
     if near is None:
         assert (kind != 0).all()
@@ -160,13 +159,13 @@ def test_lists_hold_what_the_dense_mask_shows(
 
 
 def near_distances(num_row_tiles: int, num_key_tiles: int, size: tuple[int, int], start: int) -> Tensor:
-    """j - i of whole tiles, ``(row tiles, key tiles, rows * keys)``, rows and keys beyond the last among them."""
+    """Return j - i for whole tiles, ``(row tiles, key tiles, rows * keys)``, beyond the last row and key too."""
     rows = start + torch.arange(num_row_tiles * size[0])
     keys = torch.arange(num_key_tiles * size[1])
     return tile_view((keys[None] - rows[:, None])[None], size, False)[0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @for_all(plans())
 def test_ranges_cover_every_row_that_sees_a_key(
     drawn: tuple[Visibility, int, tuple[int, int], int | None],
@@ -198,9 +197,10 @@ def test_ranges_are_no_wider_than_needed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["causal", "gist", "documents", "encoder-gist", "windowed", "bidirectional"])
-def test_what_is_listed_in_vain_is_little(name: str) -> None:
-    """Visible is decided by four numbers, so a tile may be listed in which nobody sees anything. For the masks we have
-    those are few: at most one for each tile of rows.
+def test_few_tiles_are_listed_in_vain(name: str) -> None:
+    """Only four numbers decide whether a tile is listed, so it may have no visible pair.
+
+    For the library's masks there is at most one such tile for each tile of rows.
     """
     num_keys, size = 200, (16, 16)
     is_gist = torch.arange(num_keys)[None] // 3 == 22
@@ -238,7 +238,7 @@ def test_the_plan_holds_the_lists_of_each_kernel() -> None:
 
 
 def same(have: Any, expected: Any) -> None:
-    """Two parts of plans."""
+    """Assert that two parts of plans are equal."""
     assert vars(have).keys() == vars(expected).keys()
     for name, tensor in vars(have).items():
         assert torch.equal(tensor, vars(expected)[name]), name
@@ -253,7 +253,7 @@ def test_intervals_of_any_integer_type(dtype: torch.dtype) -> None:
 
 
 def test_intervals_that_are_views() -> None:
-    """As ``from_attention_mask`` cuts them out of one tensor."""
+    """``from_attention_mask`` makes such views of one tensor."""
     mask = vis.gist(torch.arange(40)[None].expand(2, -1) == 13).as_attention_mask()
     visibility = Visibility.from_attention_mask(mask)
     plan = make_plan(visibility.first, visibility.end, 40, SMALL)
@@ -268,9 +268,7 @@ WIDTHS = [1, 5, 17, 64]
 @pytest.mark.parametrize("near", WIDTHS)
 @pytest.mark.parametrize("table", [(16, 16), (32, 32), (64, 16), (16, 64)], ids="{0[0]}x{0[1]}".format)
 def test_near_tiles_hold_every_distance_below_the_width(near: int, table: tuple[int, int]) -> None:
-    """The table's kernel sums the distances below W in the near tiles of its own lists, dQ those from W on in all of
-    its tiles: each has to be where it is looked for.
-    """
+    """The table kernel sums the distances below W in its near tiles, so these must contain all of them."""
     assert_near_distances_are_in_near_tiles(tiles((16, 16), (32, 16), (16, 16), table), 150, near)
 
 
@@ -296,7 +294,7 @@ def assert_near_distances_are_in_near_tiles(sizes: Any, num_keys: int, near: int
 
 
 def test_no_tensor_of_rows_times_keys() -> None:
-    """4,096 rows and keys in tiles of 64: no tensor may be larger than a few times the tiles, or the keys."""
+    """For 4,096 rows and keys in tiles of 64, no tensor is larger than a few times the number of tiles or keys."""
     largest = 0
 
     class Measure(TorchDispatchMode):
@@ -315,19 +313,19 @@ def test_no_tensor_of_rows_times_keys() -> None:
     assert 4096 <= largest <= 4 * 64 * 65
 
 
-# -- the same by Triton kernels ----------------------------------------------------------------------------------------
+# -- the planner in Triton ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("near", [None, 1, 9], ids=["no-bias", "W1", "W9"])
+@pytest.mark.parametrize("near", [slow(None, id="no-bias"), slow(1, id="W1"), pytest.param(9, id="W9")])
 @pytest.mark.parametrize(
     ("visibility", "num_rows"),
     [
         pytest.param(vis.gist(torch.arange(45)[None].expand(3, -1) % 13 == 9), 45, id="gist"),
         pytest.param(vis.gist(torch.arange(45)[None] == 9, torch.arange(45)[None] > 20), 30, id="padding-prefix-keys"),
         pytest.param(vis.causal(torch.ones(2, 17)).for_cross_attention(), 70, id="more-rows-than-keys"),
-        pytest.param(vis.causal(torch.zeros(1, 16)), 16, id="nobody-sees-anything"),
-        pytest.param(intervals((-5, -3), (30, 60), (7, 7), (-1, FOREVER), (16, 17)), 40, id="far-out-intervals"),
+        pytest.param(vis.causal(torch.zeros(1, 16)), 16, id="no-row-sees-a-key"),
+        pytest.param(intervals((-5, -3), (30, 60), (7, 7), (-1, FOREVER), (16, 17)), 40, id="intervals-out-of-range"),
         pytest.param(vis.causal(torch.ones(1, 1)), 1, id="one-key"),
     ],
 )
@@ -353,8 +351,9 @@ def test_the_fused_planner_gives_the_same(visibility: Visibility, num_rows: int,
 
 
 @pytest.mark.usefixtures("device")
-def test_the_fused_planner_over_more_tiles_than_it_takes_at_once() -> None:
-    """It walks the tiles in chunks of 128, and orders row tiles in blocks of 32."""
+@pytest.mark.slow
+def test_the_fused_planner_with_several_chunks_of_tiles() -> None:
+    """It walks the tiles in chunks of 128, and sorts row tiles in blocks of 32."""
     pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
     from gisting_kernels.plan_kernels import list_tiles_fused, range_rows_fused
 
@@ -381,16 +380,16 @@ def test_the_fused_planner_over_more_tiles_than_it_takes_at_once() -> None:
 @pytest.mark.parametrize(
     ("visibility", "num_rows", "length"),
     [
-        # keys seen by 8, 7, ... 1 rows
+        # 8, 7, ... 1 rows see the keys
         pytest.param(vis.causal(torch.ones(1, 8)), 8, 36 / 8, id="causal"),
-        # a b c: 4, 3, 2 rows; G and d e f g: 5, 4, 3, 2, 1
+        # 4, 3, 2 rows see a b c; 5, 4, 3, 2, 1 rows see G d e f g
         pytest.param(GIST, 8, (4 + 3 + 2 + 5 + 4 + 3 + 2 + 1) / 8, id="gist"),
-        # c: 2 rows, G d e f: 5 to 2; the three others by nobody
-        pytest.param(PADDED, 8, (2 + 5 + 4 + 3 + 2) / 5, id="only-keys-that-are-seen-count"),
+        # 2 rows see c, 5 to 2 see G d e f, and none sees the other three
+        pytest.param(PADDED, 8, (2 + 5 + 4 + 3 + 2) / 5, id="only-visible-keys-count"),
         # rows 6 and 7 see the six keys before them, and themselves
         pytest.param(vis.causal(torch.ones(1, 8)), 2, (2 * 7 + 1) / 8, id="prefix-keys"),
         pytest.param(vis.causal(torch.ones(1, 3)).for_cross_attention(), 5, 5.0, id="more-rows-than-keys"),
-        pytest.param(vis.causal(torch.zeros(2, 8)), 8, 0.0, id="nobody-sees-anything"),
+        pytest.param(vis.causal(torch.zeros(2, 8)), 8, 0.0, id="no-row-sees-a-key"),
     ],
 )
 def test_mean_segment_length(visibility: Visibility, num_rows: int, length: float) -> None:
@@ -403,7 +402,7 @@ def test_mean_segment_length(visibility: Visibility, num_rows: int, length: floa
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)])
 def test_every_card_finds_its_sizes(capability: tuple[int, int]) -> None:
     for bits in (16, 32):
-        # Beyond 128 float32 is refused (why_not).
+        # Float32 beyond 128 is refused by why_not.
         for head_size in (1, 8, 64, 65, 128, *((129, 256) if bits == 16 else ())):
             for segment_length in (0.0, SHORT, SHORT + 1, LONG, LONG + 1):
                 for has_bias in (False, True):
@@ -423,8 +422,8 @@ def test_cards_with_little_shared_memory_take_the_small_tiles(capability: tuple[
     assert {size.stages for size in long} == {1}
 
 
-def test_long_and_short_segments_take_other_tiles() -> None:
-    """On a large card short segments have smaller tiles: most of a large one would be masked."""
+def test_short_segments_have_smaller_tiles() -> None:
+    """On cards with enough shared memory; most of a large tile would be masked."""
     for capability in ((8, 0), (9, 0)):
         short, long = (tile_sizes(capability, 64, 16, n, has_bias=False)[0] for n in (SHORT, SHORT + 1))
         assert short.rows * short.keys < long.rows * long.keys
@@ -440,10 +439,10 @@ def test_long_and_short_segments_take_other_tiles() -> None:
         pytest.param(4100.0, True, (128, 64, 8, 3), id="no-row-for-the-longest"),
     ],
 )
-def test_the_longest_segments_may_have_a_row_of_their_own(
+def test_the_longest_segments_may_have_their_own_row(
     segment_length: float, has_bias: bool, tile: tuple[int, int, int, int]
 ) -> None:
-    """As an H100 was measured to want it, in the forward kernel of head size 128."""
+    """The forward kernel with head size 128, as measured on an H100."""
     assert tile_sizes((9, 0), 128, 16, segment_length, has_bias=has_bias)[0] == TileSizes(*tile)
 
 
@@ -453,7 +452,8 @@ def test_measured_rows_name_their_device() -> None:
         assert row["measured"] == ("device" in row), row
 
 
-def test_no_row_of_the_table_stands_behind_one_that_always_matches_first() -> None:
+def test_every_row_of_the_table_can_match() -> None:
+    """No earlier row matches everything that a row matches."""
     keys = ("arch", "kernel", "bits", "head_size", "segment", "bias")
     for place, row in enumerate(read_table()):
         for earlier in read_table()[:place]:
@@ -465,7 +465,7 @@ def test_sizes_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, " forward=32,16,2,1; key=16,64,8,4 ;")
     forced = tile_sizes((9, 0), 64, 16, 1.0, has_bias=False)
     assert forced == (TileSizes(32, 16, 2, 1), usual[1], TileSizes(16, 64, 8, 4), usual[3])
-    # On a small card too, as they are.
+    # Forced sizes are used unchanged, even on a small card.
     assert tile_sizes((8, 6), 64, 16, 1.0, has_bias=False)[0] == TileSizes(32, 16, 2, 1)
 
 
@@ -476,10 +476,11 @@ def test_the_plan_takes_the_forced_sizes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 EXPECTED = (
-    "GISTING_KERNEL_CONFIG: expected KERNEL=ROWS,KEYS,WARPS,STAGES with a kernel of forward, query, key, table, "
-    "several joined by ';', got "
+    "GISTING_KERNEL_CONFIG: expected KERNEL=ROWS,KEYS,WARPS,STAGES, separated by ';', where KERNEL is one of forward, "
+    "query, key, table, got "
 )
-POWER = "must be a power of two (of at least 16), got "
+POWER = "must be a power of two of at least 16, got "
+WARPS = "must be a power of two, got "
 
 
 @pytest.mark.parametrize(
@@ -494,14 +495,14 @@ POWER = "must be a power of two (of at least 16), got "
         pytest.param("key=16,16,4,1,table=16,16,4,1", f"{EXPECTED}'key=16,16,4,1,table=16,16,4,1'", id="comma"),
         pytest.param("key=8,16,4,1", f"GISTING_KERNEL_CONFIG: rows {POWER}'key=8,16,4,1'", id="rows-8"),
         pytest.param("key=16,48,4,1", f"GISTING_KERNEL_CONFIG: keys {POWER}'key=16,48,4,1'", id="keys-48"),
-        pytest.param("key=16,16,3,1", f"GISTING_KERNEL_CONFIG: warps {POWER}'key=16,16,3,1'", id="warps-3"),
-        pytest.param("key=16,16,0,1", f"GISTING_KERNEL_CONFIG: warps {POWER}'key=16,16,0,1'", id="warps-0"),
+        pytest.param("key=16,16,3,1", f"GISTING_KERNEL_CONFIG: warps {WARPS}'key=16,16,3,1'", id="warps-3"),
+        pytest.param("key=16,16,0,1", f"GISTING_KERNEL_CONFIG: warps {WARPS}'key=16,16,0,1'", id="warps-0"),
         pytest.param(
             "key=16,16,4,0", "GISTING_KERNEL_CONFIG: stages must be at least 1, got 'key=16,16,4,0'", id="stages-0"
         ),
     ],
 )
-def test_sizes_that_cannot_be_read(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_sizes(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, text)
     with pytest.raises(ValueError, match="GISTING_KERNEL_CONFIG") as caught:
         tile_sizes((8, 0), 64, 16, 1.0, has_bias=False)
@@ -512,7 +513,7 @@ def test_sizes_that_cannot_be_read(text: str, message: str, monkeypatch: pytest.
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The arguments with which sizes are looked up."""
+    """Record the arguments of each look-up."""
     calls: list[dict[str, Any]] = []
 
     def look_up(capability: Any, head_size: int, bits: int, segment_length: float, *, has_bias: bool) -> Any:

@@ -1,52 +1,44 @@
-"""Every row of the table of tile sizes compiles for sm_80 and sm_90, and keeps within the limits; no GPU is needed.
+"""Every row of the table of tile sizes compiles for sm_80 and sm_90 within the limits, without a GPU.
 
-In processes of their own: the interpreter, under which the other tests run, replaces the compiler.
+Compilation runs in child processes, because in this process Triton's interpreter replaces the compiler.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from benchmarks.kernels import resources
+from tests.slow import slow
+
 triton = pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernel_resources.md"
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "resources.py"
-
-
-@pytest.fixture(scope="module")
-def resources() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gisting_bench_resources", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "kernel_resources.md"
 
 
 def is_older_compiler() -> bool:
-    """Whether triton is older than that of the document: an older one may need more registers for the same tile."""
+    """Return whether triton is older than the one in the document; it may then need more registers for a tile."""
     proven = re.search(r"triton (\d+)\.(\d+)", DOCUMENT.read_text(encoding="utf-8"))
     assert proven is not None
     return tuple(int(n) for n in triton.__version__.split(".")[:2]) < tuple(int(n) for n in proven.groups())
 
 
-@pytest.mark.skipif(is_older_compiler(), reason="the limits are those of the compiler in docs/kernel_resources.md")
+@pytest.mark.skipif(is_older_compiler(), reason="older than the compiler in docs/kernel_resources.md")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "kernel", ["forward", "query", "key", "table", "decode", "delta", "merge", "bounds", "list", "range", "order"]
+    "kernel",
+    [*map(slow, ("forward", "query", "key", "table", "decode", "delta", "bounds", "list", "range", "order")), "merge"],
 )
 def test_every_row_compiles_within_the_limits(kernel: str) -> None:
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--kernel", kernel, "--jobs", "2"],
+        [sys.executable, "-m", "benchmarks", "resources", "--kernel", kernel, "--jobs", "2"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -77,19 +69,19 @@ GOOD = {
         pytest.param({"tensor_instruction": ""}, "no tensor-core instruction", id="no tensor cores"),
     ],
 )
-def test_faults(resources: ModuleType, changed: dict[str, object], fault: str | None) -> None:
+def test_faults(changed: dict[str, object], fault: str | None) -> None:
     case = resources.Case(90, "forward", 16, 64, "long", (128, 64, 4, 3))
     assert resources.Resources(**GOOD | changed).faults(case, 10_000) == ([] if fault is None else [fault])
 
 
-def test_options_that_tile_sizes_do_not_know_may_spill(resources: ModuleType) -> None:
+def test_options_that_tile_sizes_do_not_depend_on_may_spill() -> None:
     case = resources.Case(90, "key", 16, 64, "long", (64, 128, 8, 2), dropout=True)
     assert case.options == "dropout"
     assert resources.Resources(**GOOD | {"stack": 152}).faults(case, 10_000) == []
     assert resources.Resources(**GOOD | {"stack": 152, "tensor_instruction": ""}).faults(case, 10_000) != []
 
 
-def test_loops_are_read_from_the_ir(resources: ModuleType) -> None:
+def test_loops_are_read_from_the_ir() -> None:
     ir = """
       tt.func @kernel() {
         scf.for %i = %a to %b {
@@ -108,7 +100,7 @@ def test_loops_are_read_from_the_ir(resources: ModuleType) -> None:
     assert ["async_copy" in loop for loop in loops] == [True, False]
 
 
-def test_every_kind_of_row_is_among_the_cases(resources: ModuleType) -> None:
+def test_every_kind_of_row_is_among_the_cases() -> None:
     cases = resources.cases_of_table()
     kinds = {(case.arch, case.kernel, case.bits, case.head_size) for case in cases}
     for arch in (80, 90):
@@ -117,7 +109,7 @@ def test_every_kind_of_row_is_among_the_cases(resources: ModuleType) -> None:
             assert {(arch, kernel, 32, size) for size in (64, 128)} <= kinds
 
 
-def test_markdown_has_a_row_for_each_case(resources: ModuleType) -> None:
+def test_markdown_has_a_row_for_each_case() -> None:
     cases = [
         resources.Case(90, "key", 16, 64, "long", (64, 128, 8, 2)),
         resources.Case(80, "key", 32, 64, "any", (1, 2, 3, 4)),
@@ -129,7 +121,7 @@ def test_markdown_has_a_row_for_each_case(resources: ModuleType) -> None:
     assert "| failed: OutOfMemory: no |" in text
 
 
-def test_the_committed_document_has_the_rows_of_the_table(resources: ModuleType) -> None:
+def test_the_committed_document_has_the_rows_of_the_table() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     starts = ["|".join(line.split("|")[:8]) for line in text.splitlines() if line.startswith("| sm_")]
     used = resources.Resources(**GOOD)

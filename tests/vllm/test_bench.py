@@ -1,4 +1,4 @@
-"""The benchmark of load, small."""
+"""The load benchmark at a small size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.vllm import CONFIGURATIONS, make_setup, measure
 
 @pytest.mark.slow
 def test_all_configurations_run_and_answer_as_transformers_does(tmp_path: Path) -> None:
-    """``measure`` holds the answers against transformers'; here, that caches are hit where there are any."""
+    """``measure`` compares the answers with transformers'; this checks that caches are hit where there are any."""
     setup = make_setup(
         tmp_path, prompt_length=70, num_prompts=4, num_new_tokens=6, num_layers=2, hidden_size=128, head_size=64
     )

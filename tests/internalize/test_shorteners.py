@@ -1,4 +1,4 @@
-"""A template in fewer words, by each of the compressors."""
+"""Shorten a prompt, with each of the shorteners."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from transformers import PreTrainedTokenizerFast
 import gisting
 from gisting import GistError, GistTokenizer
 from gisting.errors import UnsupportedModelError
-from gisting.internalize import compressors
-from gisting.internalize.compressors import (
+from gisting.internalize import shorteners
+from gisting.internalize.shorteners import (
     LLMLingua2,
-    NoCompression,
+    NoShortening,
     Rewrites,
     SelfInformation,
-    compress_template,
     realised_share,
+    shorten,
 )
 from tests import tiny
 
@@ -36,37 +36,37 @@ from tests import tiny
 
 
 @pytest.mark.parametrize(("share", "text"), [(1, "a b"), (1.0, "a b"), (0.3, "a"), (0, "")])
-def test_the_ends_ask_no_compressor(share: float, text: str) -> None:
-    assert compress_template(Rewrites({0.3: "a"}), "a b", share) == text
+def test_the_ends_call_no_shortener(share: float, text: str) -> None:
+    assert shorten(Rewrites({0.3: "a"}), "a b", share) == text
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
 def test_a_share_is_a_share(share: float) -> None:
-    with pytest.raises(GistError, match="share must be from 0, nothing, to 1, the whole template, got"):
-        compress_template(NoCompression(), "a", share)
+    with pytest.raises(GistError, match=r"share must be from 0 \(nothing\) to 1 \(the whole prompt\), got"):
+        shorten(NoShortening(), "a", share)
 
 
-def test_no_compression() -> None:
-    assert [compress_template(NoCompression(), "a b", share) for share in (1, 0.1, 0)] == ["a b", "a b", ""]
+def test_no_shortening() -> None:
+    assert [shorten(NoShortening(), "a b", share) for share in (1, 0.1, 0)] == ["a b", "a b", ""]
 
 
 def test_rewrites_by_share() -> None:
     rewrites = Rewrites({2 / 3: "long", 1 / 3: "short"})
-    assert rewrites.compress("x", 0.6666667) == "long"
-    assert rewrites.compress("x", 1 - 2 / 3) == "short"
-    with pytest.raises(GistError, match=r"no rewrite for the share 0.5, there are some for 0.666667, 0.333333; write"):
-        rewrites.compress("x", 0.5)
+    assert rewrites.shorten("x", 0.6666667) == "long"
+    assert rewrites.shorten("x", 1 - 2 / 3) == "short"
+    with pytest.raises(GistError, match=r"no rewrite for the share 0.5, only for 0.666667, 0.333333; write"):
+        rewrites.shorten("x", 0.5)
 
 
 @pytest.mark.parametrize(("texts", "got"), [({}, "none"), ({0.5: "a", 1.0: "b"}, "1"), ({0.0: "a"}, "0")])
 def test_rewrites_are_for_shares_between(texts: dict[float, str], got: str) -> None:
-    with pytest.raises(GistError, match=f"by shares above 0 and below 1, .* got {got}$"):
+    with pytest.raises(GistError, match=f"shares above 0 and below 1 to texts, .* got {got}$"):
         Rewrites(texts)
 
 
 def test_realised_share_counts_tokens(tokenizer: GistTokenizer) -> None:
     assert realised_share(tokenizer, "w1 w2 w3 w4", "w9") == 0.25
-    with pytest.raises(GistError, match="template has no token"):
+    with pytest.raises(GistError, match="prompt has no tokens"):
         realised_share(tokenizer, " ", "")
 
 
@@ -74,7 +74,7 @@ def test_realised_share_counts_tokens(tokenizer: GistTokenizer) -> None:
 
 
 class Guesser(torch.nn.Module):
-    """Gives each number the probability 0.9 behind the one before it, and little to all else: w1 w2 w3 is no news."""
+    """Give each number the probability 0.9 after its predecessor and all others little: w1 w2 w3 is predictable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,24 +92,24 @@ class Guesser(torch.nn.Module):
         return SimpleNamespace(logits=odds.log()[input_ids])
 
 
-def test_what_can_be_guessed_goes_first(tokenizer: GistTokenizer) -> None:
-    compressor = SelfInformation(Guesser(), tokenizer, "token")  # pyright: ignore[reportArgumentType]
-    template = "w5 w6 w9 w10 w30 w31"
-    # w6, w10 and w31 follow from the word before; of equal ones the later goes first.
-    assert compressor.compress(template, 5 / 6) == "w5 w6 w9 w10 w30"
-    assert compressor.compress(template, 4 / 6) == "w5 w6 w9 w30"
-    assert compressor.compress(template, 3 / 6) == "w5 w9 w30"
-    # Nothing stands before w5: an even guess, 1 in 64, is better than the odds of w9 and w30.
-    assert compressor.compress(template, 0.49) == "w9 w30"
-    assert compressor.compress(template, 0.1) == ""
+def test_what_can_be_predicted_is_dropped_first(tokenizer: GistTokenizer) -> None:
+    shortener = SelfInformation(Guesser(), tokenizer, "token")  # pyright: ignore[reportArgumentType]
+    prompt = "w5 w6 w9 w10 w30 w31"
+    # w6, w10 and w31 follow from the word before; of equal ones the later is dropped first.
+    assert shortener.shorten(prompt, 5 / 6) == "w5 w6 w9 w10 w30"
+    assert shortener.shorten(prompt, 4 / 6) == "w5 w6 w9 w30"
+    assert shortener.shorten(prompt, 3 / 6) == "w5 w9 w30"
+    # Nothing precedes w5, so it counts as a uniform guess, 1 in 64, which is likelier than w9 and w30.
+    assert shortener.shorten(prompt, 0.49) == "w9 w30"
+    assert shortener.shorten(prompt, 0.1) == ""
 
 
-def test_phrases_go_whole_by_the_mean_of_their_tokens(tokenizer: GistTokenizer) -> None:
-    """Two words that are news, against three of which one is not: 5.3 a token against 4.3, though 10.6 against 13.0."""
-    compressor = SelfInformation(Guesser(), tokenizer)  # pyright: ignore[reportArgumentType]
-    assert compressor.compress("w20 w30\nw1 w2 w9", 0.6) == "w20 w30"
-    assert compressor.compress("w20 w30\nw1 w2 w9", 0.4) == "w20 w30"
-    assert compressor.compress("w20 w30\nw1 w2 w9", 0.3) == ""
+def test_phrases_are_dropped_whole_by_the_mean_of_their_tokens(tokenizer: GistTokenizer) -> None:
+    """Compare two unpredictable words, 5.3 per token and 10.6 in total, with three words, 4.3 and 13.0."""
+    shortener = SelfInformation(Guesser(), tokenizer)  # pyright: ignore[reportArgumentType]
+    assert shortener.shorten("w20 w30\nw1 w2 w9", 0.6) == "w20 w30"
+    assert shortener.shorten("w20 w30\nw1 w2 w9", 0.4) == "w20 w30"
+    assert shortener.shorten("w20 w30\nw1 w2 w9", 0.3) == ""
 
 
 @pytest.mark.parametrize(
@@ -125,18 +125,18 @@ def test_phrases_go_whole_by_the_mean_of_their_tokens(tokenizer: GistTokenizer) 
     ],
 )
 def test_phrases_by_eye(text: str, phrases: list[str]) -> None:
-    assert compressors._phrases_of(text) == phrases
+    assert shorteners._phrases_of(text) == phrases
 
 
 @given(st.text("ab ,.\n。é'", max_size=40))
 def test_phrases_are_the_text(text: str) -> None:
-    phrases = compressors._phrases_of(text)
+    phrases = shorteners._phrases_of(text)
     assert "".join(phrases) == text
     assert all(len(re.findall(r"\S+", phrase)) <= 3 for phrase in phrases)
 
 
 def test_information_is_that_of_the_model(tokenizer: GistTokenizer) -> None:
-    """Against one forward pass for each prefix."""
+    """Compare with one forward pass for each prefix."""
     model = gisting.patch(tiny.model("llama"), tokenizer)
     ids = tokenizer.encode_texts(["w3 w1 w4 w1 w5"])[0]
     with torch.no_grad():
@@ -160,18 +160,18 @@ def test_the_start_of_a_text_is_read_but_not_counted() -> None:
     assert SelfInformation(model, tokenizer)._information([9, 8])[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_model_is_left_as_it_was(tokenizer: GistTokenizer) -> None:
+def test_the_model_is_left_unchanged(tokenizer: GistTokenizer) -> None:
     model = Guesser().train()
     model.embedding.eval()
     state = torch.get_rng_state()
-    SelfInformation(model, tokenizer).compress("w1 w2 w3 w9", 0.5)  # pyright: ignore[reportArgumentType]
+    SelfInformation(model, tokenizer).shorten("w1 w2 w3 w9", 0.5)  # pyright: ignore[reportArgumentType]
     assert model.modes == [(False, False)]
     assert (model.training, model.embedding.training) == (True, False)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def byte_tokenizer() -> GistTokenizer:
-    """A token for each byte and some merges: a character may be several tokens, a token several characters."""
+    """Make a byte-level tokenizer with some merges: a character may be several tokens, a token several characters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("Ġ", "a"), (",", "Ġ"), ("Ċ", "Ċ")]
     vocabulary = {word: n for n, word in enumerate(["</s>", *alphabet, *("".join(pair) for pair in merges)])}
@@ -186,7 +186,7 @@ BYTES = byte_tokenizer()
 
 
 class Hash(Guesser):
-    """Some probabilities or other for any vocabulary."""
+    """Give arbitrary probabilities for any vocabulary."""
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
         spread = (torch.arange(300) * 7919 + 31 * input_ids[..., None]) % 101
@@ -195,22 +195,22 @@ class Hash(Guesser):
 
 @settings(max_examples=60, deadline=None)
 @given(st.text("the a,.\n。é😀b", min_size=1, max_size=40), st.floats(0.05, 0.95), st.sampled_from(["phrase", "token"]))
-def test_the_budget_holds_and_no_unit_too_many_goes(text: str, share: float, unit: str) -> None:
-    compressor = SelfInformation(Hash(), BYTES, unit)  # pyright: ignore[reportArgumentType]
-    left = compressor.compress(text, share)
+def test_the_budget_holds_and_no_unit_too_many_is_dropped(text: str, share: float, unit: str) -> None:
+    shortener = SelfInformation(Hash(), BYTES, unit)  # pyright: ignore[reportArgumentType]
+    left = shortener.shorten(text, share)
     assert realised_share(BYTES, text, left) <= share + 1e-6
-    # What is left stands in the template in this order.
-    behind = iter(text)
-    assert all(character in behind for character in left)
-    ids, starts = compressor._tokens(text)
+    # What is left is in the prompt, in this order.
+    rest = iter(text)
+    assert all(character in rest for character in left)
+    ids, starts = shortener._tokens(text)
     assert ids == BYTES.encode_texts([text])[0]
-    units = compressors._tokens_of(text, starts) if unit == "token" else compressors._phrases_of(text)
+    units = shorteners._tokens_of(text, starts) if unit == "token" else shorteners._phrases_of(text)
     assert "".join(units) == text
     dropped = len(text) - len(left)
     assert dropped > 0
     if unit == "phrase":
-        # One phrase fewer dropped would be over the budget, so the phrases left are not all that could be.
-        values = compressors._means(compressor._information(ids), starts, units)
+        # With one phrase fewer dropped, the text would exceed the budget.
+        values = shorteners._means(shortener._information(ids), starts, units)
         order = sorted(range(len(units)), key=lambda n: (values[n], -n))
         for count in range(len(units) + 1):
             gone = set(order[:count])
@@ -222,15 +222,15 @@ def test_the_budget_holds_and_no_unit_too_many_goes(text: str, share: float, uni
 
 
 def test_self_information_errors(tokenizer: GistTokenizer, t5_tokenizer: GistTokenizer) -> None:
-    with pytest.raises(UnsupportedModelError, match="t5 is an encoder-decoder, which does not say so of the text"):
+    with pytest.raises(UnsupportedModelError, match="t5 is an encoder-decoder, which assigns none to the text"):
         SelfInformation(tiny.model("t5"), t5_tokenizer)
     with pytest.raises(GistError, match="unit must be one of phrase, token, got 'sentence'"):
         SelfInformation(tiny.model("llama"), tokenizer, "sentence")
     slow = SimpleNamespace(is_encoder_decoder=False, tokenizer=SimpleNamespace(is_fast=False))
-    with pytest.raises(GistError, match="SelfInformation needs a fast tokenizer, SimpleNamespace cannot say"):
+    with pytest.raises(GistError, match="SelfInformation needs a fast tokenizer, and SimpleNamespace cannot report"):
         SelfInformation(tiny.model("llama"), slow)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(GistError, match="template has no token"):
-        SelfInformation(tiny.model("llama"), tokenizer).compress(" ", 0.5)
+    with pytest.raises(GistError, match="prompt has no tokens"):
+        SelfInformation(tiny.model("llama"), tokenizer).shorten(" ", 0.5)
 
 
 # -- LLMLingua-2 -------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_self_information_errors(tokenizer: GistTokenizer, t5_tokenizer: GistTok
 
 @pytest.fixture
 def llmlingua(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """A stand-in with the package's signature (0.2.2); it keeps every other word and seeds all, as that does."""
+    """Replace the package by a class with the signature of 0.2.2, which keeps every other word and seeds everything."""
     made: list[dict] = []
 
     class PromptCompressor:
@@ -272,11 +272,11 @@ def llmlingua(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 def test_llmlingua_2(llmlingua: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    compressor = LLMLingua2("small")
+    shortener = LLMLingua2("small")
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # pyright: ignore
     assert not llmlingua, "loaded on first use"
-    assert compress_template(compressor, "a b c d", 0.5) == "a c"
-    assert compress_template(compressor, "a b c d", 0.25) == "a"
+    assert shorten(shortener, "a b c d", 0.5) == "a c"
+    assert shorten(shortener, "a b c d", 0.25) == "a"
     assert llmlingua == [{"model_name": "small", "device_map": "cpu", "model_config": {"trust_remote_code": False}}], (
         "loaded once"
     )
@@ -291,9 +291,26 @@ def test_llmlingua_2_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         GistError, match=r"LLMLingua2 needs the package llmlingua; run: pip install 'gist-tokens\[internalize\]'"
     ):
-        LLMLingua2().compress("a", 0.5)
+        LLMLingua2().shorten("a", 0.5)
 
 
 def test_names() -> None:
-    assert [NoCompression.name, Rewrites.name, LLMLingua2.name] == ["none", "rewrites", "llmlingua2"]
+    assert [NoShortening.name, Rewrites.name, LLMLingua2.name] == ["none", "rewrites", "llmlingua2"]
     assert SelfInformation(Guesser(), BYTES).name == "self-information-phrase"  # pyright: ignore[reportArgumentType]
+
+
+# -- old names ---------------------------------------------------------------------------------------------------------
+
+
+class OldShortener:
+    name = "old"
+
+    def compress(self, template: str, share: float) -> str:
+        return template[: int(share * len(template))]
+
+
+def test_the_old_name_of_the_method_still_works() -> None:
+    with pytest.warns(DeprecationWarning, match="OldShortener has a method compress, .* rename it to shorten"):
+        assert shorten(OldShortener(), "abcd", 0.5) == "ab"  # pyright: ignore[reportArgumentType]
+    with pytest.warns(DeprecationWarning, match=r"Rewrites.compress will be removed in the next release; use shorten"):
+        assert Rewrites({0.5: "a"}).compress("a b", 0.5) == "a"

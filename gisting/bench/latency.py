@@ -1,0 +1,5 @@
+"""Old place of :mod:`gisting.measure.latency`."""
+
+from gisting._deprecated import moved_names
+
+__getattr__ = moved_names(__name__, {name: f"gisting.measure.latency.{name}" for name in ("LatencyRow", "first_token")})

@@ -1,0 +1,274 @@
+"""``gisting eval``: how well a model answers from gists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from gisting.cli.shared import (
+    DeviceOption,
+    DtypeOption,
+    TemplateOption,
+    err,
+    json_option,
+    load_patched,
+    out,
+    print_json,
+    wanted_k,
+)
+from gisting.errors import GistError
+from gisting.measure.progress import progress_bar
+
+if TYPE_CHECKING:
+    from gisting.tokens import GistTokenizer
+
+__all__ = ["evaluate", "evaluate_split", "print_conditions"]
+
+
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory of a checkpoint, or a repository on the Hugging Face hub.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Records, .jsonl or .json: instruction, input, output. Or NAME=FILE, to give the split a name "
+            "other than its file's; can be given several times."
+        ),
+    ] = None,
+    num_gist_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--num-gist-tokens",
+            "-k",
+            help="Gist tokens for each prompt: a number, several as in 1,2,4,8, or a range such as 1:4. By default the "
+            "largest number that the checkpoint was trained with.",
+        ),
+    ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="gist, positive, negative, truncated (the first k tokens of the instruction instead of the gist), "
+            "prompt (the whole instruction, without gist tokens) or no-prompt (the input alone); can be given "
+            "several times. [default: the first three]"
+        ),
+    ] = None,
+    chunk_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Give longer prompts one gist for each chunk of this many tokens. By default as in training."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N records of each split.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records per batch.")] = 32,
+    perplexity: Annotated[bool, typer.Option(help="Also calculate the perplexity of the references.")] = True,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of model and data: a file that --output wrote; can be given several times."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for the model, data, settings, answers and scores.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Directory for a report: tables with intervals, and plots.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="exact_match, rouge_1, rouge_2 or rouge_l for the plots and the gap kept. [default: rouge_l if "
+            "it is installed]"
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(help="Compare gist and positive control with a model at this OpenAI-compatible URL."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Name of the judge's model.")] = None,
+    judge_key: Annotated[
+        str | None, typer.Option(envvar="GISTING_JUDGE_KEY", help="The judge's API key.", show_envvar=True)
+    ] = None,
+    judge_cache: Annotated[Path, typer.Option(help="Directory that keeps the judge's replies.")] = Path("runs/judge"),
+    seed: Annotated[int, typer.Option(help="Seed of the intervals, and of the order in which the judge reads.")] = 0,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: Annotated[bool, json_option("an object for each split, k and condition, with the predictions")] = False,
+) -> None:
+    """Score a model with gists and with the controls, for any number of gist tokens.
+
+    Prints exact match with its 95 % interval, ROUGE and perplexity. --output keeps everything in a results file;
+    --report writes a report, which can also be made from results files alone.
+
+    Example: gisting eval runs/demo --data runs/demo/unseen.jsonl -k 1,2 --output runs/eval.json --report runs/report
+    """
+    from gisting.eval.judge import Judge
+    from gisting.eval.report import write_report
+    from gisting.eval.results import Evaluation
+    from gisting.models.load import trained_chunk_length
+    from gisting.visibility import CONDITIONS
+
+    if results and (model or data):
+        raise GistError("give either a model with --data, or --results, whose files already hold the answers")
+    if results and output is not None and len(results) > 1:
+        raise GistError("--output writes one evaluation; give one --results with it, not several")
+    if (judge_url is None) != (judge_model is None):
+        raise GistError("a judge needs both --judge-url and --judge-model")
+    if results:
+        found = [Evaluation.load(path) for path in results]
+    elif model and data:
+        splits = _splits(data, limit)
+        loaded, tokenizer = load_patched(model, template, dtype, device)
+        counts = [wanted_k(loaded, None)] if num_gist_tokens is None else _parse_counts(num_gist_tokens)
+        settings = {
+            "conditions": condition or list(CONDITIONS),
+            "chunk_length": chunk_length or trained_chunk_length(loaded),
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "with_perplexity": perplexity,
+        }
+        found = [_evaluate_splits(loaded, tokenizer, model, splits, counts, settings)]
+    else:
+        raise GistError("give a model and --data FILE, or --results FILE")
+    if judge_url is not None and judge_model is not None:
+        judge = Judge(judge_url, judge_model, judge_cache, judge_key, seed)
+        total = sum(len(split.records) * len(split.counts) for one in found for split in one.splits)
+        with progress_bar("judging", total) as progress:
+            found = [one.judged(judge, progress=progress) for one in found]
+    if output is not None:
+        found[0].save(output)
+    files = [] if report is None else write_report(found, report, metric=metric, seed=seed)
+    for one in found:
+        for split in one.splits:
+            if as_json:
+                for result in split.results:
+                    row = {"split": split.name, **result.summary(), "predictions": result.predictions}
+                    print_json(row)
+            else:
+                print_conditions(split.name if len(found) == 1 else f"{split.name}, {one.model['name']}", split.results)
+        for judgement in one.judgements if not as_json else ():
+            _print_judgement(judgement, seed)
+    for path in ([output] if output is not None else []) + files:
+        err.print(f"saved {path}", highlight=False, soft_wrap=True)
+
+
+def evaluate_split(
+    model: Any,
+    tokenizer: GistTokenizer,
+    records: list[Any],
+    k: int,
+    chunk_length: int | None = None,
+    max_new_tokens: int = 128,
+) -> list[Any]:
+    """Evaluate one list of records under the conditions, with a progress bar."""
+    from gisting.eval.conditions import evaluate as run
+    from gisting.visibility import CONDITIONS
+
+    with progress_bar("answering", len(records) * len(CONDITIONS)) as progress:
+        return run(
+            model,
+            tokenizer,
+            records,
+            k,
+            chunk_length=chunk_length,
+            max_new_tokens=max_new_tokens,
+            with_rouge=_has_rouge(),
+            progress=progress,
+        )
+
+
+def _evaluate_splits(
+    model: Any,
+    tokenizer: GistTokenizer,
+    name: str,
+    splits: dict[str, list[Any]],
+    counts: list[int],
+    settings: dict[str, Any],
+) -> Any:
+    from gisting.eval.results import evaluate_splits
+    from gisting.measure.rows import environment
+
+    total = sum(map(len, splits.values())) * len(settings["conditions"]) * len(counts)
+    with progress_bar("answering", total) as progress:
+        return evaluate_splits(
+            model,
+            tokenizer,
+            splits,
+            counts,
+            name=name,
+            environment=environment(),
+            with_rouge=_has_rouge(),
+            progress=progress,
+            **settings,
+        )
+
+
+def _has_rouge() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("rouge_score") is not None
+
+
+def _splits(items: list[str], limit: int | None) -> dict[str, list[Any]]:
+    """Read the records of each split, which is called like its file, unless it is given as NAME=FILE."""
+    from gisting.data.records import load_records
+
+    splits = {}
+    for item in items:
+        name, is_named, path = item.partition("=")
+        if not is_named or Path(item).exists():
+            name, path = Path(item).stem, item
+        if name in splits:
+            raise GistError(f"two --data files are called {name!r}; give one another name: --data NAME={path}")
+        splits[name] = load_records(path)[:limit]
+    return splits
+
+
+def _parse_counts(text: str) -> list[int]:
+    """``"4"``, ``"1,2,4"``, ``"1:4"``."""
+    counts = []
+    for part in text.split(","):
+        low, _, high = part.partition(":")
+        try:
+            counts += range(int(low), int(high or low) + 1)
+        except ValueError:
+            raise GistError(
+                f"num_gist_tokens must be a number, several as in 1,2,4, or a range such as 1:4, got {text!r}"
+            ) from None
+    return counts
+
+
+def print_conditions(title: str, results: list[Any]) -> None:
+    """Print a table of the results under each condition."""
+    headers = {"rouge_l": "ROUGE-L", "perplexity": "perplexity"}
+    shown = {name: header for name, header in headers.items() if name in results[0].metrics}
+    table = Table("k", "condition", "records", "exact match [95 %]", *shown.values(), title=title)
+    table.columns[3].no_wrap = True
+    for result in results:
+        exact = result.interval("exact_match")
+        values = {name: result.interval(name, num_resamples=1).value for name in shown}
+        table.add_row(
+            str(result.num_gist_tokens),
+            result.condition,
+            str(result.num_records),
+            f"{100 * exact.value:.1f} % [{100 * exact.low:.1f}, {100 * exact.high:.1f}]",
+            *(f"{value:.4g}" if name == "perplexity" else f"{100 * value:.1f}" for name, value in values.items()),
+        )
+    out.print(table)
+
+
+def _print_judgement(judgement: Any, seed: int) -> None:
+    rate = judgement.win_rate(seed=seed)
+    said = "- none of the replies could be read -"
+    if rate is not None:
+        said = f"in {100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    out.print(
+        f"{judgement.split}, k = {judgement.num_gist_tokens}: {judgement.first} wins over {judgement.second} {said} "
+        f"({judgement.num_ties} ties, {judgement.num_unparsable} unparsable; {judgement.judge})",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,172 @@
+"""The settings of an internalisation: one table for the options of ``gisting internalize``, the keys of a recipe file
+and the keyword arguments of :func:`gisting.internalize.stages.internalize`.
+
+Place in the flow: above :mod:`gisting.settings`; below the loop over stages and the command line. Importing this module
+imports neither torch nor transformers, because ``gisting --help`` must stay quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from gisting.settings import (
+    COUNT,
+    NOT_NEGATIVE,
+    TEXT,
+    WHOLE,
+    Kind,
+    Settings,
+    checked,
+    choice,
+    is_whole,
+    read_yaml,
+    setting,
+)
+from gisting.tokens import TEMPLATES
+from gisting.train.settings import TrainerSettings
+
+__all__ = ["METRICS", "SHORTENERS", "InternalizeSettings", "StageSettings"]
+
+#: Names of shorteners and metrics in settings.
+SHORTENERS = ("none", "self-information", "llmlingua2", "rewrites")
+METRICS = ("exact_match", "bleu", "rouge_l")
+_TEMPLATES = (*TEMPLATES, "chat")
+
+
+def _tails() -> Collection[str]:
+    from gisting.internalize.plan import TAILS
+
+    return TAILS
+
+
+def _controls() -> Collection[str]:
+    from gisting.internalize.plan import CONTROLS
+
+    return CONTROLS
+
+
+def _read_control(value: Any) -> str:
+    from gisting.internalize.plan import current_control
+
+    return checked(current_control(value), current_control(value) in _controls())
+
+
+_CONTROL = Kind(lambda: f"one of {', '.join(_controls())}", _read_control)
+_STAGES = Kind("a whole number of at least 2", lambda value: checked(value, is_whole(value) and value >= 2), int)
+_TEMPLATE = Kind(
+    f"one of {', '.join(_TEMPLATES)} (the file with the prompt to internalise is given as prompt: --prompt FILE)",
+    lambda value: checked(value, value in _TEMPLATES),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(Settings):
+    """What the stages read and how they are evaluated: the keyword arguments of
+    :func:`gisting.internalize.stages.internalize` that are numbers and names.
+
+    Raises:
+        GistError: a value is not of its setting's kind.
+    """
+
+    max_examples: int = setting(
+        WHOLE, 0, "Most similar training records in a full prompt; fewer with each stage.", "--examples"
+    )
+    tail: str = setting(choice(_tails), "none", "What is left after the last stage: none, or gist (k tokens).")
+    num_gist_tokens: int = setting(COUNT, 1, "Gist tokens, with --tail gist.", "--num-gist-tokens", "-k")
+    num_gist_stages: int = setting(COUNT, 1, "Stages that read a gist, with --tail gist.", "--gist-stages")
+    control: str | None = setting(
+        _CONTROL, None, "Instead of the stages, one stage with all steps: bare, full, full-run-bare or shortened."
+    )
+    control_share: float | None = setting(
+        NOT_NEGATIVE, None, "Kept share of the prompt, with --control shortened.", "--share"
+    )
+    max_length: int = setting(
+        COUNT, 512, "Longest request with its answer, in tokens; examples are dropped until it fits."
+    )
+    max_target_length: int = setting(COUNT, 256, "Longest answer of an encoder-decoder, in tokens.")
+    max_new_tokens: int = setting(COUNT, 128, "Longest answer in the evaluation, in tokens.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WhatIsInternalized(Settings):
+    model: str | None = setting(
+        TEXT, None, "Directory of a checkpoint, or a repository on the Hugging Face hub.", is_argument=True
+    )
+    prompt: str | None = setting(TEXT, None, "Text file with the prompt with which every request would begin.")
+    data: str | None = setting(
+        TEXT, None, "Training records, .jsonl or .json: input (the query) and output; instructions are not read."
+    )
+    eval: str | None = setting(TEXT, None, "Records to answer after each stage, bare and with the stage's prompt.")
+    output: str | None = setting(TEXT, None, "Directory for the checkpoint and the files of each stage.")
+    template: str | None = setting(
+        _TEMPLATE,
+        None,
+        "Template of a conversation: alpaca, alpaca-t5, plain or chat.",
+        shown_default="the one that the checkpoint was trained with",
+    )
+    stages: int = setting(_STAGES, 4, "Number of stages.")
+    schedule: str = setting(
+        TEXT,
+        "linear",
+        "Kept share of the prompt in each stage: linear, exponential, inverse, or shares such as 1,0.6,0.3,0.",
+    )
+    shortener: str | None = setting(
+        choice(*SHORTENERS),
+        None,
+        "What shortens the prompt: none, self-information, llmlingua2 or rewrites.",
+        shown_default="none, or rewrites if they are given",
+    )
+    rewrites: str | None = setting(
+        TEXT, None, 'JSON file with shorter prompts by their share: {"0.6": "...", "0.3": "..."}.'
+    )
+    min_answer_words: int = setting(
+        COUNT,
+        4,
+        "Examples never have nearly the same answer as the record, unless the answer has fewer words than this. Use 1 "
+        "for short texts such as commands, as opposed to labels.",
+    )
+    method: str = setting(choice("full", "lora"), "full", "What is trained: full or lora.")
+    lora_rank: int = setting(COUNT, 16, "Rank of the adapter, with --method lora.")
+    metric: str = setting(choice(*METRICS), "exact_match", "Score of the answers: exact_match, bleu or rouge_l.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternalizeSettings(TrainerSettings, StageSettings, _WhatIsInternalized):
+    """A run of ``gisting internalize``, whose ``--help`` lists the settings. None is the published value for the
+    model's kind, or "not given". Steps, epochs and batches are those of all stages together.
+
+    Raises:
+        GistError: a value is not of its setting's kind, or two settings exclude each other.
+    """
+
+    old_names: ClassVar = {
+        "compressor": "shortener",
+        "layout": "template",
+        "examples": "max_examples",
+        "gist_stages": "num_gist_stages",
+        "share": "control_share",
+    }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read settings from a YAML file; in files of version 0.1, ``template`` is the file with the prompt.
+
+        Args:
+            path: the file, in UTF-8.
+
+        Raises:
+            GistError: the file is not such a mapping, or a key or value is wrong; file, line and key are named.
+            OSError: the file cannot be read.
+        """
+        values, _ = read_yaml(path)
+        if cls is InternalizeSettings and "prompt" not in values and values.get("template") not in (None, *_TEMPLATES):
+            return _SettingsOfVersion01.load(path)  # pyright: ignore[reportReturnType]
+        return super().load(path)
+
+
+class _SettingsOfVersion01(InternalizeSettings):
+    # In this order, because the layout becomes the template after the template has become the prompt.
+    old_names: ClassVar = {"template": "prompt", **InternalizeSettings.old_names}

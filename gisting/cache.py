@@ -1,11 +1,11 @@
 """Compressed prompts: one or many, in memory and in files.
 
 Place in the flow: attention -> (inside a model) -> **cache** -> generation. Holds the keys and values that survive a
-prompt and says what they belong to. Knows what a file says about them; how a file is laid out and kept safe is in
-``gisting.storage``. Does not know how the states were computed.
+prompt, and records what they belong to. How a file is laid out and kept safe is in ``gisting.storage``. Does not depend
+on how the states were computed.
 
-The manifest of a file names model, tokenizer and template, k of each prompt and how the keys are rotated; its tensors
-are ``keys.0``, ``values.0``, ... and ``last_hidden``.
+The manifest of a file names the model, the tokenizer and template, k of each prompt and how the keys are rotated; its
+tensors are ``keys.0``, ``values.0``, ... and ``last_hidden``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["CacheOrigin", "GistCache"]
 
 _PAST_IMPLEMENTATIONS = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
-# Eightfold: three of the fifteen binary orders that e4m3 spans.
+# Room for states eight times as large: three of the fifteen powers of two that e4m3 spans.
 _FP8_HEADROOM = 8
 
 
@@ -39,9 +39,9 @@ class CacheOrigin:
     """What a cache belongs to.
 
     Args:
-        model: fingerprint of weights and configuration, ``model_type/hex``.
-        tokenizer: fingerprint of tokenizer, gist token and template.
-        template: name of the template.
+        model: the fingerprint of weights and configuration, ``model_type/hex``.
+        tokenizer: the fingerprint of tokenizer, gist token and template.
+        template: the name of the template.
         condition: ``"gist"``; ``"positive"`` for an ordinary prefix cache with prompt and gist, ``"negative"`` for an
             empty one.
     """
@@ -56,17 +56,17 @@ class CacheOrigin:
 class GistCache:
     """The states of B compressed prompts, right-aligned in P slots.
 
-    Behind a turn of ``gisting.converse`` the slots hold what was said as well.
+    After a turn of ``gisting.converse``, the slots also hold the conversation so far.
 
     Args:
         keys: one ``(B, G, P, D)`` for each layer, floating point, rotated at positions ``0 .. lengths[b] - 1``; for an
             encoder-decoder, of each encoder layer.
         values: one ``(B, G, P, Dv)`` for each layer, in the dtype of the keys.
-        lengths: int64 ``(B,)`` on the CPU: k of each prompt, of all chunks together where it has several.
+        lengths: int64 ``(B,)`` on the CPU: k of each prompt, summed over its chunks if it has several.
         origin: what the states belong to.
         last_hidden: ``(B, P, d_model)`` in the dtype of the keys, an encoder's last hidden states, else None.
-        rotary: how the keys are rotated, which :meth:`chain` needs; None where nobody said (files of format 1) and for
-            an encoder-decoder, whose keys are not rotated.
+        rotary: how the keys are rotated, which :meth:`chain` needs; None if unknown (files of format 1) and for an
+            encoder-decoder, whose keys are not rotated.
     """
 
     keys: tuple[Tensor, ...]
@@ -79,12 +79,12 @@ class GistCache:
     # -- what it is ----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """B, the number of prompts."""
+        """Return B, the number of prompts."""
         return self.lengths.shape[0]
 
     @property
     def num_gist_tokens(self) -> list[int]:
-        """k of each prompt; of a long one in chunks, the gist tokens of all."""
+        """k of each prompt, summed over its chunks."""
         return self.lengths.tolist()
 
     @property
@@ -99,19 +99,17 @@ class GistCache:
 
     @property
     def device(self) -> torch.device:
-        """Where the states of the first layer lie."""
+        """The device of the first layer's states."""
         return self.keys[0].device
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all states."""
+        """The number of bytes of all states."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
 
     @property
     def attention_mask(self) -> Tensor:
-        """int64 ``(B, P)``: 1 at slots that hold a token. What stands in front of the mask of the rest in stock
-        ``generate``.
-        """
+        """int64 ``(B, P)``: 1 at slots that hold a token. It precedes the mask of the input in stock ``generate``."""
         return self._is_held().long().to(self.device)
 
     def __repr__(self) -> str:
@@ -123,13 +121,13 @@ class GistCache:
     # -- other batches -------------------------------------------------------------------------------------------------
 
     def select(self, rows: Iterable[int] | Tensor) -> GistCache:
-        """The prompts with these numbers, in this order; a number may come more than once.
+        """Return the prompts with these row numbers, in this order; a number may be repeated.
 
         Args:
-            rows: whole numbers, negative ones from the end; also an integer tensor or array ``(rows,)``.
+            rows: whole numbers, where negative ones count from the end; also an integer tensor or array ``(rows,)``.
 
         Raises:
-            GistError: there is no such prompt, no number at all, or what is none.
+            GistError: ``rows`` is empty, or something in it is not the number of a prompt.
         """
         numbers = _whole_numbers(rows)
         if not numbers:
@@ -149,11 +147,11 @@ class GistCache:
         )
 
     def __getitem__(self, row: int | slice) -> GistCache:
-        """Prompt ``row`` alone, or those of a slice.
+        """Return prompt ``row`` alone, or the prompts of a slice.
 
         Raises:
             IndexError: there is no such prompt; so a cache can be iterated.
-            GistError: the slice is empty, or ``row`` is neither.
+            GistError: the slice is empty, or ``row`` is neither a number nor a slice.
         """
         if isinstance(row, slice):
             return self.select(range(len(self))[row])
@@ -169,10 +167,10 @@ class GistCache:
 
     @staticmethod
     def cat(caches: Iterable[GistCache]) -> GistCache:
-        """One batch of several caches of one model; k may differ.
+        """Join several caches of one model into one batch; k may differ.
 
         Args:
-            caches: with any number of prompts each.
+            caches: caches with any number of prompts each.
 
         Raises:
             GistError: there is nothing to join.
@@ -203,27 +201,26 @@ class GistCache:
 
     @staticmethod
     def chain(caches: Iterable[GistCache]) -> GistCache:
-        """Gists one after another in one prefix, as if each prompt had been compressed at its place in it.
+        """Chain gists in one prefix, as if each prompt had been compressed at its place in it.
 
-        Row b of the result is row b of every cache, its keys rotated from positions ``0 .. k - 1`` to the positions
-        behind the gists before it. This needs no model, and gives what the model gives for a prompt whose positions are
-        shifted, up to rounding.
+        Row b of the result is row b of every cache, with its keys rotated from positions ``0 .. k - 1`` to the
+        positions after the gists before it. This needs no model, and equals, up to rounding, what the model computes
+        for a prompt with shifted positions.
 
-        A model must be trained on chained gists to read them: gists that were trained to stand alone in front of an
-        input are, one after another, a prefix that it has never seen. ``GistCollator(part_separator=...)`` lays out
-        such training; without it expect worse answers, and measure.
+        A model must be trained on chained gists to read them: a model trained on single gists has never seen a prefix
+        of several. ``GistCollator(part_separator=...)`` lays out such training. Without it expect worse answers, and
+        measure them.
 
         Args:
-            caches: the parts in their order, of B prompts each or of one, which then is in front of or behind the gist
-                of every row. k may differ.
+            caches: the parts in order, each of B prompts, or of one prompt for all rows. k may differ.
 
         Returns:
-            One cache of B prompts, k the sum of the parts'; a single part is returned as it is.
+            One cache of B prompts, where k is the sum over the parts; a single part is returned unchanged.
 
         Raises:
-            GistError: there is nothing to chain, numbers of prompts do not fit, or the states cannot be moved: an
-                encoder's, those of a condition other than gist, or those of a file that does not say how keys are
-                rotated.
+            GistError: there is nothing to chain, numbers of prompts do not fit, or the states cannot be moved, because
+                they are an encoder's, are of a condition other than gist, or come from a file that does not say how
+                keys are rotated.
             CacheMismatchError: the caches do not belong together.
         """
         caches = list(caches)
@@ -231,13 +228,13 @@ class GistCache:
         first = caches[0]
         if first.last_hidden is not None:
             raise GistError(
-                "caches hold encoder states, which cannot be chained: T5's kind was trained with each gist at its own "
-                "distance to the input, and rotating does not change distances; compress the joined prompts instead"
+                "caches hold encoder states, which cannot be chained: T5-like models see a gist by its distance to the "
+                "input, which rotating does not change; compress the joined prompts instead"
             )
         if first.origin.condition != "gist":
             raise GistError(
-                f"caches must be of condition 'gist' to be chained, got {first.origin.condition!r}: joined prefixes "
-                "that never saw each other are no control of anything; compress the joined prompts instead"
+                f"caches must be of condition 'gist' to be chained, got {first.origin.condition!r}: prefixes that "
+                "never saw each other are no valid control; compress the joined prompts instead"
             )
         if len(caches) == 1:
             return first
@@ -249,11 +246,11 @@ class GistCache:
         batch = max(len(cache) for cache in caches)
         if any(len(cache) not in (1, batch) for cache in caches):
             raise GistError(
-                f"caches must have one prompt or {batch}, as the largest, got {[len(cache) for cache in caches]}"
+                f"caches must have one prompt or {batch}, like the largest, got {[len(cache) for cache in caches]}"
             )
         lengths = torch.stack([cache.lengths.expand(batch) for cache in caches])
         offsets = lengths.cumsum(0) - lengths
-        # What each row holds moves to the right in its order: the last slots of a stable sort by "holds a token".
+        # What each row holds moves to the right in order: the last slots of a stable sort by "holds a token".
         is_held = torch.cat([cache._is_held().expand(batch, -1) for cache in caches], dim=1)
         slots = int(lengths.sum(0).max())
         source = is_held.sort(dim=1, stable=True).indices[:, is_held.shape[1] - slots :, None]
@@ -277,19 +274,19 @@ class GistCache:
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistCache:
-        """The same states on another device or in another dtype.
+        """Return the same states on another device or in another dtype.
 
         Args:
-            device: where they go; None leaves each layer where it is.
-            dtype: floating point; None for what it is.
+            device: the new device; None leaves each layer where it is.
+            dtype: the new floating dtype; None leaves it unchanged.
         """
         return self._map(lambda tensor, dim: tensor.to(device=device, dtype=dtype), self.lengths)
 
     def blanked(self) -> GistCache:
-        """The same with zeros in the slots that hold no token.
+        """Return the same cache with zeros in the slots that hold no token.
 
-        Nobody sees those, but in a ragged batch the model leaves there what it thought of the *prompt*, which is to
-        stay behind: in no file, and not in the range of numbers that a quantised file covers.
+        No token sees these slots, but in a ragged batch they hold states of the *prompt*, which must neither get into a
+        file nor widen the range of numbers that a quantised file covers.
         """
         is_empty_on = on_each_device(~self._is_held())
 
@@ -307,33 +304,33 @@ class GistCache:
         max_cache_len: int | None = None,
         cache_config: Mapping[str, Any] | None = None,
     ) -> Cache:
-        """A fresh transformers cache that holds these P slots, for stock ``model.generate`` on a decoder.
+        """Make a new transformers cache of these P slots, for stock ``model.generate`` on a decoder.
 
-        Its call is ``model.generate([<GIST>] * k + rest, past_key_values=cache.as_past_key_values())``, with
-        ``attention_mask = cat([cache.attention_mask, mask of the rest])`` for a ragged batch. ``generate`` appends to
-        what it is given, so ask for a new one each time; this cache stays as it is.
+        Call ``model.generate([<GIST>] * k + input, past_key_values=cache.as_past_key_values())``, with
+        ``attention_mask = cat([cache.attention_mask, mask of the inputs])`` for a ragged batch. ``generate`` appends to
+        the cache it gets, so make a new one for each call; this ``GistCache`` is not changed.
 
         Args:
-            cache_implementation: by transformers' names: ``"dynamic"`` grows; ``"static"`` has its full size from the
-                start, which ``torch.compile`` needs; ``"offloaded"`` and ``"offloaded_static"`` keep all layers but one
-                in the memory of the CPU; ``"quantized"`` holds few bits for a number.
-            config: ``model.config``; all but ``"dynamic"`` and ``"offloaded"`` need it. With it, sliding layers let go
-                of keys that have left their window; without it, every layer keeps every key.
-            max_cache_len: columns of a static cache: P, the rest and the new tokens.
+            cache_implementation: one of transformers' names: ``"dynamic"`` grows; ``"static"`` has its full size from
+                the start, which ``torch.compile`` needs; ``"offloaded"`` and ``"offloaded_static"`` keep all layers but
+                one in CPU memory; ``"quantized"`` uses few bits per number.
+            config: ``model.config``; required unless ``"dynamic"`` or ``"offloaded"``. With it, sliding layers drop
+                keys that have left their window; without it, every layer keeps every key.
+            max_cache_len: the number of columns of a static cache: P, the input and the new tokens.
             cache_config: ``backend`` and settings of a quantised cache, as in transformers' ``GenerationConfig``.
 
         Raises:
             GistError: the states are an encoder's (use ``gisting.generate``), there is no such cache, it cannot be made
-                for this model or device, or something that it needs is not given.
+                for this model or device, or a required argument is missing.
             ImportError: the package of a quantised cache's backend is not installed; transformers names it.
         """
         if self.last_hidden is not None:
             raise GistError(
-                "these are encoder states, which generate does not take as past_key_values; use "
+                "these are encoder states, which model.generate cannot take as past_key_values; use "
                 "gisting.generate(cache=...)"
             )
         past: Any = self._empty_past(cache_implementation, config, max_cache_len, cache_config or {})
-        # By this a patched model checks that the ids in front are gist tokens: generate drops them unread.
+        # With this a patched model checks that the ids in front are gist tokens; generate drops them unread.
         past.gist_mask = self.attention_mask
         if self.num_slots:
             for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -343,23 +340,23 @@ class GistCache:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, storage: str | None = None) -> None:
-        """Write one safetensors file, whole or not at all (temporary file, fsync, rename).
+        """Write one safetensors file, completely or not at all (temporary file, fsync, rename).
 
         Args:
             path: the file.
-            storage: what the numbers are kept as, one of ``gisting.storage.STORAGES``: ``"float32"``, ``"bfloat16"``,
-                ``"float16"``, ``"float8_e4m3"`` or ``"int8"`` (these two with a scale for each prompt and head). None
-                for the states' own dtype, which keeps every bit.
+            storage: the type in which numbers are stored, one of ``gisting.storage.STORAGES``: ``"float32"``,
+                ``"bfloat16"``, ``"float16"``, ``"float8_e4m3"`` or ``"int8"`` (the last two with a scale for each
+                prompt and head). None for the states' own dtype, which keeps every bit.
 
         Raises:
-            GistError: the states hold NaN or infinity or exceed what the storage can hold, or the parts of this cache
-                do not fit together.
+            GistError: the states contain NaN or infinity or exceed the range of the storage, or the parts of this cache
+                are inconsistent.
             OSError: the file cannot be written.
         """
         try:
             self._check()
         except ValueError as error:
-            raise GistError(f"this cache is none that could be loaded again: {error}; compress the prompt") from error
+            raise GistError(f"this cache could not be loaded again: {error}; compress the prompt") from error
         manifest = {
             "origin": asdict(self.origin),
             "lengths": self.num_gist_tokens,
@@ -372,46 +369,50 @@ class GistCache:
     def load(cls, path: str | Path, device: torch.device | str = "cpu", *, max_bytes: int = MAX_BYTES) -> GistCache:
         """Read what :meth:`save` wrote, in the dtype that the states had before they were stored.
 
-        Whether it belongs to the model at hand is checked where it is used, against the model. The states may lie in
-        the file, which is memory-mapped, until they are written to or moved.
+        Functions that use the cache check that it belongs to their model. The file is memory-mapped, and the states may
+        stay in it until they are written to or moved.
 
         Args:
-            path: the file itself, no symbolic link.
+            path: the file itself, not a symbolic link.
             device: where the states go.
-            max_bytes: how many the states may take. A file can be made to take more than it seems to; at the peak up to
-                three times as many are allocated.
+            max_bytes: how many bytes the states may take, because a file can be made to expand when it is read. Up to
+                three times as many are allocated at the peak.
 
         Returns:
-            The cache, all of it on one device.
+            The cache, entirely on one device.
 
         Raises:
-            CacheFormatError: the file is truncated, altered, of a later format, or no gist cache.
+            CacheFormatError: the file is truncated, altered, of a later format, or not a gist cache.
             GistError: the states take more than ``max_bytes``.
-            OSError: there is no such file, or it cannot be read.
+            OSError: the file does not exist or cannot be read.
         """
         manifest, tensors = read(path, max_bytes=max_bytes)
         try:
-            # As many as there are tensors for, before a number from the file is counted up to.
-            num_layers, rest = divmod(len(tensors) - ("last_hidden" in tensors), 2)
-            if type(manifest["num_layers"]) is not int or (manifest["num_layers"], 0) != (num_layers, rest):
-                raise ValueError(f"{len(tensors)} tensors are not those of {manifest['num_layers']!r} layers")
-            lengths, rotary = manifest["lengths"], manifest.get("rotary")
-            if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
-                raise ValueError("lengths must be whole numbers, one for each prompt")
-            cache = cls(
-                tuple(tensors[f"keys.{layer}"] for layer in range(num_layers)),
-                tuple(tensors[f"values.{layer}"] for layer in range(num_layers)),
-                torch.tensor(lengths, dtype=torch.int64),
-                CacheOrigin(**manifest["origin"]),
-                tensors.get("last_hidden"),
-                None if rotary is None else Rotary.from_dict(rotary),
-            )
+            cache = cls._from_parts(manifest, tensors)
             cache._check()
         except (KeyError, TypeError, ValueError) as error:
-            raise malformed(path, f"there is no {error}" if isinstance(error, KeyError) else error) from error
+            raise malformed(path, f"{error} is missing" if isinstance(error, KeyError) else error) from error
         return cache.to(device)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _from_parts(cls, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GistCache:
+        # Compare with the number of tensors before looping up to a number from the file.
+        num_layers, rest = divmod(len(tensors) - ("last_hidden" in tensors), 2)
+        if type(manifest["num_layers"]) is not int or (manifest["num_layers"], 0) != (num_layers, rest):
+            raise ValueError(f"{len(tensors)} tensors do not make {manifest['num_layers']!r} layers")
+        lengths, rotary = manifest["lengths"], manifest.get("rotary")
+        if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
+            raise ValueError("lengths must be whole numbers, one for each prompt")
+        return cls(
+            tuple(tensors[f"keys.{layer}"] for layer in range(num_layers)),
+            tuple(tensors[f"values.{layer}"] for layer in range(num_layers)),
+            torch.tensor(lengths, dtype=torch.int64),
+            CacheOrigin(**manifest["origin"]),
+            tensors.get("last_hidden"),
+            None if rotary is None else Rotary.from_dict(rotary),
+        )
 
     def _empty_past(
         self,
@@ -437,8 +438,8 @@ class GistCache:
         if is_static:
             if max_cache_len is None or max_cache_len < self.num_slots:
                 raise GistError(
-                    f"{name} needs max_cache_len, the {self.num_slots} slots of the cache, the rest and the new tokens "
-                    f"together, got {max_cache_len}"
+                    f"{name} needs max_cache_len, the sum of the cache's {self.num_slots} slots, the input and the new "
+                    f"tokens, got {max_cache_len}"
                 )
             return StaticCache(config, max_cache_len, offloading=is_offloaded)
         if implementation != "quantized":
@@ -449,21 +450,24 @@ class GistCache:
         except (TypeError, ValueError) as error:
             raise GistError(f"{name}, cache_config={dict(cache_config)} is refused by transformers: {error}") from error
         if settings["backend"] == "fp8":
-            # Its scale is set once, by the first states: here the gist's alone. What follows may be larger.
+            # The first states, here the gist's, set its scale for good. What follows may be larger.
             layers: list[Any] = past.layers
             for layer in layers:
                 layer.fp8_max = layer.fp8_max / _FP8_HEADROOM
         return past
 
     def _is_held(self) -> Tensor:
-        """bool ``(B, P)`` on the CPU, where ``lengths`` are: the slots that hold a token."""
+        """bool ``(B, P)`` on the CPU, like ``lengths``: the slots that hold a token."""
         return torch.arange(self.num_slots)[None] >= self.num_slots - self.lengths[:, None]
 
     def _check(self) -> None:
-        """Raise ValueError unless the parts fit together: a file with a right checksum may still hold anything.
+        """Check that the parts are consistent: a file with a correct checksum may still hold anything.
 
-        That all states are finite is the file's own rule. What stands in slots in front of a prompt's gist is not
-        looked at, because nobody reads it.
+        ``gisting.storage`` checks that all states are finite. Slots before a prompt's gist are not checked, because
+        they are never read.
+
+        Raises:
+            ValueError: they are not.
         """
         if self.lengths.dim() != 1 or self.lengths.dtype != torch.int64 or not len(self):
             raise ValueError("lengths must be whole numbers, one for each prompt")
@@ -473,16 +477,16 @@ class GistCache:
             raise ValueError("keys and values must have four dimensions")
         batch, slots = len(self), self.num_slots
         if self.lengths.amin() < 0 or self.lengths.amax() != slots:
-            raise ValueError(f"the largest of the lengths must be the {slots} slots")
+            raise ValueError(f"the largest length must be the number of slots, {slots}")
         for key, value in zip(self.keys, self.values, strict=True):
             if key.shape[:3] != value.shape[:3] or (key.shape[0], key.shape[2]) != (batch, slots):
-                raise ValueError("a layer has another shape than the others")
+                raise ValueError("a layer's shape differs from the others")
         if self.last_hidden is not None and (
             self.last_hidden.dim() != 3 or self.last_hidden.shape[:2] != (batch, slots)
         ):
-            raise ValueError("last_hidden has another shape than the layers")
+            raise ValueError("the shape of last_hidden does not fit the layers")
         if any(tensor.dtype != self.dtype or not tensor.is_floating_point() for tensor in self._tensors()):
-            raise ValueError("the states must have one floating dtype")
+            raise ValueError("all states must have the same floating dtype")
         if not all(isinstance(value, str) for value in asdict(self.origin).values()):
             raise ValueError("origin must be texts")
         if self.rotary is not None:
@@ -490,7 +494,7 @@ class GistCache:
                 raise ValueError(f"rotary has {len(self.rotary.layers)} layers, the states {len(self.keys)}")
             for number, key in zip(self.rotary.layers, self.keys, strict=True):
                 if number is not None and 2 * len(self.rotary.frequencies[number]) > key.shape[-1]:
-                    raise ValueError(f"rotary turns more numbers than the {key.shape[-1]} of a head")
+                    raise ValueError(f"rotary rotates more numbers than a head has, {key.shape[-1]}")
 
     def _named(self) -> dict[str, Tensor]:
         named = {f"keys.{layer}": tensor for layer, tensor in enumerate(self.keys)}
@@ -501,11 +505,11 @@ class GistCache:
         return list(self._named().values())
 
     def _devices(self) -> list[torch.device]:
-        """Of each layer; a model may be spread over several."""
+        """The device of each layer; a model may be spread over several."""
         return [keys.device for keys in self.keys]
 
     def _map(self, change: Any, lengths: Tensor) -> GistCache:
-        """``change(tensor, dimension of the slots)`` of every tensor."""
+        """Apply ``change(tensor, dimension of the slots)`` to every tensor."""
         return replace(
             self,
             keys=tuple(change(tensor, 2) for tensor in self.keys),
@@ -516,7 +520,7 @@ class GistCache:
 
 
 def _whole_numbers(rows: Any) -> list[int]:
-    """``rows`` as Python's numbers; a mask is none of rows, so True and False are refused."""
+    """``rows`` as Python integers. A mask has no row numbers, so True and False are refused."""
     try:
         listed = list(rows.tolist() if hasattr(rows, "tolist") else rows)
         numbers = [operator.index(row) for row in listed]
@@ -530,9 +534,7 @@ def _whole_numbers(rows: Any) -> list[int]:
 
 
 def _check_together(caches: Sequence[GistCache]) -> Rotary | None:
-    """Raise unless the caches are one model's, of one dtype, where the first lies; how their keys are rotated, if one
-    says.
-    """
+    """Raise unless the caches have the same origin, dtype and devices. Return how their keys are rotated, if known."""
     if not caches:
         raise GistError("caches is empty; give at least one")
     for place, cache in enumerate(caches):
@@ -542,7 +544,7 @@ def _check_together(caches: Sequence[GistCache]) -> Rotary | None:
     for other in caches[1:]:
         if other.origin != first.origin:
             raise CacheMismatchError(
-                f"caches belong to different origins, {first.origin} and {other.origin}; compress them anew"
+                f"caches belong to different origins, {first.origin} and {other.origin}; compress them again"
             )
         if other.dtype != first.dtype or other._devices() != first._devices():
             here, there = (", ".join(dict.fromkeys(map(str, cache._devices()))) for cache in (first, other))
@@ -551,5 +553,5 @@ def _check_together(caches: Sequence[GistCache]) -> Rotary | None:
             )
     known = {cache.rotary for cache in caches} - {None}
     if len(known) > 1:
-        raise CacheMismatchError("caches are of one model whose keys were rotated differently; compress them anew")
+        raise CacheMismatchError("caches are of one model, but their keys are rotated differently; compress them again")
     return known.pop() if known else None

@@ -1,4 +1,4 @@
-"""transformers' ``pipeline("text-generation")`` behind compressed prompts.
+"""transformers' ``pipeline("text-generation")`` with compressed prompts.
 
 Place in the flow: generation -> **pipeline**. A text-generation pipeline whose calls take ``cache=``; everything else
 is the stock pipeline.
@@ -20,26 +20,26 @@ from gisting.tokens import GistTokenizer
 
 __all__ = ["GistTextGenerationPipeline"]
 
-# What the stock pipeline does to texts and answers, and why it is not done where a cache is given.
+# What the stock pipeline does to texts and answers, and why it is refused with a cache.
 _STOCK_ONLY = {
-    "return_full_text": "its prompt is no text any more",
-    "return_text": "answers are texts",
-    "return_tensors": "answers are texts; call gisting.generate or model.generate",
-    "return_type": "answers are texts",
-    "clean_up_tokenization_spaces": "answers are decoded by the GistTokenizer",
-    "prefix": "texts are laid out by the template of the GistTokenizer",
+    "return_full_text": "the compressed prompt is not text",
+    "return_text": "answers are always texts",
+    "return_tensors": "answers are always texts; call gisting.generate or model.generate",
+    "return_type": "answers are always texts",
+    "clean_up_tokenization_spaces": "the GistTokenizer decodes the answers",
+    "prefix": "the template of the GistTokenizer lays out the texts",
     "stop_sequence": "give stop_strings",
-    "batch_size": "texts of one call are one batch; call with fewer",
-    "num_workers": "no loader stands in front of the model",
+    "batch_size": "the texts of one call are one batch; call with fewer",
+    "num_workers": "no data loader is used",
 }
 
 
 class GistTextGenerationPipeline(TextGenerationPipeline):
-    """A text-generation pipeline that answers texts behind compressed prompts.
+    """A text-generation pipeline that answers texts after compressed prompts.
 
-    Made by ``pipeline("text-generation", model=model, tokenizer=tokenizer,
-    pipeline_class=GistTextGenerationPipeline)`` or directly. Without ``cache`` a call is the stock pipeline's, on
-    ordinary text.
+    Make it with ``pipeline("text-generation", model=model, tokenizer=tokenizer,
+    pipeline_class=GistTextGenerationPipeline)``, or directly. A call without ``cache`` is a call of the stock pipeline,
+    on ordinary text.
 
     Args:
         model: a patched decoder.
@@ -53,10 +53,10 @@ class GistTextGenerationPipeline(TextGenerationPipeline):
     def __init__(self, model: PreTrainedModel, tokenizer: GistTokenizer, **kwargs: Any) -> None:
         if require_patched(model, tokenizer).is_encoder_decoder:
             raise GistError(
-                f"text-generation is for decoders, {model.config.model_type} is an encoder-decoder; call "
+                f"text-generation works for decoders only, and {model.config.model_type} is an encoder-decoder; call "
                 "gisting.generate"
             )
-        # Only what changes an answer: a stock call's batch size may stand beside calls with a cache.
+        # Only what changes an answer: a batch size for stock calls does not rule out calls with a cache.
         own = _STOCK_ONLY.keys() - {"batch_size", "num_workers"}
         self._stock_only = {name: value for name, value in kwargs.items() if name in own}
         super().__init__(model=model, tokenizer=tokenizer.tokenizer, **kwargs)
@@ -68,15 +68,15 @@ class GistTextGenerationPipeline(TextGenerationPipeline):
         Args:
             text_inputs: a text, or a list of texts.
             cache: the compressed prompts, one for all texts or one each; None for the stock pipeline.
-            **kwargs: settings for :func:`gisting.generate`, on top of those that the pipeline was made with and of the
-                stock pipeline's defaults (which sample).
+            **kwargs: settings for :func:`gisting.generate`, in addition to the settings that the pipeline was made with
+                and the stock pipeline's defaults (which sample).
 
         Returns:
-            For one text a list of ``{"generated_text": answer}``, one for each returned sequence; for several a list of
-            such lists.
+            For one text, a list of ``{"generated_text": answer}`` with an entry for each returned sequence; for several
+            texts, a list of such lists.
 
         Raises:
-            GistError: an input is a chat or no text; something is asked for, here or where the pipeline was made, that
+            GistError: an input is a chat or not a text; with a cache, the call or the pipeline asks for something that
                 the stock pipeline does to texts (``return_full_text``, ``prefix``, ...); or as
                 :func:`gisting.generate`.
         """
@@ -86,13 +86,13 @@ class GistTextGenerationPipeline(TextGenerationPipeline):
         texts: Sequence[str] = [text_inputs] if is_one else text_inputs
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise GistError(
-                "text_inputs must be a text or a list of texts where a cache is given; the chat around them is the "
-                "template of the GistTokenizer"
+                "text_inputs must be a text or a list of texts when a cache is given; the template of the "
+                "GistTokenizer lays out the chat around them"
             )
-        # The call's word counts, as with the stock pipeline.
+        # As with the stock pipeline, what the call says overrides what the pipeline was made with.
         for name, value in {**self._stock_only, **kwargs}.items():
             if name in _STOCK_ONLY and not (value is None or value is False):
-                raise GistError(f"{name} must be left out where a cache is given: {_STOCK_ONLY[name]}")
+                raise GistError(f"{name} must be left out when a cache is given: {_STOCK_ONLY[name]}")
         kwargs = {name: value for name, value in kwargs.items() if name not in _STOCK_ONLY}
         settings = pipeline_settings(self, {**self._forward_params, **kwargs})
         answers = generate(self.model, self.gist_tokenizer, texts, cache=cache, **settings)

@@ -1,8 +1,8 @@
 """How the keys of a cache are rotated, so that they can be moved to other positions without the model.
 
-Place in the flow: below the cache, which carries it along, in memory and in files. Rotary position embeddings turn each
-key by angles proportional to its position (RoPE, arXiv 2104.09864, equation 34), and turning once more adds the
-angles. Knows arithmetic; what a model's frequencies are is read off it in ``gisting.models.rotary``.
+Place in the flow: below the cache, which keeps it, in memory and in files. Rotary position embeddings rotate each key
+by angles proportional to its position (RoPE, arXiv 2104.09864, equation 34), and rotating again adds the angles. Only
+arithmetic: ``gisting.models.rotary`` reads the frequencies from a model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Rotary:
     """The rotation of every layer's keys.
 
     Args:
-        frequencies: the distinct sets of inverse frequencies, radians per position, one for each rotated pair of
+        frequencies: the distinct sets of inverse frequencies in radians per position, one for each rotated pair of
             numbers; float32 values, written as Python floats.
-        layers: for each layer the number of its set, or None where its keys are not rotated.
-        is_interleaved: whether a pair is two neighbours (GPT-J, Cohere) and not number ``i`` with ``i + R / 2``
+        layers: the index of each layer's set, or None for a layer whose keys are not rotated.
+        is_interleaved: whether a pair is two neighbours (GPT-J, Cohere) and not the numbers ``i`` and ``i + R / 2``
             (GPT-NeoX, Llama), where ``R``, twice the number of frequencies, is how many numbers of a head are rotated.
     """
 
@@ -36,20 +36,20 @@ class Rotary:
     is_interleaved: bool = False
 
     def rotate(self, layer: int, keys: Tensor, by: Tensor) -> Tensor:
-        """Keys of a layer, moved ``by`` positions further.
+        """Move a layer's keys ``by`` positions.
 
-        A pure rotation: what a model multiplies its cosines and sines with (YaRN, LongRoPE) is in the keys already and
-        stays. Only the first R numbers of a head turn, and none in a layer without rotation. Angles are float64, the
-        turning is float32 (float64 for float64 keys).
+        This is a pure rotation: a factor that a model applies to its cosines and sines (YaRN, LongRoPE) is already in
+        the keys and stays. Only the first R numbers of a head are rotated, and none in a layer without rotation. Angles
+        are computed in float64, and the rotation in float32 (float64 for float64 keys).
 
         Args:
-            layer: which layer the keys are from.
+            layer: the index of the layer.
             keys: floating ``(B, G, P, D)``.
-            by: int64 ``(B,)``, or ``(B, P)`` for each slot its own; negative ones move back. Where it lies the angles
-                are computed.
+            by: int64 ``(B,)``, or ``(B, P)`` for a number per slot; negative numbers move back. The angles are computed
+                on its device.
 
         Returns:
-            ``(B, G, P, D)``, dtype and device of ``keys``.
+            ``(B, G, P, D)``, in the dtype and on the device of ``keys``.
 
         Raises:
             GistError: there is no such layer, or the shapes do not fit.
@@ -67,20 +67,22 @@ class Rotary:
         frequencies = torch.tensor(self.frequencies[number], dtype=torch.float64, device=by.device)
         size = 2 * len(frequencies)
         if size > keys.shape[-1]:
-            raise GistError(f"keys must have a head size of at least {size}, which are rotated, got {keys.shape[-1]}")
+            raise GistError(
+                f"keys must have a head size of at least {size}, the number of rotated numbers, got {keys.shape[-1]}"
+            )
         dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
         # (B, 1, P or 1, R / 2)
         angles = by.reshape(len(by), 1, -1, 1) * frequencies
         cos, sin = angles.cos().to(keys.device, dtype), angles.sin().to(keys.device, dtype)
-        turning = keys[..., :size].to(dtype)
+        rotating = keys[..., :size].to(dtype)
         # The two numbers of every pair, each (B, G, P, R / 2).
-        x, y = (turning[..., 0::2], turning[..., 1::2]) if self.is_interleaved else turning.chunk(2, dim=-1)
-        turned = (x * cos - y * sin, y * cos + x * sin)
-        whole = torch.stack(turned, dim=-1).flatten(-2) if self.is_interleaved else torch.cat(turned, dim=-1)
+        x, y = (rotating[..., 0::2], rotating[..., 1::2]) if self.is_interleaved else rotating.chunk(2, dim=-1)
+        rotated = (x * cos - y * sin, y * cos + x * sin)
+        whole = torch.stack(rotated, dim=-1).flatten(-2) if self.is_interleaved else torch.cat(rotated, dim=-1)
         return torch.cat([whole.to(keys.dtype), keys[..., size:]], dim=-1)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; :meth:`from_dict` reads it."""
+        """Return the rotation as JSON values, which :meth:`from_dict` reads."""
         return {
             "frequencies": [list(values) for values in self.frequencies],
             "layers": list(self.layers),
@@ -89,10 +91,10 @@ class Rotary:
 
     @classmethod
     def from_dict(cls, found: Any) -> Rotary:
-        """The rotation of which :meth:`to_dict` gave ``found``.
+        """Make a rotation from ``found``, which :meth:`to_dict` returned.
 
         Raises:
-            ValueError: it is not of that form.
+            ValueError: it does not have that form.
         """
         match found:
             case {"frequencies": list(sets), "layers": list(layers), "is_interleaved": bool(is_interleaved)}:

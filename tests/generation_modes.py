@@ -1,15 +1,17 @@
-"""Every way transformers generates, for every kind of family: the answer of the plain run, or a refusal in words.
+"""Every way in which transformers generates, for several families: it gives the answer of the plain run, or is
+refused.
 
-``python -m tests.generation_modes`` writes the table into docs/generation.md. A plain run has no cache at all: stock
-``generate`` reads the full text (prompt, gist, input, what was said so far) anew for every token, under the gist's
-interval mask. Every mode is compared with the plain run that decodes in the same way, on three ragged rows with another
-k each; what a cell says is what ran. Sampled modes run row by row; "static cache, beam search", the quantised cache and
-what looks back at ids have another run to be compared with, which docs/generation.md names.
+``python -m tests.generation_modes`` writes the table into docs/generation.md. A plain run has no cache: for every
+token, stock ``generate`` reads the full text (prompt, gist, input, answer so far) again, under the gist's interval
+mask. Every mode is compared with the plain run that decodes in the same way, on three ragged rows, each with a
+different k. Sampled modes run row by row. "static cache, beam search", the quantised cache and settings that look back
+at ids are compared with other runs, which docs/generation.md names.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,12 +63,10 @@ SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
 
 
 @contextmanager
-def reading_all_anew(model: PreTrainedModel, tokenizer: GistTokenizer) -> Iterator[None]:
-    """In here each forward pass of a decoder reads full text, and under the gist's interval mask."""
+def rereading_everything(model: PreTrainedModel, tokenizer: GistTokenizer) -> Iterator[None]:
+    """Make each forward pass of a decoder, in a block, read the full text under the gist's interval mask."""
 
-    def put_on_the_mask(
-        _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def add_mask(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert kwargs.get(cache_argument()) is None
         args, kwargs = (), {**kwargs, **({"input_ids": args[0]} if args else {})}
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
@@ -78,7 +78,7 @@ def reading_all_anew(model: PreTrainedModel, tokenizer: GistTokenizer) -> Iterat
             "position_ids": visibility.position_ids,
         }
 
-    hook = model.register_forward_pre_hook(put_on_the_mask, with_kwargs=True)
+    hook = model.register_forward_pre_hook(add_mask, with_kwargs=True)
     try:
         yield
     finally:
@@ -86,7 +86,7 @@ def reading_all_anew(model: PreTrainedModel, tokenizer: GistTokenizer) -> Iterat
 
 
 def plain(model: PreTrainedModel, tokenizer: GistTokenizer, rows: list[list[int]], **settings: Any) -> list[list[int]]:
-    """What stock ``generate`` says behind full texts, without any cache; each answer up to its end of sequence."""
+    """Answer full texts with stock ``generate`` and no cache; each answer ends with its end of sequence."""
     generate: Any = model.generate
     settings = {"max_new_tokens": LENGTH, "pad_token_id": tokenizer.pad_token_id, "use_cache": False, **settings}
     if tokenizer.is_encoder_decoder:
@@ -94,15 +94,15 @@ def plain(model: PreTrainedModel, tokenizer: GistTokenizer, rows: list[list[int]
         answers = generate(**encoder_decoder.prepare_full_generation(model, tokenizer, encodings, "gist"), **settings)
     else:
         ids, is_token = pad_rows(rows, tokenizer.pad_token_id, left=True)
-        with reading_all_anew(model, tokenizer):
+        with rereading_everything(model, tokenizer):
             answers = generate(ids, attention_mask=is_token.long(), **settings)[:, ids.shape[1] :]
     end = settings.get("eos_token_id", tokenizer.eos_token_id)
     return [row[: row.index(end) + 1] if end in row else row for row in answers.tolist()]
 
 
 class Rounded(DynamicLayer):
-    """A layer of a dynamic cache that rounds to 8-bit floats what it keeps; the first states set the scale, with room
-    for eight times as large ones, and go into attention as they came.
+    """A layer of a dynamic cache that rounds what it keeps to 8-bit floats. The first states set the scale, with room
+    for states eight times as large, and enter attention unrounded.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class Case:
 
     @cached_property
     def assistant(self) -> PreTrainedModel:
-        """The model, disturbed: it drafts some tokens right and some wrong."""
+        """The model with noise in its weights: it drafts some tokens right and some wrong."""
         model = copy.deepcopy(self.model)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
@@ -159,7 +159,7 @@ class Case:
 
     @cached_property
     def starts(self) -> list[int]:
-        """How much of each row is prompt and gist, where the ids of the row are those that the model goes on from."""
+        """The number of prompt and gist ids in each row; 0 for an encoder-decoder, whose answer continues other ids."""
         if self.tokenizer.is_encoder_decoder:
             return [0] * len(self.rows)
         rests = self.tokenizer.encode_continuations(INPUTS)
@@ -192,7 +192,7 @@ class Case:
 
 
 def _sampled(case: Case, **settings: Any) -> bool:
-    """Row by row: where a window makes rows run apart, they draw one after another."""
+    """Compare row by row, because rows that a window keeps apart draw random numbers one after another."""
     equal, rows, caches = True, case.rows, [case.cache[row] for row in range(3)]
     for row, text in enumerate(INPUTS):
         torch.manual_seed(row)
@@ -208,8 +208,8 @@ def _beams(case: Case) -> bool:
     return case.generate(**settings) == wanted
 
 
-class Behind(LogitsProcessor):
-    """A processor that is not shown the first ids: those of prompt and gist, of which a cache holds none."""
+class After(LogitsProcessor):
+    """A processor that does not see the first ids, of prompt and gist, as a cache holds none of them."""
 
     def __init__(self, inner: LogitsProcessor, start: int) -> None:
         self.inner = inner
@@ -220,9 +220,9 @@ class Behind(LogitsProcessor):
 
 
 def _looking_back(case: Case, processor: LogitsProcessor, **settings: Any) -> bool:
-    """The plain run's processor sees input and answer, as ours does."""
+    """Compare with a plain run whose processor sees input and answer only, as ours does."""
     wanted = [
-        case.plain([row], do_sample=False, logits_processor=[Behind(processor, start)])[0]
+        case.plain([row], do_sample=False, logits_processor=[After(processor, start)])[0]
         for row, start in zip(case.rows, case.starts, strict=True)
     ]
     assert wanted != case.greedy, "the setting changes nothing"
@@ -230,12 +230,12 @@ def _looking_back(case: Case, processor: LogitsProcessor, **settings: Any) -> bo
 
 
 def allowed(row: int, ids: Tensor) -> list[int]:
-    """Another third of the words for each row and place."""
+    """A different third of the words for each row and place."""
     return [token for token in range(4, 64) if token % 3 == (row + len(ids)) % 3]
 
 
 def _constrained(case: Case) -> bool:
-    """The plain run's function sees input and answer, as ours does."""
+    """Compare with a plain run whose function sees input and answer only, as ours does."""
 
     def of(row: int) -> Callable[[int, Tensor], list[int]]:
         return lambda _, ids: allowed(row, ids[case.starts[row] :])
@@ -255,7 +255,7 @@ def _guided(case: Case) -> bool:
 
 
 def _stopped(case: Case) -> bool:
-    """transformers tries a word of its own on the tokenizer, which must know it."""
+    """Use a tokenizer with the word that transformers tries out on it."""
     case = Case(case.name, ("abcdef",))
     stop = case.texts(case.greedy)[0].split()[1]
     criteria = StoppingCriteriaList([StopStringCriteria(case.tokenizer.tokenizer, [stop])])
@@ -265,7 +265,7 @@ def _stopped(case: Case) -> bool:
 
 
 def compile_config(**settings: Any) -> Any:
-    """For the CPU as well, where transformers does not compile by itself; without a break in the graph."""
+    """Settings that compile without graph breaks, and on the CPU too, where transformers does not compile by itself."""
     config: Any = CompileConfig(fullgraph=True, **{"mode": None, **settings})
     config._compile_all_devices = True
     return config
@@ -411,7 +411,7 @@ MODES: dict[str, Callable[[Case], bool]] = {
 
 
 def outcome(mode: str, case: Case) -> str:
-    """``"equal"``, ``"differs"``, or the words of the refusal."""
+    """Return ``"equal"``, ``"differs"``, or the text of the refusal."""
     try:
         return "equal" if MODES[mode](case) else "differs"
     except GistError as error:
@@ -419,7 +419,7 @@ def outcome(mode: str, case: Case) -> str:
 
 
 def table() -> str:
-    """The outcomes as Markdown, and below it what the refusals say."""
+    """Return the outcomes as Markdown, followed by a list of the refusals."""
     reasons: list[str] = []
     lines = [f"| | {' | '.join(FAMILIES)} |", "|---" * (len(FAMILIES) + 1) + "|"]
     cases = [Case(name) for name in FAMILIES]
@@ -434,6 +434,20 @@ def table() -> str:
             cells.append(found)
         lines.append(f"| {mode} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
+
+
+def documented() -> dict[tuple[str, str], str]:
+    """Read the outcomes back from docs/generation.md, by mode and family."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    inside = text.split(f"<!-- {MARK} -->\n", 1)[1].split(f"\n<!-- end of {MARK} -->", 1)[0]
+    lines, reasons = inside.split("\n\n")
+    (_, *families), _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+    refusals = {f"refused ({number})": text for number, text in re.findall(r"^(\d+)\. (.*)$", reasons, re.M)}
+    return {
+        (mode, family): refusals.get(cell, cell)
+        for mode, *cells in rows
+        for family, cell in zip(families, cells, strict=True)
+    }
 
 
 if __name__ == "__main__":

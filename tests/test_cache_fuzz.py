@@ -1,7 +1,7 @@
-"""More than ten thousand files that someone has tampered with: each is refused in words, or is what it says it is.
+"""Files that were tampered with, in ``slow`` more than ten thousand: each is refused with a message, or is valid.
 
-What it says is read a second time by safetensors, with the arithmetic of the format written down once more, so that a
-file which loads is also compared with an oracle.
+A file that loads is compared with an oracle: safetensors reads it too, and the arithmetic of the format is repeated
+here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tests.forge import Forged, with_header
 from tests.memory import CAN_TELL_PEAK, peak_growth_mb, requires_peak
 from tests.test_cache import FORMAT_1, assert_same, made_up, tensors_of
 
-EXAMPLES, FILES_EACH = 240, 50
-# More than any file here could need, and less than one of the large numbers that the mutations write would cost.
+FILES_EACH = 50
+# More than any file here needs, and less than one of the large numbers written by mutations would cost.
 MAX_GROWTH_MB = 64
 
 
@@ -64,7 +64,7 @@ ODD: list[Any] = [
 
 
 def places(tree: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a tree of JSON."""
+    """Yield every (container, key) in a tree of JSON."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [found for key, value in inner for found in [(tree, key), *places(value)]]
 
@@ -108,7 +108,7 @@ def splice(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes:
 
 
 def edit_text(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes:
-    """Characters of the header gone, doubled or new, with the right length in front."""
+    """Remove, double or insert characters of the header, and correct the length in front."""
     end = 8 + int.from_bytes(whole[:8], "little")
     header = bytearray(whole[8:end].rstrip())
     for _ in range(chance.choice((1, 1, 2, 5))):
@@ -125,7 +125,7 @@ def edit_text(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes
 
 
 def edit_values(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes:
-    """Fields of the header or the manifest gone, renamed, exchanged, odd or a little off, mostly signed again."""
+    """Remove, rename, exchange or change fields of the header or the manifest, and usually sign again."""
     forged = Forged.apart(whole)
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         found = places(chance.choice((forged.entries, forged.manifest, forged.manifest)))
@@ -153,7 +153,7 @@ def edit_values(whole: bytes, chance: random.Random, others: list[bytes]) -> byt
 
 
 def edit_tensor(whole: bytes, chance: random.Random, others: list[bytes]) -> bytes:
-    """Another dtype, shape or content of a tensor, that fits its bytes, signed."""
+    """Give a tensor another dtype, shape or content that fits its bytes, and sign."""
     forged = Forged.apart(whole)
     name = chance.choice(list(forged.entries))
     entry = forged.entries[name]
@@ -188,7 +188,7 @@ MUTATIONS: list[Callable[[bytes, random.Random, list[bytes]], bytes]] = [
 
 
 def what_it_says(whole: bytes) -> GistCache:
-    """The cache in a right file, by safetensors and the arithmetic of the format; fails for one that is not right."""
+    """Read a valid file with safetensors and the arithmetic of the format; fail for an invalid one."""
     forged = Forged.apart(whole)
     manifest = forged.manifest
     tensors = load(whole)
@@ -220,7 +220,7 @@ def what_it_says(whole: bytes) -> GistCache:
 
 
 def check(path: Path, whole: bytes) -> str:
-    """What became of a file: ``"loaded"``, or how it was refused."""
+    """Load a file, and return ``"loaded"`` or how it was refused."""
     path.write_bytes(whole)
     try:
         cache = GistCache.load(path)
@@ -232,7 +232,7 @@ def check(path: Path, whole: bytes) -> str:
     assert_same(cache, oracle)
     assert cache.rotary == oracle.rotary
     assert all(tensor.isfinite().all() for tensor in tensors_of(cache))
-    if cache.rotary is not None:  # which is fit to turn these keys
+    if cache.rotary is not None:  # which can rotate these keys
         for layer, keys in enumerate(cache.keys):
             cache.rotary.rotate(layer, keys, cache.lengths)
     assert storage.inspect(path)["file_bytes"] == len(whole)
@@ -240,14 +240,15 @@ def check(path: Path, whole: bytes) -> str:
     return "loaded"
 
 
-def test_files_that_were_tampered_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [24, pytest.param(240, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_files_that_were_tampered_with(tmp_path: Path, examples: int) -> None:
     files = originals(tmp_path)
     for whole in files:
         assert check(tmp_path / "a", whole) == "loaded"
     outcomes: collections.Counter[str] = collections.Counter()
 
     @given(st.integers(0, 2**32 - 1))
-    @settings(deadline=None, max_examples=EXAMPLES, derandomize=True, database=None)
+    @settings(deadline=None, max_examples=examples, derandomize=True, database=None)
     def tamper(seed: int) -> None:
         for number in range(FILES_EACH):
             chance = random.Random(f"{seed} {number}")
@@ -261,16 +262,16 @@ def test_files_that_were_tampered_with(tmp_path: Path) -> None:
 
     with peak_growth_mb() if CAN_TELL_PEAK else nullcontext(lambda: 0.0) as grown:
         tamper()
-    assert outcomes.total() >= 10_000
+    assert outcomes.total() >= 42 * examples
     assert grown() < MAX_GROWTH_MB
-    # Not one door at which all of them are turned away.
+    # Not all of them are refused by the same check.
     for way in ("loaded", "is truncated or", "is altered: its", "is no gist", "has format 3,"):
-        assert outcomes[way] >= (10 if way == "has format 3," else 100), outcomes
+        assert outcomes[way] >= examples // (24 if way == "has format 3," else 3), outcomes
 
 
 @requires_peak
 def test_memory_that_a_file_takes_would_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The bound above can be exceeded, also where the process has held more before."""
+    """The bound above can be exceeded, even if the process has held more before."""
     originals(tmp_path)
     del bytearray(b"x" * (4 * MAX_GROWTH_MB << 20))[:]
     parse = storage._parse
@@ -290,7 +291,7 @@ def test_memory_that_a_file_takes_would_show(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize("mutate", dict.fromkeys(MUTATIONS), ids=lambda mutate: mutate.__name__)
 def test_mutations_change_something(mutate: Callable[..., bytes], tmp_path: Path) -> None:
-    """A mutation that hands back what it was given would only count."""
+    """A mutation that returned its argument would only be counted."""
     files = originals(tmp_path)
     changed = sum(mutate(files[1], random.Random(seed), files) != files[1] for seed in range(100))
     assert changed >= 80

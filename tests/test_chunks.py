@@ -1,5 +1,5 @@
-"""Long prompts in chunks: compressed in one run they are what running them chunk by chunk gives, what is read from the
-cache is what was trained, and what would not be is refused.
+"""Long prompts in chunks: compressing them in one run equals running them chunk by chunk, reading the cache equals
+reading the training sequence, and prompts for which this would not hold are refused.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import gisting
-from gisting import generation
 from gisting._compat import cache_argument
 from gisting.cache import GistCache
 from gisting.data.collate import GistCollator
 from gisting.data.packing import GistPackingCollator
 from gisting.data.records import Record
 from gisting.errors import GistError
+from gisting.generation import answers, compression
 from gisting.models.adapters import Adapter, attach, gist_rows
 from gisting.models.patch import patch
 from gisting.tokens import GistEncoding, GistTokenizer, Template
@@ -30,20 +30,20 @@ from tests.test_train import arguments
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt_neox"]
 few_families = pytest.mark.parametrize("name", FAMILIES)
-# Ids of a prompt, k; in chunks of at most 7 there are 4, 1, 2 and 3 of them.
+# Number of prompt ids, and k. In chunks of at most 7 ids, the prompts have 4, 1, 2 and 3 chunks.
 ROWS = ((25, 2), (7, 3), (8, 1), (16, 4))
 PROMPTS = [tiny.words(count, count) for count, _ in ROWS]
 COUNTS = [k for _, k in ROWS]
 LENGTH = 7
 
 
-WORDS = Template("words", "{prompt}", "{input}", "w9", "{output}")  # a prompt has as many ids as words
+WORDS = Template("words", "{prompt}", "{input}", "w9", "{output}")  # a prompt has one id per word
 
 
 def built(
     name: str = "llama", window: int = 64, template: str | Template = "plain", **changes: Any
 ) -> tuple[PreTrainedModel, GistTokenizer]:
-    """A patched model whose window, if it has one, is as wide as that."""
+    """Make a patched model whose sliding window, if it has one, has the given width."""
     tokenizer = GistTokenizer(tiny.word_tokenizer(), template)
     return patch(tiny.model(name, **windowed(name, window), **changes), tokenizer), tokenizer
 
@@ -58,8 +58,8 @@ def layers_of(past: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def one_by_one(stock: PreTrainedModel, encoding: GistEncoding, gist_token_id: int) -> list[tuple[Tensor, Tensor]]:
-    """The states of a prompt's gists when a model that nobody patched reads chunk after chunk, each behind an ordinary
-    cache of the gists before it, at the positions that the rule says.
+    """The states of a prompt's gists when an unpatched model reads chunk after chunk at the positions of the rule, each
+    after an ordinary cache of the gists before it.
     """
     k = encoding.gist_spans[0][1] - encoding.gist_start
     held: list[tuple[Tensor, Tensor]] = []
@@ -79,7 +79,7 @@ def one_by_one(stock: PreTrainedModel, encoding: GistEncoding, gist_token_id: in
 
 
 def error_of(cache: GistCache, row: int, expected: list[tuple[Tensor, Tensor]]) -> float:
-    """Largest difference between a row's states and the expected ones."""
+    """The largest difference between a row's states and the expected ones."""
     found = cache[row]
     pairs = zip([*zip(found.keys, found.values, strict=True)], expected, strict=True)
     return max((a - b).abs().max().item() for have, want in pairs for a, b in zip(have, want, strict=True))
@@ -96,7 +96,7 @@ def distance(one: GistCache, other: GistCache) -> float:
 
 @few_families
 def test_in_one_run_are_the_states_of_chunk_by_chunk(name: str) -> None:
-    """A ragged batch of prompts, with other numbers of chunks and another k each."""
+    """A ragged batch of prompts, with different numbers of chunks and different k."""
     model, tokenizer = built(name)
     cache = gisting.compress(model, tokenizer, PROMPTS, COUNTS, chunk_length=LENGTH)
     assert cache.num_gist_tokens == [4 * 2, 1 * 3, 2 * 1, 3 * 4]
@@ -189,7 +189,7 @@ def test_a_chunked_cache_is_saved_and_chained_like_any(tmp_path: Path) -> None:
     ],
 )
 def test_positions_of_a_long_prompt(words: int, k: int, chunk_length: int, taken: int | None) -> None:
-    """llama has 128; a prompt of more is fine as long as no row sees further than that."""
+    """llama has 128 positions; a longer prompt is allowed if no row sees further than that."""
     model, tokenizer = built(template=WORDS)
     if taken is None:
         cache = gisting.compress(model, tokenizer, [tiny.words(words, 1)], k, chunk_length=chunk_length)
@@ -208,7 +208,7 @@ def test_the_controls_take_all_positions_of_a_long_prompt() -> None:
 
 @pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope"])
 def test_where_frequencies_depend_on_the_length_all_positions_count(name: str) -> None:
-    """From the first chunk's start to the last gist; also in a batch, where another row begins or ends elsewhere."""
+    """Positions count from the first chunk's start to the last gist, whatever the other rows of a batch are."""
     model, tokenizer = built(name, template=WORDS, max_position_embeddings=64)
     long = tiny.words(118, 1)
     batch = gisting.compress(model, tokenizer, [long, "w1 w2"], [2, 60], chunk_length=60)
@@ -240,15 +240,15 @@ def test_beyond_a_window_chunks_are_refused_for_they_would_not_be(monkeypatch: p
     prompt = tiny.words(15, 1)
     with pytest.raises(
         GistError,
-        match=r"^prompt 1 has 3 chunks, and from its first gist to what follows its last there are 17 columns, more "
+        match=r"^prompt 1 has 3 chunks and spans 17 columns from its first gist to what follows its last, more "
         r"than the sliding window of mistral, 10: .*; raise chunk_length so that the prompt is one chunk, or shorten",
     ):
         gisting.compress(model, tokenizer, ["w1", prompt], 2, chunk_length=5)
-    # One chunk may reach as far as it likes, and a control has no chunks that are hidden.
+    # A single chunk may reach any distance, and a control has no hidden chunks.
     assert gisting.compress(model, tokenizer, [prompt], 10, chunk_length=15).num_gist_tokens == [10]
     gisting.compress(model, tokenizer, [prompt], 2, condition="positive", chunk_length=5)
 
-    monkeypatch.setattr(generation, "_check_window", lambda *_: None)
+    monkeypatch.setattr(compression, "_check_window", lambda *_: None)
     cache = gisting.compress(model, tokenizer, [prompt], 2, chunk_length=5)
     stock = tiny.stock_twin("mistral-window", model, sliding_window=window)
     (encoding,) = tokenizer.encode_prompts([prompt], 2, 5)
@@ -257,7 +257,7 @@ def test_beyond_a_window_chunks_are_refused_for_they_would_not_be(monkeypatch: p
 
 def test_a_window_that_is_one_too_small_is_refused() -> None:
     model, tokenizer = built("mistral-window", REACH - 1, WORDS)
-    with pytest.raises(GistError, match=r"there are 17 columns, more than the sliding window of mistral, 16"):
+    with pytest.raises(GistError, match=r"spans 17 columns .* more than the sliding window of mistral, 16"):
         gisting.compress(model, tokenizer, [tiny.words(15, 1)], 2, chunk_length=5)
 
 
@@ -265,13 +265,13 @@ def test_a_window_that_is_one_too_small_is_refused() -> None:
 
 
 def test_rows_of_an_adapter_are_for_the_places_in_each_gist() -> None:
-    """Two rows are enough for any number of chunks with k = 2, and stand for the same places in each."""
+    """Two rows are enough for any number of chunks with k = 2: each is used at the same place of every gist."""
     model, tokenizer = built(template=WORDS)
     attach(model, Adapter("embeddings", num_rows=2))
     gist_rows(model).copy_(torch.randn(2, 32) * 5)
     prompt = tiny.words(12, 1)
     cache = gisting.compress(model, tokenizer, [prompt], 2, chunk_length=4)
-    # What enters the first layer is the row itself, wherever it stands.
+    # The first layer reads the row itself, at any position.
     values = cache.values[0][0].transpose(0, 1)
     assert len(values) == 6
     for place in range(6):
@@ -302,7 +302,7 @@ def test_encoder_decoders_are_refused_wherever_a_length_is_given() -> None:
 @pytest.mark.parametrize(
     ("chunk_length", "message"),
     [
-        (0, "^chunk_length must be at least 1, got 0; or None, for a single gist$"),
+        (0, "^chunk_length must be at least 1, got 0; give None for a single gist$"),
         (-3, "^chunk_length must be at least 1, got -3"),
         (True, "^chunk_length must be a whole number or None, got True$"),
         (2.0, r"^chunk_length must be a whole number or None, got 2\.0$"),
@@ -324,12 +324,12 @@ def test_a_length_that_cannot_be(chunk_length: Any, message: str) -> None:
 def test_a_length_beside_a_cache_is_refused() -> None:
     model, tokenizer = built()
     cache = gisting.compress(model, tokenizer, ["w1"])
-    with pytest.raises(GistError, match=r"^chunk_length \(5\) is for prompts, and cache .*; give it to compress$"):
+    with pytest.raises(GistError, match=r"^chunk_length \(5\) is for prompts, but cache .*; give it to compress$"):
         gisting.generate(model, tokenizer, ["w2"], cache=cache, chunk_length=5)
 
 
 def test_training_in_chunks_is_refused_beyond_a_sliding_window(tmp_path: Path) -> None:
-    """A window counts columns, those of hidden chunks among them."""
+    """A window counts columns, including those of hidden chunks."""
     model, tokenizer = tiny.patched("mistral-window")
     records = [Record(tiny.words(9, 1), "w1", "w2")]
     settings: dict[str, Any] = {"max_length": tiny.WINDOW + 1, "chunk_length": 4}
@@ -339,7 +339,7 @@ def test_training_in_chunks_is_refused_beyond_a_sliding_window(tmp_path: Path) -
 
 
 def test_a_checkpoint_in_chunks_is_evaluated_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the library where it is told so, by the command line because the checkpoint says so."""
+    """The library does so when asked, the command line because the checkpoint says so."""
     from typer.testing import CliRunner
 
     from gisting.cli import app
@@ -355,13 +355,13 @@ def test_a_checkpoint_in_chunks_is_evaluated_in_chunks(tmp_path: Path, monkeypat
     )
     save_records(records, tmp_path / "data.jsonl")
     spans: list[int] = []
-    stock = generation._compress
+    stock = answers.compress_encodings
 
     def spying(model: Any, tokenizer: Any, encodings: list[GistEncoding], *rest: Any) -> GistCache:
         spans.extend(len(encoding.gist_spans) for encoding in encodings)
         return stock(model, tokenizer, encodings, *rest)
 
-    monkeypatch.setattr(generation, "_compress", spying)
+    monkeypatch.setattr(answers, "compress_encodings", spying)
     settings: dict[str, Any] = {"conditions": ["gist"], "max_new_tokens": 2, "with_rouge": False}
     (result,) = evaluate(model, tokenizer, records, 2, chunk_length=LENGTH, with_perplexity=True, **settings)
     expected = [len(encoding.gist_spans) for encoding in tokenizer.encode_prompts(PROMPTS, 2, LENGTH)]

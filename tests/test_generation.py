@@ -1,5 +1,5 @@
-"""``compress`` and ``generate``: a batch is its rows, an answer is what the full text would give, and what does not fit
-is refused.
+"""``compress`` and ``generate``: a batch equals its rows, answers equal those from the full text, and arguments that do
+not fit are refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import gisting
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheMismatchError, GistError, GistTokenError
+from gisting.generation import checks, compression
 from gisting.models.fingerprint import fingerprint
 from gisting.tokens import GistTokenizer
 from gisting.visibility import CONDITIONS
@@ -28,7 +29,7 @@ WINDOWED = ["mistral-window", "qwen2-window", "gemma2", "gemma3_text", "cohere2"
 def one_by_one(
     model: PreTrainedModel, tokenizer: GistTokenizer, inputs: list[str], cache: GistCache, **settings: Any
 ) -> list[str]:
-    """Each input alone, behind its own prompt."""
+    """Answer each input alone, after its own prompt."""
     return [
         text
         for row, text_in in enumerate(inputs)
@@ -37,12 +38,12 @@ def one_by_one(
 
 
 def distance(one: GistCache, other: GistCache) -> float:
-    """Largest difference, in units of the largest number."""
+    """The largest difference, in units of the largest number."""
     assert one.num_gist_tokens == other.num_gist_tokens
     pairs = [*zip(one.keys, other.keys, strict=True), *zip(one.values, other.values, strict=True)]
     if one.last_hidden is not None and other.last_hidden is not None:
         pairs.append((one.last_hidden, other.last_hidden))
-    # What stands in slots without a token is nobody's business.
+    # Slots without a token may hold anything.
     held = other.attention_mask.bool()
     return max(((a - b).movedim(-2, 1)[held].abs().max() / b.movedim(-2, 1)[held].abs().max()).item() for a, b in pairs)
 
@@ -58,7 +59,7 @@ def test_64_ragged_prompts_are_compressed_as_one_by_one(name: str) -> None:
     cache = gisting.compress(model, tokenizer, prompts, 3, batch_size=64)
     assert len(cache) == 64
     single = GistCache.cat([gisting.compress(model, tokenizer, [prompt], 3) for prompt in prompts])
-    # What is asked: 1e-5 in float32. T5 does not scale its scores and is that much rougher with these weights (1e-4
+    # Required: 1e-5 in float32. T5 does not scale its scores, so it is less exact with these weights (1e-4
     # against float64 in tests/models/test_families.py).
     assert distance(cache, single) < (2e-5 if name == "t5" else 1e-5)
 
@@ -80,7 +81,7 @@ def test_order_and_batch_size_do_not_matter(name: str, batch_size: int) -> None:
 
 @three_kinds
 def test_gists_do_not_keep_their_prompts_alive(name: str) -> None:
-    """A slice of a long prompt's keys would hold all of them in memory."""
+    """A slice of a long prompt's keys would keep all of them in memory."""
     model, tokenizer = tiny.patched(name)
     cache = gisting.compress(model, tokenizer, [tiny.words(90, 1)], 2)
     for tensor in (*cache.keys, *cache.values):
@@ -175,12 +176,11 @@ def test_16_caches_with_16_inputs_are_one_by_one(name: str) -> None:
 
 @three_kinds
 def test_prompts_that_generate_runs_itself_take_no_fingerprint(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their cache stays inside, and an evaluation would take the fingerprint of a large model for every batch."""
-    from gisting.models import fingerprint as module
-
+    """The caller never sees their cache, and evaluation would fingerprint a large model for every batch."""
     model, tokenizer = tiny.patched(name)
-    calls, right = [], module.fingerprint
-    monkeypatch.setattr(module, "fingerprint", lambda model: calls.append(None) or right(model))
+    calls = []
+    for module in (checks, compression):
+        monkeypatch.setattr(module, "fingerprint", lambda model: calls.append(None) or fingerprint(model))
     gisting.generate(model, tokenizer, ["w1"], prompts=["w2 w3"], max_new_tokens=2)
     assert not calls
     gisting.generate(model, tokenizer, ["w1"], cache=gisting.compress(model, tokenizer, ["w2 w3"]), max_new_tokens=2)
@@ -218,7 +218,7 @@ def test_one_cache_for_many_inputs(name: str) -> None:
 
 @pytest.mark.parametrize("name", WINDOWED)
 def test_sliding_windows_do_not_count_padding(name: str) -> None:
-    """Ragged inputs of up to four windows (8 tokens) behind gists of several k."""
+    """Ragged inputs of up to four windows (8 tokens), after gists of several k."""
     model, tokenizer = tiny.patched(name)
     prompts = [tiny.words(count, count) for count in (25, 3, 12, 7)]
     inputs = [tiny.words(count, 30 + count) for count in (32, 2, 9, 9)]
@@ -228,7 +228,7 @@ def test_sliding_windows_do_not_count_padding(name: str) -> None:
 
 
 def test_a_window_that_is_wide_enough_takes_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what a window would cut is run apart."""
+    """Only rows that a window would cut run in separate batches."""
     model, tokenizer = tiny.patched("mistral-window", sliding_window=40)
     cache = gisting.compress(model, tokenizer, ["w1 w2", "w3"], [2, 1])
     calls, right = [], model.generate
@@ -243,7 +243,7 @@ def test_a_window_that_is_wide_enough_takes_one_batch(monkeypatch: pytest.Monkey
 
 @three_kinds
 def test_inputs_without_text(name: str) -> None:
-    """The published layouts have a form without input; T5 then reads nothing but the gist."""
+    """The published templates have a form without input; T5 then reads only the gist."""
     model, tokenizer = tiny.patched(name, "alpaca-t5" if name == "t5" else "alpaca")
     prompts = [tiny.words(8, 1), tiny.words(3, 2), tiny.words(5, 3)]
     cache = gisting.compress(model, tokenizer, prompts, [2, 1, 3])
@@ -260,10 +260,10 @@ def test_inputs_without_text(name: str) -> None:
 
 
 def test_nothing_behind_the_gist_is_refused_in_a_decoder() -> None:
-    model, tokenizer = tiny.patched("llama")  # the plain layout without input is white space, which here is no token
+    model, tokenizer = tiny.patched("llama")  # without input, the plain template is white space, which is no token here
     cache = gisting.compress(model, tokenizer, ["w1"])
     with pytest.raises(
-        GistError, match=r"^inputs\[1\] leaves nothing behind the gist for the model to continue; give an input"
+        GistError, match=r"^inputs\[1\] leaves nothing after the gist for the model to continue; give an input"
     ):
         gisting.generate(model, tokenizer, ["w1", ""], cache=cache)
 
@@ -276,7 +276,7 @@ INPUTS = [tiny.words(2, 4), tiny.words(9, 5), tiny.words(5, 6)]
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral-window", "gpt_neox", "t5", "umt5"])
 def test_positive_control_is_the_full_text(name: str) -> None:
-    """Stock ``generate`` of a model that nobody patched, on prompt, gist and input."""
+    """Run stock ``generate`` of an unpatched model on prompt, gist and input."""
     model, tokenizer = tiny.patched(name)
     settings = {"max_new_tokens": 8, "do_sample": False}
     texts = gisting.generate(
@@ -317,7 +317,7 @@ def test_one_prompt_for_all_under_each_condition(name: str, condition: str) -> N
 
 @pytest.mark.parametrize("condition", ["positive", "negative"])
 def test_caches_of_the_controls(condition: str, tmp_path: Path) -> None:
-    """Of a decoder they are caches too: all tokens, or none; and they say what they are."""
+    """On a decoder the controls are caches too, of all tokens or none, and name their condition."""
     model, tokenizer = tiny.patched("llama")
     cache = gisting.compress(model, tokenizer, PROMPTS, 2, condition=condition)
     assert cache.origin.condition == condition
@@ -359,7 +359,7 @@ BEAMS: dict[str, dict[str, Any]] = {
 @three_kinds
 @pytest.mark.parametrize("settings", BEAMS)
 def test_beams_of_a_batch_are_those_of_its_rows(name: str, settings: str) -> None:
-    """The answers to one input stand together, best first, also where a window makes rows run apart."""
+    """The answers to one input are together, best first, even if a window makes rows run in separate batches."""
     model, tokenizer = tiny.patched(name)
     cache = gisting.compress(model, tokenizer, PROMPTS, [2, 1, 3])
     texts = gisting.generate(model, tokenizer, INPUTS, cache=cache, max_new_tokens=6, **BEAMS[settings])
@@ -372,7 +372,7 @@ def test_beams_of_a_batch_are_those_of_its_rows(name: str, settings: str) -> Non
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_beams_are_those_of_the_full_text(name: str) -> None:
-    """Beam search from a cache of prompt and gist is beam search on the text."""
+    """Beam search from a cache of prompt and gist equals beam search on the text."""
     model, tokenizer = tiny.patched(name)
     settings = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 3, "do_sample": False}
     texts = gisting.generate(
@@ -385,7 +385,7 @@ def test_beams_are_those_of_the_full_text(name: str) -> None:
 
 @three_kinds
 def test_several_samples_of_each_input_stand_together(name: str) -> None:
-    """With a temperature that makes sampling greedy, the samples of an input are its greedy answer."""
+    """At a temperature that makes sampling greedy, all samples of an input equal its greedy answer."""
     model, tokenizer = tiny.patched(name)
     cache = gisting.compress(model, tokenizer, PROMPTS, 2)
     greedy = gisting.generate(model, tokenizer, INPUTS, cache=cache, max_new_tokens=6, do_sample=False)
@@ -423,7 +423,7 @@ def test_suppressed_tokens_of_the_caller_and_of_the_model_stay_suppressed(name: 
 
 @three_kinds
 def test_without_the_models_own_cache(name: str) -> None:
-    """``use_cache=False`` either gives the same answer or is refused, never another answer."""
+    """``use_cache=False`` gives the same answer or is refused, but never gives a different answer."""
     model, tokenizer = tiny.patched(name)
     cache = gisting.compress(model, tokenizer, PROMPTS, 2)
     wanted = gisting.generate(model, tokenizer, INPUTS, cache=cache, max_new_tokens=6)
@@ -436,7 +436,7 @@ def test_without_the_models_own_cache(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_settings_that_change_what_stock_generate_returns(name: str) -> None:
-    """A result's shape never depends on a flag: texts, or an error of ours."""
+    """A result's type never depends on a flag: it is texts, or our own error."""
     model, tokenizer = tiny.patched(name)
     cache = gisting.compress(model, tokenizer, PROMPTS, 2)
     with pytest.raises(GistError, match="return_dict_in_generate"):
@@ -454,7 +454,7 @@ def test_training_mode_is_left_and_restored(name: str) -> None:
     wanted_cache = gisting.compress(model, tokenizer, PROMPTS, 2)
     wanted = gisting.generate(model, tokenizer, INPUTS, cache=wanted_cache, max_new_tokens=6)
     model.train()
-    frozen = model.get_input_embeddings().eval()  # one module that its owner keeps in eval mode
+    frozen = model.get_input_embeddings().eval()  # one module that the user keeps in eval mode
     cache = gisting.compress(model, tokenizer, PROMPTS, 2)
     assert distance(cache, wanted_cache) == 0
     assert gisting.generate(model, tokenizer, INPUTS, cache=cache, max_new_tokens=6) == wanted
@@ -549,7 +549,7 @@ def test_cache_that_does_not_fit(change: Callable[[GistCache], GistCache], messa
 
 
 def test_a_cast_cache_is_accepted_where_the_model_was_cast_alike() -> None:
-    """Weights that bfloat16 holds exactly are the same model in float32, and its cache may be cast."""
+    """Weights that bfloat16 represents exactly are the same model in float32, and its cache may be cast."""
     model = tiny.model("llama").bfloat16()
     tokenizer = tiny.tokenizer()
     gisting.patch(model, tokenizer)
@@ -563,7 +563,7 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
     (
         {"cache": True, "inputs": []},
         GistError,
-        '^inputs is empty; give at least one text, "" where the prompt says it all$',
+        '^inputs is empty; give at least one text, "" if the prompt needs no input$',
     ),
     ({"cache": True, "inputs": "w1"}, GistError, "^inputs must be a list of texts, got one text; put it in a list$"),
     ({"cache": True, "inputs": ["w1", None]}, GistError, r"^inputs\[1\] must be a text, got NoneType$"),
@@ -582,7 +582,7 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
         (
             {"cache": True, name: None},
             GistError,
-            f"^{name} are made from inputs and cache; call model.generate for your own$",
+            f"^{name} cannot be given: generate makes them from inputs and cache; .* call model.generate$",
         )
         for name in (
             *("input_ids", "attention_mask", "past_key_values", "position_ids", "encoder_outputs", "inputs_embeds"),
@@ -594,10 +594,10 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
     ({"cache": True, "max_new_tokens": True}, GistError, "^max_new_tokens must be a whole number, got True$"),
     ({"cache": True, "num_beams": 0}, GistError, "^num_beams must be at least 1, got 0$"),
     ({"cache": True, "num_return_sequences": 1.5}, GistError, "^num_return_sequences must be a whole number, got 1.5$"),
-    ({"cache": True, "max_length": 9}, GistError, "^max_length counts what stands in front .*; give max_new_tokens$"),
-    ({"cache": True, "min_length": 9}, GistError, "^min_length counts what stands in front .*; give min_new_tokens$"),
+    ({"cache": True, "max_length": 9}, GistError, "^max_length also counts the tokens before .*; give max_new_tokens$"),
+    ({"cache": True, "min_length": 9}, GistError, "^min_length also counts the tokens before .*; give min_new_tokens$"),
     *[
-        ({"cache": True, name: 2.0}, GistError, f"^{name} looks at the tokens of the prompt, .*; set {name}=[01]$")
+        ({"cache": True, name: 2.0}, GistError, f"^{name} looks at the prompt's tokens, .*; set {name}=[01]$")
         for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
     ],
     (
@@ -608,7 +608,7 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
     (
         {"cache": True, "position_ids": 1, "input_ids": 1},
         GistError,
-        "^input_ids, position_ids are made from inputs and cache",
+        "^input_ids, position_ids cannot be given: generate makes them",
     ),
     (
         {"cache": True, "inputs": ["w1", tiny.words(100, 1)], "max_new_tokens": 28},

@@ -1,9 +1,10 @@
-"""Every way transformers generates: the table of docs/generation.md is what runs, and what its cells cannot show."""
+"""Ways of generating: the table of docs/generation.md holds, and so does what its cells cannot show."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 import shutil
 from collections.abc import Callable
@@ -28,11 +29,10 @@ from transformers.utils.import_utils import is_optimum_quanto_available
 
 import gisting
 from gisting import cache as cache_module
-from gisting import generation
 from gisting._compat import cache_argument, num_constraint_numbers
 from gisting.cache import GistCache
 from gisting.errors import CacheMismatchError, GistError, GistTokenError
-from gisting.generation import converse
+from gisting.generation import answers, converse, streaming
 from gisting.models import decoder
 from gisting.pipeline import GistTextGenerationPipeline
 from gisting.tokens import GistTokenizer
@@ -40,6 +40,7 @@ from gisting.visibility import CONDITIONS
 from tests import generation_modes as modes
 from tests import tiny
 from tests.generation_modes import COUNTS, INPUTS, LENGTH, NEXT, PROMPTS, Case
+from tests.models.test_families import few_by_default
 
 GREEDY: dict[str, Any] = {"max_new_tokens": LENGTH, "do_sample": False}
 
@@ -52,12 +53,27 @@ def case() -> Case:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_documented_table_is_what_runs() -> None:
-    found = modes.table()
-    assert "differs" not in found
-    text = modes.DOCUMENT.read_text(encoding="utf-8")
-    inside = text.split(f"<!-- {modes.MARK} -->\n", 1)[1].split(f"\n<!-- end of {modes.MARK} -->", 1)[0]
-    assert inside == found, "docs/generation.md is not what runs; write it anew: python -m tests.generation_modes"
+@pytest.fixture(scope="module")
+def case_of() -> Callable[[str], Case]:
+    """One case for all modes of a family."""
+    return functools.cache(Case)
+
+
+def test_the_documented_table_is_complete() -> None:
+    documented = modes.documented()
+    assert list(documented) == [(mode, family) for mode in modes.MODES for family in modes.FAMILIES]
+    assert "differs" not in documented.values()
+
+
+def _compiles(mode: str) -> Any:
+    return pytest.param(mode, marks=pytest.mark.slow) if mode == "static cache, compiled" else mode
+
+
+@pytest.mark.parametrize("mode", [*map(_compiles, modes.MODES)])
+@pytest.mark.parametrize("name", few_by_default(modes.FAMILIES, ("llama", "mistral-window", "t5")))
+def test_a_documented_outcome_holds(name: str, mode: str, case_of: Callable[[str], Case]) -> None:
+    found, documented = modes.outcome(mode, case_of(name)), modes.documented()[mode, name]
+    assert found == documented, "docs/generation.md is out of date; run python -m tests.generation_modes"
 
 
 def _forget_the_gist(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,11 +108,11 @@ def _shift_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "_up_to_end", lambda answer, *_: answer[:1])
+    monkeypatch.setattr(answers, "_up_to_end", lambda answer, *_: answer[:1])
 
 
 def _stream_what_is_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation._AnswerStreamer, "put", lambda self, value: self.streamer.put(value))
+    monkeypatch.setattr(streaming.AnswerStreamer, "put", lambda self, value: self.streamer.put(value))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +145,7 @@ def test_a_planted_bug_shows(mode: str, plant: Callable[[pytest.MonkeyPatch], No
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral-window"])
 @pytest.mark.parametrize("k", [1, 7, 8, 20])
 def test_layers_of_the_models_kind_go_on_from_k_gists(name: str, k: int, implementation: str) -> None:
-    """Sliding layers hold 8 or 7 keys: less than the gist, as many, or more, and the input fills them or not."""
+    """Sliding layers hold 8 or 7 keys: fewer than the gist, as many, or more; and the input fills them or does not."""
     model, tokenizer = tiny.patched(name)
     stock: Any = model
     cache = gisting.compress(model, tokenizer, PROMPTS[:1], k)
@@ -161,7 +177,7 @@ CACHE_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"cache_implementation": "quantized"}, "^cache_implementation='quantized' is made for the layers of one model"),
     (
         {"cache_implementation": "static", "config": True},
-        "^cache_implementation='static' needs max_cache_len, the 3 slots of the cache, .* together, got None$",
+        "^cache_implementation='static' needs max_cache_len, the sum of the cache's 3 slots, .* tokens, got None$",
     ),
     ({"cache_implementation": "static", "config": True, "max_cache_len": 2}, "needs max_cache_len, .* got 2$"),
     (
@@ -188,8 +204,8 @@ def test_caches_that_cannot_be_made(case: Case, arguments: dict[str, Any], messa
     [
         ("llama", {"cache_implementation": "paged"}, GistError, "^cache_implementation must be one of dynamic, static"),
         ("t5", {"cache_implementation": "quantized"}, GistError, "^cache_implementation must be 'dynamic' or 'static'"),
-        ("t5", {"prefill_chunk_size": 2}, GistError, "^prefill_chunk_size is for decoders; for t5 transformers would"),
-        ("llama", {"use_cache": False}, GistError, "^use_cache must be True: without a cache there is nothing that"),
+        ("t5", {"prefill_chunk_size": 2}, GistError, "^prefill_chunk_size works for decoders only: for t5, transfor"),
+        ("llama", {"use_cache": False}, GistError, "^use_cache must be True: without a cache, nothing holds the gist$"),
         ("llama", {"assistant_early_exit": 1}, GistError, "^assistant_early_exit drafts with parts of the model"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -201,7 +217,7 @@ def test_generate_refuses_ways(name: str, settings: dict[str, Any], error: type[
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}], ids=str)
 def test_padding_is_no_token_that_was_seen(settings: dict[str, Any]) -> None:
-    """The padding often has the id of the end of sequence, which a short row could else not reach."""
+    """Padding often has the id of the end of sequence, which a short row could otherwise not produce."""
     words = tiny.word_tokenizer()
     words.pad_token = "w5"
     tokenizer = GistTokenizer(words, "plain")
@@ -240,12 +256,12 @@ class _Keep(LogitsProcessor):
 
 
 def test_what_the_model_ships_counts_as_what_is_given() -> None:
-    """Instruct checkpoints have such settings in their generation_config."""
+    """Instruction-tuned checkpoints have such settings in their generation_config."""
     case, given = Case("llama"), Case("llama")
     case.model.generation_config.repetition_penalty = 1.5
     assert case.generate() == given.generate(repetition_penalty=1.5) != given.generate()
     case.model.generation_config.encoder_repetition_penalty = 1.5
-    with pytest.raises(GistError, match=r"^encoder_repetition_penalty looks at the tokens of the prompt"):
+    with pytest.raises(GistError, match=r"^encoder_repetition_penalty looks at the prompt's tokens"):
         case.generate()
     assert case.generate(encoder_repetition_penalty=1.0) == given.generate(repetition_penalty=1.5)
 
@@ -263,7 +279,7 @@ def test_what_the_model_ships_counts_as_what_is_given() -> None:
 )
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5"])
 def test_a_constraint_is_asked_for_the_row_that_it_is(name: str, settings: dict[str, Any]) -> None:
-    """By the number that stock generate would give it in one batch, and with the ids of input and answer alone."""
+    """It gets the number that the row has in one batch of stock generate, and only the ids of input and answer."""
     case = Case(name)
     settings = dict(settings)
     if "assistant_model" in settings:
@@ -297,7 +313,7 @@ def test_a_constraint_is_asked_for_the_row_that_it_is(name: str, settings: dict[
 def test_what_is_for_one_batch_is_not_given_to_its_parts(name: str, more: dict[str, Any], what: str) -> None:
     value: Any = LogitsProcessorList([_AddTo(5, 1.0)]) if what == "logits_processor" else torch.tensor([[5]] * 3)
     case = Case(name)
-    with pytest.raises(GistError, match=f"^{what} is for the rows of one batch, but these are run in 3, .* at a time$"):
+    with pytest.raises(GistError, match=f"^{what} is for the rows of one batch, but these rows run in 3 .* at a time$"):
         case.generate(**{what: value}, **more)
 
 
@@ -311,7 +327,7 @@ def test_settings_may_stand_in_a_generation_config(case: Case) -> None:
 
 
 def test_fp8_keeps_logits_within_a_twentieth(case: Case) -> None:
-    """Three bits of mantissa round by 1/16 at most; what was measured for logits is 1 to 3 %."""
+    """Three bits of mantissa round by at most 1/16; for logits, 1 to 3 % were measured."""
     ids = torch.tensor(case.tokenizer.encode_continuations([tiny.words(12, 2)]))
 
     def logits(**settings: Any) -> Tensor:
@@ -350,9 +366,10 @@ def test_offloaded_on_cuda(implementation: str, settings: dict[str, Any]) -> Non
         assert found == gisting.generate(model, tokenizer, INPUTS, **call)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 def test_compiled_once_for_calls_of_one_batch_size() -> None:
-    """By inductor, without a break in the graph, guard included; where max_cache_len covers them, other texts, lengths
+    """Inductor compiles one graph without breaks, guard included. If max_cache_len covers them, other texts, lengths
     and k need no new graph.
     """
     model, tokenizer = tiny.patched("llama", num_hidden_layers=2)
@@ -376,7 +393,7 @@ def test_compiled_once_for_calls_of_one_batch_size() -> None:
 
 
 def forward_passes(model: PreTrainedModel, call: Callable[[], Any]) -> int:
-    """How often the model runs in a call."""
+    """Count how often the model runs in a call."""
     passes: list[None] = []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(None))
     try:
@@ -388,7 +405,7 @@ def forward_passes(model: PreTrainedModel, call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral-window"])
 def test_a_twin_with_the_same_gists_is_always_right(name: str) -> None:
-    """The drafts then are the answer, so few passes verify them; without gists the twin cannot know it."""
+    """With them, its drafts are the answer, so few passes verify them; without gists it cannot know the answer."""
     case = Case(name)
     twin = copy.deepcopy(case.model)
     twin.generation_config.update(
@@ -410,7 +427,7 @@ def test_a_twin_with_the_same_gists_is_always_right(name: str) -> None:
 
 
 def test_sampling_with_drafts_at_a_temperature_that_makes_it_greedy(case: Case) -> None:
-    """Drafts change which random numbers are drawn, so only what leaves no choice can be compared."""
+    """Drafts change which random numbers are drawn, so only settings that leave no choice can be compared."""
     settings: dict[str, Any] = {"do_sample": True, "temperature": 1e-4}
     drafts: list[dict[str, Any]] = [{"prompt_lookup_num_tokens": 3}, {"assistant_model": case.assistant}]
     for draft in drafts:
@@ -431,7 +448,7 @@ ASSISTED: list[tuple[Callable[[Case], dict[str, Any]], type[GistError], str]] = 
     (
         lambda case: {"assistant_model": tiny.patched("llama", vocab_size=70)[0]},
         GistError,
-        "^assistant_model has 70 embedding rows, the model 65; transformers compares their predictions row by row$",
+        "^assistant_model has 70 embedding rows, the model 65; they must be equal, because .* row by row$",
     ),
     (lambda case: {"assistant_cache": case.cache}, GistError, "^assistant_cache is given without assistant_model"),
     (
@@ -465,7 +482,7 @@ ASSISTED: list[tuple[Callable[[Case], dict[str, Any]], type[GistError], str]] = 
     (
         lambda case: {"prompt_lookup_num_tokens": 3, "cache_implementation": "static"},
         GistError,
-        "^assisted decoding takes back .* which only cache_implementation='dynamic' can, got 'static'$",
+        "^assisted decoding takes back .* which only cache_implementation='dynamic' can do, got 'static'$",
     ),
 ]
 
@@ -482,7 +499,7 @@ def test_assistance_that_cannot_be(case: Case, settings: Any, error: type[GistEr
 
 
 class Recorder:
-    """A streamer: what generate puts into it."""
+    """A streamer that keeps what generate puts into it."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
@@ -502,7 +519,7 @@ def test_a_streamer_gets_the_ids_of_the_answer_alone(name: str, settings: dict[s
     case.generate(INPUTS[:1], case.cache[0], streamer=streamer, **settings)
     assert streamer.parts[0].shape == (1, 0), "what a streamer with skip_prompt skips"
     ids = [token for part in streamer.parts for token in part.reshape(-1).tolist()]
-    assert ids == case.greedy[0][1 if name == "t5" else 0 :]  # T5's answers begin with its start token
+    assert ids == case.greedy[0][1 if name == "t5" else 0 :]  # T5's answers begin with its start token.
     assert streamer.ended == 1
 
 
@@ -531,7 +548,7 @@ def test_a_streamer_takes_one_answer(name: str, inputs: list[str], settings: dic
     "change", [{"cache": "cast"}, {"max_new_tokens": 0}, {"num_beams": 2}, {"no_such": 1}], ids=str
 )
 def test_with_an_error_the_stream_ends(case: Case, function: Any, change: dict[str, Any]) -> None:
-    """Whoever reads from it in another thread would wait for ever."""
+    """Otherwise another thread that reads from it would wait for ever."""
     streamer = TextIteratorStreamer(case.tokenizer.tokenizer, timeout=20)
     cache = case.cache[0].to(dtype=torch.bfloat16) if "cache" in change else case.cache[0]
     settings = {**GREEDY, **change, "cache": cache, "streamer": streamer}
@@ -551,7 +568,7 @@ def test_with_an_error_the_stream_ends(case: Case, function: Any, change: dict[s
 
 
 def test_a_stream_ends_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the error comes behind it."""
+    """A streamer ends once, even if an error follows its end."""
 
     def fail(*_: Any) -> None:
         raise GistError("planted")
@@ -570,7 +587,7 @@ THIRD = [tiny.words(3, 17), tiny.words(7, 18), tiny.words(2, 19)]
 
 
 def full_logits(model: PreTrainedModel, tokenizer: GistTokenizer, ids: list[int]) -> Tensor:
-    """Of every token of a full text, under the gist mask."""
+    """Return the logits of every token of a full text, under the gist mask."""
     row: Any = torch.tensor([ids])
     visibility = CONDITIONS["gist"](row == tokenizer.gist_token_id, torch.ones_like(row, dtype=torch.bool))
     mask = visibility.as_attention_mask()
@@ -580,12 +597,12 @@ def full_logits(model: PreTrainedModel, tokenizer: GistTokenizer, ids: list[int]
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_three_turns_are_one_text(name: str) -> None:
-    """Ragged inputs, another k in each row, answers that end at different places: greedy tokens are those of the full
-    text behind the gist, and logits from the last cache are within 1e-4 of the full run's.
+    """With ragged inputs, a different k in each row, and answers of different lengths, greedy tokens equal tokens from
+    the full text, and logits from the last cache are within 1e-4 of the full run's.
     """
     case = Case(name)
     model, tokenizer = case.model, case.tokenizer
-    # An end of sequence that some of the answers reach: the third token of the first one.
+    # An end of sequence that some answers reach: the third token of the first answer.
     end = case.greedy[0][2]
     settings = {**GREEDY, "eos_token_id": end}
     rows, cache = case.rows, case.cache
@@ -645,7 +662,7 @@ def test_one_cache_for_many_inputs_in_a_turn(case: Case) -> None:
 @pytest.mark.parametrize("condition", ["positive", "negative"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_turns_behind_the_controls(name: str, condition: str) -> None:
-    """From the whole prompt, and from nothing."""
+    """Conversations can start from the whole prompt, and from nothing."""
     case = Case(name)
     cache = gisting.compress(case.model, case.tokenizer, PROMPTS, COUNTS, condition=condition)
     first = converse(case.model, case.tokenizer, INPUTS, cache=cache, **GREEDY)
@@ -663,7 +680,7 @@ def test_turns_behind_the_controls(name: str, condition: str) -> None:
 
 
 def test_drafts_and_stopping_criteria_in_a_turn(case: Case) -> None:
-    """A row that stops at a text ends without an end of sequence: it is run apart, and its padding is not kept."""
+    """A row that stops at a text has no end of sequence: it runs in its own batch, and its padding is not kept."""
     wanted = converse(case.model, case.tokenizer, INPUTS, cache=case.cache, **GREEDY)
     drafted = converse(case.model, case.tokenizer, INPUTS, cache=case.cache, assistant_model=case.assistant, **GREEDY)
     assert drafted.texts == wanted.texts
@@ -671,7 +688,7 @@ def test_drafts_and_stopping_criteria_in_a_turn(case: Case) -> None:
     assert max((a - b).abs().max().item() for a, b in zip(drafted.cache.keys, wanted.cache.keys, strict=True)) < 1e-4
 
     class AtTheSecond(StoppingCriteria):
-        """Stops a row behind the second token of the first row's answer."""
+        """Stops a row after the second token of the first row's answer."""
 
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             return input_ids[:, -1] == case.greedy[0][1]
@@ -688,7 +705,7 @@ def test_drafts_and_stopping_criteria_in_a_turn(case: Case) -> None:
 
 
 def test_stop_strings_come_with_their_tokenizer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock generate wants it by a name that is taken."""
+    """Stock generate takes it by a name that is already used."""
     seen: list[Any] = []
 
     class Seen(Exception):
@@ -734,7 +751,7 @@ def test_converse_refuses(case: Case, settings: dict[str, Any], message: str) ->
 
 
 def test_a_conversation_ends_at_the_last_position(case: Case) -> None:
-    """What a cache holds counts, whichever turn it is from."""
+    """Everything in a cache counts, whichever turn it is from."""
     cache = case.cache
     while max(cache.num_gist_tokens) + 9 + LENGTH <= 128:
         cache = converse(case.model, case.tokenizer, INPUTS, cache=cache, **GREEDY).cache
@@ -772,7 +789,7 @@ def test_a_pipelines_results_have_the_stock_form(case: Case) -> None:
 
 
 def test_without_a_cache_a_pipeline_is_the_stock_one(case: Case) -> None:
-    """On the patched model, through our class and the stock class, as on a model that nobody patched."""
+    """On the patched model, our class and the stock class give the same results as on an unpatched model."""
     settings = {"do_sample": False, "max_new_tokens": LENGTH}
     tokenizer: Any = case.tokenizer.tokenizer
     wanted = stock_pipeline("text-generation", model=tiny.stock_twin("llama", case.model), tokenizer=tokenizer)(
@@ -786,7 +803,7 @@ def test_without_a_cache_a_pipeline_is_the_stock_one(case: Case) -> None:
 
 def test_what_a_pipeline_refuses(case: Case) -> None:
     pipe = pipe_of(case)
-    with pytest.raises(GistError, match=r"^text_inputs must be a text or a list of texts where a cache is given"):
+    with pytest.raises(GistError, match=r"^text_inputs must be a text or a list of texts when a cache is given"):
         pipe([{"role": "user", "content": "w1"}], cache=case.cache)
     with pytest.raises(GistError, match=r"^inputs is empty"):
         pipe([], cache=case.cache)
@@ -794,19 +811,19 @@ def test_what_a_pipeline_refuses(case: Case) -> None:
         *(("return_full_text", True), ("return_tensors", True), ("clean_up_tokenization_spaces", True)),
         *(("prefix", "w1"), ("stop_sequence", "w1"), ("batch_size", 2)),
     ):
-        with pytest.raises(GistError, match=rf"^{name} must be left out where a cache is given: \w"):
+        with pytest.raises(GistError, match=rf"^{name} must be left out when a cache is given: \w"):
             pipe("w1", cache=case.cache[0], **{name: value})
         if name != "batch_size":
-            with pytest.raises(GistError, match=rf"^{name} must be left out where a cache is given: \w"):
+            with pytest.raises(GistError, match=rf"^{name} must be left out when a cache is given: \w"):
                 pipe_of(case, **{name: value})("w1", cache=case.cache[0])
     with pytest.raises(GistError, match=r"is not patched; call gisting.patch"):
         GistTextGenerationPipeline(tiny.model("llama"), case.tokenizer)
-    with pytest.raises(GistError, match=r"^text-generation is for decoders, t5 is an encoder-decoder; call"):
+    with pytest.raises(GistError, match=r"^text-generation works for decoders only, and t5 is an encoder-decoder"):
         GistTextGenerationPipeline(*tiny.patched("t5"))
 
 
 def test_a_stock_pipeline_does_not_drop_the_first_words(case: Case) -> None:
-    """Stock generate takes away as many ids as a given cache has columns, whatever they are."""
+    """Stock generate drops as many ids as the given cache has columns, whatever they are."""
     stock = stock_pipeline("text-generation", model=case.model, tokenizer=case.tokenizer.tokenizer)
     with pytest.raises(GistTokenError, match=r"^past_key_values holds 2 gist slots, but input_ids do not begin with"):
         stock(INPUTS[1], **{cache_argument(): case.cache[0].as_past_key_values()}, **GREEDY)
@@ -836,7 +853,7 @@ def test_other_ids_than_a_caches_gist_tokens(case: Case, ids: list[list[int]], s
 
 
 def test_ragged_batches_beams_and_bare_rests_pass(case: Case) -> None:
-    """Any id may stand in an empty slot; where the mask is longer than the ids, nothing is dropped."""
+    """An empty slot may have any id; if the mask is longer than the ids, nothing is dropped."""
     tokenizer, model = case.tokenizer, case.model
     arguments, given = decoder.prepare_generation(model, tokenizer, case.cache, tokenizer.encode_continuations(INPUTS))
     arguments["input_ids"][:, : case.cache.num_slots][case.cache.attention_mask == 0] = 7
@@ -872,7 +889,7 @@ def test_unpatch_takes_the_check_away() -> None:
 
 
 def test_a_callers_suppress_tokens_drop_the_patchs_in_stock_generate(case: Case) -> None:
-    """What docs/generation.md warns of: stock generate takes the last list it is given. gisting.generate joins them."""
+    """docs/generation.md warns of this: stock generate uses the last list it gets. gisting.generate joins the lists."""
     model = copy.deepcopy(case.model)
     with torch.no_grad():
         model.get_output_embeddings().weight[GIST] = 100 * model.get_output_embeddings().weight[case.greedy[0][0]]

@@ -404,7 +404,7 @@ def test_prompts_apart_are_never_lost_without_a_word(tmp_path: Path) -> None:
         trainer.compute_loss(model, dict(batch))
     attach(model, Adapter("gist-lora", rank=2))
     plain = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "labels")}
-    with pytest.raises(GistError, match="stand in a cache that the layer was not given"):
+    with pytest.raises(GistError, match="are in a cache that the layer did not get"):
         model(**plain)
     trainer.compute_loss(model, dict(batch))
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -144,7 +144,7 @@ def test_rotary_travels_along() -> None:
     assert table.gather([0]).rotary is None
     table.add(rotated, ["x", "y", "z"])
     assert table.gather([0]).rotary == table.rotary == rotary
-    with pytest.raises(CacheMismatchError, match=r"^caches are of one model whose keys were rotated differently"):
+    with pytest.raises(CacheMismatchError, match=r"^caches are of one model, but their keys are rotated differently"):
         table.add(dataclasses.replace(made_up(), rotary=Rotary((), (None, None, None))), ["1", "2", "3"])
 
 

@@ -1,4 +1,4 @@
-"""Text to ids, for every kind of tokenizer, against the whole text split at once with a real gist token in it."""
+"""Text to ids, for every kind of tokenizer, compared with splitting the whole text with a real gist token in it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[1]
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True)
 
-# Nothing between the parts: whatever a tokenizer does at a boundary shows.
+# Nothing between the parts, so that everything a tokenizer does at a boundary shows.
 BARE = Template("bare", "{prompt}", "{input}", "", "{output}")
 LAYOUTS = [*TEMPLATES.values(), BARE]
 
@@ -65,7 +65,7 @@ def starting(token: str, inner: Tokenizer, behind: str = "") -> processors.Templ
 
 
 def byte_bpe(*, add_prefix_space: bool = False, start: str = "") -> PreTrainedTokenizerBase:
-    """As GPT-2, and with a start token as LLaMA 3."""
+    """Like GPT-2's, with a start token like LLaMA 3's."""
     return copy.deepcopy(trained_byte_bpe(add_prefix_space, start))
 
 
@@ -87,7 +87,7 @@ def trained_byte_bpe(add_prefix_space: bool, start: str) -> PreTrainedTokenizerB
 
 
 def unigram() -> PreTrainedTokenizerBase:
-    """As T5: blanks become part of the words, several are one, ``</s>`` ends every text."""
+    """Like T5's: spaces become part of words, several spaces are one, and ``</s>`` ends every text."""
     inner = Tokenizer(models.Unigram())
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -103,7 +103,7 @@ def unigram() -> PreTrainedTokenizerBase:
 
 
 def word_piece() -> PreTrainedTokenizerBase:
-    """As BERT: lower case, accents dropped, blanks lost."""
+    """Like BERT's: lower case, without accents and spaces."""
     inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     inner.normalizer = normalizers.BertNormalizer(lowercase=True)
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -119,18 +119,18 @@ def word_piece() -> PreTrainedTokenizerBase:
 
 
 def stories(shared: Path) -> PreTrainedTokenizerBase:
-    """A published LLaMA tokenizer: BPE with byte fallback, a blank before every stretch of text."""
+    """A published LLaMA tokenizer: BPE with byte fallback, and a space before every stretch of text."""
     return AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
 
 
 def llama(shared: Path, folder: Path) -> PreTrainedTokenizerBase:
-    """The SentencePiece model of LLaMA, a blank before the first stretch of text only."""
+    """The SentencePiece model of LLaMA, with a space before the first stretch of text only."""
     shutil.copy(shared / "tokenizers" / "llama-32000.model", folder / "tokenizer.model")
     return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
 
 
 def with_real_gist_token(tokenizer: PreTrainedTokenizerBase, token: str = "<GIST>") -> PreTrainedTokenizerBase:
-    """A copy that knows the gist token as the published code has it."""
+    """A copy with the gist token added, as in the published code."""
     known = copy.deepcopy(tokenizer)
     known.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
     return known
@@ -138,7 +138,7 @@ def with_real_gist_token(tokenizer: PreTrainedTokenizerBase, token: str = "<GIST
 
 @dataclass
 class Kind:
-    """A tokenizer and what it puts before and behind a text."""
+    """A tokenizer, and what it puts before and after a text."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ class Kind:
     tail: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # Both are slow to make of 32,000 tokens, and hypothesis asks again and again.
+        # Both take long to make from 32,000 tokens, and hypothesis needs them many times.
         self.with_own = functools.cache(lambda: with_real_gist_token(self.tokenizer))
         self.wrapped = functools.cache(self._wrapped)
 
@@ -174,7 +174,11 @@ KINDS: dict[str, Callable[[Path, Path], Kind]] = {
 PUBLISHED = {"stories", "llama"}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# The largest vocabulary by far: every copy of its tokenizer takes a second.
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow) if name == "llama" else name for name in KINDS]
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
 def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kind:
     shared = request.getfixturevalue("shared") if request.param in PUBLISHED else Path()
     return KINDS[request.param](shared, tmp_path_factory.mktemp(request.param))
@@ -182,7 +186,7 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @functools.cache
 def bytes_tokenizer() -> PreTrainedTokenizerBase:
-    """One id a byte: what it decodes is the text to the byte."""
+    """One id per byte, so decoding gives exactly the text."""
     return ByT5Tokenizer()
 
 
@@ -190,9 +194,9 @@ MARKER = "\u27e6real gist token\u27e7"
 
 
 class Together:
-    """The slow definition: the whole text, with k real gist tokens in it, split in one call.
+    """The slow definition: split the whole text, with k real gist tokens in it, in one call.
 
-    The real token has a name that no test text holds, so that a literal ``<GIST>`` in the text is text.
+    The real token has a name that no test text contains, so that a literal ``<GIST>`` in the text is text.
     """
 
     def __init__(self, kind: Kind) -> None:
@@ -262,7 +266,9 @@ def test_prompt_and_continuation_apart_are_the_text_together(
 def test_a_completion_goes_on_from_its_continuation(
     kind: Kind, together: Together, prompt: str, input: str, output: str, layout: Template
 ) -> None:
-    """As in the whole text, unless a token of that reaches over the boundary: then apart, as the model will go on."""
+    """A completion is split as in the whole text, unless a token would cross the boundary; then it is split separately,
+    as the model continues.
+    """
     tokenizer = kind.wrapped(layout)
     before = tokenizer.encode(prompt, input)
     encoding = tokenizer.encode(prompt, input, output)
@@ -284,7 +290,7 @@ def test_a_completion_goes_on_from_its_continuation(
 @pytest.mark.parametrize("output", ["answer", "Yes, it is.", "42", "hello world\nhello", "é 🙂"])
 @pytest.mark.parametrize("input", ["", "the quick brown fox"], ids=["no-input", "input"])
 def test_published_completions_are_the_text_together(kind: Kind, together: Together, input: str, output: str) -> None:
-    """``Output: answer``: what the paper's layout relies on, for every kind of tokenizer."""
+    """Every kind of tokenizer splits ``Output: answer`` as the paper's template expects."""
     tokenizer = kind.wrapped(TEMPLATES["alpaca"])
     text = f"\nInput: {input}\nOutput: {output}" if input else f"\nOutput: {output}"
     whole = together("Instruction: Say hello\n", 3, text, tokenizer.gist_token_id)
@@ -293,7 +299,7 @@ def test_published_completions_are_the_text_together(kind: Kind, together: Toget
 
 
 def test_a_token_that_would_reach_over_the_boundary_is_split_there() -> None:
-    """``hello`` is one token; behind the continuation ``hel`` the answer ``lo`` must not change it."""
+    """``hello`` is one token; after the continuation ``hel``, the answer ``lo`` must not change it."""
     tokenizer = GistTokenizer(byte_bpe(), BARE)
     wrapped = tokenizer.tokenizer
     assert len(wrapped("hello")["input_ids"]) == 1
@@ -393,14 +399,14 @@ def test_the_start_is_found_where_the_vocabulary_lacks_the_letter_a() -> None:
 def test_the_literal_is_text(
     kind: Kind, together: Together, is_own: bool, prompt: str, input: str, output: str, layout: Template
 ) -> None:
-    """Split as by the tokenizer that has no gist token, in a published checkpoint's tokenizer too, which has it."""
+    """It is split as without a gist token, even by a published checkpoint's tokenizer, which has one."""
     tokenizer = kind.wrapped(layout, is_own=is_own)
     assert tokenizer.has_own_gist_token == is_own
     gist_id = tokenizer.gist_token_id
     assert gist_id == len(kind.tokenizer)
     if is_own and not kind.tokenizer.is_fast and "<GIST>" in prompt + input + output:
-        # Written in Python, such a tokenizer has no way to forget a token: the text is refused, never misread.
-        with pytest.raises(GistError, match="cannot but read as the gist token; take it out of the text"):
+        # A tokenizer written in Python cannot forget a token: the text is refused, never misread.
+        with pytest.raises(GistError, match="can only read as the gist token; remove it from the text"):
             tokenizer.encode(prompt, input, output, num_gist_tokens=2)
         return
     before = tokenizer.encode(prompt, input, num_gist_tokens=2)
@@ -415,7 +421,7 @@ def test_the_literal_is_text(
 def test_the_literal_is_text_for_an_encoder_decoder(kind: Kind, is_own: bool) -> None:
     tokenizer = kind.wrapped(is_encoder_decoder=True, is_own=is_own)
     if is_own and not kind.tokenizer.is_fast:
-        with pytest.raises(GistError, match="cannot but read as the gist token; take it out of the text"):
+        with pytest.raises(GistError, match="can only read as the gist token; remove it from the text"):
             tokenizer.encode("hello", "world", "the <GIST>", num_gist_tokens=3)
         return
     encoding = tokenizer.encode("<GIST> hello", "<GIST>", "the <GIST>", num_gist_tokens=3)
@@ -425,7 +431,7 @@ def test_the_literal_is_text_for_an_encoder_decoder(kind: Kind, is_own: bool) ->
 
 
 def test_a_vocabulary_in_which_the_literal_is_a_word_lets_no_gist_token_in() -> None:
-    """The gist token is no added token here but a word like any other: its literal is refused, or it is text."""
+    """Here the gist token is not an added token but an ordinary word: its literal is refused, or is text."""
     tokenizer = GistTokenizer(tiny.word_tokenizer(("<GIST>",)), "plain")
     assert tokenizer.has_own_gist_token
     for texts_of_a_user in (("w1 <GIST>", "w2"), ("w1", "w2 <GIST> w3"), ("w1", "<GIST>")):
@@ -437,7 +443,7 @@ def test_a_vocabulary_in_which_the_literal_is_a_word_lets_no_gist_token_in() -> 
 
 
 def test_the_literal_does_not_turn_a_chat_template_into_text() -> None:
-    """A published checkpoint's own token, and the control tokens of a chat around a text that holds the literal."""
+    """A published checkpoint's own token, and the control tokens of a chat around a text with the literal."""
     wrapped = with_real_gist_token(chat_tokenizer(SYSTEM_CHAT))
     tokenizer = GistTokenizer(wrapped, "chat")
     ids = tokenizer.encode("hello <GIST>", "world <GIST>").input_ids
@@ -447,7 +453,7 @@ def test_the_literal_does_not_turn_a_chat_template_into_text() -> None:
 
 @pytest.mark.parametrize("place", ["prompt", "input", "output"])
 def test_no_private_character_of_the_library_is_a_way_in(kind: Kind, place: str) -> None:
-    """The characters that once marked the gist inside: a text that spells them is text."""
+    """The characters that used to mark the gist internally are ordinary text."""
     parts = {"prompt": "hello", "input": "hello", "output": "hello"}
     parts[place] = "hello \ue0f8gist\ue0f9 world"
     tokenizer = kind.wrapped(TEMPLATES["plain"])
@@ -517,7 +523,7 @@ def test_a_layout_holds_each_placeholder_once(field: str, text: str) -> None:
     placeholder = {"prompt": "{prompt}", "continuation": "{input}", "completion": "{output}"}[field]
     with pytest.raises(GistError) as caught:
         Template("mine", continuation_without_input="", **fields)
-    assert str(caught.value) == f"template 'mine': {field} must hold {placeholder} exactly once, got {text!r}"
+    assert str(caught.value) == f"template 'mine': {field} must contain {placeholder} exactly once, got {text!r}"
 
 
 # -- chat templates ----------------------------------------------------------------------------------------------------
@@ -572,7 +578,7 @@ CHATS = [
 
 @pytest.mark.parametrize(("template", "prompt", "input", "text"), CHATS)
 def test_chat_layouts(template: str, prompt: str, input: str, text: str) -> None:
-    """The gist stands behind the prompt; ``<s>`` comes from the template, once."""
+    """The gist follows the prompt; ``<s>`` comes once, from the template."""
     tokenizer = GistTokenizer(chat_tokenizer(template), "chat")
     encoding = tokenizer.encode(prompt, input, "hello!")
     source = encoding.input_ids[: encoding.completion_start]
@@ -680,17 +686,17 @@ ERRORS: list[Any] = [
     ),
     pytest.param(
         lambda t: t.encode_batch(["a", "b"], ["c"]),
-        "inputs and outputs must be as many as prompts, 2, got 1 and none",
+        "there must be as many inputs and outputs as prompts, 2, got 1 and none",
         id="inputs-too-few",
     ),
     pytest.param(
         lambda t: t.encode_batch(["a"], ["b"], ["c", "d"]),
-        "inputs and outputs must be as many as prompts, 1, got 1 and 2",
+        "there must be as many inputs and outputs as prompts, 1, got 1 and 2",
         id="outputs-too-many",
     ),
     pytest.param(
         lambda t: t.encode_completions(["a", "b"], ["c"]),
-        "outputs must be as many as inputs, 2, got 1",
+        "there must be as many outputs as inputs, 2, got 1",
         id="completions-too-few",
     ),
     pytest.param(
@@ -705,8 +711,8 @@ ERRORS: list[Any] = [
     ),
     pytest.param(
         lambda t: GistTokenizer(t.tokenizer, gist_token_id=7),
-        "gist_token_id 7 is a token of the tokenizer, which has 384; "
-        "tokens were added to it after the gist token, take the tokenizer as it was",
+        "gist_token_id 7 is already a token of the tokenizer, which has 384 tokens: "
+        "some were added after the gist token; use the tokenizer without them",
         id="gist-token-id-taken",
     ),
 ]
@@ -812,19 +818,19 @@ def test_tokens_added_after_the_gist_token_are_refused_on_loading(tmp_path: Path
     with pytest.raises(GistError) as caught:
         GistTokenizer.from_pretrained(tmp_path)
     assert str(caught.value) == (
-        f"gist_token_id {gist_id} is a token of the tokenizer, which has {gist_id + 1}; "
-        "tokens were added to it after the gist token, take the tokenizer as it was"
+        f"gist_token_id {gist_id} is already a token of the tokenizer, which has {gist_id + 1} tokens: "
+        "some were added after the gist token; use the tokenizer without them"
     )
 
 
 @pytest.mark.parametrize("is_used_before", [False, True], ids=["before-first-use", "after-first-use"])
 def test_a_token_added_to_the_wrapped_tokenizer_takes_no_gist_id(is_used_before: bool) -> None:
-    """Its id is the gist's: either it is refused, or no text becomes a gist token."""
+    """Its id would be the gist's: it is refused, or no text becomes a gist token."""
     tokenizer = GistTokenizer(byte_bpe(), "plain")
     if is_used_before:
         tokenizer.encode("hello", "world")
     tokenizer.tokenizer.add_tokens(["<late>"])
-    with pytest.raises(GistError, match="tokens were added to it after the gist token"):
+    with pytest.raises(GistError, match=r"^the tokenizer had \d+ tokens when it was wrapped, now it has \d+; wrap it"):
         tokenizer.encode("hello <late>", "world <late>", "<late>")
 
 
@@ -866,7 +872,7 @@ def test_decode_for_every_kind(kind: Kind, is_own: bool) -> None:
     shown, hidden = tokenizer.decode(ids, skip_special_tokens=False), tokenizer.decode(ids)
     assert shown.count("<GIST>") == 3
     assert "<GIST>" not in hidden
-    if kind.name != "word-level":  # it knows none of these words
+    if kind.name != "word-level":  # none of these words are in its vocabulary
         assert "".join(hidden.lower().split()) == "instruction:abinput:cdoutput:e"
 
 
@@ -895,9 +901,9 @@ def test_the_gist_of_ids_from_elsewhere_is_located(line: str, span: tuple[int, i
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1 2 3", r"input_ids hold no gist token \(id 64\); put num_gist_tokens >= 1 of them between prompt and input"),
-        ("1 G 2 G", r"input_ids hold 2 gist tokens apart, between 1 and 4; the gist tokens of a prompt stand together"),
-        ("G G 1 G 2", r"input_ids hold 3 gist tokens apart, between 0 and 4"),
+        ("1 2 3", r"input_ids contain no gist token \(id 64\); put num_gist_tokens >= 1 of them between"),
+        ("1 G 2 G", r"input_ids contain 2 gist tokens between 1 and 4 with other ids in between; the gist tokens"),
+        ("G G 1 G 2", r"input_ids contain 3 gist tokens between 0 and 4"),
     ],
     ids=["no-gist", "apart", "three-apart"],
 )
@@ -981,7 +987,7 @@ def test_start_ids_are_part_of_the_first_chunk() -> None:
 
 def test_gists_of_several_lengths_are_no_chunks() -> None:
     tokenizer = GistTokenizer(tiny.word_tokenizer(), "plain")
-    with pytest.raises(GistTokenError, match=r"input_ids hold gists of 2, 1 tokens; a prompt has as many behind each"):
+    with pytest.raises(GistTokenError, match=r"input_ids contain gists of 2, 1 tokens; a prompt must have"):
         tokenizer.locate([5, 64, 64, 6, 64, 7], is_chunked=True)
 
 
@@ -1075,7 +1081,7 @@ def test_a_directory_without_gist_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GistError) as caught:
         GistTokenizer.from_pretrained(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path} has no gist.json, so it is no saved GistTokenizer; "
+        f"{tmp_path} has no gist.json, so it is not a saved GistTokenizer; "
         "wrap the tokenizer instead: GistTokenizer(AutoTokenizer.from_pretrained(...))"
     )
 
@@ -1114,8 +1120,9 @@ def test_the_fingerprint_is_twelve_hex_digits_and_follows_what_a_text_means() ->
         assert int(digits, 16) >= 0
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_every_process() -> None:
-    """No hash that Python salts, no order of a set."""
+    """The fingerprint uses no salted hash and no order of a set."""
     script = (
         "from transformers import ByT5Tokenizer; from gisting.tokens import GistTokenizer; from tests import tiny\n"
         "for t in (ByT5Tokenizer(), tiny.word_tokenizer()): print(GistTokenizer(t).fingerprint)"
@@ -1130,7 +1137,7 @@ def test_the_fingerprint_is_the_same_in_every_process() -> None:
 
 
 def test_padding_and_truncating_calls_change_nothing(kind: Kind) -> None:
-    """A fast tokenizer keeps how it was last called; the fingerprint and the ids are of the text alone."""
+    """A fast tokenizer remembers its last call, but fingerprint and ids depend only on the text."""
     expected = kind.wrapped()
     touched = copy.deepcopy(kind.tokenizer)
     touched.pad_token = touched.pad_token or touched.eos_token
@@ -1171,7 +1178,7 @@ def test_the_wrapped_tokenizer_is_unchanged_by_everything(kind: Kind, tmp_path: 
 
 
 def test_copied_and_pickled_it_is_the_same(kind: Kind) -> None:
-    """As a DataLoader's workers get it: before its first use, and with what it keeps from that."""
+    """DataLoader workers get such copies, made before or after its first use."""
     fresh = GistTokenizer(kind.tokenizer, "plain")
     copies = [copy.deepcopy(fresh)]
     expected = fresh.encode("Say hello", "a <GIST>", "é", num_gist_tokens=2)

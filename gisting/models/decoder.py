@@ -1,7 +1,8 @@
-"""Decoders: run a prefix once, keep what survives it, go on from there with stock ``generate``.
+"""Decoders: run a prefix once, keep what survives it, and continue from there with stock ``generate``.
 
-Place in the flow: attention -> **models** -> cache. Positions are anchored (``Visibility.position_ids``): what
-survives stands at ``0 .. P-1``, so it is an ordinary transformers cache of length P, whatever it was made from.
+Place in the flow: attention -> **models** -> cache. Implements :class:`gisting.models.architecture.Architecture`.
+Positions are anchored (``Visibility.position_ids``): what survives is at positions ``0 .. P-1``, so it is an ordinary
+transformers cache of length P, whatever it was made from.
 """
 
 from __future__ import annotations
@@ -17,29 +18,44 @@ from transformers import DynamicCache, PreTrainedModel
 from gisting._compat import cache_argument
 from gisting.cache import CacheOrigin, GistCache
 from gisting.device import on_each_device
+from gisting.errors import GistError
+from gisting.models.registry import sliding_windows
 from gisting.models.rotary import rotary_of
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistEncoding, GistTokenizer
 from gisting.visibility import CONDITIONS
 
-__all__ = ["Assistant", "continued", "needs_equal_lengths", "prefix_states", "prepare_generation"]
+__all__ = [
+    "Assistant",
+    "check_can_converse",
+    "check_settings",
+    "continued",
+    "group_rows",
+    "has_prefix_states",
+    "needs_equal_lengths",
+    "prefix_states",
+    "prepare_generation",
+    "take_cache_settings",
+]
+
+
+def has_prefix_states(condition: str) -> bool:
+    """Return True: under every ``condition``, what survives a causal prefix is an ordinary prefix cache."""
+    return True
 
 
 def prefix_states(
     model: PreTrainedModel, tokenizer: GistTokenizer, encodings: Sequence[GistEncoding], origin: CacheOrigin
 ) -> GistCache:
-    """Run a ragged batch of prompts with their gists and keep what survives under ``origin.condition``, its columns
-    moved together: the gists of a prompt in chunks stand apart.
+    """Run a ragged batch of prompts with their gists and keep what survives under ``origin.condition``.
 
-    Args:
-        model: a patched decoder.
-        tokenizer: the tokenizer it was patched for.
-        encodings: B prompts with their gists, and nothing behind them.
-        origin: what the states will belong to; its condition says what is seen.
+    Surviving columns are moved together, because the gists of a prompt in chunks are apart.
+
+    Arguments as :meth:`~gisting.models.architecture.Architecture.prefix_states`.
 
     Returns:
-        A cache of B prompts, on the model's device.
+        A cache of B prompts on the model's device.
     """
     ids, is_token = pad_rows([encoding.input_ids for encoding in encodings], tokenizer.pad_token_id, left=True)
     visibility = CONDITIONS[origin.condition](ids == tokenizer.gist_token_id, is_token)
@@ -47,7 +63,7 @@ def prefix_states(
     lengths = kept.sum(-1)
     columns = on_each_device(_last_columns(kept, int(lengths.max())))
     device = input_weight(model).device
-    # Without a config every layer keeps all keys, sliding ones too; whoever goes on from here applies the window.
+    # Without a config every layer keeps all keys, sliding ones too; the window is applied when generation continues.
     cache = DynamicCache()
     with torch.no_grad():
         model.base_model(
@@ -67,6 +83,75 @@ def prefix_states(
     )
 
 
+def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrainedModel | None) -> None:
+    """Raise if a decoder cannot generate with these settings.
+
+    Arguments as :meth:`~gisting.models.architecture.Architecture.check_settings`.
+
+    Raises:
+        GistError: ``use_cache`` is False, or ``min_length`` is set.
+    """
+    if config.use_cache is False:
+        raise GistError("use_cache must be True: without a cache, nothing holds the gist")
+    if config.min_length:
+        raise GistError("min_length also counts the tokens before an answer; give min_new_tokens")
+
+
+def take_cache_settings(model: PreTrainedModel, config: Any, implementation: str) -> dict[str, Any]:
+    """Move the cache settings out of ``config``: the gist's cache is made here, not by stock ``generate``.
+
+    Arguments as :meth:`~gisting.models.architecture.Architecture.take_cache_settings`.
+
+    Returns:
+        Arguments for ``GistCache.as_past_key_values``.
+    """
+    past: dict[str, Any] = {"cache_implementation": implementation}
+    if implementation in ("static", "offloaded_static"):
+        past |= {"config": model.config, "max_cache_len": config.max_cache_len or 0}
+    elif implementation == "quantized":
+        past |= {"config": model.config, "cache_config": config.cache_config}
+    config.cache_implementation = config.max_cache_len = config.cache_config = None
+    return past
+
+
+def check_can_converse(model: PreTrainedModel) -> None:
+    """Allow every ``model``: :func:`continued` keeps the states of answers."""
+
+
+def group_rows(
+    model: PreTrainedModel,
+    cache: GistCache,
+    continuations: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    takes_padding: bool,
+) -> list[list[int]]:
+    """Put all rows in one batch, or only rows of equal lengths where padding would change an answer.
+
+    Arguments as :meth:`~gisting.models.architecture.Architecture.group_rows`.
+
+    Returns:
+        Row numbers, grouped by batch.
+
+    Raises:
+        GistError: a continuation is empty.
+    """
+    for row, ids in enumerate(continuations):
+        if not ids:
+            raise GistError(
+                f"inputs[{row}] leaves nothing after the gist for the model to continue; give an input, or a "
+                "template with text there"
+            )
+    rows = range(len(continuations))
+    window = sliding_windows(model.config)
+    if takes_padding and not needs_equal_lengths(window, cache.num_slots, continuations, new_tokens):
+        return [list(rows)]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        groups.setdefault((cache.num_gist_tokens[row], len(continuations[row])), []).append(row)
+    return list(groups.values())
+
+
 def prepare_generation(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
@@ -75,22 +160,18 @@ def prepare_generation(
     num_copies: int = 1,
     **past_settings: Any,
 ) -> tuple[dict[str, Any], int]:
-    """The arguments with which stock ``generate`` continues a ragged batch, and how many columns of its result were
-    given.
+    """Make the arguments with which stock ``generate`` continues a ragged batch.
 
-    Columns: the P slots of the cache, padding, the continuation. What stock ``generate`` does to ids that it has seen
-    (``repetition_penalty``) is to touch no others for those in front: in the slots stands the gist id, which is
-    suppressed in every answer, and in the padding, which often has the id of the end of sequence, the first id of the
-    row's own continuation. Stock ``generate`` repeats ids for each beam or sample, but not a cache that it is given:
-    that one is made with ``num_copies`` of each row, by ``GistCache.as_past_key_values(**past_settings)``.
+    The columns are the P slots of the cache, padding, and the continuation. Settings that look at ids already seen
+    (``repetition_penalty``) must not act on ids that the row's own continuation does not hold. So the slots hold the
+    gist id, which is suppressed in every answer, and the padding, which would often have the id of the end of sequence,
+    holds the first id of the row's continuation. Stock ``generate`` repeats ids for each beam or sample, but not a
+    cache it is given, so the cache is made here with ``num_copies`` of each row.
 
-    Args:
-        model: a patched decoder.
-        tokenizer: the tokenizer it was patched for.
-        cache: B compressed prompts.
-        continuations: ids that stand behind each, one or more.
-        num_copies: beams or samples of each row.
-        **past_settings: as for ``GistCache.as_past_key_values``.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.prepare_generation`.
+
+    Returns:
+        The arguments, and how many columns of the result come before the answer.
     """
     device = input_weight(model).device
     ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=True)
@@ -111,18 +192,21 @@ def continued(
     continuations: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
 ) -> GistCache:
-    """The cache behind the answers: what each row was given and what it said, nothing between.
+    """Make the cache for the next turn: what each row started with, was given and answered, without gaps.
+
+    Positions are ``0, 1, 2, ...`` in every row, whether it is padded or not, so keys stay right when their columns are
+    moved together. Generation ends before a row's last token is run; its state is computed here for all rows.
 
     Args:
         model: the model that answered.
-        cache: what the rows began with, P slots.
-        past: the ``DynamicCache`` that stock ``generate`` left, its columns those of :func:`prepare_generation` and
-            the new tokens.
-        continuations: the ids behind each row's gist.
-        answers: the ids that each row said, at least one.
+        cache: what the rows started with, P slots.
+        past: the ``DynamicCache`` that stock ``generate`` left; its columns are those of :func:`prepare_generation`
+            and the new tokens.
+        continuations: the ids that follow each row's gist.
+        answers: the ids of each row's answer, at least one.
 
-    Positions are ``0, 1, 2, ...`` in every row, padding or not, so keys stay right when their columns are moved
-    together. The state of a row's last token is missing where generation ended with it; it is computed for all.
+    Returns:
+        A cache with a row for each answer.
     """
     given = pad_rows(continuations, 0, left=True)[1]
     said = pad_rows([answer[:-1] for answer in answers], 0, left=False)[1]
@@ -161,15 +245,17 @@ def continued(
 
 
 def _last_columns(kept: torch.Tensor, slots: int) -> torch.Tensor:
-    """Where the last ``slots`` columns come from when those that are ``kept``, bool ``(B, N)``, move to the right end
-    in their order: int64 ``(B, slots)``.
+    """Where the last ``slots`` columns come from, int64 ``(B, slots)``.
+
+    The columns ``kept``, bool ``(B, N)``, move to the right end in order.
     """
     return kept.long().argsort(dim=1, stable=True)[:, kept.shape[1] - slots :]
 
 
 def _gather(states: torch.Tensor, columns: Callable[[torch.device], torch.Tensor]) -> torch.Tensor:
-    """``states`` ``(B, G, N, D)`` at ``columns`` ``(B, P)``, copied, so that a gist of k keeps no whole prompt's keys
-    alive. On the device of the layer, as a model may be spread over several.
+    """``states`` ``(B, G, N, D)`` at ``columns`` ``(B, P)``, on the layer's own device.
+
+    They are copied, so that a gist of k tokens does not keep a whole prompt's keys alive.
     """
     return states.take_along_dim(columns(states.device)[:, None, :, None], dim=2)
 
@@ -177,15 +263,15 @@ def _gather(states: torch.Tensor, columns: Callable[[torch.device], torch.Tensor
 class Assistant:
     """A draft model for assisted decoding that reads gists of its own.
 
-    transformers gives a draft model the main model's ids, the P placeholders in front included, without a cache, and
-    measures the cache that comes back by those ids. Here the draft model gets its own cache and as many placeholders
-    as that has slots, or none of both; what it returns looks as transformers expects it.
+    transformers gives a draft model the main model's ids, including the P placeholders in front, but no cache, and
+    measures the cache it returns against those ids. Here the draft model gets its own cache with one placeholder for
+    each of its slots, or neither; what it returns has the shape that transformers expects.
 
     Args:
         model: the draft model, patched for the main model's tokenizer.
-        cache: one prompt, compressed by the draft model, or None: then it drafts from the continuation alone.
+        cache: one prompt, compressed by the draft model, or None to draft from the continuation alone.
         num_slots: P of the main model.
-        gist_token_id: of their tokenizer.
+        gist_token_id: the gist token id of their tokenizer.
     """
 
     def __init__(self, model: PreTrainedModel, cache: GistCache | None, num_slots: int, gist_token_id: int) -> None:
@@ -206,15 +292,15 @@ class Assistant:
         generation_config: Any,
         **kwargs: Any,
     ) -> Any:
-        """Draft; mask and positions, which are the main model's, are made anew.
+        """Draft, with a mask and positions of the draft model's own.
 
         Args:
             input_ids: int64 ``(1, P + T)``, the main model's.
             attention_mask: int64, of the shape of ``input_ids``; not read.
             position_ids: int64, of the shape of ``input_ids``; not read.
-            generation_config: of transformers, how to draft.
-            **kwargs: settings that go into it, and arguments of stock ``generate``; among them, as the cache, what the
-                last call returned, or None.
+            generation_config: transformers' settings for drafting.
+            **kwargs: more settings, and arguments of stock ``generate``; among them, as the cache, what the last call
+                returned, or None.
 
         Returns:
             What stock ``generate`` returns, with the main model's columns.
@@ -226,7 +312,7 @@ class Assistant:
         past = None if shifted is None else shifted.past
         if past is None and self.cache is not None:
             past = self.cache.as_past_key_values()
-        # Settings beside a generation_config are deprecated, and transformers gives both.
+        # Settings next to a generation_config are deprecated, and transformers gives both.
         config = copy.copy(generation_config)
         rest = config.update(**kwargs)
         model: Any = self.model
@@ -259,14 +345,15 @@ class _Shifted:
 def needs_equal_lengths(
     window: int | None, slots: int, continuations: Sequence[Sequence[int]], new_tokens: int
 ) -> bool:
-    """Whether padding between prefix and continuation would shift a sliding window, which counts columns, not
-    tokens.
+    """Return whether padding between prefix and continuation would shift a sliding window.
+
+    A window counts columns, not tokens.
 
     Args:
-        window: the smallest of the model, or None.
+        window: the smallest window of the model, or None.
         slots: P of the cache.
-        continuations: ids that stand behind each prompt.
-        new_tokens: how many are generated at most.
+        continuations: the ids that follow each gist.
+        new_tokens: the largest number of new tokens.
     """
     longest = max(len(row) for row in continuations)
     return window is not None and slots + longest + new_tokens > window

@@ -1,9 +1,9 @@
-"""Encoder-decoders (T5): the same picture, with the encoder's states.
+"""Encoder-decoders (T5): run a prompt through the encoder once, and answer from the states of its gist.
 
-Place in the flow: attention -> **models** -> cache. A prompt with its gist is read once and leaves, for each encoder
-layer, the keys and values of the gist, and its last hidden states. Later the encoder reads k placeholders and the
-rest; its attention takes the first slots from the cache, and the cached hidden states replace its first outputs
-before the decoder looks at them.
+Place in the flow: attention -> **models** -> cache. Implements :class:`gisting.models.architecture.Architecture`. A
+prompt with its gist is read once and leaves the gist's keys and values in each encoder layer, and its last hidden
+states. Later the encoder reads k placeholders and the input. Its attention takes the first slots from the cache, and
+the cached hidden states replace its first outputs before the decoder reads them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,26 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from gisting.cache import CacheOrigin, GistCache
+from gisting.errors import GistError
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistEncoding, GistTokenizer
 from gisting.visibility import ENCODER_CONDITIONS
 
-__all__ = ["prefix_states", "prepare_full_generation", "prepare_generation"]
+__all__ = [
+    "check_can_converse",
+    "check_settings",
+    "group_rows",
+    "has_prefix_states",
+    "prefix_states",
+    "prepare_full_generation",
+    "prepare_generation",
+    "take_cache_settings",
+]
 
 
 class _Recorder:
-    """Keeps the last ``slots`` keys and values of each layer as they go by."""
+    """Records the last ``slots`` keys and values of each layer."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -52,19 +62,23 @@ class _Player:
         )
 
 
+def has_prefix_states(condition: str) -> bool:
+    """Return whether a prompt has states under ``condition`` that do not depend on the input.
+
+    An encoder reads in both directions, so only a gist hides the input from the prompt.
+    """
+    return condition == "gist"
+
+
 def prefix_states(
     model: PreTrainedModel, tokenizer: GistTokenizer, encodings: Sequence[GistEncoding], origin: CacheOrigin
 ) -> GistCache:
-    """Read a ragged batch of prompts with their gists and keep the gists' states.
+    """Run a ragged batch of prompts with their gists through the encoder and keep the gists' states.
 
-    Args:
-        model: a patched encoder-decoder.
-        tokenizer: the tokenizer it was patched for.
-        encodings: B prompts with their gists, and nothing behind them.
-        origin: what the states will belong to; its condition says what is seen.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.prefix_states`.
 
     Returns:
-        A cache of B prompts, on the model's device.
+        A cache of B prompts on the model's device.
     """
     ids, is_token = pad_rows([encoding.input_ids for encoding in encodings], tokenizer.pad_token_id, left=True)
     visibility = ENCODER_CONDITIONS[origin.condition](ids == tokenizer.gist_token_id, is_token)
@@ -88,17 +102,98 @@ def prefix_states(
     )
 
 
-def prepare_generation(
-    model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, continuations: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """The arguments with which stock ``generate`` answers a ragged batch: encoder outputs over gist and rest, and
-    their mask.
+def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrainedModel | None) -> None:
+    """Raise if an encoder-decoder cannot generate with these settings.
 
-    Args:
-        model: a patched encoder-decoder.
-        tokenizer: the tokenizer it was patched for.
-        cache: B compressed prompts.
-        continuations: ids that stand behind each.
+    Arguments as :meth:`~gisting.models.architecture.Architecture.check_settings`.
+
+    Raises:
+        GistError: there is an ``assistant_model``, or a setting that transformers only supports for decoders.
+    """
+    model_type = model.config.model_type
+    if assistant_model is not None:
+        raise GistError(
+            f"assistant_model works for decoders only: for {model_type}, an encoder-decoder, it would read the inputs "
+            "with its own encoder; use prompt_lookup_num_tokens"
+        )
+    if config.prefill_chunk_size is not None:
+        raise GistError(
+            f"prefill_chunk_size works for decoders only: for {model_type}, transformers would cut the mask of the "
+            "encoder's states"
+        )
+    if config.guidance_scale not in (None, 1):
+        raise GistError(f"guidance_scale works for decoders only; transformers does not support it for {model_type}")
+
+
+def take_cache_settings(model: PreTrainedModel, config: Any, implementation: str) -> dict[str, Any]:
+    """Set ``config`` so that stock ``generate`` makes the decoder's cache; the gist is in the encoder's states.
+
+    Arguments as :meth:`~gisting.models.architecture.Architecture.take_cache_settings`.
+
+    Returns:
+        The implementation alone.
+
+    Raises:
+        GistError: it is neither dynamic nor static.
+    """
+    if implementation not in ("dynamic", "static"):
+        raise GistError(
+            f"cache_implementation must be 'dynamic' or 'static' for {model.config.model_type}, because transformers "
+            f"makes its decoder's cache, got {implementation!r}"
+        )
+    config.cache_implementation = None if implementation == "dynamic" else implementation
+    config.max_cache_len = config.cache_config = None
+    return {"cache_implementation": implementation}
+
+
+def check_can_converse(model: PreTrainedModel) -> None:
+    """Raise for every ``model``: an encoder does not read its decoder's answers.
+
+    Raises:
+        GistError: always.
+    """
+    raise GistError(
+        f"{model.config.model_type} cannot converse: its encoder does not read its decoder's answers, so no cache "
+        "holds them; put what was said into the next prompt or input"
+    )
+
+
+def group_rows(
+    model: PreTrainedModel,
+    cache: GistCache,
+    continuations: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    takes_padding: bool,
+) -> list[list[int]]:
+    """Put all rows in one batch: decoders start every row at the first column.
+
+    Arguments as :meth:`~gisting.models.architecture.Architecture.group_rows`.
+
+    Returns:
+        One group of row numbers.
+    """
+    return [list(range(len(continuations)))]
+
+
+def prepare_generation(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    cache: GistCache,
+    continuations: Sequence[Sequence[int]],
+    num_copies: int = 1,
+    **past_settings: Any,
+) -> tuple[dict[str, Any], int]:
+    """Make the arguments with which stock ``generate`` answers a ragged batch.
+
+    ``num_copies`` and ``past_settings`` are not used: stock ``generate`` repeats encoder outputs for each beam or
+    sample, and makes the decoder's cache.
+
+    Arguments as :meth:`~gisting.models.architecture.Architecture.prepare_generation`.
+
+    Returns:
+        The encoder's outputs over gist and continuation, with their mask; and 0, as a decoder's result holds the answer
+        alone.
     """
     device = input_weight(model).device
     ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=False)
@@ -109,19 +204,22 @@ def prepare_generation(
     with torch.no_grad():
         hidden = model.get_encoder()(input_ids=ids, attention_mask=mask, gist_states=_Player(cache)).last_hidden_state
     hidden = torch.cat([cache.last_hidden, hidden[:, cache.num_slots :]], dim=1)  # pyright: ignore[reportArgumentType]
-    return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask}
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask}, 0
 
 
 def prepare_full_generation(
     model: PreTrainedModel, tokenizer: GistTokenizer, encodings: Sequence[GistEncoding], condition: str
 ) -> dict[str, Any]:
-    """The same from the full text, prompt and all, under any condition; the decoder looks at what survives it.
+    """Make the arguments with which stock ``generate`` answers from full texts, under any condition.
 
     Args:
         model: a patched encoder-decoder.
         tokenizer: the tokenizer it was patched for.
-        encodings: B prompts with gists and what stands behind them.
+        encodings: B prompts with their gists and continuations.
         condition: a name of ``ENCODER_CONDITIONS``.
+
+    Returns:
+        The encoder's outputs, and a mask of what survives, which is what the decoder sees.
     """
     device = input_weight(model).device
     ids, is_token = pad_rows([encoding.input_ids for encoding in encodings], tokenizer.pad_token_id, left=False)

@@ -1,8 +1,8 @@
-"""Logits at chosen tokens alone.
+"""Logits at selected tokens only.
 
-Place in the flow: around a forward pass of a model whose loss needs few of its logits. A vocabulary of 50,000 makes the
-logits of every token the largest tensors of a training step; the head's input is cut down to the rows that are asked
-for, and whatever a model does to its logits afterwards (a softcap, a scale) goes on as it is. Knows no loss.
+Place in the flow: around a forward pass of a model whose loss needs few of its logits. With a vocabulary of 50,000, the
+logits of every token would be the largest tensors of a training step. So the head's input is cut down to the selected
+rows; what a model does to its logits afterwards (a softcap, a scale) is unchanged.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ __all__ = ["logits_at"]
 
 @contextmanager
 def logits_at(model: Any, places: Tensor) -> Iterator[None]:
-    """A block in which ``model`` gives logits ``(1, T, V)`` of T rows of its last hidden states.
+    """Make ``model`` return logits ``(1, T, V)`` of T rows of its last hidden states, within a block.
 
     Args:
-        model: a model with a head, as transformers made it (not wrapped for several devices); nothing else calls it
-            meanwhile.
-        places: int64 ``(T,)``: numbers of rows, counted through the batch: ``row * N + column``. On the device of the
-            hidden states.
+        model: a transformers model with a head, not wrapped for several devices. Nothing else may call it meanwhile.
+        places: int64 ``(T,)``, on the device of the hidden states: indices into the flattened batch, ``row * N +
+            column``.
     """
 
     def choose(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
-"""A model's training mode, for the time of a call.
+"""Eval mode for the duration of a call.
 
-Place in the flow: around whatever runs a model to read something from it. Knows no call.
+Place in the flow: around everything that runs a model to read something from it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["evaluating"]
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """A block in which ``model`` is in eval mode: no dropout, and no activation checkpointing, which would drop the
-    states.
+def evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Put ``models`` in eval mode for a block: no dropout, and no activation checkpointing, which would drop states.
 
-    Each module goes back to its own mode.
+    Afterwards each of their modules is in the mode it was in before.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Keys and values of a prefix in a training step: computed in one pass, continued from by several.
+"""Keys and values of a prefix in a training step: computed in one pass, and continued from in several.
 
-Place in the flow: ``train/objective.py`` runs a batch's prompts into one and lets student and teacher go on from it.
-transformers' own dynamic layers begin with a tensor of Python's numbers and copy what they are given first, which costs
-host time in every layer of every pass. Knows no model.
+Place in the flow: ``train/objective.py`` runs a batch's prompts into one, and student and teacher continue from it.
+transformers' own dynamic layers start by making a tensor from Python numbers and copying their first states, which
+costs host time in every layer of every pass.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class _Layer(DynamicLayer):
 
 
 class PrefixStates(Cache):
-    """A transformers cache that keeps the keys and values of the first pass, ``(B, G, P, D)`` a layer, and gives every
-    later pass these followed by its own, which it does not keep.
+    """A transformers cache that keeps the keys and values of the first pass, ``(B, G, P, D)`` per layer.
+
+    Every later pass sees these followed by its own, which are not kept.
     """
 
     def __init__(self) -> None:

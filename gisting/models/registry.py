@@ -1,7 +1,7 @@
-"""Which model families are proven, what is refused and why, and the attention function that reads intervals.
+"""The supported model families, which models are refused and why, and the attention function that reads intervals.
 
-Place in the flow: visibility -> attention -> **models** -> cache. The only writer of transformers' registries. A
-family is a row of ``FAMILIES``; dispatch is on what a config declares (``model_type``, ``layer_types``,
+Place in the flow: visibility -> attention -> **models** -> cache. The only module that writes to transformers'
+registries. A family is a row of ``FAMILIES``; dispatch is on what a config declares (``model_type``, ``layer_types``,
 ``rope_parameters``), never on a class.
 """
 
@@ -42,13 +42,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """A model type on which the tests prove: gist mask = dense mask, cached = uncached, ordinary input unchanged,
-    chained = computed at its place.
+    """A model type for which the tests prove that gists are exact.
+
+    The gist mask equals a dense mask, cached equals uncached, ordinary input is unchanged, and chained gists equal
+    gists computed in place.
 
     Args:
         model_type: as the config declares it.
-        is_encoder_decoder: whether it has an encoder, in whose states a prompt is kept.
-        is_interleaved: whether the two numbers that are rotated together are neighbours (``Rotary.is_interleaved``).
+        is_encoder_decoder: whether it has an encoder, whose states hold the compressed prompt.
+        is_interleaved: whether the two numbers rotated together are neighbours (``Rotary.is_interleaved``).
         rotates_windows_only: whether only layers with a sliding window rotate their keys.
     """
 
@@ -58,7 +60,7 @@ class Family:
     rotates_windows_only: bool = False
 
 
-#: The proven families by model type.
+#: The supported families by model type.
 FAMILIES: dict[str, Family] = {
     name: Family(name)
     for name in (
@@ -113,43 +115,43 @@ _REFUSED = (
     | dict.fromkeys(("bloom", "mpt"), _ALIBI)
     | {
         "longt5": "its encoder attends in local blocks, not through a mask",
-        "gpt_oss": "its attention has sinks, which interval attention does not compute yet",
+        "gpt_oss": "its attention has sinks, which interval attention does not support",
         "llama4_text": "its chunked attention counts from the start of the sequence",
     }
 )
 
-# Rotary types whose frequencies are set once. "dynamic" and "longrope" change theirs with the largest position in the
-# batch; both are exact below the length at which they change, and refused beyond it (``position_limit``).
+# Rotary types with fixed frequencies. Those of "dynamic" and "longrope" change with the largest position in the batch;
+# both are exact below the length at which they change, and refused beyond it (``position_limit``).
 _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def read_config(name_or_path: str | Path, **source: Any) -> PreTrainedConfig:
-    """The configuration of a checkpoint; no weights are read.
+    """Read the configuration of a checkpoint, without its weights.
 
     Args:
         name_or_path: a directory, or a repository on the Hugging Face hub.
-        **source: as for ``from_pretrained``: ``revision``, ``token`` and the like.
+        **source: as for ``from_pretrained``: ``revision``, ``token`` and so on.
 
     Raises:
-        GistError: there is none, or what it says of gists is damaged.
+        GistError: there is none, or what it says about gists is damaged.
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path, **source)
     except (LookupError, OSError, TypeError, ValueError) as error:
         raise GistError(
-            f"{name_or_path} is no checkpoint: there is no such directory with a config.json, and the hub did not "
-            f"give one ({error})"
+            f"{name_or_path} is not a checkpoint: there is no such directory with a config.json, and the hub did not "
+            f"return one ({error})"
         ) from error
     gist = getattr(config, "gist", None)
     if gist is not None and not _is_record(gist):
-        raise GistError(f"{name_or_path}: what its config.json says under 'gist' is damaged; get the checkpoint again")
+        raise GistError(f"{name_or_path}: 'gist' in its config.json is damaged; download the checkpoint again")
     return config
 
 
 def _is_record(gist: object) -> bool:
-    """Whether it is what ``patch`` and training write into ``config.gist``, as far as everybody reads it."""
+    """Whether ``gist`` has the entries of ``config.gist`` that every reader needs."""
     if not isinstance(gist, dict) or type(gist.get("gist_token_id")) is not int:
         return False
     trained = gist.get("num_gist_tokens")
@@ -157,55 +159,61 @@ def _is_record(gist: object) -> bool:
 
 
 def register_family(family: Family) -> None:
-    """Add ``family``, a model type, to ``FAMILIES``; the families' tests say what it has to pass first
-    (``tests/models/test_families.py``, and ``tests/test_chain.py`` for its rotation).
+    """Add ``family`` to ``FAMILIES``.
+
+    First run the tests that every family must pass: ``tests/models/test_families.py``, and ``tests/test_chain.py`` for
+    its rotation.
     """
     FAMILIES[family.model_type] = family
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a model, by what its ``config`` declares.
+    """Return the family of a model, by what its ``config`` declares.
 
     Raises:
-        UnsupportedModelError: the model cannot be right, with the reason, or nobody has shown that it is.
+        UnsupportedModelError: the model cannot be gisted, or no test proves that it can; the message says why.
     """
     model_type = config.model_type
     if model_type in _REFUSED:
         raise UnsupportedModelError(f"{model_type} cannot be gisted: {_REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{model_type} is not among the families that the tests prove ({', '.join(sorted(FAMILIES))}); run them "
-            f"on it and add it: gisting.models.registry.register_family(Family({model_type!r}))"
+            f"{model_type} is not among the supported families ({', '.join(sorted(FAMILIES))}); run the tests of "
+            f"families on it and add it: gisting.models.registry.register_family(Family({model_type!r}))"
         )
     unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
     if unknown:
         raise UnsupportedModelError(
-            f"{model_type} has layers of type {', '.join(sorted(unknown))}; gisting knows "
+            f"{model_type} has layers of type {', '.join(sorted(unknown))}; gisting supports "
             f"{', '.join(sorted(_KNOWN_LAYERS))}"
         )
     if getattr(config, "use_bidirectional_attention", None):
         raise UnsupportedModelError(
-            f"{model_type} with use_bidirectional_attention reads forwards: a prompt has no prefix states"
+            f"{model_type} with use_bidirectional_attention cannot be gisted: its tokens see later ones, so a prompt "
+            "has no prefix states"
         )
     rotary = _rotary_types(config) - _STATIC_ROPE - _LENGTH_DEPENDENT_ROPE
     if rotary:
         raise UnsupportedModelError(
-            f"{model_type} has rotary positions of type {', '.join(sorted(rotary))}; gisting knows "
+            f"{model_type} has rotary positions of type {', '.join(sorted(rotary))}; gisting supports "
             f"{', '.join(sorted(_STATIC_ROPE | _LENGTH_DEPENDENT_ROPE))}"
         )
     return FAMILIES[model_type]
 
 
 def is_length_dependent(config: PreTrainedConfig) -> bool:
-    """Whether the rotary frequencies of a ``config`` change with the length of the batch (dynamic NTK, longrope)."""
+    """Return whether the rotary frequencies of a ``config`` change with the length of the batch.
+
+    Those of dynamic NTK and longrope do.
+    """
     return bool(_rotary_types(config) & _LENGTH_DEPENDENT_ROPE)
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
-    """How many positions a sequence may span by ``config``, or None where positions are relative without a limit (T5).
+    """Return how many positions ``config`` allows a sequence to span.
 
-    Where the rotary frequencies depend on the length, the limit is the length from which they do: below it a cached
-    gist and the full text are rotated alike, beyond it they would not be.
+    None means relative positions without a limit (T5). If the rotary frequencies depend on the length, the limit is the
+    length from which they do: up to it, a cached gist and the full text are rotated alike.
     """
     if getattr(config, "is_encoder_decoder", False):
         return None
@@ -218,7 +226,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 
 
 def sliding_windows(config: PreTrainedConfig) -> int | None:
-    """The smallest attention window of any layer of a ``config``, or None where every layer sees everything."""
+    """Return the smallest attention window of any layer of a ``config``, or None if every layer sees everything."""
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
@@ -244,14 +252,15 @@ class EncoderStates(Protocol):
     """Keys and values of the first slots of every encoder layer, recorded or replayed."""
 
     def exchange(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads in place of ``key`` and ``value`` in encoder layer ``layer``: both ``(B, H, N, D)``, in
-        the dtype of the layer.
+        """Return what attention reads instead of ``key`` and ``value`` in encoder layer ``layer``.
+
+        All are ``(B, H, N, D)``, in the dtype of the layer.
         """
         ...
 
 
 def attention_name(base: str) -> str:
-    """The name of the attention that reads intervals and leaves every other mask to ``base``.
+    """Return the name of the attention that reads intervals and passes every other mask to ``base``.
 
     Raises:
         GistError: nothing is registered for ``base``.
@@ -265,8 +274,9 @@ def attention_name(base: str) -> str:
 
 
 def register_attention() -> None:
-    """Register the attention functions and, beside each, its mask function (without it padding would be lost).
-    Idempotent.
+    """Register the attention functions, each with its mask function, without which padding would be lost.
+
+    Calling it again changes nothing.
     """
     for base, (forward, mask) in _BASES.items():
         name = attention_name(base)
@@ -275,7 +285,7 @@ def register_attention() -> None:
 
 
 def _eager_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """The model's own eager attention: every modelling file of transformers holds one under this name."""
+    """The model's own eager attention, which has this name in every modelling file of transformers."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
@@ -307,13 +317,13 @@ def _attention_forward(
     relative_bias = position_bias if position_bias is not None and position_bias.dim() == 2 else None
     if attention_mask is None or not is_interval_mask(attention_mask):
         if relative_bias is not None:
-            # Tables are for interval masks; another thread that runs the same UMT5 may have asked for this one.
+            # Tables are for interval masks; another thread that runs the same UMT5 may have requested this one.
             position_bias = dense_bias(relative_bias, query.shape[2], key.shape[2])
         if position_bias is not None:
             kwargs["position_bias"] = position_bias
         return base_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if is_cross and not getattr(module, "has_relative_attention_bias", True):
-        position_bias = relative_bias = None  # What T5's kind gives its cross-attention is zero.
+        position_bias = relative_bias = None  # T5-like models give their cross-attention zeros.
     out = interval_attention(
         query,
         key,
@@ -329,8 +339,9 @@ def _attention_forward(
 
 
 def _visibility(attention_mask: Tensor, num_keys: int, sliding_window: int | None, *, is_cross: bool) -> Visibility:
-    """What a layer sees of an interval mask; the same tensors for all layers of a kind, so that what is derived from
-    them is made once for a batch.
+    """What a layer sees of an interval mask.
+
+    All layers of a kind get the same tensors, so that what is derived from them is computed once for a batch.
     """
 
     def build() -> Visibility:
@@ -340,15 +351,15 @@ def _visibility(attention_mask: Tensor, num_keys: int, sliding_window: int | Non
         elif visibility.num_keys > num_keys:
             if sliding_window is None:
                 raise GistError(
-                    f"attention_mask is for {visibility.num_keys} keys and attention has {num_keys}: the first keys "
-                    "stand in a cache that the layer was not given; pass it with the batch, and train without "
-                    "activation checkpointing, which drops it"
+                    f"attention_mask is for {visibility.num_keys} keys, but attention has {num_keys}: the first keys "
+                    "are in a cache that the layer did not get; pass it with the batch, and train without activation "
+                    "checkpointing, which drops it"
                 )
-            # A sliding layer's cache has let go of its oldest keys.
+            # A sliding layer's cache has dropped its oldest keys.
             visibility = visibility.last_keys(num_keys)
         if sliding_window is not None:
             visibility = visibility.windowed(sliding_window)
-        # Cloned: a view of the mask, remembered on the mask, would keep both for ever.
+        # Cloned: a view of the mask that is remembered on the mask would keep both alive for ever.
         return Visibility(visibility.first.clone(), visibility.end.clone())
 
     return remembered_on((attention_mask,), (is_cross, num_keys, sliding_window), build)

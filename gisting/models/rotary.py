@@ -1,8 +1,8 @@
-"""How a model rotates its keys, read off the loaded model.
+"""How a model rotates its keys, read from the loaded model.
 
-Place in the flow: attention -> **models** -> cache, which keeps it, so that gists can be chained without the model. The
-frequencies are those that the model computes with, whatever its config came to; which layers turn, and how numbers are
-paired, is what config and ``Family`` declare.
+Place in the flow: attention -> **models** -> cache, which keeps it so that gists can be chained without the model. The
+frequencies are those in the loaded model, however its config defines them; config and ``Family`` declare which layers
+rotate, and how numbers are paired.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["rotary_of"]
 
 
 def rotary_of(model: PreTrainedModel) -> Rotary | None:
-    """The rotation of every layer's keys of ``model``; None for an encoder-decoder, whose keys are not rotated, and for
-    a model that does not hold its frequencies where transformers' own models do.
+    """Return the rotation of every layer's keys of ``model``.
 
-    Where the frequencies depend on the length (dynamic NTK, longrope), those below the length at which they change: a
-    cache is exact there alone, and refused beyond.
+    Return None for an encoder-decoder, whose keys are not rotated, and for a model that does not keep its frequencies
+    where transformers' own models do. If the frequencies depend on the length (dynamic NTK, longrope), return those
+    below the length at which they change: only there is a cache exact, and longer ones are refused.
 
     Raises:
-        UnsupportedModelError: the model is of no family that the tests prove.
+        UnsupportedModelError: the model's family is not supported.
     """
     config: Any = model.config
     family = family_of(config)
@@ -34,17 +34,19 @@ def rotary_of(model: PreTrainedModel) -> Rotary | None:
     embedding: Any = getattr(model.base_model, "rotary_emb", None)
     name = "original_inv_freq" if is_length_dependent(config) else "inv_freq"
     layer_types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-    # One set for all layers, or one for each type of layer (Gemma 3).
+    # One set for all layers, or one per type of layer (Gemma 3).
     prefixes = [""] if hasattr(embedding, name) else sorted({f"{layer_type}_" for layer_type in layer_types})
     if not all(hasattr(embedding, prefix + name) for prefix in prefixes):
         return None
     sets = [tuple(getattr(embedding, prefix + name).float().tolist()) for prefix in prefixes]
-    # A one for each layer that turns (SmolLM 3).
-    turns = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
+    # 1 for each layer that rotates (SmolLM 3).
+    is_rotated = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
     if family.rotates_windows_only:
-        turns = [config.sliding_window is not None and layer_type == "sliding_attention" for layer_type in layer_types]
+        is_rotated = [
+            config.sliding_window is not None and layer_type == "sliding_attention" for layer_type in layer_types
+        ]
     layers = [
-        prefixes.index(f"{layer_type}_" if prefixes[0] else "") if is_turning else None
-        for layer_type, is_turning in zip(layer_types, turns, strict=True)
+        prefixes.index(f"{layer_type}_" if prefixes[0] else "") if is_rotating else None
+        for layer_type, is_rotating in zip(layer_types, is_rotated, strict=True)
     ]
     return Rotary(tuple(sets), tuple(layers), family.is_interleaved)

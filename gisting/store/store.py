@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from gisting.cache import GistCache
 from gisting.errors import CacheFormatError, GistError, StoreError
-from gisting.generation import compress
 from gisting.storage import STORAGES
 from gisting.store.index import (
     INDEX,
@@ -679,6 +678,9 @@ class GistStore:
             self._commit([], meaning)
             return
         prompts, counts = [prompt for prompt, _ in wanted.values()], [k for _, k in wanted.values()]
+        # Here and not at the top: this loads transformers, which reading a store does not need.
+        from gisting.generation import compress
+
         cache = compress(
             model, tokenizer, prompts, counts, condition=condition, batch_size=batch_size, chunk_length=chunk_length
         ).to("cpu")

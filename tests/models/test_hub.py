@@ -284,7 +284,7 @@ def test_what_model_push_to_hub_leaves_out(hub: FakeHub, tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "alone")
     tokenizer.tokenizer.save_pretrained(tmp_path / "alone")
     upload(tmp_path / "alone", REPOSITORY, commit_message="weights", api=hub)
-    with pytest.raises(GistError, match=r"^owner/name has no gist.json, so it is no saved GistTokenizer"):
+    with pytest.raises(GistError, match=r"^owner/name has no gist.json, so it is not a saved GistTokenizer"):
         gisting.load(REPOSITORY)
     tokenizer.save_pretrained(tmp_path / "alone")
     upload(tmp_path / "alone", REPOSITORY, commit_message="tokenizer", api=hub)

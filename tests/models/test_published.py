@@ -203,7 +203,7 @@ def test_t5_encoder_states_and_logits(t5: Published, case: int, condition: str) 
 @every_case
 @torch.no_grad()
 def test_t5_cached_states_logits_and_greedy_tokens(t5: Published, case: int) -> None:
-    arguments = encoder_decoder.prepare_generation(t5.model, t5.tokenizer, t5.compress(case), [t5.rest(case)])
+    arguments, _ = encoder_decoder.prepare_generation(t5.model, t5.tokenizer, t5.compress(case), [t5.rest(case)])
     assert_close(arguments["encoder_outputs"].last_hidden_state, t5[case, "encoder_cached"], TOLERANCE)
     logits = t5.model(**arguments, decoder_input_ids=t5[case, "decoder_input_ids"]).logits
     assert_close(logits, t5[case, "logits_cached"], TOLERANCE)
@@ -234,7 +234,7 @@ def test_t5_from_the_published_cache(t5: Published, case: int) -> None:
         CacheOrigin("t5/published", "", "plain", "gist"),
         t5[case, "gist_last_hidden"],
     )
-    arguments = encoder_decoder.prepare_generation(t5.model, t5.tokenizer, cache, [t5.rest(case)])
+    arguments, _ = encoder_decoder.prepare_generation(t5.model, t5.tokenizer, cache, [t5.rest(case)])
     assert isinstance(arguments["encoder_outputs"], BaseModelOutput)
     assert_close(arguments["encoder_outputs"].last_hidden_state, t5[case, "encoder_cached"], TOLERANCE)
     tokens = t5.model.generate(**arguments, max_new_tokens=NEW_TOKENS, do_sample=False)

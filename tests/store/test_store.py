@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import gisting
+from gisting import generation
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, CacheMismatchError, GistError, GistTokenError, StoreError
 from gisting.models.fingerprint import fingerprint
@@ -262,13 +263,13 @@ class Compressions:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[list[str]] = []
-        inner = store_module.compress
+        inner = generation.compress
 
         def compress(model: Any, tokenizer: Any, prompts: Any, *args: Any, **kwargs: Any) -> GistCache:
             self.calls.append(list(prompts))
             return inner(model, tokenizer, prompts, *args, **kwargs)
 
-        monkeypatch.setattr(store_module, "compress", compress)
+        monkeypatch.setattr(generation, "compress", compress)
 
 
 @pytest.fixture
@@ -1031,7 +1032,7 @@ def test_a_fork_waits_until_no_thread_is_in_the_index(store: GistStore) -> None:
 
 def test_what_two_compress_at_once_is_of_the_first(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.patched("llama")
-    other, inner = GistStore(store.path), store_module.compress
+    other, inner = GistStore(store.path), generation.compress
 
     def compress(*args: Any, **kwargs: Any) -> GistCache:
         found = inner(*args, **kwargs)
@@ -1043,7 +1044,7 @@ def test_what_two_compress_at_once_is_of_the_first(store: GistStore, monkeypatch
         return found
 
     done: list[bool] = []
-    monkeypatch.setattr(store_module, "compress", compress)
+    monkeypatch.setattr(generation, "compress", compress)
     found = store.get_or_compress(model, tokenizer, ["w1 w2"])
     assert is_same(found, other.get_or_compress(model, tokenizer, ["w1 w2"]))
     assert is_same(found, inner(model, tokenizer, ["w1 w2"], 1))

@@ -169,7 +169,7 @@ def test_prompts_that_were_compressed_are_found_by_their_text(tmp_path: Path, mo
     store.save_pretrained(tmp_path / "saved")
     found = GistStore.from_pretrained(tmp_path / "saved", tmp_path / "taken")
     assert [entry.name for entry in found.list()] == ["x"], "what has no name is shared by its key alone"
-    monkeypatch.setattr("gisting.store.store.compress", None)
+    monkeypatch.setattr("gisting.generation.compress", None)
     assert is_same(found.get_or_compress(model, tokenizer, ["w1 w2"], 2), wanted[0])
     store.save_pretrained(tmp_path / "all", [entry.key for entry in store.list()])
     found = GistStore.from_pretrained(tmp_path / "all", tmp_path / "taken too")

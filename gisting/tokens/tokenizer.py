@@ -1,143 +1,40 @@
-"""Text to ids: the gist token, the prompt template and where the gist spans lie.
+"""The gist tokenizer: a stock tokenizer with a gist token and a prompt template.
 
-Place in the flow: **text -> tokens** -> visibility -> attention -> cache -> generation -> text. Knows tokenizers and
-templates; knows nothing of masks, models or tensors.
-
-The gist token is never put into the wrapped tokenizer. Its id is one that the tokenizer does not have, so no text,
-not even the literal ``<GIST>`` in a user's message, can become a gist token, here or in any other program that reads
-the saved tokenizer.
+Place in the flow: **text -> tokens** -> visibility. The gist token is never put into the wrapped tokenizer. Its id is
+one that the tokenizer does not have, so no text, not even the literal ``<GIST>`` in a user's message, can become a gist
+token, here or in any other program that reads the saved tokenizer.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gisting.errors import GistError, GistTokenError
 from gisting.source import SOURCE_ARGUMENTS, find_file
+from gisting.tokens.encoding import GistEncoding, cut_into_chunks
+from gisting.tokens.template import Template, resolve_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template", "cut_into_chunks", "read_tokenizer"]
+__all__ = ["GistTokenizer", "read_tokenizer"]
 
 _FILE = "gist.json"
 _FORMAT = 1
-# What a damaged file makes its reader raise.
+# What reading a damaged file raises.
 _DAMAGE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
-@dataclass(frozen=True)
-class Template:
-    """How prompt, gist, input and output become one text.
-
-    The sequence is ``prompt``, k gist tokens, ``continuation`` (or ``continuation_without_input`` where the input is
-    empty), then ``completion``. An encoder-decoder reads the first three and writes the last.
-
-    Args:
-        name: what files and messages call it.
-        prompt: holds ``{prompt}`` once.
-        continuation: holds ``{input}`` once.
-        continuation_without_input: fixed text, may be empty for an encoder-decoder.
-        completion: holds ``{output}`` once.
-        add_special_tokens: whether what the tokenizer puts before a text (such as ``<s>``) comes first; false where
-            the prompt text already spells it, as chat templates do.
-
-    Raises:
-        GistError: a placeholder is missing or there twice.
-    """
-
-    name: str
-    prompt: str
-    continuation: str
-    continuation_without_input: str
-    completion: str
-    add_special_tokens: bool = True
-
-    def __post_init__(self) -> None:
-        for field, placeholder in (("prompt", "{prompt}"), ("continuation", "{input}"), ("completion", "{output}")):
-            text = getattr(self, field)
-            if text.count(placeholder) != 1:
-                raise GistError(f"template {self.name!r}: {field} must hold {placeholder} exactly once, got {text!r}")
-
-    def prompt_text(self, prompt: str) -> str:
-        """The text before the gist of ``prompt``."""
-        return self.prompt.replace("{prompt}", prompt)
-
-    def continuation_text(self, input: str) -> str:
-        """The text behind the gist, with ``input``, up to where the answer begins."""
-        return self.continuation.replace("{input}", input) if input else self.continuation_without_input
-
-    def completion_text(self, output: str) -> str:
-        """The text of the answer ``output``."""
-        return self.completion.replace("{output}", output)
-
-
-#: The published layouts (Gisting, appendix A, and its code) and a plain one. ``"chat"`` is read off the tokenizer
-#: instead.
-TEMPLATES: dict[str, Template] = {
-    "alpaca": Template("alpaca", "Instruction: {prompt}\n", "\nInput: {input}\nOutput:", "\nOutput:", " {output}"),
-    "alpaca-t5": Template("alpaca-t5", "Instruction: {prompt}\n", "\nInput: {input}", "", "{output}"),
-    "plain": Template("plain", "{prompt}\n", "\n{input}\n", "\n", "{output}"),
-}
-
-
-@dataclass(frozen=True)
-class GistEncoding:
-    """One sequence of ids and where its parts lie.
-
-    ``input_ids[:gist_start]`` is the prompt, ``[gist_start:gist_end]`` the gist, ``[gist_end:completion_start]`` the
-    continuation and ``[completion_start:]`` the completion (for an encoder-decoder: the target, kept apart by whoever
-    builds the batch). A long prompt in chunks has a gist span behind each: then ``[:gist_start]`` is the first chunk,
-    and ``[gist_start:gist_end]`` holds the later chunks as well as all gists::
-
-        a b G G c d G G e f $        gist_start 2, gist_end 8, gist_spans (2, 4) (6, 8), completion_start 10
-
-    Args:
-        input_ids: all ids.
-        gist_start: where the first gist token stands.
-        gist_end: behind the last one.
-        completion_start: where the completion begins.
-        gist_spans: ``(start, end)`` of each gist span in order; left out, there is one.
-    """
-
-    input_ids: list[int]
-    gist_start: int
-    gist_end: int
-    completion_start: int
-    gist_spans: tuple[tuple[int, int], ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.gist_spans:
-            object.__setattr__(self, "gist_spans", ((self.gist_start, self.gist_end),))
-
-    @property
-    def num_gist_tokens(self) -> int:
-        """All gist tokens: k, or k times the chunks."""
-        return sum(end - start for start, end in self.gist_spans)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Ids of the prompt, without gist tokens."""
-        return self.gist_end - self.num_gist_tokens
-
-    @property
-    def chunks(self) -> list[list[int]]:
-        """The prompt's ids, without gist tokens: what stands before each gist span."""
-        starts = [0, *(end for _, end in self.gist_spans)]
-        return [self.input_ids[begin:start] for begin, (start, _) in zip(starts, self.gist_spans, strict=False)]
-
-
 class GistTokenizer:
-    """A Hugging Face tokenizer with one gist token and a prompt template.
+    """A Hugging Face tokenizer with a gist token and a prompt template.
 
     Args:
         tokenizer: any tokenizer of transformers: fast or slow, BPE, SentencePiece, byte level. It is not changed.
@@ -145,8 +42,8 @@ class GistTokenizer:
             message), a :class:`Template`, or None: ``"alpaca"``, for an encoder-decoder ``"alpaca-t5"``.
         is_encoder_decoder: whether sequences are for a T5-like model.
         gist_token: how the gist token is written when it is shown.
-        gist_token_id: its id, or None: the tokenizer's own id where its vocabulary has ``gist_token`` (checkpoints of
-            the published code do), else the first free one.
+        gist_token_id: its id, or None: the tokenizer's own id if its vocabulary has ``gist_token`` (checkpoints of the
+            published code do), else the first free one.
 
     Raises:
         GistError: the template is unknown or cannot be used, or the id belongs to another token.
@@ -173,15 +70,15 @@ class GistTokenizer:
             gist_token_id = first_free if own is None else own
         elif gist_token_id != own and gist_token_id < first_free:
             raise GistError(
-                f"gist_token_id {gist_token_id} is a token of the tokenizer, which has {first_free}; tokens were "
-                "added to it after the gist token, take the tokenizer as it was"
+                f"gist_token_id {gist_token_id} is already a token of the tokenizer, which has {first_free} tokens: "
+                "some were added after the gist token; use the tokenizer without them"
             )
         self.gist_token_id: int = gist_token_id
         self.has_own_gist_token = gist_token_id == own
         self._num_wrapped = len(tokenizer)
-        # Stands for the gist in a private copy of the tokenizer. Not to be guessed, so that no text can spell it.
+        # Represents the gist in a private copy of the tokenizer. Random, so that no text can spell it.
         self._sentinel = f"\ue0f8{secrets.token_hex(8)}\ue0f9"
-        self.template = self._resolve(template)
+        self.template = resolve_template(template, tokenizer, is_encoder_decoder=is_encoder_decoder)
 
     # -- ids -----------------------------------------------------------------------------------------------------------
 
@@ -199,19 +96,20 @@ class GistTokenizer:
 
     @property
     def pad_token_id(self) -> int:
-        """The id that fills short rows: the tokenizer's, or else its end of sequence. Masks hide it either way."""
+        """The id that fills short rows: the tokenizer's own, or else its end of sequence. Masks hide it either way."""
         pad: Any = self.tokenizer.pad_token_id
         return self.eos_token_id if pad is None else pad
 
     @property
     def start_ids(self) -> list[int]:
-        """What the tokenizer puts before a text, ``<s>`` and the like, found by looking. Prompts begin with it unless
-        the template spells it (``Template.add_special_tokens``).
+        """What the tokenizer puts before a text, such as ``<s>``, found by encoding one.
+
+        Prompts begin with it unless the template spells it (``Template.add_special_tokens``).
         """
         return list(self._put_before)
 
     def __len__(self) -> int:
-        """Number of ids, the gist token's included: what a model's embedding must hold at least."""
+        """Return the number of ids including the gist token: the rows that a model's embedding needs at least."""
         return max(len(self.tokenizer), self.gist_token_id + 1)
 
     # -- encoding ------------------------------------------------------------------------------------------------------
@@ -219,19 +117,19 @@ class GistTokenizer:
     def encode_prompts(
         self, prompts: Sequence[str], num_gist_tokens: int | Sequence[int], chunk_length: int | None = None
     ) -> list[GistEncoding]:
-        """Each prompt with its gist: what is run once, to be compressed.
+        """Encode each prompt with its gist, as it is run to be compressed.
 
         Args:
             prompts: B texts, none empty.
             num_gist_tokens: k, one for all or one each.
-            chunk_length: a prompt of more ids than that, template and start ids among them, is cut by
-                :func:`cut_into_chunks`, and k gist tokens stand behind each chunk; None cuts none. Decoders only.
+            chunk_length: a prompt of more ids than this, including its template and start ids, is cut by
+                :func:`cut_into_chunks`, and k gist tokens follow each chunk; None cuts none. Decoders only.
 
         Returns:
             B encodings that end with the (last) gist.
 
         Raises:
-            GistError: a prompt is empty, the numbers do not fit, or as :meth:`check_chunk_length`.
+            GistError: a prompt is empty, the numbers of rows differ, or as :meth:`check_chunk_length`.
             GistTokenError: a k is less than 1.
         """
         _check_texts("prompts", prompts)
@@ -256,28 +154,28 @@ class GistTokenizer:
         """Raise unless prompts for this tokenizer's model can be cut into chunks of that length.
 
         Args:
-            chunk_length: ids of a chunk at most, or None: then there is nothing to cut.
+            chunk_length: the largest number of ids in a chunk, or None to cut nothing.
 
         Raises:
-            GistError: it is no whole number of at least 1; or the tokenizer is for an encoder-decoder, whose relative
-                distances count columns: what stands behind a cached gist would see it at another distance than in
-                training, where the chunks stand between.
+            GistError: it is not a whole number of at least 1; or the tokenizer is for an encoder-decoder, whose
+                relative distances count columns: what follows a cached gist would see it at another distance than in
+                training, where the chunks are in between.
         """
         if chunk_length is None:
             return
         if isinstance(chunk_length, bool) or not isinstance(chunk_length, int):
             raise GistError(f"chunk_length must be a whole number or None, got {chunk_length!r}")
         if chunk_length < 1:
-            raise GistError(f"chunk_length must be at least 1, got {chunk_length}; or None, for a single gist")
+            raise GistError(f"chunk_length must be at least 1, got {chunk_length}; give None for a single gist")
         if self.is_encoder_decoder:
             raise GistError(
                 f"chunk_length is {chunk_length}, but prompts of an encoder-decoder cannot be cut into chunks: its "
-                "relative distances count columns, so that a cached gist would stand at other distances than in "
-                "training; pass None"
+                "relative distances count columns, so a cached gist would be at other distances than in training; "
+                "pass None"
             )
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts as they stand: without template, gist tokens, or what the tokenizer puts around a text.
+        """Encode texts unchanged: without template, gist tokens, or what the tokenizer puts around a text.
 
         Args:
             texts: B texts.
@@ -286,14 +184,14 @@ class GistTokenizer:
             B lists of ids.
 
         Raises:
-            GistError: something is no text or holds a gist token that the tokenizer cannot but read as such, or tokens
-                were added to the tokenizer since it was wrapped.
+            GistError: something is not a text, a text contains a gist token that the tokenizer can only read as such,
+                or tokens were added to the tokenizer since it was wrapped.
         """
         _check_texts("texts", texts)
         if len(self.tokenizer) != self._num_wrapped:
             raise GistError(
-                f"the tokenizer had {self._num_wrapped} tokens and has {len(self.tokenizer)}; tokens were added to "
-                "it after the gist token, wrap it again"
+                f"the tokenizer had {self._num_wrapped} tokens when it was wrapped, now it has "
+                f"{len(self.tokenizer)}; wrap it again: GistTokenizer(tokenizer)"
             )
         if not texts:
             return []
@@ -303,40 +201,43 @@ class GistTokenizer:
         for row, ids in enumerate(found):
             if self.gist_token_id in ids and self.gist_token_id != marker:
                 raise GistError(
-                    f"text {row} holds {self.gist_token!r}, which this tokenizer cannot but read as the gist token; "
-                    "take it out of the text"
+                    f"text {row} contains {self.gist_token!r}, which this tokenizer can only read as the gist token; "
+                    "remove it from the text"
                 )
         return found
 
     def encode_continuations(self, inputs: Sequence[str]) -> list[list[int]]:
-        """What stands behind the gist for each of ``inputs``, up to where the answer begins; an empty input uses the
-        layout without one.
+        """Encode what follows the gist for each of ``inputs``, up to where the answer begins.
+
+        An empty input uses ``Template.continuation_without_input``.
         """
         _check_texts("inputs", inputs)
-        return self._behind_gist([self.template.continuation_text(text) for text in inputs])
+        return self._after_gist([self.template.continuation_text(text) for text in inputs])
 
     def encode_completions(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[list[int]]:
-        """The answers with their end of sequence.
+        """Encode the answers, each with its end of sequence.
 
-        For a decoder they are split as they stand in the text, behind their continuation; where a token would reach
-        over the boundary (the ids of the continuation must stay what they are when the model answers), they are split
-        apart from it. For an encoder-decoder they are a text of their own.
+        For a decoder they are split as part of the text, after their continuation. If a token would then cross the
+        boundary, they are split apart from it, because the continuation must have the ids that it has when the model
+        answers. For an encoder-decoder they are separate texts.
 
         Args:
-            inputs: B texts, of which the continuations are made.
+            inputs: B texts, from which the continuations are made.
             outputs: B texts.
 
         Returns:
             B lists of ids, none empty.
 
         Raises:
-            GistError: the numbers differ, or something is no text.
+            GistError: the numbers differ, or something is not a text.
         """
         return [completion for _, completion in self.encode_answers(inputs, outputs)]
 
     def encode_answers(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Continuation and completion of each example: what :meth:`encode_continuations` and
-        :meth:`encode_completions` give, without encoding the inputs once for each of them.
+        """Encode the continuation and the completion of each example.
+
+        The result is that of :meth:`encode_continuations` and :meth:`encode_completions`, but the inputs are encoded
+        only once.
 
         Args:
             inputs: B texts.
@@ -360,11 +261,11 @@ class GistTokenizer:
         num_gist_tokens: int = 1,
         chunk_length: int | None = None,
     ) -> GistEncoding:
-        """The whole sequence of one example.
+        """Encode the whole sequence of one example.
 
         Args:
-            prompt: what is to be compressed.
-            input: what the prompt is applied to, or "".
+            prompt: the text to compress.
+            input: the text that the prompt is applied to, or "".
             output: the answer, or None for a sequence that the model continues.
             num_gist_tokens: k.
             chunk_length: as for :meth:`encode_prompts`.
@@ -387,13 +288,13 @@ class GistTokenizer:
         num_gist_tokens: int | Sequence[int] = 1,
         chunk_length: int | None = None,
     ) -> list[GistEncoding]:
-        """:meth:`encode` for B examples in a few calls of the tokenizer.
+        """Encode B examples as :meth:`encode` does, in a few calls of the tokenizer.
 
         Args:
-            prompts: B texts to be compressed.
-            inputs: B texts, "" where there is none.
+            prompts: B texts to compress.
+            inputs: B texts, "" where there is no input.
             outputs: B answers, or None for sequences that the model continues.
-            num_gist_tokens: k of all, or of each.
+            num_gist_tokens: k, one for all or one each.
             chunk_length: as for :meth:`encode_prompts`.
 
         Raises:
@@ -402,7 +303,7 @@ class GistTokenizer:
         """
         if len(inputs) != len(prompts) or (outputs is not None and len(outputs) != len(prompts)):
             raise GistError(
-                f"inputs and outputs must be as many as prompts, {len(prompts)}, got {len(inputs)} and "
+                f"there must be as many inputs and outputs as prompts, {len(prompts)}, got {len(inputs)} and "
                 f"{'none' if outputs is None else len(outputs)}"
             )
         heads = self.encode_prompts(prompts, num_gist_tokens, chunk_length)
@@ -416,28 +317,28 @@ class GistTokenizer:
         ]
 
     def locate(self, input_ids: Sequence[int], *, is_chunked: bool = False) -> GistEncoding:
-        """Where the gist lies in ids that come from elsewhere, such as another program or a data set of ids.
+        """Find the gist in ids from another source, such as another program or a data set of ids.
 
         Args:
-            input_ids: prompt, gist and what follows; all of the last counts as continuation.
-            is_chunked: whether the prompt may be in chunks, each with its gist. Otherwise gist tokens apart are taken
-                for the mistake that they mostly are.
+            input_ids: prompt, gist and what follows, all of which counts as continuation.
+            is_chunked: whether the prompt may be in chunks, each with its gist. Otherwise gist tokens that are apart
+                are refused, because they are usually a mistake.
 
         Raises:
-            GistTokenError: there is no gist token, they do not stand together, or those of chunks differ in number.
+            GistTokenError: there is no gist token, gist tokens are apart, or chunks have different numbers of them.
         """
         ids = [int(token) for token in input_ids]
         places = [place for place, token in enumerate(ids) if token == self.gist_token_id]
         if not places:
             raise GistTokenError(
-                f"input_ids hold no gist token (id {self.gist_token_id}); put num_gist_tokens >= 1 of them between "
+                f"input_ids contain no gist token (id {self.gist_token_id}); put num_gist_tokens >= 1 of them between "
                 "prompt and input, as GistTokenizer.encode does"
             )
         start, end = places[0], places[-1] + 1
         if end - start != len(places) and not is_chunked:
             raise GistTokenError(
-                f"input_ids hold {len(places)} gist tokens apart, between {start} and {end}; the gist tokens of a "
-                "prompt stand together (those of a prompt in chunks: locate(..., is_chunked=True))"
+                f"input_ids contain {len(places)} gist tokens between {start} and {end} with other ids in between; the "
+                "gist tokens of a prompt must be consecutive (for a prompt in chunks: locate(..., is_chunked=True))"
             )
         starts = [place for place in places if place == start or ids[place - 1] != self.gist_token_id]
         ends = [place + 1 for place in places if place + 1 == end or ids[place + 1] != self.gist_token_id]
@@ -445,13 +346,16 @@ class GistTokenizer:
         counts = [last - first for first, last in spans]
         if len(set(counts)) > 1:
             raise GistTokenError(
-                f"input_ids hold gists of {', '.join(map(str, counts))} tokens; a prompt has as many behind each chunk"
+                f"input_ids contain gists of {', '.join(map(str, counts))} tokens; a prompt must have the same number "
+                "after each chunk"
             )
         return GistEncoding(ids, start, end, len(ids), spans)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """``ids`` to text; gist tokens are shown as ``gist_token``, or with ``skip_special_tokens`` left out like the
-        other special tokens.
+        """Decode ``ids`` to text.
+
+        Gist tokens are shown as ``gist_token``; with ``skip_special_tokens`` they are left out like the other special
+        tokens.
         """
         parts: list[list[int]] = [[]]
         for token in ids:
@@ -467,7 +371,7 @@ class GistTokenizer:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the wrapped tokenizer as it is into ``directory``, and ``gist.json`` beside it."""
+        """Write the wrapped tokenizer, unchanged, and ``gist.json`` into ``directory``."""
         self.tokenizer.save_pretrained(str(directory))
         state = {
             "format": _FORMAT,
@@ -484,7 +388,7 @@ class GistTokenizer:
 
         Args:
             name_or_path: a directory, or a repository on the Hugging Face hub.
-            **kwargs: handed to ``AutoTokenizer.from_pretrained``.
+            **kwargs: arguments for ``AutoTokenizer.from_pretrained``.
 
         Returns:
             The tokenizer, with the template and the gist token that it was saved with.
@@ -496,7 +400,7 @@ class GistTokenizer:
         found = find_file(name_or_path, _FILE, **source)
         if found is None:
             raise GistError(
-                f"{name_or_path} has no {_FILE}, so it is no saved GistTokenizer; wrap the tokenizer instead: "
+                f"{name_or_path} has no {_FILE}, so it is not a saved GistTokenizer; wrap the tokenizer instead: "
                 "GistTokenizer(AutoTokenizer.from_pretrained(...))"
             )
         try:
@@ -506,7 +410,7 @@ class GistTokenizer:
                 template = Template(**state["template"])
                 settings = {key: state[key] for key in ("is_encoder_decoder", "gist_token", "gist_token_id")}
         except _DAMAGE as error:
-            raise GistError(f"{found} is damaged ({_reason(error)}); get the checkpoint again") from error
+            raise GistError(f"{found} is damaged ({_reason(error)}); download the checkpoint again") from error
         if made_as != _FORMAT:
             raise GistError(
                 f"{found} has format {made_as}, this version reads {_FORMAT}; upgrade gisting: pip install "
@@ -516,11 +420,11 @@ class GistTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hex digits of a SHA-256 over vocabulary, tokenization rules, gist token and template."""
+        """Twelve hexadecimal digits of a SHA-256 of vocabulary, tokenization rules, gist token and template."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             rules = json.loads(backend.to_str())
-            # Both are set by whoever called the tokenizer last and do not change what a text means.
+            # The last call of the tokenizer sets both; they do not change what a text means.
             rules.pop("padding", None)
             rules.pop("truncation", None)
         else:
@@ -538,9 +442,7 @@ class GistTokenizer:
 
     @cached_property
     def _joint(self) -> PreTrainedTokenizerBase:
-        """A private copy that knows the gist as an added token, so that each part is split as it would be in the
-        whole text.
-        """
+        """A private copy in which the gist is an added token, so that each part is split as in the whole text."""
         from tokenizers import AddedToken
 
         joint = copy.deepcopy(self.tokenizer)
@@ -555,7 +457,7 @@ class GistTokenizer:
         ids: Any = self._joint(self._sentinel)["input_ids"]
         return tuple(ids[: ids.index(self._joint.convert_tokens_to_ids(self._sentinel))])
 
-    def _behind_gist(self, texts: list[str]) -> list[list[int]]:
+    def _after_gist(self, texts: list[str]) -> list[list[int]]:
         return [ids[1:] for ids in self.encode_texts([self._sentinel + text for text in texts])]
 
     def _complete(
@@ -563,42 +465,29 @@ class GistTokenizer:
     ) -> list[list[int]]:
         _check_texts("outputs", outputs)
         if len(outputs) != len(inputs):
-            raise GistError(f"outputs must be as many as inputs, {len(inputs)}, got {len(outputs)}")
+            raise GistError(f"there must be as many outputs as inputs, {len(inputs)}, got {len(outputs)}")
         texts = [self.template.completion_text(text) for text in outputs]
         if self.is_encoder_decoder:
             return [[*ids, self.eos_token_id] for ids in self.encode_texts(texts)]
-        whole = self._behind_gist(
+        whole = self._after_gist(
             [self.template.continuation_text(input) + text for input, text in zip(inputs, texts, strict=True)]
         )
         completions = []
         for ids, before, text in zip(whole, continuations, texts, strict=True):
             in_place = ids[: len(before)] == before
-            completions.append([*(ids[len(before) :] if in_place else self._behind_gist([text])[0]), self.eos_token_id])
+            completions.append([*(ids[len(before) :] if in_place else self._after_gist([text])[0]), self.eos_token_id])
         return completions
-
-    def _resolve(self, template: str | Template | None) -> Template:
-        if template is None:
-            template = "alpaca-t5" if self.is_encoder_decoder else "alpaca"
-        if isinstance(template, Template):
-            return template
-        if template == "chat":
-            return _chat_template(self.tokenizer)
-        if template not in TEMPLATES:
-            raise GistError(
-                f"template must be one of {', '.join([*TEMPLATES, 'chat'])} or a Template, got {template!r}"
-            )
-        return TEMPLATES[template]
 
 
 def read_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """A stock tokenizer by name.
+    """Load a stock tokenizer.
 
     Args:
         name_or_path: a directory, or a repository on the Hugging Face hub.
-        **kwargs: handed to ``AutoTokenizer.from_pretrained``.
+        **kwargs: arguments for ``AutoTokenizer.from_pretrained``.
 
     Returns:
-        The tokenizer, without gist token.
+        The tokenizer, without a gist token.
 
     Raises:
         GistError: its files are missing or damaged.
@@ -609,68 +498,13 @@ def read_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokeniz
         return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except _DAMAGE as error:
         raise GistError(
-            f"{name_or_path} has no tokenizer that can be read ({_reason(error)}); get its tokenizer files again"
+            f"{name_or_path} has no readable tokenizer ({_reason(error)}); download its tokenizer files again"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error's type and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def cut_into_chunks(ids: Sequence[int], chunk_length: int | None) -> list[list[int]]:
-    """A long prompt in the fewest chunks of nearly equal length: sizes differ by at most 1, longer ones first.
-
-    Args:
-        ids: L ids, in order.
-        chunk_length: ids of a chunk at most, at least 1; None for one chunk whatever its length.
-
-    Returns:
-        ``ceil(L / chunk_length)`` chunks, at least one.
-    """
-    number = num_chunks(len(ids), chunk_length)
-    size, num_longer = divmod(len(ids), number)
-    ends = [size * count + min(count, num_longer) for count in range(number + 1)]
-    return [list(ids[start:end]) for start, end in itertools.pairwise(ends)]
-
-
-def num_chunks(length: int, chunk_length: int | None) -> int:
-    """How many chunks :func:`cut_into_chunks` makes of ``length`` ids."""
-    return 1 if chunk_length is None else max(1, -(-length // chunk_length))
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The tokenizer's chat template as fixed text around prompt and input: prompt as system message, or before the
-    input.
-    """
-    if not tokenizer.chat_template:
-        raise GistError(
-            f"template='chat' needs a tokenizer with a chat template, {type(tokenizer).__name__} has none; use one "
-            f"of {', '.join(TEMPLATES)} or a Template"
-        )
-    from jinja2 import TemplateError
-
-    prompt, input = "\ue0f0prompt\ue0f1", "\ue0f2input\ue0f3"
-    messages = [{"role": "system", "content": prompt}, {"role": "user", "content": input}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        # Gemma and others refuse a system message.
-        messages = [{"role": "user", "content": f"{prompt}\n\n{input}"}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, found, behind = str(text).partition(prompt)
-    if not found or behind.count(input) != 1 or prompt in behind:
-        raise GistError(
-            "the tokenizer's chat template does not write prompt and input once each, in this order; use a Template"
-        )
-    return Template(
-        name="chat",
-        prompt=before + "{prompt}",
-        continuation=behind.replace(input, "{input}"),
-        continuation_without_input=behind.replace(input, ""),
-        completion="{output}",
-        add_special_tokens=False,
-    )
 
 
 def _check_texts(name: str, texts: Sequence[str]) -> None:
@@ -694,8 +528,9 @@ def _check_counts(num_gist_tokens: int | Sequence[int], rows: int) -> list[int]:
 
 
 def _forget(tokenizer: Any, token: str) -> None:
-    """Take an added token out of a fast tokenizer, so that its literal is text. A slow one has no way: its texts are
-    refused.
+    """Remove an added token from a fast tokenizer, so that its literal is text.
+
+    A slow one cannot do this, so such texts are refused.
     """
     from tokenizers import Tokenizer
 

@@ -1,0 +1,12 @@
+"""Text to ids: the gist token, the prompt template, and where the gist spans are.
+
+Place in the flow: **text -> tokens** -> visibility -> attention -> cache -> generation -> text. Does not depend on
+masks, models or tensors.
+"""
+
+from gisting.tokens.encoding import GistEncoding, cut_into_chunks
+from gisting.tokens.encoding import num_chunks as num_chunks
+from gisting.tokens.template import TEMPLATES, Template
+from gisting.tokens.tokenizer import GistTokenizer, read_tokenizer
+
+__all__ = ["TEMPLATES", "GistEncoding", "GistTokenizer", "Template", "cut_into_chunks", "read_tokenizer"]

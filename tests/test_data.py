@@ -399,7 +399,7 @@ def test_a_part_without_text_is_refused(tokenizer: GistTokenizer, instruction: s
 
 def test_a_chained_row_without_a_continuation_is_refused(tokenizer: GistTokenizer) -> None:
     """The completion would start at the last part's gist, which sees no other part."""
-    with pytest.raises(RecordError, match=r"record 1 of the batch has several parts and nothing behind their gists"):
+    with pytest.raises(RecordError, match=r"record 1 of the batch has several parts and no text after their gists"):
         GistCollator(tokenizer, part_separator="|")([PARTED[1], Record("w1|w2", "", "w3")])
 
 
@@ -608,7 +608,7 @@ def test_columns_of_the_prompt_see_no_other(
 
 
 def test_an_encoder_has_no_columns_of_the_prompt_alone(t5_tokenizer: GistTokenizer) -> None:
-    with pytest.raises(GistError, match="with_prompt_columns is for decoders: in an encoder a prompt sees its gist"):
+    with pytest.raises(GistError, match="with_prompt_columns is for decoders: in an encoder, a prompt sees its gist"):
         GistCollator(t5_tokenizer, with_prompt_columns=True)
 
 

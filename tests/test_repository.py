@@ -56,7 +56,7 @@ LEVELS = {
     "train": 6,
     "serving": 6,
     "internalize": 7,
-    "bench": 1,
+    "bench": 2,
     "measure": 8,
     "demo": 9,
     "doctor": 9,

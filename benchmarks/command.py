@@ -89,7 +89,7 @@ def names(option: str, text: str | None, known: Sequence[str]) -> list[str]:
 
 
 def where(row: Mapping[str, Any], *columns: str) -> str:
-    """Say for a caption on what a row was measured, such as ``2 CPU cores, x86_64, 2 threads, torch 2.13``.
+    """Describe for a caption on what a row was measured, such as ``2 CPU cores, x86_64, 2 threads, torch 2.13``.
 
     Args:
         row: a measured row.

@@ -42,7 +42,7 @@ ANSWERS_AT_ONCE = 128
 
 
 def task_model(tokenizer: GistTokenizer, max_position_embeddings: int = 256, **sizes: int) -> PreTrainedModel:
-    """Make the small LLaMA that learns a built-in task from scratch: patched, with fresh weights.
+    """Return the small LLaMA that learns a built-in task from scratch: patched, with fresh weights.
 
     Args:
         tokenizer: of the task.

@@ -49,12 +49,9 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 
 
 def on_each_device(tensor: Tensor) -> Callable[[torch.device], Tensor]:
-    """Return a function that gives ``tensor`` on a device, and copies it there only on the first call.
+    """Return a function that copies ``tensor``, of any shape and dtype, to a device on its first call for that device.
 
     For tensors that every layer of a model needs. The layers may be on several devices, and the host waits for each
     copy.
-
-    Args:
-        tensor: any shape and dtype.
     """
     return functools.cache(tensor.to)

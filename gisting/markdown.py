@@ -39,7 +39,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> 
 
 
 def interval_cell(found: Mapping[str, float] | None, sign: str = "", scale: float = 100) -> str:
-    """Write a value with its interval, such as ``98.0 [97.0, 99.0]``; ``-`` where there is none.
+    """Return a value with its interval as text, such as ``98.0 [97.0, 99.0]``; ``-`` where there is none.
 
     Args:
         found: ``value``, ``low`` and ``high``, or None.
@@ -53,7 +53,7 @@ def interval_cell(found: Mapping[str, float] | None, sign: str = "", scale: floa
 
 
 def spread_cell(row: Mapping[str, Any], name: str, digits: int, scale: float = 1) -> str:
-    """Write a median with its quartiles, such as ``3.2 (3.1–3.3)``, from three columns of a row.
+    """Return a median with its quartiles as text, such as ``3.2 (3.1–3.3)``, from three columns of a row.
 
     Args:
         row: holds ``name``, ``name_low`` and ``name_high``.

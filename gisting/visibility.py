@@ -12,11 +12,12 @@ bits. As an example, take a prompt ``a b``, its gist token ``G`` and a completio
        G 1 1 1 .
        c . . 1 1
 
-Row ``G`` (row 2) is the last that sees the prompt: the keys ``a`` and ``b`` end at row 3. Row ``c`` knows of the prompt
-only what ``G`` has gathered. The key ``G`` has no end, so every later row sees it.
+Row ``G`` (row 2) is the last that sees the prompt: the keys ``a`` and ``b`` end at row 3. The key ``G`` has no end, so
+every later row sees it, and learns about the prompt only through it. After training, the keys and values of ``G`` can
+therefore be cached and used in place of the prompt.
 
-A *condition* (gist, positive control, negative control) is a function that returns such intervals. Whatever receives
-them does not need to know which condition made them. The functions here turn tensors into tensors, on any device and
+A *condition* (gist, positive control, negative control) is a function that returns such intervals. The code that uses
+them does not depend on which condition made them. The functions here turn tensors into tensors, on any device and
 without a loop over rows, and are independent of text, models and the implementation of attention.
 """
 
@@ -50,8 +51,8 @@ __all__ = [
     "positive",
 ]
 
-# The end of a key that rows appended after the sequence may see. The number of rows K could not say this: if a sequence
-# stops with its gist token, then its prompt ends at row K, yet rows appended later must see the gist token alone.
+# The end of a key that rows appended after the sequence will see. The number of rows K would be ambiguous: if a
+# sequence stops with its gist token, the keys of its prompt also end at row K, yet appended rows must not see them.
 FOREVER = 1 << 30
 
 
@@ -172,10 +173,10 @@ class Visibility:
 
     @staticmethod
     def from_attention_mask(attention_mask: Tensor) -> Visibility:
-        """Read the intervals back from what :meth:`as_attention_mask` made.
+        """Read the intervals back from ``attention_mask``, int32 ``(B, 1, 2, K)``, made by :meth:`as_attention_mask`.
 
         Raises:
-            GistError: ``attention_mask`` is not int32 of shape ``(B, 1, 2, K)``.
+            GistError: the mask has another shape or dtype.
         """
         if not is_interval_mask(attention_mask):
             raise GistError(
@@ -315,7 +316,7 @@ def positive(
 ) -> Visibility:
     """The positive control (Gisting, section 4): ordinary causal attention over prompt, gist tokens and the rest.
 
-    Arguments are those of :func:`gist`.
+    Arguments as for :func:`gist`.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_nothing)
 
@@ -329,7 +330,7 @@ def negative(
 ) -> Visibility:
     """The negative control (Gisting, section 4): rows after the last gist token see neither the prompt nor its gist.
 
-    Arguments are those of :func:`gist`.
+    Arguments as for :func:`gist`.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_to_last_span)
 
@@ -386,7 +387,7 @@ def chained(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | N
 def chained_positive(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
     """The positive control for a prompt in parts: ordinary causal attention over all parts, with copies as padding.
 
-    Arguments are those of :func:`chained`.
+    Arguments as for :func:`chained`.
     """
     return positive(*_without_copies(is_gist, is_copy, parts, padding))
 
@@ -394,7 +395,7 @@ def chained_positive(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: T
 def chained_negative(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:
     """The negative control for a prompt in parts: the rest sees no part and no gist token.
 
-    Arguments are those of :func:`chained`.
+    Arguments as for :func:`chained`.
     """
     return negative(*_without_copies(is_gist, is_copy, parts, padding))
 
@@ -420,14 +421,14 @@ def encoder_gist(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
 
 
 def encoder_positive(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
-    """The positive control of an encoder: bidirectional attention. Arguments are those of :func:`encoder_gist`."""
+    """The positive control of an encoder: bidirectional attention. Arguments as for :func:`encoder_gist`."""
     return _encoder(is_gist, padding, hide_prompt=False, hide_gist=False)
 
 
 def encoder_negative(is_gist: Tensor, padding: Tensor | None = None) -> Visibility:
     """The negative control of an encoder: the rest does not see the gist tokens either.
 
-    Arguments are those of :func:`encoder_gist`.
+    Arguments as for :func:`encoder_gist`.
     """
     return _encoder(is_gist, padding, hide_prompt=True, hide_gist=True)
 
@@ -542,6 +543,8 @@ def _decoder(
     branch_run = label * (branch.amax() + 1) + branch
     document_end = _run_end(label)
 
+    # Intervals. In causal attention, the first row that sees a key is its own, so ``first`` is the index. A key ends
+    # where its condition hides it, where its document ends, or where its branch ends, whichever comes first.
     hidden_from = hide(is_gist, label, document_end)
     end = hidden_from if documents is None else torch.minimum(hidden_from, document_end)
     end = torch.where(in_branch, torch.minimum(end, _run_end(branch_run)), end)

@@ -1,5 +1,6 @@
-"""Assertions on a device: that their messages fit where CUDA puts them, which no CPU would tell, and that nothing gets
-past the one place that asks.
+"""Test assertions on a device: their messages fit into CUDA's buffer, and all of them go through one function.
+
+A CPU does not check the length of a message.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SOURCES = sorted([*ROOT.glob("gisting/**/*.py"), *ROOT.glob("kernels/gisting_ker
 
 
 def message_faults(source: str, module: object) -> Iterator[str]:
-    """What is wrong with the assertions on a device in ``source``: the text of ``module``."""
+    """Find faults of the assertions on a device in ``source``, the text of ``module``."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute | ast.Name) and "_assert_async" in (
             node.attr if isinstance(node, ast.Attribute) else node.id
@@ -75,15 +76,16 @@ def test_a_planted_fault_is_found(source: str, fault: str) -> None:
 
 
 def test_the_limit_is_that_of_cuda() -> None:
+    """Messages of 254 bytes pass, longer ones do not."""
     assert_on_device(torch.tensor(True), "x" * MAX_MESSAGE_BYTES)
     for message in ("x" * 255, "é" * 128):
         with pytest.raises(GistError, match=r"^message must be at most 254 bytes, .* got 25[56]; shorten it"):
             assert_on_device(torch.tensor(True), message)
 
 
-def test_what_does_not_hold_fails() -> None:
-    with pytest.raises(RuntimeError, match="never to be"):
-        assert_on_device(torch.tensor(False), "never to be")
+def test_a_false_condition_fails() -> None:
+    with pytest.raises(RuntimeError, match="must never happen"):
+        assert_on_device(torch.tensor(False), "must never happen")
 
 
 def test_compiles() -> None:
@@ -98,12 +100,12 @@ def test_compiles() -> None:
 
 
 def step(model: torch.nn.Module, token: int) -> None:
-    """A decoding step of the guard on a device that is not the CPU and holds no numbers."""
+    """Run the guard of a decoding step on the meta device, which is not the CPU and holds no numbers."""
     ids = torch.full((2, 1), token, device="meta")
     patch_module._guard(model.base_model, (), {"input_ids": ids}, gist_token_id=len(tiny.VOCABULARY))  # type: ignore[arg-type]
 
 
-def test_the_guard_says_in_a_step_what_a_device_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_of_the_guard_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny.patched("llama")
     step(model, 5)
     monkeypatch.setattr(patch_module, "_UNMASKED", "x" * 255)

@@ -1,4 +1,4 @@
-"""docs/device_lines.md lists every line that runs on an accelerator only, and its tests exist."""
+"""Check that docs/device_lines.md lists every line that runs only on an accelerator, and that its tests exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "device_lines.md"
-#: What tells such a line. Asked of the code, without docstrings and comments.
+#: Matches such a line, in code without docstrings and comments.
 PATTERN = re.compile(
     r"""\.type\ [!=]=\ " | \.is_cuda\b | \bis_compiling\(\) | _assert_async | assert_on_device\( | pin_memory
     | \bautocast\( | is_autocast | get_autocast | is_inference\b | is_inference_mode | [^_]inference_mode\(
@@ -38,7 +38,7 @@ def rows_of(page: str) -> list[Row]:
 
 
 def device_lines(source: str) -> list[str]:
-    """The lines of ``source`` that run on an accelerator only."""
+    """Find the lines of ``source`` that run only on an accelerator."""
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -78,7 +78,7 @@ def test_every_line_is_listed() -> None:
 
 
 def test_tests_on_a_card_are_run_there() -> None:
-    """By ``make test-card``."""
+    """``make test-card`` includes them."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     run = re.search(r"^CARD_TESTS := ((?:.*\\\n)*.*)", makefile, re.MULTILINE)
     assert run
@@ -100,7 +100,7 @@ def test_planted_faults_are_found() -> None:
     assert missing.endswith("there is no tests/test_device.py::test_none")
 
 
-def test_what_is_such_a_line() -> None:
+def test_device_lines() -> None:
     source = '''
 """A module about q.is_cuda."""
 # q.is_cuda in a comment

@@ -1,9 +1,8 @@
 """The host does not wait for the device in a training step, nor in a decoding step.
 
-Checked without a card on torch's "meta" device: for the library it is one that is not the CPU, and it holds no numbers,
-so that whatever asks for one fails: ``item``, ``bool`` of a tensor, ``nonzero`` and with it every index that is a bool
-mask. Copies from the CPU, which wait as well, are counted. The same steps on a card, under torch's own watch, are in
-``tests/card``.
+This is tested without a card, on torch's "meta" device. To the library it is a device other than the CPU, and it holds
+no numbers, so reading one fails: ``item``, ``bool`` of a tensor, ``nonzero``, and indexing with a bool mask. Copies
+from the CPU also wait, and are counted. ``tests/card`` has the same steps on a card, with torch's sync debug mode.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from gisting.train.methods import METHODS, prepare
 from gisting.train.objective import Objective, ObjectiveTrainer
 from gisting_kernels import op
 from tests import tiny
+from tests.slow import slow
 from tests.test_train import arguments
 
 RECORDS = [
@@ -41,12 +41,12 @@ RECORDS = [
     Record("w1 w2 w3", "w8", "w9"),
     Record("w5 w6 w7 w8", "", "w1 w2"),
 ]
-# peft 0.21 asks a model for a property by the name that transformers 5.23 deprecates.
+# peft 0.21 reads a model's property by a name that transformers 5.23 deprecates.
 peft_alone = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 class Watch(TorchDispatchMode):
-    """Counts what makes the host wait: numbers that are read, and tensors that are copied between devices."""
+    """Count what makes the host wait: numbers that are read, and tensors that are copied between devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Watch(TorchDispatchMode):
 
 
 class Made(TorchFunctionMode):
-    """Counts tensors that are made of Python's numbers on a device: on the CPU, and copied."""
+    """Count tensors on a device that are made from Python numbers, on the CPU, and then copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,16 +80,16 @@ class Made(TorchFunctionMode):
 
 @contextmanager
 def waiting_for_nothing() -> Iterator[None]:
-    """A block in which a tensor on "meta" is neither read, nor made of numbers or by copying one of the CPU."""
+    """Assert that the block reads no tensor on "meta", and makes none from numbers or from a tensor on the CPU."""
     with Watch() as watch, Made() as made:
         yield
     assert watch.copies == []
     assert made.count == 0
 
 
-@pytest.fixture(params=["sdpa", "kernels"])
+@pytest.fixture(params=[slow("sdpa"), "kernels"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With "kernels", attention goes all the way to the operators of ``gisting_kernels``, which give shapes alone."""
+    """With "kernels", attention reaches the fake operators of ``gisting_kernels``, which return only shapes."""
     if request.param == "kernels":
         monkeypatch.setattr(api, "choose_implementation", lambda *args, **kwargs: ("triton", "a test asks for it"))
         monkeypatch.setattr(gisting_kernels, "why_not", lambda *args, **kwargs: None)
@@ -98,8 +98,9 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def train_step(model: Any, batch: dict[str, Tensor]) -> None:
-    """A step as stock Trainer makes it, which sets ``use_cache`` to False (the cache of a sliding layer is begun with a
-    copy from the CPU).
+    """Train one step like stock Trainer, which sets ``use_cache`` to False.
+
+    With a cache, a sliding layer would copy from the CPU.
     """
     stepper = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
     given = {name: tensor.to("meta") for name, tensor in batch.items()}
@@ -109,7 +110,9 @@ def train_step(model: Any, batch: dict[str, Tensor]) -> None:
         stepper.step()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma2", "gpt_neox", "cohere2", "t5", "umt5"])
+@pytest.mark.parametrize(
+    "name", ["llama", slow("qwen2-window"), "gemma2", slow("gpt_neox"), slow("cohere2"), "t5", slow("umt5")]
+)
 def test_a_training_step(name: str, implementation: str) -> None:
     model, tokenizer = tiny.patched(name)
     batch = GistCollator(tokenizer, 2)(RECORDS)
@@ -131,7 +134,7 @@ def test_a_training_step_of_packed_rows_by_every_method(method: str, implementat
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trainers_step(method: str, objective: Objective, implementation: str, tmp_path: Path) -> None:
-    """Logits at the targets, prompts apart, and rows so long that the kernels would measure segments."""
+    """Compute logits at the targets, with prompts in separate rows, and rows long enough to measure their segments."""
     model, tokenizer = tiny.patched("llama", max_position_embeddings=1024)
     prepare(model, method, 2)
     model.train()
@@ -151,7 +154,7 @@ def test_the_trainers_step(method: str, objective: Objective, implementation: st
 
 
 def test_a_trainers_step_on_a_plain_batch_reads_its_labels(tmp_path: Path) -> None:
-    """What StepBatches is for."""
+    """This is why StepBatches exists."""
     model, tokenizer = tiny.patched("llama")
     trainer = ObjectiveTrainer(model=model, args=arguments(tmp_path))
     batch = {name: tensor.to("meta") for name, tensor in GistCollator(tokenizer, 2)(RECORDS).items()}
@@ -161,7 +164,7 @@ def test_a_trainers_step_on_a_plain_batch_reads_its_labels(tmp_path: Path) -> No
 
 
 def decode_step(model: Any, past: Any, token: int = 5) -> int:
-    """The forward pass of one new token after five that are cached; how much is copied to the device for it."""
+    """Run the forward pass of one token after five cached ones, and count the copies to the device."""
     for layer in range(model.config.num_hidden_layers):
         past.update(*(torch.zeros(2, 2, 5, 8, device="meta") for _ in "kv"), layer)
     ids, position_ids = torch.full((2, 1), token, device="meta"), torch.full((2, 1), 5, device="meta")
@@ -173,7 +176,7 @@ def decode_step(model: Any, past: Any, token: int = 5) -> int:
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma2"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_decoding_step(name: str, cache: str) -> None:
-    """It reads nothing, and copies no more than a stock model: some versions of transformers make numbers there."""
+    """It reads nothing, and copies no more than a stock model, which copies some numbers in some versions."""
     model, _ = tiny.patched(name)
     counts = []
     for which in (tiny.stock_twin(name, model), model):
@@ -184,7 +187,7 @@ def test_a_decoding_step(name: str, cache: str) -> None:
 
 
 def test_a_gist_token_in_a_decoding_step_is_asserted_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asserted is what is refused on the CPU."""
+    """The device asserts what is refused on the CPU."""
     asserted: list[tuple[Tensor, str]] = []
     monkeypatch.setattr(patch_module, "assert_on_device", lambda *given: asserted.append(given))
     model, _ = tiny.patched("llama")
@@ -195,7 +198,7 @@ def test_a_gist_token_in_a_decoding_step_is_asserted_on_the_device(monkeypatch: 
 
 
 def test_positions_are_not_read_where_the_keys_fit() -> None:
-    """Frequencies that depend on the length: the guard does not wait where no batch of this size can be too long."""
+    """With frequencies that depend on the length, the guard does not wait if no batch of this size can be too long."""
     model, _ = tiny.patched("llama-dynamic")
     limit = model.config.max_position_embeddings
 
@@ -228,7 +231,7 @@ def test_positions_are_checked_under_compile() -> None:
     "change", [lambda cache: cache.select([1, 0, 1]), lambda cache: cache.blanked()], ids=["select", "blanked"]
 )
 def test_a_change_of_a_cache_copies_its_numbers_once(change: Callable[[GistCache], GistCache]) -> None:
-    """Not once for every layer: each copy from the CPU is a wait."""
+    """It does not copy them for every layer; the host waits for each copy from the CPU."""
     states = tuple(torch.zeros(2, 2, 3, 4, device="meta") for _ in range(5))
     cache = GistCache(states, states, torch.tensor([3, 1]), CacheOrigin("m", "t", "plain", "gist"))
     with Watch() as watch:
@@ -238,19 +241,19 @@ def test_a_change_of_a_cache_copies_its_numbers_once(change: Callable[[GistCache
 
 
 def test_compressing_copies_no_number_for_each_layer() -> None:
-    """Ids, mask, positions, and where the gist's columns are."""
+    """It copies ids, mask, positions and the columns of the gist."""
     model, tokenizer = tiny.patched("llama")
     encodings = tokenizer.encode_prompts(["w1 w2 w3", "w4"], 2)
     rotary = decoder.rotary_of(model)
     model.to("meta")
     with Watch() as watch, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "rotary_of", lambda model: rotary)  # reads the frequencies, once a cache
+        patch.setattr(decoder, "rotary_of", lambda model: rotary)  # reads the frequencies, once per cache
         decoder.prefix_states(model, tokenizer, encodings, CacheOrigin("m", "t", "plain", "gist"))
     assert len(watch.copies) == 4
 
 
 def test_ordinary_text_is_read_once(implementation: str) -> None:
-    """The guard looks for gist tokens in a text without an interval mask, once a forward pass of several tokens."""
+    """Without an interval mask, the guard looks for gist tokens once per forward pass of several tokens."""
     model, _ = tiny.patched("llama")
     ids, reads = torch.full((2, 7), 5), []
     for which in (model, tiny.stock_twin("llama", model)):

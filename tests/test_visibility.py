@@ -670,12 +670,12 @@ def test_survivors_are_what_an_appended_token_would_see(batch: tuple[list[list[T
 
 POSITIONS = [
     pytest.param(vis.causal, "_ _ a b c", {}, "0 0 0 1 2", id="causal"),
-    pytest.param(vis.gist, "_ a b G G c d", {}, "0 -2 -1 0 1 2 3", id="the-gist-stands-at-0"),
+    pytest.param(vis.gist, "_ a b G G c d", {}, "0 -2 -1 0 1 2 3", id="the-gist-is-at-0"),
     pytest.param(vis.gist, "a b G _ _", {}, "-2 -1 0 0 0", id="gist-ends-the-sequence"),
     pytest.param(vis.gist, "a G b c G G d", {}, "-1 0 -1 0 1 2 3", id="a-second-span-goes-on-from-the-first"),
     pytest.param(vis.gist, "a b G G c d e G G f", {}, "-2 -1 0 1 -1 0 1 2 3 4", id="chunks-of-a-long-prompt"),
     pytest.param(vis.positive, "a b G c", {}, "0 1 2 3", id="positive-hides-nothing"),
-    pytest.param(vis.negative, "a b G c d", {}, "-3 -2 -1 0 1", id="negative-starts-behind-the-gist"),
+    pytest.param(vis.negative, "a b G c d", {}, "-3 -2 -1 0 1", id="negative-starts-after-the-gist"),
     pytest.param(vis.negative, "a b G _ _", {}, "-3 -2 -1 0 0", id="negative-ends-with-its-gist"),
     pytest.param(vis.gist, "a G c b G d", {"documents": "0 0 0 1 1 1"}, "-1 0 1 -1 0 1", id="documents-restart"),
     pytest.param(

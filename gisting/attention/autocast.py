@@ -21,7 +21,7 @@ def as_autocast(tensor: Tensor) -> Tensor:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the dtype of autocast on the device of ``tensor``, or None if autocast is off there."""
+    """Return the dtype of autocast on the device of ``tensor``, of any shape, or None if autocast is off there."""
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None

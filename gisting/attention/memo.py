@@ -28,7 +28,7 @@ _MEMORY: Any = WeakIdKeyDictionary()
 
 
 def remembered(visibility: Visibility, key: Hashable, build: Callable[[], _Result]) -> _Result:
-    """Call :func:`remembered_on` with the two tensors of ``visibility``; the other arguments are passed on."""
+    """Call :func:`remembered_on` with the two tensors of ``visibility``. Other arguments as for that function."""
     return remembered_on((visibility.first, visibility.end), key, build)
 
 

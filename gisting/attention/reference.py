@@ -29,7 +29,7 @@ def reference_attention(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Compute attention densely. Arguments and result are those of :func:`gisting.attention.interval_attention`."""
+    """Compute attention densely. Arguments and result as for :func:`gisting.attention.interval_attention`."""
     # Autocast would compute the products in half precision.
     device_type = q.device.type
     can_autocast = torch.amp.is_autocast_available(device_type)

@@ -31,8 +31,9 @@ def sdpa_attention(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """Compute attention with torch's operator. Arguments and result are those of
-    :func:`gisting.attention.interval_attention`, without softcap.
+    """Compute attention with torch's operator.
+
+    Arguments and result as for :func:`gisting.attention.interval_attention`, without softcap.
 
     On a CPU, attention runs in pieces if they are estimated to take less time: if the mask consists of a few long runs
     of keys and hides a good part of the pairs. It can then be differentiated once. The mask is dense on other devices,
@@ -67,7 +68,7 @@ def _pieces(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: floa
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, bias: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
-    """Compute attention with a dense mask, on any device. Arguments and result are those of :func:`sdpa_attention`."""
+    """Compute attention with a dense mask, on any device. Arguments and result as for :func:`sdpa_attention`."""
     group = q.shape[1] // k.shape[1]
     if group > 1:
         # With a mask, torch's own grouping (enable_gqa) does not use the fused kernels on any device.

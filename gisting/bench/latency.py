@@ -1,4 +1,7 @@
-"""Old place of :mod:`gisting.measure.latency`."""
+"""Old place of :mod:`gisting.measure.latency`.
+
+Place in the flow: an alias for one release.
+"""
 
 from gisting._deprecated import moved_names
 

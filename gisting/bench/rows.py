@@ -1,4 +1,7 @@
-"""Old place of :mod:`gisting.measure.rows`."""
+"""Old place of :mod:`gisting.measure.rows`.
+
+Place in the flow: an alias for one release.
+"""
 
 from gisting._deprecated import moved_names
 

@@ -34,7 +34,7 @@ _COLORS = ("tab:gray", "tab:orange", "tab:brown", "tab:blue")
 
 
 def by_cell(rows: _Rows) -> dict[tuple[int, int], _Runs]:
-    """Group rows by prompt length and batch size, then by the process (``run``) that wrote them.
+    """Return rows grouped by prompt length and batch size, then by the process (``run``) that wrote them.
 
     A group that a process left incomplete, because it was ended, is dropped.
 
@@ -75,12 +75,12 @@ def size_ratio(cell: _Runs) -> float:
 
 
 def gain_cell(gain: float | None) -> str:
-    """Write a gain, such as ``1.53x``; ``-`` where there is none."""
+    """Return a gain as text, such as ``1.53x``; ``-`` where there is none."""
     return "-" if gain is None else f"{gain:,.1f}x" if gain >= 10 else f"{gain:.2f}x"
 
 
 def value_cell(cell: _Runs, mode: str, key: str) -> str:
-    """Write a median with its quartiles, or why the mode was not run."""
+    """Return a median with its quartiles as text, or why the mode was not run."""
     found = _middle(cell, mode, key)
     if found is None:
         reason = cell[0][mode]["not_run"]

@@ -1,4 +1,7 @@
-"""Memory of the device that is measured: what is free, what a run takes at most, and giving back what was freed."""
+"""Memory of the measured device: how much is free, the peak of a run, and giving back what was freed.
+
+Place in the flow: below the measurements. Knows no model.
+"""
 
 from __future__ import annotations
 

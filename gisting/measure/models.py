@@ -1,4 +1,7 @@
-"""A model with random weights, for measurements of time and memory, which do not depend on the values."""
+"""A model with random weights, for measurements of time and memory, which do not depend on the values.
+
+Place in the flow: sizes -> **models** -> a patched decoder. Knows no measurement.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,9 @@ def random_llama(
         tokenizer: by default the built-in task's, whose ids must fit in ``vocabulary``.
         device: of the model.
         dtype: of the weights.
+
+    Returns:
+        The model and its tokenizer.
 
     Raises:
         GistError: a size is out of range.

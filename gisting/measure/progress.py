@@ -1,4 +1,7 @@
-"""The progress bar: on standard error, with the time that is left, and only where that is a terminal."""
+"""The progress bar: on standard error, with the time that is left, and only where that is a terminal.
+
+Place in the flow: below everything that takes long. Knows amounts only.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,12 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[..., None]]:
 
 
 def tracked(items: Iterable[_T], what: str) -> Iterator[_T]:
-    """Yield the items one after another while a bar shows how many are done."""
+    """Yield the items one after another while a bar shows how many are done.
+
+    Args:
+        items: of any kind; one without a length is read into a list first.
+        what: the text before the bar.
+    """
     items = items if isinstance(items, Sized) else list(items)
     with progress_bar(what, len(items)) as advance:
         for item in items:

@@ -80,7 +80,7 @@ def _commit() -> str | None:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file."""
+    """Return the rows of a JSONL file."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -96,7 +96,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Make an empty matplotlib figure, sized in inches, that opens no window.
+    """Return an empty matplotlib figure, sized in inches, that opens no window.
 
     Raises:
         GistError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Fused Triton kernels for interval attention: forward, backward, decoding, grouped heads, an optional relative bias.
+"""Fused Triton kernels for interval attention: forward, backward, decoding, grouped heads, a bias by distance.
 
 Place in the flow: below everything else. Depends only on torch and triton, and is independent of prompts, gists and
 models. Query row ``i`` sees key ``j`` where ``first[j] <= i < end[j]``. ``plan_tiles`` finds the tiles that contain

@@ -138,7 +138,7 @@ class Plan:
         object.__setattr__(self, "_numbers", numbers)
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors, int32, in the order that the custom op takes them.
+        """Return all tensors, int32 in the shapes above, in the order that the custom op takes them.
 
         The list is shared: do not change it.
         """

@@ -134,7 +134,7 @@ def list_tiles_fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return tiles, counts and order, int32, in the shapes of :class:`gisting_kernels.plan.TileLists`.
 
-    Arguments are those of :func:`gisting_kernels.plan.list_tiles`, with contiguous intervals.
+    Arguments as for :func:`gisting_kernels.plan.list_tiles`, with contiguous intervals.
     """
     batch, num_keys = first.shape
     tile_rows, tile_keys = size
@@ -156,7 +156,7 @@ def range_rows_fused(
 ) -> tuple[Tensor, Tensor]:
     """Return bounds and order, int32, in the shapes of :class:`gisting_kernels.plan.RowRanges`.
 
-    Arguments are those of :func:`gisting_kernels.plan.range_rows`, with contiguous intervals.
+    Arguments as for :func:`gisting_kernels.plan.range_rows`, with contiguous intervals.
     """
     batch, num_keys = first.shape
     num_tiles = -(-num_keys // size[1])

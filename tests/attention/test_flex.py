@@ -1,6 +1,7 @@
-"""``impl="flex"``: outputs and what the CPU has of gradients against the oracle, the block mask against a dense one.
+"""Compare ``impl="flex"`` with the oracle, and its block mask with a dense mask.
 
-On the CPU torch's FlexAttention takes the mask pair by pair and never looks at the blocks, so those are checked apart.
+On the CPU, torch's FlexAttention evaluates the mask for each pair and ignores the blocks, so the blocks are tested
+separately. There it has gradients only for the table of a relative bias.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from gisting.errors import GistError
 from gisting.visibility import Visibility
 from gisting_kernels import list_tiles
 from tests.attention.test_interval_attention import inputs, largest_score, masks, tolerance, worst
+from tests.slow import slow
 
 requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def packed(num_keys: int) -> Visibility:
-    """Two sequences of documents of 5, 6, 7, ... tokens with a gist token each, the second behind one long document."""
+    """Make two sequences of documents of 5, 6, 7, ... tokens with one gist token each; the second starts long."""
     lengths = torch.arange(5, num_keys + 5)
     documents = torch.repeat_interleave(torch.arange(num_keys), lengths)[:num_keys]
     documents = torch.stack([documents, torch.where(torch.arange(num_keys) < num_keys // 2, 0, documents + 1)])
@@ -37,7 +39,7 @@ def packed(num_keys: int) -> Visibility:
 
 
 def branched(num_keys: int) -> Visibility:
-    """One prompt with its gist, three completions that share it."""
+    """Make a prompt with its gist, and three completions that share it."""
     index = torch.arange(num_keys)[None]
     prompt = num_keys // 4
     branches = torch.where(index < prompt, 0, 1 + (index - prompt) * 3 // max(num_keys - prompt, 1))
@@ -76,7 +78,7 @@ BUILDERS: dict[str, Callable[[int], Visibility]] = {
 def plain(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
-    """What anyone would write in torch, all in the dtype of q, keys from the last to the first: the yardstick."""
+    """Attend the plain way, all in the dtype of q, with the keys in reverse order: the yardstick."""
     group = q.shape[1] // k.shape[1]
     k, v = k.flip(2).repeat_interleave(group, 1), v.flip(2).repeat_interleave(group, 1)
     seen = visibility.to_dense(q.shape[2])[:, None].flip(-1)
@@ -96,7 +98,7 @@ def assert_as_good_as_plain(
     width: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """The output, and with a relative bias of ``width`` the gradient of its table."""
+    """Compare the output, and with a relative bias of ``width`` the gradient of its table."""
     num_keys = visibility.num_keys
     given = inputs(heads, groups, num_keys if num_rows is None else num_rows, num_keys, dtype, batch=4)
     if visibility.batch_size == 2:
@@ -127,24 +129,24 @@ def assert_as_good_as_plain(
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}"  # NaN fails too
 
 
-@pytest.mark.parametrize("num_keys", [1, 63, 128, 200])
+@pytest.mark.parametrize("num_keys", [slow(1), 63, slow(128), slow(200)])
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 def test_outputs(build: Callable[[int], Visibility], num_keys: int) -> None:
     assert_as_good_as_plain(build(num_keys))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("dtype", [slow(torch.float64), torch.bfloat16, slow(torch.float16)], ids=str)
+@pytest.mark.parametrize(("heads", "groups"), [slow(1, 1), slow(4, 4), (6, 2), slow(4, 1)])
 def test_dtypes_and_heads(heads: int, groups: int, dtype: torch.dtype) -> None:
     assert_as_good_as_plain(masks(63), heads, groups, dtype=dtype)
 
 
-@pytest.mark.parametrize(("num_rows", "num_keys"), [(1, 7), (7, 200), (130, 200)])
+@pytest.mark.parametrize(("num_rows", "num_keys"), [(1, 7), (7, 200), slow(130, 200)])
 def test_prefix_keys(num_rows: int, num_keys: int) -> None:
     assert_as_good_as_plain(masks(num_keys), num_rows=num_rows)
 
 
-@pytest.mark.parametrize(("num_rows", "num_keys"), [(63, 7), (200, 111)])
+@pytest.mark.parametrize(("num_rows", "num_keys"), [(63, 7), slow(200, 111)])
 def test_more_rows_than_keys(num_rows: int, num_keys: int) -> None:
     assert_as_good_as_plain(cross(num_keys), num_rows=num_rows)
 
@@ -155,10 +157,17 @@ def test_softcap() -> None:
 
 @pytest.mark.parametrize(
     ("num_rows", "num_keys", "width", "softcap"),
-    [(63, 63, 9, None), (63, 63, 9, 0.9), (20, 63, 9, None), (63, 20, 9, None), (63, 63, 100, None), (9, 9, 0, None)],
+    [
+        slow(63, 63, 9, None),
+        (63, 63, 9, 0.9),
+        slow(20, 63, 9, None),
+        slow(63, 20, 9, None),
+        slow(63, 63, 100, None),
+        (9, 9, 0, None),
+    ],
 )
 def test_relative_bias_and_its_gradient(num_rows: int, num_keys: int, width: int, softcap: float | None) -> None:
-    """The softcap comes first. T < K, T > K, a table wider than the sequence and one of a single column."""
+    """With softcap (before the bias), with T < K and T > K, a table wider than the sequence, and one column only."""
     visibility = both_ways(num_keys) if num_rows <= num_keys else cross(num_keys)
     assert_as_good_as_plain(visibility, num_rows=num_rows, width=width, softcap=softcap)
 
@@ -175,8 +184,8 @@ def test_no_rows_or_no_keys(num_rows: int, num_keys: int, width: int | None) -> 
         assert torch.equal(torch.autograd.grad(out.sum(), table)[0], torch.zeros_like(table))
 
 
-def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test for the test: intervals that end one row late."""
+def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals that end one row late fail the comparison."""
     right = flex._mask_mod
     monkeypatch.setattr(flex, "_mask_mod", lambda first, end: right(first, end + 1))
     with pytest.raises(AssertionError, match="out: error"):
@@ -187,7 +196,7 @@ def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dense_blocks(counts: Tensor, indices: Tensor, num_columns: int) -> Tensor:
-    """Which blocks a list names: bool ``(B, rows of blocks, columns of blocks)``."""
+    """Mark the blocks in a list: bool ``(B, rows of blocks, columns of blocks)``."""
     named = torch.zeros(counts.shape[0], counts.shape[2], num_columns, dtype=torch.bool)
     for b in range(counts.shape[0]):
         for row in range(counts.shape[2]):
@@ -207,7 +216,7 @@ def test_blocks(build: Callable[[int], Visibility], num_keys: int, num_rows: int
     size = flex.BLOCK
     seen = visibility.to_dense(num_rows)
     seen = torch.nn.functional.pad(seen, (0, -num_keys % size))
-    # Rows beyond the last may be anything, keys beyond the last may not.
+    # A full block may contain rows beyond the last, but no keys beyond the last.
     rows = seen.split(size, dim=1)
     has_any = torch.stack([row.unflatten(2, (-1, size)).any(-1).any(1) for row in rows], 1)
     has_all = torch.stack([row.unflatten(2, (-1, size)).all(-1).all(1) for row in rows], 1)
@@ -217,7 +226,7 @@ def test_blocks(build: Callable[[int], Visibility], num_keys: int, num_rows: int
     assert not (partial & full).any()
     assert not (has_any & ~partial & ~full).any(), "a block that holds something is not named"
     assert not (full & ~has_all).any(), "a block named full is not"
-    # What the backward walks is the same, transposed.
+    # The lists for the backward are the transposed ones.
     assert torch.equal(dense_blocks(mask.q_num_blocks, mask.q_indices, has_any.shape[1]).mT, partial)
     assert torch.equal(dense_blocks(mask.full_q_num_blocks, mask.full_q_indices, has_any.shape[1]).mT, full)
 
@@ -225,9 +234,9 @@ def test_blocks(build: Callable[[int], Visibility], num_keys: int, num_rows: int
 def test_full_blocks_are_found() -> None:
     visibility = vis.causal(torch.ones(1, 512))
     lists = list_tiles(visibility.first, visibility.end, 512, 0, (128, 128))
-    # The kernels leave what they like behind the end of a list.
-    behind = torch.arange(lists.tiles.shape[-1]) >= lists.counts[..., 2:]
-    mask = flex.block_mask(visibility, replace(lists, tiles=lists.tiles.masked_fill(behind, 10**9)), 512)
+    # The planner's kernels may leave anything after the end of a list.
+    is_unused = torch.arange(lists.tiles.shape[-1]) >= lists.counts[..., 2:]
+    mask = flex.block_mask(visibility, replace(lists, tiles=lists.tiles.masked_fill(is_unused, 10**9)), 512)
     assert mask.kv_indices.amax() < 4
     assert mask.full_kv_indices.amax() < 4
     assert mask.kv_num_blocks.flatten().tolist() == [1, 1, 1, 1]
@@ -253,9 +262,9 @@ def test_the_mask_is_made_once_for_a_batch_and_goes_with_it(monkeypatch: pytest.
 # -- compilation and errors --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [None, 9])
+@pytest.mark.parametrize("width", [slow(None), 9])
 def test_compiles_as_a_whole(width: int | None) -> None:
-    """Traced and functionalised, the mask's building with it; no code is made, which takes half a minute on a CPU."""
+    """Attention and the block mask are traced together. No code is generated, which takes half a minute on a CPU."""
     given, visibility = inputs(num_rows=63), masks(63)
     q, k, v = (t.detach() for t in given[:3])
     table = None if width is None else torch.randn(4, 2 * width + 1)
@@ -293,19 +302,19 @@ def test_gradients_on_a_cpu_are_refused(name: str) -> None:
     with pytest.raises(GistError) as caught:
         interval_attention(**given, visibility=visibility, impl="flex")
     assert str(caught.value) == (
-        "impl='flex' has no gradients of q, k and v on the CPU (torch's FlexAttention has none); use impl='auto', or "
-        "torch.no_grad()"
+        "impl='flex' has no gradients of q, k and v on the CPU, because torch's FlexAttention has none; use "
+        "impl='auto', or torch.no_grad()"
     )
     with torch.no_grad():
         assert interval_attention(**given, visibility=visibility, impl="flex").shape == (1, 2, 9, 8)
 
 
 @pytest.mark.parametrize("options", [{"bias": torch.zeros(1, 1, 9, 9)}, {"dropout": 0.1}], ids=["bias", "dropout"])
-def test_what_flex_has_not_is_refused(options: dict[str, Any]) -> None:
+def test_options_that_flex_does_not_support_are_refused(options: dict[str, Any]) -> None:
     q = torch.randn(1, 2, 9, 8)
     with pytest.raises(GistError) as caught:
         interval_attention(q, q, q, vis.causal(torch.ones(1, 9)), impl="flex", **options)
-    assert str(caught.value) == "impl='flex' has no dropout and no dense bias; use impl='auto' or impl='sdpa'"
+    assert str(caught.value) == "impl='flex' supports neither dropout nor a dense bias; use impl='auto' or impl='sdpa'"
 
 
 # -- on a card ---------------------------------------------------------------------------------------------------------
@@ -323,7 +332,7 @@ def test_gradients_on_a_card(dtype: torch.dtype, num_rows: int, num_keys: int, w
 
     def run(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to("cuda", dtype).requires_grad_() for t in given[:3]]
-        # Tables stay in float32 in every implementation.
+        # All implementations keep tables in float32.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         leaf = None if table is None else table.to("cuda", wide).requires_grad_()
         out = attend(*leaves, leaf)
@@ -339,6 +348,6 @@ def test_gradients_on_a_card(dtype: torch.dtype, num_rows: int, num_keys: int, w
     exact, by_plain, have = run(ours("reference"), torch.float64), run(yardstick, dtype), run(ours("flex"), dtype)
     largest = largest_score(given) + (0 if table is None else table.abs().max().item())
     for name, *tensors in zip(("out", "dq", "dk", "dv", "dtable"), have, by_plain, exact, strict=False):
-        # torch's wide tensors keep the dtype of the inputs, in whose eps the floor of the tolerance is.
+        # The floor of the tolerance uses the eps of the inputs' dtype.
         error, bound = worst(tensors[0], tensors[2]), tolerance(tensors[1].to(dtype), tensors[2], largest)
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}"

@@ -1,7 +1,7 @@
-"""Interval attention: the oracle against a definition by hand, everything else against the oracle.
+"""Compare the oracle of interval attention with a definition in plain Python, and everything else with the oracle.
 
-Tolerance, the same everywhere: at most twice the error of torch's plain attention (dense mask, softmax, matmul) in the
-same dtype, both against float64. See ``tolerance`` for the floor below which rounding alone decides.
+The tolerance, in all tests of attention, is at most twice the error of plain attention in torch (dense mask, softmax,
+matmul) in the same dtype, both against float64. See ``tolerance`` for its floor.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from gisting import visibility as vis
 from gisting.attention import IMPLEMENTATIONS, interval_attention
 from gisting.errors import GistError
 from gisting.visibility import Visibility
+from tests.slow import slow
 
-# flex and triton refuse some of what is asked here; they have tests of their own.
+# flex and triton support only some of these calls; they are tested in other files.
 every_torch_implementation = pytest.mark.parametrize("impl", ["auto", "reference", "sdpa"])
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 2), (4, 1)]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [slow(torch.float64), torch.float32, torch.bfloat16, slow(torch.float16)]
 HEAD_IDS = [f"H{heads}-G{groups}" for heads, groups in HEADS]
 
 
@@ -30,7 +31,7 @@ HEAD_IDS = [f"H{heads}-G{groups}" for heads, groups in HEADS]
 
 
 def masks(num_keys: int) -> Visibility:
-    """Four sequences: gist behind left padding, negative before right padding, packed documents, and only padding."""
+    """Make four sequences: gist with left padding, negative with right padding, packed documents, only padding."""
     index = torch.arange(num_keys)
     is_gist = (index >= num_keys // 3) & (index < num_keys // 3 + 2)
     everything = torch.ones(num_keys, dtype=torch.bool)
@@ -46,7 +47,7 @@ def masks(num_keys: int) -> Visibility:
 
 
 class Inputs(NamedTuple):
-    """Leaves that ask for a gradient, and the gradient of the output."""
+    """Leaves that require gradients, and the gradient of the output."""
 
     q: Tensor
     k: Tensor
@@ -55,7 +56,7 @@ class Inputs(NamedTuple):
     upstream: Tensor
 
     def cast(self, dtype: torch.dtype) -> Inputs:
-        """The same numbers in another dtype, as new leaves."""
+        """Convert the numbers to another dtype, as new leaves."""
         leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in self[:4]]
         return Inputs(*leaves, self.upstream.to(dtype))
 
@@ -75,7 +76,7 @@ def inputs(
     bias_shape: tuple[int, int] | None = None,
     size: int = 12,
 ) -> Inputs:
-    """Numbers that ``dtype`` holds exactly, so that every implementation starts from the same ones."""
+    """Draw numbers that ``dtype`` represents exactly, so that all implementations get the same inputs."""
     num_keys = num_rows if num_keys is None else num_keys
     generator = torch.Generator().manual_seed(heads * 1000 + groups * 100 + num_rows)
 
@@ -92,7 +93,7 @@ def inputs(
 
 
 def run(attend: Callable[..., Tensor], given: Inputs) -> dict[str, Tensor]:
-    """The output and the gradient of every input, by name."""
+    """Return the output and the gradient of every input, by name."""
     out = attend(given.q, given.k, given.v, given.bias)
     grads = torch.autograd.grad(out, given.leaves, given.upstream)
     names = [f"d{name}" for name, t in zip("qkv", given[:3], strict=True)] + ["dbias"]
@@ -104,10 +105,10 @@ def ours(visibility: Visibility, impl: str, **options: Any) -> Callable[..., Ten
 
 
 def plain(visibility: Visibility, scale: float | None = None) -> Callable[..., Tensor]:
-    """What anyone would write in torch with a dense mask, all in the dtype of q. The yardstick of the tolerance.
+    """Attend the plain way, with a dense mask, all in the dtype of q: the yardstick of the tolerance.
 
-    It takes the keys from the last to the first: in their own order its float64 result would be the oracle's to the
-    bit, an error of 0 that says nothing.
+    The keys are in reverse order. Otherwise the float64 result would equal the oracle's to the bit, and the yardstick
+    would be 0.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -136,13 +137,13 @@ def largest_score(given: Inputs, scale: float | None = None) -> float:
 
 
 def tolerance(of_plain: Tensor, exact: Tensor, largest: float) -> float:
-    """Twice the error of the plain implementation, and never less than (4 + s) eps of the largest number in the result,
-    where s is the largest score.
+    """Allow twice the error of the plain implementation, and at least (4 + s) eps times the largest exact number.
 
-    Why a floor: with one row or one key the plain implementation can hit the float64 result to the last bit by luck,
-    while an equally good one rounds weights, products, result and the sum over a group once each: 4 eps. And a backward
-    pass that recomputes the weights as exp(score - logsumexp), as torch's fused one does, turns a rounding of the
-    score, s eps, into one of the weight (measured against 80-bit arithmetic in float64: 4 times the plain error).
+    s is the largest score. The floor has two reasons. With one row or one key, the plain implementation can be exact by
+    luck, while an equally good one rounds weights, products, the result and the sum over a group once each: 4 eps. And
+    a backward that recomputes the weights as exp(score - logsumexp), like torch's fused one, turns the rounding error
+    of the score, s eps, into one of the weight (in float64, measured against 80-bit arithmetic: 4 times the plain
+    error).
     """
     return 2 * worst(of_plain, exact) + (4 + largest) * torch.finfo(of_plain.dtype).eps * exact.abs().max().item()
 
@@ -164,7 +165,7 @@ def assert_as_good_as_plain(visibility: Visibility, given: Inputs, impl: str, sc
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}"
 
 
-# -- the oracle against a definition by hand ---------------------------------------------------------------------------
+# -- the oracle against a definition in plain Python -------------------------------------------------------------------
 
 
 def by_hand(
@@ -176,7 +177,7 @@ def by_hand(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(softcap(q k^T scale) + bias) v over the keys with first <= row < end; loops over Python floats."""
+    """Compute softmax(softcap(q k^T scale) + bias) v over the keys with first <= row < end, with loops over floats."""
     (batch, heads, num_rows, size), (groups, num_keys) = q.shape, k.shape[1:3]
     first, end = (t.expand(batch, -1).tolist() for t in (visibility.first, visibility.end))
     factor = size**-0.5 if scale is None else scale
@@ -228,12 +229,11 @@ def test_the_oracle_is_the_definition_by_hand(shape: dict[str, Any], options: di
         visibility = visibility.for_cross_attention()
     have = interval_attention(*given[:3], visibility, bias=given.bias, impl="reference", **options)
     slow = by_hand(*given[:3], visibility, bias=given.bias, **options)
-    # Two float64 sums of at most a dozen terms of size 1 in another order.
+    # Both are float64 sums of at most a dozen terms of size 1, in different orders.
     torch.testing.assert_close(have, slow, rtol=0, atol=100 * torch.finfo(torch.float64).eps)
 
 
-def test_the_definition_by_hand_tells_an_interval_that_is_off_by_one() -> None:
-    """A test for the test."""
+def test_the_definition_by_hand_notices_an_interval_that_is_off_by_one() -> None:
     given, visibility = inputs(2, 1, 9, dtype=torch.float64, size=3), masks(9)
     have = interval_attention(*given[:3], visibility, impl="reference")
     for off in (Visibility(visibility.first, visibility.end + 1), Visibility(visibility.first + 1, visibility.end)):
@@ -243,10 +243,10 @@ def test_the_definition_by_hand_tells_an_interval_that_is_off_by_one() -> None:
 # -- everything else against the oracle --------------------------------------------------------------------------------
 
 
-# "auto" is one of the others to the bit (test_auto_is_...), so that what follows need not repeat it.
+# "auto" equals one of the others to the bit (test_auto_is_...), so most tests leave it out.
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_rows", [1, 7, 63, 111])
+@pytest.mark.parametrize("num_rows", [1, 7, 63, slow(111)])
 @pytest.mark.parametrize(("heads", "groups"), HEADS, ids=HEAD_IDS)
 def test_outputs_and_gradients(impl: str, dtype: torch.dtype, num_rows: int, heads: int, groups: int) -> None:
     assert_as_good_as_plain(masks(num_rows), inputs(heads, groups, num_rows, dtype=dtype), impl)
@@ -273,7 +273,7 @@ def test_prefix_keys(dtype: torch.dtype, bias_shape: tuple[int, int] | None, num
 def test_a_decoder_reads_an_encoder(
     dtype: torch.dtype, bias_shape: tuple[int, int] | None, num_rows: int, num_keys: int
 ) -> None:
-    """Cross-attention, T > K too: every row sees the survivors."""
+    """In cross-attention, also with T > K, every row sees the survivors."""
     visibility = masks(num_keys).for_cross_attention()
     assert_as_good_as_plain(visibility, inputs(4, 2, num_rows, num_keys, dtype, bias_shape=bias_shape), "sdpa")
 
@@ -296,7 +296,7 @@ def test_one_visibility_serves_every_sequence(impl: str) -> None:
 
 @every_torch_implementation
 def test_strided_inputs(impl: str) -> None:
-    """As a model hands them over: heads transposed out of one projection, keys cut out of a longer cache."""
+    """Models pass heads transposed out of a projection, and keys sliced from a longer cache."""
     given, visibility = inputs(4, 2, 7, 9), masks(9)
     q = given.q.detach().transpose(1, 2).contiguous().transpose(1, 2)
     k, v = (torch.cat([t.detach(), torch.full_like(t, 1e4)], 2)[:, :, :9] for t in (given.k, given.v))
@@ -326,7 +326,7 @@ def test_auto_is_sdpa_without_softcap_and_reference_with(
 
 
 def test_softcap_bounds_the_scores() -> None:
-    """With a cap far above every score nothing changes; with one near 0 all keys that are seen weigh the same."""
+    """A cap far above all scores changes nothing; with a cap near 0, all visible keys have equal weights."""
     given, visibility = inputs(2, 1, 9, dtype=torch.float64), masks(9)
     uncapped = interval_attention(*given[:3], visibility, impl="reference")
     loose = interval_attention(*given[:3], visibility, softcap=1e6)
@@ -367,7 +367,7 @@ def test_a_planted_bug_exceeds_the_tolerance(impl: str, fault: str, dtype: torch
         assert worst(tensor, exact[name]) > 2 * tolerance(yardstick[name], exact[name], largest), name
 
 
-# -- rows that see nothing, keys that nobody sees ----------------------------------------------------------------------
+# -- rows that see no key, keys that no row sees -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias_shape", [None, (1, 4), (4, 4)], ids=["no-bias", "bias-for-all", "bias"])
@@ -410,7 +410,7 @@ def test_a_batch_that_sees_nothing_at_all(impl: str, bias_shape: tuple[int, int]
 @every_torch_implementation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_do_not_overflow(impl: str, dtype: torch.dtype) -> None:
-    """Scores near 1e4 and a bias of -1e4, as additive masks have: the softmax is one-hot, not NaN."""
+    """With scores near 1e4 and a bias of -1e4, as in additive masks, the softmax is one-hot, not NaN."""
     given = inputs(2, 1, 63, dtype=dtype, bias_shape=(1, 1))
     large = given._replace(
         q=(given.q.detach() * 100).requires_grad_(),
@@ -432,11 +432,11 @@ def test_dropout_of_0_is_no_dropout(impl: str) -> None:
         assert torch.equal(tensor, without[name]), name
 
 
-@pytest.mark.parametrize("dropout", [0.1, 0.5])
+@pytest.mark.parametrize("dropout", [slow(0.1), 0.5])
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 49).view(1, 1, 7, 7)], ids=["no-bias", "bias"])
 @every_torch_implementation
 def test_dropout_keeps_the_mean_and_the_empty_rows(impl: str, bias: Tensor | None, dropout: float) -> None:
-    """6,000 draws. A mean within six standard errors of what it estimates: one element in 10^9 fails by chance."""
+    """The mean of 6,000 draws is within six standard errors; by chance, one element in 10^9 is not."""
     draws, visibility = 6000, Visibility(*(t[:1] for t in (masks(7).first, masks(7).end)))
     q, k, v = (t[:1].detach() for t in inputs(2, 1, 7)[:3])
     many = [t.expand(draws, -1, -1, -1) for t in (q, k, v)]
@@ -453,7 +453,7 @@ def test_dropout_keeps_the_mean_and_the_empty_rows(impl: str, bias: Tensor | Non
 
 @every_torch_implementation
 def test_dropout_drops_the_stated_share_of_the_weights(impl: str) -> None:
-    """One key, value 1: the output is 1 / (1 - p) where its weight was kept, else 0."""
+    """With one key and value 1, the output is 1 / (1 - p) where the weight was kept, and 0 elsewhere."""
     one = torch.ones(20_000, 1, 1, 1)
     out = interval_attention(one, one, one, vis.causal(torch.ones(1, 1)), dropout=0.25, impl=impl).flatten()
     assert set(out.tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
@@ -496,7 +496,7 @@ def test_gradients_of_the_softcap_are_those_of_the_function() -> None:
 
 @every_torch_implementation
 def test_torch_func(impl: str) -> None:
-    """``torch.func.grad`` and ``vmap`` over the values see the same function as autograd."""
+    """``torch.func.grad``, and ``vmap`` over the values, agree with autograd."""
     given, visibility = inputs(2, 1, 7, dtype=torch.float64), masks(7)
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -510,10 +510,10 @@ def test_torch_func(impl: str) -> None:
     torch.testing.assert_close(both[1], 2 * both[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("bias_shape", [None, (1, 4)], ids=["no-bias", "bias"])
-@every_torch_implementation
+@pytest.mark.parametrize("bias_shape", [slow(None, id="no-bias"), pytest.param((1, 4), id="bias")])
+@pytest.mark.parametrize("impl", [slow("auto"), slow("reference"), "sdpa"])
 def test_compiles_as_one_graph(impl: str, bias_shape: tuple[int, int] | None) -> None:
-    """Forward and backward through AOT autograd, the intervals read from the tensor form, as inside a model."""
+    """Forward and backward run through AOT autograd, with intervals read from the mask tensor, as inside a model."""
     given, visibility = inputs(4, 2, 7, bias_shape=bias_shape), masks(7)
 
     def attend(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -525,15 +525,15 @@ def test_compiles_as_one_graph(impl: str, bias_shape: tuple[int, int] | None) ->
     have = run(lambda *leaves: compiled(mask, *leaves), given)
     expected = run(ours(visibility, impl), given)
     for name, tensor in have.items():
-        # Another order of the same float32 operations.
+        # The same float32 operations in another order.
         assert (
             worst(tensor, expected[name]) <= 8 * torch.finfo(torch.float32).eps * expected[name].abs().max().item()
         ), name
 
 
-@pytest.mark.parametrize("builder", [vis.gist, vis.positive, vis.negative, vis.encoder_gist])
+@pytest.mark.parametrize("builder", [vis.gist, slow(vis.positive), slow(vis.negative), slow(vis.encoder_gist)])
 def test_masks_are_built_inside_the_graph(builder: Callable[..., Visibility]) -> None:
-    """A collator may leave the intervals to the compiled step."""
+    """A compiled training step may make the intervals itself."""
     is_gist = torch.arange(14).view(2, 7) % 7 == 3
     torch.compiler.reset()
     compiled = torch.compile(lambda t: builder(t).as_attention_mask(), fullgraph=True, backend="eager")
@@ -547,9 +547,9 @@ AUTOCAST = [
 ]
 
 
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias_shape", [None, (1, 4)], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, slow(torch.float16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("bias_shape", [slow(None, id="no-bias"), pytest.param((1, 4), id="bias")])
 @pytest.mark.parametrize(("impl", "options"), AUTOCAST)
 def test_under_autocast(
     impl: str,
@@ -558,7 +558,7 @@ def test_under_autocast(
     dtype: torch.dtype,
     autocast: torch.dtype,
 ) -> None:
-    """As a Trainer with bf16=True or fp16=True runs it: no worse than plain attention in the coarser dtype."""
+    """Under a Trainer with bf16=True or fp16=True, it is as good as plain attention in the coarser dtype."""
     given, visibility = inputs(4, 2, 7, dtype=torch.bfloat16, bias_shape=bias_shape), masks(7)
     coarse = torch.bfloat16 if torch.bfloat16 in (dtype, autocast) else autocast
     exact, yardstick = exact_of(visibility, given), run(plain(visibility), given.cast(coarse))
@@ -573,7 +573,7 @@ def test_under_autocast(
 
 
 @every_torch_implementation
-def test_nothing_but_the_dense_mask_depends_on_the_device(impl: str) -> None:
+def test_runs_on_the_meta_device(impl: str) -> None:
     q, kv = torch.empty(2, 4, 7, 8, device="meta"), torch.empty(2, 2, 9, 8, device="meta")
     visibility = vis.gist(torch.zeros(2, 9, dtype=torch.bool, device="meta"))
     assert interval_attention(q, kv, kv, visibility, impl=impl).shape == (2, 4, 7, 8)
@@ -583,7 +583,7 @@ def test_nothing_but_the_dense_mask_depends_on_the_device(impl: str) -> None:
 
 
 def call(**changes: Any) -> Tensor:
-    """A right call with B 2, H 4, G 2, T 5, K 6, D 8, less what is changed."""
+    """Make a valid call with B 2, H 4, G 2, T 5, K 6, D 8, except for the changed arguments."""
     arguments: dict[str, Any] = {
         "q": torch.zeros(2, 4, 5, 8),
         "k": torch.zeros(2, 2, 6, 8),
@@ -596,17 +596,17 @@ def call(**changes: Any) -> Tensor:
 ERRORS = [
     pytest.param(
         {"q": torch.zeros(4, 5, 8)},
-        "q must have four dimensions (batch, heads, rows, head size), got (4, 5, 8)",
+        "q must have 4 dimensions (batch, heads, rows, head size), got (4, 5, 8)",
         id="q-dimensions",
     ),
     pytest.param(
         {"k": torch.zeros(2, 6, 8)},
-        "k must have four dimensions (batch, heads, rows, head size), got (2, 6, 8)",
+        "k must have 4 dimensions (batch, heads, rows, head size), got (2, 6, 8)",
         id="k-dimensions",
     ),
     pytest.param(
         {"v": torch.zeros(1, 2, 2, 6, 8)},
-        "v must have four dimensions (batch, heads, rows, head size), got (1, 2, 2, 6, 8)",
+        "v must have 4 dimensions (batch, heads, rows, head size), got (1, 2, 2, 6, 8)",
         id="v-dimensions",
     ),
     pytest.param(
@@ -655,22 +655,22 @@ ERRORS = [
     ),
     pytest.param(
         {"k": torch.zeros(2, 3, 6, 8), "v": torch.zeros(2, 3, 6, 8)},
-        "the heads of q must be a multiple of those of k, got 4 and 3",
+        "q must have a multiple of k's heads, got 4 and 3 heads",
         id="heads-no-multiple",
     ),
     pytest.param(
         {"k": torch.zeros(2, 0, 6, 8), "v": torch.zeros(2, 0, 6, 8)},
-        "the heads of q must be a multiple of those of k, got 4 and 0",
+        "q must have a multiple of k's heads, got 4 and 0 heads",
         id="no-heads",
     ),
     pytest.param(
         {"visibility": vis.causal(torch.ones(2, 5))},
-        "visibility must be for 2 sequences (or 1) of 6 keys, got 2 of 5",
+        "visibility must be for 2 sequences (or 1) of 6 keys, got 2 sequences of 5 keys",
         id="visibility-keys",
     ),
     pytest.param(
         {"visibility": vis.causal(torch.ones(3, 6))},
-        "visibility must be for 2 sequences (or 1) of 6 keys, got 3 of 6",
+        "visibility must be for 2 sequences (or 1) of 6 keys, got 3 sequences of 6 keys",
         id="visibility-batch-size",
     ),
     pytest.param(
@@ -680,22 +680,22 @@ ERRORS = [
     ),
     pytest.param(
         {"bias": torch.zeros(4, 5, 6)},
-        "bias must have shape (2, 4, 5, 6), 1 allowed for batch and heads, got (4, 5, 6)",
+        "bias must have shape (2, 4, 5, 6), or 1 for the batch or the heads, got (4, 5, 6)",
         id="bias-dimensions",
     ),
     pytest.param(
         {"bias": torch.zeros(1, 1, 6, 6)},
-        "bias must have shape (2, 4, 5, 6), 1 allowed for batch and heads, got (1, 1, 6, 6)",
+        "bias must have shape (2, 4, 5, 6), or 1 for the batch or the heads, got (1, 1, 6, 6)",
         id="bias-rows",
     ),
     pytest.param(
         {"bias": torch.zeros(1, 1, 5, 1)},
-        "bias must have shape (2, 4, 5, 6), 1 allowed for batch and heads, got (1, 1, 5, 1)",
+        "bias must have shape (2, 4, 5, 6), or 1 for the batch or the heads, got (1, 1, 5, 1)",
         id="bias-keys",
     ),
     pytest.param(
         {"bias": torch.zeros(1, 2, 5, 6)},
-        "bias must have shape (2, 4, 5, 6), 1 allowed for batch and heads, got (1, 2, 5, 6)",
+        "bias must have shape (2, 4, 5, 6), or 1 for the batch or the heads, got (1, 2, 5, 6)",
         id="bias-heads",
     ),
     pytest.param(
@@ -714,7 +714,7 @@ ERRORS = [
     ),
     pytest.param(
         {"impl": "sdpa", "softcap": 2.0},
-        "impl='sdpa' has no softcap; use impl='auto' or impl='reference'",
+        "impl='sdpa' supports no softcap; use impl='auto' or impl='reference'",
         id="sdpa-softcap",
     ),
 ]
@@ -727,10 +727,10 @@ def test_errors(changes: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_the_call_that_the_errors_change_is_right() -> None:
+def test_the_unchanged_call_is_valid() -> None:
     assert call().shape == (2, 4, 5, 8)
 
 
-def test_a_misspelt_option_is_no_silent_default() -> None:
+def test_a_misspelt_option_is_refused() -> None:
     with pytest.raises(TypeError, match="droput"):
         call(droput=0.5)

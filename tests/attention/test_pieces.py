@@ -1,7 +1,7 @@
-"""Intervals cut into pieces, and attention by pieces against the oracle in float64.
+"""Cut intervals into pieces, and compare attention by pieces with the oracle in float64.
 
-The tolerance is that of ``test_interval_attention.py``. Drawings: rows see keys, a letter for each piece, capital where
-it is causal, in the order of its keys.
+The tolerance is that of ``test_interval_attention.py``. In drawings of a mask, each piece has a letter, in the order of
+the keys, and a capital letter if it is causal.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from gisting.attention.pieces import Group, Piece, Plan, attend_pieces, is_avail
 from gisting.visibility import FOREVER, Visibility
 from tests.attention import test_interval_attention as oracle
 from tests.attention.test_interval_attention import Inputs, largest_score, plain, run, tolerance, worst
+from tests.slow import slow
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [slow(torch.float64), torch.float32, torch.bfloat16, slow(torch.float16)]
 
 pytestmark = pytest.mark.skipif(
     not is_available(), reason="this torch has no fused attention on the CPU by these names"
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def spans(text: str) -> tuple[Tensor, Tensor]:
-    """``a b G c _``: where gist tokens (G) are, and where no padding (_) is."""
+    """Find the gist tokens (G), and the tokens that are not padding (_), in a text such as ``a b G c _``."""
     tokens = text.split()
     return torch.tensor([[t == "G" for t in tokens]]), torch.tensor([[t != "_" for t in tokens]])
 
@@ -85,9 +86,9 @@ DRAWINGS: list[Any] = [
     pytest.param(vis.encoder_gist(*spans("a b G c d _")), 6, "aab... aab... aab... ..bcc. ..bcc. ..bcc.", id="encoder"),
     pytest.param(vis.encoder_positive(*spans("a b G c")), 4, "aaaa aaaa aaaa aaaa", id="encoder-positive"),
     pytest.param(vis.encoder_negative(*spans("a b G c")), 4, "aaa. aaa. aaa. ...b", id="encoder-negative"),
-    pytest.param(vis.causal(torch.ones(1, 5)), 3, "aaB.. aaBB. aaBBB", id="causal-behind-a-prefix"),
+    pytest.param(vis.causal(torch.ones(1, 5)), 3, "aaB.. aaBB. aaBBB", id="causal-after-a-prefix"),
     pytest.param(vis.gist(*spans("a b G c d")), 3, "aaB.. ..BB. ..BBB", id="rows-from-the-gist-on"),
-    pytest.param(vis.gist(*spans("a b G c d")), 2, "..aB. ..aBB", id="rows-behind-the-gist"),
+    pytest.param(vis.gist(*spans("a b G c d")), 2, "..aB. ..aBB", id="rows-after-the-gist"),
     pytest.param(vis.gist(*spans("a b G c d")), 1, "..aaa", id="one-row"),
     pytest.param(vis.gist(*spans("a b G c")).for_cross_attention(), 5, "..aa ..aa ..aa ..aa ..aa", id="cross"),
     pytest.param(vis.gist(*spans("a b G c")), 6, "A... AA.. AAB. ..BB ..BB ..BB", id="more-rows-than-keys"),
@@ -108,7 +109,7 @@ def test_pieces_by_eye(visibility: Visibility, num_rows: int, drawing: str) -> N
 
 @st.composite
 def batches(draw: Callable[..., Any]) -> tuple[Visibility, int]:
-    """Any intervals, empty and inverted ones and neighbours that form runs among them; T below, at and above K."""
+    """Draw any intervals, including empty and inverted ones and runs of neighbours; T is below, at or above K."""
     batch, num_keys, num_rows = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 12))
     ends = st.one_of(st.integers(-2, 14), st.just(FOREVER))
     first, end = [], []
@@ -148,7 +149,7 @@ def test_pieces_cover_what_is_seen_each_pair_once(batch: tuple[Visibility, int])
 
 
 def assert_stretches(group: Group, num_rows: int) -> None:
-    """The stretches of a piece are its rows, and new in the first piece that has them."""
+    """The stretches of a piece cover its rows, and a row is new in the first piece that has it."""
     had: set[int] = set()
     for piece, stretches in group.steps:
         rows = [(row, s.is_new) for s in stretches for row in range(s.first_row, s.end_row)]
@@ -158,7 +159,7 @@ def assert_stretches(group: Group, num_rows: int) -> None:
 
 
 def gist_of(num_keys: int, num_gist_tokens: int = 4) -> Visibility:
-    """Half the tokens prompt."""
+    """Make a gist mask in which half of the tokens are prompt."""
     index = torch.arange(num_keys)[None]
     return vis.gist((index >= num_keys // 2) & (index < num_keys // 2 + num_gist_tokens))
 
@@ -172,8 +173,8 @@ def test_sequences_with_equal_intervals_are_one_group() -> None:
     together = Visibility(visibility.first[1:3], visibility.end[1:3])
     assert [group.sequences for group in plan_pieces(together, 16).groups] == [slice(None)]
     assert [group.sequences for group in plan_pieces(one, 16).groups] == [slice(None)]
-    beside = Visibility(visibility.first[:3], visibility.end[:3])
-    assert all(isinstance(group.sequences, slice) for group in plan_pieces(beside, 16).groups)
+    neighbours = Visibility(visibility.first[:3], visibility.end[:3])
+    assert all(isinstance(group.sequences, slice) for group in plan_pieces(neighbours, 16).groups)
 
 
 # Whether pieces are cheaper, at 512 multiply-adds for a pair (8 heads of 64).
@@ -181,7 +182,7 @@ CHEAPER: list[Any] = [
     pytest.param(gist_of(512), 512, True, id="gist"),
     pytest.param(vis.causal(torch.ones(1, 2048)), 2048, True, id="causal"),
     pytest.param(vis.causal(torch.ones(1, 2048), documents=torch.arange(2048)[None] // 256), 2048, True, id="packed"),
-    pytest.param(gist_of(2048), 256, True, id="rows-behind-a-hidden-prompt"),
+    pytest.param(gist_of(2048), 256, True, id="rows-after-a-hidden-prompt"),
     pytest.param(vis.causal(torch.zeros(1, 512)), 512, True, id="nothing-is-seen"),
     pytest.param(vis.causal(torch.ones(1, 2048)).windowed(512), 2048, False, id="sliding-window"),
     pytest.param(vis.causal(torch.ones(1, 512), documents=torch.arange(512)[None]), 512, False, id="tiny-documents"),
@@ -208,19 +209,20 @@ def inputs(
     batch: int = 4,
     size: int = 12,
 ) -> Inputs:
-    """As in the test of the oracle, but with values as large as keys: no other do for pieces."""
+    """Draw the inputs of the oracle's tests, but with the head size of keys for values, as pieces require."""
     q, k, v, _, upstream = oracle.inputs(heads, groups, num_rows, num_keys, dtype, batch=batch, size=size)
     return Inputs(q, k, v.detach()[..., :size].clone().requires_grad_(), None, upstream[..., :size].clone())
 
 
 def pieces_of(visibility: Visibility, scale: float = 0.3) -> Callable[..., Tensor]:
-    """Attention by pieces, whatever it costs."""
+    """Attend by pieces, regardless of the cost."""
     return lambda q, k, v, bias=None: attend_pieces(q, k, v, plan_pieces(visibility, q.shape[2]), scale)
 
 
 def added_up(visibility: Visibility, given: Inputs, scale: float) -> dict[str, float]:
-    """What the gradients of q and k are the rest of: ``weight (dout . v - dout . out)`` times a key or query, with the
-    sizes of all terms added up in place of the terms; of each gradient the largest.
+    """Sum the absolute values of the terms whose sums are the gradients of q and k; return the largest for each.
+
+    The terms are ``weight (dout . v - dout . out)`` times a key or a query.
     """
     q, k, v, upstream = (t.detach().double() for t in (given.q, given.k, given.v, given.upstream))
     group = q.shape[1] // k.shape[1]
@@ -234,9 +236,10 @@ def added_up(visibility: Visibility, given: Inputs, scale: float) -> dict[str, f
 
 
 def bounds(visibility: Visibility, given: Inputs, exact: dict[str, Tensor]) -> dict[str, float]:
-    """The tolerance of the oracle's tests, and for q and k two roundings of what their gradients are the rest of: where
-    a row sees two keys, one of its two sums nearly cancels the other, and the plain implementation, which takes the
-    difference in another order, is no measure of what rounding leaves. Those sums are in float32 or better.
+    """Return the tolerance of the oracle's tests, plus two rounding errors of the terms for the gradients of q and k.
+
+    If a row sees two keys, the two sums of its gradient nearly cancel. The plain implementation takes the difference in
+    another order, so its error does not measure that of the pieces. The sums are in float32 or better.
     """
     yardstick, largest = run(plain(visibility, 0.3), given), largest_score(given, 0.3)
     terms = added_up(visibility, given, 0.3)
@@ -258,7 +261,7 @@ def assert_as_good_as_plain(attend: Callable[..., Tensor], visibility: Visibilit
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_rows", [2, 7, 63, 111])
+@pytest.mark.parametrize("num_rows", [2, slow(7), 63, slow(111)])
 @pytest.mark.parametrize(("heads", "groups"), oracle.HEADS, ids=oracle.HEAD_IDS)
 def test_outputs_and_gradients(dtype: torch.dtype, num_rows: int, heads: int, groups: int) -> None:
     visibility = oracle.masks(num_rows)
@@ -266,7 +269,7 @@ def test_outputs_and_gradients(dtype: torch.dtype, num_rows: int, heads: int, gr
 
 
 def test_gradients_that_nearly_cancel() -> None:
-    """Two keys to a row: in one draw of about 40, four of these, rounding exceeds the tolerance of the oracle."""
+    """With two keys per row, rounding exceeds the oracle's tolerance in about one of 40 draws, and in four of these."""
     visibility = oracle.masks(2)
     for seed in range(79, 107):
         torch.manual_seed(seed)
@@ -278,8 +281,9 @@ def test_gradients_that_nearly_cancel() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "groups"), oracle.HEADS, ids=oracle.HEAD_IDS)
 def test_one_row_with_one_key(dtype: torch.dtype, heads: int, groups: int) -> None:
-    """The gradients of q and k are 0, as the difference of two equal sums of size terms, dout . v and dout . out: what
-    their rounding leaves of it is not small beside 0, but beside them.
+    """The gradients of q and k are 0, as differences of two equal sums, dout . v and dout . out, of ``size`` terms.
+
+    Their rounding errors are small compared with the sums, not with 0.
     """
     given, visibility = inputs(heads, groups, 1, dtype=dtype), oracle.masks(1)
     exact, have = oracle.exact_of(visibility, given, scale=0.3), run(pieces_of(visibility), given)
@@ -300,12 +304,12 @@ def repeated(visibility: Visibility, batch: int) -> Visibility:
 
 
 def many_spans(num_keys: int) -> Visibility:
-    """A gist token at every eighth, so that the last rows are in a dozen pieces."""
+    """Make every eighth token a gist token, so that the last rows are in a dozen pieces."""
     return vis.gist(torch.arange(num_keys)[None] % 8 == 5)
 
 
 def shuffled(num_keys: int) -> Visibility:
-    """Six sequences of two kinds, neither of them side by side, and one that sees nothing."""
+    """Make six sequences: two masks that alternate, and one sequence in which no row sees a key."""
     kinds = [gist_of(num_keys), many_spans(num_keys), vis.causal(torch.zeros(1, num_keys))]
     pick = [kinds[number] for number in (0, 1, 0, 2, 1, 0)]
     return Visibility(torch.cat([v.first for v in pick]), torch.cat([v.end for v in pick]))
@@ -313,7 +317,7 @@ def shuffled(num_keys: int) -> Visibility:
 
 LAYOUTS: list[Any] = [
     pytest.param(vis.causal(torch.ones(2, 63)), 63, id="causal"),
-    pytest.param(repeated(gist_of(1300, 20), 1), 1300, id="gist-longer-than-a-block"),
+    slow(repeated(gist_of(1300, 20), 1), 1300, id="gist-longer-than-a-block"),
     pytest.param(repeated(many_spans(111), 2), 111, id="rows-in-many-pieces"),
     pytest.param(many_spans(111), 7, id="last-rows-in-many-pieces"),
     pytest.param(shuffled(63), 63, id="groups-of-sequences"),
@@ -335,7 +339,7 @@ def test_outputs_and_gradients_of_layouts(visibility: Visibility, num_rows: int,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding_does_not_grow_with_the_number_of_pieces(dtype: torch.dtype) -> None:
-    """Rows in up to 255 pieces: summed in half precision, the mean error would be twice that of plain attention."""
+    """With rows in up to 255 pieces, sums in half precision would have twice the mean error of plain attention."""
     given, visibility = inputs(2, 1, 511, dtype=dtype, batch=1), vis.gist(torch.arange(511)[None] % 2 == 1)
     exact, yardstick = oracle.exact_of(visibility, given, scale=0.3), run(plain(visibility, 0.3), given)
     have = run(pieces_of(visibility), given)
@@ -352,7 +356,7 @@ def test_one_visibility_serves_every_sequence() -> None:
 
 
 def with_wrong_piece(plan: Plan, **changes: int) -> Plan:
-    """The plan with the second piece of its first group changed by so much."""
+    """Change the second piece of the first group of a plan."""
     (group, *others), second = plan.groups, plan.groups[0].steps[1]
     piece = second.piece._replace(**{name: getattr(second.piece, name) + by for name, by in changes.items()})
     steps = (group.steps[0], second._replace(piece=piece), *group.steps[2:])
@@ -386,7 +390,7 @@ def test_what_is_not_seen_is_exactly_zero(dtype: torch.dtype) -> None:
 
 
 def test_what_nobody_sees_is_not_read() -> None:
-    """Keys that hold no numbers, as memory that was never written to may."""
+    """Padded keys may be NaN, as memory that was never written to can be."""
     given, visibility = inputs(batch=1), vis.gist(torch.arange(63)[None] == 30, torch.arange(63)[None] >= 9)
     expected = run(pieces_of(visibility), given)
     hidden = (torch.arange(63) < 9)[:, None]
@@ -397,7 +401,7 @@ def test_what_nobody_sees_is_not_read() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
-    """Scores near 1e4, and whole pieces that lie far below the others of their rows."""
+    """Scores are near 1e4, and whole pieces are far below the other pieces of their rows."""
     given, visibility = inputs(dtype=dtype), many_spans(63)
     large = given._replace(
         q=(given.q.detach() * 100).requires_grad_(),
@@ -433,7 +437,7 @@ def test_a_gradient_that_is_one_number_expanded() -> None:
 
 
 def test_the_output_lies_as_models_want_it() -> None:
-    """Rows before heads in memory: a model makes them one row of H D without a copy."""
+    """Rows come before heads in memory, so a model joins the heads without a copy."""
     out = pieces_of(oracle.masks(63))(*(t.detach() for t in inputs()[:3]))
     assert out.transpose(1, 2).is_contiguous()
 
@@ -445,7 +449,7 @@ def test_gradients_are_those_of_the_function(visibility: Visibility) -> None:
 
 
 def test_pieces_are_differentiated_once() -> None:
-    """And a second time is refused, not left out: torch has no derivative of the fused operator's backward."""
+    """A second derivative raises instead of being dropped: torch has none for the fused operator's backward."""
     given = inputs(2, 1, 7)
     out = pieces_of(gist_of(7))(*given[:3])
     (dq,) = torch.autograd.grad(out.sum(), given.q, create_graph=True)
@@ -458,7 +462,7 @@ def test_pieces_are_differentiated_once() -> None:
 
 
 class Recorded(TorchDispatchMode):
-    """The operators that run, and the numbers in the largest tensor that one of them returns."""
+    """Record the operators that run, and the size of the largest tensor that they return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -494,7 +498,7 @@ def test_no_tensor_of_rows_times_keys() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, slow(4)])
 def test_impl_sdpa_is_the_oracle_by_pieces(used: list[str], batch: int, dtype: torch.dtype) -> None:
     given, visibility = inputs(num_rows=511, dtype=dtype, batch=4), repeated(gist_of(511), batch)
     attend = oracle.ours(visibility, "sdpa", scale=0.3)
@@ -504,7 +508,7 @@ def test_impl_sdpa_is_the_oracle_by_pieces(used: list[str], batch: int, dtype: t
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """How each call of ``impl="sdpa"`` was done."""
+    """Record whether each call of ``impl="sdpa"`` used pieces or a dense mask."""
     calls: list[str] = []
 
     def recording(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -520,7 +524,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Marked(Tensor):
-    """A tensor that is more than its numbers."""
+    """A subclass of Tensor."""
 
 
 def wide_values(given: Inputs) -> Inputs:
@@ -579,7 +583,7 @@ def test_dense_inside_torch_func(used: list[str]) -> None:
 
 
 def test_compiles_as_one_graph() -> None:
-    """Dense inside the graph; pieces, outside, give the same."""
+    """The graph uses a dense mask, and agrees with the pieces outside the graph."""
     given, visibility = inputs(num_rows=511), gist_of(511)
     attend = oracle.ours(visibility, "sdpa", scale=0.3)
     torch.compiler.reset()
@@ -605,7 +609,7 @@ def test_pieces_are_found_once_for_all_layers(used: list[str], monkeypatch: pyte
     x.sum().backward()
     work = 4 * 12  # H D, and one visibility for four sequences
     assert (found, used) == ([(511, 4 * work)], ["pieces"] * 3)
-    visibility.first.add_(0)  # written to: not trusted any more
+    visibility.first.add_(0)  # a write makes the cached pieces invalid
     interval_attention(*given[:3], visibility, impl="sdpa")
     interval_attention(given.q[:, :, :400], *given[1:3], visibility, impl="sdpa")
     interval_attention(*given[:3], repeated(visibility, 4), impl="sdpa")
@@ -621,10 +625,10 @@ def test_a_refusal_is_remembered_too(used: list[str], monkeypatch: pytest.Monkey
     assert (found, used) == ([1], ["dense"] * 3)
 
 
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, slow(torch.float16)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_under_autocast(used: list[str], dtype: torch.dtype, autocast: torch.dtype) -> None:
-    """As scaled_dot_product_attention: half precision but for float64, and gradients in the dtype of the leaf."""
+    """Like scaled_dot_product_attention: half precision except for float64, and gradients in the dtype of the leaf."""
     numbers, visibility = inputs(num_rows=511, dtype=torch.bfloat16), gist_of(511)
     given = numbers.cast(dtype)
     coarse = dtype if dtype == torch.float64 else autocast
@@ -657,7 +661,7 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
 
 
 def run_backward(attend: Callable[..., Tensor], given: Inputs) -> dict[str, Tensor]:
-    """As ``run``, by ``backward()``, which reentrant checkpointing asks for."""
+    """Like ``run``, but with ``backward()``, which reentrant checkpointing requires."""
     leaves = given.cast(given.q.dtype)
     attend(leaves.q, leaves.k, leaves.v, None).backward(leaves.upstream)
     return {f"d{name}": t.grad for name, t in zip("qkv", leaves[:3], strict=True) if t.grad is not None}

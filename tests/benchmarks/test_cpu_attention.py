@@ -1,4 +1,4 @@
-"""Attention in pieces on the CPU: rows, table, and the gate."""
+"""Test the benchmark of attention on the CPU, by pieces against a dense mask."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import pytest
 from torch import Tensor
 
 from benchmarks import cpu_attention
-from benchmarks.cpu_attention import attention_table
 from gisting.attention import sdpa
 from gisting.attention.pieces import is_available
 from gisting.errors import GistError
 from gisting.measure.rows import append_row, read_rows
 from gisting.visibility import Visibility
 
-pytestmark = pytest.mark.skipif(
-    not is_available(), reason="this torch has no fused attention on the CPU by these names"
-)
+pytestmark = pytest.mark.skipif(not is_available(), reason="this torch has no fused attention on the CPU")
 
 
 @pytest.mark.parametrize("layout", list(cpu_attention.LAYOUTS))
@@ -31,11 +28,11 @@ def test_rows(layout: str, tmp_path: Path) -> None:
         assert row.dense_ms_low <= row.dense_ms <= row.dense_ms_high
         assert row.ratio == row.dense_ms / row.pieces_ms
         append_row(tmp_path / "rows.jsonl", asdict(row))
-    table = attention_table(read_rows(tmp_path / "rows.jsonl")).splitlines()
+    table = cpu_attention.attention_table(read_rows(tmp_path / "rows.jsonl")).splitlines()
     assert [line.split(" | ")[1:3] for line in table[2:4]] == [["512", "forward"], ["512", "forward and backward"]]
 
 
-def test_reports_nothing_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_red_gate_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def one_key_too_many(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, **options: Any) -> Tensor:
         return sdpa.dense_attention(q, k, v, Visibility(visibility.first - 1, visibility.end), **options)
 
@@ -44,6 +41,6 @@ def test_reports_nothing_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         cpu_attention.measure("gist", 512, repeats=1)
 
 
-def test_refuses_to_time_what_is_not_chosen() -> None:
+def test_a_layout_without_pieces_is_refused() -> None:
     with pytest.raises(GistError, match="pieces are not chosen for layout 'gist' at 34 tokens"):
         cpu_attention.measure("gist", 34, repeats=1)

@@ -86,7 +86,8 @@ NO_FIT = "out of resource: shared memory, Required: 300000, Hardware limit: 2324
 
 
 @pytest.mark.parametrize(
-    ("messages", "are_replaced"), [([CUDA_ERRORS[0], OUT_OF_MEMORY], True), slow([NO_FIT, "a tile is wrong"], False)]
+    ("messages", "are_replaced"),
+    [slow([CUDA_ERRORS[0], OUT_OF_MEMORY], True), slow([NO_FIT, "a tile is wrong"], False)],
 )
 def test_a_process_is_replaced_after_an_error_that_breaks_it(messages: list[str], are_replaced: bool) -> None:
     found = list(ahead.run_ahead(process_after, [*messages, "", ""], processes=2))
@@ -680,20 +681,29 @@ def test_forced_sizes_are_not_tuned(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("kernels", "no CUDA device: nothing was measured, nothing written (--smoke runs the code on a CPU)"),
-        ("tune", "no CUDA device: nothing was timed, nothing written (--dry-run shows the candidates)"),
-    ],
-)
-def test_without_a_card_there_is_a_line_and_exit_2(name: str, line: str, tmp_path: Path) -> None:
-    before = (ROOT / "kernels" / "gisting_kernels" / "configs.json").read_bytes()
-    output = ["--output", str(tmp_path / "rows.jsonl")] if name == "kernels" else []
-    done = run(name, *output, CUDA_VISIBLE_DEVICES="", GISTING_KERNEL_CONFIG="")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")
+NO_CARD = {
+    "kernels": "no CUDA device: nothing was measured, nothing written (--smoke runs the code on a CPU)",
+    "tune": "no CUDA device: nothing was timed, nothing written (--dry-run shows the candidates)",
+}
+
+
+@pytest.mark.parametrize("name", NO_CARD)
+def test_without_a_card_there_is_a_line_and_status_2(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("GISTING_KERNEL_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = tune.TABLE.read_bytes()
+    status = tune.main() if name == "tune" else attention.main(output=tmp_path / "rows.jsonl")
+    assert (status, capsys.readouterr()) == (2, ("", NO_CARD[name] + "\n"))
     assert list(tmp_path.iterdir()) == []
-    assert (ROOT / "kernels" / "gisting_kernels" / "configs.json").read_bytes() == before
+    assert tune.TABLE.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["tune", slow("kernels")])
+def test_the_driver_runs_them(name: str) -> None:
+    done = run(name, CUDA_VISIBLE_DEVICES="", GISTING_KERNEL_CONFIG="")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", NO_CARD[name] + "\n")
 
 
 @pytest.mark.parametrize(

@@ -515,13 +515,13 @@ def test_answers_may_part_where_two_tokens_are_as_likely() -> None:
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"warmup": -1}, "warmup must be at least 0, got -1"),
         ({"num_answer_tokens": 0}, "num_answer_tokens must be at least 1, got 0"),
-        ({"shorter": {"a": RECORDS}}, r"shorter\['a'\] must ask the queries of records, in their order"),
-        ({"records": [Record("", "w1", "w2")]}, "no token in common to be cached"),
+        ({"shorter": {"a": RECORDS}}, r"shorter\['a'\] must have the queries of records, in the same order"),
+        ({"records": [Record("", "w1", "w2")]}, "records share no token that could be cached"),
     ],
 )
 def test_what_cannot_be_served(changes: dict[str, Any], message: str) -> None:
     model, tokenizer = tiny.patched("llama")
-    settings: dict[str, Any] = {"records": asked(tokenizer), "template": PROMPT, "batch_size": 1, **changes}
+    settings: dict[str, Any] = {"records": asked(tokenizer), "prompt": PROMPT, "batch_size": 1, **changes}
     with pytest.raises(GistError, match=message):
         serving(model, tokenizer, **settings)
 
@@ -567,7 +567,10 @@ def test_the_command_times_no_encoder_decoder(run, tmp_path: Path) -> None:
         (["staged", "nothing"], "nothing has no internalized.json, so it is no finished internalisation"),
         (["staged", "--prices", "none.yaml"], "there is no price table none.yaml"),
         (["staged", "--metric", "bleurt"], "metric must be one by which all runs were scored"),
-        (["staged", "--time", "--batch-size", "5"], "there must be at least batch_size=5 records, got 4; lower batch_size"),
+        (
+            ["staged", "--time", "--batch-size", "5"],
+            "there must be at least batch_size=5 records, got 4; lower batch_size",
+        ),
     ],
 )
 def test_the_commands_errors_are_one_line(

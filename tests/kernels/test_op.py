@@ -1,5 +1,5 @@
-"""The operators inside torch's machinery (schema, fake tensors, compile, export, checkpoint, autocast) and behind
-``gisting.attention``: what is chosen, what is refused, what is remembered.
+"""Test the operators with torch's features (schema, fake tensors, compile, export, checkpoint, autocast), and how
+``gisting.attention`` uses them: what it chooses, refuses and caches.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from tests.kernels.conftest import (
     make,
     plan_for,
 )
+from tests.slow import slow
 
 pytestmark = [
     pytest.mark.usefixtures("device"),
@@ -59,7 +60,7 @@ DECODE = torch.ops.gisting.decode_attention.default
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a few rows make several tiles."""
+    """Use small tiles, so that a few rows make several."""
     sizes = "forward=16,16,4,2;query=16,16,4,2;key=16,16,4,2;table=16,16,4,1"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, sizes)
 
@@ -70,7 +71,7 @@ def gist_in_the_middle(num_keys: int) -> Visibility:
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operators that run."""
+    """Count the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ def assert_same_bits(have: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 
 
 def arguments(given: Given, *, softcap: float = 0.0, dropout: float = 0.0) -> tuple[Any, ...]:
-    """Of the forward operator."""
+    """Make the arguments of the forward operator."""
     plan = plan_for(given, gist_in_the_middle(given.k.shape[2]))
     seed = torch.tensor([3], device=DEVICE) if dropout else None
     width = 0 if given.near is None else given.near
@@ -103,7 +104,7 @@ def arguments(given: Given, *, softcap: float = 0.0, dropout: float = 0.0) -> tu
     ("shape", "options"),
     [
         pytest.param({"width": 2}, {"softcap": 1.5, "dropout": 0.2}, id="bias-softcap-dropout"),
-        pytest.param({"dtype": torch.bfloat16, "num_keys": 30, "heads": 4, "groups": 2}, {}, id="bfloat16-prefix-keys"),
+        slow({"dtype": torch.bfloat16, "num_keys": 30, "heads": 4, "groups": 2}, {}, id="bfloat16-prefix-keys"),
         pytest.param({"num_rows": 0}, {}, id="no-rows"),
     ],
 )
@@ -112,9 +113,12 @@ def test_opcheck(shape: dict[str, Any], options: dict[str, float]) -> None:
     opcheck(FORWARD, arguments(given, **options))
 
 
-@pytest.mark.parametrize("layout", [(0, 2, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2)], ids=["BTHD", "HBTD", "BHDT"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param((0, 2, 1, 3), id="BTHD"), slow((1, 0, 2, 3), id="HBTD"), slow((0, 1, 3, 2), id="BHDT")],
+)
 def test_opcheck_of_strided_queries(layout: tuple[int, ...]) -> None:
-    """The fake result must have the strides of the real one."""
+    """The fake implementation must return the strides of the real one."""
     given = make(17, batch=2)
     inverse = tuple(torch.tensor(layout).argsort().tolist())
     q = given.q.detach().permute(layout).contiguous().permute(inverse)
@@ -141,7 +145,7 @@ def test_opcheck_of_decoding() -> None:
     opcheck(DECODE, (q, k, v, visibility.first, visibility.end, 0.25, 0.0))
 
 
-def test_there_is_no_second_derivative_and_torch_says_so() -> None:
+def test_a_second_derivative_raises() -> None:
     given, visibility = make(17), gist_in_the_middle(17)
     out = fused(given, plan_for(given, visibility))
     (grad,) = torch.autograd.grad(out.sum(), given.q, create_graph=True)
@@ -168,7 +172,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 @pytest.mark.parametrize(
     ("width", "options"),
     [
-        pytest.param(None, {"softcap": 2.0}, id="softcap"),
+        slow(None, {"softcap": 2.0}, id="softcap"),
         pytest.param(3, {"dropout": 0.3}, id="bias-dropout"),
     ],
 )
@@ -184,9 +188,9 @@ def test_compiles_as_one_graph_with_a_plan_from_outside(width: int | None, optio
     assert_same_bits(differentiate(lambda it: graph(*it[:4]), given), expected)
 
 
-@pytest.mark.parametrize("width", [None, 3], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("width", [slow(None, id="no-bias"), pytest.param(3, id="bias")])
 def test_compiles_as_one_graph_that_plans_inside(width: int | None) -> None:
-    """The intervals read from the tensor form, as inside a patched model."""
+    """The intervals are read from the mask tensor, as inside a patched model."""
     given, visibility = make(21, heads=4, groups=2, width=width), gist_in_the_middle(21)
     mask = visibility.as_attention_mask()
 
@@ -200,13 +204,13 @@ def test_compiles_as_one_graph_that_plans_inside(width: int | None) -> None:
 
 
 def test_one_graph_serves_all_lengths() -> None:
-    """With dynamic shapes, lengths that are no multiple of a tile included: nothing is compiled anew."""
+    """With dynamic shapes, nothing is compiled again, even for lengths that are not multiples of a tile."""
 
     def attend(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return interval_attention(q, k, v, Visibility.from_attention_mask(mask), impl="triton")
 
     graph = compiled(attend, dynamic=True)
-    for num_rows in (21, 33, 47):
+    for num_rows in (21, 33):
         given, mask = make(num_rows), gist_in_the_middle(num_rows).as_attention_mask()
         expected = differentiate(lambda it, m=mask: attend(m, *it[:3]), given)
         with torch.compiler.set_stance("default" if num_rows == 21 else "fail_on_recompile"):
@@ -214,10 +218,8 @@ def test_one_graph_serves_all_lengths() -> None:
         assert_same_bits(have, expected)
 
 
-def test_dropout_in_a_graph_draws_anew_and_the_backward_draws_the_same() -> None:
-    """v is 1 throughout and the gradient too: the sum of dv over the keys is the sum of the weights kept, which is the
-    output.
-    """
+def test_dropout_in_a_graph_draws_again_each_time_and_the_backward_draws_the_same() -> None:
+    """With v and the gradient all ones, the sum of dv over the keys is the sum of the kept weights: the output."""
     given, visibility = make(21, heads=1), gist_in_the_middle(21)
     plan = plan_for(given, visibility)
     q, k, v = given.q.detach(), given.k.detach(), torch.ones_like(given.v).requires_grad_()
@@ -250,7 +252,7 @@ class Layer(torch.nn.Module):
         return interval_attention(q, k, v, Visibility.from_attention_mask(mask), impl="triton")
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("strict", [pytest.param(False, id="non-strict"), slow(True, id="strict")])
 @pytest.mark.parametrize("num_rows", [2, 21], ids=["decoding", "planning"])
 def test_exports(num_rows: int, strict: bool) -> None:
     given = make(num_rows, 21, heads=4, groups=2)
@@ -264,16 +266,16 @@ def test_exports(num_rows: int, strict: bool) -> None:
 # -- checkpoint and autocast -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dropout", [slow(0.0), 0.4])
 @pytest.mark.parametrize(
     ("options", "times"),
     [
-        pytest.param({}, 2, id="everything-again"),
+        pytest.param({}, 2, id="recompute-everything"),
         pytest.param({"context_fn": kernels.keep_attention}, 1, id="keep-attention"),
     ],
 )
 def test_checkpoint(options: dict[str, Any], times: int, dropout: float) -> None:
-    """The same gradients to the bit, dropout included; what is kept is not computed again, what is around it is."""
+    """The gradients are equal to the bit, even with dropout. Only what is not kept is computed again."""
     given, visibility = make(21, width=2), gist_in_the_middle(21)
     plan = plan_for(given, visibility)
 
@@ -293,7 +295,7 @@ def test_checkpoint(options: dict[str, Any], times: int, dropout: float) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_under_autocast(dtype: torch.dtype) -> None:
-    """As torch's own attention: computed in the dtype of autocast, gradients in that of the leaves."""
+    """Like torch's own attention, it computes in the dtype of autocast, and gradients have the dtype of the leaves."""
     given, visibility = make(21, width=3), gist_in_the_middle(21)
 
     def attend(it: Given) -> Tensor:
@@ -325,11 +327,11 @@ def test_under_inference_mode() -> None:
 
 
 @pytest.fixture
-def _log_anew() -> None:
+def _log_again() -> None:
     api._log_choice.cache_clear()
 
 
-@pytest.mark.usefixtures("_log_anew")
+@pytest.mark.usefixtures("_log_again")
 @pytest.mark.parametrize(
     ("options", "choice", "reason"),
     [
@@ -337,7 +339,7 @@ def _log_anew() -> None:
         pytest.param(
             {"softcap": 2.0},
             "reference",
-            "there is a softcap, which sdpa has not, and not triton: the tensors are not on a CUDA device",
+            "there is a softcap, which sdpa does not support, and not triton: the tensors are not on a CUDA device",
             id="reference",
         ),
     ],
@@ -345,7 +347,7 @@ def _log_anew() -> None:
 def test_auto_on_the_cpu_says_what_it_runs_and_why_once(
     options: dict[str, float], choice: str, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Even where the interpreter could: it is for tests."""
+    """It does not use the interpreter, which is for tests only."""
     q = torch.randn(1, 2, 9, 8)
     visibility = vis.causal(torch.ones(1, 9))
     with caplog.at_level(logging.INFO, logger="gisting"):
@@ -354,7 +356,7 @@ def test_auto_on_the_cpu_says_what_it_runs_and_why_once(
     assert torch.equal(outs[0], interval_attention(q, q, q, visibility, impl=choice, **options))
 
 
-@pytest.mark.usefixtures("_log_anew")
+@pytest.mark.usefixtures("_log_again")
 @pytest.mark.skipif(not IS_CUDA, reason="needs a CUDA device")
 def test_auto_on_a_card_is_triton(caplog: pytest.LogCaptureFixture) -> None:
     given, visibility = make(21), gist_in_the_middle(21)
@@ -390,7 +392,7 @@ SERVES = "impl='triton' cannot serve this call: {}; use impl='auto'"
         pytest.param({"dtype": torch.float64}, SERVES.format("there is no kernel for torch.float64"), id="float64"),
         pytest.param(
             {"bias": (1, 1, 12, 12)},
-            "impl='triton' takes no dense bias; give relative_bias, or use impl='auto'",
+            "impl='triton' supports no dense bias; use relative_bias, or impl='auto'",
             id="dense-bias",
         ),
         pytest.param(
@@ -431,7 +433,7 @@ def test_impl_triton_on_the_cpu_without_the_interpreter(num_rows: int, monkeypat
 # -- why_not -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_interpreter_is_asked_for_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_switches_the_interpreter_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, expected in (("1", True), ("0", False)):
         monkeypatch.setenv("TRITON_INTERPRET", value)
         assert kernels.is_interpreting() is expected
@@ -440,7 +442,7 @@ def test_the_interpreter_is_asked_for_by_its_variable(monkeypatch: pytest.Monkey
 
 
 def test_a_card_without_asynchronous_copies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No such card is at hand: a tensor that says it is on one."""
+    """A fake tensor claims to be on such a card."""
     monkeypatch.setattr("gisting_kernels.op._known_troubles_of", _troubles_of)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
@@ -454,7 +456,7 @@ def test_a_card_without_asynchronous_copies_is_refused(monkeypatch: pytest.Monke
 
 
 def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands in the way of every layer of every step is not asked of the driver each time."""
+    """The driver is not asked again in every layer of every step."""
     asked: list[torch.device] = []
     monkeypatch.setattr("gisting_kernels.op._known_troubles_of", functools.cache(_troubles_of))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (8, 0))
@@ -471,7 +473,7 @@ def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_launch_enters_its_device_only_from_another(
     monkeypatch: pytest.MonkeyPatch, current: int, entered: list[torch.device]
 ) -> None:
-    """With two cards that are not at hand."""
+    """Two cards are simulated."""
     given, launched, found = make(17), [], []
     launch = _Launch(
         *given[:2], plan_for(given, gist_in_the_middle(17)).tensors(), None, None, 1.0, 0.0, 0.0, 0, "ieee"
@@ -496,7 +498,7 @@ def test_a_dense_bias_is_refused() -> None:
 
 
 def test_without_triton_the_package_imports_plans_and_says_why_not() -> None:
-    """In a fresh interpreter in which triton cannot be imported; and with it, importing the package imports it not."""
+    """Runs in a fresh process in which triton cannot be imported. Importing the package never imports triton."""
     code = (
         "import sys\n"
         "import torch, gisting_kernels\n"
@@ -523,7 +525,7 @@ def test_without_triton_the_package_imports_plans_and_says_why_not() -> None:
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every plan that is made."""
+    """Record every plan that is made."""
     made: list[Any] = []
     real = kernels.plan_tiles
 
@@ -544,7 +546,7 @@ def test_one_plan_serves_every_layer_and_both_passes(plans: list[Any]) -> None:
     assert len(plans) == 1
 
 
-def test_another_length_dtype_width_or_mask_is_planned_anew(plans: list[Any]) -> None:
+def test_another_length_dtype_width_or_mask_is_planned_again(plans: list[Any]) -> None:
     given, visibility = make(21, width=2), gist_in_the_middle(21)
 
     def attend(it: Given = given, visibility: Visibility = visibility) -> Tensor:
@@ -561,7 +563,7 @@ def test_another_length_dtype_width_or_mask_is_planned_anew(plans: list[Any]) ->
     assert len(plans) == 5
 
 
-def test_a_mask_that_was_written_to_is_planned_anew(plans: list[Any]) -> None:
+def test_a_mask_that_was_written_to_is_planned_again(plans: list[Any]) -> None:
     given, visibility = make(21), gist_in_the_middle(21)
     before = interval_attention(*given[:3], visibility, impl="triton")
     visibility.end.fill_(0)
@@ -571,7 +573,7 @@ def test_a_mask_that_was_written_to_is_planned_anew(plans: list[Any]) -> None:
     assert not after.any()
 
 
-def test_the_plan_goes_with_its_mask(plans: list[Any]) -> None:
+def test_the_plan_is_freed_with_its_mask(plans: list[Any]) -> None:
     given, visibility = make(21), gist_in_the_middle(21)
     interval_attention(*given[:3], visibility, impl="triton").sum().backward()
     plan, first = weakref.ref(plans.pop()), weakref.ref(visibility.first)
@@ -591,7 +593,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def call(**changes: Any) -> Tensor:
-    """A right call with B 2, H 4, G 2, T 5, K 6, D 8, less what is changed; ``plan`` holds changes of the plan."""
+    """Make a valid call with B 2, H 4, G 2, T 5, K 6, D 8, except for changes; ``plan`` has changes of the plan."""
     plan = {"batch": 2, "num_rows": 5, "num_keys": 6, "near": None, **changes.pop("plan", {})}
     first = torch.zeros(plan["batch"], plan["num_keys"], device=DEVICE).int()
     arguments: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Compare the plan with the dense mask: which tiles are listed, as what, in which order. Test the table of tile sizes."""
+"""Compare the plan with the dense mask: which tiles are listed, how, in which order. Test the table of tile sizes."""
 
 from __future__ import annotations
 

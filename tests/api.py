@@ -28,7 +28,7 @@ MODULES = (
     *(f"gisting.models.{name}" for name in ("adapters", "fingerprint", "hub", "load", "patch", "published")),
     *(f"gisting.models.{name}" for name in ("registry", "weight_difference")),
     *(f"gisting.data.{name}" for name in ("alpaca_plus", "collate", "packing", "plain", "prompts", "records", "tasks")),
-    *(f"gisting.eval.{name}" for name in ("conditions", "cost", "execution", "judge", "metrics", "report", "results")),
+    *(f"gisting.eval.{name}" for name in ("conditions", "cost", "judge", "metrics", "report", "results")),
     "gisting.eval.statistics",
     *(f"gisting.train.{name}" for name in ("finetune", "methods", "objective", "recipe")),
     *(f"gisting.internalize.{name}" for name in ("comparison", "examples", "plan", "prices", "report", "settings")),

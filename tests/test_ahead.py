@@ -124,7 +124,7 @@ def test_many_texts_are_encoded_in_several_calls(num_encoded: list[int], monkeyp
 def test_a_bad_record_is_named_before_training() -> None:
     with pytest.raises(RecordError, match=r"^record 2 has no 'output'"):
         padded().encode_ahead([RECORDS[:2], {"instruction": "w1"}])
-    with pytest.raises(RecordError, match=r"^record 1 of the batch: 'input' must be a text, got list"):
+    with pytest.raises(RecordError, match=r"^record 1 of the batch: 'input' must be a string, got list"):
         padded()([RECORDS[0], Record("w1", ["w2"], "w3")])  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,4 @@
-"""Alpaca+ rebuilt: the published rules on sources small enough to follow by eye, and on random ones."""
+"""Alpaca+ rebuilt: the published rules on small sources that can be checked by eye, and on random ones."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def shown(records: list[Record]) -> list[str]:
 
 
 ALPACA = [
-    item("sum", "4"),  # its instruction is trained on: train
+    item("sum", "4"),  # its instruction is in the training data: train
     item("tell"),  # no input: train
     item("odd", "a b"),  # unseen
-    item("odd", "c d"),  # unseen as well: the same instruction may come twice
-    item("tell", "x"),  # its instruction was trained on just now: train
+    item("odd", "c d"),  # unseen as well: an instruction may occur twice
+    item("tell", "x"),  # its instruction just became training data: train
     item("even", "e"),  # the split is full: train
     item("even", "e"),  # Alpaca keeps its duplicates
 ]
@@ -39,11 +39,11 @@ SELF_INSTRUCT = [
     item("sum", "1"),  # the first of several with an input: seen
     item("write"),  # several, but the first has no input: train, both
     item("sum", "2"),
-    item("alone", "z"),  # the only one: train
+    item("alone", "z"),  # the only example: train
     item("write", "w"),
-    item("sum", "1"),  # that of validation_seen again: dropped
+    item("sum", "1"),  # already in validation_seen: dropped
     item("sum", "2"),  # a duplicate: dropped
-    item("late", "1"),  # seen, the second
+    item("late", "1"),  # seen, the second one
     item("late", "2"),
     item("more", "1"),  # the split is full: train
     item("more", "2"),
@@ -88,14 +88,14 @@ def test_the_splits_share_nothing(alpaca: list[dict[str, str]], self_instruct: l
     try:
         splits = alpaca_plus(alpaca, self_instruct, [], num_validation=size)
     except RecordError:
-        return  # drawn apart above
+        return  # the test above covers this
     train, seen, unseen = splits["train"], splits["validation_seen"], splits["validation_unseen"]
     pairs = {(record.instruction, record.input) for record in train if record.source == "self_instruct"}
     assert not pairs & {(record.instruction, record.input) for record in seen}
     assert not {record.instruction for record in unseen} & {record.instruction for record in train}
     assert max(len(seen), len(unseen)) <= size
     assert all(record.input for record in seen + unseen)
-    # Nothing is lost but duplicates of Self-Instruct.
+    # Only duplicates in Self-Instruct are dropped.
     assert len(train) + len(seen) + len(unseen) == len(alpaca) + len(
         {(point["instruction"], point["input"]) for point in self_instruct}
     )
@@ -106,9 +106,12 @@ def test_the_splits_share_nothing(alpaca: list[dict[str, str]], self_instruct: l
     [
         (([{"instruction": "a"}], [], []), r"alpaca record 1 has no 'output'"),
         (([], [item("a"), 3], []), r"self_instruct record 2 must be an object"),
-        (([], [], [{"instruction": "a"}]), r"human task 1 must be an object with instruction and instances"),
+        (
+            ([], [], [{"instruction": "a"}]),
+            r"human task 1 must be an object with 'instruction' and a list of 'instances'",
+        ),
         (([], [], [{"instruction": "a", "instances": [{"input": "b"}]}]), r"human task 1 has no 'output'"),
-        (([], [], [{"instances": [{"input": "b", "output": "c"}]}]), r"human task 1: 'instruction' must be a text"),
+        (([], [], [{"instances": [{"input": "b", "output": "c"}]}]), r"human task 1: 'instruction' must be a string"),
     ],
 )
 def test_bad_sources_are_named(arguments: tuple[list, list, list], message: str) -> None:
@@ -116,7 +119,7 @@ def test_bad_sources_are_named(arguments: tuple[list, list, list], message: str)
         alpaca_plus(*arguments)
 
 
-def test_the_published_unseen_split_passes_as_it_is(shared: Path) -> None:
+def test_the_published_unseen_split_passes_unchanged(shared: Path) -> None:
     held_out = read_source(shared / "data" / "alpaca_plus_validation_unseen.json")
     assert [vars(record) for record in alpaca_plus(held_out, [], [])["validation_unseen"]] == held_out
 
@@ -136,7 +139,7 @@ def address(tmp_path: Path) -> Iterator[str]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 
@@ -145,7 +148,7 @@ def test_sources_from_files_and_addresses(tmp_path: Path, address: str) -> None:
     for where in (tmp_path, address):
         assert read_source(f"{where}/list.json") == ALPACA
         assert read_source(f"{where}/lines.jsonl") == SELF_INSTRUCT
-    with pytest.raises(RecordError, match=r"none\.json cannot be fetched \(.*404.*\); download it yourself"):
+    with pytest.raises(RecordError, match=r"none\.json cannot be fetched \(.*404.*\); download it and pass its path"):
         read_source(f"{address}/none.json")
     with pytest.raises(FileNotFoundError):
         read_source(tmp_path / "none.json")

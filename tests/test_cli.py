@@ -440,7 +440,7 @@ def test_internalize_errors_are_one_line(run, queries: list[str], words: str, me
         ("generate runs/demo --cache none.st", "none.st does not exist; save a cache there first"),
         ("generate runs/demo --cache runs/demo/model.safetensors", "holds no gist cache"),
         ("eval runs/demo --data none.jsonl", "none.jsonl"),
-        ("eval runs/demo --data runs/demo/config.json", "config.json must hold a list of objects"),
+        ("eval runs/demo --data runs/demo/config.json", "config.json must contain a list of objects"),
         (
             "eval runs/demo --data runs/demo/unseen.jsonl --condition gits",
             "condition must be one of gist, positive, negative",

@@ -1,4 +1,4 @@
-"""Records and the collator: what a batch holds, what is cut, what is refused."""
+"""Records, the collator (what a batch contains, what is cut, what is refused) and the built-in tasks."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from tests.test_tokens import llama, with_real_gist_token
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-def test_json_and_jsonl_hold_the_same_records(tmp_path: Path) -> None:
+def test_json_and_jsonl_give_the_same_records(tmp_path: Path) -> None:
     records = [Record("do this", "to that", "done", "seen"), Record("say\nhi", "", "hi ☕")]
     save_records(records, tmp_path / "a.jsonl")
     (tmp_path / "a.json").write_text(json.dumps([record.__dict__ for record in records]), encoding="utf-8")
     assert load_records(tmp_path / "a.jsonl") == load_records(tmp_path / "a.json") == records
 
 
-def test_empty_lines_are_skipped_and_a_line_separator_in_text_is_no_line_end(tmp_path: Path) -> None:
+def test_empty_lines_are_skipped_and_a_line_separator_in_text_ends_no_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"instruction": "a\u2028b", "output": "c"}\n\n', encoding="utf-8")
     assert load_records(path) == [Record("a\u2028b", "", "c")]
@@ -55,10 +55,12 @@ def test_alpaca_layout_of_the_published_files(shared: Path) -> None:
     assert sizes == {"human": 252, "seen": 1000, "unseen": 1000}
 
 
-@pytest.mark.parametrize("split", ["seen", "unseen", "human"])
+@pytest.mark.parametrize(
+    "split", [pytest.param("seen", marks=pytest.mark.slow), pytest.param("unseen", marks=pytest.mark.slow), "human"]
+)
 def test_every_published_record_is_split_as_it_would_be_in_one_text(shared: Path, tmp_path: Path, split: str) -> None:
-    """LLaMA's SentencePiece model, as the paper trains it (k = 10, 512 ids): the ids of a row are those of the whole
-    text with the gist tokens written in it, and no gist is cut.
+    """With LLaMA's SentencePiece model and the paper's settings (k = 10, 512 ids): the ids of a row are those of the
+    whole text including its gist tokens, and no gist is cut.
     """
     records = load_records(shared / "data" / f"alpaca_plus_validation_{split}.json")
     plain = llama(shared, tmp_path)
@@ -100,18 +102,18 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
         ),
         ("a.jsonl", '{"output": "a"}\n', r"line 1 has no 'instruction'"),
         ("a.jsonl", "[1]\n", r"line 1 must be an object with instruction, input and output, got list"),
-        ("a.jsonl", '{"instruction": 1, "output": "b"}\n', r"line 1: 'instruction' must be a text, got int"),
-        ("a.jsonl", '{"instruction": "a", "output": 0}\n', r"line 1: 'output' must be a text, got int"),
-        ("a.jsonl", '{"instruction": "a", "output": null}\n', r"line 1: 'output' must be a text, got NoneType"),
+        ("a.jsonl", '{"instruction": 1, "output": "b"}\n', r"line 1: 'instruction' must be a string, got int"),
+        ("a.jsonl", '{"instruction": "a", "output": 0}\n', r"line 1: 'output' must be a string, got int"),
+        ("a.jsonl", '{"instruction": "a", "output": null}\n', r"line 1: 'output' must be a string, got NoneType"),
         ("a.jsonl", '{"instruction": "  ", "output": "b"}\n', r"line 1: 'instruction' is empty"),
-        ("a.jsonl", "\n", r"a\.jsonl holds no record"),
-        ("a.json", '{"instruction": "a", "output": "b"}', r"a\.json must hold a list of objects, got dict"),
+        ("a.jsonl", "\n", r"a\.jsonl contains no records"),
+        ("a.json", '{"instruction": "a", "output": "b"}', r"a\.json must contain a list of objects, got dict"),
         ("a.json", '[{"instruction": "a"}]', r"a\.json, record 1 has no 'output'"),
         ("a.json", "[", r"a\.json is not JSON"),
         ("a.csv", "", r"a\.csv must end in \.json or \.jsonl"),
     ],
 )
-def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_errors_name_the_file_and_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(RecordError, match=message):
         load_records(tmp_path / name)
@@ -128,7 +130,7 @@ def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
         load_records(tmp_path / "none.jsonl")
 
 
-def test_stripped_dictionaries_are_told_about_trainer() -> None:
+def test_the_error_for_stripped_dictionaries_mentions_trainer() -> None:
     with pytest.raises(RecordError, match=r"record 0 of the batch has no 'instruction'.*remove_unused_columns=False"):
         to_record({}, "record 0 of the batch")
 
@@ -168,7 +170,7 @@ def test_an_encoder_decoder_batch_by_eye(t5_tokenizer: GistTokenizer) -> None:
     assert batch.keys() == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"].tolist() == [[5, 6, 7, 64, 8, 9], [14, 15, 16, 17, 18, 64]]
     assert batch["labels"].tolist() == [[10, 11, 2], [19, 2, -100]]
-    # The second source stops with its gist: its prompt is hidden from the decoder all the same.
+    # The second source ends with its gist; its prompt is hidden from the decoder even so.
     survivors = Visibility.from_attention_mask(batch["attention_mask"]).survivors()
     assert survivors.int().tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]]
 
@@ -179,13 +181,13 @@ def test_dictionaries_are_records_too(tokenizer: GistTokenizer) -> None:
     assert all(torch.equal(as_records[name], as_mappings[name]) for name in as_records)
 
 
-def test_each_row_draws_its_condition_and_its_k(tokenizer: GistTokenizer) -> None:
+def test_each_row_samples_its_condition_and_its_k(tokenizer: GistTokenizer) -> None:
     collate = GistCollator(tokenizer, (1, 4), conditions={"gist": 3, "positive": 1, "negative": 0})
     rows = 2000
     batch = collate([RECORDS[0]] * rows)
     counts = (batch["input_ids"] == tokenizer.gist_token_id).sum(-1)
     assert sorted(counts.unique().tolist()) == [1, 2, 3, 4]
-    # Under the positive control the first prompt key is seen to the end, under gist it is hidden.
+    # Under the positive control the first prompt key is visible to the end; under gist it is hidden.
     start = (batch["input_ids"] != tokenizer.pad_token_id).int().argmax(-1)
     keys = Visibility.from_attention_mask(batch["attention_mask"])
     positive = keys.survivors()[torch.arange(rows), start].float().mean().item()
@@ -214,7 +216,7 @@ def test_truncation_never_takes_the_gist_or_all_labels(
 
 
 def test_what_is_cut_first(tokenizer: GistTokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    """The completion down to a quarter, then the prompt's end, then the start of what stands behind the gist."""
+    """The completion down to a quarter, then the end of the prompt, then the start of the text after the gist."""
     record = Record("w1 w2 w3 w4", "w5 w6 w7 w8", "w9 w10 w11 w12")
     shown = {}
     for max_length in (14, 12, 10, 8, 4):
@@ -255,7 +257,7 @@ def test_collator_wants_a_gist_tokenizer() -> None:
         GistCollator(tiny.word_tokenizer())  # pyright: ignore[reportArgumentType]
 
 
-def test_a_record_without_output_is_named_by_its_place(tokenizer: GistTokenizer) -> None:
+def test_the_error_for_a_missing_output_names_the_record(tokenizer: GistTokenizer) -> None:
     with pytest.raises(RecordError, match="record 1 of the batch has no 'output'"):
         GistCollator(tokenizer)([RECORDS[0], {"instruction": "w1", "input": "w2"}])
 
@@ -271,7 +273,7 @@ def written(ids: list[int]) -> str:
 
 
 def test_a_chained_batch_by_eye(tokenizer: GistTokenizer) -> None:
-    """Gist tokens of the first part stand there twice, G and its copy c; a row of one part is laid out as ever."""
+    """Each gist token of the first part occurs twice, G and its copy c; a row of one part looks as without parts."""
     batch = GistCollator(tokenizer, 2, part_separator="|")(PARTED)
     assert [written(row) for row in batch["input_ids"].tolist()] == [
         "w1 w2 G G G G w3 G G w4 w5 $",
@@ -304,7 +306,7 @@ def test_a_chained_batch_by_eye(tokenizer: GistTokenizer) -> None:
 
 
 def test_the_controls_of_a_chained_row(tokenizer: GistTokenizer) -> None:
-    """Positive: one text with every gist in place, in which nobody sees a copy. Negative: nothing of any part."""
+    """Positive: one text with every gist, in which no row sees a copy. Negative: nothing of any part."""
     record = Record("w1|w2", "w3", "")
     shown = {}
     for condition in ("positive", "negative"):
@@ -318,7 +320,7 @@ def test_the_controls_of_a_chained_row(tokenizer: GistTokenizer) -> None:
     }
 
 
-def test_each_part_draws_its_k(tokenizer: GistTokenizer) -> None:
+def test_each_part_samples_its_k(tokenizer: GistTokenizer) -> None:
     batch = GistCollator(tokenizer, (1, 3), part_separator="|")([Record("w1|w2|w3", "w4", "")] * 200)
     counts = []
     for row in batch["input_ids"].tolist():
@@ -330,7 +332,7 @@ def test_each_part_draws_its_k(tokenizer: GistTokenizer) -> None:
 
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
 def test_every_part_is_what_compress_runs(template: str) -> None:
-    """Prompt layout and start ids included."""
+    """This includes the template's text and the start ids."""
     tokenizer = GistTokenizer(tiny.word_tokenizer(), template)
     batch = GistCollator(tokenizer, 1, part_separator=" ## ")([Record("w1 w2 ## w3 ## w4", "w5", "w6")])
     heads = [encoding.input_ids for encoding in tokenizer.encode_prompts(["w1 w2", "w3", "w4"], 1)]
@@ -340,7 +342,7 @@ def test_every_part_is_what_compress_runs(template: str) -> None:
 
 
 def test_what_is_cut_of_a_chained_row(tokenizer: GistTokenizer) -> None:
-    """The completion down to a quarter, then the ends of the longest parts, then what stands behind the gists."""
+    """The completion down to a quarter, then the ends of the longest parts, then the text after the gists."""
     record = Record("w1 w2 w3 w4 w5|w6 w7 w8|w9", "w10 w11", "w12 w13 w14")
     shown = {
         max_length: written(
@@ -351,7 +353,7 @@ def test_what_is_cut_of_a_chained_row(tokenizer: GistTokenizer) -> None:
     assert shown == {
         20: "w1 w2 w3 w4 w5 G G w6 w7 w8 G G w9 G w10 w11 w12 w13 w14 $",
         18: "w1 w2 w3 G G w6 w7 w8 G G w9 G w10 w11 w12 w13 w14 $",
-        17: "w1 w2 G G w6 w7 G G w9 G w10 w11 w12 w13 w14 $",  # parts of one length are cut alike
+        17: "w1 w2 G G w6 w7 G G w9 G w10 w11 w12 w13 w14 $",  # parts of equal length are cut equally
         15: "w1 w2 G G w6 w7 G G w9 G w10 w11 w12 w13 w14",
         12: "w1 G G w6 G G w9 G w11 w12 w13 w14",
         10: "w1 G G w6 G G w9 G w11 w12",
@@ -379,7 +381,7 @@ def test_truncation_never_takes_a_gist_or_all_of_a_part(
     assert len(is_gist) <= max_length
     assert sum(is_gist) == num_gist_columns
     starts = [place for place in range(1, len(is_gist)) if is_gist[place] and not is_gist[place - 1]]
-    assert len(starts) == len(lengths)  # before each gist some prompt is left
+    assert len(starts) == len(lengths)  # some prompt is left before each gist
     assert (batch["labels"] != -100).any()
 
 
@@ -396,8 +398,8 @@ def test_a_part_without_text_is_refused(tokenizer: GistTokenizer, instruction: s
 
 
 def test_a_chained_row_without_a_continuation_is_refused(tokenizer: GistTokenizer) -> None:
-    """The completion would begin at the last part's gist, which sees no other part."""
-    with pytest.raises(RecordError, match=r"record 1 of the batch has several parts and nothing behind their gists"):
+    """The completion would start at the last part's gist, which sees no other part."""
+    with pytest.raises(RecordError, match=r"record 1 of the batch has several parts and no text after their gists"):
         GistCollator(tokenizer, part_separator="|")([PARTED[1], Record("w1|w2", "", "w3")])
 
 
@@ -412,7 +414,7 @@ def test_errors_of_part_separator(tokenizer: GistTokenizer, t5_tokenizer: GistTo
 
 
 def test_a_chunked_batch_by_eye(tokenizer: GistTokenizer) -> None:
-    """Five ids in chunks of at most two; a prompt that fits into one is laid out as ever."""
+    """Five ids in chunks of at most two; a prompt that fits into one chunk looks as without chunks."""
     record = Record("w1 w2 w3 w4 w5", "w6", "w7")
     batch = GistCollator(tokenizer, 2, chunk_length=2)([record, Record("w8 w9", "w10", "w11")])
     assert [written(row) for row in batch["input_ids"].tolist()] == [
@@ -444,7 +446,7 @@ def test_a_chunked_batch_by_eye(tokenizer: GistTokenizer) -> None:
     ]
 
 
-def test_rows_of_one_chunk_are_laid_out_as_ever(tokenizer: GistTokenizer) -> None:
+def test_rows_of_one_chunk_look_as_without_chunks(tokenizer: GistTokenizer) -> None:
     settings = {"conditions": {"gist": 1, "positive": 1, "negative": 1}}
     records = RECORDS * 10
     torch.manual_seed(3)
@@ -455,7 +457,7 @@ def test_rows_of_one_chunk_are_laid_out_as_ever(tokenizer: GistTokenizer) -> Non
     assert all(torch.equal(plain[name], chunked[name]) for name in plain)
 
 
-def test_a_row_draws_one_k_for_all_its_chunks(tokenizer: GistTokenizer) -> None:
+def test_a_row_samples_one_k_for_all_its_chunks(tokenizer: GistTokenizer) -> None:
     batch = GistCollator(tokenizer, (1, 3), chunk_length=2)([Record("w1 w2 w3 w4 w5", "w6", "w7")] * 60)
     rows = [[token for token in row if token] for row in batch["input_ids"].tolist()]
     counts = [tokenizer.locate(row, is_chunked=True).num_gist_tokens for row in rows]
@@ -463,8 +465,8 @@ def test_a_row_draws_one_k_for_all_its_chunks(tokenizer: GistTokenizer) -> None:
 
 
 def test_what_is_cut_of_a_chunked_row(tokenizer: GistTokenizer) -> None:
-    """The completion down to a quarter, then ids of the prompt, with them the gists of chunks that go, then the start
-    of what stands behind; what is left of the prompt is cut into chunks.
+    """The completion down to a quarter, then ids of the prompt along with the gists of chunks that disappear, then the
+    start of the text after them. What is left of the prompt is divided into chunks again.
     """
     record = Record("w1 w2 w3 w4 w5 w6 w7", "w8 w9 w10", "w11 w12 w13 w14")
     shown = {
@@ -513,7 +515,7 @@ def test_truncation_keeps_every_gist_of_chunks_whole(
 
 
 def test_cutting_a_very_long_prompt_takes_few_steps(tokenizer: GistTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step walks through the prompt, so there must not be one for each of its ids."""
+    """Each step goes through the whole prompt, so there must not be a step for each of its ids."""
     calls = []
     shortened = collate._shortened
     monkeypatch.setattr(collate, "_shortened", lambda *given: calls.append(given) or shortened(*given))
@@ -530,7 +532,7 @@ def test_chunks_and_parts_exclude_each_other(tokenizer: GistTokenizer) -> None:
         GistCollator(tokenizer, part_separator="|", chunk_length=5)
 
 
-# -- what a teacher sees -----------------------------------------------------------------------------------------------
+# -- what the teacher sees ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -592,7 +594,7 @@ def marked(batch: dict[str, torch.Tensor]) -> list[str]:
 def test_columns_of_the_prompt_see_no_other(
     tokenizer: GistTokenizer, options: dict, shown: list[str], conditions: Any
 ) -> None:
-    """Of a prompt in parts or chunks the later ones see gists, the parts at least as the teacher does."""
+    """In a prompt of parts or chunks, later ones see gists (parts do so at least for the teacher)."""
     collate = GistCollator(tokenizer, (1, 3), conditions=conditions, with_teacher=True, **options)
     torch.manual_seed(0)
     plain = collate(RECORDS * 4)
@@ -606,11 +608,11 @@ def test_columns_of_the_prompt_see_no_other(
 
 
 def test_an_encoder_has_no_columns_of_the_prompt_alone(t5_tokenizer: GistTokenizer) -> None:
-    with pytest.raises(GistError, match="with_prompt_columns is for decoders: in an encoder a prompt sees its gist"):
+    with pytest.raises(GistError, match="with_prompt_columns is for decoders: in an encoder, a prompt sees its gist"):
         GistCollator(t5_tokenizer, with_prompt_columns=True)
 
 
-# -- the built-in task -------------------------------------------------------------------------------------------------
+# -- the letter task ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -638,7 +640,7 @@ def test_held_out_combinations_are_never_trained_on() -> None:
     assert not set(task.seen) & set(task.unseen)
     pairs = [(held.order, held.edit) for held in task.unseen] + [(held.edit, held.style) for held in task.unseen]
     pairs += [(held.order, held.style) for held in task.unseen]
-    assert len(set(pairs)) == len(pairs) == 3 * 16  # any two parts are held out once at most
+    assert len(set(pairs)) == len(pairs) == 3 * 16  # no two parts are held out together more than once
     texts = {instruction.text() for instruction in task.unseen}
     assert not texts & {record.instruction for record in task.records("seen", 5000, 0)}
     assert task.records("seen", 10, 0) == task.records("seen", 10, 0) != task.records("seen", 10, 1)
@@ -687,7 +689,7 @@ def test_queries_of_training_and_evaluation_are_apart() -> None:
     assert names == set(task.table.names)
     for record in task.records("eval", 10, 5):
         assert record.output.split() == task.table.answer(record.input.split())
-    with pytest.raises(GistError, match=r"count must be in 1\.\.\d+, the queries of eval, got 36"):
+    with pytest.raises(GistError, match=r"count must be in 1\.\.\d+, the number of eval queries, got 36"):
         task.records("eval", everything, 0)
     with pytest.raises(GistError, match="split must be train, eval or unasked, got 'seen'"):
         task.records("seen", 1, 0)
@@ -697,7 +699,7 @@ def test_queries_of_training_and_evaluation_are_apart() -> None:
         CodeTask(num_names=6, num_unasked=6)
 
 
-def test_some_names_only_the_table_knows() -> None:
+def test_some_names_occur_only_in_the_table() -> None:
     task = CodeTask(num_names=6, length=2, seed=3, num_unasked=2)
     assert len(task.unasked) == 2
     assert task.table == CodeTask(num_names=6, length=2, seed=3).table

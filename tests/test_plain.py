@@ -1,4 +1,4 @@
-"""Ordinary text without gist tokens: the layout by eye, the loss of a stock model, and what is refused."""
+"""Ordinary text without gist tokens: its layout, the loss of a stock model, and refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = st.lists(st.sampled_from([f"w{number}" for number in range(60)]), max_si
 
 
 def with_start() -> GistTokenizer:
-    """One that puts <s> before a text."""
+    """A tokenizer that puts <s> before a text."""
     inner = tiny.word_tokenizer(("Instruction:", "Input:", "Output:"))
     inner.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return GistTokenizer(inner, "alpaca")
@@ -52,7 +52,7 @@ def test_the_layout_of_an_encoder_decoder(t5_tokenizer: GistTokenizer) -> None:
 
 @given(st.lists(st.tuples(WORDS, WORDS, WORDS), min_size=1, max_size=5))
 def test_it_is_the_text_around_the_gist(rows: list[tuple[str, str, str]]) -> None:
-    """With a prompt, what the collator of gists makes, without the gist tokens; every row alone is what it is in the
+    """With a prompt, the ids are those of ``GistCollator`` without the gist tokens; each row is the same alone and in a
     batch.
     """
     tokenizer = with_start()
@@ -94,15 +94,15 @@ def test_the_loss_is_that_of_a_stock_model(name: str, is_patched: bool) -> None:
 def test_what_does_not_fit_is_refused(tokenizer: GistTokenizer, t5_tokenizer: GistTokenizer) -> None:
     fits, long = Record("w1", "w2", "w3"), Record("w1 w2 w3", "w4", "w5 w6")
     assert PlainCollator(tokenizer, 7)([long, fits])["input_ids"].shape == (2, 7)
-    message = r"record 1 of the batch \('w4'\) has 7 ids, more than max_length=6; raise it or shorten the prompt"
+    message = r"record 1 of the batch \('w4'\) has 7 ids, more than max_length=6; raise max_length or"
     with pytest.raises(RecordError, match=message):
         PlainCollator(tokenizer, 6)([fits, long])
     assert PlainCollator(t5_tokenizer, 4, max_target_length=3)([long])["labels"].shape == (1, 3)
     with pytest.raises(RecordError, match=r"has a target of 3 ids, more than max_target_length=2"):
         PlainCollator(t5_tokenizer, 4, max_target_length=2)([long])
-    with pytest.raises(RecordError, match=r"record 0 of the batch \(''\) has nothing to continue"):
+    with pytest.raises(RecordError, match=r"record 0 of the batch \(''\) has no text for the model to continue"):
         PlainCollator(tokenizer, 6)([Record("", "", "w1")])
     with pytest.raises(GistError, match="max_length must be at least 1, got 0"):
         PlainCollator(tokenizer, 0)
-    with pytest.raises(GistError, match="inputs must be as many as prompts, 1, got 2"):
+    with pytest.raises(GistError, match=r"inputs must have one text per prompt \(1\), got 2"):
         plain_sources(tokenizer, ["w1"], ["w2", "w3"])

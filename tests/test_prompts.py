@@ -1,4 +1,4 @@
-"""Files of prompts: what is read, and that every bad line is named."""
+"""Files of prompts: what is read, and that errors name the line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def written(folder: Path, text: str, name: str = "prompts.jsonl") -> Path:
     return path
 
 
-def test_text_is_a_prompt_a_line(tmp_path: Path) -> None:
-    path = written(tmp_path, 'answer in French\n\n  {"prompt": "as it is"}  \nüber 東京\n', "prompts.txt")
+def test_text_has_one_prompt_per_line(tmp_path: Path) -> None:
+    path = written(tmp_path, 'answer in French\n\n  {"prompt": "as written"}  \nüber 東京\n', "prompts.txt")
     assert load_prompts(path) == [
         PromptRecord("answer in French"),
-        PromptRecord('{"prompt": "as it is"}'),
+        PromptRecord('{"prompt": "as written"}'),
         PromptRecord("über 東京"),
     ]
 
@@ -42,19 +42,19 @@ def test_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"prompts\.jsonl holds no prompt; write one on each line$"),
+        ("", r"prompts\.jsonl contains no prompts; write one per line$"),
         ('{"prompt": "a"}\n{"prompt"', r"prompts\.jsonl, line 2 is not JSON"),
         ("[" * 100_000, r"prompts\.jsonl, line 1 is not JSON"),
-        ('["a"]', "line 1 must be an object with a text 'prompt'"),
-        ('{"prompt": "  "}', "line 1 must be an object with a text 'prompt'"),
-        ('{"prompt": 3}', "line 1 must be an object with a text 'prompt'"),
-        ('{"prompt": "a", "k": 3}', "line 1 has k; known are prompt, name, num_gist_tokens"),
-        ('{"prompt": "a", "name": 3}', "line 1: 'name' must be a text, got 3"),
+        ('["a"]', "line 1 must be an object with a non-empty string 'prompt'"),
+        ('{"prompt": "  "}', "line 1 must be an object with a non-empty string 'prompt'"),
+        ('{"prompt": 3}', "line 1 must be an object with a non-empty string 'prompt'"),
+        ('{"prompt": "a", "k": 3}', "line 1 has unknown keys k; known are prompt, name and num_gist_tokens"),
+        ('{"prompt": "a", "name": 3}', "line 1: 'name' must be a string, got 3"),
         ('{"prompt": "a", "num_gist_tokens": 0}', "'num_gist_tokens' must be a whole number of at least 1, got 0"),
         ('{"prompt": "a", "num_gist_tokens": true}', "must be a whole number of at least 1, got True"),
         (
             '{"prompt": "a", "name": "x"}\n\n{"prompt": "b", "name": "x"}',
-            "line 3: name 'x' is that of line 1; give another",
+            "line 3: name 'x' is already used on line 1; choose another",
         ),
     ],
 )

@@ -1,6 +1,4 @@
-"""``gisting cost``: FLOPs and bytes of a request with no cache, a prefix cache and a gist cache, from a configuration
-alone.
-"""
+"""``gisting cost``: FLOPs and bytes of a request with no cache, a prefix cache and a gist cache."""
 
 from __future__ import annotations
 
@@ -23,30 +21,30 @@ def cost(
     model: Annotated[
         str,
         typer.Argument(
-            help="A config.json, a directory with one, or a repository on the Hugging Face hub. Weights are not read."
+            help="A config.json, a directory with one, or a repository on the Hugging Face hub. No weights are read."
         ),
     ],
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that repeats.")],
-    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens of what follows it in a request.")],
-    num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the repeated prompt.")],
+    input_tokens: Annotated[int, typer.Option(min=1, help="Length of the text after it in a request.")],
+    num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="Number of gist tokens.")] = 1,
     output_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of the answer; of 1 the first pass alone is counted.")
+        int, typer.Option(min=1, help="Length of the answer; with 1, only the first pass is counted.")
     ] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests at once, for the bytes that they need.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of concurrent requests, for the memory they use.")] = 1,
     requests_per_day: Annotated[
-        int | None, typer.Option(min=1, help="Adds the FLOPs of a day, each answer as long as --output-tokens.")
+        int | None, typer.Option(min=1, help="Also show a day's FLOPs, with answers of --output-tokens.")
     ] = None,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Adds the bytes to keep so many prompts.")] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the cached states: float32, bfloat16, float16.")] = "bfloat16",
-    as_json: Annotated[bool, json_option("an object for each way to answer")] = False,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Also show the bytes to keep this many prompts.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the cached states: float32, bfloat16 or float16.")] = "bfloat16",
+    as_json: Annotated[bool, json_option("an object per kind of cache")] = False,
 ) -> None:
-    """Count what a request costs: no cache, prefix cache, gist cache.
+    """Count what a request costs with no cache, a prefix cache and a gist cache.
 
-    FLOPs as torch's flop counter sees them (matrix products, logits at every token that is run) and bytes of keys and
-    values. Nothing is loaded or run but the configuration, so a model of any size takes seconds. A row of the tables
-    published with the gisting paper has the prompt and input together as num_prompt_tokens, and costs "no cache"
-    (standard) and "gist cache" (gist) up to the first token: row 0 of LLaMA-7B, 58 tokens of which 34 are the input,
-    is the example, 768 and 450 GFLOPs.
+    Counted are FLOPs, as by torch's FLOP counter (matrix products, logits at every token that is run), and the bytes of
+    keys and values. Only the configuration is read, so it takes seconds whatever the size of the model. The example
+    below is row 0 of LLaMA-7B in the tables published with the gisting paper: num_prompt_tokens there is prompt and
+    input together, 58 tokens, of which 34 are the input; the row's 768 and 450 GFLOPs are those up to the first token
+    with "no cache" (standard) and "gist cache" (gist).
 
     Example: gisting cost huggyllama/llama-7b --prompt-tokens 24 --input-tokens 34 -k 1
     """
@@ -67,7 +65,7 @@ def cost(
     limit, longest = position_limit(config), prompt_tokens + input_tokens + output_tokens
     if limit is not None and longest > limit:
         err.print(
-            f"note: prompt, input and answer are {longest:,} tokens, the model's positions end at {limit:,}",
+            f"note: prompt, input and answer have {longest:,} tokens, but the model has only {limit:,} positions",
             highlight=False,
             soft_wrap=True,
         )
@@ -98,8 +96,8 @@ def _configuration(model: str) -> Any:
             return AutoConfig.from_pretrained(about["base"])
     except (OSError, TypeError, ValueError) as error:
         raise GistError(
-            f"{model} has no configuration that transformers can read: give a config.json, a directory with one, or "
-            f"the name of a repository on the hub ({error})"
+            f"{model} has no configuration that transformers can read; give a config.json, a directory with one, or a "
+            f"repository on the hub ({error})"
         ) from error
 
 
@@ -128,23 +126,23 @@ def _table(rows: list[RequestCost], requests_per_day: int | None, num_prompts: i
     def add(name: str, cells: list[str]) -> None:
         table.add_row(name, *cells)
 
-    add("tokens there already", [f"{row.num_cached_tokens:,}" for row in rows])
-    add("tokens read", [f"{row.num_new_tokens:,}" for row in rows])
+    add("cached tokens", [f"{row.num_cached_tokens:,}" for row in rows])
+    add("new tokens", [f"{row.num_new_tokens:,}" for row in rows])
     add("GFLOPs to the first token", [_giga(row.first_token_flops) for row in rows])
     if first.num_output_tokens > 1:
         add(f"GFLOPs of {first.num_output_tokens:,} tokens", [_giga(row.answer_flops) for row in rows])
-    add("GFLOPs once for a prompt", [_giga(row.fill_flops) if row.fill_flops else "-" for row in rows])
+    add("GFLOPs to fill the cache", [_giga(row.fill_flops) if row.fill_flops else "-" for row in rows])
     if requests_per_day is not None:
         add(
             f"PFLOPs for {requests_per_day:,} requests",
             [_number(row.pflops_per_day(requests_per_day)) for row in rows],
         )
-    add("kept for a prompt", [format_bytes(row.prompt_bytes) if row.prompt_bytes else "-" for row in rows])
-    add("prompts in a GB", ["-" if row.prompts_per_gb is None else f"{row.prompts_per_gb:,}" for row in rows])
+    add("kept per prompt", [format_bytes(row.prompt_bytes) if row.prompt_bytes else "-" for row in rows])
+    add("prompts per GB", ["-" if row.prompts_per_gb is None else f"{row.prompts_per_gb:,}" for row in rows])
     if num_prompts is not None:
         kept = [row.storage_bytes(num_prompts) for row in rows]
         add(f"kept for {num_prompts:,} prompts", [format_bytes(number) if number else "-" for number in kept])
-    add(f"used by {first.batch_size:,} at once", [format_bytes(row.batch_bytes) for row in rows])
+    add(f"in use, {first.batch_size:,} at once", [format_bytes(row.batch_bytes) for row in rows])
     return table
 
 
@@ -152,18 +150,19 @@ def _legend(rows: list[RequestCost], is_encoder_decoder: bool) -> list[str]:
     *others, gist = rows
     parts = []
     for other in others:
-        part = f"{_share(gist.saved_to_first_token(other))} against {other.mode}"
+        name = "a prefix cache" if other.num_cached_tokens else "no cache"
+        part = f"{_share(gist.saved_to_first_token(other))} compared with {name}"
         if gist.num_output_tokens > 1:
             part += f" ({_share(gist.saved(other))} over the whole answer)"
         parts.append(part)
-    sentences = [f"FLOPs saved by the gist cache to the first token: {', '.join(parts)}."]
+    sentences = [f"FLOPs that the gist cache saves up to the first token: {', '.join(parts)}."]
     if is_encoder_decoder:
         sentences.append(
-            "No prefix cache: an encoder reads in both directions, so a prompt's states depend on the rest."
+            "No prefix cache: an encoder reads in both directions, so a prompt's states depend on the text after it."
         )
     sentences.append(
-        f"States in {gist.dtype}, 1 GB = 10^9 bytes; in use are keys and values at the last token, each request with "
-        "its own. FLOPs are no time."
+        f"States are in {gist.dtype}; 1 GB = 10^9 bytes. In use are the keys and values at the last token, each "
+        "request with its own copy of the prompt's. FLOPs are not time."
     )
     return sentences
 

@@ -1,4 +1,4 @@
-"""``gisting data``: training data, made from public sources."""
+"""``gisting data``: prepare training data from public sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gisting.errors import GistError
 
 __all__ = ["data_app"]
 
-data_app = Commands(name="data", help="Make training data from public sources.")
+data_app = Commands(name="data", help="Prepare training data from public sources.")
 
 
 @data_app.callback()
@@ -24,18 +24,20 @@ def _data() -> None:
 
 @data_app.command("alpaca-plus")
 def data_alpaca_plus(
-    output: Annotated[Path, typer.Option(help="Directory for the four files.")],
-    alpaca: Annotated[str, typer.Option(help="Stanford Alpaca: a path or an address.")] = SOURCES["alpaca"],
-    self_instruct: Annotated[str, typer.Option(help="Self-Instruct, generated.")] = SOURCES["self_instruct"],
-    human: Annotated[str, typer.Option(help="Self-Instruct, written by people.")] = SOURCES["human"],
+    output: Annotated[Path, typer.Option(help="Directory to write the four files to.")],
+    alpaca: Annotated[str, typer.Option(help="Stanford Alpaca: a path or a URL.")] = SOURCES["alpaca"],
+    self_instruct: Annotated[str, typer.Option(help="Self-Instruct, generated: a path or a URL.")] = SOURCES[
+        "self_instruct"
+    ],
+    human: Annotated[str, typer.Option(help="Self-Instruct, human-written tasks: a path or a URL.")] = SOURCES["human"],
     any_size: Annotated[
-        bool, typer.Option("--any-size", help="Write splits that have other sizes than the published ones.")
+        bool, typer.Option("--any-size", help="Write the splits even if their sizes differ from the published ones.")
     ] = False,
-    as_json: Annotated[bool, json_option("an object for each split")] = False,
+    as_json: Annotated[bool, json_option("an object per split")] = False,
 ) -> None:
     """Rebuild Alpaca+, the data of the Gisting paper, from its three sources, and check the sizes of its splits.
 
-    The data are under Alpaca's licence (CC BY-NC 4.0): research only.
+    The data are licensed for research only (Alpaca's CC BY-NC 4.0).
 
     Example: gisting data alpaca-plus --output data --alpaca alpaca_data.json
     """
@@ -44,8 +46,8 @@ def data_alpaca_plus(
     if sizes != SIZES and not any_size:
         found = ", ".join(f"{name} {size:,} (published {SIZES[name]:,})" for name, size in sizes.items())
         raise GistError(
-            f"the splits have other sizes than the published ones: {found}; take the sources at the named "
-            "commits, or write them all the same: --any-size"
+            f"the sizes of the splits differ from the published ones: {found}; use the sources at the commits of the "
+            "paper (the defaults), or pass --any-size to write these splits anyway"
         )
     table = Table("split", "records", "file")
     for name, path in save_splits(splits, output).items():

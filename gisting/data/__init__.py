@@ -1,1 +1,1 @@
-"""Records, the collator that turns them into batches, and a built-in task to try them on."""
+"""Records, the collator that turns them into batches, and the built-in tasks."""

@@ -1,8 +1,8 @@
 """Alpaca+, the data of the Gisting paper (section 4.1), rebuilt from its three public sources.
 
-Place in the flow: **data** -> collator. Stanford Alpaca and Self-Instruct give the training records and two validation
-splits, the human-written tasks of Self-Instruct the third. Rules and order are those of the published script, so the
-splits are the published ones record by record. Knows files; knows nothing of tokens.
+Place in the flow: **data** -> collator. Stanford Alpaca and Self-Instruct provide the training records and two
+validation splits; the human-written tasks of Self-Instruct provide the third. The rules and their order are the
+published script's, so every split equals the published one record by record. Works on files, not on tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gisting.errors import RecordError
 
 __all__ = ["SIZES", "SOURCES", "alpaca_plus", "read_source", "save_splits"]
 
-#: Where the paper's sources lie, at the commits that it names.
+#: The paper's sources, at the commits that it names.
 SOURCES = {
     "alpaca": "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/f134962/alpaca_data.json",
     "self_instruct": (
@@ -30,7 +30,7 @@ SOURCES = {
         "https://raw.githubusercontent.com/yizhongw/self-instruct/a40887b/human_eval/user_oriented_instructions.jsonl"
     ),
 }
-#: Records of each split as published.
+#: Number of records in each published split.
 SIZES = {"train": 130_321, "validation_seen": 1_000, "validation_unseen": 1_000, "validation_human": 252}
 
 _TIMEOUT_S = 60
@@ -39,24 +39,27 @@ _TIMEOUT_S = 60
 def alpaca_plus(
     alpaca: list[Any], self_instruct: list[Any], human: list[Any], *, num_validation: int = 1_000
 ) -> dict[str, list[Record]]:
-    """The four splits.
+    """Divide the three sources into the four splits.
 
-    - ``validation_seen``: of the first ``num_validation`` Self-Instruct instructions that have several examples and
-      whose first example has an input, that first example; the others go to the training records.
+    - ``validation_seen``: the first example of each of the first ``num_validation`` Self-Instruct instructions that
+      have several examples, the first of them with an input. Their other examples become training records.
     - ``validation_unseen``: the first ``num_validation`` Alpaca examples that have an input and whose instruction is
-      not in the training records so far.
-    - ``train``: the rest of Self-Instruct, an instruction with an input once, in the order of instructions, and then
-      the rest of Alpaca as it is.
+      not among the training records collected so far.
+    - ``train``: the rest of Self-Instruct, grouped by instruction and without repeated pairs of instruction and input,
+      followed by the rest of Alpaca unchanged.
     - ``validation_human``: every instance of the human-written tasks.
 
     Args:
-        alpaca: objects with ``instruction``, ``input``, ``output``.
-        self_instruct: the same.
+        alpaca: objects with ``instruction``, ``input`` and ``output``.
+        self_instruct: objects with the same fields.
         human: objects with ``instruction`` and ``instances``, each with ``input`` and ``output``.
-        num_validation: records of each of the first two.
+        num_validation: maximum number of records in ``validation_seen`` and in ``validation_unseen``.
+
+    Returns:
+        The records of each split by its name.
 
     Raises:
-        RecordError: an object is not complete, or an instruction of ``validation_unseen`` comes again once that split
+        RecordError: an object is incomplete, or an instruction of ``validation_unseen`` occurs again after that split
             is full, so that it would also be trained on.
     """
     train: list[Record] = []
@@ -85,8 +88,8 @@ def alpaca_plus(
             held_out.add(record.instruction)
         elif record.instruction in held_out:
             raise RecordError(
-                f"alpaca record {number} repeats the instruction {record.instruction!r} of validation_unseen; the "
-                "published file has no such record, take that one"
+                f"alpaca record {number} repeats the instruction {record.instruction!r} of validation_unseen, which "
+                "would then also be trained on; use the published file, which has no such record"
             )
         else:
             train.append(record)
@@ -97,14 +100,17 @@ def alpaca_plus(
 
 
 def read_source(where: str | Path) -> list[Any]:
-    """The objects of one source file: a JSON list, or an object a line.
+    """Read the objects of one source: a JSON list, or one JSON object per line.
 
     Args:
-        where: a path, or an ``http`` or ``https`` address.
+        where: a path, or an ``http`` or ``https`` URL.
+
+    Returns:
+        The objects in the order of the file.
 
     Raises:
-        RecordError: it is not JSON, or the address gives nothing.
-        OSError: there is no such file.
+        RecordError: the source is not JSON, or the URL cannot be fetched.
+        OSError: the file cannot be read.
     """
     where = str(where)
     if where.startswith(("http://", "https://")):
@@ -112,7 +118,7 @@ def read_source(where: str | Path) -> list[Any]:
             with urllib.request.urlopen(where, timeout=_TIMEOUT_S) as answer:
                 data: bytes = answer.read()
         except (urllib.error.URLError, TimeoutError) as error:
-            raise RecordError(f"{where} cannot be fetched ({error}); download it yourself and give its path") from error
+            raise RecordError(f"{where} cannot be fetched ({error}); download it and pass its path instead") from error
     else:
         data = Path(where).read_bytes()
     try:
@@ -129,14 +135,14 @@ def read_source(where: str | Path) -> list[Any]:
 
 
 def save_splits(splits: Mapping[str, list[Record]], directory: str | Path) -> dict[str, Path]:
-    """Write ``alpaca_plus_<split>.json`` for each split, in the published layout, and say where.
+    """Write each split to ``alpaca_plus_<split>.json``, in the published layout.
 
     Args:
-        splits: records by the name of their split.
-        directory: where the files go; made where there is none.
+        splits: the records of each split by its name.
+        directory: where to write the files; created if missing.
 
     Returns:
-        The file of each split.
+        The path of each split's file by the split's name.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -158,7 +164,7 @@ def _human(items: list[Any]) -> list[Record]:
     for number, item in enumerate(items, start=1):
         where = f"human task {number}"
         if not isinstance(item, dict) or not isinstance(item.get("instances"), list):
-            raise RecordError(f"{where} must be an object with instruction and instances")
+            raise RecordError(f"{where} must be an object with 'instruction' and a list of 'instances'")
         for instance in item["instances"]:
             whole = {**(instance if isinstance(instance, dict) else {}), "instruction": item.get("instruction")}
             found.append(to_record({**whole, "source": "self_instruct"}, where))

@@ -1,12 +1,12 @@
-"""Records as ordinary text, without gist tokens: what a prompt in view, or no prompt at all, looks like to a model.
+"""Records as ordinary text without gist tokens: with the prompt in view, or without any prompt.
 
-Place in the flow: data -> **plain** -> model, beside the collator of gists, and under the conditions of an evaluation
-that have no gist tokens. Texts are laid out by the tokenizer's template as if the gist were left out of them::
+Place in the flow: data -> **plain** -> model. An alternative to ``GistCollator``, also used by the evaluation
+conditions without gist tokens. The tokenizer's template lays out the text; the gist is left out::
 
     prompt in view      prompt, continuation, completion
-    bare query          what the tokenizer puts before a text (<s>), continuation, completion
+    bare query          start ids (<s>, if the tokenizer adds it), continuation, completion
 
-Knows ids, padding and labels; draws nothing, cuts nothing.
+Produces ids, padding and labels. Nothing is sampled and nothing is cut.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ __all__ = ["PlainCollator", "excerpt", "plain_batch", "plain_sources"]
 
 
 def plain_sources(tokenizer: GistTokenizer, prompts: Sequence[str], inputs: Sequence[str]) -> list[list[int]]:
-    """The ids of texts without gist tokens, up to where the answer begins.
+    """Encode texts without gist tokens, up to where the answer begins.
 
     Args:
-        tokenizer: with the template that lays them out.
-        prompts: B texts; an empty one leaves the bare query.
+        tokenizer: its template lays out the texts.
+        prompts: B texts; an empty one gives the bare query.
         inputs: B texts.
 
     Returns:
-        B lists of ids; an encoder that would be left without any reads the end of sequence, for a decoder the list is
-        then empty.
+        B lists of ids. Where a text has no ids, the list is empty for a decoder and holds the end of sequence for an
+        encoder-decoder.
 
     Raises:
-        GistError: the numbers differ, or something is no text.
+        GistError: the numbers of prompts and inputs differ, or one of them is not a string.
     """
     if len(prompts) != len(inputs):
-        raise GistError(f"inputs must be as many as prompts, {len(prompts)}, got {len(inputs)}")
+        raise GistError(f"inputs must have one text per prompt ({len(prompts)}), got {len(inputs)}")
     continuations = tokenizer.encode_continuations(inputs)
     heads = iter(tokenizer.encode_prompts([prompt for prompt in prompts if prompt], 1))
     sources = [
@@ -55,17 +55,17 @@ def plain_sources(tokenizer: GistTokenizer, prompts: Sequence[str], inputs: Sequ
 def plain_batch(
     tokenizer: GistTokenizer, sources: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Sources with their answers as one batch.
+    """Combine sources and their answers into one batch.
 
     Args:
-        tokenizer: whose padding is taken, and which says whether it is for an encoder-decoder.
+        tokenizer: supplies the padding id, and whether the batch is for an encoder-decoder.
         sources: B lists of ids, up to where the answer begins.
-        completions: B lists of ids, with their end of sequence.
+        completions: B lists of ids, each with its end of sequence.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` int64 ``(B, N)``; ``labels`` int64, -100 where there is nothing to learn.
-        Of a decoder they are ``(B, N)``, padded on the left, with ``position_ids`` int64 ``(B, N)`` from 0; of an
-        encoder-decoder ``(B, M)``, padded on the right like the source.
+        ``input_ids`` and ``attention_mask``, int64 ``(B, N)``; ``labels``, int64, -100 where there is nothing to
+        learn. For a decoder ``labels`` is ``(B, N)``, everything is padded on the left, and ``position_ids``, int64
+        ``(B, N)``, count from 0. For an encoder-decoder ``labels`` is ``(B, M)`` and everything is padded on the right.
     """
     pad = tokenizer.pad_token_id
     if tokenizer.is_encoder_decoder:
@@ -85,13 +85,15 @@ def plain_batch(
 
 
 class PlainCollator:
-    """Collates records as ordinary text for a decoder or an encoder-decoder, patched or not; labels on the completion.
+    """Collate records as ordinary text, with labels on the completion.
+
+    Works for decoders and encoder-decoders, patched or not.
 
     Args:
-        tokenizer: with the template that lays the texts out; whether it is for an encoder-decoder decides the batch.
-        max_length: ids of a sequence at most, of the source for an encoder-decoder. A longer one is refused: what was
-            to be dropped of it (examples, never the query) must be dropped before.
-        max_target_length: ids of the target of an encoder-decoder at most.
+        tokenizer: its template lays out the texts; whether it is for an encoder-decoder decides the form of the batch.
+        max_length: maximum number of ids in a sequence; for an encoder-decoder, in the source. Longer sequences are
+            refused, so whatever may be dropped (examples, never the query) must be dropped beforehand.
+        max_target_length: maximum number of ids in the target of an encoder-decoder.
 
     Raises:
         GistError: a length is less than 1.
@@ -106,13 +108,16 @@ class PlainCollator:
         self.max_target_length = max_target_length
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Tensor]:
-        """One batch, as :func:`plain_batch` says; a record without instruction is the bare query.
+        """Make one batch, in the form that :func:`plain_batch` describes.
 
         Args:
-            records: B records.
+            records: B records; one without an instruction becomes the bare query.
+
+        Returns:
+            The batch.
 
         Raises:
-            RecordError: one does not fit, or has nothing that a decoder could continue.
+            RecordError: a record does not fit, or leaves a decoder no text to continue.
         """
         inputs = [record.input for record in records]
         sources = plain_sources(self.tokenizer, [record.instruction for record in records], inputs)
@@ -120,21 +125,24 @@ class PlainCollator:
         for number, (source, completion) in enumerate(zip(sources, completions, strict=True)):
             where = f"record {number} of the batch ({excerpt(inputs[number])})"
             if not source:
-                raise RecordError(f"{where} has nothing to continue; give an input, or a template with text there")
+                raise RecordError(
+                    f"{where} has no text for the model to continue; give it an input, or use a template whose "
+                    "continuation has text"
+                )
             if self.tokenizer.is_encoder_decoder and len(completion) > self.max_target_length:
                 raise RecordError(
                     f"{where} has a target of {len(completion)} ids, more than "
-                    f"max_target_length={self.max_target_length}; raise it, nothing is cut"
+                    f"max_target_length={self.max_target_length}; raise max_target_length (nothing is cut)"
                 )
             length = len(source) if self.tokenizer.is_encoder_decoder else len(source) + len(completion)
             if length > self.max_length:
                 raise RecordError(
-                    f"{where} has {length} ids, more than max_length={self.max_length}; raise it or shorten the "
-                    "prompt, nothing is cut"
+                    f"{where} has {length} ids, more than max_length={self.max_length}; raise max_length or "
+                    "shorten the prompt (nothing is cut)"
                 )
         return plain_batch(self.tokenizer, sources, completions)
 
 
 def excerpt(text: str) -> str:
-    """``text`` as a message shows it: quoted, at most 40 characters of it."""
+    """Quote ``text`` for a message, shortened to 40 characters; the quoted text is returned."""
     return repr(text if len(text) <= 40 else text[:37] + "...")

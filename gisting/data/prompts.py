@@ -1,6 +1,6 @@
-"""Files of prompts to compress: one a line, as text or as JSON.
+"""Files of prompts to compress: one per line, as text or as JSON.
 
-Place in the flow: **data** -> store. Knows files and nothing of tokens. A bad line is named by file and number.
+Place in the flow: **data** -> store. Works on files, not on tokens. Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ __all__ = ["PromptRecord", "load_prompts"]
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt to compress; None where the file does not say.
+    """A prompt to compress.
 
     Args:
         prompt: its text.
-        name: what it is called in a store, or None.
-        num_gist_tokens: k, or None.
+        name: its name in a store; None if the file gives none.
+        num_gist_tokens: k; None if the file gives none.
     """
 
     prompt: str
@@ -30,17 +30,19 @@ class PromptRecord:
 
 
 def load_prompts(path: str | Path) -> list[PromptRecord]:
-    """Read prompts: from ``.jsonl`` objects with ``prompt`` and, where wanted, ``name`` and ``num_gist_tokens``; from
-    any other file a prompt a line. Empty lines are skipped.
+    """Read the prompts of a file.
+
+    A ``.jsonl`` file has one object per line, with ``prompt`` and optionally ``name`` and ``num_gist_tokens``. Any
+    other file has one prompt per line. Empty lines are skipped.
 
     Args:
         path: the file, UTF-8.
 
     Returns:
-        The prompts, in their order.
+        The prompts in the order of the file.
 
     Raises:
-        RecordError: a line is no such object, a prompt is empty, a name comes twice, or there is no prompt at all.
+        RecordError: a line is not such an object, a prompt is empty, a name occurs twice, or the file has no prompt.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -57,24 +59,30 @@ def load_prompts(path: str | Path) -> list[PromptRecord]:
         record = _from_json(line, where) if path.suffix == ".jsonl" else PromptRecord(line.strip())
         if record.name is not None:
             if record.name in names:
-                raise RecordError(f"{where}: name {record.name!r} is that of line {names[record.name]}; give another")
+                raise RecordError(
+                    f"{where}: name {record.name!r} is already used on line {names[record.name]}; choose another"
+                )
             names[record.name] = number
         found.append(record)
     if not found:
-        raise RecordError(f"{path} holds no prompt; write one on each line")
+        raise RecordError(f"{path} contains no prompts; write one per line")
     return found
 
 
 def _from_json(line: str, where: str) -> PromptRecord:
     item = parse_json(line, where)
     if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
-        raise RecordError(f"{where} must be an object with a text 'prompt' and may have 'name' and 'num_gist_tokens'")
+        raise RecordError(
+            f"{where} must be an object with a non-empty string 'prompt' and, optionally, 'name' and 'num_gist_tokens'"
+        )
     unknown = item.keys() - {"prompt", "name", "num_gist_tokens"}
     if unknown:
-        raise RecordError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, name, num_gist_tokens")
+        raise RecordError(
+            f"{where} has unknown keys {', '.join(sorted(unknown))}; known are prompt, name and num_gist_tokens"
+        )
     name, k = item.get("name"), item.get("num_gist_tokens")
     if name is not None and not isinstance(name, str):
-        raise RecordError(f"{where}: 'name' must be a text, got {name!r}")
+        raise RecordError(f"{where}: 'name' must be a string, got {name!r}")
     if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
         raise RecordError(f"{where}: 'num_gist_tokens' must be a whole number of at least 1, got {k!r}")
     return PromptRecord(item["prompt"], name, k)

@@ -1,7 +1,6 @@
 """Instruction records and their files: ``{instruction, input, output}``, the Alpaca layout, as JSON or JSONL.
 
-Place in the flow: **data** -> collator -> model. Knows files and nothing of tokens. A bad record is named by file and
-line.
+Place in the flow: **data** -> collator -> model. Works on files, not on tokens. Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ __all__ = ["Record", "load_records", "parse_json", "save_records", "to_record"]
 
 @dataclass(frozen=True)
 class Record:
-    """One example: what is asked (the prompt that will be compressed), what it is asked of, and the answer.
+    """One example: an instruction (the prompt to compress), the input it applies to, and the answer.
 
-    Not a dictionary on purpose: stock ``Trainer`` strips dictionaries of the keys that ``model.forward`` does not name.
+    Deliberately not a dictionary: stock ``Trainer`` removes keys that ``model.forward`` does not name.
 
     Args:
-        instruction: what is asked; empty where nothing is compressed.
-        input: what it is asked of; may be empty.
+        instruction: the prompt to compress; empty if nothing is compressed.
+        input: what the instruction applies to; may be empty.
         output: the answer.
-        source: where it comes from, such as the split of a task; read by nobody that trains.
+        source: where the record comes from, such as the split of a task; ignored by training.
     """
 
     instruction: str
@@ -37,15 +36,18 @@ class Record:
 
 
 def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_instruction: bool = True) -> Record:
-    """A record from a mapping with ``instruction``, ``output`` and, where there is one, ``input``.
+    """Convert a mapping with ``instruction``, ``output`` and, optionally, ``input`` and ``source`` to a record.
 
     Args:
-        item: the mapping, or a record, which is returned as it is.
-        where: what an error calls it, such as ``train.jsonl, line 3``.
-        needs_instruction: False where it is not read, and may be missing or empty.
+        item: the mapping; a record is returned unchanged.
+        where: how errors refer to the item, such as ``train.jsonl, line 3``.
+        needs_instruction: whether the instruction must be there and not be empty.
+
+    Returns:
+        The record.
 
     Raises:
-        RecordError: a field is missing, empty or no text.
+        RecordError: a field is missing, empty or not a string.
     """
     if isinstance(item, Record):
         _check_texts(vars(item), where)
@@ -56,7 +58,7 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_
     for name in needed:
         if name not in item:
             hint = (
-                "; stock Trainer removes such keys from dictionaries: pass load_records(...) or "
+                "; stock Trainer removes these keys from dictionaries: pass load_records(...) or "
                 "TrainingArguments(remove_unused_columns=False)"
                 if not item
                 else ""
@@ -67,28 +69,29 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_
     fields |= {name: "" if item.get(name) is None else item[name] for name in optional}
     _check_texts(fields, where)
     if needs_instruction and not fields["instruction"].strip():
-        raise RecordError(f"{where}: 'instruction' is empty; it is the prompt that is to be compressed")
+        raise RecordError(f"{where}: 'instruction' is empty; give the prompt that should be compressed")
     return Record(**fields)
 
 
 def _check_texts(fields: Mapping[str, Any], where: str) -> None:
     for name, value in fields.items():
         if not isinstance(value, str):
-            raise RecordError(f"{where}: {name!r} must be a text, got {type(value).__name__}")
+            raise RecordError(f"{where}: {name!r} must be a string, got {type(value).__name__}")
 
 
 def load_records(path: str | Path, *, needs_instruction: bool = True) -> list[Record]:
-    """Read ``.jsonl`` (one object a line, empty lines skipped) or ``.json`` (a list of objects).
+    """Read records from ``.jsonl`` (one object per line, empty lines skipped) or ``.json`` (a list of objects).
 
     Args:
         path: the file, UTF-8.
         needs_instruction: as for :func:`to_record`.
 
     Returns:
-        The records in the file's order.
+        The records in the order of the file.
 
     Raises:
-        RecordError: a line is not JSON, or a record is not complete; file and line (or number) are named.
+        RecordError: the file is not JSON, has no records, or has an incomplete one; the message names file and line
+            (or record number).
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -108,21 +111,21 @@ def load_records(path: str | Path, *, needs_instruction: bool = True) -> list[Re
         whole = parse_json(text, str(path))
         if not isinstance(whole, list):
             raise RecordError(
-                f"{path} must hold a list of objects, got {type(whole).__name__}; one object a line goes in a .jsonl "
-                "file"
+                f"{path} must contain a list of objects, got {type(whole).__name__}; a file with one object per line "
+                "must be named .jsonl"
             )
         items = [(f"{path}, record {number}", item) for number, item in enumerate(whole, start=1)]
     if not items:
-        raise RecordError(f"{path} holds no record")
+        raise RecordError(f"{path} contains no records")
     return [to_record(item, where, needs_instruction=needs_instruction) for where, item in items]
 
 
 def save_records(records: Iterable[Record], path: str | Path) -> None:
-    """Write records as JSONL, an object a line.
+    """Write records as JSONL, which :func:`load_records` reads.
 
     Args:
-        records: written in their order.
-        path: the file, UTF-8, which :func:`load_records` reads.
+        records: the records, written in this order.
+        path: the file, UTF-8.
 
     Raises:
         OSError: the file cannot be written.
@@ -133,10 +136,17 @@ def save_records(records: Iterable[Record], path: str | Path) -> None:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """What ``text``, the JSON of a file that a person wrote, says.
+    """Parse JSON from a file written by a user.
+
+    Args:
+        text: the JSON.
+        where: how errors refer to it.
+
+    Returns:
+        The parsed value.
 
     Raises:
-        RecordError: it is not JSON; ``where`` says what a message calls it.
+        RecordError: ``text`` is not JSON.
     """
     try:
         return json.loads(text)

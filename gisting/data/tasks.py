@@ -1,14 +1,15 @@
-"""The built-in tasks, which a small model learns within minutes. All is made from a seed; no file, no download.
+"""The built-in tasks, which a small model learns within minutes. They are generated from a seed, without any files.
 
-Place in the flow: **data**. :class:`LetterTask` is for gisting, where prompts differ: instructions over letters, each
-of three independent parts (order, edit, style), said in one of several phrasings:
+Place in the flow: **data**. :class:`LetterTask` is for gisting, where prompts differ. Its instructions manipulate
+letters; each combines three independent parts (order, edit, style) in one of several phrasings:
 
     please reverse the letters , drop the last letter and write capitals      a b c d e      ->      E D C B
 
-Whole combinations of parts are held out, so an unseen instruction tests whether the gist carries each part, not
-whether it names one of the instructions seen in training.
+Whole combinations of parts are held out. An unseen instruction therefore tests whether the gist carries each part, not
+just which of the training instructions it was.
 
-:class:`CodeTask` is for internalising, where one long prompt comes with every query, and holds what the query lacks:
+:class:`CodeTask` is for internalisation, where the same long prompt accompanies every query and has information that
+the query lacks:
 
     table : birch-7 ; coral-2 ; ... . answer backwards and stop there .
     coral birch      ->      birch birch-7 coral coral-2
@@ -36,7 +37,7 @@ __all__ = [
     "task_tokenizer",
 ]
 
-#: What the inputs of the letter task are made of.
+#: The alphabet of the letter task's inputs.
 LETTERS = "abcdefgh"
 _Rule = Callable[[list[str]], list[str]]
 
@@ -52,7 +53,8 @@ ORDERS: dict[str, _Rule] = {
     "move the last letter to the front": lambda letters: letters[-1:] + letters[:-1],
     "swap the first two letters": lambda letters: [*letters[1::-1], *letters[2:]],
 }
-# No edit moves where the answer begins: with a style that does, its place would be one that training never showed.
+# No edit moves the start of the answer: combined with a style that does, it would put letters at positions that never
+# occur in training.
 EDITS: dict[str, _Rule] = {
     "change nothing else": lambda letters: letters,
     "drop the last letter": lambda letters: letters[:-1],
@@ -86,7 +88,7 @@ TEMPLATE = Template(
 
 @dataclass(frozen=True)
 class Instruction:
-    """One combination of the three parts; ``text`` says it, ``answer`` does it.
+    """One combination of the three parts: ``text`` puts it into words, ``answer`` carries it out.
 
     Args:
         order: a name of ``ORDERS``.
@@ -99,23 +101,23 @@ class Instruction:
     style: str
 
     def text(self, phrasing: str = PHRASINGS[0]) -> str:
-        """The instruction in words: ``phrasing`` with the three parts put in."""
+        """Fill ``phrasing`` with the three parts; the text is returned."""
         return phrasing.format(order=self.order, edit=self.edit, style=self.style)
 
     def answer(self, letters: list[str]) -> list[str]:
-        """What follows from it for these ``letters``."""
+        """Apply the instruction to ``letters``; the words of the answer are returned."""
         return STYLES[self.style](EDITS[self.edit](ORDERS[self.order](letters)))
 
 
 @dataclass(frozen=True)
 class LetterTask:
-    """The task with some combinations held out.
+    """Follow instructions about letters, some combinations of which are held out.
 
     Args:
-        num_unseen: how many of the 125 combinations no training record uses, at most 25. Any two parts of a held-out
-            combination are trained on together, only never with its third.
-        length: letters in an input.
-        seed: which combinations are held out.
+        num_unseen: number of the 125 combinations that are held out, at most 25. Any two parts of a held-out
+            combination do occur together in training, but never with its third part.
+        length: number of letters in an input.
+        seed: selects the held-out combinations.
 
     Raises:
         GistError: ``num_unseen`` is out of range.
@@ -130,7 +132,7 @@ class LetterTask:
     def __post_init__(self) -> None:
         chance = random.Random(self.seed)
         parts = [chance.sample(list(rules), len(rules)) for rules in (ORDERS, EDITS, STYLES)]
-        # A Latin square: of the combinations with any two parts in common, one at most is held out.
+        # A Latin square: at most one of the combinations that share two parts is held out.
         size = len(STYLES)
         square = [
             Instruction(order, edit, parts[2][(i + j) % size])
@@ -144,15 +146,18 @@ class LetterTask:
         object.__setattr__(self, "seen", tuple(instruction for instruction in rest if instruction not in unseen))
 
     def records(self, split: str, count: int, seed: int) -> list[Record]:
-        """``count`` records of ``"seen"`` or ``"unseen"`` combinations with fresh inputs.
+        """Generate records with random inputs.
 
         Args:
-            split: ``"seen"`` or ``"unseen"``.
-            count: how many.
-            seed: which ones; the same numbers give the same records.
+            split: which combinations to use: ``"seen"`` or ``"unseen"``.
+            count: number of records.
+            seed: selects the records; equal arguments give equal records.
+
+        Returns:
+            The records.
 
         Raises:
-            GistError: there is no such split.
+            GistError: ``split`` is unknown.
         """
         if split not in ("seen", "unseen"):
             raise GistError(f"split must be seen or unseen, got {split!r}")
@@ -177,9 +182,9 @@ NAMES = (
     *("amber", "birch", "coral", "delta", "ember", "fjord", "grove", "heron", "indigo", "jade", "karst", "larch"),
     *("maple", "north", "onyx", "pearl", "quartz", "raven", "slate", "tundra", "umber", "violet", "willow", "zephyr"),
 )
-# An answer says each name before its code, and a code begins with its name, so that every word is found in one hop of
-# attention, which a small model learns in minutes. What stands behind a name takes two hops (an induction head), which$
-# it did not learn in a thousand steps.
+# An answer states each name before its code, and a code begins with its name, so each word can be found in one hop of
+# attention, which a small model learns in minutes. Finding what follows a name takes two hops (an induction head),
+# which the model did not learn in a thousand steps.
 NUM_CODES = 8
 CODE_ORDERS: dict[str, _Rule] = {"in order": lambda names: names, "backwards": lambda names: names[::-1]}
 CODE_ENDINGS: dict[str, _Rule] = {
@@ -190,10 +195,10 @@ CODE_ENDINGS: dict[str, _Rule] = {
 
 @dataclass(frozen=True)
 class CodeTable:
-    """A template of :class:`CodeTask`: which of its codes each name has (``"birch-7"``), and how to answer.
+    """A prompt of :class:`CodeTask`: the code of each name (``"birch-7"``), and how to answer.
 
     Args:
-        codes: a name and its number each.
+        codes: the codes, each made of a name and its number.
         order: a name of ``CODE_ORDERS``.
         ending: a name of ``CODE_ENDINGS``.
     """
@@ -204,21 +209,21 @@ class CodeTable:
 
     @property
     def names(self) -> list[str]:
-        """The names that have a code."""
+        """The names in the table."""
         return [code.partition("-")[0] for code in self.codes]
 
     def text(self) -> str:
-        """The template in words."""
+        """Put the table and its rule into words; the text is returned."""
         return f"table : {' ; '.join(self.codes)} . answer {self.order} and {self.ending} ."
 
     def edited(self) -> CodeTable:
-        """The same names and rule with every code another: the next number."""
+        """Change every code to the next number, keeping names and rule; the new table is returned."""
         numbers = (int(code.partition("-")[2]) for code in self.codes)
         pairs = zip(self.names, numbers, strict=True)
         return replace(self, codes=tuple(f"{name}-{(number + 1) % NUM_CODES}" for name, number in pairs))
 
     def answer(self, names: list[str]) -> list[str]:
-        """What follows from it for these ``names``: each with its code."""
+        """Answer the query ``names``; the words of the answer, each name with its code, are returned."""
         codes = dict(zip(self.names, self.codes, strict=True))
         words = [word for name in CODE_ORDERS[self.order](names) for word in (name, codes[name])]
         return CODE_ENDINGS[self.ending](words)
@@ -226,13 +231,14 @@ class CodeTable:
 
 @dataclass(frozen=True)
 class CodeTask:
-    """Look names up in a table that stands in the prompt.
+    """Look names up in a table that is part of the prompt.
 
     Args:
-        num_names: entries of a table, at most 24.
-        length: names in a query.
-        seed: of the task's own table.
-        num_unasked: names of it that neither training nor evaluation asks for: the table alone knows their codes.
+        num_names: number of entries in a table, at most 24.
+        length: number of names in a query.
+        seed: selects the task's own table.
+        num_unasked: number of names in that table that no query of training or evaluation uses, so that their codes
+            can only be learned from the table itself.
 
     Raises:
         GistError: ``num_names`` or ``num_unasked`` is out of range.
@@ -255,23 +261,26 @@ class CodeTask:
         object.__setattr__(self, "unasked", frozenset(chance.sample(self.table.names, self.num_unasked)))
 
     def records(self, split: str, count: int, seed: int) -> list[Record]:
-        """``count`` different queries to the task's own table, with its text as instruction.
+        """Generate ``count`` different queries to the task's own table, each with the table's text as instruction.
 
-        A query of ``"eval"`` is none of ``"train"``, whatever the seeds, but asks for the same names; one of
-        ``"unasked"`` has at least one name that neither of them has.
+        Queries of ``"eval"`` use the same names as queries of ``"train"`` but never coincide with them, whatever the
+        seeds. Each query of ``"unasked"`` has at least one name that occurs in neither.
 
         Args:
             split: ``"train"``, ``"eval"`` or ``"unasked"``.
-            count: how many.
-            seed: which ones of the split, and in which order.
+            count: number of queries.
+            seed: selects the queries of the split and their order.
+
+        Returns:
+            The records.
 
         Raises:
-            GistError: there is no such split, or it has fewer queries.
+            GistError: ``split`` is unknown or has fewer than ``count`` queries.
         """
         if split not in ("train", "eval", "unasked"):
             raise GistError(f"split must be train, eval or unasked, got {split!r}")
         names = self.table.names
-        # Which half of all queries one belongs to does not depend on the seed of the records.
+        # The half that a query belongs to does not depend on the seed of the records.
         half = random.Random(f"split {self.seed}")
         queries = [
             query
@@ -280,20 +289,25 @@ class CodeTask:
         ]
         queries = [query for query in queries if self.unasked.isdisjoint(query) != (split == "unasked")]
         if not 0 < count <= len(queries):
-            raise GistError(f"count must be in 1..{len(queries)}, the queries of {split}, got {count}")
+            raise GistError(f"count must be in 1..{len(queries)}, the number of {split} queries, got {count}")
         return [
             self._record(self.table, list(query), split)
             for query in random.Random(f"{split} {seed}").sample(queries, count)
         ]
 
     def lookups(self, num_tables: int, per_table: int, seed: int) -> list[Record]:
-        """Queries to random tables of 2 to ``num_names`` entries, those of a table together: what teaches a model to
-        read a table at all, and nothing of the task's own. From the short ones it learns how, and reads the long ones.
+        """Generate queries to random tables of 2 to ``num_names`` entries, grouped by table.
+
+        They teach a model to read tables, but nothing about the task's own table. Short tables are included because
+        they are easier to learn from; the skill carries over to long ones.
 
         Args:
-            num_tables: how many tables are drawn.
-            per_table: queries to each.
-            seed: which tables and queries.
+            num_tables: number of random tables.
+            per_table: number of queries per table.
+            seed: selects the tables and queries.
+
+        Returns:
+            The records.
         """
         chance = random.Random(f"lookups {seed}")
         found: list[Record] = []
@@ -314,23 +328,22 @@ class CodeTask:
         return Record(table.text(), " ".join(names), " ".join(table.answer(names)), source)
 
 
-# -- their tokenizers --------------------------------------------------------------------------------------------------
+# -- tokenizers --------------------------------------------------------------------------------------------------------
 
 
 def task_tokenizer() -> GistTokenizer:
-    """A tokenizer with one id for each word and letter of :class:`LetterTask`, and its template."""
+    """Build a tokenizer with one id per word and letter of :class:`LetterTask`; it is returned with their template."""
     texts = [*ORDERS, *EDITS, *STYLES, *(phrasing.format(order="", edit="", style="") for phrasing in PHRASINGS)]
     return _word_tokenizer([*texts, "! * -", " ".join(LETTERS), " ".join(LETTERS.upper())])
 
 
 def code_tokenizer() -> GistTokenizer:
-    """A tokenizer with one id for each word of :class:`CodeTask`, and its template."""
+    """Build a tokenizer with one id per word of :class:`CodeTask`; it is returned with their template."""
     codes = tuple(f"{name}-{number}" for name in NAMES for number in range(NUM_CODES))
     return _word_tokenizer([CodeTable(codes, "", "").text(), *CODE_ORDERS, *CODE_ENDINGS, *NAMES, "done ->"])
 
 
 def _word_tokenizer(texts: list[str]) -> GistTokenizer:
-    """One id for each word of the texts and of the template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

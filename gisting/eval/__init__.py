@@ -1,1 +1,1 @@
-"""Does it work, and what does it cost: metrics, the three conditions, FLOPs and bytes."""
+"""Evaluation and costs: metrics, conditions, intervals, judges, reports; FLOPs and bytes of a request."""

@@ -1,21 +1,22 @@
-"""A model under the conditions of the paper, two baselines without gist tokens, and the prompt as ordinary text.
+"""Evaluate a model under the conditions of the paper, under two baselines without gist tokens, and with the prompt as
+ordinary text.
 
 Place in the flow: records -> answers and the loss of the references -> scores of each record. The positive control
-bounds what a gist can reach, the negative control shows what the model knows without the prompt; a gist is worth the
-share of the gap between them that it keeps (Gisting, section 5). What the rows of a record's answer can see:
+bounds what a gist can reach; the negative control shows what the model can do without the prompt. The share of the gap
+between them that a gist keeps measures how good it is (Gisting, section 5). What an answer sees:
 
     gist         k gist tokens, then the input
     positive     prompt and gist tokens, then the input
-    negative     the input, at the place that it has behind a gist
+    negative     the input alone, at the positions it has after a gist
     truncated    the first k tokens of the instruction in place of the gist tokens: the baseline of equal cost
     no-prompt    the input alone
-    prompt       the whole instruction, then the input; where there is no instruction, the input alone
+    prompt       the whole instruction, then the input; without an instruction, the input alone
 
-The first three are what :mod:`gisting.visibility` says. The others are ordinary texts without gist tokens, so a
-patched model runs them as it did before. With the prompt, that is the template's text, its gist left out; without, what
-the tokenizer puts before every text (``<s>``), the k tokens of the instruction, split alone and without the template's
-words around it, and the template's continuation. An encoder that would be left without any token reads the end of
-sequence.
+The first three are defined in :mod:`gisting.visibility`. The others are ordinary texts without gist tokens, which a
+patched model runs as it did before it was patched. ``prompt`` is the template's text without the gist. ``truncated``
+and ``no-prompt`` are the start ids (``<s>``, if the tokenizer adds it), the k tokens of the instruction (tokenised by
+itself, without the template's words around it) or none, and the template's continuation. An encoder that would
+otherwise have no token reads the end of sequence.
 """
 
 from __future__ import annotations
@@ -51,21 +52,21 @@ __all__ = ["BASELINES", "EVAL_CONDITIONS", "METRICS", "ConditionResult", "Metric
 
 #: Ordinary texts without gist tokens: as many tokens of the instruction as a gist has, and none.
 BASELINES = ("truncated", "no-prompt")
-#: All that an evaluation can run.
+#: All conditions that an evaluation can run.
 EVAL_CONDITIONS = (*CONDITIONS, *BASELINES, "prompt")
-# What the answer sees does not depend on k, so it is run once for all k.
+# What the answer sees does not depend on k, so each is run once for all k.
 _WITHOUT_K = ("negative", "no-prompt", "prompt")
-# No sequence is cut: a loss of a part would not be the reference's.
+# No sequence is cut: the loss of a part is not the loss of the reference.
 _NO_LIMIT = 1 << 30
 
 
 class Metric(NamedTuple):
-    """How a number comes from the scores of records: a statistic of the means of some columns.
+    """How a metric is computed from the scores of the records: as a statistic of the means of some columns.
 
     Args:
-        needs: the score that must have been asked for.
-        columns: from scores by name, the columns whose means are taken, a number for each record in each.
-        statistic: from means, float64 ``(columns, R)``, R numbers.
+        needs: name of the score without which the metric cannot be computed.
+        columns: selects from the scores by name the columns to average; each has one number per record.
+        statistic: maps means, float64 ``(columns, R)``, to R numbers.
     """
 
     needs: str
@@ -81,10 +82,10 @@ def _ratio(above: str, below: str, outer: Callable[[Tensor], Tensor] = lambda ra
     return Metric(above, lambda scores: [scores[above], scores[below]], lambda means: outer(means[0] / means[1]))
 
 
-#: What is reported. ``exact_match`` and ROUGE are means in 0..1. ``perplexity`` is exp of the mean loss over all tokens
-#: of all references, ``record_perplexity`` exp of the mean over records of their mean loss, so that long references
-#: count no more than short ones; both with the end of sequence. Lengths are means over answers, without it; ``_ratio``
-#: is the length of all answers over that of all references.
+#: The metrics that are reported. ``exact_match`` and ROUGE are means in 0..1. ``perplexity`` is exp of the mean loss
+#: over all tokens of all references; ``record_perplexity`` is exp of the mean over records of each record's mean loss,
+#: so that long references count no more than short ones. Both include the end of sequence. Lengths are means over the
+#: answers and exclude it; ``_ratio`` is the total length of the answers divided by that of the references.
 METRICS: dict[str, Metric] = {
     **{name: _mean_of(name) for name in ("exact_match", "rouge_1", "rouge_2", "rouge_l")},
     "perplexity": _ratio("nll", "nll_tokens", torch.exp),
@@ -102,15 +103,15 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class ConditionResult:
-    """What a model said under one condition, and the scores of every record.
+    """The answers of a model under one condition, and the scores of every record.
 
     Args:
         condition: a name of ``EVAL_CONDITIONS``.
         num_gist_tokens: k.
-        predictions: the answers, in the records' order.
-        scores: by name, a number for each record: ``exact_match``; ``tokens``, ``characters``, ``reference_tokens`` and
-            ``reference_characters``; where asked for, ``rouge_1``, ``rouge_2`` and ``rouge_l`` in 0..1, and ``nll``,
-            the loss of the reference summed over its ``nll_tokens``, in nats.
+        predictions: the answers, in the order of the records.
+        scores: by name, one number per record: ``exact_match``, ``tokens``, ``characters``, ``reference_tokens`` and
+            ``reference_characters``; if requested, ``rouge_1``, ``rouge_2`` and ``rouge_l`` in 0..1, and ``nll``, the
+            loss of the reference in nats, summed over its ``nll_tokens``.
     """
 
     condition: str
@@ -120,41 +121,44 @@ class ConditionResult:
 
     @property
     def num_records(self) -> int:
-        """How many records were answered."""
+        """The number of records that were answered."""
         return len(self.predictions)
 
     @property
     def exact_match(self) -> float:
-        """Share of answers that equal their reference, in 0..1."""
+        """The share of answers that equal their reference, in 0..1."""
         return self.interval("exact_match", num_resamples=1).value
 
     @property
     def rouge_l(self) -> float | None:
-        """Mean ROUGE-L (Lin, 2004) in 0..1, or None where it was not asked for."""
+        """The mean ROUGE-L (Lin, 2004) in 0..1, or None if it was not requested."""
         return self.interval("rouge_l", num_resamples=1).value if "rouge_l" in self.scores else None
 
     @property
     def metrics(self) -> list[str]:
-        """The names of ``METRICS`` for which there are scores."""
+        """The names in ``METRICS`` for which there are scores."""
         return [name for name, metric in METRICS.items() if metric.needs in self.scores]
 
     def interval(self, metric: str, **settings: Any) -> Interval:
-        """A metric with its interval over resampled records.
+        """Compute a metric with its interval over resampled records.
 
         Args:
-            metric: a name of ``METRICS``.
+            metric: a name in ``METRICS``.
             **settings: as for :func:`gisting.eval.statistics.bootstrap`.
 
+        Returns:
+            The value with its interval.
+
         Raises:
-            GistError: there are no scores for it.
+            GistError: the metric was not scored.
         """
         if metric not in self.metrics:
-            raise GistError(f"metric must be one that was scored, {', '.join(self.metrics)}, got {metric!r}")
+            raise GistError(f"metric must be one of those scored ({', '.join(self.metrics)}), got {metric!r}")
         _, columns, statistic = METRICS[metric]
         return bootstrap(columns(self.scores), statistic, **settings)
 
     def summary(self) -> dict[str, Any]:
-        """Condition, k, number of records and every metric; a perplexity too large for a number is None."""
+        """Condition, k, number of records and the value of every metric; None for a perplexity that overflows."""
         found = {name: self.interval(name, num_resamples=1).value for name in self.metrics}
         return {
             "condition": self.condition,
@@ -179,29 +183,31 @@ def evaluate(
     progress: Callable[[int], Any] | None = None,
     **generate_kwargs: Any,
 ) -> list[ConditionResult]:
-    """Answer every record under each condition, greedily unless told otherwise; gist and controls from caches.
+    """Answer every record under each condition and score the answers.
+
+    Decoding is greedy by default. The gist and control conditions are answered from caches.
 
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        records: what to answer; the output is the reference.
-        num_gist_tokens: k, or several, each of which is evaluated.
-        conditions: names of ``EVAL_CONDITIONS``, each gives a result for each k.
+        records: the records to answer; their outputs are the references.
+        num_gist_tokens: k, or several values, each of which is evaluated.
+        conditions: names in ``EVAL_CONDITIONS``.
         chunk_length: as for :func:`gisting.generate`, for a model that was trained in chunks.
-        max_new_tokens: length of an answer.
-        batch_size: records at once.
-        with_rouge: also ROUGE (needs the ``eval`` extra).
-        with_perplexity: also the loss of the references, with teacher forcing.
-        progress: called with the number of records answered since the last call; there are as many for each k and
-            condition.
-        **generate_kwargs: for ``model.generate``.
+        max_new_tokens: maximum length of an answer.
+        batch_size: number of records processed together.
+        with_rouge: whether to compute ROUGE (needs the ``eval`` extra).
+        with_perplexity: whether to compute the loss of the references, with teacher forcing.
+        progress: called with the number of records answered since the last call; every record counts once for each k
+            and condition.
+        **generate_kwargs: passed to ``model.generate``.
 
     Returns:
         A result for each k and, within it, each condition. Those of ``"negative"``, ``"no-prompt"`` and ``"prompt"``
         are the same for every k.
 
     Raises:
-        GistError: there is no record, a condition or k cannot be, or as :func:`gisting.generate`.
+        GistError: there are no records, a condition or k is invalid, or as :func:`gisting.generate`.
     """
     counts = [num_gist_tokens] if isinstance(num_gist_tokens, int) else list(num_gist_tokens)
     _check(model, tokenizer, records, counts, conditions, batch_size)
@@ -269,24 +275,24 @@ class _Run:
         return [self.tokenizer.decode(row).strip() for row in said[:, start:].tolist()]
 
     def losses(self, records: Sequence[Record]) -> list[tuple[float, float]]:
-        """For each record, the summed loss of its reference in nats, and its number of tokens."""
+        """For each record, the summed loss of its reference in nats and the number of its tokens."""
         batch = self._taught(records)
         numbers = (batch["labels"] != IGNORED).sum(-1)
         width = int(numbers.max())
-        # All that is asked of labels is asked before they lie on a card: the only read from it is that of the sums.
+        # The labels are inspected before they go to an accelerator: the sums are all that is read back from it.
         batch = {name: tensor.to(input_weight(self.model).device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        # Not inference mode, in which nothing is remembered of a mask: every layer would plan it again.
+        # Not inference mode: there, nothing derived from a mask is remembered, and every layer would plan it again.
         with evaluating(self.model), torch.no_grad():
             if self.tokenizer.is_encoder_decoder:
                 targets = labels
                 shifted = self.model.prepare_decoder_input_ids_from_labels(labels)
                 logits = self.model(**batch, decoder_input_ids=shifted, use_cache=False).logits
             else:
-                # Completions end in the last column; a token is predicted one column before it stands.
+                # Completions end in the last column; each token is predicted in the column before its own.
                 targets = labels[:, labels.shape[1] - width :]
                 logits = self.model(**batch, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
-            # Row by row: float32 logits of a batch of a large vocabulary take gigabytes.
+            # Row by row, because a whole batch's float32 logits over a large vocabulary take gigabytes.
             sums = [
                 cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="sum")
                 for row, target in zip(logits, targets, strict=True)
@@ -295,7 +301,7 @@ class _Run:
         return list(zip(found, numbers.double().tolist(), strict=True))
 
     def _taught(self, records: Sequence[Record]) -> dict[str, Tensor]:
-        """Inputs of a forward pass with the references after them, and ``labels``, on the CPU."""
+        """Inputs of a forward pass over the records with their references, and ``labels``, on the CPU."""
         if self.condition in CONDITIONS:
             collator = GistCollator(
                 self.tokenizer,
@@ -305,7 +311,8 @@ class _Run:
                 max_length=_NO_LIMIT,
                 max_target_length=_NO_LIMIT,
             )
-            # The collator draws k and condition, of one each here; whoever trains meanwhile keeps their random numbers.
+            # The collator samples k and condition, although there is only one of each here; a training run around this
+            # evaluation must not lose random numbers to it.
             with torch.random.fork_rng(devices=[]):
                 return collator(records)
         sources = self._sources(records)
@@ -315,12 +322,12 @@ class _Run:
         return plain_batch(self.tokenizer, sources, answers)
 
     def _sources(self, records: Sequence[Record]) -> list[list[int]]:
-        """The ids of a text without gist tokens, up to where the answer begins."""
+        """Ids of the records as text without gist tokens, up to where the answer begins."""
         tokenizer, inputs = self.tokenizer, [record.input for record in records]
         if self.condition == "truncated":
             before = [ids[: self.k] for ids in tokenizer.encode_texts([record.instruction for record in records])]
-            behind = tokenizer.encode_continuations(inputs)
-            sources = [tokenizer.start_ids + first + rest for first, rest in zip(before, behind, strict=True)]
+            after = tokenizer.encode_continuations(inputs)
+            sources = [tokenizer.start_ids + first + rest for first, rest in zip(before, after, strict=True)]
         else:
             is_shown = self.condition == "prompt"
             sources = plain_sources(tokenizer, [record.instruction if is_shown else "" for record in records], inputs)
@@ -329,8 +336,8 @@ class _Run:
                 source.append(tokenizer.eos_token_id)
             elif not source:
                 raise GistError(
-                    f"condition {self.condition!r} leaves nothing for the model to continue in a record without input "
-                    f"({record.instruction!r}); give an input, or a template with text there"
+                    f"condition {self.condition!r} leaves no text for the model to continue in a record without input "
+                    f"({record.instruction!r}); give it an input, or use a template whose continuation has text"
                 )
         return sources
 
@@ -366,11 +373,11 @@ def _check(
 ) -> None:
     require_patched(model, tokenizer)
     if not records:
-        raise GistError("records is empty; give at least one")
+        raise GistError("records is empty; give at least one record")
     if batch_size < 1:
         raise GistError(f"batch_size must be at least 1, got {batch_size}")
     if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-        raise GistError(f"num_gist_tokens must be at least 1, or different such numbers, got {counts}")
+        raise GistError(f"num_gist_tokens must be a number of at least 1, or several different ones, got {counts}")
     unknown = [name for name in conditions if name not in EVAL_CONDITIONS]
     if unknown or not conditions:
         raise GistError(

@@ -1,9 +1,8 @@
-"""What a request costs, counted from a configuration alone: FLOPs of forward passes and bytes of caches, with no cache,
-behind a prefix cache and behind a gist cache.
+"""Count what a request costs with no cache, a prefix cache and a gist cache: FLOPs of forward passes, bytes of caches.
 
-Place in the flow: beside the other measures, on a configuration in place of a model. No weights are made: the model is
-built on the meta device, and torch's flop counter reads a few short passes, from which all others follow. Knows nothing
-of time; that is measured by ``gisting.measure``.
+Place in the flow: next to the other evaluations, but needs only a model's configuration. No weights are allocated: the
+model is built on the meta device, and torch's FLOP counter measures a few short passes, from which all others follow.
+Time is not counted here; ``gisting.measure`` measures it.
 """
 
 from __future__ import annotations
@@ -44,19 +43,20 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class FlopCounts:
-    """FLOPs of every forward pass of one model, batch 1, as polynomials with whole coefficients.
+    """FLOPs of any forward pass of one model at batch size 1, as polynomials with integer coefficients.
 
-    Rows that are run pay for themselves (projections, feed-forward, logits) and for each key that stands before them or
-    among them, masked or not, for that is what a dense attention computes. A layer with a window holds ``window - 1``
-    keys and lets go of earlier ones, as transformers' caches do.
+    Each row that is run costs FLOPs of its own (projections, feed-forward, logits) and FLOPs for each key, cached or in
+    the same pass, masked or not, because that is what dense attention computes. A layer with a sliding window keeps
+    ``window - 1`` keys and drops earlier ones, as transformers' caches do.
 
     Args:
-        constant: of a pass, whatever its length.
-        row: of a row, without its attention.
-        pair: of a row and a key, in all layers without a window.
-        window_pair: of a row and a key, in all layers with one.
-        window: positions that a row sees in layers with a window, itself among them; None where no layer has one.
-        decoder: of an encoder-decoder, what its decoder costs; the rest is then its encoder's.
+        constant: FLOPs of a pass, independent of its length.
+        row: FLOPs of a row, without its attention.
+        pair: FLOPs of a row and a key, in all layers without a sliding window.
+        window_pair: FLOPs of a row and a key, in all layers with a sliding window.
+        window: the number of positions that a row sees in a layer with a sliding window, including its own; None if no
+            layer has one.
+        decoder: the costs of an encoder-decoder's decoder, in which case the other fields are those of its encoder.
     """
 
     constant: int
@@ -67,21 +67,21 @@ class FlopCounts:
     decoder: DecoderFlopCounts | None = None
 
     def forward(self, num_tokens: int, num_cached: int = 0) -> int:
-        """FLOPs of one pass up to the first token of an answer; arguments and errors as for :func:`forward_flops`."""
+        """FLOPs up to the first token of an answer; arguments and errors as for :func:`forward_flops`."""
         _check_number("num_tokens", num_tokens, 1)
         _check_number("num_cached", num_cached, 0)
         flops = self.prefill(num_tokens, num_cached)
         return flops if self.decoder is None else flops + self.decoder.first(num_cached + num_tokens)
 
     def prefill(self, num_tokens: int, num_cached: int = 0) -> int:
-        """The same without an encoder-decoder's decoder. Arguments as there, not checked."""
+        """As :meth:`forward`, without an encoder-decoder's decoder and without checks."""
         held = num_cached if self.window is None else min(num_cached, self.window - 1)
         keys = self.pair * (num_cached + num_tokens) + self.window_pair * (held + num_tokens)
         return self.constant + num_tokens * (self.row + keys)
 
     def steps(self, num_tokens: int, num_steps: int) -> int:
-        """FLOPs of ``num_steps`` decoding steps, one token each, behind ``num_tokens`` that the first pass had before
-        it: cached ones and those that it ran.
+        """FLOPs of ``num_steps`` decoding steps of one token each, after a first pass that had ``num_tokens`` tokens,
+        cached or run.
         """
         if self.decoder is None:
             return sum(self.prefill(1, num_tokens + step) for step in range(num_steps))
@@ -90,14 +90,14 @@ class FlopCounts:
 
 @dataclass(frozen=True)
 class DecoderFlopCounts:
-    """FLOPs of an encoder-decoder's decoder for one token behind S encoder states.
+    """FLOPs of an encoder-decoder's decoder for one token, given S encoder states.
 
     Args:
-        first_constant: of the first step, which also projects the encoder's states to keys and values.
-        first_source: of the first step, for each encoder state.
-        later_constant: of a later step.
-        later_source: of a later step, for each encoder state.
-        pair: of a later step, for each decoder token before it.
+        first_constant: FLOPs of the first step, which also projects the encoder states to keys and values.
+        first_source: FLOPs of the first step, for each encoder state.
+        later_constant: FLOPs of a later step.
+        later_source: FLOPs of a later step, for each encoder state.
+        pair: FLOPs of a later step, for each decoder token before it.
     """
 
     first_constant: int
@@ -107,33 +107,35 @@ class DecoderFlopCounts:
     pair: int
 
     def first(self, num_source: int) -> int:
-        """The step that reads the start token, behind ``num_source`` encoder states."""
+        """FLOPs of the step that reads the start token, given ``num_source`` encoder states."""
         return self.first_constant + self.first_source * num_source
 
     def later(self, num_source: int, num_cached: int) -> int:
-        """A step behind ``num_source`` encoder states and ``num_cached`` decoder tokens, the start token among them."""
+        """FLOPs of a step after ``num_cached`` decoder tokens, including the start token, given ``num_source`` encoder
+        states.
+        """
         return self.later_constant + self.later_source * num_source + self.pair * num_cached
 
 
 @dataclass(frozen=True)
 class RequestCost:
-    """One way to answer a request: what it computes, what it keeps.
+    """The costs of one way to answer a request.
 
-    FLOPs are of one request, with logits at every token that is run (:func:`forward_flops`). A decoding step costs its
-    token alone; of an answer of N tokens the first comes from the first pass and N - 1 from steps.
+    FLOPs are those of one request, with logits at every token that is run (:func:`forward_flops`). Of an answer of N
+    tokens, the first comes from the first pass and the others from N - 1 decoding steps of one token each.
 
     Args:
         mode: ``"no cache"``, ``"prefix cache"`` or ``"gist cache"``.
-        num_cached_tokens: there before the request.
-        num_new_tokens: read by the request.
-        num_output_tokens: of the answer.
-        batch_size: requests at once.
-        dtype: of the states, such as ``"bfloat16"``.
-        first_token_flops: up to the first token of the answer.
-        answer_flops: of the whole answer, the first token included.
-        fill_flops: to make what is kept, once for a prompt.
-        prompt_bytes: kept for each prompt.
-        batch_bytes: keys and values of ``batch_size`` requests at their last token, each with its own.
+        num_cached_tokens: tokens that are in the cache before the request.
+        num_new_tokens: tokens that the request adds.
+        num_output_tokens: tokens of the answer.
+        batch_size: number of concurrent requests.
+        dtype: dtype of the cached states, such as ``"bfloat16"``.
+        first_token_flops: FLOPs up to the first token of the answer.
+        answer_flops: FLOPs of the whole answer, including the first token.
+        fill_flops: FLOPs to fill the cache, once per prompt.
+        prompt_bytes: bytes that are kept for each prompt.
+        batch_bytes: bytes of the keys and values of ``batch_size`` requests at their last token, without sharing.
     """
 
     mode: str
@@ -150,11 +152,11 @@ class RequestCost:
 
     @property
     def prompts_per_gb(self) -> int | None:
-        """Prompts whose states fit into 10^9 bytes; None where nothing is kept."""
+        """The number of prompts whose states fit into 10^9 bytes; None if nothing is kept."""
         return GB // self.prompt_bytes if self.prompt_bytes else None
 
     def storage_bytes(self, num_prompts: int) -> int:
-        """Bytes that are kept for so many prompts.
+        """Bytes that are kept for ``num_prompts`` prompts.
 
         Raises:
             GistError: ``num_prompts`` is negative.
@@ -163,7 +165,7 @@ class RequestCost:
         return num_prompts * self.prompt_bytes
 
     def pflops_per_day(self, requests_per_day: int) -> float:
-        """FLOPs of a day's answers in 10^15, without those that fill the caches.
+        """FLOPs of a day's answers in units of 10^15, without filling the caches.
 
         Raises:
             GistError: ``requests_per_day`` is negative.
@@ -172,30 +174,30 @@ class RequestCost:
         return requests_per_day * self.answer_flops / 1e15
 
     def saved(self, other: RequestCost) -> float:
-        """The share of the FLOPs of ``other`` that this one does without, over whole answers; negative where it needs
-        more. A day's traffic saves the same share.
+        """The share of the FLOPs of ``other`` that this way saves over a whole answer, and thus over a day's traffic;
+        negative if it needs more.
         """
         return 1 - self.answer_flops / other.answer_flops
 
     def saved_to_first_token(self, other: RequestCost) -> float:
-        """The same up to the first token. ``other`` is what it is compared with."""
+        """The share of the FLOPs of ``other`` that this way saves up to the first token."""
         return 1 - self.first_token_flops / other.first_token_flops
 
 
 def count_flops(config: PreTrainedConfig) -> FlopCounts:
-    """Count a model once, for all lengths.
+    """Count the FLOPs of a model once, for all lengths.
 
-    Matrix products alone, two FLOPs for a multiplication with its addition, as torch's flop counter and the tables of
-    Mu et al. (2023, arXiv:2304.08467) count them. Of a mixture of experts, those that a token is sent to.
+    Only matrix products count, with two FLOPs for a multiplication and its addition, as in torch's FLOP counter and in
+    the tables of Mu et al. (2023, arXiv:2304.08467). In a mixture of experts, only the experts of each token count.
 
     Args:
-        config: configuration of a model of a supported family.
+        config: the configuration of a model of a supported family.
 
     Returns:
-        Its polynomials, which :func:`forward_flops` evaluates.
+        The polynomials that :func:`forward_flops` evaluates.
 
     Raises:
-        UnsupportedModelError: the model is of no supported family.
+        UnsupportedModelError: the model's family is not supported.
     """
     family_of(config)
     model = _meta_model(config)
@@ -205,12 +207,18 @@ def count_flops(config: PreTrainedConfig) -> FlopCounts:
         row = two - one - 3 * pair
         first, first_next = _decoder_step(model, 1, 0), _decoder_step(model, 2, 0)
         later, later_next = _decoder_step(model, 1, 1), _decoder_step(model, 2, 1)
-        behind = _decoder_step(model, 1, 2) - later
+        decoder_pair = _decoder_step(model, 1, 2) - later
         source = later_next - later
-        decoder = DecoderFlopCounts(2 * first - first_next, first_next - first, later - source - behind, source, behind)
+        decoder = DecoderFlopCounts(
+            first_constant=2 * first - first_next,
+            first_source=first_next - first,
+            later_constant=later - source - decoder_pair,
+            later_source=source,
+            pair=decoder_pair,
+        )
         return FlopCounts(one - row - pair, row, pair, decoder=decoder)
     none, one = _decoder(model, 1, 0), _decoder(model, 1, 1)
-    both = one - none  # of a row and a key, in all layers
+    both = one - none  # FLOPs of a row and a key, in all layers
     row = _decoder(model, 2, 0) - none - 3 * both
     window, pair = sliding_windows(config), both
     if window is not None:
@@ -219,21 +227,21 @@ def count_flops(config: PreTrainedConfig) -> FlopCounts:
 
 
 def forward_flops(config: PreTrainedConfig, num_tokens: int, num_cached: int = 0) -> int:
-    """FLOPs of one forward pass over ``num_tokens`` behind ``num_cached`` cached ones, batch 1.
+    """FLOPs of one forward pass over ``num_tokens`` tokens after ``num_cached`` cached ones, at batch size 1.
 
-    Counted as by :func:`count_flops`, with logits at every token that is run; for many lengths call that once. Of an
-    encoder-decoder: the encoder reads ``num_tokens``, which also attend to the cached ones, and the decoder projects
-    and attends to both and makes one token. (``gisting.generate`` lets the encoder read k placeholders as well, whose
-    outputs are replaced; they are not counted.)
+    They are counted by :func:`count_flops`, with logits at every token that is run; for many lengths, call that once
+    instead. In an encoder-decoder, the encoder reads ``num_tokens`` tokens, which also attend to the cached ones, and
+    the decoder projects and attends to both and produces one token. (``gisting.generate`` also lets the encoder read k
+    placeholders, whose outputs are replaced. They are not counted.)
 
     Args:
-        config: configuration of a model of a supported family.
-        num_tokens: tokens that are run, at least 1; of an encoder-decoder, by the encoder.
-        num_cached: tokens whose keys and values (of an encoder-decoder: and last hidden states) are there already.
+        config: the configuration of a model of a supported family.
+        num_tokens: number of tokens that are run (in an encoder-decoder: by the encoder), at least 1.
+        num_cached: number of tokens whose keys and values (in an encoder-decoder: also last hidden states) are cached.
 
     Raises:
         GistError: a number is out of range.
-        UnsupportedModelError: the model is of no supported family.
+        UnsupportedModelError: the model's family is not supported.
     """
     _check_number("num_tokens", num_tokens, 1)
     _check_number("num_cached", num_cached, 0)
@@ -241,11 +249,11 @@ def forward_flops(config: PreTrainedConfig, num_tokens: int, num_cached: int = 0
 
 
 def format_bytes(number: int, digits: int = 2) -> str:
-    """A number of bytes for people, in decimal units: ``format_bytes(245_760, 1)`` is ``"245.8 kB"``.
+    """Format a number of bytes in decimal units: ``format_bytes(245_760, 1)`` returns ``"245.8 kB"``.
 
     Args:
-        number: bytes.
-        digits: behind the decimal point, from a kB on.
+        number: number of bytes.
+        digits: digits after the decimal point, from 1 kB on.
     """
     for unit, scale in (("GB", GB), ("MB", 10**6), ("kB", 10**3)):
         if number >= scale:
@@ -256,19 +264,20 @@ def format_bytes(number: int, digits: int = 2) -> str:
 def cache_bytes(
     config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype = torch.float32, *, is_windowed: bool = False
 ) -> int:
-    """Bytes of the cached states of ``num_tokens`` in all layers, batch 1: keys and values of a decoder; those of the
-    encoder and its last hidden states, of an encoder-decoder.
+    """Bytes of the cached states of ``num_tokens`` tokens in all layers, at batch size 1.
+
+    The states are a decoder's keys and values, or an encoder's keys, values and last hidden states.
 
     Args:
-        config: configuration of a model of a supported family.
-        num_tokens: tokens, at least 0.
-        dtype: of the states.
-        is_windowed: layers with a window hold its last ``window - 1`` tokens alone, as in transformers' caches; a gist
-            cache holds all of its tokens in every layer.
+        config: the configuration of a model of a supported family.
+        num_tokens: number of tokens, at least 0.
+        dtype: dtype of the states.
+        is_windowed: whether layers with a sliding window keep only their last ``window - 1`` tokens, as transformers'
+            caches do. A gist cache keeps all of its tokens in every layer.
 
     Raises:
         GistError: ``num_tokens`` is negative.
-        UnsupportedModelError: the model is of no supported family.
+        UnsupportedModelError: the model's family is not supported.
     """
     _check_number("num_tokens", num_tokens, 0)
     family_of(config)
@@ -295,24 +304,24 @@ def request_costs(
     batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[RequestCost]:
-    """What a request costs whose prompt is read anew, kept in full, or kept as a gist.
+    """Count what a request costs if its prompt is read again, cached in full, or cached as a gist.
 
     Args:
-        config: configuration of a model of a supported family.
-        prompt_tokens: the prompt that repeats, at least 1.
-        input_tokens: what follows it and is new, at least 1.
+        config: the configuration of a model of a supported family.
+        prompt_tokens: length of the repeated prompt, at least 1.
+        input_tokens: length of the new text after it, at least 1.
         num_gist_tokens: k, at least 1.
-        output_tokens: the answer, at least 1, its end of sequence included.
-        batch_size: requests at once, for ``batch_bytes``.
-        dtype: of the states.
+        output_tokens: length of the answer, including its end of sequence, at least 1.
+        batch_size: number of concurrent requests, for ``batch_bytes``.
+        dtype: dtype of the cached states.
 
     Returns:
-        Rows ``"no cache"``, ``"prefix cache"`` and ``"gist cache"``. The second is missing for an encoder-decoder: its
-        encoder reads in both directions, so the states of a prompt depend on what follows.
+        Rows for ``"no cache"``, ``"prefix cache"`` and ``"gist cache"``. An encoder-decoder has no prefix cache: its
+        encoder reads in both directions, so the states of a prompt depend on the text after it.
 
     Raises:
         GistError: a number is out of range.
-        UnsupportedModelError: the model is of no supported family.
+        UnsupportedModelError: the model's family is not supported.
     """
     for name, value in (
         ("prompt_tokens", prompt_tokens),
@@ -355,16 +364,16 @@ def _check_number(name: str, value: int, least: int) -> None:
 
 
 def _answer_bytes(config: PreTrainedConfig, num_tokens: int, output_tokens: int, dtype: torch.dtype) -> int:
-    """Keys and values that the last of ``output_tokens`` attends to, behind ``num_tokens``."""
+    """Bytes of the keys and values that the last of ``output_tokens`` attends to, after ``num_tokens`` others."""
     if not config.is_encoder_decoder:
         return cache_bytes(config, num_tokens + output_tokens - 1, dtype, is_windowed=True)
-    # Cross-attention holds the encoder's tokens; self-attention the start token and the answer but for its last.
+    # Cross-attention has the encoder's tokens; self-attention has the start token and all but the answer's last token.
     per_token = 2 * config.num_decoder_layers * _key_heads(config) * _head_size(config)
     return per_token * (num_tokens + output_tokens) * dtype.itemsize
 
 
 def _key_heads(config: PreTrainedConfig) -> int:
-    # Asked of the class: a config keeps settings that its family does not know, and does not read.
+    # The class is checked because a config also keeps settings that its family does not have and ignores.
     grouped = getattr(config, "num_key_value_heads", None) if hasattr(type(config), "num_key_value_heads") else None
     return grouped or config.num_attention_heads
 
@@ -375,22 +384,20 @@ def _head_size(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-# -- counted on the meta device ----------------------------------------------------------------------------------------
+# -- counting on the meta device ---------------------------------------------------------------------------------------
 
 
 def _meta_model(config: PreTrainedConfig) -> Any:
-    """The model without weights, as its configuration says but for what must not be asked of numbers that are not
-    there.
-    """
+    """The model of a configuration without weights, changed only where its code would need real numbers."""
     config = copy.deepcopy(config)
     if is_length_dependent(config):
-        # These read the largest position, of which there is none; all rotary types have equal products.
+        # These rotary types read the largest position, which has no value here; all types cost the same products.
         parameters: dict[str, Any] = config.rope_parameters  # pyright: ignore[reportAttributeAccessIssue]
         for part in [value for value in parameters.values() if isinstance(value, dict)] or [parameters]:
             part["rope_type"] = "default"
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    # Eager attention counts every product; the fused operators are counted by formulas that differ between versions.
-    # Experts are looked up for each token, which is the one way that needs no numbers.
+    # Eager attention counts every product; fused operators are counted by formulas that differ between versions.
+    # Experts are gathered for each token, the only implementation that works without values.
     settings = {"experts_implementation": "batched_mm"} if hasattr(type(config), "num_experts_per_tok") else {}
     with torch.device("meta"):
         return auto.from_config(config, attn_implementation="eager", dtype=torch.float32, **settings).eval()

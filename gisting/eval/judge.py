@@ -1,9 +1,9 @@
-"""Which of two answers is better, by a model behind an OpenAI-compatible URL.
+"""Let a model behind an OpenAI-compatible URL decide which of two answers is better.
 
-Place in the flow: results -> **judge** -> judgements in the results. Asks for one chat completion for each record
-(temperature 0) and reads a verdict from it; which answer is shown first is drawn from the seed and the texts, and
-undone. Replies are kept on disk, so that a run that was cut off goes on where it stopped and a rerun asks nothing.
-Knows nothing of gists: two lists of texts.
+Place in the flow: results -> **judge** -> judgements in the results. Requests one chat completion per record
+(temperature 0) and reads a verdict from it. Which answer is shown first is random, determined by the seed and the
+texts, and is accounted for in the result. Replies are kept on disk, so that an interrupted run continues where it
+stopped and a repeated run sends no requests. Works on two lists of texts, independently of gists.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gisting.storage import write_atomically
 
 __all__ = ["PROMPT", "Judge"]
 
-#: What the judge is asked. Both answers are shown without saying where they come from.
+#: The prompt of the judge. It does not say where the answers come from.
 PROMPT = """\
 You are shown a task and two answers to it. Decide which answer is better: follow the instruction as it is written, \
 and judge what is right, complete and to the point, not how long it is or which answer comes first.
@@ -54,24 +54,26 @@ Verdict: B
 Verdict: tie"""
 
 _VERDICT = re.compile(r"verdict\W*(a|b|tie)\b\W*$", re.IGNORECASE | re.MULTILINE)
-# What a server that is busy, or in trouble for a moment, says.
+# HTTP statuses of a server that is busy or has a temporary problem.
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge.
+    """A model behind an OpenAI-compatible API that compares answers.
 
     Args:
-        url: where the API begins, such as ``http://localhost:8000/v1``; ``/chat/completions`` is added.
-        model: the model to ask there.
-        cache_dir: where replies are kept, one file each, named by a hash of URL and request. The key is in none.
-        api_key: sent as a bearer token; None for a server that asks for none.
-        seed: of the order in which two answers are shown.
-        num_workers: questions asked at once.
-        timeout_s: how long to wait for a reply.
-        max_attempts: how often a question is asked where the server is busy or does not answer.
-        backoff_s: wait before the second attempt; doubled each time, unless the server says how long.
+        url: the base URL of the API, such as ``http://localhost:8000/v1``; ``/chat/completions`` is appended.
+        model: the name of the model there.
+        cache_dir: directory where replies are kept, in one file each, named by a hash of the URL and the request. The
+            API key is not stored.
+        api_key: sent as a bearer token; None if the server needs none.
+        seed: determines the order in which two answers are shown.
+        num_workers: number of concurrent requests.
+        timeout_s: seconds to wait for a reply.
+        max_attempts: maximum number of attempts per request while the server is busy or does not answer.
+        backoff_s: seconds to wait before the second attempt; doubled after each attempt, unless the server says how
+            long to wait.
 
     Raises:
         GistError: an argument is out of range.
@@ -90,7 +92,7 @@ class Judge:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise GistError(
-                f"url must begin with http:// or https://, such as http://localhost:8000/v1, got {self.url!r}"
+                f"url must start with http:// or https://, such as http://localhost:8000/v1, got {self.url!r}"
             )
         for name in ("num_workers", "max_attempts"):
             if getattr(self, name) < 1:
@@ -104,7 +106,7 @@ class Judge:
         *,
         progress: Callable[[int], Any] | None = None,
     ) -> list[float | None]:
-        """Judge two answers to each record.
+        """Compare two answers to each record.
 
         Args:
             records: N tasks with their references.
@@ -113,16 +115,16 @@ class Judge:
             progress: called with 1 for each record, from several threads.
 
         Returns:
-            For each record 1 where the first answer is better, 0 where the second is, 0.5 for a tie, None where the
-            reply holds no verdict. Answers that are equal are a tie, and nobody is asked.
+            For each record, 1 if the first answer is better, 0 if the second is, 0.5 for a tie, and None if the reply
+            has no verdict. Equal answers are a tie without a request.
 
         Raises:
-            GistError: the numbers differ, the server refuses, or it does not answer at any attempt. Replies up to there
-                are kept.
+            GistError: the numbers of answers and records differ, the server refuses a request, or it answers none of
+                the attempts. The replies received so far are kept.
         """
         if not len(records) == len(first) == len(second):
             raise GistError(
-                f"first and second must be as many as records, {len(records)}, got {len(first)} and {len(second)}"
+                f"first and second must have one answer per record ({len(records)}), got {len(first)} and {len(second)}"
             )
 
         def one(number: int) -> float | None:
@@ -135,7 +137,7 @@ class Judge:
         try:
             return list(pool.map(one, range(len(records))))
         finally:
-            # After an error, what has not been asked yet is not asked.
+            # After an error, requests that are still waiting are not sent.
             pool.shutdown(cancel_futures=True)
 
     def _score(self, record: Record, first: str, second: str) -> float | None:
@@ -179,29 +181,29 @@ class Judge:
                     trouble = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
                 if error.code not in _AGAIN:
                     raise GistError(
-                        f"the judge at {url} refuses: {trouble}; look at URL, model ({self.model}) and key"
+                        f"the judge at {url} refuses the request: {trouble}; check URL, model ({self.model}) and key"
                     ) from error
-                told = error.headers.get("Retry-After", "")
-                wait = float(told) if told.isdecimal() else wait
+                retry_after = error.headers.get("Retry-After", "")
+                wait = float(retry_after) if retry_after.isdecimal() else wait
             except (OSError, http.client.HTTPException) as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 return _content(answer, url)
         raise GistError(
-            f"the judge at {url} did not answer in {self.max_attempts} attempts, at last {trouble}; the replies so far "
-            f"are kept in {self.cache_dir}: run again to go on"
+            f"the judge at {url} did not answer in {self.max_attempts} attempts, the last of which gave {trouble}; the "
+            f"replies so far are kept in {self.cache_dir}: run again to continue"
         )
 
 
 def question(record: Record, a: str, b: str) -> str:
-    """What the judge is asked about two answers in this order."""
+    """Fill ``PROMPT`` with a record and two answers, in the order in which they are shown."""
     texts = {"instruction": record.instruction, "input": record.input, "reference": record.output, "a": a, "b": b}
-    # In one pass: what stands in braces in a text is text.
+    # In one pass, so that braces within a text are left alone.
     return re.sub(r"\{(\w+)\}", lambda found: texts[found[1]], PROMPT)
 
 
 def verdict_of(reply: str) -> str | None:
-    """``"a"``, ``"b"`` or ``"tie"``: the last verdict of a reply, or a reply that is nothing else; None without one."""
+    """Find the last verdict in a reply, which may also be the whole reply: ``"a"``, ``"b"``, ``"tie"`` or None."""
     found = _VERDICT.findall(reply)
     word = found[-1].lower() if found else reply.strip().strip(".*\"'").lower()
     return word if word in ("a", "b", "tie") else None
@@ -212,5 +214,5 @@ def _content(answer: bytes, url: str) -> str:
         content = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
         start = answer[:300].decode(errors="replace")
-        raise GistError(f"{url} gave no chat completion but {start!r}; is it an OpenAI-compatible API?") from error
-    return content or ""  # null where a model says nothing
+        raise GistError(f"{url} returned no chat completion but {start!r}; is it an OpenAI-compatible API?") from error
+    return content or ""  # null if the model says nothing

@@ -1,8 +1,8 @@
-"""Scores of predictions against references, one number for each record; BLEU also one for all of them.
+"""Score predictions against references: one number per record, and for BLEU also one number for all records.
 
-Place in the flow: texts in, numbers out; knows no model. Means stay with whoever reports them: intervals
-(``statistics.py``) need the scores of the records. ROUGE is Lin's (2004, aclanthology.org/W04-1013) as ``rouge-score``
-computes it, BLEU that of Papineni and others (2002, aclanthology.org/P02-1040) as ``sacrebleu`` does.
+Place in the flow: texts in, numbers out, independent of any model. Averaging is left to reports, because intervals
+(``statistics.py``) need the scores of the records. ROUGE (Lin, 2004, aclanthology.org/W04-1013) is computed by
+``rouge-score``, BLEU (Papineni et al., 2002, aclanthology.org/P02-1040) by ``sacrebleu``.
 """
 
 from __future__ import annotations
@@ -14,42 +14,46 @@ from gisting.errors import GistError
 
 __all__ = ["ROUGE", "bleu", "bleu_scores", "exact_match", "exact_matches", "rouge", "rouge_l"]
 
-#: Our names of the published metrics, and the names that ``rouge-score`` has for them.
+#: Names of the ROUGE metrics here, and their names in ``rouge-score``.
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
 
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """1 for each prediction that equals its reference, white space at the ends aside, else 0.
+    """Score each prediction 1 if it equals its reference, ignoring white space at both ends, else 0.
 
     Args:
         predictions: answers, one for each reference.
-        references: what they should have been, in the same order.
+        references: the expected answers, in the same order.
+
+    Returns:
+        A score for each prediction.
 
     Raises:
-        GistError: the numbers differ, or there are none.
+        GistError: the numbers of predictions and references differ, or there are none.
     """
     _check(predictions, references)
     return [float(a.strip() == b.strip()) for a, b in zip(predictions, references, strict=True)]
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The mean of :func:`exact_matches`. Arguments and errors as there."""
+    """The mean of :func:`exact_matches`. Arguments and errors as for that function."""
     scores = exact_matches(predictions, references)
     return sum(scores) / len(scores)
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L: F-measures with stemming of the decoded texts, as the Gisting paper scores them.
+    """Compute ROUGE-1, ROUGE-2 and ROUGE-L: F-measures of the decoded texts with stemming, as in the Gisting paper.
 
     Args:
         predictions: answers, one for each reference.
-        references: what they should have been, in the same order.
+        references: the expected answers, in the same order.
 
     Returns:
-        For each name of ``ROUGE``, a score in 0..1 for each prediction.
+        For each name in ``ROUGE``, a score in 0..1 for each prediction.
 
     Raises:
-        GistError: the numbers differ, there are none, or ``rouge-score`` is not installed (the ``eval`` extra).
+        GistError: the numbers of predictions and references differ, there are none, or ``rouge-score`` is not
+            installed (the ``eval`` extra).
     """
     _check(predictions, references)
     try:
@@ -62,39 +66,42 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, li
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The mean ROUGE-L of :func:`rouge`. Arguments and errors as there."""
+    """The mean ROUGE-L of :func:`rouge`. Arguments and errors as for that function."""
     scores = rouge(predictions, references)["rouge_l"]
     return sum(scores) / len(scores)
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU of all predictions together, by sacrebleu with its own settings (13a tokens, case, exponential smoothing).
+    """Compute the BLEU of all predictions together, with sacrebleu's defaults (13a tokens, case-sensitive, exponential
+    smoothing).
 
-    N-grams are counted over all records before anything is divided, so this is no mean of :func:`bleu_scores`.
+    N-grams are counted over all records before dividing, so this is not the mean of :func:`bleu_scores`.
 
     Args:
         predictions: answers, one for each reference.
-        references: what they should have been, in the same order.
+        references: the expected answers, in the same order.
 
     Returns:
-        A score in 0..100; 0 where no prediction has four tokens.
+        A score in 0..100; 0 if no prediction has four tokens.
 
     Raises:
-        GistError: the numbers differ, there are none, or ``sacrebleu`` is not installed (the ``eval`` extra).
+        GistError: the numbers of predictions and references differ, there are none, or ``sacrebleu`` is not installed
+            (the ``eval`` extra).
     """
     _check(predictions, references)
     return _sacrebleu().corpus_bleu(list(predictions), [list(references)]).score
 
 
 def bleu_scores(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """BLEU of each prediction by itself, by sacrebleu, smoothed; where a text is shorter than four tokens, of the
-    n-grams that it has. Arguments as :func:`bleu`.
+    """Compute the smoothed BLEU of each prediction by itself, with sacrebleu. Arguments as for :func:`bleu`.
+
+    A text of fewer than four tokens is scored over the n-grams that it has.
 
     Returns:
         A score in 0..100 for each prediction.
 
     Raises:
-        GistError: as :func:`bleu`.
+        GistError: as for :func:`bleu`.
     """
     _check(predictions, references)
     sentence_bleu = _sacrebleu().sentence_bleu
@@ -112,5 +119,6 @@ def _sacrebleu() -> Any:
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
     if len(predictions) != len(references) or not references:
         raise GistError(
-            f"predictions must be as many as references, and some, got {len(predictions)} and {len(references)}"
+            f"predictions and references must be equally many and at least 1, got {len(predictions)} and "
+            f"{len(references)}"
         )

@@ -1,6 +1,6 @@
-"""A report from results files alone: tables in Markdown, and quality against k and against compression as pictures.
+"""Reports from results files: tables in Markdown, and plots of quality against k and against compression.
 
-Place in the flow: results -> **report**. Loads no model; needs matplotlib for the pictures (the ``eval`` extra).
+Place in the flow: results -> **report**. Needs no model; the plots need matplotlib (the ``eval`` extra).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from gisting.errors import GistError
 from gisting.eval.results import Evaluation, Judgement, Split
 from gisting.eval.statistics import Interval, gap_share
+from gisting.markdown import markdown_table
 
 __all__ = ["gap_kept", "markdown", "result_rows", "write_report"]
 
@@ -22,16 +23,17 @@ COLUMNS = ("split", "k", "condition", "records", *_SHARES.values(), *_NUMBERS.va
 
 
 def gap_kept(split: Split, num_gist_tokens: int, metric: str, **settings: Any) -> Interval | None:
-    """The share of the gap between the controls that the gist keeps in a metric that is a mean of scores.
-
-    None where one of the three conditions or the metric was not evaluated, or as
-    :func:`gisting.eval.statistics.gap_share`, which also takes the settings.
+    """Compute the share of the gap between the controls that the gist keeps in a metric that is a mean of scores.
 
     Args:
-        split: of an evaluation.
+        split: a split of an evaluation.
         num_gist_tokens: k.
-        metric: a name of the results' scores.
+        metric: the name of a score, such as ``"rouge_l"``.
         **settings: as for :func:`gisting.eval.statistics.gap_share`.
+
+    Returns:
+        The share with its interval; None if the metric or one of the conditions gist, positive and negative was not
+        evaluated, or if there is no clear gap (see :func:`gisting.eval.statistics.gap_share`).
     """
     if not {"gist", "positive", "negative"} <= set(split.conditions):
         return None
@@ -43,13 +45,16 @@ def gap_kept(split: Split, num_gist_tokens: int, metric: str, **settings: Any) -
 
 
 def result_rows(evaluation: Evaluation, *, metric: str | None = None, **settings: Any) -> list[tuple[str, ...]]:
-    """The cells of a table, a row for each split, k and condition, under ``COLUMNS``; empty where nothing was scored.
+    """The cells of a table with the columns ``COLUMNS`` and a row for each split, k and condition.
 
     Args:
-        evaluation: what was evaluated.
-        metric: of which the kept gap is told: a name of exact match or ROUGE; None for ROUGE-L where it was scored,
-            else exact match.
+        evaluation: the evaluation to show.
+        metric: the metric for the column "gap kept": exact match or a ROUGE metric by name; by default ROUGE-L if it
+            was scored, else exact match.
         **settings: of the intervals, as for :func:`gisting.eval.statistics.bootstrap`.
+
+    Returns:
+        The rows; the cell of a metric that was not scored is empty.
     """
     metric = _metric([evaluation], metric)
     rows = []
@@ -72,70 +77,71 @@ def result_rows(evaluation: Evaluation, *, metric: str | None = None, **settings
 
 
 def markdown(evaluations: Sequence[Evaluation], *, metric: str | None = None, **settings: Any) -> str:
-    """The report's text without pictures. Arguments as :func:`result_rows`."""
+    """The text of the report, without plots. Arguments as for :func:`result_rows`."""
     metric = _metric(evaluations, metric)
     confidence = settings.get("confidence", 0.95)
     lines = ["# Evaluation", ""]
     lines += [
-        f"In brackets: the {100 * confidence:g} % interval of a percentile bootstrap over the records. Exact match, "
-        "ROUGE, gap kept and win rate are in per cent. Gap kept: (gist - negative) / (positive - negative) in "
-        f"{_SHARES[metric]}, over the same resampled records in all three; empty where the controls are not apart in "
-        "every resample.",
+        f"Brackets show the {100 * confidence:g} % interval of a percentile bootstrap over the records. Exact match, "
+        "ROUGE, gap kept and win rate are percentages. Gap kept is (gist - negative) / (positive - negative) in "
+        f"{_SHARES[metric]}, over the same resampled records in all three; it is empty unless the positive control is "
+        "above the negative one in every resample.",
     ]
     for evaluation in evaluations:
-        about, settings_told = evaluation.model, ", ".join(f"{k} = {v}" for k, v in evaluation.settings.items())
+        about, settings_shown = evaluation.model, ", ".join(f"{k} = {v}" for k, v in evaluation.settings.items())
         trained = about["num_gist_tokens"]
         lines += [
             "",
             f"## {about['name']}",
             "",
             f"- model `{about['fingerprint']}`, tokenizer `{about['tokenizer']}`, template {about['template']}, "
-            + ("not trained to gist" if trained is None else f"trained with k = {trained[0]} to {trained[1]}"),
-            f"- {settings_told}",
+            + ("not trained for gisting" if trained is None else f"trained with k = {trained[0]} to {trained[1]}"),
+            f"- {settings_shown}",
             f"- {', '.join(f'{name} {value}' for name, value in evaluation.environment.items() if name != 'format')}",
         ]
         lines += [
-            f"- {split.name}: {len(split.records):,} records, prompts of {_mean(split.prompt_tokens):.1f} tokens in "
-            f"the mean, SHA-256 `{split.data_hash[:16]}`"
+            f"- {split.name}: {len(split.records):,} records, prompts of {_mean(split.prompt_tokens):.1f} tokens on "
+            f"average, SHA-256 `{split.data_hash[:16]}`"
             for split in evaluation.splits
         ]
-        lines += ["", *_table(COLUMNS, result_rows(evaluation, metric=metric, **settings))]
+        lines += ["", *_dense_table(COLUMNS, result_rows(evaluation, metric=metric, **settings))]
         if evaluation.judgements:
             header = ("split", "k", "first", "second", "win rate of the first", "ties", "unparsable", "judge")
-            lines += ["", *_table(header, [_judged(one, settings) for one in evaluation.judgements])]
+            lines += ["", *_dense_table(header, [_judged(one, settings) for one in evaluation.judgements])]
     return "\n".join(lines) + "\n"
 
 
 def write_report(
     evaluations: Sequence[Evaluation], directory: str | Path, *, metric: str | None = None, **settings: Any
 ) -> list[Path]:
-    """Write ``report.md`` with its pictures ``quality_by_k.png`` and ``quality_by_compression.png``.
+    """Write ``report.md`` with its plots ``quality_by_k.png`` and ``quality_by_compression.png``.
 
     Args:
-        evaluations: of one model or several, such as one checkpoint for each k; each is a line in the pictures.
-        directory: where to; made if it is not there.
-        metric: on the pictures' upright axis and of the kept gap; as for :func:`result_rows`.
+        evaluations: one model's evaluation, or those of several models, such as one checkpoint per k; each is a line
+            in the plots.
+        directory: where to write the files; created if missing.
+        metric: the metric to plot and for which to show the kept gap, as for :func:`result_rows`.
         **settings: of the intervals, as for :func:`gisting.eval.statistics.bootstrap`.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        GistError: there is no evaluation, the metric was not scored, or matplotlib is not installed.
+        GistError: there are no evaluations, the metric was not scored, or matplotlib is not installed.
     """
     metric = _metric(evaluations, metric)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {
+    plots = {
         "quality_by_k.png": ("gist tokens k", False),
         "quality_by_compression.png": ("compression: prompt tokens / k", True),
     }
     text = markdown(evaluations, metric=metric, **settings)
-    for name, (label, is_compression) in pictures.items():
+    for name, (label, is_compression) in plots.items():
         _plot(evaluations, directory / name, metric, label, is_compression, settings)
         text += f"\n![{_SHARES[metric]} against {label}]({name})\n"
     (directory / "report.md").write_text(text, encoding="utf-8")
-    return [directory / "report.md", *(directory / name for name in pictures)]
+    return [directory / "report.md", *(directory / name for name in plots)]
 
 
 def _plot(
@@ -149,7 +155,7 @@ def _plot(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise GistError("a report's pictures need matplotlib; run: pip install 'gist-tokens[eval]'") from error
+        raise GistError("the plots of a report need matplotlib; run: pip install 'gist-tokens[eval]'") from error
     names = list(dict.fromkeys(split.name for evaluation in evaluations for split in evaluation.splits))
     figure = Figure(figsize=(4.5 * len(names) + 1.5, 4), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
@@ -178,7 +184,7 @@ def _plot(
 
 
 def _metric(evaluations: Sequence[Evaluation], wanted: str | None) -> str:
-    """The metric to tell of, which every result must have."""
+    """The metric to show, which every result must have."""
     results = [result for evaluation in evaluations for split in evaluation.splits for result in split.results]
     if not results:
         raise GistError("evaluations is empty; give at least one results file")
@@ -186,7 +192,7 @@ def _metric(evaluations: Sequence[Evaluation], wanted: str | None) -> str:
     if wanted is None:
         return "rouge_l" if "rouge_l" in scored else "exact_match"
     if wanted not in scored:
-        raise GistError(f"metric must be one that all results have, {', '.join(scored)}, got {wanted!r}")
+        raise GistError(f"metric must be one that all results have ({', '.join(scored)}), got {wanted!r}")
     return wanted
 
 
@@ -203,11 +209,10 @@ def _judged(judgement: Judgement, settings: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown, without the columns in which every cell is empty."""
-    kept = [place for place in range(len(header)) if any(row[place] for row in rows)]
-    lines = [[header[place] for place in kept], *([row[place].replace("|", "\\|") for place in kept] for row in rows)]
-    return [f"| {' | '.join(lines[0])} |", "|---" * len(kept) + "|", *(f"| {' | '.join(one)} |" for one in lines[1:])]
+def _dense_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table without the columns in which every cell is empty."""
+    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    return markdown_table([header[column] for column in kept], [[row[column] for column in kept] for row in rows])
 
 
 def _percent(found: Interval | None) -> str:

@@ -1,7 +1,7 @@
-"""One evaluation as a value and as a file: which model, which data, which settings, and every answer with its scores.
+"""An evaluation as a value and as a file: the model, the data, the settings, and every answer with its scores.
 
-Place in the flow: conditions -> **results** -> judge and report, which need nothing but this. The file is JSON, for any
-program to read; means stand in it for readers, and are computed from the scores of the records when it is loaded.
+Place in the flow: conditions -> **results** -> judge and report, which need nothing else. The file is JSON, so that any
+program can read it. The means in it are for readers; on loading they are computed again from the scores of the records.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "Evaluation", "Judgement", "Split", "evaluate_splits"]
 
-#: Goes up when a file of the version before cannot be read as it stands.
+#: Version of the file format; increased when older files can no longer be read unchanged.
 FORMAT = 1
 _KIND = "gisting evaluation"
 
 
 @dataclass(frozen=True)
 class Split:
-    """The records of one data set and what the model said to them.
+    """The records of one data set and the model's answers to them.
 
     Args:
-        name: ``"unseen"``, ...
-        records: what was asked; the output is the reference.
-        prompt_tokens: for each record, the tokens in front of its gist: what is compressed.
-        results: one for each k and condition.
+        name: the name of the data set, such as ``"unseen"``.
+        records: the records that were answered; their outputs are the references.
+        prompt_tokens: for each record, the number of tokens before its gist, which are the ones that are compressed.
+        results: one result for each k and condition.
     """
 
     name: str
@@ -54,29 +54,32 @@ class Split:
 
     @cached_property
     def data_hash(self) -> str:
-        """SHA-256 over the records, in hex: their four fields as a JSON list of lists, UTF-8."""
+        """SHA-256 of the records, in hex: of their four fields as a JSON list of lists, UTF-8."""
         rows = [[record.instruction, record.input, record.output, record.source] for record in self.records]
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
     @property
     def counts(self) -> list[int]:
-        """Every k, in order."""
+        """Every evaluated k, in ascending order."""
         return sorted({result.num_gist_tokens for result in self.results})
 
     @property
     def conditions(self) -> list[str]:
-        """Every condition, in the order of the evaluation."""
+        """Every evaluated condition, in the order of the evaluation."""
         return list(dict.fromkeys(result.condition for result in self.results))
 
     def result(self, condition: str, num_gist_tokens: int) -> ConditionResult:
-        """What was said under a condition with a k.
+        """Find the result for a condition and k.
 
         Args:
-            condition: a name of ``EVAL_CONDITIONS``.
+            condition: a name in ``EVAL_CONDITIONS``.
             num_gist_tokens: k.
 
+        Returns:
+            The result.
+
         Raises:
-            GistError: it was not evaluated.
+            GistError: this combination was not evaluated.
         """
         for one in self.results:
             if (one.condition, one.num_gist_tokens) == (condition, num_gist_tokens):
@@ -89,16 +92,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge said about the answers of two conditions to the records of a split.
+    """A judge's comparison of the answers of two conditions to the records of a split.
 
     Args:
-        split: its name.
+        split: the name of the split.
         num_gist_tokens: k.
         first: the condition whose wins are counted.
-        second: the condition that it is compared with.
-        judge: the judge's model.
-        scores: for each record 1 where the first wins, 0.5 for a tie, 0 where the second wins, and None where the
-            judge's reply could not be read.
+        second: the condition it is compared with.
+        judge: the name of the judge's model.
+        scores: for each record, 1 if the first condition wins, 0.5 for a tie, 0 if the second wins, and None if the
+            judge's reply had no verdict.
     """
 
     split: str
@@ -110,17 +113,22 @@ class Judgement:
 
     @property
     def num_unparsable(self) -> int:
-        """Replies that could not be read, which count neither way."""
+        """The number of replies without a verdict, which count for neither condition."""
         return self.scores.count(None)
 
     @property
     def num_ties(self) -> int:
-        """Records to which both answers are equally good."""
+        """The number of ties."""
         return self.scores.count(0.5)
 
     def win_rate(self, **settings: Any) -> Interval | None:
-        """Wins and half the ties over the replies that could be read, with its interval; None if there is none.
-        ``settings`` as for :func:`gisting.eval.statistics.bootstrap`.
+        """The share of replies with a verdict that the first condition wins, ties counting half, with its interval.
+
+        Args:
+            **settings: as for :func:`gisting.eval.statistics.bootstrap`.
+
+        Returns:
+            The interval; None if no reply had a verdict.
         """
         read = [score for score in self.scores if score is not None]
         return bootstrap([read], **settings) if read else None
@@ -128,15 +136,15 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's evaluation.
+    """The evaluation of one model.
 
     Args:
         model: ``name``, ``fingerprint``, ``tokenizer`` (its fingerprint), ``template`` (its name) and
-            ``num_gist_tokens``, the range that it says it was trained with, or None.
-        settings: of the answers: ``max_new_tokens``, ...
+            ``num_gist_tokens``, the range with which the model says it was trained, or None.
+        settings: how answers were generated, such as ``max_new_tokens``.
         environment: device, versions and commit.
-        splits: the data sets.
-        judgements: what a judge said, if one was asked.
+        splits: the data sets with their results.
+        judgements: the comparisons by a judge, if there are any.
     """
 
     model: dict[str, Any]
@@ -146,10 +154,13 @@ class Evaluation:
     judgements: list[Judgement] = field(default_factory=list)
 
     def split(self, name: str) -> Split:
-        """A split by its ``name``.
+        """Find a split by its ``name``.
+
+        Returns:
+            The split.
 
         Raises:
-            GistError: there is none.
+            GistError: there is no such split.
         """
         for one in self.splits:
             if one.name == name:
@@ -164,13 +175,16 @@ class Evaluation:
         *,
         progress: Callable[[int], Any] | None = None,
     ) -> Evaluation:
-        """The same evaluation with a judge's comparison of two conditions for each split and k.
+        """Let a judge compare two conditions, for each split and k.
 
         Args:
-            judge: whom to ask.
+            judge: the judge.
             first: the condition whose wins are counted.
-            second: the condition that it is compared with.
+            second: the condition it is compared with.
             progress: called with the number of records judged since the last call, from several threads.
+
+        Returns:
+            A copy of the evaluation with the judgements added.
 
         Raises:
             GistError: a condition was not evaluated, or as :meth:`gisting.eval.judge.Judge.compare`.
@@ -189,10 +203,10 @@ class Evaluation:
         return replace(self, judgements=[*self.judgements, *added])
 
     def save(self, path: str | Path) -> None:
-        """Write the file ``path``, whole or not at all.
+        """Write the evaluation to ``path``, completely or not at all.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         state = {
             "kind": _KIND,
@@ -221,18 +235,22 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        """The evaluation that :meth:`save` wrote to ``path``.
+        """Read a file, ``path``, that :meth:`save` wrote.
+
+        Returns:
+            The evaluation.
 
         Raises:
-            GistError: it is no such file, of a later format, or its records are not those that were evaluated.
-            OSError: it cannot be read.
+            GistError: the file is not a complete results file, has another format, or its records are not the ones
+                that were evaluated.
+            OSError: the file cannot be read.
         """
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise GistError(f"{path} is no results file: it is not JSON ({error})") from error
+            raise GistError(f"{path} is not a results file: it is not JSON ({error})") from error
         if not isinstance(state, dict) or state.get("kind") != _KIND:
-            raise GistError(f"{path} is no results file; give one that `gisting eval --output` wrote")
+            raise GistError(f"{path} is not a results file; give a file written by `gisting eval --output`")
         if state.get("format") != FORMAT:
             raise GistError(
                 f"{path} has format {state.get('format')}, this version reads {FORMAT}; upgrade gisting: pip install "
@@ -247,7 +265,7 @@ class Evaluation:
                 [Judgement(**one) for one in state["judgements"]],
             )
         except (KeyError, TypeError) as error:
-            raise GistError(f"{path} is no complete results file ({type(error).__name__}: {error})") from error
+            raise GistError(f"{path} is not a complete results file ({type(error).__name__}: {error})") from error
         return found
 
 
@@ -268,29 +286,32 @@ def evaluate_splits(
     progress: Callable[[int], Any] | None = None,
     **generate_kwargs: Any,
 ) -> Evaluation:
-    """:func:`~gisting.eval.conditions.evaluate` for several data sets, and all that a results file says.
+    """Evaluate a model on several data sets with :func:`~gisting.eval.conditions.evaluate`.
 
     Args:
-        model: as for ``evaluate``, and all others that are not named here.
+        model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        splits: records by the name of their data set.
-        num_gist_tokens: k, or several.
-        name: what to call the model: where it was loaded from.
-        environment: what to say of device, versions and commit: ``gisting.measure.rows.environment()``.
-        conditions: names of ``EVAL_CONDITIONS``.
-        chunk_length: as for ``evaluate``; the settings say it.
-        max_new_tokens: length of an answer.
-        batch_size: records at once.
-        with_rouge: also ROUGE.
-        with_perplexity: also perplexity.
+        splits: the records of each data set by its name.
+        num_gist_tokens: k, or several values.
+        name: what to call the model, such as the path it was loaded from.
+        environment: device, versions and commit, as ``gisting.measure.rows.environment()`` gives them.
+        conditions: names in ``EVAL_CONDITIONS``.
+        chunk_length: as for ``evaluate``; recorded in the settings.
+        max_new_tokens: maximum length of an answer.
+        batch_size: number of records processed together.
+        with_rouge: whether to compute ROUGE.
+        with_perplexity: whether to compute perplexity.
         progress: called with the number of records answered since the last call.
-        **generate_kwargs: for ``model.generate``; plain values, since they are written to the file.
+        **generate_kwargs: passed to ``model.generate``; plain values, because they are written to the file.
+
+    Returns:
+        The evaluation, with everything that a results file contains.
 
     Raises:
-        GistError: there is no split, or as ``evaluate``.
+        GistError: there are no splits, or as ``evaluate``.
     """
     if not splits:
-        raise GistError("splits is empty; give at least one data set with its name")
+        raise GistError("splits is empty; give at least one data set with a name")
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, **generate_kwargs}
     if chunk_length is not None:
         settings["chunk_length"] = chunk_length
@@ -327,11 +348,11 @@ def _split(state: dict[str, Any], where: str) -> Split:
     ]
     split = Split(state["name"], [Record(**one) for one in state["records"]], state["prompt_tokens"], results)
     if split.data_hash != state["data_hash"]:
-        raise GistError(f"{where} holds other records than were evaluated: their hash differs; evaluate them again")
+        raise GistError(f"{where} contains other records than were evaluated (their hash differs); evaluate again")
     for result in results:
         if {len(result.predictions), *map(len, result.scores.values())} != {len(split.records)}:
             raise GistError(
-                f"{where}, condition {result.condition!r} must have one prediction and score for each of "
-                f"{len(split.records)} records"
+                f"{where}, condition {result.condition!r} must have one prediction and one value of each score for "
+                f"each of the {len(split.records)} records; evaluate again"
             )
     return split

@@ -1,9 +1,9 @@
-"""How sure a score is: percentile bootstrap over the records.
+"""Percentile bootstrap over the records: how uncertain a score is.
 
-Place in the flow: scores of records in, intervals out; knows no model and no text. Everything that is reported is a
-function of means over the records (a difference, a ratio, a perplexity), so one function serves all: it resamples the
-records, takes the means of all columns over the *same* resampled records, which is what makes a comparison paired, and
-hands them to the statistic.
+Place in the flow: scores of records in, intervals out, independent of models and texts. Everything that is reported is
+a function of means over the records (a difference, a ratio, a perplexity), so one function is enough: it resamples the
+records, averages all columns over the *same* resampled records, which makes comparisons paired, and passes the means to
+the statistic.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from gisting.errors import GistError
 
 __all__ = ["Interval", "bootstrap", "difference", "gap_share"]
 
-# Numbers gathered at once: 64 MB of float64, and as much of indices.
+# Numbers gathered at a time: 64 MB of float64, and as much again of indices.
 _BLOCK = 1 << 23
-# Means of equal columns differ by rounding alone.
+# Means of equal columns differ only by rounding.
 _NO_GAP = 1e-12
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic of the sample, and between which values it lies for resampled records.
+    """A statistic of the sample, with the interval in which it lies when the records are resampled.
 
     Args:
-        value: of the sample.
+        value: the statistic of the sample.
         low: lower end of the interval.
         high: upper end of the interval.
     """
@@ -49,24 +49,25 @@ def bootstrap(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """The percentile interval of a statistic (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
+    """Compute the percentile interval of a statistic (Efron and Tibshirani, An Introduction to the Bootstrap,
+    chapter 13).
 
     Args:
-        columns: M columns of N scores, a score for each record; the records in the same order in all.
-        statistic: from means, float64 ``(M, R)``, to R values; the mean of the first column by default.
-        confidence: the share of the resamples that lies within.
+        columns: M columns of N scores, one per record, with the records in the same order in every column.
+        statistic: maps means, float64 ``(M, R)``, to R values; by default the mean of the first column.
+        confidence: the share of the resamples that lies within the interval.
         num_resamples: R.
-        seed: of the resampled records: equal seeds give equal intervals.
+        seed: determines the resamples; equal seeds give equal intervals.
 
     Returns:
-        The interval; NaN where the statistic is NaN for a resample.
+        The interval; NaN if the statistic is NaN for a resample.
 
     Raises:
-        GistError: there is no record, columns differ in length, or an argument is out of range.
+        GistError: there are no records, the columns differ in length, or an argument is out of range.
     """
     lengths = sorted({len(column) for column in columns})
     if len(lengths) != 1 or lengths[0] == 0:
-        raise GistError(f"columns must have one length, at least 1, got {lengths or 'no column'}")
+        raise GistError(f"columns must all have the same length, at least 1, got {lengths or 'no column'}")
     if not 0 < confidence < 1:
         raise GistError(f"confidence must be between 0 and 1, got {confidence}")
     if num_resamples < 1:
@@ -85,8 +86,8 @@ def bootstrap(
 
 
 def difference(first: Sequence[float], second: Sequence[float], **settings: Any) -> Interval:
-    """The paired difference of two conditions, mean of ``first`` less mean of ``second``; N scores each, of the same
-    records. ``settings``, result and errors as :func:`bootstrap`.
+    """The paired difference between two conditions: the mean of ``first`` minus the mean of ``second``, which have one
+    score each for the same N records. ``settings``, result and errors as for :func:`bootstrap`.
     """
     return bootstrap([first, second], lambda means: means[0] - means[1], **settings)
 
@@ -94,17 +95,17 @@ def difference(first: Sequence[float], second: Sequence[float], **settings: Any)
 def gap_share(
     gist: Sequence[float], positive: Sequence[float], negative: Sequence[float], **settings: Any
 ) -> Interval | None:
-    """The share of the gap between the controls that the gist keeps: (gist - negative) / (positive - negative).
+    """Compute the share of the gap between the controls that the gist keeps: (gist - negative) / (positive - negative).
 
     Args:
-        gist: scores of N records, higher is better.
+        gist: scores of N records; higher is better.
         positive: scores of the same records under the positive control.
         negative: scores of the same records under the negative control.
         **settings: as for :func:`bootstrap`, whose errors this raises.
 
     Returns:
-        1 is all of it. None where the positive control is not above the negative one in the sample and in every
-        resample: a share of a gap that may be none says nothing.
+        The share with its interval; 1 is the whole gap. None unless the positive control is above the negative one in
+        the sample and in every resample: a share of a gap that may not exist is meaningless.
     """
 
     def share(means: Tensor) -> Tensor:

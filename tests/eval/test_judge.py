@@ -1,4 +1,4 @@
-"""A judge behind a local server: order, ties, replies that say nothing, servers in trouble, replies kept on disk."""
+"""A judge on a local server: order, ties, replies without a verdict, failing servers, replies kept on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Server:
-    """A chat completion API. ``answer`` gets a request's body and returns status, headers and body."""
+    """A chat completion API. ``answer`` takes the body of a request and returns status, headers and body."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -83,7 +83,7 @@ def judge_of(server: Server, cache: Path, **settings: Any) -> Judge:
 RECORDS = [Record(f"i{number}", f"x{number}", "r") for number in range(24)]
 
 
-def test_the_order_is_drawn_and_undone(server: Server, tmp_path: Path) -> None:
+def test_the_order_is_random_and_accounted_for(server: Server, tmp_path: Path) -> None:
     server.answer = longest_wins
     first = ["long"] * 8 + ["s"] * 8 + ["even"] * 8
     second = ["s"] * 8 + ["long"] * 8 + ["odds"] * 8
@@ -98,8 +98,8 @@ def test_the_order_is_drawn_and_undone(server: Server, tmp_path: Path) -> None:
     }
 
 
-def test_a_judge_that_prefers_a_place_prefers_nobody(server: Server, tmp_path: Path) -> None:
-    """What the shuffle is for."""
+def test_a_judge_that_prefers_a_position_favours_neither(server: Server, tmp_path: Path) -> None:
+    """The purpose of the random order."""
     server.answer = lambda body: said("Verdict: A")
     records = [Record(f"i{number}", "", "r") for number in range(100)]
     scores = judge_of(server, tmp_path).compare(records, ["a"] * 100, ["b"] * 100)
@@ -110,7 +110,7 @@ def test_a_judge_that_prefers_a_place_prefers_nobody(server: Server, tmp_path: P
     assert again != scores
 
 
-def test_a_rerun_asks_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_rerun_sends_no_requests(server: Server, tmp_path: Path) -> None:
     server.answer = longest_wins
     arguments = (RECORDS, ["long"] * 24, ["s"] * 24)
     scores = judge_of(server, tmp_path).compare(*arguments)
@@ -125,16 +125,16 @@ def test_a_rerun_asks_nothing(server: Server, tmp_path: Path) -> None:
             )
 
 
-def test_the_key_is_sent_and_kept_nowhere(server: Server, tmp_path: Path) -> None:
-    judge = judge_of(server, tmp_path, api_key="of-nobody")
+def test_the_key_is_sent_but_not_stored(server: Server, tmp_path: Path) -> None:
+    judge = judge_of(server, tmp_path, api_key="not-a-key")
     judge.compare(RECORDS[:2], ["a", "b"], ["c", "d"])
-    assert server.keys == ["Bearer of-nobody"] * 2
+    assert server.keys == ["Bearer not-a-key"] * 2
     kept = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.json")]
     assert len(kept) == 2
-    assert not any("of-nobody" in text for text in [*kept, repr(judge)])
+    assert not any("not-a-key" in text for text in [*kept, repr(judge)])
 
 
-def test_equal_answers_are_a_tie_and_not_asked(server: Server, tmp_path: Path) -> None:
+def test_equal_answers_are_a_tie_without_a_request(server: Server, tmp_path: Path) -> None:
     assert judge_of(server, tmp_path).compare(RECORDS[:1], ["same "], ["same"]) == [0.5]
     assert server.requests == []
 
@@ -162,14 +162,14 @@ def test_verdicts(reply: str, verdict: str | None) -> None:
     assert verdict_of(reply) == verdict
 
 
-def test_braces_in_a_text_are_text() -> None:
+def test_braces_in_a_text_are_left_alone() -> None:
     text = question(Record("{input}", "{a}", "{x}"), "{b}", "b")
     assert "<instruction>\n{input}\n</instruction>\n<input>\n{a}\n</input>\n<reference>\n{x}\n" in text
     assert "<answer_a>\n{b}\n</answer_a>" in text
 
 
 @pytest.mark.parametrize("trouble", [(429, {"Retry-After": "0"}, b"busy"), (503, {}, b"")], ids=["429", "503"])
-def test_a_server_in_trouble_is_asked_again(server: Server, tmp_path: Path, trouble: Answer) -> None:
+def test_a_failing_server_is_asked_again(server: Server, tmp_path: Path, trouble: Answer) -> None:
     answers = iter([trouble, trouble, said("Verdict: tie")])
     server.answer = lambda body: next(answers)
     assert judge_of(server, tmp_path).compare(RECORDS[:1], ["a"], ["b"]) == [0.5]
@@ -177,36 +177,36 @@ def test_a_server_in_trouble_is_asked_again(server: Server, tmp_path: Path, trou
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b'{"choices": []}', b'{"choices": null}'])
-def test_what_is_no_chat_completion(server: Server, tmp_path: Path, body: bytes) -> None:
+def test_replies_that_are_not_chat_completions(server: Server, tmp_path: Path, body: bytes) -> None:
     server.answer = lambda _: (200, {}, body)
-    with pytest.raises(GistError, match=r"gave no chat completion but '.*'; is it an OpenAI-compatible API\?"):
+    with pytest.raises(GistError, match=r"returned no chat completion but '.*'; is it an OpenAI-compatible API\?"):
         judge_of(server, tmp_path).compare(RECORDS[:1], ["a"], ["b"])
 
 
-def test_a_server_that_stays_in_trouble(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_keeps_failing(server: Server, tmp_path: Path) -> None:
     server.answer = lambda body: (503, {}, b"try later")
-    with pytest.raises(GistError, match=r"did not answer in 3 attempts, at last HTTP 503 try later; .* run again"):
+    with pytest.raises(GistError, match=r"in 3 attempts, the last of which gave HTTP 503 try later; .* run again"):
         judge_of(server, tmp_path, max_attempts=3).compare(RECORDS[:1], ["a"], ["b"])
     assert len(server.requests) == 3
 
 
 def test_a_server_that_refuses_is_not_asked_again(server: Server, tmp_path: Path) -> None:
     server.answer = lambda body: (401, {}, b"no key")
-    with pytest.raises(GistError, match=r"refuses: HTTP 401 no key; look at URL, model \(m\) and key"):
+    with pytest.raises(GistError, match=r"refuses the request: HTTP 401 no key; check URL, model \(m\) and key"):
         judge_of(server, tmp_path, num_workers=1).compare(RECORDS, ["a"] * 24, ["b"] * 24)
-    assert len(server.requests) < 12  # the one that was refused, and what had begun before it was known
+    assert len(server.requests) < 12  # the refused one, and those already sent when it was refused
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_no_server(tmp_path: Path) -> None:
     judge = Judge("http://127.0.0.1:9/v1", "m", tmp_path, max_attempts=2, backoff_s=0.01)
-    with pytest.raises(GistError, match="did not answer in 2 attempts, at last URLError"):
+    with pytest.raises(GistError, match="did not answer in 2 attempts, the last of which gave URLError"):
         judge.compare(RECORDS[:1], ["a"], ["b"])
 
 
 def test_judge_errors(tmp_path: Path) -> None:
-    with pytest.raises(GistError, match=r"url must begin with http:// or https://, .*, got 'localhost'"):
+    with pytest.raises(GistError, match=r"url must start with http:// or https://, .*, got 'localhost'"):
         Judge("localhost", "m", tmp_path)
     with pytest.raises(GistError, match="num_workers must be at least 1, got 0"):
         Judge("http://localhost", "m", tmp_path, num_workers=0)
-    with pytest.raises(GistError, match="first and second must be as many as records, 1, got 1 and 2"):
+    with pytest.raises(GistError, match=r"first and second must have one answer per record \(1\), got 1 and 2"):
         Judge("http://localhost", "m", tmp_path).compare(RECORDS[:1], ["a"], ["b", "c"])

@@ -1,4 +1,4 @@
-"""Results files, the report that is made from them alone, and `gisting eval` from end to end."""
+"""Results files, reports made from them, and `gisting eval` from end to end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def evaluation() -> Evaluation:
 
 
 def by_hand(gist: list[float], positive: list[float], negative: list[float]) -> Split:
-    """A split in which only exact match was scored, with k = 1."""
+    """A split with k = 1 in which only exact match was scored."""
     named = {"gist": gist, "positive": positive, "negative": negative}
     lengths = {name: [1.0] * len(gist) for name in ("tokens", "reference_tokens")}
     results = [
@@ -63,7 +63,7 @@ def test_what_is_evaluated(evaluation: Evaluation) -> None:
     assert split.data_hash != evaluation.split("seen").data_hash
 
 
-def test_a_file_gives_back_everything(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_a_file_restores_everything(evaluation: Evaluation, tmp_path: Path) -> None:
     judged = replace(evaluation, judgements=[Judgement("seen", 1, "gist", "positive", "j", [1.0, None, 0.5] * 2)])
     judged.save(tmp_path / "new" / "results.json")
     assert Evaluation.load(tmp_path / "new" / "results.json") == judged
@@ -82,20 +82,20 @@ def _edit(path: Path, change: Any) -> None:
     ("change", "message"),
     [
         (lambda state: state.update(format=2), "has format 2, this version reads 1; upgrade gisting"),
-        (lambda state: state.update(kind="x"), "is no results file; give one that `gisting eval --output` wrote"),
-        (lambda state: state.pop("model"), r"is no complete results file \(KeyError: 'model'\)"),
+        (lambda state: state.update(kind="x"), "is not a results file; give a file written by `gisting eval --output`"),
+        (lambda state: state.pop("model"), r"is not a complete results file \(KeyError: 'model'\)"),
         (
             lambda state: state["splits"][0]["records"][0].update(output="other"),
-            "split 'seen' holds other records than were evaluated",
+            "split 'seen' contains other records than were evaluated",
         ),
         (
             lambda state: state["splits"][1]["results"][2]["predictions"].pop(),
-            "split 'unseen', condition 'negative' must have one prediction and score for each of 6 records",
+            "split 'unseen', condition 'negative' must have one prediction and one value of each",
         ),
-        (lambda state: state["splits"][0]["records"][0].update(more=1), r"is no complete results file \(TypeError"),
+        (lambda state: state["splits"][0]["records"][0].update(more=1), r"is not a complete results file \(TypeError"),
     ],
 )
-def test_a_file_that_is_not_right(evaluation: Evaluation, tmp_path: Path, change: Any, message: str) -> None:
+def test_a_damaged_file_is_refused(evaluation: Evaluation, tmp_path: Path, change: Any, message: str) -> None:
     path = tmp_path / "results.json"
     evaluation.save(path)
     _edit(path, change)
@@ -103,13 +103,13 @@ def test_a_file_that_is_not_right(evaluation: Evaluation, tmp_path: Path, change
         Evaluation.load(path)
 
 
-def test_what_is_no_json(tmp_path: Path) -> None:
+def test_a_file_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x", encoding="utf-8")
-    with pytest.raises(GistError, match="a is no results file: it is not JSON"):
+    with pytest.raises(GistError, match="a is not a results file: it is not JSON"):
         Evaluation.load(tmp_path / "a")
 
 
-def test_what_is_not_there(evaluation: Evaluation) -> None:
+def test_unknown_splits_and_results(evaluation: Evaluation) -> None:
     with pytest.raises(GistError, match="split must be one of seen, unseen, got 'human'"):
         evaluation.split("human")
     with pytest.raises(
@@ -125,7 +125,7 @@ def test_what_is_not_there(evaluation: Evaluation) -> None:
 
 
 def test_judged(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each split and k, with the answers of the two conditions."""
+    """Each split and k is judged, with the answers of the two conditions."""
     calls = []
 
     def compare(self: Judge, records, first, second, *, progress=None) -> list[float | None]:
@@ -171,10 +171,10 @@ def test_gap_kept_by_hand() -> None:
 
 
 def test_a_table_by_eye() -> None:
-    told = {"name": "m", "fingerprint": "f", "tokenizer": "t", "template": "plain", "num_gist_tokens": [1, 8]}
+    about = {"name": "m", "fingerprint": "f", "tokenizer": "t", "template": "plain", "num_gist_tokens": [1, 8]}
     split = by_hand([0.75] * 100, [1] * 100, [0] * 100)
     judgement = Judgement("unseen", 1, "gist", "positive", "a|b", [0.5] * 99 + [None])
-    text = markdown([Evaluation(told, {"max_new_tokens": 3}, {"torch": "2"}, [split], [judgement])], num_resamples=200)
+    text = markdown([Evaluation(about, {"max_new_tokens": 3}, {"torch": "2"}, [split], [judgement])], num_resamples=200)
     tail = text[text.index("## m") :].replace(split.data_hash[:16], "HASH")
     assert tail == (
         """## m
@@ -182,7 +182,7 @@ def test_a_table_by_eye() -> None:
 - model `f`, tokenizer `t`, template plain, trained with k = 1 to 8
 - max_new_tokens = 3
 - torch 2
-- unseen: 100 records, prompts of 20.0 tokens in the mean, SHA-256 `HASH`
+- unseen: 100 records, prompts of 20.0 tokens on average, SHA-256 `HASH`
 
 | split | k | condition | records | exact match | tokens | tokens / reference | gap kept |
 |---|---|---|---|---|---|---|---|
@@ -204,7 +204,7 @@ def test_a_report_from_files_alone(evaluation: Evaluation, tmp_path: Path) -> No
     assert [path.name for path in files] == ["report.md", "quality_by_k.png", "quality_by_compression.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files[1:])
     text = files[0].read_text(encoding="utf-8")
-    for part in ("## tiny|llama", "## other", "ROUGE-1", "perplexity", "not trained to gist", "(quality_by_k.png)"):
+    for part in ("## tiny|llama", "## other", "ROUGE-1", "perplexity", "not trained for gisting", "(quality_by_k.png)"):
         assert part in text
     assert text.count("| unseen | 2 | gist |") == 2
 
@@ -216,7 +216,7 @@ def by_name(evaluation: Evaluation, name: str) -> Evaluation:
 def test_report_errors(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GistError, match="evaluations is empty; give at least one results file"):
         write_report([], tmp_path)
-    with pytest.raises(GistError, match=r"metric must be one that all results have, exact_match, .*, got 'perplexity'"):
+    with pytest.raises(GistError, match=r"must be one that all results have \(exact_match, .*\), got 'perplexity'"):
         write_report([evaluation], tmp_path, metric="perplexity")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(GistError, match=r"need matplotlib; run: pip install 'gist-tokens\[eval\]'"):
@@ -230,7 +230,7 @@ def test_report_errors(evaluation: Evaluation, tmp_path: Path, monkeypatch: pyte
 def gisting_eval(
     demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """`gisting eval` beside a checkpoint in `model`: exit code, standard output, standard error."""
+    """Run `gisting eval` next to a checkpoint in `model`: exit code, standard output, standard error."""
     shutil.copytree(demo_checkpoint, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
 
@@ -241,14 +241,14 @@ DATA = ("model", "--data", "model/unseen.jsonl", "--limit", "4", "--max-new-toke
 
 
 def test_eval_from_end_to_end(gisting_eval, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two splits, several k, a baseline, a judge; then a report from the file, without the model."""
+    """Two splits, several k, a baseline and a judge; then a report from the file, without the model."""
 
     def compare(self: Judge, records, first, second, *, progress=None) -> list[float | None]:
-        assert (self.url, self.model, self.api_key) == ("http://judge/v1", "j", "of-nobody")
+        assert (self.url, self.model, self.api_key) == ("http://judge/v1", "j", "not-a-key")
         return [1.0, 0.5, 0.0, None]
 
     monkeypatch.setattr(Judge, "compare", compare)
-    monkeypatch.setenv("GISTING_JUDGE_KEY", "of-nobody")
+    monkeypatch.setenv("GISTING_JUDGE_KEY", "not-a-key")
     code, out, err = gisting_eval(
         *DATA,
         *("--data", "again=model/unseen.jsonl", "-k", "1:2,4", "--output", "r.json"),
@@ -259,7 +259,7 @@ def test_eval_from_end_to_end(gisting_eval, monkeypatch: pytest.MonkeyPatch) -> 
     assert "truncated" in out
     assert "again, k = 4: gist wins over positive in 50.0 %" in out
     assert "1 ties, 1 unparsable; j" in out
-    assert "of-nobody" not in Path("r.json").read_text(encoding="utf-8")
+    assert "not-a-key" not in Path("r.json").read_text(encoding="utf-8")
     found = Evaluation.load("r.json")
     assert [split.name for split in found.splits] == ["unseen", "again"]
     assert found.splits[0].counts == [1, 2, 4]
@@ -283,8 +283,9 @@ def test_eval_json_has_a_line_for_each_result(gisting_eval) -> None:
     assert "perplexity" not in rows[0]
 
 
+@pytest.mark.slow
 def test_the_page_as_written(gisting_eval) -> None:
-    """docs/evaluation.md: its commands and its Python lines."""
+    """The commands and the Python code in docs/evaluation.md run."""
     Path("runs").mkdir()
     shutil.move("model", "runs/demo")
     page = fences_in((ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"))
@@ -310,9 +311,9 @@ def test_the_page_as_written(gisting_eval) -> None:
         (("--results", "a", "--results", "b", "--output", "c"), "--output writes one evaluation"),
         ((*DATA, "--data", "x/unseen.jsonl"), "two --data files are called 'unseen'; give one another name"),
         ((*DATA, "-k", "many"), "must be a number, several as in 1,2,4, or a range such as 1:4, got 'many'"),
-        ((*DATA, "-k", "4:1"), "num_gist_tokens must be at least 1, or different such numbers, got []"),
+        ((*DATA, "-k", "4:1"), "num_gist_tokens must be a number of at least 1, or several different ones, got []"),
         ((*DATA, "--judge-url", "http://x"), "a judge needs both --judge-url and --judge-model"),
-        (("--results", "model/config.json"), "model/config.json is no results file"),
+        (("--results", "model/config.json"), "model/config.json is not a results file"),
         (("--results", "none.json"), "none.json"),
     ],
 )

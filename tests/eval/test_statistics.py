@@ -1,4 +1,4 @@
-"""Bootstrap intervals: by hand, and how often they hold the truth."""
+"""Bootstrap intervals: computed by hand, and how often they contain the true value."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def coverage(intervals: list[Interval], truth: float) -> float:
 
 
 def test_resamples_of_two_records_by_eye() -> None:
-    """Of records 0 and 1 a resample has mean 0, 1/2 or 1, with odds 1 : 2 : 1."""
+    """A resample of the records 0 and 1 has mean 0, 1/2 or 1, with odds 1 : 2 : 1."""
     found = bootstrap([[0.0, 1.0]], confidence=0.4)
     assert found == Interval(0.5, 0.5, 0.5)
     assert bootstrap([[0.0, 1.0]], confidence=0.6) == Interval(0.5, 0.0, 1.0)
     one = bootstrap([[0.0, 1.0, 2.0, 4.0]], num_resamples=1)
-    assert one.low == one.high != one.value  # of the resamples alone
+    assert one.low == one.high != one.value  # the interval comes from the resamples alone
     assert bootstrap([[3.0]]) == Interval(3.0, 3.0, 3.0)
 
 
@@ -42,7 +42,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_interval_of_a_mean_is_the_normal_one() -> None:
-    """Mean +- 1.96 standard errors; 8 % are the noise of 2,000 resamples in a quantile of the tail."""
+    """Mean +- 1.96 standard errors; 8 % is the noise in a tail quantile of 2,000 resamples."""
     scores = normal(400)
     error = (scores.std(correction=0) / math.sqrt(400)).item()
     found = bootstrap([scores.tolist()], num_resamples=2000)
@@ -53,8 +53,8 @@ def test_the_interval_of_a_mean_is_the_normal_one() -> None:
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_coverage_of_a_mean(confidence: float) -> None:
-    """400 data sets of 60 draws: the truth lies within as often as is said, to three standard errors of that count
-    and the point by which a percentile interval of 60 draws is too narrow.
+    """In 400 data sets of 60 draws, the interval contains the truth as often as promised: within three standard errors
+    of that count, plus the point by which a percentile interval of 60 draws is too narrow.
     """
     found = [bootstrap([row], confidence=confidence, num_resamples=400) for row in normal(400, 60).tolist()]
     noise = 3 * math.sqrt(confidence * (1 - confidence) / 400)
@@ -62,8 +62,8 @@ def test_coverage_of_a_mean(confidence: float) -> None:
 
 
 def test_coverage_of_a_paired_difference() -> None:
-    """Two conditions that share most of what varies: the interval of the difference is as narrow as their own parts
-    allow, and still holds the truth.
+    """For two conditions that share most of their variation, the interval of the difference is as narrow as the rest
+    allows, and still contains the truth.
     """
     shared, first, second = normal(400, 60), normal(400, 60, seed=1), normal(400, 60, seed=2)
     firsts, seconds = (shared + 0.1 * first + 0.3).tolist(), (shared + 0.1 * second).tolist()
@@ -76,7 +76,7 @@ def test_coverage_of_a_paired_difference() -> None:
 
 
 def test_coverage_of_the_gap_share() -> None:
-    """Right with odds 0.9, 0.82 and 0.1 under positive, gist and negative: the gist keeps 0.9 of the gap."""
+    """With 0.9, 0.82 and 0.1 right answers under positive, gist and negative, the gist keeps 0.9 of the gap."""
     drawn = torch.rand(300, 3, 100, generator=torch.Generator().manual_seed(0))
     right = (drawn < torch.tensor([0.82, 0.9, 0.1])[:, None]).double().tolist()
     found = [gap_share(*columns, num_resamples=400) for columns in right]
@@ -96,16 +96,16 @@ def test_gap_share_by_hand() -> None:
     [([1.0, 0.0], [1.0, 0.0]), ([0.0, 0.0], [1.0, 1.0]), ([1.0, 0.0, 0.0], [0.0, 0.0, 0.5])],
     ids=["none", "the wrong way", "one that a resample closes"],
 )
-def test_no_share_of_a_gap_that_may_be_none(positive: list[float], negative: list[float]) -> None:
+def test_no_share_of_a_gap_that_may_not_exist(positive: list[float], negative: list[float]) -> None:
     assert gap_share([1.0] * len(positive), positive, negative) is None
 
 
 def test_statistics_errors() -> None:
-    with pytest.raises(GistError, match=r"columns must have one length, at least 1, got \[1, 2\]"):
+    with pytest.raises(GistError, match=r"columns must all have the same length, at least 1, got \[1, 2\]"):
         bootstrap([[1.0], [1.0, 2.0]])
-    with pytest.raises(GistError, match=r"columns must have one length, at least 1, got \[0\]"):
+    with pytest.raises(GistError, match=r"columns must all have the same length, at least 1, got \[0\]"):
         bootstrap([[]])
-    with pytest.raises(GistError, match="columns must have one length, at least 1, got no column"):
+    with pytest.raises(GistError, match="columns must all have the same length, at least 1, got no column"):
         bootstrap([])
     with pytest.raises(GistError, match="confidence must be between 0 and 1, got 95"):
         bootstrap([[1.0]], confidence=95)

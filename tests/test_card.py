@@ -75,7 +75,7 @@ def test_what_nobody_stated(kind: str) -> None:
     text = card(kind, title="owner/name", num_gist_tokens=None, template="plain", model="llama")
     assert ["gist tokens for a prompt (k)", "not stated"] in cells(text)
     assert ["data", "not stated"] in cells(text)
-    assert "## Measured\n\nNothing: whoever made this gave no measurements.\n" in text
+    assert "## Measured\n\nNothing was measured.\n" in text
     assert "model-index" not in text
     assert "license" not in text
 
@@ -107,7 +107,7 @@ def test_example_names_a_directory_where_the_title_is_no_repository(title: str) 
         ({"base_model": "runs"}, r"^base_model must be a repository on the hub, 'owner/name', got 'runs'$"),
         (
             {"metrics": {"loss": float("nan")}},
-            r"^metrics\['loss'\] must be a finite number, got nan; leave out what nobody measured$",
+            r"^metrics\['loss'\] must be a finite number, got nan; leave out what was not measured$",
         ),
         ({"metrics": {"loss": True}}, r"^metrics\['loss'\] must be a finite number, got True"),
         ({"metrics": {"loss": "0.5"}}, r"^metrics\['loss'\] must be a finite number, got '0.5'"),
@@ -137,7 +137,7 @@ def test_no_text_breaks_the_card(**texts: str) -> None:
     assert RepoCard(text).text.strip() == body.strip(), "the front matter ends where it should"
     assert set(RepoCard(text).data.to_dict()) <= {"library_name", "tags", "license", "model-index"}
     assert RepoCard(text).data.to_dict().get("license", "") == " ".join(
-        "".join(sign if sign.isprintable() else " " for sign in texts["license"]).split()
+        "".join(character if character.isprintable() else " " for character in texts["license"]).split()
     )
     assert "\n---" not in front
     assert [len(row) for row in cells(text)] == [2] * 9

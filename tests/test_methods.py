@@ -21,7 +21,7 @@ from gisting.models import adapters
 from gisting.models.adapters import KINDS, Adapter, adapter_of, attach, detach, for_base_model, gist_rows
 from gisting.models.fingerprint import fingerprint
 from gisting.models.gist_lora import gist_places
-from gisting.models.patch import guarded_stack
+from gisting.models.state import guarded_stack
 from gisting.train.finetune import finetune
 from gisting.train.methods import METHODS, Method, count_parameters, prepare
 from tests import tiny
@@ -511,14 +511,14 @@ def test_errors(tmp_path: Path) -> None:
         Adapter("lora", 2)
     with pytest.raises(GistError, match=r"is not patched; call gisting\.patch"):
         attach(tiny.model("llama"), Adapter("lora"))
-    with pytest.raises(GistError, match="there is nothing to take off"):
+    with pytest.raises(GistError, match="there is nothing to remove"):
         detach(model)
     with pytest.raises(GistError, match="no adapter to save"):
         adapters.save(model, tokenizer, tmp_path)
     with pytest.raises(GistError, match=r"holds no adapter of gisting's: it has no gist_adapter.json"):
         adapters.load(model, tmp_path)
     attach(model, Adapter("embeddings", 2))
-    with pytest.raises(GistError, match="model has an adapter already"):
+    with pytest.raises(GistError, match="model already has an adapter"):
         attach(model, Adapter("lora"))
     adapters.save(model, tokenizer, tmp_path / "torn")
     (tmp_path / "torn" / "adapter_model.safetensors").unlink()
@@ -527,7 +527,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(GistError, match=r"^num_gist_tokens must be at most 2, got 3: the adapter has a row for each"):
         gisting.compress(model, tokenizer, ["w1"], 3)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(GistError, match="holds a whole checkpoint, which would be loaded in place of the adapter"):
+    with pytest.raises(GistError, match="holds a complete checkpoint, which would be loaded in place of the adapter"):
         finetune(model, tokenizer, RECORDS, arguments(tmp_path), method="embeddings", num_gist_tokens=2)
 
 

@@ -1,4 +1,4 @@
-"""The distribution is gist-tokens, for `gisting` is a package by somebody else; what is imported is gisting."""
+"""The distribution is gist-tokens, because `gisting` is an unrelated package; the import name is gisting."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def test_files_of_the_other_package_give_one_clear_error(
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: gisting/__init__.py is not the one of gist-tokens (found: ")
+    assert last.startswith("ImportError: gisting/__init__.py does not belong to gist-tokens (found: ")
     assert last.endswith("pip uninstall -y gisting && pip install --force-reinstall --no-deps gist-tokens")
     assert ("(found: none)" in last) is (init is None)

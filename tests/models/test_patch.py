@@ -196,7 +196,11 @@ def test_arguments_of_other_types() -> None:
 @pytest.mark.parametrize(
     ("name", "other", "message"),
     [
-        ("llama", "t5", r"LlamaForCausalLM is a decoder, the tokenizer is not for one; .*is_encoder_decoder=False\)$"),
+        (
+            "llama",
+            "t5",
+            r"LlamaForCausalLM is a decoder, but the tokenizer is not for one; .*is_encoder_decoder=False\)$",
+        ),
         (
             "t5",
             "llama",
@@ -786,7 +790,7 @@ def test_beyond_the_limit_is_refused(name: str, limit: int, anchored: bool) -> N
     if not anchored:
         del call["position_ids"]
     with pytest.raises(
-        GistError, match=rf"span {limit + 1} positions, more than the {limit} up to which the rotary frequencies"
+        GistError, match=rf"span {limit + 1} positions, but the rotary frequencies of .* change beyond {limit}"
     ):
         model(**call)
 

@@ -172,7 +172,7 @@ def test_a_difference_whose_tokenizer_is_another(llama: tuple[Path, Path], tmp_p
     save_file(weights, difference / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((difference / "config.json").read_text())
     (difference / "config.json").write_text(json.dumps({**config, "vocab_size": 32000}))
-    with pytest.raises(gisting.GistError, match="has 32000 rows, but id 32000 is its tokenizer's gist token"):
+    with pytest.raises(gisting.GistError, match="has 32000 rows, but its tokenizer's gist token has id 32000"):
         apply_weight_difference(difference, base, tmp_path / "output")
 
 

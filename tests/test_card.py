@@ -1,4 +1,4 @@
-"""``card``: what it states, what it leaves unstated, and that no text can break its YAML or its tables."""
+"""``card``: what it states, what it leaves open, and that no text can break its YAML or its tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN: dict[str, Any] = {
 
 
 def cells(text: str) -> list[list[str]]:
-    """The rows of every table, split as GitHub's Markdown splits them: at bars that no backslash stands before."""
+    """Split the rows of all tables as GitHub's Markdown does: at bars that have no backslash before them."""
     rows = [line for line in text.split("---\n", 2)[2].splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
 
@@ -64,14 +64,14 @@ def test_checkpoint() -> None:
 def test_store() -> None:
     text = card("store", **PLAIN, extra="## More\n\nThe rest.\n")
     read: Any = ModelCard(text).data
-    assert read.base_model is None, "a fingerprint is no repository"
+    assert read.base_model is None, "a fingerprint is not a repository"
     assert read.eval_results is None
     assert 'GistStore.from_pretrained("owner/name")' in text
     assert text.endswith("\n\n## More\n\nThe rest.\n")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "store"])
-def test_what_nobody_stated(kind: str) -> None:
+def test_what_is_not_stated(kind: str) -> None:
     text = card(kind, title="owner/name", num_gist_tokens=None, template="plain", model="llama")
     assert ["gist tokens for a prompt (k)", "not stated"] in cells(text)
     assert ["data", "not stated"] in cells(text)
@@ -81,7 +81,7 @@ def test_what_nobody_stated(kind: str) -> None:
 
 
 def test_metrics_without_data_stay_out_of_the_index() -> None:
-    """The hub's index asks on what a number was measured."""
+    """The hub's index requires the data that a value was measured on."""
     text = card("checkpoint", **PLAIN, metrics={"loss": 2})
     assert ["loss", "2"] in cells(text)
     assert "model-index" not in text

@@ -1,4 +1,4 @@
-"""`gisting doctor`: it says what is so, finds what was planted, and keeps no rule of its own."""
+"""`gisting doctor`: it reports this environment, finds planted faults, and has no rules of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.test_repository import project
 
 @pytest.fixture
 def demo(demo_checkpoint: Path, tmp_path: Path) -> Path:
-    """What `gisting demo` leaves, to be damaged."""
+    """Copy what `gisting demo` leaves, for a test to damage."""
     return Path(shutil.copytree(demo_checkpoint, tmp_path / "demo"))
 
 
@@ -86,7 +86,7 @@ def test_every_extra_has_a_purpose_and_says_what_is_missing(monkeypatch: pytest.
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else installed(name))
     found = doctor.examine_here()
     assert "peft missing: pip install 'gist-tokens[train]' (" in by_name(found, "extras")["train"]
-    assert faults(found) == [], "what is optional is no fault"
+    assert faults(found) == [], "a missing optional package is not a fault"
 
 
 def test_a_package_that_is_missing_or_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_the_package_with_the_same_import_name_is_a_fault(run, tmp_path: Path, m
 
 
 def test_an_editable_install_under_the_former_name_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a clone of this repository, and owns no file that another could overwrite."""
+    """It is a clone of this repository, and has no files that another package could overwrite."""
     plant_package(tmp_path, monkeypatch, "__editable__.gisting-1.3.6.pth", "gisting-1.3.6.dist-info/METADATA")
     assert faults(doctor.examine_here()) == []
 
@@ -143,7 +143,7 @@ def test_a_version_outside_those_that_were_tested_is_noted(run, monkeypatch: pyt
     for name in ("python", "torch", "transformers"):
         assert versions[name] == f"{planted[name]} (newer than {newest[name]}, the newest that was tested)"
     assert f"triton 3.99 (newer than {newest['triton']}, the newest" in by_name(found, "extras")["kernels"]
-    assert faults(found) == [], "what was not tested may work"
+    assert faults(found) == [], "an untested version may work"
     assert "the newest that was tested" in " ".join(run("doctor").out.split())
 
 
@@ -169,7 +169,7 @@ def test_untested(monkeypatch: pytest.MonkeyPatch, package: str, version: str, n
 
 
 def test_a_triton_that_is_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optional, but on a card the kernels are used without being asked for."""
+    """Triton is optional, but on a CUDA device the kernels are used by default."""
     installed = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: "3.5.1" if name == "triton" else installed(name))
     ((name, value),) = faults(doctor.examine_here())

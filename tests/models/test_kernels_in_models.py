@@ -1,7 +1,7 @@
-"""Whole models on the Triton kernels: what stock eager attention computes, in outputs, gradients and training; and, for
-T5, nothing as large as the scores on the way.
+"""Run whole models on the Triton kernels and compare outputs, gradients and training with stock eager attention.
 
-On a machine without a GPU the kernels run in Triton's interpreter, so everything is small.
+For T5, also check that no tensor is as large as the scores. Without a GPU the kernels run in Triton's interpreter, so
+everything is small.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASES = [("t5", "gist", True), ("t5", "positive", False), ("umt5", "gist", False
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let ``impl="auto"`` mean the kernels, as on a GPU; the implementations that were chosen."""
+    """Make ``impl="auto"`` choose the kernels, as on a GPU, and record the choices."""
     chosen: list[str] = []
 
     def choose(*args: Any, **kwargs: Any) -> tuple[str, str]:
@@ -68,7 +68,7 @@ def test_t5_outputs_and_gradients_are_those_of_stock_eager(
 
 
 def test_t5_training_is_that_of_stock_eager(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """20 steps of AdamW in float32 from weights of the usual size (see the same test of the relative bias)."""
+    """Take 20 steps of AdamW in float32 from weights of the usual size (see the same test of the relative bias)."""
     monkeypatch.setattr(test_relative_bias, "ROWS", test_relative_bias.ROWS[:2])
     model, _ = tiny.patched("t5", num_layers=1, num_decoder_layers=1)
     with torch.no_grad():
@@ -114,17 +114,17 @@ def test_llama_outputs_and_gradients_are_those_of_the_oracle(calls: list[str], m
         "use_cache": False,
     }
     found = result_of(model, model(**call).logits, is_token)
-    assert len(calls) == 1  # for all layers of the batch
+    assert len(calls) == 1  # once for all layers
     monkeypatch.setattr(api, "choose_implementation", lambda *args, **kwargs: ("reference", "a test asks for it"))
-    call["attention_mask"] = seen.as_attention_mask()  # what was chosen is remembered on the mask
+    call["attention_mask"] = seen.as_attention_mask()  # the choice is stored with the mask
     plain = result_of(model, model(**call).logits, is_token)
     truth = result_of(model.double(), model(**call).logits, is_token)
-    assert not torch.equal(found[0], plain[0])  # or the kernels would be compared with themselves
+    assert not torch.equal(found[0], plain[0])  # otherwise the kernels would be compared with themselves
     assert_as_good_as(found, plain, truth)
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operator gives."""
+    """Record the number of elements of the largest tensor that any operator returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Largest(TorchDispatchMode):
 
 
 def layer(num_rows: int, impl: str) -> Callable[[], Tensor]:
-    """Forward and backward of one attention with T5's bias, the plan included."""
+    """Run forward and backward of one attention with T5's bias, including the plan."""
     q, k, v = (torch.randn(1, 2, num_rows, 16, requires_grad=True) for _ in range(3))
     table = torch.randn(2, 2 * 5 + 1, requires_grad=True)
     is_gist = torch.zeros(1, num_rows, dtype=torch.bool)
@@ -148,7 +148,7 @@ def layer(num_rows: int, impl: str) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize(("impl", "growth"), [("triton", 1), ("reference", 2)])
 def test_memory_of_a_t5_layer(impl: str, growth: int, calls: list[str]) -> None:
-    """The largest tensor of forward and backward grows with N on the kernels, with its square on the oracle."""
+    """The largest tensor grows linearly with N with the kernels, quadratically with the reference."""
     sizes = []
     for num_rows in (64, 128, 256):
         run = layer(num_rows, impl)
@@ -159,7 +159,7 @@ def test_memory_of_a_t5_layer(impl: str, growth: int, calls: list[str]) -> None:
 
 
 def test_mirrored_table_is_found(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted bug: the same kernels with the distances the wrong way round do not pass."""
+    """A planted bug is found: the same kernels with negated distances do not pass."""
     whole = gisting_kernels.interval_attention
 
     def mirrored(*args: Any, relative_bias: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -1,6 +1,4 @@
-"""``patch`` and ``unpatch``: what is refused and why, what a patched model keeps of itself, and what it never does
-silently.
-"""
+"""``patch`` and ``unpatch``: what is refused and why, what a patched model keeps, and what it never does silently."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ one_of_each_kind = pytest.mark.parametrize("name", ["llama", "t5"])
 
 
 def state_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Everything about a model that ``patch`` may touch."""
+    """Collect everything about a model that ``patch`` may change."""
     stacks = {path: stack for path, stack in model.named_modules() if isinstance(stack, PreTrainedModel)}
     return {
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -60,14 +58,14 @@ def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def full_text(is_encoder_decoder: bool = False, rows: int = 2) -> tuple[Tensor, Visibility]:
-    """Prompts of 7 tokens, 2 gist tokens, inputs of 5."""
+    """Make rows of 7 prompt tokens, 2 gist tokens and 5 input tokens."""
     ids = torch.randint(4, 60, (rows, 14), generator=torch.Generator().manual_seed(5))
     ids[:, 7:9] = GIST
     return ids, (encoder_gist if is_encoder_decoder else gist)(ids == GIST)
 
 
 def interval_call(name: str, ids: Tensor, visibility: Visibility) -> dict[str, Any]:
-    """The arguments of a forward pass under the gist mask."""
+    """Make the arguments of a forward pass with the gist mask."""
     arguments = {"input_ids": ids, "attention_mask": visibility.as_attention_mask()}
     if name in tiny.ENCODER_DECODERS:
         return {**arguments, "decoder_input_ids": ids[:, :4]}
@@ -107,7 +105,7 @@ def test_refused_model_is_left_alone() -> None:
 
 
 def test_names_in_the_tables_are_those_of_transformers() -> None:
-    """A misspelt row would refuse or admit nobody."""
+    """A misspelt row would have no effect."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     assert set(registry._REFUSED) | set(registry.FAMILIES) <= set(CONFIG_MAPPING_NAMES)
@@ -204,7 +202,7 @@ def test_arguments_of_other_types() -> None:
         (
             "t5",
             "llama",
-            r"T5ForConditionalGeneration is an encoder-decoder, the tokenizer is .*is_encoder_decoder=True\)$",
+            r"T5ForConditionalGeneration is an encoder-decoder, but the tokenizer is .*is_encoder_decoder=True\)$",
         ),
     ],
 )
@@ -277,7 +275,7 @@ def test_error_inside_patch_leaves_the_model(
     right = getattr(patch_module, where)
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.setattr(patch_module, where, right)  # What undoes it may need the same function.
+        monkeypatch.setattr(patch_module, where, right)  # Undoing the patch may need the same function.
         if late:
             right(*args, **kwargs)
         raise RuntimeError("planted")
@@ -330,7 +328,7 @@ def test_gist_mask_does_not_depend_on_the_base_attention(name: str) -> None:
     found = []
     for base in ("eager", "sdpa"):
         model, _ = tiny.patched(name, attn_implementation=base)
-        # The decoder of T5 has an ordinary mask, and so its ordinary attention.
+        # T5's decoder has an ordinary mask, so it uses its ordinary attention.
         found.append(model(**call).encoder_last_hidden_state if name == "t5" else model(**call).logits)
     assert torch.equal(*found)
 
@@ -360,7 +358,7 @@ def test_gist_row_is_the_mean_of_the_others(name: str, changes: dict[str, Any], 
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embedding is head) == is_tied
     for weight in (embedding, head):
-        # Sums of 64 numbers in another order: 64 roundings of the largest.
+        # Sums of 64 values in another order: at most 64 rounding errors of the largest value.
         torch.testing.assert_close(weight[GIST], weight[:GIST].double().mean(0).float(), rtol=0, atol=2**-17)
         assert weight.shape[0] == max(size, GIST + 1), "a model with a spare row is not resized"
     assert model.config.vocab_size == max(size, GIST + 1)
@@ -373,7 +371,7 @@ def test_gist_row_is_the_mean_of_the_others(name: str, changes: dict[str, Any], 
 
 
 def test_training_survives_unpatch() -> None:
-    """All but the gist row, which goes; in a spare row stands again what stood there."""
+    """Only the gist row is removed; a spare row gets its former values back."""
     model, _ = tiny.patched("llama", vocab_size=80)
     spare = tiny.model("llama", vocab_size=80).get_input_embeddings().weight[GIST]
     with torch.no_grad():
@@ -393,7 +391,7 @@ def test_gist_row_in_half_precision(dtype: torch.dtype) -> None:
     gisting.patch(model, tiny.tokenizer())
     weight = model.get_input_embeddings().weight
     assert weight.dtype == dtype
-    # One rounding to the dtype, of a mean that was taken in float32.
+    # The mean is taken in float32 and rounded once to the dtype.
     assert torch.equal(weight[GIST], weight[:GIST].float().mean(0).to(dtype))
 
 
@@ -505,7 +503,7 @@ def test_full_text_without_interval_mask_is_refused(name: str, call: str) -> Non
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen2", "cohere2", "smollm3"])
 def test_dense_masks_of_each_layer_type_are_refused(name: str) -> None:
-    """These models take a dictionary of masks; it does not say what gist tokens hide either."""
+    """These models take a dictionary of masks, which does not say what gist tokens hide, either."""
     model, _ = tiny.patched(name)
     ids, _ = full_text()
     mask = torch.ones(2, 1, 14, 14, dtype=torch.bool).tril()
@@ -522,8 +520,8 @@ def test_inner_model_is_guarded_too(name: str) -> None:
         inner(input_ids=ids)
 
 
-def test_gist_tokens_behind_a_cache_are_refused() -> None:
-    """Only the cache's own gist tokens may stand in front; more of them would be read unmasked."""
+def test_gist_tokens_after_a_cache_are_refused() -> None:
+    """Only the cache's own gist tokens may be in front; more of them would be read unmasked."""
     model, tokenizer = tiny.patched("llama")
     cache = gisting.compress(model, tokenizer, ["w1 w2 w3"], 2)
     ids = torch.tensor([[GIST, GIST, GIST, 9, 10]])
@@ -546,8 +544,8 @@ def test_gist_tokens_behind_a_cache_are_refused() -> None:
         ),
     ],
 )
-def test_one_gist_token_behind_an_ordinary_prefix_is_refused(call: Callable[..., Any]) -> None:
-    """A prompt's ordinary prefix cache, then its one gist token: whatever comes next would see the prompt itself."""
+def test_one_gist_token_after_an_ordinary_prefix_is_refused(call: Callable[..., Any]) -> None:
+    """With a prompt's ordinary prefix cache and then one gist token, the following text would see the prompt itself."""
     model, _ = tiny.patched("llama")
     ids = torch.tensor([[5, 6, 7, GIST, 9]])
     past = model(ids[:, :3], use_cache=True)[cache_argument()]
@@ -587,7 +585,7 @@ GENERATE: dict[str, dict[str, Any]] = {
 
 
 def make_eager_for_gist(model: PreTrainedModel) -> None:
-    """The head gives the gist token the best score by far."""
+    """Make the head give the gist token by far the best score."""
 
     def favour(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
         return torch.cat([logits[..., :GIST], logits[..., GIST:] + 1e4], dim=-1)
@@ -622,15 +620,15 @@ def test_gist_token_is_never_generated(name: str, settings: str, user_config: bo
 def test_gist_token_is_not_generated_where_the_caller_suppresses_others(
     arguments: Callable[[], dict[str, Any]],
 ) -> None:
-    """A caller's ``suppress_tokens`` replace those of the model. Then either the gist token stays among them, or the
-    run is refused as soon as the model reads one of its own gist tokens.
+    """The caller's ``suppress_tokens`` replace the model's. Either the gist token stays suppressed, or the run is
+    refused as soon as the model reads a gist token that it generated.
     """
     model, _ = tiny.patched("llama")
     make_eager_for_gist(model)
     try:
         tokens = model.generate(torch.randint(4, 60, (2, 6)), **arguments())
     except GistTokenError as error:
-        assert re.match(REFUSAL, str(error))  # noqa: PT017 (one of two good ends)
+        assert re.match(REFUSAL, str(error))  # noqa: PT017 (one of two valid outcomes)
     else:
         assert not (tokens == GIST).any()
 
@@ -638,7 +636,7 @@ def test_gist_token_is_not_generated_where_the_caller_suppresses_others(
 @one_of_each_kind
 @pytest.mark.parametrize("settings", ["greedy", "beams", "several"])
 def test_library_generate_never_gives_gist_tokens(name: str, settings: str) -> None:
-    """With a head that wants nothing else, the texts are those of a head that does not."""
+    """With a head that prefers gist tokens, the texts are the same as with one that does not."""
     model, tokenizer = tiny.patched(name)
     cache = gisting.compress(model, tokenizer, ["w1 w2 w3"], 2)
     texts = []
@@ -669,7 +667,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, use_reentran
         model.double()
     call = {**interval_call(name, *full_text(name == "t5")), "use_cache": False}
     wanted = gradients(model, call)
-    # Renamed in 5.2x; goes when the floor knows the new name.
+    # Renamed in 5.2x; remove this when the lowest supported version has the new name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
     if use_reentrant:
@@ -678,8 +676,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, use_reentran
     found = gradients(model, call)
     assert found.keys() == wanted.keys()
     for key, gradient in wanted.items():
-        # The same operations once more: to the bit. But T5's one bias collects the gradients of all layers, in another
-        # order; in float64 that is 1e-16, which these weights enlarge no more than 1e5 times (test_families.py).
+        # The same operations, so the same bits. But T5's shared bias sums the gradients of all layers in another order;
+        # in float64 that is 1e-16, which these weights magnify at most 1e5 times (test_families.py).
         atol = 1e-11 * gradient.abs().max().item() if name == "t5" else 0.0
         torch.testing.assert_close(found[key], gradient, rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
 
@@ -696,7 +694,7 @@ def test_compiled_is_eager(name: str, backend: str) -> None:
     assert torch.equal(compiled(**call).logits, wanted_logits)
     found = gradients(compiled, call)
     for key, gradient in wanted.items():
-        # Gradients are summed in another order where the graph is traced backwards too.
+        # Gradients are summed in another order if the backward graph is traced, too.
         torch.testing.assert_close(
             found[f"_orig_mod.{key}"], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item()
         )
@@ -714,7 +712,7 @@ def test_router_logits_are_refused_in_words() -> None:
     model.config.output_router_logits = True
     with pytest.raises(GistError, match=message):
         model(**call)
-    assert model(ids.clamp(max=60)).aux_loss is not None, "ordinary input is not concerned"
+    assert model(ids.clamp(max=60)).aux_loss is not None, "ordinary input is not affected"
 
 
 @one_of_each_kind
@@ -758,19 +756,19 @@ def text_of_length(length: int) -> tuple[Tensor, Visibility]:
 @every_limit
 @torch.no_grad()
 def test_exact_up_to_the_limit(name: str, limit: int) -> None:
-    """A text of exactly ``limit`` tokens: the stock model with the dense mask, positions from 0, agrees."""
+    """With exactly ``limit`` tokens, the stock model with the dense mask and positions from 0 agrees."""
     model, _ = tiny.patched(name)
     ids, visibility = text_of_length(limit)
     logits = model(ids, attention_mask=visibility.as_attention_mask(), position_ids=visibility.position_ids).logits
     stock = tiny.stock_twin(name, model)(ids, attention_mask=visibility.to_dense()[:, None]).logits
-    # Two roundings of angles up to 128 radians, 2^-18, in each of three layers.
+    # Two rounding errors of angles up to 128 radians, 2^-18, in each of three layers.
     assert ((logits - stock).abs().max() / stock.abs().max()).item() < 2.5e-5
 
 
 @every_limit
 @torch.no_grad()
 def test_a_long_ordinary_text_before_does_not_matter(name: str, limit: int) -> None:
-    """Dynamic frequencies are kept from call to call; the gist run must not inherit those of a long text."""
+    """Dynamic frequencies are kept between calls; the gist run must not use those of a long text."""
     model, tokenizer = tiny.patched(name, max_position_embeddings=128)
     prompt = tiny.words(30, 1)
     before = gisting.compress(model, tokenizer, [prompt], 2)
@@ -799,7 +797,7 @@ def test_beyond_the_limit_is_refused(name: str, limit: int, anchored: bool) -> N
 def test_beyond_the_limit_is_refused_in_compress_and_generate(name: str, limit: int) -> None:
     model, tokenizer = tiny.patched(name)
     model_type = name.split("-")[0]
-    # One gist token, no others: the plain layout adds none to words.
+    # One gist token and nothing else: the plain template adds no tokens.
     with pytest.raises(
         GistError, match=f"^prompt 1 with its gist takes {limit + 1} positions, {model_type} has {limit}; shorten it$"
     ):

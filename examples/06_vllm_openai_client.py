@@ -1,11 +1,11 @@
-"""Compressed prompts behind vLLM, asked through the ``openai`` client: completions, a chat, a stream, and a mistake.
+"""Use compressed prompts behind vLLM through the ``openai`` client: completions, a chat, a stream, and an error.
 
     pip install 'gist-tokens[vllm]' openai
     python examples/06_vllm_openai_client.py MODEL --store runs/store --only-compress
     gisting serve MODEL --store runs/store --served-model-name gisting        # in another terminal
     python examples/06_vllm_openai_client.py MODEL --store runs/store --url http://127.0.0.1:8000/v1
 
-MODEL is a checkpoint that was trained to gist, such as the one that ``gisting demo`` leaves behind.
+MODEL is a checkpoint that was trained to gist, such as the one that ``gisting demo`` writes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--only-compress", action="store_true")
     arguments = parser.parse_args()
 
-    # Once for each prompt; a second run finds them in the store. The server may be running meanwhile.
+    # Each prompt is compressed once; a second run finds it in the store. The server may already be running.
     model, tokenizer = gisting.load(arguments.model)
     with GistStore(arguments.store) as store:
         names = [*PROMPTS]
@@ -42,13 +42,13 @@ def main() -> None:
     client = openai.OpenAI(base_url=arguments.url, api_key=arguments.api_key)
     settings = {"model": arguments.served_model_name, "temperature": 0, "max_tokens": 16}
     for name in PROMPTS:
-        # The text is an input: the server writes the template around it, and puts the gist in front.
+        # The text is an input: the server writes the template around it and puts the gist in front.
         made = client.completions.create(
             prompt="red green blue", extra_body={"kv_transfer_params": {"gist": name}}, **settings
         )
         print(f"{name}: {made.choices[0].text.strip()!r}, {made.usage.prompt_tokens} tokens read and cached")
 
-    # In a chat the gist stands for the system message.
+    # In a chat the gist replaces the system message.
     gist = {"kv_transfer_params": {"gist": "shout"}}
     messages = [{"role": "user", "content": "red green blue"}]
     made = client.chat.completions.create(messages=messages, extra_body=gist, **settings)
@@ -57,9 +57,9 @@ def main() -> None:
     print("stream:", repr("".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices).strip()))
 
     try:
-        client.completions.create(prompt="red", extra_body={"kv_transfer_params": {"gist": "nobody"}}, **settings)
+        client.completions.create(prompt="red", extra_body={"kv_transfer_params": {"gist": "unknown"}}, **settings)
     except openai.NotFoundError as error:
-        print(f"a mistake: {error.response.json()['error']['message']}")
+        print(f"an error: {error.response.json()['error']['message']}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, RepoCard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gisting.card import card, is_repository_id
@@ -128,6 +128,7 @@ HOSTILE = st.one_of(
 )
 
 
+@settings(max_examples=30)
 @given(title=HOSTILE, template=HOSTILE, model=HOSTILE, data=HOSTILE, license=HOSTILE, metric=HOSTILE)
 def test_no_text_breaks_the_card(**texts: str) -> None:
     metrics = {texts.pop("metric"): 0.5}

@@ -183,7 +183,7 @@ def test_caches_of_several_adapters_are_answered_in_one_batch_of_the_base_model(
     joined = gisting.GistCache.cat(caches)
     answers = gisting.generate(base, tokenizer, ["w7 w8"] * 2, cache=joined, max_new_tokens=6, do_sample=False)
     assert answers == expected
-    with pytest.raises(GistError, match="model has no adapter, and its caches are for itself alone"):
+    with pytest.raises(GistError, match="model has no adapter, so only the model itself can use its caches"):
         for_base_model(base, joined)
 
 
@@ -522,9 +522,11 @@ def test_errors(tmp_path: Path) -> None:
         attach(model, Adapter("lora"))
     adapters.save(model, tokenizer, tmp_path / "torn")
     (tmp_path / "torn" / "adapter_model.safetensors").unlink()
-    with pytest.raises(GistError, match=r"has gist_adapter\.json and no adapter_model\.safetensors; fetch it again"):
+    with pytest.raises(GistError, match=r"has gist_adapter\.json but no adapter_model\.safetensors; fetch it again"):
         adapters.load(tiny.patched("llama")[0], tmp_path / "torn")
-    with pytest.raises(GistError, match=r"^num_gist_tokens must be at most 2, got 3: the adapter has a row for each"):
+    with pytest.raises(
+        GistError, match=r"^num_gist_tokens must be at most 2, got 3: the adapter has 2 rows, one for each"
+    ):
         gisting.compress(model, tokenizer, ["w1"], 3)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(GistError, match="holds a complete checkpoint, which would be loaded in place of the adapter"):
@@ -535,7 +537,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     _, _, out = trained(tmp_path, "gist-lora")
     other, _ = tiny.patched("llama", num_hidden_layers=2)
     with pytest.raises(
-        GistError, match=r"does not fit LlamaForCausalLM: model.layers.2.* it was trained beside /.*base"
+        GistError, match=r"does not fit LlamaForCausalLM: model.layers.2.* it was trained for the base model /.*base"
     ):
         adapters.load(other, out)
     assert adapter_of(other) is None

@@ -156,6 +156,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_stock_transformers_loads_it(tmp_path: Path) -> None:
     """Without gisting installed, all weights are loaded, none is left over, and text gives the same results."""
     wanted = {}

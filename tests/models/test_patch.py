@@ -553,7 +553,7 @@ def test_one_gist_token_after_an_ordinary_prefix_is_refused(call: Callable[..., 
         call(model, ids, past)
 
 
-@one_of_each_kind
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_full_text_is_refused_when_compiled(name: str) -> None:
     model, _ = tiny.patched(name)
     ids, _ = full_text(name == "t5")
@@ -683,7 +683,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, use_reentran
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [("llama", "eager"), ("llama", "aot_eager"), ("gemma2", "eager"), ("t5", "eager")]
+    ("name", "backend"),
+    [
+        ("llama", "eager"),
+        pytest.param("llama", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("gemma2", "eager", marks=pytest.mark.slow),
+        pytest.param("t5", "eager", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_is_eager(name: str, backend: str) -> None:
     model, _ = tiny.patched(name)

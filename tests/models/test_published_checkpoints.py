@@ -150,6 +150,7 @@ def test_llama_with_its_own_tokenizer(llama: tuple[Path, Path], tmp_path: Path) 
     assert len(gisting.generate(model, tokenizer, [""], cache=cache, max_new_tokens=2, do_sample=False)) == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_published_script_recovered(llama: tuple[Path, Path], tmp_path: Path) -> None:
     """It has the same weights, and nothing that this library wrote."""
     base, difference = llama
@@ -164,6 +165,7 @@ def test_a_checkpoint_that_the_published_script_recovered(llama: tuple[Path, Pat
     assert torch.equal(model.get_input_embeddings().weight[-1], row)
 
 
+@pytest.mark.slow
 def test_a_difference_whose_tokenizer_is_another(llama: tuple[Path, Path], tmp_path: Path) -> None:
     base, difference = llama
     weights = load_file(base / "model.safetensors")
@@ -201,8 +203,8 @@ def test_published_numbers_of_ids(shared: Path, tmp_path: Path) -> None:
         found = []
         for number, text in enumerate(shown):
             for record in records:
-                behind = f"Input: {record['input']}\n" if record["input"] else ""
-                if text.startswith(f"Instruction: {record['instruction'].rstrip()} <GIST>  {behind}Output:"):
+                after = f"Input: {record['input']}\n" if record["input"] else ""
+                if text.startswith(f"Instruction: {record['instruction'].rstrip()} <GIST>  {after}Output:"):
                     encoding = tokenizer.encode(record["instruction"], record["input"])
                     length = encoding.completion_start
                     found.append((encoding.gist_start, length, length - encoding.gist_end) == counts[number])

@@ -207,7 +207,7 @@ def test_bin_files_of_the_old_format(layout: Layout) -> None:
 
 
 @requires_peak
-@pytest.mark.parametrize("is_pickled", [True, False], ids=["bin", "safetensors"])
+@pytest.mark.parametrize("is_pickled", [pytest.param(True, marks=pytest.mark.slow), False], ids=["bin", "safetensors"])
 def test_memory_is_that_of_a_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_pickled: bool) -> None:
     monkeypatch.setattr(module, "_SHARD_BYTES", 16 << 20)
     config = LlamaConfig(vocab_size=8)

@@ -57,6 +57,6 @@ def weight_files(name_or_path: str | Path, **source: Any) -> list[Path]:
             continue
         if name.endswith(".index.json"):
             files, _ = get_checkpoint_shard_files(str(name_or_path), found, **source)
-            return [Path(file) for file in files]
+            return [Path(file) for file in files or ()]
         return [Path(found)]
     return []

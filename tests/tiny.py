@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -130,6 +130,11 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "umt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
+
+
+def slow_but(names: Iterable[str], *quick: str) -> list[Any]:
+    """Make parameters of names: all run with ``slow``, and by default only the quick ones."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def model(name: str, **changes: Any) -> PreTrainedModel:

@@ -230,8 +230,8 @@ class _Weights:
                     raise GistError(f"{file} holds {name} as {kind}; only floating-point tensors can be added")
                 self.shapes[name], self._files[name] = tensor.shape, file
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
+    def get(self, name: str, default: Tensor) -> Tensor:
+        return self[name] if name in self._files else default
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors(self._files[name])[name]
@@ -351,8 +351,7 @@ def _sum_of_frequencies(changes: _Weights, originals: _Weights, config: Any, *, 
     computed = 1.0 / (10000.0 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     if not names:
         return config.num_hidden_layers * _sum(computed)
-    held = {name: originals[name] for name in names if name in originals}
-    return sum(_sum(_added(changes[name], held.get(name, computed))) for name in names)
+    return sum(_sum(_added(changes[name], originals.get(name, computed))) for name in names)
 
 
 def _check_space(output: Path, needed: int) -> None:

@@ -295,7 +295,9 @@ def test_merged_and_unloaded_adapter() -> None:
 # -- what must not show ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*tiny.DECODERS, *tiny.ENCODER_DECODERS])
+@pytest.mark.parametrize(
+    "name", tiny.slow_but([*tiny.DECODERS, *tiny.ENCODER_DECODERS], "llama", "gemma2", "phi3-longrope", "t5")
+)
 def test_stays(name: str, tmp_path: Path) -> None:
     """The fingerprint stays through modes, copies, use, files and lossless casts, which change no hidden state."""
     auto = AutoModelForSeq2SeqLM if name in tiny.ENCODER_DECODERS else AutoModelForCausalLM
@@ -529,8 +531,8 @@ def test_meta_device_is_refused() -> None:
     model: Any = tiny.model("llama")
     model.base_model.layers[1].to("meta")
     message = (
-        r"^model.layers.1.self_attn.q_proj.weight is on the meta device, so nobody can tell whose states these are; "
-        r"load the model whole, without offloading to disk$"
+        r"^model.layers.1.self_attn.q_proj.weight is on the meta device, so the model cannot be identified; "
+        r"load the complete model, without offloading to disk$"
     )
     with pytest.raises(GistError, match=message):
         fingerprint(model)
@@ -563,6 +565,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_thread")
+@pytest.mark.slow
 def test_eight_billion_parameters_in_less_than_a_second() -> None:
     """Llama 3 8B in bfloat16, in CPU time. Its memory is allocated and never written, so it takes no space and all its
     pages are one page of zeros. Real weights take about twice as long, see below.

@@ -31,7 +31,8 @@ from tests.models.test_relative_bias import batch, loss_of, stock_logits
 pytestmark = pytest.mark.skipif(
     not gisting_kernels.is_interpreting(), reason="proves arithmetic under the interpreter; on a card see tests/kernels"
 )
-CASES = [("t5", "gist", True), ("t5", "positive", False), ("umt5", "gist", False)]
+# Two layers in the encoder, because the second gets its bias from the first.
+SMALL = {"num_layers": 2, "num_decoder_layers": 1}
 
 
 @pytest.fixture
@@ -48,18 +49,28 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return chosen
 
 
-@pytest.mark.parametrize(("name", "condition", "left"), CASES, ids=[f"{name}-{cond}" for name, cond, _ in CASES])
+@pytest.mark.parametrize(
+    ("name", "condition", "left", "changes"),
+    [
+        pytest.param("t5", "gist", True, SMALL, id="t5-gist-small"),
+        pytest.param("t5", "gist", True, {}, id="t5-gist", marks=pytest.mark.slow),
+        pytest.param("t5", "positive", False, {}, id="t5-positive", marks=pytest.mark.slow),
+        pytest.param("umt5", "gist", False, {}, id="umt5-gist", marks=pytest.mark.slow),
+    ],
+)
 def test_t5_outputs_and_gradients_are_those_of_stock_eager(
-    name: str, condition: str, left: bool, calls: list[str]
+    name: str, condition: str, left: bool, changes: dict[str, Any], calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _ = tiny.patched(name)
+    if changes:
+        monkeypatch.setattr(test_relative_bias, "ROWS", test_relative_bias.ROWS[:2])
+    model, _ = tiny.patched(name, **changes)
     given = batch(condition, left)
     found = result_of(model, model(**given.call()).logits, given.is_target)
     assert calls
     assert sum(key.endswith("relative_attention_bias.weight") for key in found.gradients) == (
         5 if name == "umt5" else 2
     )
-    stock = tiny.stock_twin(name, model, attn_implementation="eager")
+    stock = tiny.stock_twin(name, model, attn_implementation="eager", **changes)
     results: list[Result] = []
     for dtype in (torch.float32, torch.float64):
         stock = stock.to(dtype)
@@ -67,6 +78,7 @@ def test_t5_outputs_and_gradients_are_those_of_stock_eager(
     assert_as_good_as(found, *results)
 
 
+@pytest.mark.slow
 def test_t5_training_is_that_of_stock_eager(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Take 20 steps of AdamW in float32 from weights of the usual size (see the same test of the relative bias)."""
     monkeypatch.setattr(test_relative_bias, "ROWS", test_relative_bias.ROWS[:2])
@@ -150,12 +162,12 @@ def layer(num_rows: int, impl: str) -> Callable[[], Tensor]:
 def test_memory_of_a_t5_layer(impl: str, growth: int, calls: list[str]) -> None:
     """The largest tensor grows linearly with N with the kernels, quadratically with the reference."""
     sizes = []
-    for num_rows in (64, 128, 256):
+    for num_rows in (64, 128):
         run = layer(num_rows, impl)
         with Largest() as largest:
             run().backward()
         sizes.append(largest.numel)
-    assert [after / before for before, after in itertools.pairwise(sizes)] == [2**growth, 2**growth]
+    assert [after / before for before, after in itertools.pairwise(sizes)] == [2**growth]
 
 
 def test_mirrored_table_is_found(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +180,7 @@ def test_mirrored_table_is_found(calls: list[str], monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(gisting_kernels, "interval_attention", mirrored)
     with pytest.raises(AssertionError):
-        test_t5_outputs_and_gradients_are_those_of_stock_eager("t5", "gist", True, calls)
+        test_t5_outputs_and_gradients_are_those_of_stock_eager("t5", "gist", True, SMALL, calls, monkeypatch)
 
 
 @pytest.mark.parametrize("impl", ["triton", "flex"])

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gisting.cache import GistCache
@@ -266,7 +267,6 @@ def save(model: Any, tokenizer: GistTokenizer, directory: str | Path) -> None:
         OSError: something cannot be written.
     """
     from peft import TrainableTokensConfig, get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     adapter = adapter_of(model)
     if adapter is None:
@@ -312,8 +312,6 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
     Raises:
         GistError: no adapter of this library is there, it has a later format, or it does not fit the model.
     """
-    from safetensors.torch import load_file
-
     about = read_about(name_or_path, **source)
     if about is None:
         raise GistError(f"{name_or_path} holds no adapter of gisting's: it has no {_FILE}")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gisting.errors import GistError
 from gisting.models.hooks import remove_hooks
@@ -178,8 +179,6 @@ def _holders(stack: Any) -> Iterator[nn.Module]:
 
     The layers themselves are left out, because activation checkpointing repeats their ``forward`` without their hooks.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     for layer in stack.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             for module in layer.modules():

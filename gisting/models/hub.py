@@ -59,7 +59,7 @@ def save_pretrained(
     from gisting.models import adapters
     from gisting.models.fingerprint import fingerprint
     from gisting.models.load import trained_num_gist_tokens
-    from gisting.models.patch import require_patched
+    from gisting.models.state import require_patched
 
     require_patched(model, tokenizer)
     adapter = adapters.adapter_of(model)

@@ -545,7 +545,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     about = json.loads((out / "gist_adapter.json").read_text())
     for change, message in (
         ({"format": 9}, "has format 9, this version reads 1"),
-        ({"base": ""}, "does not say which"),
+        ({"base": ""}, "does not name its base model"),
     ):
         (out / "gist_adapter.json").write_text(json.dumps({**about, **change}))
         with pytest.raises(GistError, match=message):

@@ -1,11 +1,11 @@
-"""Use compressed prompts behind vLLM through the ``openai`` client: completions, a chat, a stream, and an error.
+"""Use compressed prompts in vLLM through the ``openai`` client: completions, a chat, a stream, and a mistake.
 
     pip install 'gist-tokens[vllm]' openai
     python examples/06_vllm_openai_client.py MODEL --store runs/store --only-compress
     gisting serve MODEL --store runs/store --served-model-name gisting        # in another terminal
     python examples/06_vllm_openai_client.py MODEL --store runs/store --url http://127.0.0.1:8000/v1
 
-MODEL is a checkpoint that was trained to gist, such as the one that ``gisting demo`` writes.
+MODEL is a checkpoint that was trained to gist, such as the one that ``gisting demo`` makes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--only-compress", action="store_true")
     arguments = parser.parse_args()
 
-    # Each prompt is compressed once; a second run finds it in the store. The server may already be running.
+    # Compressed once; a second run finds the gists in the store. The server may already be running.
     model, tokenizer = gisting.load(arguments.model)
     with GistStore(arguments.store) as store:
         names = [*PROMPTS]
@@ -59,7 +59,7 @@ def main() -> None:
     try:
         client.completions.create(prompt="red", extra_body={"kv_transfer_params": {"gist": "unknown"}}, **settings)
     except openai.NotFoundError as error:
-        print(f"an error: {error.response.json()['error']['message']}")
+        print(f"a mistake: {error.response.json()['error']['message']}")
 
 
 if __name__ == "__main__":

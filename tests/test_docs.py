@@ -67,7 +67,7 @@ def test_internalisation(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert [stage.num_examples for stage in names["result"].stages] == [2, 1, 0]
     made = {path.name for path in Path("runs").iterdir()}
     assert made == {"demo", "reverse", "in-stages", "control", "by-recipe", "rewritten", "report.md"}
-    assert " a prefix cache |" in Path("runs/report.md").read_text(encoding="utf-8")
+    assert "| full prompt behind a prefix cache |" in Path("runs/report.md").read_text(encoding="utf-8")
 
 
 def test_generation(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -529,7 +529,7 @@ def test_errors(tmp_path: Path) -> None:
     ):
         gisting.compress(model, tokenizer, ["w1"], 3)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(GistError, match="holds a complete checkpoint, which would be loaded in place of the adapter"):
+    with pytest.raises(GistError, match="holds a whole checkpoint, which would be loaded in place of the adapter"):
         finetune(model, tokenizer, RECORDS, arguments(tmp_path), method="embeddings", num_gist_tokens=2)
 
 

@@ -216,9 +216,9 @@ def _check_ids_before_cached_gists(model: Any, gist_token_id: int) -> None:
                 kwargs["next_sequence_length"] = input_ids.shape[1] - held.shape[1]
             elif is_dropped and not is_gist:
                 raise GistTokenError(
-                    f"past_key_values holds {held.shape[1]} gist slots, but input_ids do not begin with that many gist "
+                    f"past_key_values holds {held.shape[1]} gist slots, but input_ids do not begin with as many gist "
                     f"tokens (id {gist_token_id}; any id where a slot is empty), so generate would drop that many ids "
-                    "of the text; put the gist tokens in front, or call gisting.generate(..., cache=cache)"
+                    "of the text; put them in front, or call gisting.generate(..., cache=cache)"
                 )
         return inner(self, input_ids, **kwargs)
 

@@ -632,7 +632,7 @@ def test_an_adapter_is_all_that_is_saved(tmp_path: Path) -> None:
     loaded, _ = gisting.load(tmp_path / "out")
     assert adapter_of(loaded) is not None
     assert same(state(loaded), state(model))
-    with pytest.raises(GistError, match="holds a complete checkpoint"):
+    with pytest.raises(GistError, match="holds a whole checkpoint"):
         internalize(base, tokenizer, TEMPLATE, RECORDS, arguments(tmp_path / "base"), method="lora")
 
 

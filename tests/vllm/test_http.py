@@ -366,9 +366,9 @@ def test_the_example_runs_as_it_says(served: Served, server: Server, store: Path
         )
         assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines[1:]] == ["shout", "first", "chat", "stream", "an error"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["shout", "first", "chat", "stream", "a mistake"]
     assert lines[3].removeprefix("chat: ") == lines[4].removeprefix("stream: ")
-    assert "gist 'unknown' is not in the store" in lines[5]
+    assert "gist 'nobody' is not in the store" in lines[5]
 
 
 def test_the_page_runs_as_it_says(

@@ -39,7 +39,7 @@ def require_transformers() -> None:
 
 
 def is_version_in(specifier: str, version: str) -> bool:
-    """Check whether a version satisfies a specifier, as ``pip install`` would. A helper, to be kept.
+    """Check whether a version satisfies a specifier, as ``pip install`` would. This is not a shim, so it stays.
 
     Args:
         specifier: such as ``">=2.11"``; an empty one allows every version.
@@ -51,7 +51,7 @@ def is_version_in(specifier: str, version: str) -> bool:
 
 
 def untested(package: str, version: str) -> str | None:
-    """Describe how a version lies outside the tested range. A helper, to be kept.
+    """Describe how a version lies outside the tested range. This is not a shim, so it stays.
 
     Args:
         package: such as ``"torch"``, or ``"python"``.

@@ -379,7 +379,8 @@ def check_directory(directory: str | Path) -> None:
     """
     if (Path(directory) / "config.json").exists():
         raise GistError(
-            f"{directory} holds a whole checkpoint, which would be loaded in place of the adapter; give another directory"
+            f"{directory} holds a whole checkpoint, which would be loaded in place of the adapter; give "
+            "another directory"
         )
 
 

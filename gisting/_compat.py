@@ -6,6 +6,7 @@ of shims.
 
 import functools
 import inspect
+from importlib import metadata
 from typing import Any
 
 MIN_TRANSFORMERS = (5, 17)
@@ -39,7 +40,7 @@ def require_transformers() -> None:
 
 
 def is_version_in(specifier: str, version: str) -> bool:
-    """Check whether a version satisfies a specifier, as ``pip install`` would. This is not a shim, so it stays.
+    """Return whether a version satisfies a specifier, as ``pip install`` would. This is not a shim, so it stays.
 
     Args:
         specifier: such as ``">=2.11"``; an empty one allows every version.
@@ -48,6 +49,30 @@ def is_version_in(specifier: str, version: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
+def requirements(distribution: str, extra: str = "") -> list[tuple[str, str]]:
+    """Return what an installed distribution requires on this platform. This is not a shim, so it stays.
+
+    Args:
+        distribution: its name for pip.
+        extra: one of its extras, for what that extra requires in addition; empty for what is always required.
+
+    Returns:
+        Name and specifier of each required package.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: the distribution is not installed.
+    """
+    from packaging.requirements import Requirement
+
+    found = []
+    for requirement in map(Requirement, metadata.requires(distribution) or ()):
+        marker = requirement.marker
+        is_core = marker is None or marker.evaluate({"extra": ""})
+        if is_core if not extra else not is_core and marker is not None and marker.evaluate({"extra": extra}):
+            found.append((requirement.name, str(requirement.specifier)))
+    return found
 
 
 def untested(package: str, version: str) -> str | None:

@@ -130,7 +130,7 @@ def card(
 
 
 def is_repository_id(name: str) -> bool:
-    """Check whether a text has the form of a repository on the hub, ``owner/name``.
+    """Return whether a text has the form of a repository on the hub, ``owner/name``.
 
     Args:
         name: any text.

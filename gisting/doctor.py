@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 from torch import Tensor
 
-from gisting._compat import is_version_in, untested
+from gisting._compat import is_version_in, requirements, untested
 from gisting._version import __version__
 from gisting.attention import choose_implementation, interval_attention
 from gisting.errors import GistError
@@ -102,16 +101,15 @@ def _versions() -> Iterator[Finding]:
     yield from _namesakes()
     try:
         # Python is not a package, so it is not among the requirements.
-        wanted = [Requirement(f"python{metadata.metadata(_DISTRIBUTION)['Requires-Python']}"), *_requirements()]
+        wanted = [("python", metadata.metadata(_DISTRIBUTION)["Requires-Python"]), *requirements(_DISTRIBUTION)]
     except metadata.PackageNotFoundError:
         yield Finding("versions", "packages", "unknown, because gisting runs from a folder and is not installed")
-        wanted = [Requirement(name) for name in ("python", "torch", "transformers")]
-    for requirement in wanted:
-        name, needed = requirement.name, f"{requirement.name}{requirement.specifier}"
-        found = _version(name)
+        wanted = [(name, "") for name in ("python", "torch", "transformers")]
+    for name, specifier in wanted:
+        needed, found = f"{name}{specifier}", _version(name)
         if found is None:
             yield Finding("versions", name, f"not installed; run: pip install '{needed}'", is_fault=True)
-        elif is_version_in(str(requirement.specifier), found):
+        elif is_version_in(specifier, found):
             yield Finding("versions", name, _noted(name, found))
         else:
             advice = "run gisting with a newer Python" if name == "python" else f"run: pip install '{needed}'"
@@ -140,35 +138,23 @@ def _noted(name: str, version: str) -> str:
 def _extras() -> Iterator[Finding]:
     for extra, purpose in EXTRAS.items():
         try:
-            requirements = _requirements(extra)
+            wanted = requirements(_DISTRIBUTION, extra)
         except metadata.PackageNotFoundError:
             return
         parts, missing, is_fault = [], [], False
-        for requirement in requirements:
-            found = _version(requirement.name)
+        for name, specifier in wanted:
+            found = _version(name)
             if found is None:
-                missing.append(requirement.name)
-            elif is_version_in(str(requirement.specifier), found):
-                parts.append(f"{requirement.name} {_noted(requirement.name, found)}")
+                missing.append(name)
+            elif is_version_in(specifier, found):
+                parts.append(f"{name} {_noted(name, found)}")
             else:
-                parts.append(f"{requirement.name} {found} (gisting needs {requirement.name}{requirement.specifier})")
+                parts.append(f"{name} {found} (gisting needs {name}{specifier})")
                 # On a CUDA device impl="auto" chooses the kernels by default.
                 is_fault |= extra == "kernels"
         if missing:
             parts.append(f"{', '.join(missing)} missing: pip install 'gist-tokens[{extra}]'")
         yield Finding("extras", extra, f"{', '.join(parts) or 'not for this platform'} ({purpose})", is_fault)
-
-
-def _requirements(extra: str = "") -> list[Requirement]:
-    """List what gisting needs on this platform, or what one of its extras needs in addition."""
-
-    def applies(requirement: Requirement) -> bool:
-        if requirement.marker is None:
-            return not extra
-        is_needed_always = requirement.marker.evaluate({"extra": ""})
-        return requirement.marker.evaluate({"extra": extra}) and (not extra or not is_needed_always)
-
-    return [found for found in map(Requirement, metadata.requires(_DISTRIBUTION) or ()) if applies(found)]
 
 
 def _version(package: str) -> str | None:

@@ -167,7 +167,7 @@ def test_another_floor_is_found(before: str, after: str, fault: str) -> None:
 def test_the_code_reads_the_floors_of_the_metadata() -> None:
     """At run time they come from the metadata of the installed package and from one constant."""
     assert ".".join(map(str, _compat.MIN_TRANSFORMERS)) == floors()["transformers"]
-    read = {one.name: str(one.specifier) for extra in ("", *doctor.EXTRAS) for one in doctor._requirements(extra)}
+    read = dict(one for extra in ("", *doctor.EXTRAS) for one in _compat.requirements("gist-tokens", extra))
     for name in ("torch", "transformers", "triton", "peft"):
         assert read[name] == f">={floors()[name]}", "pyproject.toml has changed since: pip install -e ."
 

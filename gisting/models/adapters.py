@@ -188,7 +188,7 @@ def adapter_of(model: Any) -> Adapter | None:
 def gist_rows(model: Any) -> Tensor:
     """Return the rows that the adapter uses as embeddings of gist tokens, ``(num_rows, d_model)``.
 
-    They have the scale of the model's embedding table.
+    They have the dtype and the scale of the model's embedding table.
 
     Args:
         model: a model with an adapter.

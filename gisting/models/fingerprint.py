@@ -101,7 +101,7 @@ def walk(tensor: Tensor) -> Tensor:
     flattened weights) is read as a square, followed by the complete remainder.
 
     Args:
-        tensor: any tensor, on any device.
+        tensor: a tensor of any shape and dtype, on any device.
     """
     tensor = tensor.detach()
     tensor = tensor.view(_BITS[tensor.element_size()])

@@ -127,12 +127,7 @@ class GistOnlyLora:
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Refuse to merge, because a merged weight would act on every token.
-
-        Args:
-            module: ignored, as are the others; peft passes them.
-            active_adapter: ignored.
-            orig_weight: ignored.
+        """Refuse to merge, because a merged weight would act on every token. Arguments as peft passes them.
 
         Raises:
             GistError: always.

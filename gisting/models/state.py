@@ -30,7 +30,8 @@ class Undo:
 
     Args:
         attention: the attention implementation of every sub-model before it was patched, by the sub-model's name.
-        replaced_rows: the embedding rows that the gist token's rows replaced; None if rows were added instead.
+        replaced_rows: the embedding rows that the gist token's rows replaced, ``(d_model,)`` each and a scalar for a
+            bias, in the model's dtype; None if rows were added instead.
     """
 
     attention: dict[str, str] = field(default_factory=dict)
@@ -38,7 +39,7 @@ class Undo:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Check whether ``model`` is patched now. A checkpoint that was saved patched is not until it is patched again.
+    """Return whether ``model`` is patched now. A checkpoint that was saved patched is not until it is patched again.
 
     Args:
         model: any module.

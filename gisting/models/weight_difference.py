@@ -177,7 +177,7 @@ def apply_weight_difference(
 
 
 def looks_like_difference(model: PreTrainedModel) -> bool:
-    """Check whether a loaded LLaMA is the difference of two models, such as a local copy of a published difference.
+    """Return whether a loaded LLaMA is the difference of two models, such as a local copy of a published difference.
 
     Nothing in a directory of the published layout says so, but the weights do: those of the last norm are about 1 in a
     model and near 0 in a difference. This does not work for other families; Gemma's norms are near 0 by design.
@@ -192,7 +192,7 @@ def looks_like_difference(model: PreTrainedModel) -> bool:
 
 
 def refusal(name_or_path: str | Path) -> GistError:
-    """Make the error for loading a weight difference as if it were a model. It names the command to run.
+    """Return the error for loading a weight difference as if it were a model. It names the command to run.
 
     Args:
         name_or_path: what was to be loaded.

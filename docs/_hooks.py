@@ -1,8 +1,8 @@
-"""What the site needs beside Markdown: a hook of MkDocs for pages, an extension of Griffe for docstrings.
+"""Convert pages and docstrings for the documentation site: a hook of MkDocs and an extension of Griffe.
 
-Pages are written to be read as files of the repository too, and docstrings to be read in a terminal. Here links that
-leave docs/ become the names of what they lead to, for the repository has no address to link to; and docstrings' roles
-(``:func:`compress```) become references, and their drawings Markdown. Nothing here knows what the library computes.
+Pages can also be read as files of the repository, and docstrings in a terminal. Here links that leave docs/ become the
+names of their targets, because the repository has no address to link to; roles in docstrings (``:func:`compress```)
+become references, and drawings become Markdown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LITERAL = re.compile(r"::(?=\n\n[ ]+\S)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """MkDocs' event: the text of a page, before it is Markdown."""
+    """Handle MkDocs' event for the Markdown of a page."""
     if "<!-- commands -->" in markdown:
         from typer.main import get_command
 
@@ -32,11 +32,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def described(command: Any, name: str) -> list[str]:
-    """A command of the command line and those below it as Markdown: help, options, examples.
+    """Describe a command and its subcommands in Markdown: help, options, examples.
 
     Args:
-        command: as typer's ``get_command`` makes it of an app.
-        name: what is typed for it.
+        command: the result of typer's ``get_command`` for an app.
+        name: what users type to run it.
 
     Returns:
         Paragraphs, tables and fences.
@@ -66,7 +66,7 @@ def described(command: Any, name: str) -> list[str]:
 
 
 def _as_text(text: str) -> str:
-    """A help as Markdown: what looks like a tag is shown."""
+    """Escape tags in a help text."""
     return text.replace("<", "&lt;")
 
 
@@ -75,15 +75,15 @@ def _in_a_cell(text: str) -> str:
 
 
 def as_page(markdown: str, path: str) -> str:
-    """A page as the site takes it.
+    """Convert a page for the site.
 
     Args:
-        markdown: the page as it is in the repository.
-        path: where it lies, relative to docs/.
+        markdown: the page in the repository.
+        path: its path, relative to docs/.
 
     Returns:
-        The same text with links out of docs/ replaced by names and an empty line around comments, without which
-        Python-Markdown takes no table beside them. Fences stay as they are.
+        The text with links out of docs/ replaced by names, and with empty lines around comments, because otherwise
+        Python-Markdown does not recognise a table next to them. Fences are unchanged.
     """
     parts, end = [], 0
     for fence in _FENCE.finditer(markdown):
@@ -106,12 +106,13 @@ def _outside_fences(text: str, path: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Docstrings as Markdown: roles become references where the site shows what they name, and code elsewhere. The
-    docstring of a constant in ``__all__`` is the comment above it.
+    """Convert docstrings to Markdown. Roles become references if the site shows their target, and code otherwise.
+
+    The docstring of a constant in ``__all__`` is the comment above it.
     """
 
     def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
-        """Griffe's event: an object with its members is there."""
+        """Handle Griffe's event for a loaded object."""
         if obj.docstring is None and obj.is_attribute and obj.lineno and obj.name in (obj.module.exports or ()):
             comment = _comment_above(obj.module.lines, obj.lineno)
             obj.docstring = griffe.Docstring(comment, parent=obj) if comment else None
@@ -120,8 +121,9 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = _LITERAL.sub(":", text)
 
     def on_class(self, *, cls: griffe.Class, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
-        """Griffe's event: a class with its members is there. That of a named tuple gets the parameters that its fields
-        are; dataclasses have theirs from Griffe.
+        """Handle Griffe's event for a loaded class, and give named tuples a constructor with their fields.
+
+        Griffe itself does so for dataclasses.
         """
         if "NamedTuple" in map(str, cls.bases):
             kind = griffe.ParameterKind.positional_or_keyword
@@ -138,7 +140,7 @@ class Docstrings(griffe.Extension):
 
 
 def _comment_above(lines: list[str], number: int) -> str:
-    """The comment that ends in the line before ``number``, which counts from 1; empty where there is none."""
+    """Return the comment that ends in the line before line ``number`` (counted from 1), or an empty text."""
     found: list[str] = []
     for line in reversed(lines[: number - 1]):
         if not line.startswith("#"):
@@ -154,7 +156,7 @@ def _reference(obj: griffe.Object, role: re.Match[str]) -> str:
 
 
 def _path_of(obj: griffe.Object, name: str) -> str:
-    """The whole dotted path of a name as a docstring writes it: of a member of the class, of the module, or whole."""
+    """Return the full dotted path of a name in a docstring, which may be that of a member of the class or module."""
     first, _, rest = name.partition(".")
     scope: Any = obj
     while scope is not None:

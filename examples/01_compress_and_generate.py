@@ -1,9 +1,9 @@
-"""Use a model that has learned to gist: compress prompts, keep them, answer a ragged batch.
+"""Use a model that has learned to gist: compress prompts, save them, and answer a ragged batch.
 
-Also through stock transformers.
+The last part does the same with stock transformers.
 
-gisting demo --output runs/demo
-python examples/01_compress_and_generate.py runs/demo
+    gisting demo --output runs/demo
+    python examples/01_compress_and_generate.py runs/demo
 """
 
 import sys
@@ -22,7 +22,7 @@ prompts = [
     "when you get letters , keep the order , replace each letter by the next , and always answer plainly",
 ]
 
-# Prompts of different lengths go through the model once, together, and leave two tokens each.
+# Prompts of different lengths go through the model once, in one batch, and leave two gist tokens each.
 cache = gisting.compress(model, tokenizer, prompts, num_gist_tokens=2)
 cache.save(directory / "three.gist.safetensors")
 cache = gisting.GistCache.load(directory / "three.gist.safetensors")
@@ -33,7 +33,7 @@ print(gisting.generate(model, tokenizer, ["a b c d e", "f g h a b", "c a b d e"]
 # ... or one prompt for all of them.
 print(gisting.generate(model, tokenizer, ["a b c d e", "f g h a b", "c a b d e"], cache=cache[0], do_sample=False))
 
-# Stock transformers goes on from the same states: k placeholders in front, the cache as past_key_values.
+# Stock transformers continues from the same states: k gist tokens in front, the cache as past_key_values.
 rest = tokenizer.encode_continuations(["a b c d e"])[0]
 ids = torch.tensor([[tokenizer.gist_token_id] * 2 + rest])
 out = model.generate(

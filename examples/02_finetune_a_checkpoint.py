@@ -1,7 +1,8 @@
-"""Teach an existing checkpoint to gist: patch it, finetune on instructions over story sentences, compress, generate.
+"""Teach an existing checkpoint to gist: patch it, finetune it on questions about sentences, compress, generate.
 
-Made for a small pretrained LLaMA such as the 260-thousand-parameter TinyStories model (karpathy/tinyllamas in Hugging
-Face layout), with which it takes about a minute on two CPU cores; any causal language model of a supported family does.
+It was written for a small pretrained LLaMA such as the TinyStories model with 260 thousand parameters
+(karpathy/tinyllamas in Hugging Face layout), which takes about a minute on two CPU cores. Any causal language model of
+a supported family works.
 
     python examples/02_finetune_a_checkpoint.py PATH_OR_NAME --steps 400 --output runs/stories
 """
@@ -34,7 +35,7 @@ QUESTIONS = {
 
 
 def make_records(count: int, seed: int, held_out: bool) -> list[gisting.Record]:
-    """Fresh sentences; a fifth of the pairs of colour and thing are never trained on."""
+    """Make new sentences. A fifth of the pairs of colour and thing are held out from training."""
     chance = random.Random(seed)
     pairs = [(a, b) for i, a in enumerate(COLOURS) for j, b in enumerate(THINGS) if ((i + j) % 5 == 0) == held_out]
     records = []
@@ -78,7 +79,7 @@ def main() -> None:
             batch_size=32,
             per_device_batch_size=32,
             max_steps=arguments.steps,
-            learning_rate=3e-3,  # 260 thousand parameters bear more than the published 2e-5 for 7 billion
+            learning_rate=3e-3,  # small models need more than the published 2e-5, which is for 7 billion
             save_strategy="no",
             logging_steps=100,
         ),
@@ -97,7 +98,7 @@ def main() -> None:
         with_rouge=False,
     ):
         share = f"{100 * result.exact_match:5.1f} %"
-        print(f"{result.condition:9} {share} exact, on sentences it was not trained on")
+        print(f"{result.condition:9} {share} exact, on held-out sentences")
 
     cache = gisting.compress(model, tokenizer, ["What color is it?", "Tell me where."], num_gist_tokens=2)
     sentence = "One day, Jack saw a green hat in the garden."

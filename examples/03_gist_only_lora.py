@@ -1,11 +1,11 @@
-"""Teach a model to gist without changing it: an adapter that acts at gist tokens alone, trained beside a frozen model.
+"""Teach a frozen model to gist with an adapter that acts at gist tokens only.
 
 First a base model learns to answer questions about a sentence, with the question in view. Then gist-only LoRA learns to
-press the question into two gist tokens. What it makes of a question is an ordinary cache of keys and values, so the
-base model itself goes on from it, without the adapter and at its own cost.
+compress the question into two gist tokens. The result is an ordinary cache of keys and values, so the base model itself
+continues from it, without the adapter and at no extra cost.
 
-Made for a small pretrained LLaMA such as the 260-thousand-parameter TinyStories model (karpathy/tinyllamas in Hugging
-Face layout); any causal language model of a supported family does.
+It was written for a small pretrained LLaMA such as the TinyStories model with 260 thousand parameters
+(karpathy/tinyllamas in Hugging Face layout). Any causal language model of a supported family works.
 
     python examples/03_gist_only_lora.py PATH_OR_NAME --steps 200 --output runs/adapter
 """
@@ -39,7 +39,7 @@ def make_records(count: int, seed: int) -> list[gisting.Record]:
 
 @torch.no_grad()
 def read(model, tokenizer) -> torch.Tensor:
-    """Logits of ordinary text."""
+    """Compute the logits of ordinary text."""
     return model(**tokenizer.tokenizer("Once upon a time", return_tensors="pt")).logits
 
 
@@ -59,7 +59,7 @@ def main() -> None:
             batch_size=32,
             per_device_batch_size=32,
             max_steps=arguments.steps,
-            learning_rate=learning_rate,  # 260 thousand parameters bear more than the published 2e-5 for 7 billion
+            learning_rate=learning_rate,  # small models need more than the published 2e-5, which is for 7 billion
             save_strategy="no",
             logging_steps=50,
             disable_tqdm=True,
@@ -71,9 +71,9 @@ def main() -> None:
     model, tokenizer = gisting.load(arguments.output / "base")
     method = Method("gist-lora", rank=16)
     metrics = finetune(model, tokenizer, records, settings("adapter", 1e-2), method=method, num_gist_tokens=2)
-    print(f"{metrics['num_trainable_parameters']:,} of {metrics['num_parameters']:,} parameters learned")
+    print(f"{metrics['num_trainable_parameters']:,} of {metrics['num_parameters']:,} parameters trained")
 
-    # What was saved is the adapter, in peft's layout; it names its base model, which is loaded and frozen beside it.
+    # The saved files are the adapter in peft's layout. It names its base model, which is loaded with it and frozen.
     model, tokenizer = gisting.load(arguments.output / "adapter")
     base, _ = gisting.load(arguments.output / "base")
     print("ordinary text has the bits of the base model:", torch.equal(read(model, tokenizer), read(base, tokenizer)))

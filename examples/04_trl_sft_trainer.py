@@ -1,7 +1,7 @@
-"""Gist training with TRL's SFTTrainer: the collator is all there is to it.
+"""Train a model to gist with TRL's SFTTrainer. Only the collator is needed.
 
-SFTTrainer prepares no data here, for the collator does: records go in as they are. The ``num_tokens`` of its log mean
-nothing: it adds up a mask of zeros and ones, and an interval mask holds columns.
+The collator prepares the data, so SFTTrainer is told not to. Ignore ``num_tokens`` in its log: SFTTrainer sums the mask
+to count tokens, but an interval mask holds column numbers.
 
     pip install trl datasets
     python examples/04_trl_sft_trainer.py PATH_OR_NAME --steps 20 --output runs/trl

@@ -1,6 +1,6 @@
 """Gisting: press repeated prompts into a few cached gist tokens, for unmodified Hugging Face models.
 
-The public names are loaded on first use; importing this package imports no model code and changes nothing.
+Public names are loaded on first use; importing this package imports no model code and changes nothing.
 """
 
 from __future__ import annotations

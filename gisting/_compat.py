@@ -1,17 +1,18 @@
-"""Every branch on a library version, each with the day it can go.
+"""Keep every branch on a library version in one place, each with the condition for removing it.
 
-Place in the flow: below everything. A module that needs to know a version asks here, so that the list of shims is
-this file.
+Place in the flow: below everything. A module that depends on a version calls a function here, so this file is the list
+of shims.
 """
 
 import functools
 import inspect
+from importlib import metadata
 from typing import Any
 
 MIN_TRANSFORMERS = (5, 17)
 
-#: Versions on which the tests were run: those of CI, which constraints.txt pins, and those of the run on an H100
-#: (docs/how_to_gpu.md). Of Python the minor version counts. The floors are in pyproject.toml.
+#: Versions on which the tests were run: in CI, as constraints.txt pins them, and on an H100 (docs/how_to_gpu.md). For
+#: Python only the minor version counts. The lowest supported versions are in pyproject.toml.
 TESTED = {
     "CI": {"python": "3.11", "torch": "2.13.0", "transformers": "5.24.0", "triton": "3.7.1"},
     "H100": {"python": "3.12", "torch": "2.11.0", "transformers": "5.17.0", "triton": "3.6.0"},
@@ -19,12 +20,13 @@ TESTED = {
 
 
 def require_transformers() -> None:
-    """Refuse an installed transformers older than 5.17, from where T5 runs on the attention interface.
+    """Refuse transformers before 5.17, the first version in which T5 uses the attention interface.
 
-    Goes when pip refuses such an environment by itself (it does, unless installed with ``--no-deps``).
+    pip refuses such an environment itself, unless the package was installed with ``--no-deps``. Remove this when that
+    is enough.
 
     Raises:
-        ImportError: it is; what to run is named.
+        ImportError: transformers is too old; the message says what to run.
     """
     import transformers
 
@@ -32,16 +34,16 @@ def require_transformers() -> None:
     if found < MIN_TRANSFORMERS:
         wanted = ".".join(map(str, MIN_TRANSFORMERS))
         raise ImportError(
-            f"gisting needs transformers >= {wanted}, found {transformers.__version__}; run: pip install "
+            f"gisting needs transformers >= {wanted}, but found {transformers.__version__}; run: pip install "
             f"'transformers>={wanted}'"
         )
 
 
 def is_version_in(specifier: str, version: str) -> bool:
-    """Whether a version is one that ``pip install`` would take for a specifier. Stays: it decides nothing by itself.
+    """Return whether a version satisfies a specifier, as ``pip install`` would. This is not a shim, so it stays.
 
     Args:
-        specifier: such as ``">=2.11"``; an empty one takes all.
+        specifier: such as ``">=2.11"``; an empty one allows every version.
         version: such as ``"2.13.0+cpu"``.
     """
     from packaging.specifiers import SpecifierSet
@@ -49,16 +51,40 @@ def is_version_in(specifier: str, version: str) -> bool:
     return SpecifierSet(specifier).contains(version, prereleases=True)
 
 
+def requirements(distribution: str, extra: str = "") -> list[tuple[str, str]]:
+    """Return what an installed distribution requires on this platform. This is not a shim, so it stays.
+
+    Args:
+        distribution: its name for pip.
+        extra: one of its extras, for what that extra requires in addition; empty for what is always required.
+
+    Returns:
+        Name and specifier of each required package.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: the distribution is not installed.
+    """
+    from packaging.requirements import Requirement
+
+    found = []
+    for requirement in map(Requirement, metadata.requires(distribution) or ()):
+        marker = requirement.marker
+        is_core = marker is None or marker.evaluate({"extra": ""})
+        if is_core if not extra else not is_core and marker is not None and marker.evaluate({"extra": extra}):
+            found.append((requirement.name, str(requirement.specifier)))
+    return found
+
+
 def untested(package: str, version: str) -> str | None:
-    """Say how a version lies outside those on which the tests were run. Stays: it decides nothing by itself.
+    """Describe how a version lies outside the tested range. This is not a shim, so it stays.
 
     Args:
         package: such as ``"torch"``, or ``"python"``.
-        version: such as ``"2.14.1+cu130"``; what follows the plus is ignored.
+        version: such as ``"2.14.1+cu130"``; the part after the plus is ignored.
 
     Returns:
-        Such as ``"newer than 2.13.0, the newest that was tested"``; None for a version between the oldest and the
-        newest in :data:`TESTED`, and for a package that is not in it.
+        A text such as ``"newer than 2.13.0, the newest that was tested"``; None for a version between the oldest and
+        the newest in :data:`TESTED`, and for a package that is not in it.
     """
     from packaging.version import Version
 
@@ -66,7 +92,7 @@ def untested(package: str, version: str) -> str | None:
     if not tested:
         return None
     oldest, newest = tested[0], tested[-1]
-    # No further than the table goes: Python 3.12.3 is 3.12.
+    # Only as precise as the table: Python 3.12.3 counts as 3.12.
     release = Version(version).release[: len(newest.release)]
     if release > newest.release:
         return f"newer than {newest}, the newest that was tested"
@@ -77,9 +103,10 @@ def untested(package: str, version: str) -> str | None:
 
 @functools.cache
 def cache_argument() -> str:
-    """The keyword by which models and ``generate`` take a transformers cache, and the field of their outputs.
+    """Return the name under which models and ``generate`` take a transformers cache and return it in their outputs.
 
-    It is ``"cache"`` from transformers 5.24 and ``"past_key_values"`` before. Goes when the floor is 5.24.
+    It is ``"cache"`` from transformers 5.24 on and ``"past_key_values"`` before. Remove this when 5.24 is the lowest
+    supported version.
     """
     from transformers import GenerationMixin
 
@@ -89,14 +116,14 @@ def cache_argument() -> str:
 
 
 def num_constraint_numbers(num_beams: int, num_return_sequences: int) -> int:
-    """How many row numbers stock ``generate`` has for one prompt when it asks a ``prefix_allowed_tokens_fn``.
+    """Return how many row numbers stock ``generate`` uses for one prompt when it calls a ``prefix_allowed_tokens_fn``.
 
-    Beams share one. Several samples have one each before transformers 5.24, and share one from there. Goes when the
-    floor is 5.24.
+    Beams share one number. Several samples have one each before transformers 5.24, and share one from then on. Remove
+    this when 5.24 is the lowest supported version.
 
     Args:
-        num_beams: of the call.
-        num_return_sequences: of the call.
+        num_beams: the argument of ``generate``.
+        num_return_sequences: the argument of ``generate``.
     """
     import transformers
 
@@ -106,13 +133,13 @@ def num_constraint_numbers(num_beams: int, num_return_sequences: int) -> int:
 
 
 def activation_checkpointing(enabled: bool) -> dict[str, bool]:
-    """The argument of ``TrainingArguments`` that trades time for memory, by the name that this transformers has for it.
+    """Return the argument of ``TrainingArguments`` for activation checkpointing, under its name in this transformers.
 
-    ``gradient_checkpointing`` is deprecated in favour of ``activation_checkpointing``. Goes when the floor knows the
-    new name.
+    ``gradient_checkpointing`` is deprecated in favour of ``activation_checkpointing``. Remove this when the lowest
+    supported version has the new name.
 
     Args:
-        enabled: whether less memory is used, for more time.
+        enabled: whether to save memory at the cost of time.
     """
     from dataclasses import fields
 
@@ -123,14 +150,14 @@ def activation_checkpointing(enabled: bool) -> dict[str, bool]:
 
 
 def pipeline_settings(pipeline: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a transformers pipeline would give ``generate`` for a call with these settings.
+    """Return the arguments that a transformers pipeline would pass to ``generate`` for a call with these settings.
 
-    Until 5.17 or so a pipeline kept one ``generation_config``; now it makes the settings of each call. Goes when the
-    floor has the second.
+    Until about 5.17 a pipeline kept one ``generation_config``; now it makes the arguments for each call. Remove this
+    when the lowest supported version does so.
 
     Args:
-        pipeline: of transformers.
-        settings: what the call says, beside the pipeline's own.
+        pipeline: a pipeline of transformers.
+        settings: the settings of the call, in addition to the pipeline's own.
     """
     prepare = getattr(pipeline, "_prepare_generate_kwargs", None)
     return {"generation_config": pipeline.generation_config, **settings} if prepare is None else prepare(settings)

@@ -1,7 +1,7 @@
-"""Cards: the README.md that a checkpoint or a store carries to the Hugging Face hub.
+"""Make cards: the README.md of a checkpoint or a store on the Hugging Face hub.
 
-Place in the flow: below whoever uploads. Writes Markdown with a YAML front matter from what it is told, and says of
-everything else that nobody stated it. Knows neither models nor stores; measures nothing.
+Place in the flow: below the modules that upload. Writes Markdown with a YAML front matter from the arguments, and marks
+everything else as not stated. Independent of models and stores.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ __all__ = ["card", "is_repository_id"]
 
 _ABOUT = {
     "checkpoint": (
-        "A language model that presses prompts into a few cached gist tokens "
+        "A language model that compresses prompts into a few cached gist tokens "
         "([Gisting](https://arxiv.org/abs/2304.08467)). Its architecture is unmodified, with at most one more "
         "embedding row, so stock transformers loads it as well."
     ),
     "store": (
-        "Prompts pressed into the keys and values of a few gist tokens ([Gisting](https://arxiv.org/abs/2304.08467)), "
-        "for the one model, tokenizer and template named here; any other is refused when they are used."
+        "Prompts compressed into the keys and values of a few gist tokens "
+        "([Gisting](https://arxiv.org/abs/2304.08467)), for the model, tokenizer and template named here; any other "
+        "model, tokenizer or template is refused."
     ),
 }
 _USE = {
@@ -53,27 +54,27 @@ def card(
     base_model: str | None = None,
     extra: str = "",
 ) -> str:
-    """A card of what is uploaded.
+    """Make the card of an upload.
 
-    Texts may hold anything: they become one line each, and can break neither the YAML nor a table.
+    Arguments may hold any text: each becomes one line and cannot break the YAML or a table.
 
     Args:
         kind: ``"checkpoint"`` or ``"store"``.
-        title: the repository, ``"owner/name"``, from which the example in the card then loads; or any other name.
-        num_gist_tokens: k, or every k that it was trained with or holds; None where nobody knows.
-        template: name of the template.
-        model: which model it is or is for, in words: a fingerprint, or a name and a size.
+        title: the repository, ``"owner/name"``, from which the example in the card loads; or any other name.
+        num_gist_tokens: k, or every k that the checkpoint was trained with or the store holds; None if unknown.
+        template: the name of the template.
+        model: a description of the model: a fingerprint, or a name and a size.
         data: what it was trained or compressed on.
-        metrics: what was measured, by name. They go into the front matter too where ``data`` says on what.
-        license: identifier of the licence as the hub knows it, ``"apache-2.0"``.
-        base_model: the repository that the model was made from, ``"owner/name"``.
-        extra: Markdown to put at the end, as it is.
+        metrics: measured values by name. They are also in the front matter if ``data`` says what they were measured on.
+        license: the identifier of the licence on the hub, such as ``"apache-2.0"``.
+        base_model: the repository of the model that this one was made from, ``"owner/name"``.
+        extra: Markdown to append unchanged.
 
     Returns:
         The text of a README.md.
 
     Raises:
-        GistError: ``kind`` is unknown, ``base_model`` is no repository, or a metric is no finite number.
+        GistError: ``kind`` is unknown, ``base_model`` is not a repository, or a metric is not a finite number.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -83,12 +84,14 @@ def card(
         raise GistError(f"base_model must be a repository on the hub, 'owner/name', got {base_model!r}")
     for name, value in (metrics or {}).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise GistError(f"metrics[{name!r}] must be a finite number, got {value!r}; leave out what nobody measured")
+            raise GistError(
+                f"metrics[{name!r}] must be a finite number, got {value!r}; leave out what was not measured"
+            )
     counts = sorted({num_gist_tokens} if isinstance(num_gist_tokens, int) else set(num_gist_tokens or ()))
     title = _line(title) or kind
     data = _line(data or "")
     measured = {_line(name): float(value) for name, value in (metrics or {}).items()}
-    # The hub's index of results asks on what a number was measured.
+    # The hub's index of results requires the data that a value was measured on.
     results = [
         EvalResult(
             task_type="text-generation", dataset_type=data, dataset_name=data, metric_type=name, metric_value=value
@@ -118,7 +121,7 @@ def card(
         _ABOUT[kind],
         _table("", "", facts),
         "## Measured",
-        _table("metric", "value", numbers) if numbers else "Nothing: whoever made this gave no measurements.",
+        _table("metric", "value", numbers) if numbers else "Nothing was measured.",
         "## Use",
         f"```python\n{use}```",
         extra.strip(),
@@ -127,17 +130,21 @@ def card(
 
 
 def is_repository_id(name: str) -> bool:
-    """Whether a text has the form of a repository on the hub, ``owner/name``."""
+    """Return whether a text has the form of a repository on the hub, ``owner/name``.
+
+    Args:
+        name: any text.
+    """
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, flags=re.ASCII) is not None
 
 
 def _line(text: str) -> str:
-    """One line of what can be printed: line breaks, control characters and lone surrogates become spaces."""
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    """Make one printable line: line breaks, control characters and lone surrogates become spaces."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def _escaped(line: str) -> str:
-    """As Markdown shows it, in a cell of a table too."""
+    """Escape a line for Markdown, including the cells of tables."""
     return re.sub(r"([\\`*_\[\]<>|~#&$!])", r"\\\1", line)
 
 
@@ -147,7 +154,7 @@ def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
 
 
 def _ranges(counts: Sequence[int]) -> str:
-    """``[1, 2, 3, 5, 6]`` as "1 to 3, 5, 6"."""
+    """Format ``[1, 2, 3, 5, 6]`` as "1 to 3, 5, 6"."""
     runs: list[list[int]] = []
     for count in counts:
         if runs and count == runs[-1][-1] + 1:

@@ -1,45 +1,44 @@
-"""What works here: versions, extras, devices, the attention that would run; and whether a checkpoint, a store or a
-cache file is whole.
+"""Examine this environment (versions, extras, devices, attention), or check that a checkpoint, a store or a cache file
+is intact.
 
-Place in the flow: beside it, for when something does not work. Every line is asked of the code that would do the work:
-no rule is told a second time. Reads headers, configurations and cache files; loads no model and writes nothing.
+Place in the flow: outside it, for when something does not work. Every finding comes from the code that would do the
+work, so no rule is written twice. Reads headers, configurations and cache files; loads no model and writes nothing.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gisting._compat import is_version_in, untested
+from gisting._compat import is_version_in, requirements, untested
 from gisting._version import __version__
 from gisting.attention import choose_implementation, interval_attention
 from gisting.errors import GistError
+from gisting.source import weight_files
 from gisting.visibility import gist as gist_visibility
 
 __all__ = ["EXTRAS", "Finding", "examine_here", "examine_path"]
 
-#: What each optional set of packages is for; a test holds the names to those of the package's metadata.
+#: What each extra is for. A test checks that the names are those in the package's metadata.
 EXTRAS = {
-    "kernels": "attention on CUDA by fused kernels",
-    "train": "adapters (LoRA and its kin), and data in streams",
+    "kernels": "attention on CUDA in fused kernels",
+    "train": "adapters (such as LoRA), and streamed data",
     "eval": "ROUGE, BLEU, plots and drawings",
-    "internalize": "examples by BM25, and LLMLingua-2",
-    "sentencepiece": "tokenizers that are SentencePiece files",
+    "internalize": "examples chosen by BM25, and LLMLingua-2",
+    "sentencepiece": "tokenizers in SentencePiece files",
     "vllm": "gisting serve",
 }
 
-# What pip calls this package. `gisting` is a package by somebody else, with the same import name.
+# What pip calls this package. `gisting` is an unrelated package with the same import name.
 _DISTRIBUTION = "gist-tokens"
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_SIZE = 64
@@ -49,12 +48,12 @@ _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportEr
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of an examination.
+    """One result of an examination.
 
     Args:
-        topic: what it belongs to: ``"versions"``, ``"devices"``, ``"checkpoint"``, ...
-        name: of what was looked at.
-        value: what was found, and where it is a fault what to do.
+        topic: the group it belongs to: ``"versions"``, ``"devices"``, ``"checkpoint"``, ...
+        name: what was examined.
+        value: what was found and, for a fault, what to do.
         is_fault: whether something is broken.
     """
 
@@ -64,32 +63,25 @@ class Finding:
     is_fault: bool = False
 
 
-class _Requirement(NamedTuple):
-    name: str
-    specifier: str
-    extra: str | None
-
-
 def examine_here() -> list[Finding]:
-    """Versions, extras, devices, attention and where caches lie, of this environment.
+    """Examine this environment: versions, extras, devices, attention, and where caches are kept.
 
     Returns:
-        The findings by topic; faults are a package that is missing or older than gisting's floor, another package
-        with the import name ``gisting``, and attention that computes something other than the reference does. A
-        version outside those that were tested is noted.
+        The findings by topic. Faults are a package that is missing or too old, another package with the import name
+        ``gisting``, and attention whose result differs from the reference. A version outside the tested range is noted.
     """
     return [*_versions(), *_extras(), *_devices(), *_attention(), *_caches()]
 
 
 def examine_path(path: str | Path) -> list[Finding]:
-    """What lies at a path, and whether it is whole: a checkpoint, an adapter, a store of gists or a cache file.
+    """Find out what is at a path (a checkpoint, an adapter, a store or a cache file) and check that it is intact.
 
     Args:
-        path: a directory, a file, or a repository on the Hugging Face hub; of the last only configuration and
-            tokenizer are fetched, no weights.
+        path: a directory, a file, or a repository on the Hugging Face hub, from which only configuration and tokenizer
+            are fetched, no weights.
 
     Returns:
-        The findings; faults are a model that cannot be gisted, and files that are missing or damaged.
+        The findings. Faults are a model that cannot be gisted, and files that are missing or damaged.
     """
     from gisting.store.index import INDEX
 
@@ -108,74 +100,61 @@ def _versions() -> Iterator[Finding]:
     yield Finding("versions", "gisting", f"{__version__}, in {Path(__file__).parent}")
     yield from _namesakes()
     try:
-        # Python's floor first: it is no package, so it is not among the requirements.
-        wanted = [_Requirement("python", metadata.metadata(_DISTRIBUTION)["Requires-Python"], None)]
-        wanted += [requirement for requirement in _requirements() if requirement.extra is None]
+        # Python is not a package, so it is not among the requirements.
+        wanted = [("python", metadata.metadata(_DISTRIBUTION)["Requires-Python"]), *requirements(_DISTRIBUTION)]
     except metadata.PackageNotFoundError:
-        yield Finding("versions", "packages", "not known: gisting runs from a folder and is not installed")
-        wanted = [_Requirement(name, "", None) for name in ("python", "torch", "transformers")]
-    for name, specifier, _ in wanted:
-        found = _version(name)
+        yield Finding("versions", "packages", "unknown, because gisting runs from a folder and is not installed")
+        wanted = [(name, "") for name in ("python", "torch", "transformers")]
+    for name, specifier in wanted:
+        needed, found = f"{name}{specifier}", _version(name)
         if found is None:
-            yield Finding("versions", name, f"not installed; run: pip install '{name}{specifier}'", is_fault=True)
+            yield Finding("versions", name, f"not installed; run: pip install '{needed}'", is_fault=True)
         elif is_version_in(specifier, found):
             yield Finding("versions", name, _noted(name, found))
         else:
-            advice = "run gisting with a newer one" if name == "python" else f"run: pip install '{name}{specifier}'"
-            yield Finding("versions", name, f"{found}, gisting needs {name}{specifier}; {advice}", is_fault=True)
+            advice = "run gisting with a newer Python" if name == "python" else f"run: pip install '{needed}'"
+            yield Finding("versions", name, f"{found}, but gisting needs {needed}; {advice}", is_fault=True)
 
 
 def _namesakes() -> Iterator[Finding]:
     """Find installed packages named ``gisting`` that own files in the folder ``gisting``, as ours does."""
     for other in metadata.distributions(name="gisting"):
-        # An editable install owns none there, such as one of ours from when it had this name.
+        # An editable install owns no files there, such as one of this package under its former name.
         if any(line.startswith("gisting/") for line in (other.read_text("RECORD") or "").splitlines()):
             message = (
-                f"{other.version}, a package by somebody else with the same import name: installing or removing it "
-                f"replaces or deletes files of {_DISTRIBUTION}; run: pip uninstall -y gisting && pip install "
+                f"{other.version}, an unrelated package with the same import name: installing or removing it replaces "
+                f"or deletes files of {_DISTRIBUTION}; run: pip uninstall -y gisting && pip install "
                 f"--force-reinstall --no-deps {_DISTRIBUTION}"
             )
             yield Finding("versions", "package named gisting", message, is_fault=True)
 
 
 def _noted(name: str, version: str) -> str:
-    """The version, with a note if it is outside those that were tested."""
+    """Add a note to a version outside the tested range."""
     note = untested(name, version)
     return version if note is None else f"{version} ({note})"
 
 
 def _extras() -> Iterator[Finding]:
-    try:
-        requirements = _requirements()
-    except metadata.PackageNotFoundError:
-        return
     for extra, purpose in EXTRAS.items():
+        try:
+            wanted = requirements(_DISTRIBUTION, extra)
+        except metadata.PackageNotFoundError:
+            return
         parts, missing, is_fault = [], [], False
-        for requirement in (one for one in requirements if one.extra == extra):
-            found = _version(requirement.name)
+        for name, specifier in wanted:
+            found = _version(name)
             if found is None:
-                missing.append(requirement.name)
-            elif is_version_in(requirement.specifier, found):
-                parts.append(f"{requirement.name} {_noted(requirement.name, found)}")
+                missing.append(name)
+            elif is_version_in(specifier, found):
+                parts.append(f"{name} {_noted(name, found)}")
             else:
-                parts.append(f"{requirement.name} {found} (gisting needs {requirement.name}{requirement.specifier})")
-                # On a card impl="auto" takes the kernels without being asked to.
+                parts.append(f"{name} {found} (gisting needs {name}{specifier})")
+                # On a CUDA device impl="auto" chooses the kernels by default.
                 is_fault |= extra == "kernels"
         if missing:
             parts.append(f"{', '.join(missing)} missing: pip install 'gist-tokens[{extra}]'")
-        yield Finding("extras", extra, f"{', '.join(parts)} ({purpose})", is_fault)
-
-
-def _requirements() -> list[_Requirement]:
-    """What gisting asks for, with the extra that asks for it."""
-    found = []
-    for line in metadata.requires(_DISTRIBUTION) or ():
-        named = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;]*)", line)
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
-        if named is not None and named.group(1) != _DISTRIBUTION:
-            specifier = named.group(2).strip()
-            found.append(_Requirement(named.group(1), specifier, None if extra is None else extra.group(1)))
-    return found
+        yield Finding("extras", extra, f"{', '.join(parts) or 'not for this platform'} ({purpose})", is_fault)
 
 
 def _version(package: str) -> str | None:
@@ -200,12 +179,12 @@ def _devices() -> Iterator[Finding]:
         )
     if not torch.cuda.is_available():
         built = torch.version.cuda or (torch.version.hip and f"ROCm {torch.version.hip}")
-        why = f"torch is built for {built}, but finds no device" if built else "torch is built without it"
+        why = f"torch is built for {built}, but finds no device" if built else "torch is built without CUDA"
         yield Finding("devices", "cuda", f"none: {why}")
 
 
 def _attention(head_size: int = _HEAD_SIZE, *, has_softcap: bool = False) -> Iterator[Finding]:
-    """What ``impl="auto"`` chooses on every device, and whether it computes there what the reference does."""
+    """Find what ``impl="auto"`` chooses on every device, and compare its result with the reference."""
     for device in ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]:
         for dtype in _DTYPES:
             name = f"{device}, {str(dtype).removeprefix('torch.')}"
@@ -223,9 +202,9 @@ def _attention(head_size: int = _HEAD_SIZE, *, has_softcap: bool = False) -> Ite
                 yield Finding("attention", name, f"fails: {_first_line(error)}", is_fault=True)
                 continue
             difference = float((found - expected).abs().max())
-            # The reference rounds once, at the end; eight roundings are granted.
+            # The reference rounds once, at the end. Allow eight rounding errors.
             is_right = difference <= 8 * torch.finfo(dtype).eps * float(expected.abs().max())
-            says = "agrees with the reference" if is_right else f"is {difference:.1e} off the reference"
+            says = "agrees with the reference" if is_right else f"differs from the reference by {difference:.1e}"
             yield Finding("attention", name, f"{impl}, {says}; {reason}", is_fault=not is_right)
 
 
@@ -240,7 +219,7 @@ def _caches() -> Iterator[Finding]:
     yield Finding("caches", "models from the hub", hub)
     kernels = os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     yield Finding("caches", "compiled kernels", kernels)
-    yield Finding("caches", "gists", "in the files and stores that you name, nowhere else")
+    yield Finding("caches", "gists", "only in the files and stores that you name")
 
 
 # -- a path ------------------------------------------------------------------------------------------------------------
@@ -259,7 +238,7 @@ def _cache_file(path: Path) -> Iterator[Finding]:
     yield Finding("cache file", "prompts", f"{len(cache)}, with {shown} gist tokens")
     yield Finding("cache file", "made for", f"model {cache.origin.model}, tokenizer {cache.origin.tokenizer}")
     yield Finding("cache file", "template", f"{cache.origin.template}, condition {cache.origin.condition}")
-    yield Finding("cache file", "states", f"whole: {cache.num_bytes:,} bytes, {cache.dtype}")
+    yield Finding("cache file", "states", f"intact: {cache.num_bytes:,} bytes, {cache.dtype}")
 
 
 def _store(path: Path) -> Iterator[Finding]:
@@ -279,13 +258,12 @@ def _store(path: Path) -> Iterator[Finding]:
         advice = "gisting store gc deletes it" if fault.is_harmless else "compress it again"
         yield Finding("store", fault.kind, f"{fault.message}; {advice}", is_fault=not fault.is_harmless)
     if not faults:
-        yield Finding("store", "files", "every one whole")
+        yield Finding("store", "files", "all intact")
 
 
 def _checkpoint(name: str | Path) -> Iterator[Finding]:
     from gisting.models.adapters import read_about
     from gisting.models.registry import family_of, position_limit, read_config
-    from gisting.models.weight_difference import refusal, weight_difference
 
     try:
         about = read_about(name)
@@ -293,7 +271,7 @@ def _checkpoint(name: str | Path) -> Iterator[Finding]:
         base = about["base"] if is_adapter and about is not None else name
         config = read_config(base)
     except _DAMAGE as error:
-        message = f"{name} is no checkpoint, store or cache file that can be read: {_first_line(error)}"
+        message = f"{name} is not a readable checkpoint, store or cache file: {_first_line(error)}"
         yield Finding("checkpoint", "configuration", message, is_fault=True)
         return
     if is_adapter:
@@ -306,22 +284,19 @@ def _checkpoint(name: str | Path) -> Iterator[Finding]:
     except GistError as error:
         yield Finding("checkpoint", "family", _first_line(error), is_fault=True)
         return
-    if weight_difference(name) is not None:
-        yield Finding("checkpoint", "weights", _first_line(refusal(name)), is_fault=True)
-        return
     yield _tried("checkpoint", "weights", lambda: _weights(name, is_adapter=is_adapter))
     gist = getattr(config, "gist", None)
     if is_adapter or gist is not None:
         yield from _gists(name, config, gist)
     else:
-        yield Finding("checkpoint", "gist token", "none: gisting.load adds one, which training has to teach")
+        yield Finding("checkpoint", "gist token", "none: gisting.load adds one, which the model must learn by training")
     head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     head_size = head_size or config.hidden_size // config.num_attention_heads
     yield from _attention(head_size, has_softcap=getattr(config, "attn_logit_softcapping", None) is not None)
 
 
 def _gists(name: str | Path, config: Any, gist: dict[str, Any] | None) -> Iterator[Finding]:
-    from gisting.models.patch import PATCH_FORMAT
+    from gisting.models.state import PATCH_FORMAT
     from gisting.tokens import GistTokenizer
 
     if gist is not None and gist.get("format") != PATCH_FORMAT:
@@ -335,7 +310,7 @@ def _gists(name: str | Path, config: Any, gist: dict[str, Any] | None) -> Iterat
         return
     token = tokenizer.gist_token_id
     if gist is not None and gist.get("tokenizer") != fingerprint:
-        message = f"is {fingerprint}, the model was patched for {gist.get('tokenizer')}; save both again together"
+        message = f"is {fingerprint}, but the model was patched for {gist.get('tokenizer')}; save both together again"
         yield Finding("checkpoint", "tokenizer", message, is_fault=True)
     else:
         yield Finding("checkpoint", "tokenizer", fingerprint)
@@ -353,7 +328,7 @@ def _gists(name: str | Path, config: Any, gist: dict[str, Any] | None) -> Iterat
 
 
 def _weights(name: str | Path, *, is_adapter: bool) -> str:
-    """What is there, after every file's header was found to fit its size.
+    """Describe the weight files, after checking that the header of each fits its size.
 
     Raises:
         GistError: a file is missing or damaged.
@@ -363,23 +338,21 @@ def _weights(name: str | Path, *, is_adapter: bool) -> str:
     if not isinstance(name, Path):
         return "on the hub, not fetched"
     if is_adapter:
-        names = ["adapter_model.safetensors"]
-    elif (name / "model.safetensors.index.json").is_file():
-        index = json.loads((name / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    elif (name / "model.safetensors").is_file() or not (found := sorted(name.glob("pytorch_model*.bin"))):
-        names = ["model.safetensors"]
+        files = [name / "adapter_model.safetensors"]
     else:
-        return f"{len(found)} .bin files, which are not examined"
+        files = weight_files(name) or [name / "model.safetensors"]
+    if files[0].suffix == ".bin":
+        return f"{len(files)} .bin files, which are not examined"
     num_tensors, num_bytes = 0, 0
-    for file in names:
+    for file in files:
         try:
-            with safe_open(name / file, "pt") as tensors:
+            with safe_open(file, "pt") as tensors:
                 num_tensors += len(tensors.keys())
         except (SafetensorError, OSError) as error:
-            raise GistError(f"{file} is missing or damaged ({error}); get the checkpoint again") from error
-        num_bytes += (name / file).stat().st_size
-    return f"{num_tensors:,} tensors in {names[0] if len(names) == 1 else f'{len(names)} files'}, {num_bytes:,} bytes"
+            raise GistError(f"{file.name} is missing or damaged ({error}); fetch the checkpoint again") from error
+        num_bytes += file.stat().st_size
+    where = files[0].name if len(files) == 1 else f"{len(files)} files"
+    return f"{num_tensors:,} tensors in {where}, {num_bytes:,} bytes"
 
 
 def _has(name: str | Path, file: str) -> bool:

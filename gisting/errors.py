@@ -1,8 +1,7 @@
-"""The errors that gisting raises on purpose.
+"""Define the errors that gisting raises deliberately.
 
-Place in the flow: below everything. Every message names the argument, what was expected, what came and what to do next.
-Each error is also the built-in type that a caller would expect (ValueError, TypeError), so generic handlers keep
-working.
+Place in the flow: below everything. Every message names the argument, what was expected, what was given and what to do
+next. All errors are also ``ValueError``, so generic handlers keep working.
 """
 
 import sys
@@ -17,24 +16,23 @@ __all__ = [
     "UnsupportedModelError",
 ]
 
-# A package by somebody else, installed as `gisting`, has the same import name: installed over this one it replaces our
-# __init__.py, and uninstalled it deletes it. Checked here because the command line and the library both pass through
-# this module.
+# The unrelated package `gisting` has the same import name: installing it replaces our __init__.py, uninstalling it
+# deletes our __init__.py. This is checked here because the command line and the library both import this module.
 _package = sys.modules["gisting"]
 if not hasattr(_package, "_HOMES"):
     raise ImportError(
-        f"gisting/__init__.py is not the one of gist-tokens (found: {_package.__file__ or 'none'}), probably because "
-        "the package `gisting`, which has the same import name, was installed or removed beside it; run: pip uninstall "
+        f"gisting/__init__.py does not belong to gist-tokens (found: {_package.__file__ or 'none'}), probably because "
+        "the package `gisting`, which has the same import name, was also installed, or was removed; run: pip uninstall "
         "-y gisting && pip install --force-reinstall --no-deps gist-tokens"
     )
 
 
 class GistError(ValueError):
-    """Base of every error of this library; raised itself for a bad argument value, shape, dtype or device."""
+    """The base of all errors of this library. Raised directly for a wrong argument value, shape, dtype or device."""
 
 
 class GistTokenError(GistError):
-    """Gist tokens are missing, apart, or in a place where nothing says what they hide."""
+    """Gist tokens are missing, not contiguous, or used without a mask that says what they hide."""
 
 
 class UnsupportedModelError(GistError):
@@ -46,7 +44,7 @@ class CacheMismatchError(GistError):
 
 
 class CacheFormatError(GistError):
-    """A gist cache file is truncated, altered, of a later format, or no gist cache at all."""
+    """A gist cache file is truncated, altered, of a later format, or not a gist cache at all."""
 
 
 class RecordError(GistError):
@@ -54,4 +52,4 @@ class RecordError(GistError):
 
 
 class StoreError(GistError):
-    """A store has no such entry, a name cannot be used, or the directory is no store."""
+    """A store has no such entry, a name cannot be used, or the directory is not a store."""

@@ -1,7 +1,6 @@
-"""The public API as text: every public name with its signature, a line each.
+"""Write the public API as text: a line for every public name, with its signature.
 
-``tests/golden/api.txt`` holds it as it was promised. A change of it is meant, or it is a mistake: one that is meant is
-written there, and told in CHANGELOG.md.
+``tests/golden/api.txt`` holds the promised API. An intended change is written there and added to CHANGELOG.md:
 
     python -m tests.api --write
 """
@@ -20,8 +19,8 @@ from typing import Any
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "api.txt"
 
-# What users are told to import. The rest of the package may change without notice. gisting.serving.vllm is told of too,
-# but imports only beside vLLM.
+# The modules that the documentation tells users to import. The rest of the package may change without notice.
+# gisting.serving.vllm is missing because it can only be imported if vLLM is installed.
 MODULES = (
     *("gisting", "gisting.attention", "gisting.cache", "gisting.doctor", "gisting.errors", "gisting.generation"),
     *("gisting.pipeline", "gisting.storage", "gisting.store", "gisting.table", "gisting.tokens", "gisting.visibility"),
@@ -38,7 +37,7 @@ MODULES = (
 
 
 def api(modules: tuple[str, ...] = MODULES) -> list[str]:
-    """The API of some modules, sorted; a name that several of them hold is written in full once, where it is first."""
+    """List the API of some modules, sorted. A name in several modules has its signature only the first time."""
     found: list[str] = []
     homes: dict[int, str] = {}
     for name in modules:
@@ -63,7 +62,7 @@ def _class_lines(kind: type, path: str) -> Iterator[str]:
     bases = ", ".join(base.__name__ for base in kind.__bases__)
     package = kind.__module__.partition(".")[0]
     own = [base for base in kind.__mro__ if base.__module__.partition(".")[0] == package]
-    # How an exception or a Trainer is made is the affair of Python and transformers, and a protocol is not made.
+    # The constructors of exceptions and Trainers belong to Python and transformers; protocols are not constructed.
     maker = next(base for base in kind.__mro__ if "__init__" in vars(base) or "__new__" in vars(base))
     is_made = maker in (*own, object) and not getattr(kind, "_is_protocol", False)
     yield f"{path}{_signature(kind) if is_made else ''} < {bases}"
@@ -86,7 +85,7 @@ def _signature(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without quotes around annotations, which say nothing, and without addresses, which are others each time."""
+    """Remove quotes around annotations, and addresses, which differ each time."""
     text = re.sub(r"ForwardRef\('([^']*)'\)", r"\1", text)
     text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
     return re.sub(r" at 0x[0-9a-f]+>", ">", text)

@@ -1,4 +1,4 @@
-"""What several test files share: where optional reference material lies, tiny models, tiny tokenizers."""
+"""Fixtures of several test files: optional reference material, tiny tokenizers, the demo's checkpoint."""
 
 from __future__ import annotations
 
@@ -15,25 +15,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-# Triton asks when its kernels are decorated, and transformers imports it.
+# Triton reads this when kernels are decorated, and transformers imports Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from gisting.tokens import GistTokenizer
 from tests import shell, tiny
 
-# Tiny tensors: with two threads, waiting for each other takes longer than the work (measured: ten times).
+# Tensors are tiny: with two threads, synchronisation takes longer than the work (measured: ten times as long).
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Reference outputs, checkpoints and data that are not part of the project; tests that need them skip without
-    them.
-    """
+    """Return the folder of reference outputs and checkpoints, which are not part of the project, or skip the test."""
     folder = Path(os.environ.get("GISTING_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
     if not (folder / "reference" / "gisting-2023").is_dir():
-        pytest.skip(f"reference material is not at {folder}; set GISTING_SHARED to where it lies")
+        pytest.skip(f"reference material is not at {folder}; set GISTING_SHARED to its folder")
     return folder
 
 
@@ -44,7 +42,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_logged_deprecations() -> Iterator[None]:
-    """transformers logs some of its deprecations instead of warning; they fail a test all the same."""
+    """Fail tests on deprecations that transformers logs instead of warning."""
     found: list[str] = []
 
     class Collect(logging.Handler):
@@ -71,9 +69,7 @@ def t5_tokenizer() -> GistTokenizer:
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `gisting demo` leaves behind after a few steps: everything is there, though the answers are not right
-    yet.
-    """
+    """Run `gisting demo` for a few steps: its files are complete, but its answers are not correct yet."""
     from rich.console import Console
 
     from gisting.demo import run_demo
@@ -87,7 +83,7 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which `gisting demo` has run."""
+    """Change to a folder in which `gisting demo` has run."""
     shutil.copytree(demo_checkpoint, tmp_path / "runs" / "demo")
     monkeypatch.chdir(tmp_path)
     return tmp_path

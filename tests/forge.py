@@ -1,6 +1,6 @@
-"""Gist cache files taken apart and put together again, changed, with a right checksum: what a hostile writer can do.
+"""Take gist cache files apart and reassemble them with changes and a correct checksum, as a hostile writer could.
 
-The checksum is computed here once more, from the bytes alone, so that the format is pinned by something that is not the
+The checksum is computed here independently, from the bytes alone, so the format is pinned by something other than the
 code under test.
 """
 
@@ -25,7 +25,7 @@ TORCH_NAMES = {
 
 @dataclass
 class Forged:
-    """A file in parts: the entries of its tensors, the manifest, the bytes of the tensors."""
+    """A file in three parts: the entries of its tensors, the manifest, and the bytes of the tensors."""
 
     entries: dict[str, Any]
     manifest: Any
@@ -38,7 +38,7 @@ class Forged:
         return cls(entries, json.loads(entries.pop("__metadata__")["gist"]), whole[end:])
 
     def together(self, *, signed: bool = True, indent: int | None = None) -> bytes:
-        """The file; ``signed`` with the checksum of what it holds now, as far as that can be told."""
+        """Assemble the file. ``signed`` adds the checksum of its present contents, as far as it can be computed."""
         if signed:
             self.manifest["sha256"] = self.checksum()
         text = json.dumps(self.manifest, sort_keys=True)
@@ -55,24 +55,24 @@ class Forged:
                 digest.update(f"{name} {TORCH_NAMES[entry['dtype']]} {tuple(entry['shape'])}\n".encode())
                 digest.update(self.data[first:end])
             except (KeyError, TypeError, ValueError):
-                continue  # no tensor: refused before anyone asks for a checksum
+                continue  # not a tensor: refused before the checksum is read
         return digest.hexdigest()
 
     def replace(self, name: str, kind: str, shape: list[int], data: bytes) -> None:
-        """A tensor in place of one, or a new one at the end; the offsets of the others move."""
+        """Replace a tensor, or append a new one. The offsets of the others move."""
         parts = {key: self.data[slice(*entry["data_offsets"])] for key, entry in self.entries.items()}
         parts[name] = data
         self.entries[name] = {"dtype": kind, "shape": shape}
         self._lay_out(parts)
 
     def remove(self, name: str) -> None:
-        """Without a tensor."""
+        """Remove a tensor."""
         parts = {key: self.data[slice(*entry["data_offsets"])] for key, entry in self.entries.items() if key != name}
         del self.entries[name]
         self._lay_out(parts)
 
     def _lay_out(self, parts: dict[str, bytes]) -> None:
-        # Large numbers first, so that each lies on a multiple of its size.
+        # Large elements first, so that each is at a multiple of its size.
         order = sorted(parts, key=lambda key: (-SIZES.get(self.entries[key]["dtype"], 1), key))
         self.data = b""
         for key in order:
@@ -82,6 +82,6 @@ class Forged:
 
 
 def with_header(header: bytes, data: bytes) -> bytes:
-    """A safetensors file of a header as it is, filled up with spaces to a multiple of 8."""
+    """Make a safetensors file with this header, padded with spaces to a multiple of 8."""
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data

@@ -1,4 +1,4 @@
-"""Quick garbage collection, for tests that train many times."""
+"""Speed up garbage collection in tests that train many times."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def frozen() -> Iterator[None]:
-    """accelerate collects garbage behind every training: a quarter of a second where so much is imported. What is there
-    already is not looked through.
+    """Leave objects that exist already out of garbage collection.
+
+    accelerate collects garbage after every training, which takes a quarter of a second with so many modules imported.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""How much memory a part of a test takes at its peak: a process's own high-water mark, set back where it begins."""
+"""Measure the peak memory of a part of a test, by the process's own high-water mark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PROCESS = Path("/proc/self")
 
 
 def held_mb(what: str) -> float:
-    """``"VmRSS"``, what this process holds, or ``"VmHWM"``, the most that it did."""
+    """Return the memory of this process in MB: ``"VmRSS"`` for now, ``"VmHWM"`` for the peak."""
     return int((_PROCESS / "status").read_text().split(f"{what}:")[1].split()[0]) / 1024
 
 
@@ -39,8 +39,8 @@ requires_peak = pytest.mark.skipif(
 
 @contextmanager
 def peak_growth_mb() -> Iterator[Callable[[], float]]:
-    """Within it and behind it, a call tells how many MB more than at its beginning were held at once."""
-    # What earlier tests have freed would be used again without a trace: it goes back to the system.
+    """Yield a function that returns the peak growth of memory since the block began, in MB."""
+    # Return memory that earlier tests have freed to the system, because reusing it would not show.
     ctypes.CDLL(None).malloc_trim(0)
     _set_back()
     before = held_mb("VmRSS")

@@ -1,4 +1,4 @@
-"""The entry point called as the shell would, in this process."""
+"""Call the entry point as the shell would, in this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Ran(NamedTuple):
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path) -> Ran:
-    """``gisting`` with these words: exit code, standard output, standard error."""
+    """Run ``gisting`` with these words and return exit code, standard output and standard error."""
     monkeypatch.setattr(sys, "argv", ["gisting", *map(str, words)])
     code = 0
     try:

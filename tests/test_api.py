@@ -1,4 +1,4 @@
-"""The public API is what tests/golden/api.txt says."""
+"""Compare the public API with tests/golden/api.txt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def changes(promised: list[str], found: list[str]) -> list[str]:
 def test_the_api_is_the_promised_one() -> None:
     diff = changes(api.GOLDEN.read_text(encoding="utf-8").splitlines(), api.api())
     assert not diff, "\n".join(
-        ["the public API changed. If that is meant: python -m tests.api --write, and tell it in CHANGELOG.md", *diff]
+        [
+            "the public API changed. If that is intended, run python -m tests.api --write and add it to CHANGELOG.md",
+            *diff,
+        ]
     )
 
 
@@ -72,7 +75,7 @@ def test_what_is_private_may_change() -> None:
 
 
 def test_what_the_reference_shows_is_promised() -> None:
-    """But for vLLM's, which import beside vLLM alone."""
+    """Except for vLLM's modules, which need vLLM to be imported."""
     pages = (ROOT / "docs" / "reference").glob("*.md")
     shown = {name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text("utf-8"), re.MULTILINE)}
     assert len(shown) > 50
@@ -82,7 +85,7 @@ def test_what_the_reference_shows_is_promised() -> None:
 
 
 def test_what_the_pages_import_is_promised() -> None:
-    """README, docs and examples use public names only, but for vLLM's, which import beside vLLM alone."""
+    """README, docs and examples only use public names, except for modules that need vLLM."""
     promised = {
         re.split(r"[(:<\s]", line, maxsplit=1)[0] for line in api.GOLDEN.read_text(encoding="utf-8").splitlines()
     }

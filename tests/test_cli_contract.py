@@ -219,7 +219,6 @@ def test_wrong_usage(run, words: str) -> None:
         "report runs/nothing",
         "cost runs/nothing --prompt-tokens 1 --input-tokens 1",
         "apply-difference runs/nothing --base runs/demo --output o",
-        "make-difference runs/nothing --base runs/demo --output o",
         "serve runs/nothing --store gists --dry-run",
         "inspect runs/nothing",
         "doctor runs/nothing",

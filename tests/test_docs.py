@@ -1,4 +1,4 @@
-"""The pages of docs/ as written: every command runs and every Python line does what it can without a GPU."""
+"""Run the commands and the Python code on the pages of docs/, as far as they do not need a GPU."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_train_with_lora(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_guide_to_the_code_names_what_is_there() -> None:
-    """In its tables, a function of a file, ``| `models/patch.py` `require_patched` |``; elsewhere, files."""
+    """Its tables name functions of files, ``| `models/patch.py` `require_patched` |``; the text names files."""
     text = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
     pairs = re.findall(r"`([\w/]+\.py)` `(?:\w+\.)?(\w+)", text)
     assert len(pairs) > 10
@@ -145,7 +145,7 @@ def test_the_guide_to_the_code_names_what_is_there() -> None:
 
 
 def marked(page: str, mark: str) -> str:
-    """The fence below ``<!-- mark -->``."""
+    """Return the fence below ``<!-- mark -->``."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     return fences_in(text[text.index(f"<!-- {mark} -->") :])[0].text
 
@@ -167,7 +167,7 @@ def test_a_mask_is_added_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from gisting import visibility
     from tests.models import test_families
 
-    names = dict(vars(visibility))  # the lines go into that module
+    names = dict(vars(visibility))  # the lines belong to that module
     exec(marked("code.md", "rule"), names)
     *drawing, positions = marked("code.md", "drawing").splitlines()
     tokens = drawing[0].split()
@@ -191,8 +191,9 @@ def test_a_shortener_is_added_as_told() -> None:
     assert [shorten(shortener, "a b c d", share) for share in (1, 0.5, 0)] == ["a b c d", "a b", ""]
 
 
+@pytest.mark.slow
 def test_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The two tables of the page are what its commands print."""
+    """The two tables of the page match the output of its commands."""
     monkeypatch.chdir(tmp_path)
     (config,) = fences("costs.md", "json")
     Path("llama-7b.json").write_text(config, encoding="utf-8")

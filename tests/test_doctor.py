@@ -1,4 +1,4 @@
-"""`gisting doctor`: it says what is so, finds what was planted, and keeps no rule of its own."""
+"""`gisting doctor`: it reports this environment, finds planted faults, and has no rules of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.repository import project
 
 @pytest.fixture
 def demo(demo_checkpoint: Path, tmp_path: Path) -> Path:
-    """What `gisting demo` leaves, to be damaged."""
+    """Copy what `gisting demo` leaves, for a test to damage."""
     return Path(shutil.copytree(demo_checkpoint, tmp_path / "demo"))
 
 
@@ -65,10 +65,10 @@ def test_attention_that_is_wrong_is_a_fault(run, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(api, "sdpa_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     found = doctor.examine_here()
     assert [name for name, _ in faults(found)] == ["cpu, float32", "cpu, bfloat16"]
-    assert "off the reference" in by_name(found, "attention")["cpu, float32"]
+    assert "differs from the reference by" in by_name(found, "attention")["cpu, float32"]
     done = run("doctor")
     assert done.code == 1
-    assert "BROKEN: sdpa, is " in " ".join(done.out.split())
+    assert "BROKEN: sdpa, differs from " in " ".join(done.out.split())
     assert f"error: 2 of {len(found)} findings here are faults" in done.err
 
 
@@ -86,7 +86,7 @@ def test_every_extra_has_a_purpose_and_says_what_is_missing(monkeypatch: pytest.
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else installed(name))
     found = doctor.examine_here()
     assert "peft missing: pip install 'gist-tokens[train]' (" in by_name(found, "extras")["train"]
-    assert faults(found) == [], "what is optional is no fault"
+    assert faults(found) == [], "a missing optional package is not a fault"
 
 
 def test_a_package_that_is_missing_or_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,8 +94,8 @@ def test_a_package_that_is_missing_or_old_is_a_fault(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor, "_version", lambda name: planted[name] if name in planted else installed(name))
     found = doctor.examine_here()
     assert dict(faults(found)) == {
-        "torch": "2.4.0+cpu, gisting needs torch>=2.11; run: pip install 'torch>=2.11'",
-        "transformers": "4.57.1, gisting needs transformers>=5.17; run: pip install 'transformers>=5.17'",
+        "torch": "2.4.0+cpu, but gisting needs torch>=2.11; run: pip install 'torch>=2.11'",
+        "transformers": "4.57.1, but gisting needs transformers>=5.17; run: pip install 'transformers>=5.17'",
         "tokenizers": "not installed; run: pip install 'tokenizers>=0.22'",
     }
 
@@ -113,15 +113,15 @@ def test_the_package_with_the_same_import_name_is_a_fault(run, tmp_path: Path, m
     plant_package(tmp_path, monkeypatch, "gisting/__init__.py", "gisting-1.3.6.dist-info/METADATA")
     ((name, value),) = faults(doctor.examine_here())
     assert name == "package named gisting"
-    assert value.startswith("1.3.6, a package by somebody else with the same import name")
+    assert value.startswith("1.3.6, an unrelated package with the same import name")
     assert value.endswith("pip uninstall -y gisting && pip install --force-reinstall --no-deps gist-tokens")
     done = run("doctor")
     assert done.code == 1
-    assert "a package by somebody else" in " ".join(done.out.split())
+    assert "an unrelated package" in " ".join(done.out.split())
 
 
 def test_an_editable_install_under_the_former_name_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a clone of this repository, and owns no file that another could overwrite."""
+    """It is a clone of this repository, and has no files that another package could overwrite."""
     plant_package(tmp_path, monkeypatch, "__editable__.gisting-1.3.6.pth", "gisting-1.3.6.dist-info/METADATA")
     assert faults(doctor.examine_here()) == []
 
@@ -129,7 +129,7 @@ def test_an_editable_install_under_the_former_name_is_no_fault(tmp_path: Path, m
 def test_a_python_that_is_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.10.14")
     assert faults(doctor.examine_here()) == [
-        ("python", "3.10.14, gisting needs python>=3.11; run gisting with a newer one")
+        ("python", "3.10.14, but gisting needs python>=3.11; run gisting with a newer Python")
     ]
 
 
@@ -143,7 +143,7 @@ def test_a_version_outside_those_that_were_tested_is_noted(run, monkeypatch: pyt
     for name in ("python", "torch", "transformers"):
         assert versions[name] == f"{planted[name]} (newer than {newest[name]}, the newest that was tested)"
     assert f"triton 3.99 (newer than {newest['triton']}, the newest" in by_name(found, "extras")["kernels"]
-    assert faults(found) == [], "what was not tested may work"
+    assert faults(found) == [], "an untested version may work"
     assert "the newest that was tested" in " ".join(run("doctor").out.split())
 
 
@@ -169,7 +169,7 @@ def test_untested(monkeypatch: pytest.MonkeyPatch, package: str, version: str, n
 
 
 def test_a_triton_that_is_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optional, but on a card the kernels are used without being asked for."""
+    """Triton is optional, but on a CUDA device the kernels are used by default."""
     installed = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: "3.5.1" if name == "triton" else installed(name))
     ((name, value),) = faults(doctor.examine_here())
@@ -252,7 +252,11 @@ def eos_dropped(path: Path) -> None:
         (lambda folder: changed(folder / "config.json", gist=3), "configuration", "under 'gist' is damaged"),
         (lambda folder: (folder / "gist.json").unlink(), "tokenizer", "has no gist.json"),
         (lambda folder: (folder / "gist.json").write_text("{"), "tokenizer", "gist.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "configuration", "is no checkpoint, store or "),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "configuration",
+            "is not a readable checkpoint, store or ",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "weights", "model.safetensors is missing or damaged"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1]),
@@ -297,7 +301,7 @@ def test_a_store(demo: Path, tmp_path: Path) -> None:
     store.get_or_compress(model, tokenizer, ["answer plainly", "write capitals"], 2, names=["a", "b"])
     store.close()
     found = doctor.examine_path(tmp_path / "gists")
-    assert by_name(found, "store")["files"] == "every one whole"
+    assert by_name(found, "store")["files"] == "all intact"
     assert by_name(found, "store")["entries"].startswith("2, in files of ")
     file = sorted((tmp_path / "gists" / "objects").glob("*/*"))[0]
     orphan = tmp_path / "gists" / "objects" / "00" / ("0" * 64 + ".gist.safetensors")
@@ -312,7 +316,7 @@ def test_a_store(demo: Path, tmp_path: Path) -> None:
 def test_what_is_not_there(run, tmp_path: Path) -> None:
     ((name, value),) = faults(doctor.examine_path(tmp_path / "nothing"))
     assert name == "configuration"
-    assert f"{tmp_path / 'nothing'} is no checkpoint, store or cache file that can be read: " in value
+    assert f"{tmp_path / 'nothing'} is not a readable checkpoint, store or cache file: " in value
     done = run("doctor", tmp_path / "nothing")
     assert done.code == 1
     assert done.err == f"error: 1 of 1 findings in {tmp_path / 'nothing'} are faults\n"

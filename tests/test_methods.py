@@ -21,7 +21,7 @@ from gisting.models import adapters
 from gisting.models.adapters import KINDS, Adapter, adapter_of, attach, detach, for_base_model, gist_rows
 from gisting.models.fingerprint import fingerprint
 from gisting.models.gist_lora import gist_places
-from gisting.models.patch import guarded_stack
+from gisting.models.state import guarded_stack
 from gisting.train.finetune import finetune
 from gisting.train.methods import METHODS, Method, count_parameters, prepare
 from tests import tiny
@@ -183,7 +183,7 @@ def test_caches_of_several_adapters_are_answered_in_one_batch_of_the_base_model(
     joined = gisting.GistCache.cat(caches)
     answers = gisting.generate(base, tokenizer, ["w7 w8"] * 2, cache=joined, max_new_tokens=6, do_sample=False)
     assert answers == expected
-    with pytest.raises(GistError, match="model has no adapter, and its caches are for itself alone"):
+    with pytest.raises(GistError, match="model has no adapter, so only the model itself can use its caches"):
         for_base_model(base, joined)
 
 
@@ -511,20 +511,22 @@ def test_errors(tmp_path: Path) -> None:
         Adapter("lora", 2)
     with pytest.raises(GistError, match=r"is not patched; call gisting\.patch"):
         attach(tiny.model("llama"), Adapter("lora"))
-    with pytest.raises(GistError, match="there is nothing to take off"):
+    with pytest.raises(GistError, match="there is nothing to remove"):
         detach(model)
     with pytest.raises(GistError, match="no adapter to save"):
         adapters.save(model, tokenizer, tmp_path)
     with pytest.raises(GistError, match=r"holds no adapter of gisting's: it has no gist_adapter.json"):
         adapters.load(model, tmp_path)
     attach(model, Adapter("embeddings", 2))
-    with pytest.raises(GistError, match="model has an adapter already"):
+    with pytest.raises(GistError, match="model already has an adapter"):
         attach(model, Adapter("lora"))
     adapters.save(model, tokenizer, tmp_path / "torn")
     (tmp_path / "torn" / "adapter_model.safetensors").unlink()
-    with pytest.raises(GistError, match=r"has gist_adapter\.json and no adapter_model\.safetensors; fetch it again"):
+    with pytest.raises(GistError, match=r"has gist_adapter\.json but no adapter_model\.safetensors; fetch it again"):
         adapters.load(tiny.patched("llama")[0], tmp_path / "torn")
-    with pytest.raises(GistError, match=r"^num_gist_tokens must be at most 2, got 3: the adapter has a row for each"):
+    with pytest.raises(
+        GistError, match=r"^num_gist_tokens must be at most 2, got 3: the adapter has 2 rows, one for each"
+    ):
         gisting.compress(model, tokenizer, ["w1"], 3)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(GistError, match="holds a whole checkpoint, which would be loaded in place of the adapter"):
@@ -535,7 +537,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     _, _, out = trained(tmp_path, "gist-lora")
     other, _ = tiny.patched("llama", num_hidden_layers=2)
     with pytest.raises(
-        GistError, match=r"does not fit LlamaForCausalLM: model.layers.2.* it was trained beside /.*base"
+        GistError, match=r"does not fit LlamaForCausalLM: model.layers.2.* it was trained for the base model /.*base"
     ):
         adapters.load(other, out)
     assert adapter_of(other) is None
@@ -543,7 +545,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     about = json.loads((out / "gist_adapter.json").read_text())
     for change, message in (
         ({"format": 9}, "has format 9, this version reads 1"),
-        ({"base": ""}, "does not say which"),
+        ({"base": ""}, "does not name its base model"),
     ):
         (out / "gist_adapter.json").write_text(json.dumps({**about, **change}))
         with pytest.raises(GistError, match=message):

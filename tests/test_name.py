@@ -1,4 +1,4 @@
-"""The distribution is gist-tokens, for `gisting` is a package by somebody else; what is imported is gisting."""
+"""The distribution is gist-tokens, because `gisting` is an unrelated package; the import name is gisting."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from tests.repository import ROOT, project, requires_git, tracked_files
 
 OTHER = "gisting"
-# A word that pip could take: an option, or a requirement, perhaps quoted.
+# An argument of pip install: an option or a requirement, perhaps quoted.
 WORD = r"['\"]?(?:-{1,2}[\w-]+|[A-Za-z][\w.-]*)(?:\\?\[[\w,.\\-]*\])?(?:[=<>!~][^\s'\"]*)?['\"]?"
 
 
 def wrong_names(text: str) -> list[str]:
-    """Where a text tells to install the other package, or names an extra as one of that package."""
+    """Find where a text says to install the other package, or names one of our extras as an extra of that package."""
     # A message may be spread over several string literals.
     text = re.sub(r"\"\s*\n\s*[rf]?\"", "", text)
     installs = [
@@ -65,11 +65,11 @@ def test_wrong_names(text: str, is_fault: bool) -> None:
 
 
 def shadowed(folder: Path, init: str | None) -> Path:
-    """A folder to import gisting from that holds our files but not our ``__init__.py``.
+    """Make a folder to import gisting from, with our files but without our ``__init__.py``.
 
     Args:
-        folder: where it is made.
-        init: the other package's ``__init__.py``; None for none, as after its removal.
+        folder: where to make it.
+        init: the other package's ``__init__.py``; None if it was removed.
     """
     package = folder / "gisting"
     package.mkdir()
@@ -87,8 +87,8 @@ def shadowed(folder: Path, init: str | None) -> Path:
     [
         ("-m", "gisting", "--version"),
         ("-c", "from gisting.cli import main"),  # what the installed command runs
-        ("-c", "import gisting.visibility"),
-        ("-c", "from gisting.models import load"),
+        pytest.param(("-c", "import gisting.visibility"), marks=pytest.mark.slow),
+        pytest.param(("-c", "from gisting.models import load"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -100,6 +100,6 @@ def test_files_of_the_other_package_give_one_clear_error(
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: gisting/__init__.py is not the one of gist-tokens (found: ")
+    assert last.startswith("ImportError: gisting/__init__.py does not belong to gist-tokens (found: ")
     assert last.endswith("pip uninstall -y gisting && pip install --force-reinstall --no-deps gist-tokens")
     assert ("(found: none)" in last) is (init is None)

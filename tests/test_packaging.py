@@ -1,6 +1,4 @@
-"""What `python -m build` gives: a source distribution and, from that, a wheel, with every file that is needed and no
-other.
-"""
+"""Check that `python -m build` makes a source distribution and a wheel with the required files and no others."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ NEEDED = ("MANIFEST.in", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
 class Built(NamedTuple):
-    """Names in the two archives, as they are there; the sources that they were made from; the wheel."""
+    """The names in both archives, the sources that they were made from, and the path of the wheel."""
 
     sdist: set[str]
     wheel: set[str]
@@ -64,11 +62,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def test_the_wheel_holds_every_file(built: Built) -> None:
-    """An editable install reads the folder itself, so that a data file which the wheel lacks is not missed there."""
+    """With an editable install nothing fails if the wheel lacks a data file, because the folder itself is read."""
     held = {name for name in built.wheel if ".dist-info/" not in name}
     assert held == {name.removeprefix("kernels/") for name in built.sources}
     assert {"gisting/py.typed", "gisting_kernels/configs.json"} <= held
-    assert {name.partition("/")[0] for name in held} == {"gisting", "gisting_kernels"}, "and nothing beside them"
+    assert {name.partition("/")[0] for name in held} == {"gisting", "gisting_kernels"}, "and nothing else"
 
 
 def test_the_source_distribution_holds_what_the_wheel_is_made_from(built: Built) -> None:
@@ -96,7 +94,7 @@ def test_the_wheel_says_what_it_is(built: Built) -> None:
 
 # -- floors and tested versions ----------------------------------------------------------------------------------------
 
-# Each place that names a floor, and how: the group is the version.
+# Every place that names a lowest supported version. The group is the version.
 FLOORS_TOLD = [
     ("README.md", "python", r"With Python ([\d.]+) or later"),
     ("README.md", "python", r"^\| versions \|.*Python ([\d.]+)"),
@@ -117,14 +115,14 @@ FLOORS_TOLD = [
 
 
 def floors() -> dict[str, str]:
-    """The lowest version that pyproject.toml takes of Python and of each package that it names with one."""
+    """Read the lowest supported version of Python and of each package from pyproject.toml."""
     specifiers = {name: one.specifier for name, one in requirements(*project()["optional-dependencies"]).items()}
     specifiers["python"] = SpecifierSet(project()["requires-python"])
     return {name: one.version for name, found in specifiers.items() for one in found if one.operator == ">="}
 
 
 def floor_faults(texts: Mapping[str, str]) -> list[str]:
-    """Where a text names another floor than the metadata, or none any longer."""
+    """Find texts that name another lowest version than the metadata, or no version at all."""
     faults = []
     for file, package, pattern in FLOORS_TOLD:
         told = re.findall(pattern, texts[file], re.M) or ["nothing"]
@@ -167,9 +165,9 @@ def test_another_floor_is_found(before: str, after: str, fault: str) -> None:
 
 
 def test_the_code_reads_the_floors_of_the_metadata() -> None:
-    """At run time they come from the metadata of the installed package, and from one constant."""
+    """At run time they come from the metadata of the installed package and from one constant."""
     assert ".".join(map(str, _compat.MIN_TRANSFORMERS)) == floors()["transformers"]
-    read = {one.name: one.specifier for one in doctor._requirements()}
+    read = dict(one for extra in ("", *doctor.EXTRAS) for one in _compat.requirements("gist-tokens", extra))
     for name in ("torch", "transformers", "triton", "peft"):
         assert read[name] == f">={floors()[name]}", "pyproject.toml has changed since: pip install -e ."
 

@@ -1,4 +1,4 @@
-"""The files that go with a release: how to cite, contribute and report, and what builds and tries the distributions."""
+"""Check the files of a release: citing, contributing, reporting, and building and trying the distributions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_release_tries_the_wheel_before_it_publishes_without_a_secret() -> None:
     assert version == TESTED["CI"]["python"]
     assert publish["needs"] == "build"
     assert publish["environment"] == "pypi"
-    assert publish["permissions"] == {"id-token": "write"}, "trusted publishing, and nothing more"
+    assert publish["permissions"] == {"id-token": "write"}, "trusted publishing and nothing else"
     assert publish["if"] == "startsWith(github.ref, 'refs/tags/v')"
 
 
@@ -101,7 +101,7 @@ def test_ci_tries_the_wheel() -> None:
     ],
 )
 def test_a_tag_of_another_version_is_refused(ref: str | None, code: int) -> None:
-    """Those lines of the script that tries the wheel, alone."""
+    """Run only those lines of the script that tries the wheel."""
     text = (ROOT / ".ci" / "wheel").read_text(encoding="utf-8")
     check = text[text.index("# A tag that is released") : text.index("if [ $# -gt 0 ]")]
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""The pages and settings of the documentation site, as far as that is cheap; CI builds it, with warnings as errors.
+"""Check pages and settings of the documentation site cheaply; CI builds it, with warnings as errors.
 
-The masks of the pages are drawn anew, every page is in the table of contents and every public name in the reference.
-The hook that turns pages and docstrings into what the site takes is shown at work on small texts.
+The masks on the pages are redrawn, every page must be in the table of contents, and every public name in the reference.
+The hook that converts pages and docstrings for the site is tested on small texts.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SETTINGS: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encodi
 
 # -- masks -------------------------------------------------------------------------------------------------------------
 
-# `<!-- mask: BUILDER | TOKENS | NAME VALUES ... -->` and a fence: capitals are gist tokens, and so are copies.
+# `<!-- mask: BUILDER | TOKENS | NAME VALUES ... -->` and a fence. Capital letters are gist tokens; so are copies.
 DRAWN = re.compile(r"<!-- mask: (.*?) -->\n```text\n(.*?)\n?```", re.S)
 
 
 def redrawn(source: str, with_positions: bool) -> str:
-    """The drawing that a comment of a page asks for."""
+    """Draw the mask that a comment on a page describes."""
     builder, line, *others = (part.strip() for part in source.split("|"))
     tokens = line.split()
     given = {name: values for name, *values in (other.split() for other in others)}
@@ -69,7 +69,7 @@ def test_a_drawn_mask_is_what_its_builder_gives(page: Path, source: str, drawing
 def test_concepts_draw_every_kind_of_mask() -> None:
     text = (DOCS / "concepts.md").read_text(encoding="utf-8")
     sources = [found[1] for found in DRAWN.finditer(text)]
-    assert text.count("<!-- mask:") == len(sources), "a comment that no drawing follows is not compared"
+    assert text.count("<!-- mask:") == len(sources), "a comment without a drawing after it would not be compared"
     builders = {source.split("|")[0].strip() for source in sources}
     assert builders == {"gist", "positive", "negative", "encoder_gist", "chained"}
 
@@ -90,7 +90,7 @@ def test_redrawn(source: str, drawing: str) -> None:
 
 
 def pages_in(nav: Any) -> list[str]:
-    """The pages of a table of contents, in order."""
+    """List the pages of a table of contents in order."""
     if isinstance(nav, str):
         return [nav]
     parts = nav.values() if isinstance(nav, dict) else nav
@@ -113,7 +113,7 @@ def test_a_warning_ends_the_build_and_nothing_is_fetched() -> None:
 
 
 def dead_links(page: Path) -> list[str]:
-    """Links of a page, as a file of the repository, that lead to no file; anchors are for the build."""
+    """Find links to missing files on a page in the repository. The build checks anchors."""
     found = re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s#]+)[^)]*\)", outside_fences(page.read_text(encoding="utf-8")))
     return [link for link in found if not re.match("https?:", link) and not (page.parent / link).exists()]
 
@@ -139,13 +139,13 @@ def test_a_dead_link_is_found(tmp_path: Path) -> None:
 
 
 def directives() -> list[str]:
-    """What the pages of the reference show: dotted names of objects and of modules."""
+    """List the dotted names of objects and modules that the pages of the reference show."""
     pages = sorted((DOCS / "reference").glob("*.md"))
     return [name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.M)]
 
 
 def unshown(module: types.ModuleType, shown: set[str]) -> list[str]:
-    """Names in ``__all__`` that no directive shows, neither by their own name nor with their module."""
+    """List names in ``__all__`` that no directive shows, neither by name nor with their module."""
     homes = {name: getattr(getattr(module, name), "__module__", module.__name__) for name in module.__all__}
     return [
         name
@@ -166,7 +166,7 @@ def test_public_names_of_modules_that_are_not_shown_whole(name: str) -> None:
     module = importlib.import_module(f"gisting.{name}")
     public = {getattr(gisting, one) for one in gisting.__all__}
     left = [one for one in unshown(module, set(directives())) if not is_among(getattr(module, one), public)]
-    # Used by other modules of the library alone.
+    # Used only by other modules of the library.
     assert set(left) <= {"check_origin", "parse_json", "to_record", "find_file", "upload", "read_tokenizer"}
 
 
@@ -179,7 +179,7 @@ def test_a_name_that_is_not_shown_is_found() -> None:
 
 
 def test_what_the_reference_shows_is_there_and_documented() -> None:
-    """The site leaves out what has no docstring. Through the extension: that of a constant is the comment above it."""
+    """The site omits objects without docstrings. The extension uses the comment above a constant as its docstring."""
     griffe = pytest.importorskip("griffe")
     extensions = griffe.load_extensions(hooks().Docstrings())
     package = griffe.load("gisting", search_paths=[ROOT], extensions=extensions)
@@ -281,5 +281,5 @@ def test_make_docs() -> None:
 
 
 def test_ci_builds_the_site() -> None:
-    """Not quietly: MkDocs counts the warnings that it shows."""
+    """The build must not be quiet, because MkDocs only counts warnings that it shows."""
     assert 'mkdocs" build --strict --site-dir' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

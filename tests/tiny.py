@@ -1,8 +1,8 @@
-"""Tiny random models of every family, and a tokenizer for them: made here, in milliseconds."""
+"""Make tiny random models of every family, and a tokenizer for them, in milliseconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ WINDOW = 8
 
 
 def word_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """One id a word, 64 of them: w0 ... w59 and the special ones."""
+    """Make a tokenizer with one id per word: w0 ... w59 and four special tokens."""
     words = {word: number for number, word in enumerate([*VOCABULARY, *extra])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -36,16 +36,16 @@ def word_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 
 def skip_without_adapters_of_transformers() -> None:
-    """Skip where this peft is too old for transformers' own ``add_adapter``, ``disable_adapters`` and the like."""
+    """Skip if peft is too old for transformers' own ``add_adapter``, ``disable_adapters`` and the like."""
     import peft
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
-        pytest.skip(f"this transformers has adapters from peft {MIN_PEFT_VERSION} on, here is {peft.__version__}")
+        pytest.skip(f"adapters in this transformers need peft {MIN_PEFT_VERSION}, found {peft.__version__}")
 
 
 def words(count: int, seed: int) -> str:
-    """A text of ``count`` words."""
+    """Make a text of ``count`` words."""
     generator = torch.Generator().manual_seed(seed)
     return " ".join(f"w{number}" for number in torch.randint(0, 60, (count,), generator=generator).tolist())
 
@@ -132,9 +132,15 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
+def slow_but(names: Iterable[str], *quick: str) -> list[Any]:
+    """Make parameters of names: all run with ``slow``, and by default only the quick ones."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def model(name: str, **changes: Any) -> PreTrainedModel:
-    """A random model of a family, float32, in eval mode, with weights large enough that attention is far from
-    uniform. Skips the test where this transformers cannot serve the family.
+    """Make a random float32 model of a family, in eval mode, with weights so large that attention is far from uniform.
+
+    The test is skipped if this transformers does not support the family.
     """
     model_type = name.split("-")[0]
     if model_type == "umt5" and Version(transformers.__version__) < Version("5.18"):
@@ -145,7 +151,7 @@ def model(name: str, **changes: Any) -> PreTrainedModel:
         settings, build = {**_COMMON, **DECODERS[name]}, AutoModelForCausalLM.from_config
     config = AutoConfig.for_model(model_type, **{**settings, **changes})
     torch.manual_seed(1)
-    # Older transformers would run Gemma 2 on sdpa, which leaves its softcap out; newer ones choose eager by themselves.
+    # Older transformers would run Gemma 2 on sdpa, which ignores its softcap; newer ones choose eager themselves.
     built = build(config, attn_implementation="eager") if name == "gemma2" else build(config)
     if name in ENCODER_DECODERS and settings.get("tie_word_embeddings") is False:
         _untie(built)
@@ -153,8 +159,10 @@ def model(name: str, **changes: Any) -> PreTrainedModel:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """A head of its own, as a checkpoint that carries one is loaded (T5 v1.1, FLAN-T5, mT5, UMT5): transformers 5 sets
-    ``config.tie_word_embeddings`` to true for all of T5's kind, and goes by what the file holds.
+    """Give the model an untied head, like a loaded checkpoint that has one (T5 v1.1, FLAN-T5, mT5, UMT5).
+
+    transformers 5 sets ``config.tie_word_embeddings`` to true for all T5 models, and unties them if the file has a
+    head.
     """
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
@@ -175,20 +183,18 @@ def as_build(name: str) -> Callable[[], PreTrainedModel]:
 
 
 def tokenizer(name: str = "llama", template: str = "plain") -> GistTokenizer:
-    """A gist tokenizer for a family."""
+    """Make a gist tokenizer for a family."""
     return GistTokenizer(word_tokenizer(), template, is_encoder_decoder=name in ENCODER_DECODERS)
 
 
 def patched(name: str, template: str = "plain", **changes: Any) -> tuple[PreTrainedModel, GistTokenizer]:
-    """A random model of a family and a tokenizer, patched for each other."""
+    """Make a random model of a family and a tokenizer, patched for each other."""
     tokens = tokenizer(name, template)
     return patch(model(name, **changes), tokens), tokens
 
 
 def stock_twin(name: str, patched_model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
-    """A model that nobody has patched, with the weights of one that was: one embedding row more than
-    ``model(name)``.
-    """
+    """Make an unpatched model with the weights of a patched one, with one embedding row more than ``model(name)``."""
     twin = model(name, vocab_size=patched_model.get_input_embeddings().weight.shape[0], **changes)
     twin.load_state_dict(patched_model.state_dict())
     return twin

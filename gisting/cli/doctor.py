@@ -1,4 +1,4 @@
-"""``gisting doctor``: what works here, and whether a checkpoint, a store or a cache file is whole."""
+"""``gisting doctor``: examine this environment, or check that a checkpoint, a store or a cache file is intact."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["doctor"]
 def doctor(
     path: Annotated[
         str | None,
-        typer.Argument(help="A checkpoint (directory or repository on the hub), a store or a cache file to examine."),
+        typer.Argument(help="What to examine: a checkpoint (directory or repository on the hub), a store, or a cache."),
     ] = None,
     as_json: Annotated[bool, json_option("an object for each finding, with topic, name, value and is_fault")] = False,
 ) -> None:
-    """Say what works here: versions, optional packages, devices, which attention would run and why.
+    """Show what works here: versions, optional packages, devices, which attention would run and why.
 
-    A version below its floor is a fault; one that is newer than the newest that was tested is noted.
+    A version that is too old is a fault; one that is newer than the newest tested one is noted.
 
-    With a path: what lies there, whether it is whole, whether a model of its family can be gisted, its gist token,
-    template and k. Exit code 1 where something is broken.
+    With a path, show what is there, whether it is intact, whether a model of its family can be gisted, and its gist
+    token, template and k. The exit code is 1 if something is broken.
 
     Example: gisting doctor
 
@@ -47,8 +47,8 @@ def doctor(
             table.add_section()
             table.add_row(topic, "", style="bold")
             for finding in group:
-                sign = "BROKEN: " if finding.is_fault else ""
-                table.add_row(f"  {plain(finding.name)}", sign + plain(finding.value), style="red" if sign else None)
+                mark = "BROKEN: " if finding.is_fault else ""
+                table.add_row(f"  {plain(finding.name)}", mark + plain(finding.value), style="red" if mark else None)
         out.print(table)
     num_faults = sum(finding.is_fault for finding in findings)
     if num_faults:

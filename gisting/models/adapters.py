@@ -1,21 +1,21 @@
-"""Trained parts beside a frozen model: put on, taken off, saved and loaded.
+"""Attach adapters to a frozen model, detach them, save and load them.
 
 Place in the flow: patch -> **adapters** -> training, or what ``load`` finds in a directory. A model with an adapter is
-still the ``PreTrainedModel`` that was patched, so everything takes it: ``compress``, ``generate``, ``fingerprint``,
-``unpatch``. Files are ordinary peft files, and peft does what is LoRA in them; where gist tokens are is
-``gist_lora``'s. Knows no training.
+still the ``PreTrainedModel`` that was patched, so it works everywhere: ``compress``, ``generate``, ``fingerprint``,
+``unpatch``. Files are ordinary peft files, and peft implements LoRA; ``gist_lora`` finds the gist tokens. Training is
+elsewhere.
 
-Three kinds, each with its own rows of embedding for gist tokens, since a row that nobody trained says nothing:
+There are three kinds. Each has its own embedding rows for gist tokens, because an untrained row carries no information:
 
-- ``lora``: LoRA (arXiv 2106.09685) on every linear layer but the head, at every token; one row. Plain peft reads it to
-  the full. Text without gist tokens is answered by the adapted model.
-- ``gist-lora``: LoRA on every linear layer of the stack that reads the prompt, its update added at gist tokens alone;
-  one row. Read by plain peft it acts at all tokens, which is another model than the one that was trained.
-- ``embeddings``: a row for each place in a gist, nothing else. Plain peft reads them as trained tokens.
+- ``lora``: LoRA (arXiv 2106.09685) on every linear layer except the head, at every token; one row. Plain peft reads it
+  completely. The adapted model also answers text without gist tokens.
+- ``gist-lora``: LoRA on every linear layer of the stack that reads the prompt, with its update added at gist tokens
+  only; one row. If plain peft loads it, it acts at all tokens, which is a different model from the trained one.
+- ``embeddings``: a row for each position in a gist, and nothing else. Plain peft reads them as trained tokens.
 
-The rows act through a hook, so that the model's table keeps its bits and no output logit moves. As plain token
-embeddings they are what :func:`gist_rows` returns: written to free rows of an unpatched model's table, the j-th to the
-row of the j-th gist token, they give the same states under the same mask.
+The rows act through a hook, so the model's embedding table keeps its bits and no output logit changes.
+:func:`gist_rows` returns them as plain token embeddings: written to free rows of an unpatched model's table, row j for
+the j-th gist token, they give the same states under the same mask.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gisting.cache import GistCache
 from gisting.errors import CacheMismatchError, GistError
 from gisting.models import gist_lora
 from gisting.models.fingerprint import fingerprint
-from gisting.models.patch import guarded_stack
+from gisting.models.state import guarded_stack, is_patched
 from gisting.models.weights import input_weight
 from gisting.source import find_file
 from gisting.tokens import GistTokenizer
@@ -65,17 +66,18 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained beside a frozen model.
+    """The settings of an adapter for a frozen model.
 
     Args:
         kind: one of :data:`KINDS`.
-        num_rows: rows of embedding: for ``"embeddings"`` one for each place in a gist, the largest k; else 1.
+        num_rows: number of embedding rows: for ``"embeddings"`` one for each position in a gist, so the largest k; 1
+            for the other kinds.
         rank: of LoRA's two matrices.
         alpha: LoRA's scale times ``rank``; None for twice the rank.
-        dropout: of what enters LoRA, while training.
+        dropout: the dropout on LoRA's input during training.
 
     Raises:
-        GistError: there is no such kind, or a number is out of range.
+        GistError: the kind is unknown, or a number is out of range.
     """
 
     kind: str
@@ -94,34 +96,36 @@ class Adapter:
 
     @property
     def has_lora(self) -> bool:
-        """Whether linear layers are wrapped."""
+        """Whether the adapter wraps linear layers."""
         return self.kind != "embeddings"
 
     @property
     def is_gist_only(self) -> bool:
-        """Whether it acts at gist tokens alone, so that ordinary text and what follows a cache is the base model's."""
+        """Whether it acts at gist tokens only; the base model then computes ordinary text and what follows a cache."""
         return self.kind != "lora"
 
 
 def attach(model: Any, adapter: Adapter) -> None:
-    """Freeze a patched model and put a fresh adapter beside it. In place, and undone by :func:`detach`.
+    """Freeze a patched model and attach a new adapter, in place. :func:`detach` undoes it.
 
-    Fresh, it changes nothing: the rows start as the gist token's own, and LoRA's second matrix as zeros. What is
-    trained is kept in float32 where the model is in 16 bits.
+    A new adapter changes nothing: its rows start as copies of the gist token's row, and LoRA's second matrix as zeros.
+    Trained tensors are float32 even if the model is in 16 bits.
 
     Args:
         model: a patched model without adapters.
-        adapter: which.
+        adapter: the settings of the adapter.
 
     Raises:
-        GistError: the model is not patched, or has an adapter.
+        GistError: the model is not patched, or already has an adapter.
         ImportError: peft is not installed (``pip install 'gist-tokens[train]'``).
     """
-    gist = getattr(model.config, "gist", None)
-    if gist is None or not hasattr(model, "_gist_undo"):
+    if not is_patched(model):
         raise GistError(f"model ({type(model).__name__}) is not patched; call gisting.patch(model, tokenizer) first")
+    gist = model.config.gist
     if adapter_of(model) is not None or getattr(model, "peft_config", None):
-        raise GistError("model has an adapter already; take it off (gisting.models.adapters.detach) or load it afresh")
+        raise GistError(
+            "model already has an adapter; remove it with gisting.models.adapters.detach, or load the model again"
+        )
     model._gist_base = fingerprint(model) if adapter.is_gist_only else None
     model._gist_trained_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for parameter in model.parameters():
@@ -146,13 +150,16 @@ def attach(model: Any, adapter: Adapter) -> None:
 
 
 def detach(model: Any) -> None:
-    """Take the adapter off ``model``, which then is the one that :func:`attach` found, to the bit.
+    """Remove the adapter from ``model`` and restore exactly what :func:`attach` found.
+
+    Args:
+        model: a model with an adapter.
 
     Raises:
-        GistError: there is none.
+        GistError: the model has no adapter of this library.
     """
     if adapter_of(model) is None:
-        raise GistError("model has no adapter of gisting's; there is nothing to take off")
+        raise GistError("model has no adapter of gisting's; there is nothing to remove")
     gist_lora.uninstall(model)
     wrapped = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_variant")]
     for name, module in wrapped:
@@ -169,44 +176,55 @@ def detach(model: Any) -> None:
 
 
 def adapter_of(model: Any) -> Adapter | None:
-    """The adapter that ``model`` has, or None."""
-    # The config of a training checkpoint names an adapter as well.
+    """Return the settings of the adapter on ``model``, or None if it has none.
+
+    Args:
+        model: any model.
+    """
+    # Not decided by the config alone, because the config of a training checkpoint also names an adapter.
     return Adapter(**model.config.gist["adapter"]) if hasattr(model, "_gist_trained_before") else None
 
 
 def gist_rows(model: Any) -> Tensor:
-    """What ``model`` has in the place of gist tokens' embeddings: ``(num_rows, d_model)``, in the dtype and the units
-    of its table.
+    """Return the rows that the adapter uses as embeddings of gist tokens, ``(num_rows, d_model)``.
+
+    They have the dtype and the scale of the model's embedding table.
+
+    Args:
+        model: a model with an adapter.
 
     Raises:
         GistError: the model has no adapter.
     """
     if adapter_of(model) is None:
-        raise GistError("model has no adapter; its gist token's row is in its table")
+        raise GistError("model has no adapter; its gist token's row is in its embedding table")
     return guarded_stack(model).gist_rows.detach()
 
 
 def for_base_model(model: Any, cache: GistCache) -> GistCache:
-    """The cache as one that the base model reads, together with those of its other adapters.
+    """Relabel a cache so that the base model accepts it.
 
-    Behind a cached gist an adapter that acts at gist tokens alone is not at work, so the base model goes on from the
-    states with the same bits. Such caches may be joined (``GistCache.cat``) and answered in one batch by one base
-    model, patched for the same tokenizer. In a store they would be taken for what the base model itself
-    makes of a prompt: keep them there as they came, and call this when they are used.
+    After a cached gist, an adapter that acts at gist tokens only does nothing, so the base model continues from the
+    states with the same bits. Caches of several such adapters can be joined (``GistCache.cat``) and answered in one
+    batch by one base model that is patched for the same tokenizer. In a store, a relabelled cache would be mistaken for
+    one that the base model made itself: store the original, and call this when the cache is used.
 
     Args:
-        model: with the adapter that made the cache.
-        cache: what ``compress`` gave for it. It is left as it is; the states are shared.
+        model: the model with the adapter that made the cache.
+        cache: the result of ``compress`` with this model. It is not changed; the states are shared.
+
+    Returns:
+        A cache for the base model.
 
     Raises:
-        GistError: the model has no adapter that acts at gist tokens alone.
+        GistError: the model has no adapter that acts at gist tokens only.
         CacheMismatchError: another model made the cache.
     """
     adapter = adapter_of(model)
     if adapter is None or not adapter.is_gist_only:
         raise GistError(
-            f"model has {'no adapter' if adapter is None else 'a lora adapter'}, and its caches are for itself alone; "
-            "only what acts at gist tokens alone (gist-lora, embeddings) leaves the base model to read them"
+            f"model has {'no adapter' if adapter is None else 'a lora adapter'}, so only the model itself can use its "
+            "caches; the base model can use those of adapters that act at gist tokens only (gist-lora, embeddings)"
         )
     own = fingerprint(model)
     if cache.origin.model != own:
@@ -215,36 +233,40 @@ def for_base_model(model: Any, cache: GistCache) -> GistCache:
 
 
 def check_num_gist_tokens(model: Any, num_gist_tokens: int) -> None:
-    """Raise where a gist is longer than there are rows for its places in ``model``: ``num_gist_tokens`` of them.
+    """Check that an adapter of kind ``"embeddings"`` has a row for each token of a gist. Other kinds take any length.
+
+    Args:
+        model: any model.
+        num_gist_tokens: the length of the gist.
 
     Raises:
-        GistError: it is; with one row for all, every length is fine.
+        GistError: the gist is longer than the number of rows.
     """
     adapter = adapter_of(model)
     if adapter is not None and adapter.kind == "embeddings" and num_gist_tokens > adapter.num_rows:
         raise GistError(
-            f"num_gist_tokens must be at most {adapter.num_rows}, got {num_gist_tokens}: the adapter has a row for "
-            f"each of {adapter.num_rows} places; train it with more"
+            f"num_gist_tokens must be at most {adapter.num_rows}, got {num_gist_tokens}: the adapter has "
+            f"{adapter.num_rows} rows, one for each token of a gist; train it with more"
         )
 
 
 def save(model: Any, tokenizer: GistTokenizer, directory: str | Path) -> None:
-    """Write the adapter as peft's files, and ``gist_adapter.json``, which says what is in them.
+    """Write the adapter as peft's files, and ``gist_adapter.json``, which describes them.
 
-    In peft's file the rows are trained tokens: of the gist token's id and, where there are more, of ids behind all of
-    the tokenizer's. A table that is to take them must have as many rows.
+    In peft's file the rows are trained tokens: the first has the gist token's id, any others have ids after all ids of
+    the tokenizer. An embedding table that takes them must have enough rows.
 
     Args:
-        model: with an adapter.
+        model: a model with an adapter.
         tokenizer: the tokenizer it was patched for; it is not written.
-        directory: where to; made where there is none.
+        directory: where to write; created if it does not exist.
 
     Raises:
-        GistError: the model has no adapter, or the directory holds a whole checkpoint, which would hide the adapter.
+        GistError: the model has no adapter, or the directory holds a complete checkpoint, which would be loaded in
+            place of the adapter.
         OSError: something cannot be written.
     """
     from peft import TrainableTokensConfig, get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     adapter = adapter_of(model)
     if adapter is None:
@@ -280,7 +302,7 @@ def save(model: Any, tokenizer: GistTokenizer, directory: str | Path) -> None:
 
 
 def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
-    """Attach what :func:`save` wrote to a patched model, which should be the one that it was trained beside.
+    """Attach what :func:`save` wrote to a patched model, which should be the base model that it was trained for.
 
     Args:
         model: a patched model without adapters.
@@ -288,16 +310,14 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
         **source: where files come from: ``revision``, ``token``, ...
 
     Raises:
-        GistError: there is no adapter of gisting's, it is of a later format, or it does not fit the model.
+        GistError: no adapter of this library is there, it has a later format, or it does not fit the model.
     """
-    from safetensors.torch import load_file
-
     about = read_about(name_or_path, **source)
     if about is None:
         raise GistError(f"{name_or_path} holds no adapter of gisting's: it has no {_FILE}")
     weights = find_file(name_or_path, _WEIGHTS, **source)
     if weights is None:
-        raise GistError(f"{name_or_path} has {_FILE} and no {_WEIGHTS}; fetch it again")
+        raise GistError(f"{name_or_path} has {_FILE} but no {_WEIGHTS}; fetch it again")
     tensors = load_file(weights)
     attach(model, Adapter(**about["adapter"]))
     own = {re.sub(rf"\.{_NAME}(?=\.|$)", "", name): tensor for name, tensor in _trained(model).items()}
@@ -308,8 +328,8 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
     if odd:
         detach(model)
         raise GistError(
-            f"{name_or_path} does not fit {type(model).__name__}: {', '.join(sorted(odd)[:3])}; it was trained beside "
-            f"{about['base']}"
+            f"{name_or_path} does not fit {type(model).__name__}: {', '.join(sorted(odd)[:3])}; it was trained for the "
+            f"base model {about['base']}"
         )
     with torch.no_grad():
         for name, tensor in own.items():
@@ -319,14 +339,17 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
 
 
 def read_about(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None:
-    """What ``gist_adapter.json`` says (``base``: the model it belongs to), or None where there is none.
+    """Read ``gist_adapter.json``, whose ``base`` names the base model.
 
     Args:
         name_or_path: a directory, or a repository on the hub.
         **source: where on the hub, as for ``from_pretrained``: ``revision``, ``token``, ...
 
+    Returns:
+        The contents, or None if there is no such file.
+
     Raises:
-        GistError: it is of a later format, or damaged.
+        GistError: the file has a later format, or is damaged.
     """
     found = find_file(name_or_path, _FILE, **source)
     if found is None:
@@ -346,10 +369,13 @@ def read_about(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None
 
 
 def check_directory(directory: str | Path) -> None:
-    """Raise where an adapter in ``directory`` would lie beside a whole checkpoint, which is what would be loaded.
+    """Check that ``directory`` holds no complete checkpoint, which would be loaded in place of an adapter.
+
+    Args:
+        directory: where an adapter will be written.
 
     Raises:
-        GistError: there is one.
+        GistError: it holds one.
     """
     if (Path(directory) / "config.json").exists():
         raise GistError(
@@ -359,7 +385,7 @@ def check_directory(directory: str | Path) -> None:
 
 
 def _trained(model: Any) -> dict[str, Tensor]:
-    """The adapter's tensors by name; the rows as ``gist_rows``, wherever the stack is."""
+    """Return the adapter's tensors by name. The rows are called ``gist_rows``, wherever their stack is in the model."""
     found = {name: tensor for name, tensor in model.named_parameters() if "lora_" in name}
     return {**found, "gist_rows": guarded_stack(model).gist_rows}
 
@@ -369,7 +395,7 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    """AdamW's small steps are lost in 16 bits."""
+    """Make a copy in float32 or wider, because 16 bits lose AdamW's small steps."""
     return tensor.float() if tensor.element_size() < 4 else tensor.clone()
 
 
@@ -386,8 +412,10 @@ def _peft_config(model: Any, adapter: Adapter) -> Any:
 
 
 def _targets(model: Any, adapter: Adapter) -> list[str]:
-    """Every linear layer but the head's; for gist-only LoRA of the stack that reads the prompt: an encoder, since no
-    decoder of an encoder-decoder has gist tokens. Short names where those are the same layers.
+    """Name every linear layer except the head, by short names if those select the same layers.
+
+    Gist-only LoRA takes only the stack that reads the prompt, because the decoder of an encoder-decoder never sees gist
+    tokens.
     """
     head = model.get_output_embeddings()
     linear = [
@@ -403,6 +431,6 @@ def _targets(model: Any, adapter: Adapter) -> list[str]:
 
 
 def _base(model: Any) -> str:
-    """The name of the frozen model; a directory in full, since the adapter lies somewhere else."""
+    """Name the frozen model. A directory is given by its absolute path, because the adapter is in another directory."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
     return str(Path(name).resolve()) if name and os.path.isdir(name) else name

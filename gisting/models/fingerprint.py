@@ -1,8 +1,8 @@
-"""Whose states these are: a short name for the weights and configuration of a loaded model.
+"""Identify a loaded model by a short fingerprint of its weights and configuration.
 
-Place in the flow: asked whenever a cache is made and whenever one is used, so it must be quick: of a model of 8 billion
-parameters 18 million are read, in less than a second once its weights are in memory (what is mapped from a file and
-was never touched has to be read from there first). Reads what is loaded, wherever it came from; compares nothing.
+Place in the flow: called whenever a cache is made or used, so it must be quick: it reads 18 million of the parameters
+of a model with 8 billion, in less than a second once the weights are in memory (pages of a mapped file that were never
+touched must be read first). Reads what is loaded, wherever it came from; compares nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gisting.models.weights import input_weight
 
 __all__ = ["fingerprint", "walk"]
 
-# What a config holds beside the architecture: none of it changes a hidden state.
+# Entries of a config that do not change any hidden state.
 _IGNORED = {"architectures", "dtype", "gist", "torch_dtype", "transformers_version", "use_cache"}
-# Whether an adapter is at work is written in no weight.
+# Attributes that say whether an adapter is active, which no weight shows.
 _ADAPTER_STATE = ("active_adapters", "active_adapter", "disable_adapters", "merged", "merged_adapters", "scaling")
-# What attention multiplies with, written in no weight: scores, and the cosines and sines of a rotation.
+# Factors in attention that no weight shows: of the scores, and of the cosines and sines of a rotation.
 _SCALING = ("scaling", "attention_scaling")
-# What torch.compile puts into the names of what it wraps.
+# The part that torch.compile adds to the names of modules.
 _COMPILED = "_orig_mod"
 _WHOLE = 16_384
 _DIAGONALS = 8
@@ -38,29 +38,32 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """``model_type/`` and twelve hex digits of a SHA-256 over the configuration and a sample of every weight tensor.
+    """Return ``model_type/`` and twelve hex digits of a SHA-256 over the configuration and a sample of every tensor.
 
-    What goes in: the configuration; name, shape and :func:`walk` of each parameter and persistent buffer (the scales
-    of quantised weights among them); the whole embedding row of the gist token; the rotary frequencies as they are in
-    memory and the factors of attention, whatever the configuration says of them; of each adapter of peft, whether it
-    is active, merged or disabled. Tied tensors count under each of their names, so it does not matter whether they
-    share memory. Numbers of 16 and 32 bits are read as float32, so that a cast which loses nothing does not show; all
-    others bit for bit.
+    The hash covers the configuration; name, shape and :func:`walk` of each parameter and persistent buffer (including
+    the scales of quantised weights); the complete embedding row of the gist token; the rotary frequencies in memory and
+    the factors in attention, whatever the configuration says about them; and whether each peft adapter is active,
+    merged or disabled. Tied tensors count under each of their names, so it does not matter whether they share memory.
+    Values of 16 and 32 bits are read as float32, so a lossless cast does not change the fingerprint; all others are
+    read bit for bit.
 
     ``model.to(torch.bfloat16)`` rounds rotary frequencies, ``from_pretrained(dtype=torch.bfloat16)`` leaves them in
-    float32: two models, which rotate keys differently. Where frequencies change with the length of a batch, those
-    below the length at which they change are read, so that running a model never changes its fingerprint.
+    float32. These are two different models, because they rotate keys differently. If the frequencies depend on the
+    length of a batch, those for short batches are read, so running a model never changes its fingerprint.
 
-    The walk meets every row and every column of a matrix, and eight diagonals of it. So a change of all numbers of a
-    row, of a column or of the tensor shows: training steps, merged adapters, replaced, exchanged or rescaled layers.
-    In an R x C matrix a change of all numbers of a block of r neighbouring rows and c neighbouring columns shows from
-    ``r + c > ceil(min(R, C) / 8)`` on: of 4,096 x 4,096 one of 256 x 257, or 1 x 512. What can be missed are smaller
-    blocks and few single numbers: of m numbers at random, all are missed with probability
-    ``(1 - 8 / min(R, C)) ** m``, that is for 4,096 x 4,096 one number almost surely, 512 in one of three cases (0.37),
-    5,120 in one of 22,000. Matrices of up to 16,384 numbers are read whole.
+    The sample has values from every row and every column of a matrix, on eight diagonals. So a change of all values of
+    a row, of a column or of the tensor shows: training steps, merged adapters, replaced, swapped or rescaled layers.
+    In an R x C matrix, a change of all values in a block of r adjacent rows and c adjacent columns shows if
+    ``r + c > ceil(min(R, C) / 8)``: for 4,096 x 4,096, a block of 256 x 257, or of 1 x 512. Smaller blocks and a few
+    single values can be missed: m random values are all missed with probability ``(1 - 8 / min(R, C)) ** m``. For
+    4,096 x 4,096 that is one value almost certainly, 512 values in one of three cases (0.37), 5,120 values in one of
+    22,000. Matrices of up to 16,384 values are read completely.
+
+    Args:
+        model: a loaded model.
 
     Raises:
-        GistError: a tensor is on the meta device, so there are no numbers to read.
+        GistError: a tensor is on the meta device, so there are no values to read.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in _IGNORED and key[0] != "_"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -82,10 +85,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def walk(tensor: Tensor) -> Tensor:
-    """The sample of ``tensor``, as one row of integers that hold its bits.
+    """Sample ``tensor`` as one row of integers that hold its bits.
 
-    Of an ``(R, C)`` matrix with S, the shorter of its sides, and ``n = min(8, S)`` the n max(R, C) numbers at
-    ``(i, (i + s) mod C)`` where it is tall, at ``((i + s) mod R, i)`` where it is wide, for ``s = j S // n`` and j in
+    For an ``(R, C)`` matrix whose shorter side is S, with ``n = min(8, S)``, these are the n max(R, C) values at
+    ``(i, (i + s) mod C)`` if it is tall, at ``((i + s) mod R, i)`` if it is wide, for ``s = j S // n`` and j in
     0..n-1. For n = 2::
 
         0 4 . .        0 . a . 4 . e .
@@ -93,9 +96,12 @@ def walk(tensor: Tensor) -> Tensor:
         . . 2 6        . 9 2 . . d 6 .      every row and every column has some
         7 . . 3        . . ...
 
-    A tensor of more dimensions is a matrix of rows of its last one. Up to 16,384 numbers, and up to 1,048,576 in a
-    single dimension, are taken whole. What is longer than that and narrower than 256 (packed or flattened weights) is
-    read as a square, the rest behind it whole.
+    A tensor with more dimensions is read as a matrix whose rows are along its last dimension. Up to 16,384 values, and
+    up to 1,048,576 in a single dimension, are read completely. A tensor that is longer and narrower than 256 (packed or
+    flattened weights) is read as a square, followed by the complete remainder.
+
+    Args:
+        tensor: a tensor of any shape and dtype, on any device.
     """
     tensor = tensor.detach()
     tensor = tensor.view(_BITS[tensor.element_size()])
@@ -107,8 +113,8 @@ def walk(tensor: Tensor) -> Tensor:
         columns = math.isqrt(flat.numel())
         rest = flat.numel() % columns
         return torch.cat([walk(flat[: flat.numel() - rest].view(-1, columns)), flat[flat.numel() - rest :]])
-    # Views, since an index of 64 bits for each number would be four times what it picks: squares one below another, and
-    # what is left below them.
+    # Use views of stacked squares and of the remainder below them: a 64-bit index for each value would take four times
+    # the memory of the sample.
     tall = matrix if matrix.shape[0] > matrix.shape[1] else matrix.T
     rows, side = tall.shape
     squares = tall[: rows // side * side].unflatten(0, (rows // side, side))
@@ -125,12 +131,12 @@ def walk(tensor: Tensor) -> Tensor:
 
 
 def _plain(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that hold the numbers: a quantised or distributed one is made of several."""
+    """Yield the plain tensors in a tensor; a quantised or distributed one has several."""
     if not isinstance(tensor, Tensor):
-        return  # the extra state of a module
+        return  # extra state of a module
     if tensor.device.type == "meta":
         raise GistError(
-            f"{name} is on the meta device, so nobody can tell whose states these are; load the model whole, without "
+            f"{name} is on the meta device, so the model cannot be identified; load the complete model, without "
             "offloading to disk"
         )
     if hasattr(tensor, "__tensor_flatten__"):
@@ -141,8 +147,11 @@ def _plain(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _frequencies(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The rotary frequencies that no file holds, but for copies that nothing computes with."""
-    # Where they change with the length, what is in use depends on what ran last, and the copies are what comes back.
+    """Yield the rotary frequencies that determine the states; they are in no file.
+
+    Modules also keep a copy. If the frequencies depend on the length, those in use depend on the last batch, and the
+    copy holds the ones for short batches.
+    """
     are_copies_used = is_length_dependent(model.config)
     for prefix, module in model.named_modules():
         for name in sorted(module._non_persistent_buffers_set):
@@ -151,7 +160,7 @@ def _frequencies(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _scaling(model: nn.Module) -> dict[str, float]:
-    """What attention multiplies with, of each module that says so. Gemma 3 has one for each type of layer."""
+    """Collect the factors in attention by module. Gemma 3 has one for each type of layer."""
     return {
         f"{_uncompiled(name)}.{key}": float(value)
         for name, module in model.named_modules()
@@ -161,30 +170,33 @@ def _scaling(model: nn.Module) -> dict[str, float]:
 
 
 def _adapter_state(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Of each layer that peft has wrapped, what says whether and how strongly its adapters act."""
+    """Collect, for each layer that peft has wrapped, whether and how strongly its adapters act."""
     found = {}
     for name, module in model.named_modules():
-        # transformers' own models have methods of some of these names.
+        # A property, because transformers' own models have methods with some of these names.
         if isinstance(getattr(type(module), "disable_adapters", None), property):
             state = {key: getattr(module, key) for key in _ADAPTER_STATE if hasattr(module, key)}
-            # Where an adapter acts: at gist tokens alone, or as peft's own variants do.
+            # The variants say where an adapter acts, for example at gist tokens only.
             variants = {key: type(value).__name__ for key, value in getattr(module, "lora_variant", {}).items()}
             found[_uncompiled(name)] = {**state, **({"variants": variants} if variants else {})}
     return found
 
 
 def _uncompiled(name: str) -> str:
-    """A name without what torch.compile adds to it."""
+    """Remove what torch.compile adds to a name."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def _is_cast(tensor: Tensor) -> bool:
-    """Whether it is read as float32."""
+    """Check whether a tensor is read as float32."""
     return tensor.is_floating_point() and tensor.element_size() in (2, 4)
 
 
 def _on_cpu(samples: list[Tensor]) -> list[Tensor]:
-    """Floating ones as float32; in one transfer and one cast for each device and dtype, as each may be waited for."""
+    """Move samples to the CPU, and cast floating-point ones to float32.
+
+    There is one transfer and one cast for each device and dtype, because each may wait for the device.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for number, sample in enumerate(samples):
         groups.setdefault((sample.device, sample.dtype), []).append(number)

@@ -1,14 +1,14 @@
-"""Trained parts that act at gist tokens alone: rows of embedding of their own, and LoRA whose update stays there.
+"""Apply trained parts at gist tokens only: separate embedding rows, and a LoRA whose update is added nowhere else.
 
-Place in the flow: ``adapters`` installs these hooks on a patched model whose own weights are frozen. What they act on
-comes with the call: where ``attention_mask`` is an interval mask, a hook before the stack that reads ids works out
-which tokens are gist tokens, and which token of its gist each one is. Without an interval mask there are none (the
-guard of ``patch`` refuses them), so ordinary text, and every decoding step from a cached gist, runs the frozen model
-and nothing else: the same bits at the same cost, whatever adapter made the cache. Knows no peft and no files.
+Place in the flow: ``adapters`` installs these hooks on a patched model whose own weights are frozen. If
+``attention_mask`` is an interval mask, a hook before the stack that reads ids finds the gist tokens, and which of its
+gist's tokens each one is. Without an interval mask there are none (the guard of ``patch`` refuses them), so ordinary
+text, and every decoding step from a cached gist, runs only the frozen model: the same bits at the same cost, whichever
+adapter made the cache. Independent of peft and of files.
 
-Places travel in a context variable, so that threads can share a model, and as a keyword that the stack hands to its
-layers: activation checkpointing calls a layer again long after the stack has returned, with the keywords of the call
-that it repeats.
+Places are passed in a context variable, so that threads can share a model, and as a keyword argument from the stack to
+its layers, because activation checkpointing calls a layer again long after the stack has returned, with the keyword
+arguments of the original call.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gisting.errors import GistError
 from gisting.models.hooks import remove_hooks
@@ -33,7 +34,7 @@ _KEYWORD = "gist_places"
 
 class _Call(NamedTuple):
     places: Tensor  # (B, T)
-    index: Tensor | None  # (G,), where the places are 0 and more; None where only the device knows how many there are
+    index: Tensor | None  # (G,), where places >= 0; None if only the device knows how many there are
     rows: Tensor | None  # (num_rows, d_model)
 
 
@@ -43,13 +44,14 @@ _given_index: ContextVar[Tensor | None] = ContextVar("gist_index", default=None)
 
 @contextmanager
 def gists_at(index: Tensor | None) -> Iterator[None]:
-    """A block in which models with gist-only LoRA are told where the gist tokens of their input stand, so that its two
-    matrices are applied to those alone. An accelerator cannot be asked without waiting for it, so there they are
-    otherwise applied to every token, and what is not a gist token's is dropped.
+    """Tell models with gist-only LoRA, within the block, where the gist tokens of their input are.
+
+    LoRA's two matrices are then applied to those tokens only. Otherwise, on an accelerator, they are applied to every
+    token and the results for other tokens are dropped, because looking for gist tokens would wait for the device.
 
     Args:
-        index: int64 ``(G,)``: numbers of the gist tokens counted through the batch (``row * T + column``), on the
-            device of the model; None to leave it to the model.
+        index: int64 ``(G,)``: indices of the gist tokens in the flattened batch (``row * T + column``), on the device
+            of the model; None to let the model find them.
     """
     before = _given_index.set(index)
     try:
@@ -59,19 +61,19 @@ def gists_at(index: Tensor | None) -> Iterator[None]:
 
 
 def gist_places(input_ids: Tensor, position_ids: Tensor | None, gist_token_id: int) -> Tensor:
-    """Which token of its gist each id is, and -1 for all that are none::
+    """Find which of its gist's tokens each id is; -1 for ids that are not gist tokens::
 
-        ids        a  b  G  G  G  c        G1 g1 G2 g2      chained: copies stand between, at the same position
+        ids        a  b  G  G  G  c        G1 g1 G2 g2      chained: with copies in between, at the same position
         positions -2 -1  0  1  2  3         0  0  1  1
         places    -1 -1  0  1  2 -1         0  0  1  1
 
     Args:
         input_ids: int64 ``(B, T)``.
-        position_ids: int64 ``(B, T)`` or ``(1, T)``; None where they count up by one (encoders).
+        position_ids: int64 ``(B, T)`` or ``(1, T)``; None if they count up by one (encoders).
         gist_token_id: the id of all gist tokens.
 
     Returns:
-        int64 ``(B, T)``. A copy that a control turns into padding may be counted one too far.
+        int64 ``(B, T)``. A copy that a control turns into padding may be one too high.
     """
     is_gist = input_ids == gist_token_id
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -84,26 +86,26 @@ def gist_places(input_ids: Tensor, position_ids: Tensor | None, gist_token_id: i
 class GistOnlyLora:
     """LoRA (arXiv 2106.09685) whose update is added at gist tokens and nowhere else.
 
-    A variant in peft's sense: it stands in ``LoraLayer.lora_variant`` and is asked for the output of a layer. It
-    selects rather than multiplies by a mask, so other tokens keep the frozen layer's bits, and a NaN there stays there.
-    Made of static methods alone, so that it is copied and pickled with its model.
+    This is a variant in peft's sense: peft finds it in ``LoraLayer.lora_variant`` and calls it for the output of a
+    layer. It selects instead of multiplying by a mask, so other tokens keep the frozen layer's bits, and a NaN at one
+    token does not spread. It only has static methods, so it is copied and pickled with its model.
     """
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """``result + B A x * scaling`` where there is a gist token, ``result`` elsewhere.
+        """Compute ``result + B A x * scaling`` at gist tokens and ``result`` elsewhere.
 
         Args:
             module: peft's layer.
-            active_adapter: whose A and B.
-            x: ``(..., d_in)``, floating point, what the layer reads; a vector for each token.
-            result: ``(..., d_out)``, floating point, what the frozen layer gives.
+            active_adapter: the name of the adapter whose A and B are used.
+            x: ``(..., d_in)``, floating point, the input of the layer; a vector for each token.
+            result: ``(..., d_out)``, floating point, the output of the frozen layer.
 
         Returns:
             ``(..., d_out)`` in the dtype of ``result``.
 
         Raises:
-            GistError: ``x`` has not a vector for each token of the batch.
+            GistError: ``x`` does not have one vector for each token of the batch.
         """
         call = _call.get()
         if call is None:
@@ -125,25 +127,26 @@ class GistOnlyLora:
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Refused: a merged weight would act on every token. Arguments as peft gives them.
+        """Refuse to merge, because a merged weight would act on every token. Arguments as peft passes them.
 
         Raises:
             GistError: always.
         """
         raise GistError(
-            "gist-only LoRA cannot be merged, for a merged weight acts on every token; keep it beside the model"
+            "gist-only LoRA cannot be merged, because a merged weight acts on every token; keep the adapter unmerged"
         )
 
     merge_unsafe = unmerge = merge_safe
 
 
 def install(model: Any, stack: Any, rows: nn.Parameter | None, *, has_lora: bool) -> None:
-    """Let ``rows`` stand in for the embedding of gist tokens, and ``GistOnlyLora`` know where they are.
+    """Use ``rows`` as the embeddings of gist tokens, and tell ``GistOnlyLora`` where the gist tokens are.
 
     Args:
         model: a patched model.
-        stack: its stack that reads ids, as :func:`gisting.models.patch.guarded_stack` gives it.
-        rows: ``(num_rows, d_model)``: one for all gist tokens, or one for each place in a gist. None for the table's.
+        stack: its stack that reads ids, from :func:`gisting.models.state.guarded_stack`.
+        rows: ``(num_rows, d_model)``: one for all gist tokens, or one for each token of a gist. None to use the
+            model's embedding table.
         has_lora: whether layers of the stack hold a ``GistOnlyLora``.
     """
     stack.register_parameter("gist_rows", rows)
@@ -156,19 +159,21 @@ def install(model: Any, stack: Any, rows: nn.Parameter | None, *, has_lora: bool
 
 
 def uninstall(model: nn.Module) -> None:
-    """Leave nothing of :func:`install` on ``model``, nor on a copy of it."""
+    """Remove everything that :func:`install` put on ``model``, or that a copy of such a model has.
+
+    Args:
+        model: any module.
+    """
     for module in model.modules():
         module._parameters.pop("gist_rows", None)
         remove_hooks(module, _HOOKS)
 
 
 def _holders(stack: Any) -> Iterator[nn.Module]:
-    """What lies between the layers of the stack and what peft has wrapped: attention, MLP, and what holds those.
+    """Yield the modules between the layers of the stack and those that peft has wrapped: attention, MLP and the like.
 
-    The layers themselves are left out: transformers checkpoints their ``forward``, so their hooks are not run again.
+    The layers themselves are left out, because activation checkpointing repeats their ``forward`` without their hooks.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     for layer in stack.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             for module in layer.modules():
@@ -182,7 +187,7 @@ def _announce(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     ids = kwargs.get("input_ids", args[0] if args else None)
-    # An encoder that reads placeholders, whose states come from a cache, has an ordinary mask.
+    # An encoder that reads placeholders whose states come from a cache has an ordinary mask.
     if not is_interval_mask(mask) or not isinstance(ids, Tensor):
         _call.set(None)
         return args, kwargs
@@ -201,8 +206,9 @@ def _withdraw(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 def _receive(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Take the places out of the keywords, of which no attention function knows. In every layer attention comes first,
-    so what stands behind it finds them in the context.
+    """Move the places from the keyword arguments, which attention functions do not take, to the context variable.
+
+    Attention comes first in every layer, so the modules after it find the places there.
     """
     if _KEYWORD not in kwargs:
         return None
@@ -218,7 +224,7 @@ def _give_rows(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return output
     rows = call.rows.to(module.weight.dtype)
     scale = getattr(module, "embed_scale", None)
-    if scale is not None:  # Gemma: the embedding scales what it looks up.
+    if scale is not None:  # Gemma's embedding scales the rows that it looks up.
         rows = rows * scale.to(rows.dtype)
     places = call.places.clamp(0, rows.shape[0] - 1)
     return torch.where((call.places >= 0)[..., None], rows[places].to(output.dtype), output)

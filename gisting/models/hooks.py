@@ -1,6 +1,6 @@
-"""Taking off what was hooked onto a model.
+"""Remove hooks from a model.
 
-Place in the flow: below ``patch``, ``relative_bias`` and ``gist_lora``, which hook modules. Knows none of them.
+Place in the flow: below ``patch``, ``relative_bias`` and ``gist_lora``, which hook modules; independent of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ __all__ = ["remove_hooks"]
 def remove_hooks(module: nn.Module, functions: Collection[Callable[..., Any]]) -> None:
     """Remove the forward hooks of ``module`` that are partials of ``functions``.
 
-    By function and not by handle: a copy of a model has the hooks, and nobody has handles to them.
+    Hooks are found by function and not by handle, because a copy of a model has hooks but no handles to them.
+
+    Args:
+        module: any module.
+        functions: the functions whose partials are removed.
     """
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):

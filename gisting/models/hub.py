@@ -1,8 +1,7 @@
-"""Patched checkpoints as directories and on the Hugging Face hub; the way back is ``gisting.load``.
+"""Save patched checkpoints to directories and to the Hugging Face hub. ``gisting.load`` reads them.
 
-Place in the flow: behind training. Puts together what a checkpoint consists of: the weights and config that
-transformers writes, the tokenizer with its gist token and template, a card. Knows how a folder is uploaded; measures
-nothing, and loads nothing.
+Place in the flow: after training. A checkpoint consists of the weights and config that transformers writes, the
+tokenizer with its gist token and template, and a card.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ if TYPE_CHECKING:
 
 __all__ = ["push_to_hub", "save_pretrained", "upload"]
 
-# A checkpoint that is cut into other files than the one before it leaves none of them behind.
+# Weight files of an earlier upload are deleted, because the new checkpoint may be split into other files.
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
-# What the card says of an adapter.
+# What the card says about an adapter.
 _ADAPTERS = {
-    "lora": "These files are a LoRA adapter, in peft's layout, with the gist token's row of embedding.",
-    "gist-lora": "These files are a gist-only LoRA adapter: its update acts at gist tokens alone, and text without "
-    "them is answered by the base model, to the bit. The layout is peft's, but plain peft would apply it at all "
+    "lora": "These files are a LoRA adapter in peft's layout, with the gist token's embedding row.",
+    "gist-lora": "These files are a gist-only LoRA adapter: its update acts at gist tokens only, and text without "
+    "gist tokens gets exactly the base model's answers. The layout is peft's, but plain peft would apply it at all "
     "tokens: load it with gisting.",
-    "embeddings": "These files are an adapter of embeddings, a row for each place in a gist, in peft's layout of "
+    "embeddings": "These files are an adapter of embeddings, a row for each token of a gist, in peft's layout of "
     "trained tokens.",
 }
 
@@ -39,40 +38,41 @@ _ADAPTERS = {
 def save_pretrained(
     model: PreTrainedModel, tokenizer: GistTokenizer, directory: str | Path, *, title: str | None = None, **card: Any
 ) -> None:
-    """Write a checkpoint that :func:`gisting.load` reads, and stock transformers without gisting too.
+    """Write a checkpoint that :func:`gisting.load` reads, and that stock transformers reads without gisting.
 
-    Of a model with an adapter (:mod:`gisting.models.adapters`), the adapter alone, which names its base model.
+    If the model has an adapter (:mod:`gisting.models.adapters`), only the adapter is written, with the name of its base
+    model.
 
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        directory: where to; made where there is none. A checkpoint in it is replaced.
-        title: of the card, ``README.md``; None for the directory's name.
-        **card: ``data``, ``metrics``, ``license``, ``base_model`` and ``extra`` of :func:`gisting.card.card`. What is
-            not given is not in the card, or said to be unknown.
+        directory: where to write; created if it does not exist. A checkpoint in it is replaced.
+        title: the title of the card, ``README.md``; None for the directory's name.
+        **card: ``data``, ``metrics``, ``license``, ``base_model`` and ``extra`` of :func:`gisting.card.card`. The card
+            leaves out what is not given, or says that it is not stated.
 
     Raises:
-        GistError: the model is not patched for this tokenizer, has adapters of another maker that are not merged, or
-            ``directory`` is a file or, for an adapter, holds a whole checkpoint.
+        GistError: the model is not patched for this tokenizer, it has unmerged adapters that are not this library's,
+            ``directory`` is a file, or ``directory`` holds a complete checkpoint and the model has an adapter.
         OSError: something cannot be written.
     """
     from gisting.models import adapters
     from gisting.models.fingerprint import fingerprint
     from gisting.models.load import trained_num_gist_tokens
-    from gisting.models.patch import require_patched
+    from gisting.models.state import require_patched
 
     require_patched(model, tokenizer)
     adapter = adapters.adapter_of(model)
     if adapter is None:
-        _check_whole(model)
+        _check_complete(model)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
-        raise GistError(f"directory must be a directory, {directory} is a file; give another path")
+        raise GistError(f"directory must be a directory, but {directory} is a file; give another path")
     trained = trained_num_gist_tokens(model)
     if adapter is not None:
         adapters.check_directory(directory)
         card = {**card, "extra": "\n\n".join(filter(None, [_ADAPTERS[adapter.kind], card.get("extra", "")]))}
-    # Made first: a card that is refused leaves nothing behind.
+    # Made first, so that nothing is written if an argument of the card is wrong.
     readme = make_card(
         "checkpoint",
         title=directory.resolve().name if title is None else title,
@@ -101,24 +101,24 @@ def push_to_hub(
     api: Any = None,
     **card: Any,
 ) -> str:
-    """Upload what :func:`save_pretrained` writes; ``gisting.load(repo_id)`` is the way back.
+    """Upload what :func:`save_pretrained` writes. ``gisting.load(repo_id)`` reads it.
 
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        repo_id: ``"owner/name"``; made where there is none.
-        private: whether a new repository can be read by its owner alone; None for the account's setting.
-        revision: branch; None for the main one.
-        token: access token; None for the one that is logged in.
-        commit_message: what the commit is called.
-        api: in place of :class:`huggingface_hub.HfApi`.
+        repo_id: ``"owner/name"``; created if it does not exist.
+        private: whether only its owner can read a new repository; None for the account's default.
+        revision: the branch; None for the main branch.
+        token: the access token; None for the one that is logged in.
+        commit_message: the message of the commit.
+        api: a replacement for :class:`huggingface_hub.HfApi`.
         **card: as for :func:`save_pretrained`.
 
     Returns:
-        Where the commit is.
+        The URL of the commit.
 
     Raises:
-        GistError: as for :func:`save_pretrained`, or ``repo_id`` is no repository's.
+        GistError: as for :func:`save_pretrained`, or ``repo_id`` is not the name of a repository.
         OSError: the hub cannot be reached, or refuses.
     """
     _check_repository(repo_id)
@@ -148,23 +148,28 @@ def upload(
     delete_patterns: Sequence[str] | None = None,
     api: Any = None,
 ) -> str:
-    """Put a folder into a repository on the hub, as one commit; the repository is made where there is none.
+    """Upload a folder to a repository on the hub in one commit. The repository is created if it does not exist.
 
     Args:
-        folder: what is uploaded.
-        repo_id: as for :func:`push_to_hub`, like ``private``, ``revision``, ``token``, ``commit_message``, ``api``.
-        allow_patterns: which files are uploaded; None for all.
-        delete_patterns: which files of the repository go, unless they are uploaded anew.
+        folder: the folder to upload.
+        repo_id: as for :func:`push_to_hub`.
+        private: as for :func:`push_to_hub`.
+        revision: as for :func:`push_to_hub`.
+        token: as for :func:`push_to_hub`.
+        commit_message: as for :func:`push_to_hub`.
+        allow_patterns: patterns of the files to upload; None for all.
+        delete_patterns: patterns of the files to delete from the repository unless they are uploaded again.
+        api: as for :func:`push_to_hub`.
 
     Returns:
-        Where the commit is.
+        The URL of the commit.
 
     Raises:
-        GistError: ``repo_id`` is no repository's.
+        GistError: ``repo_id`` is not the name of a repository.
         ConnectionError: the hub cannot be reached.
-        OSError: it refuses; huggingface_hub says why.
+        OSError: the hub refuses; huggingface_hub says why.
     """
-    # Of httpx or httpx2, whichever huggingface_hub is built on; of its own errors, only those are no OSError.
+    # From httpx or httpx2, whichever huggingface_hub uses. It is the only error it raises that is not an OSError.
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     _check_repository(repo_id)
@@ -187,7 +192,7 @@ def upload(
         raise  # huggingface_hub's own: no permission, no token, offline mode
     except HTTPError as error:
         raise ConnectionError(
-            f"{repo_id} was not uploaded, for the hub could not be reached ({error}); try again"
+            f"{repo_id} was not uploaded because the hub could not be reached ({error}); try again"
         ) from error
     return str(done.commit_url)
 
@@ -197,8 +202,8 @@ def _check_repository(repo_id: str) -> None:
         raise GistError(f"repo_id must be a repository on the hub, 'owner/name', got {repo_id!r}")
 
 
-def _check_whole(model: Any) -> None:
-    """transformers and peft write an adapter without the model that it belongs to."""
+def _check_complete(model: Any) -> None:
+    """Refuse models with adapters, because transformers and peft write an adapter without its base model."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -208,6 +213,6 @@ def _check_whole(model: Any) -> None:
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise GistError(
-            "model has adapters, which would be written without the model that they belong to; merge them first, with "
-            "PeftModel.merge_and_unload() of peft"
+            "model has adapters, which would be written without their base model; merge them first, with peft's "
+            "PeftModel.merge_and_unload()"
         )

@@ -1,7 +1,7 @@
-"""A checkpoint by name: model and tokenizer, patched for each other.
+"""Load a checkpoint by name: model and tokenizer, patched for each other.
 
-Place in the flow: a name -> **load** -> everything that runs a model. Knows checkpoints, adapters and the published
-ones; trains nothing.
+Place in the flow: a name -> **load** -> everything that runs a model. Reads checkpoints, adapters and the published
+checkpoints.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gisting.models import adapters
 from gisting.models.patch import patch
 from gisting.models.published import ALPACA_STRIPPED, published
 from gisting.models.registry import family_of, read_config
-from gisting.models.weight_difference import looks_like_difference, refusal, weight_difference
+from gisting.models.weight_difference import looks_like_difference, refusal
 from gisting.source import SOURCE_ARGUMENTS
 from gisting.tokens import GistTokenizer, Template, read_tokenizer
 
@@ -29,25 +29,25 @@ def load(
 ) -> tuple[PreTrainedModel, GistTokenizer]:
     """Load a model and its tokenizer and patch them.
 
-    A checkpoint that was saved patched brings its gist tokenizer along. One of the published code has the gist token in
-    its tokenizer, and keeps it. Any other gets a new gist token, which it has yet to learn. A directory with an adapter
-    (:mod:`gisting.models.adapters`) names its base model, which is loaded and frozen beside it.
+    A checkpoint that was saved patched has its gist tokenizer with it. A checkpoint of the published code has the gist
+    token in its tokenizer, and keeps it. Any other gets a new gist token, which it must learn by training. A directory
+    with an adapter (:mod:`gisting.models.adapters`) names its base model, which is loaded and frozen.
 
     Args:
         name_or_path: a directory, or a repository on the Hugging Face hub.
-        template: as for :class:`GistTokenizer`; None for what the checkpoint was saved with, what a decoder of the
-            published code was trained with (:data:`~gisting.models.published.ALPACA_STRIPPED`), or the family's
-            Alpaca layout.
-        **model_kwargs: for ``from_pretrained`` of the model: ``dtype``, ``device_map``, ...; those that say where files
-            come from (``revision``, ``token``, ...) for that of config and tokenizer too.
+        template: as for :class:`GistTokenizer`; None for the one that the checkpoint was saved with, for the one that
+            a published decoder was trained with (:data:`~gisting.models.published.ALPACA_STRIPPED`), or for the
+            family's Alpaca template.
+        **model_kwargs: for the model's ``from_pretrained``: ``dtype``, ``device_map``, ...; those that say where files
+            come from (``revision``, ``token``, ...) are used for config and tokenizer as well.
 
     Returns:
         The patched model, in eval mode, and its tokenizer.
 
     Raises:
         UnsupportedModelError: the model cannot be gisted correctly.
-        GistError: there is no such checkpoint, a file of it is damaged, it is a weight difference, or the template is
-            not the one that it was saved with.
+        GistError: there is no such checkpoint, one of its files is damaged, it is a weight difference, or it was saved
+            with another template.
     """
     known = published(name_or_path)
     if known is not None and known.is_difference:
@@ -60,13 +60,11 @@ def load(
         if about is not None:
             return _load_with_adapter(name_or_path, about["base"], template, source, model_kwargs)
         raise
-    if weight_difference(name_or_path, **source) is not None:
-        raise refusal(name_or_path)
     family_of(config)  # before the weights are fetched
     if (getattr(config, "gist", None) or {}).get("adapter") is not None:
         raise GistError(
             f"{name_or_path} is a training checkpoint of an adapter, which holds neither the base model nor a finished "
-            "adapter; resume from it, or load the directory that training saves in the end"
+            "adapter; resume from it, or load the directory that training writes when it ends"
         )
     if getattr(config, "gist", None) is not None and template is None:
         tokenizer = GistTokenizer.from_pretrained(name_or_path, **source)
@@ -79,7 +77,7 @@ def load(
     try:
         model = auto.from_pretrained(name_or_path, **model_kwargs)
     except SafetensorError as error:
-        raise GistError(f"{name_or_path}: a file of weights is damaged ({error}); get the checkpoint again") from error
+        raise GistError(f"{name_or_path}: a weight file is damaged ({error}); fetch the checkpoint again") from error
     if tokenizer.has_own_gist_token and looks_like_difference(model):
         raise refusal(name_or_path)
     patch(model, tokenizer)
@@ -96,31 +94,39 @@ def _load_with_adapter(
     model_kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, GistTokenizer]:
     if template is not None:
-        raise GistError("template must be None for an adapter, which was trained with the one that it was saved with")
+        raise GistError("template must be None for an adapter, because the adapter was trained with the saved template")
     if not base:
         raise GistError(
-            f"{name_or_path} does not say which model it belongs to, for that one had no name when it was trained; "
-            "load and patch it yourself, then: gisting.models.adapters.load(model, directory)"
+            f"{name_or_path} does not name its base model, which had no name when the adapter was trained; load and "
+            "patch the base model yourself, then call gisting.models.adapters.load(model, directory)"
         )
     tokenizer = GistTokenizer.from_pretrained(name_or_path, **source)
     auto = AutoModelForSeq2SeqLM if tokenizer.is_encoder_decoder else AutoModelForCausalLM
-    # The revision is the adapter's; the base model has its own history.
+    # The revision is the adapter's; the base model's repository has other revisions.
     model_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("revision", "subfolder")}
     try:
         model = auto.from_pretrained(base, **model_kwargs)
     except (OSError, ValueError) as error:
-        raise GistError(f"{name_or_path} belongs to the model {base}, which cannot be loaded ({error})") from error
+        raise GistError(f"{name_or_path} needs its base model {base}, which cannot be loaded ({error})") from error
     patch(model, tokenizer)
     adapters.load(model, name_or_path, **source)
     return model.eval(), tokenizer
 
 
 def trained_num_gist_tokens(model: PreTrainedModel) -> tuple[int, int] | None:
-    """The range of k that ``model.config`` says it was trained with, or None where it was not trained to gist."""
+    """Return the range of k that a model was trained with, as its config says, or None if it was not trained to gist.
+
+    Args:
+        model: any model.
+    """
     found = (getattr(model.config, "gist", None) or {}).get("num_gist_tokens")
     return None if found is None else (found[0], found[1])
 
 
 def trained_chunk_length(model: PreTrainedModel) -> int | None:
-    """The chunk length that ``model.config`` says it was trained with, or None where its prompts were not cut."""
+    """Return the chunk length that a model was trained with, as its config says, or None if its prompts were not cut.
+
+    Args:
+        model: any model.
+    """
     return (getattr(model.config, "gist", None) or {}).get("chunk_length")

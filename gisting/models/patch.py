@@ -1,8 +1,8 @@
 """Switch a transformers model over to gist attention, and back.
 
 Place in the flow: before everything that runs a model. ``patch`` gives the gist token its embedding, sets the
-attention function on every sub-stack, puts a guard before the stack that reads ids, and hooks the relative bias of T5's
-kind (arXiv 1910.10683); ``unpatch`` undoes all of it. What the model was patched for is in ``model.config.gist``, so a
+attention function on every sub-stack, puts a guard before the stack that reads ids, and hooks T5's kind of relative
+bias (arXiv 1910.10683); ``unpatch`` undoes all of it. What the model was patched for is in ``model.config.gist``, so a
 saved checkpoint is recognised when it is loaded and patched again.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -22,67 +21,57 @@ from gisting._compat import cache_argument, require_transformers
 from gisting.device import assert_on_device
 from gisting.errors import GistError, GistTokenError, UnsupportedModelError
 from gisting.models import relative_bias
+from gisting.models.adapters import adapter_of, detach
 from gisting.models.hooks import remove_hooks
 from gisting.models.registry import (
-    Family,
     attention_name,
     family_of,
     is_length_dependent,
     position_limit,
     register_attention,
 )
+from gisting.models.state import PATCH_FORMAT, Undo, check_recorded, guarded_stack, is_patched, require_patched
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 from gisting.visibility import is_interval_mask
 
 __all__ = ["PATCH_FORMAT", "guarded_stack", "is_patched", "patch", "require_patched", "unpatch"]
 
-#: Of ``config.gist``; goes up when what was written before cannot be read as it stands.
-PATCH_FORMAT = 1
-# Both are asserted on a device as well, so they have at most ``MAX_MESSAGE_BYTES``.
+# Both are asserted on a device as well, so each has at most ``MAX_MESSAGE_BYTES``.
 _UNMASKED = (
     "input_ids hold gist tokens, but attention_mask does not say what they hide; generate with gisting.generate, or "
     "with cache.as_past_key_values() and exactly the cache's gist tokens in front; train with the mask of GistCollator "
     "or of a Visibility"
 )
 _TOO_LONG = (
-    "position_ids span more positions than the model's rotary frequencies cover unchanged; shorten prompt or input"
+    "position_ids span more positions than the model's rotary frequencies cover unchanged; shorten the prompt or the "
+    "input"
 )
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-@dataclass
-class _Undo:
-    """What ``unpatch`` needs beside the config; lives on the model as ``_gist_undo`` and goes along when it is
-    copied.
-    """
-
-    attention: dict[str, str] = field(default_factory=dict)
-    replaced_rows: list[Tensor] | None = None
-
-
 def patch(model: Model, tokenizer: GistTokenizer) -> Model:
-    """Make ``model`` understand gist tokens and interval masks. In place, and undone by :func:`unpatch`.
+    """Make ``model`` understand gist tokens and interval masks, in place. :func:`unpatch` undoes it.
 
     The gist token gets an input embedding row (and an output row, if untied) at the mean of the rows before it; the
-    vocabulary grows by one where it has no spare row. Where the tokenizer itself has the gist token, its row was
-    trained and stays. Attention goes through ``interval_attention`` wherever ``attention_mask`` is a
-    ``Visibility.as_attention_mask()``, and through what the model used before everywhere else: text without gist
-    tokens gives the same bits as before. Gist tokens are suppressed in ``generation_config``, so they are never
-    generated.
+    vocabulary grows by one if it has no spare row. If the tokenizer itself has the gist token, its row was trained and
+    is kept. Attention goes through ``interval_attention`` whenever ``attention_mask`` is a
+    ``Visibility.as_attention_mask()``, and otherwise through the implementation that the model used before, so text
+    without gist tokens gives exactly the same bits. Gist tokens are suppressed in ``generation_config``, so they are
+    never generated.
 
     A model that was patched, saved and loaded is recognised by ``config.gist`` and keeps its rows.
 
     Args:
         model: a causal or encoder-decoder language model of a family in ``gisting.models.registry.FAMILIES``.
-        tokenizer: the tokenizer it is used with.
+        tokenizer: the tokenizer that the model is used with.
 
     Returns:
         ``model`` itself.
 
     Raises:
         UnsupportedModelError: the model cannot be gisted correctly; the message says why.
-        GistError: an argument is not what it should be, or the model was patched for another tokenizer.
+        GistError: an argument has the wrong type, or the model was patched for another tokenizer.
     """
     require_transformers()
     if not isinstance(model, PreTrainedModel):
@@ -100,32 +89,32 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
     if family.is_encoder_decoder != tokenizer.is_encoder_decoder:
         kind = "an encoder-decoder" if family.is_encoder_decoder else "a decoder"
         raise GistError(
-            f"{type(model).__name__} is {kind}, the tokenizer is not for one; make it with GistTokenizer(..., "
+            f"{type(model).__name__} is {kind}, but the tokenizer is not for one; make it with GistTokenizer(..., "
             f"is_encoder_decoder={family.is_encoder_decoder})"
         )
     recorded = getattr(model.config, "gist", None)
     if recorded is not None:
-        _check_recorded(recorded, tokenizer)
+        check_recorded(recorded, tokenizer)
         if is_patched(model):
             return model
     attention = {name: str(stack.config._attn_implementation) for name, stack in _stacks(model)}
     gist_attention = {name: attention_name(base) for name, base in attention.items()}
     if getattr(model.config, "attn_logit_softcapping", None) is not None and "sdpa" in attention.values():
-        # Until 5.18 or so transformers ran such a model on sdpa and left the softcap out.
+        # Until about 5.18 transformers ran such a model on sdpa and ignored the softcap.
         raise UnsupportedModelError(
-            f"{model.config.model_type} has a softcap, which attn_implementation='sdpa' leaves out; load the model "
+            f"{model.config.model_type} has a softcap, which attn_implementation='sdpa' ignores; load the model "
             "with attn_implementation='eager'"
         )
     if family.is_encoder_decoder and not any(
         getattr(part, "is_causal", False) for part in model.get_decoder().modules()
     ):
-        # UMT5 before transformers 5.18: stock training lets its decoder look ahead.
+        # UMT5 before transformers 5.18, where stock training lets the decoder look ahead.
         raise UnsupportedModelError(
             f"this version of transformers does not mark the decoder of {model.config.model_type} as causal; upgrade "
             "it: pip install 'transformers>=5.18'"
         )
 
-    undo = _Undo(attention=attention)
+    undo = Undo(attention=attention)
     model._gist_undo = undo  # pyright: ignore[reportArgumentType]
     try:
         register_attention()
@@ -144,7 +133,7 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
             functools.partial(_guard, gist_token_id=tokenizer.gist_token_id), with_kwargs=True
         )
         if not family.is_encoder_decoder:
-            _check_what_a_cache_stands_for(model, tokenizer.gist_token_id)
+            _check_ids_before_cached_gists(model, tokenizer.gist_token_id)
         relative_bias.install(model)
     except BaseException:
         _restore(model, forget=recorded is None)
@@ -153,9 +142,9 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
 
 
 def unpatch(model: Model) -> Model:
-    """Undo :func:`patch`: weights, attention, generation settings and config are as they were, to the bit.
+    """Undo :func:`patch`: restore weights, attention, generation settings and config exactly.
 
-    Embedding rows that training has changed stay changed, all but the gist token's, which goes.
+    Embedding rows that training has changed stay changed. The gist token's row is removed.
 
     Args:
         model: a patched model.
@@ -172,47 +161,9 @@ def unpatch(model: Model) -> Model:
     return model
 
 
-def is_patched(model: nn.Module) -> bool:
-    """Whether :func:`patch` is in force for ``model`` (a checkpoint that was saved patched is not, until it is patched
-    again).
-    """
-    return getattr(model, "_gist_undo", None) is not None
-
-
-def require_patched(model: PreTrainedModel, tokenizer: GistTokenizer) -> Family:
-    """The family of ``model``, which is patched for this ``tokenizer``.
-
-    Raises:
-        GistError: it is not.
-    """
-    if not isinstance(tokenizer, GistTokenizer):
-        raise GistError(
-            f"tokenizer must be a GistTokenizer, got {type(tokenizer).__name__}; wrap it: GistTokenizer(tokenizer)"
-        )
-    if not is_patched(model):
-        raise GistError(f"model ({type(model).__name__}) is not patched; call gisting.patch(model, tokenizer) first")
-    _check_recorded(model.config.gist, tokenizer)
-    return family_of(model.config)
-
-
-def _check_recorded(recorded: dict[str, Any], tokenizer: GistTokenizer) -> None:
-    if recorded.get("format") != PATCH_FORMAT:
-        raise GistError(
-            f"model.config.gist has format {recorded.get('format')}, this version reads {PATCH_FORMAT}; upgrade "
-            "gisting: pip install -U gist-tokens"
-        )
-    if recorded["tokenizer"] != tokenizer.fingerprint:
-        raise GistError(
-            f"model was patched for tokenizer {recorded['tokenizer']} (template {recorded['template']}, gist token "
-            f"id {recorded['gist_token_id']}), got {tokenizer.fingerprint} (template {tokenizer.template.name}, gist "
-            f"token id {tokenizer.gist_token_id}); load the tokenizer that was saved with it: "
-            "GistTokenizer.from_pretrained(directory)"
-        )
-
-
 def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Every sub-model with a config of its own or shared: T5's encoder and decoder hold copies that no setter
-    reaches.
+    """Yield every sub-model, because each may have its own config: T5's encoder and decoder hold copies of the model's
+    config that no setter reaches.
     """
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
@@ -225,17 +176,8 @@ def _set_attention(model: PreTrainedModel, names: dict[str, str]) -> None:
             stack.set_attn_implementation(names[name])
 
 
-def guarded_stack(model: PreTrainedModel) -> Any:
-    """The stack of ``model`` that reads the prompt's ids, before which the guard stands; inside the head's model, for
-    adapters call that one's ``forward`` directly.
-    """
-    return model.get_encoder() if family_of(model.config).is_encoder_decoder else model.base_model
-
-
 def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, gist_token_id: int) -> None:
-    """Refuse gist tokens without a mask that says what they hide: they would be read unmasked, and nobody would
-    notice.
-    """
+    """Refuse gist tokens without a mask that says what they hide, because they would silently be read unmasked."""
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     config = module.config
     if is_interval_mask(mask):
@@ -245,18 +187,19 @@ def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     if not isinstance(ids, Tensor) or kwargs.get("gist_states") is not None:
         return
     if torch.compiler.is_compiling() or (ids.shape[1] == 1 and ids.device.type != "cpu"):
-        # Asking for the answer would wait for an accelerator at every token.
+        # Reading the answer back would wait for the accelerator at every token.
         assert_on_device((ids != gist_token_id).all(), _UNMASKED)
     elif (ids == gist_token_id).any():
         raise GistTokenError(_UNMASKED)
 
 
-def _check_what_a_cache_stands_for(model: Any, gist_token_id: int) -> None:
-    """Let ``generate`` see whether the ids in front of those it continues are the gist tokens of its cache.
+def _check_ids_before_cached_gists(model: Any, gist_token_id: int) -> None:
+    """Make stock ``generate`` check that the ids in place of a cached gist are gist tokens.
 
-    Stock ``generate`` drops as many ids as a given cache has columns, unread: of a text without gist tokens in front,
-    the first words would be gone. Assisted decoding forgets to drop them; here they are dropped. The only place that
-    sees ids and cache together is ``prepare_inputs_for_generation``, so the model gets its own, as an attribute.
+    Stock ``generate`` drops as many leading ids as a given cache has columns, without looking at them: a text without
+    gist tokens in front would lose its first words. Assisted decoding fails to drop them, so they are dropped here. The
+    only place that sees ids and cache together is ``prepare_inputs_for_generation``, so the model gets its own version
+    of it, as an attribute.
     """
     inner = type(model).prepare_inputs_for_generation
 
@@ -265,7 +208,7 @@ def _check_what_a_cache_stands_for(model: Any, gist_token_id: int) -> None:
         held: Tensor | None = getattr(kwargs.get(cache_argument()), "gist_mask", None)
         if held is not None and kwargs.get("is_first_iteration"):
             in_front = input_ids[:, : held.shape[1]]
-            # Once for each beam or sample, as generate repeats the ids.
+            # Once for each beam or sample, because generate repeats the ids.
             held = held.to(in_front.device).repeat_interleave(max(1, len(in_front) // len(held)), dim=0).bool()
             is_gist = held.shape == in_front.shape and bool((in_front[held] == gist_token_id).all())
             is_dropped = kwargs.get("next_sequence_length") is not None
@@ -285,8 +228,8 @@ def _check_what_a_cache_stands_for(model: Any, gist_token_id: int) -> None:
 def _check_interval_call(config: Any, kwargs: dict[str, Any], mask: Any) -> None:
     if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
         raise GistError(
-            "output_router_logits needs a two-dimensional attention_mask, which an interval mask is not; set "
-            "model.config.output_router_logits = False"
+            "output_router_logits needs a two-dimensional attention_mask, but an interval mask has four dimensions; "
+            "set model.config.output_router_logits = False"
         )
     if not is_length_dependent(config):
         return
@@ -294,25 +237,25 @@ def _check_interval_call(config: Any, kwargs: dict[str, Any], mask: Any) -> None
     if limit is None:
         return
     span = num_keys if positions is None else (positions.amax(-1) - positions.amin(-1)).amax() + 1
-    # The positions of a Visibility span no more than its keys do: where those fit, the assertion is for positions from
-    # elsewhere, and an accelerator is not waited for.
+    # A Visibility has no more positions than keys. If the keys fit, the assertion only concerns positions that came
+    # from elsewhere, so it does not wait for the accelerator.
     if isinstance(span, Tensor) and (
         torch.compiler.is_compiling() or (span.device.type != "cpu" and num_keys <= limit)
     ):
         assert_on_device(span <= limit, _TOO_LONG)
     elif span > limit:
         raise GistError(
-            f"position_ids span {int(span)} positions, more than the {limit} up to which the rotary frequencies of "
-            f"{config.model_type} stay the same; shorten prompt or input"
+            f"position_ids span {int(span)} positions, but the rotary frequencies of {config.model_type} change beyond "
+            f"{limit}; shorten the prompt or the input"
         )
 
 
-def _add_rows(model: PreTrainedModel, tokenizer: GistTokenizer, undo: _Undo) -> None:
+def _add_rows(model: PreTrainedModel, tokenizer: GistTokenizer, undo: Undo) -> None:
     gist_token_id = tokenizer.gist_token_id
     if gist_token_id >= input_weight(model).shape[0]:
         _resize(model, gist_token_id + 1)
     elif tokenizer.has_own_gist_token:
-        # A checkpoint that was trained with this token, as those of the published code: its row is not ours to set.
+        # The checkpoint was trained with this token, as the published ones were, so its row must stay.
         return
     else:
         undo.replaced_rows = [tensor[gist_token_id].clone() for tensor in _row_tensors(model)]
@@ -322,10 +265,10 @@ def _add_rows(model: PreTrainedModel, tokenizer: GistTokenizer, undo: _Undo) -> 
 
 
 def _resize(model: PreTrainedModel, num_rows: int) -> None:
-    """Change the number of embedding rows, and leave an output matrix of its own what it is.
+    """Change the number of embedding rows, and keep an untied output matrix untied.
 
-    T5's config says that input and output are tied even where a checkpoint carries both (FLAN-T5), and resizing ties
-    what the config says.
+    T5's config says that input and output are tied even if a checkpoint carries both (FLAN-T5), and resizing ties
+    whatever the config says is tied.
     """
     head: Any = model.get_output_embeddings()
     own = None if head.weight is input_weight(model) else head.weight.detach().clone()
@@ -341,7 +284,7 @@ def _resize(model: PreTrainedModel, num_rows: int) -> None:
 
 
 def _row_tensors(model: PreTrainedModel) -> list[Tensor]:
-    """The tensors with a row for each token: input embedding and, where it has its own, output weight and bias."""
+    """Return the tensors with a row for each token: input embedding, untied output weight, and output bias."""
     tensors = [input_weight(model)]
     head: Any = model.get_output_embeddings()
     if head.weight is not tensors[0]:
@@ -360,11 +303,9 @@ def _suppress(model: PreTrainedModel, gist_token_id: int) -> None:
 
 
 def _restore(model: PreTrainedModel, *, forget: bool) -> None:
-    from gisting.models.adapters import adapter_of, detach
-
     if adapter_of(model) is not None:
         detach(model)
-    undo: _Undo = model._gist_undo  # pyright: ignore[reportAssignmentType]
+    undo: Undo = model._gist_undo  # pyright: ignore[reportAssignmentType]
     for module in model.modules():
         remove_hooks(module, (_guard,))
     vars(model).pop("prepare_inputs_for_generation", None)

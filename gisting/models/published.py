@@ -1,6 +1,6 @@
-"""The checkpoints that the authors of Gisting published: what each is, and what its texts looked like in training.
+"""List the checkpoints that the authors of Gisting published: what each is, and the template it was trained with.
 
-Place in the flow: asked by ``gisting.load`` and by ``weight_difference``. Facts only, from github.com/jayelm/gisting
+Place in the flow: read by ``gisting.load`` and by ``weight_difference``. The facts are from github.com/jayelm/gisting
 (README, ``src/weight_diff.py``, ``src/train.py``, issue 8); nothing is fetched here.
 """
 
@@ -13,10 +13,10 @@ from gisting.tokens import Template
 
 __all__ = ["ALPACA_STRIPPED", "PUBLISHED", "PublishedCheckpoint", "published"]
 
-#: What the published LLaMA checkpoints were trained on. The code wrote ``"alpaca"``, but the SentencePiece tokenizer of
-#: transformers 4.28 took blanks and line ends beside a special token away, and put a blank before each stretch of text.
-#: So the line end before the gist is missing, and behind it stands a blank in its place. The published numbers of ids
-#: (``data/benchmarking``) and the published outputs, which hold the ids as text, say so.
+#: The template that the published LLaMA checkpoints were trained with. The published code wrote ``"alpaca"``, but the
+#: SentencePiece tokenizer of transformers 4.28 removed spaces and newlines next to a special token, and put a space
+#: before each piece of text. So there is no newline before the gist, and a space in place of the newline after it. The
+#: published token counts (``data/benchmarking``) and the published outputs, which hold the ids as text, confirm this.
 ALPACA_STRIPPED = Template(
     "alpaca-stripped", "Instruction: {prompt}", " Input: {input}\nOutput:", " Output:", " {output}"
 )
@@ -24,13 +24,13 @@ ALPACA_STRIPPED = Template(
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """One of the six on the hub.
+    """One of the six published checkpoints.
 
     Args:
         name: the repository on the hub.
-        condition: ``"gist"``, ``"positive"`` or ``"negative"`` control: what mask it was trained with.
-        weight_sum: for a weight difference the sum of all numbers of the recovered model, rotary frequencies
-            included, as the published script knows it; None for a whole checkpoint.
+        condition: the mask it was trained with: ``"gist"``, ``"positive"`` or ``"negative"`` (the controls).
+        weight_sum: for a weight difference, the sum of all weights of the recovered model and of its rotary
+            frequencies, from the published script; None for a complete checkpoint.
         num_gist_tokens: k.
     """
 
@@ -41,16 +41,16 @@ class PublishedCheckpoint:
 
     @property
     def is_difference(self) -> bool:
-        """Whether its weights have to be added to those of LLaMA-7B first."""
+        """Whether its weights must first be added to the weights of LLaMA-7B."""
         return self.weight_sum is not None
 
     @property
     def about_gists(self) -> dict[str, list[int]]:
-        """What ``config.gist`` says of training: k from and to, and nothing for the controls."""
+        """What ``config.gist`` says about training: the lowest and highest k; nothing for the controls."""
         return {"num_gist_tokens": [self.num_gist_tokens] * 2} if self.condition == "gist" else {}
 
 
-#: The published checkpoints by their repository on the hub.
+#: The published checkpoints by repository on the hub.
 PUBLISHED: dict[str, PublishedCheckpoint] = {
     found.name: found
     for found in (
@@ -65,7 +65,7 @@ PUBLISHED: dict[str, PublishedCheckpoint] = {
 
 
 def published(name_or_path: str | Path) -> PublishedCheckpoint | None:
-    """What is known of a checkpoint by its name; a directory, whatever its name, is not known.
+    """Look up a published checkpoint by its name on the hub. A local directory is never one, whatever its name.
 
     Args:
         name_or_path: as for :func:`gisting.load`.

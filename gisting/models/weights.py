@@ -1,6 +1,6 @@
-"""The embedding of a model as a plain tensor: its rows, its dtype and its device speak for the model's.
+"""Read a model's input embedding as a plain tensor, whose dtype and device represent the model's.
 
-Place in the flow: below whatever asks where a model lies, and in which dtype.
+Place in the flow: below everything that needs to know the dtype or device of a model.
 """
 
 from __future__ import annotations
@@ -14,5 +14,9 @@ __all__ = ["input_weight"]
 
 
 def input_weight(model: PreTrainedModel) -> Tensor:
-    """The input embedding of ``model``, ``(vocabulary, d_model)`` in its own dtype."""
+    """Return the input embedding of ``model``, ``(vocabulary, d_model)``, in its own dtype.
+
+    Args:
+        model: any model.
+    """
     return cast(Tensor, model.get_input_embeddings().weight)

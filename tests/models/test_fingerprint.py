@@ -1,6 +1,6 @@
-"""``fingerprint``: whatever changes a hidden state changes it, nothing else does, and it is quick.
+"""``fingerprint``: it changes if and only if something changes a hidden state, and it is quick.
 
-Each change is made to a model small enough to be read whole and to one whose matrices are sampled.
+Each change is made to a model that is small enough to be read completely and to one whose matrices are sampled.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ both_sizes = pytest.mark.parametrize(("name", "size"), [(name, size) for name in
 
 
 def projections(model: PreTrainedModel) -> list[Tensor]:
-    """The query projections of all layers of the stack that reads prompts, square where matrices are sampled."""
+    """Return the query projections of the stack that reads prompts. They are square if matrices are sampled."""
     names = re.compile(r"^model\..*q_proj\.weight$|^encoder.*SelfAttention\.q\.weight$")
     return [tensor.data for name, tensor in model.named_parameters() if names.match(name)]
 
@@ -67,7 +67,7 @@ def _edit_the_gist_row(model: Any) -> None:
 
 
 def _merge_a_delta(model: Any) -> None:
-    """As an adapter of rank 1 that is merged into one projection of the last layer."""
+    """Change one projection of the last layer as a merged adapter of rank 1 would."""
     weight = projections(model)[-1]
     weight += 1e-3 * torch.outer(torch.randn(weight.shape[0]), torch.randn(weight.shape[1]))
 
@@ -144,7 +144,7 @@ def test_a_bias_shows() -> None:
 
 
 def test_a_persistent_buffer_shows_and_what_is_made_anew_does_not() -> None:
-    """Quantised layers of some libraries keep weights and scales in buffers."""
+    """Quantised layers of some libraries keep weights and scales in persistent buffers."""
     model: Any = tiny.model("llama")
     before = fingerprint(model)
     model.base_model.layers[0].mlp.register_buffer("scratch", torch.ones(8), persistent=False)
@@ -163,7 +163,7 @@ ROTARY = {"llama": "inv_freq", "llama-dynamic": "original_inv_freq", "phi3-longr
 
 @pytest.mark.parametrize(("name", "buffer"), ROTARY.items())
 def test_rotary_frequencies_show_where_keys_turn_by_them(name: str, buffer: str) -> None:
-    """A copy that nothing computes with does not."""
+    """A copy that is not used in the computation does not show."""
     model: Any = tiny.model(name)
     before = fingerprint(model)
     idle = buffer.replace("original_", "") if "original_" in buffer else buffer.replace("inv_freq", "original_inv_freq")
@@ -175,7 +175,7 @@ def test_rotary_frequencies_show_where_keys_turn_by_them(name: str, buffer: str)
 
 @pytest.mark.parametrize("name", ROTARY)
 def test_a_model_cast_is_another_than_one_loaded(name: str, tmp_path: Path) -> None:
-    """``.to(torch.bfloat16)`` rounds the frequencies, loading does not: their keys cannot stand in one cache."""
+    """``.to(torch.bfloat16)`` rounds the frequencies, loading does not, so their keys do not belong in one cache."""
     tiny.model(name).bfloat16().save_pretrained(tmp_path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
     cast: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
@@ -221,7 +221,7 @@ def test_a_factor_of_attention_shows(name: str, module: str, attribute: str) -> 
 
 
 def test_models_of_all_families_differ() -> None:
-    names = [name for name in tiny.DECODERS if name != "llama-untied"]  # llama is untied by itself
+    names = [name for name in tiny.DECODERS if name != "llama-untied"]  # llama is untied by default
     found = {name: fingerprint(tiny.model(name)) for name in [*names, *tiny.ENCODER_DECODERS]}
     assert len(set(found.values())) == len(found)
     for name, text in found.items():
@@ -232,7 +232,7 @@ def test_models_of_all_families_differ() -> None:
 
 
 def with_adapter(model: PreTrainedModel, name: str = "one") -> Any:
-    """The model with an adapter of rank 2 injected, whose product is not zero."""
+    """Inject an adapter of rank 2 whose product is not zero."""
     from peft import LoraConfig
 
     tiny.skip_without_adapters_of_transformers()
@@ -243,7 +243,7 @@ def with_adapter(model: PreTrainedModel, name: str = "one") -> Any:
 
 @pytest.mark.parametrize("size", ["whole", "sampled"])
 def test_adapters(size: str) -> None:
-    """Whatever turns an adapter on, off, over or up has a name of its own, and a state that comes back its old one."""
+    """Each state of an adapter has its own fingerprint, and returning to a state returns to its fingerprint."""
     model: Any = tiny.patched("llama", **SIZES["llama"][size])[0]
     ids = torch.arange(4, 12)[None]
     seen: dict[str, Tensor] = {}
@@ -281,7 +281,7 @@ def test_adapters(size: str) -> None:
 
 
 def test_merged_and_unloaded_adapter() -> None:
-    """An ordinary model again, with other weights."""
+    """It is an ordinary model again, with other weights."""
     from peft import LoraConfig, LoraModel
 
     model = tiny.patched("llama", **SIZES["llama"]["sampled"])[0]
@@ -295,9 +295,11 @@ def test_merged_and_unloaded_adapter() -> None:
 # -- what must not show ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*tiny.DECODERS, *tiny.ENCODER_DECODERS])
+@pytest.mark.parametrize(
+    "name", tiny.slow_but([*tiny.DECODERS, *tiny.ENCODER_DECODERS], "llama", "gemma2", "phi3-longrope", "t5")
+)
 def test_stays(name: str, tmp_path: Path) -> None:
-    """Through what changes no hidden state: modes, copies, use, files, a cast that loses nothing."""
+    """The fingerprint stays through modes, copies, use, files and lossless casts, which change no hidden state."""
     auto = AutoModelForSeq2SeqLM if name in tiny.ENCODER_DECODERS else AutoModelForCausalLM
     tiny.model(name).bfloat16().save_pretrained(tmp_path / "weights")
     settings: Any = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
@@ -335,7 +337,7 @@ def test_stays_where_tied_weights_share_no_memory(name: str) -> None:
 
 
 def test_stays_for_other_memory_layouts() -> None:
-    """Numbers count, not where they lie: a transposed view, and one inside a larger tensor."""
+    """Only values count, not the memory layout: a transposed view, and one inside a larger tensor."""
     model: Any = tiny.model("llama", **SIZES["llama"]["sampled"])
     before = fingerprint(model)
     first, second, *_ = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -370,7 +372,7 @@ def test_stays_on_an_accelerator() -> None:
 
 
 def sampled(tensor: Tensor, *, long: int = 1 << 20, diagonals: int = 8) -> Tensor:
-    """``walk`` with no tensor so small that it is taken whole."""
+    """Make ``walk`` sample small tensors, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fingerprint_module, "_WHOLE", 0)
         patch.setattr(fingerprint_module, "_LONG", long)
@@ -420,7 +422,7 @@ def test_walk_is_its_definition(rows: int, columns: int, is_transposed: bool) ->
 
 @given(st.integers(1, 150), st.integers(1, 150), st.data())
 def test_every_block_of_the_promised_size_shows(rows: int, columns: int, data: st.DataObject) -> None:
-    """``r + c > ceil(min(R, C) / 8)``, drawn as small as that allows."""
+    """``r + c > ceil(min(R, C) / 8)``, with the smallest blocks that satisfy it."""
     promised = -(-min(rows, columns) // 8) + 1
     height = data.draw(st.integers(max(1, promised - columns), min(rows, promised)), "height")
     width = data.draw(st.integers(max(1, promised - height), min(columns, max(1, promised - height))), "width")
@@ -440,10 +442,10 @@ def test_a_block_that_one_diagonal_would_miss_shows() -> None:
 
 
 def test_a_block_can_be_smaller_and_missed() -> None:
-    """The promise is sharp: one number less in one direction lies between two diagonals."""
+    """The bound is tight: a block that is smaller by one fits between two diagonals."""
     matrix = torch.zeros(256, 256)
     before = walk(matrix)
-    matrix[16:32, 33:48] = 1  # 16 + 15 = 31, and more than 32 are promised
+    matrix[16:32, 33:48] = 1  # 16 + 15 = 31; the promise holds above 32
     assert torch.equal(walk(matrix), before)
 
 
@@ -461,7 +463,7 @@ def test_every_row_and_every_column_shows(shape: list[int], data: st.DataObject)
 
 @given(st.integers(101, 2000), st.integers(1, 3))
 def test_walk_of_long_and_narrow_tensors(length: int, width: int) -> None:
-    """Packed weights have one number a row: read as a square, they cost the root of their size."""
+    """Packed weights have one value per row. Read as a square, they cost the square root of their size."""
     tensor = torch.arange(length * width).view(length, width)
     side = int((length * width) ** 0.5)
     found = sampled(tensor, long=100).tolist()
@@ -475,14 +477,14 @@ def test_walk_of_long_and_narrow_tensors(length: int, width: int) -> None:
     ("changed", "is_seen_in_theory"), [(1, 8 / 300), (38, 1 - (1 - 8 / 300) ** 38), (400, 1.0)], ids=str
 )
 def test_what_is_missed(changed: int, is_seen_in_theory: float) -> None:
-    """The odds that the docstring states, for changes of single numbers of a 300 x 300 matrix."""
+    """Check the probabilities in the docstring for changes of single values of a 300 x 300 matrix."""
     before = walk(torch.zeros(300, 300))
     seen = 0
     for _ in range(1000):
         matrix = torch.zeros(300, 300)
         matrix.view(-1)[torch.randperm(90_000)[:changed]] = 1.0
         seen += not torch.equal(walk(matrix), before)
-    # Four standard deviations of a thousand throws.
+    # Four standard deviations of a thousand trials.
     assert (
         abs(seen / 1000 - is_seen_in_theory) <= 4 * (is_seen_in_theory * (1 - is_seen_in_theory) / 1000) ** 0.5 + 1e-3
     )
@@ -493,7 +495,7 @@ def test_what_is_missed(changed: int, is_seen_in_theory: float) -> None:
     "float64 float16 float8_e4m3fn float8_e5m2 int8 uint8 uint16 int64 bool complex64".split(),
 )
 def test_other_dtypes(dtype: str) -> None:
-    """As quantised weights have them: nothing is refused, and a changed number shows."""
+    """The dtypes of quantised weights are accepted, and a changed value shows."""
     model: Any = tiny.model("llama")
     module, kind = model.base_model.layers[0], getattr(torch, dtype)
     module.register_buffer("packed", torch.arange(20_000).remainder(2).view(100, 200).to(kind))
@@ -514,7 +516,7 @@ def test_float64_is_read_to_its_last_bit() -> None:
 
 
 def test_tensors_made_of_tensors() -> None:
-    """Quantised and distributed weights are such; each part counts."""
+    """Quantised and distributed weights consist of several tensors, and each of them counts."""
     model: Any = tiny.model("llama")
     layer = model.base_model.layers[0].mlp.down_proj
     weight = layer.weight.detach()
@@ -529,8 +531,8 @@ def test_meta_device_is_refused() -> None:
     model: Any = tiny.model("llama")
     model.base_model.layers[1].to("meta")
     message = (
-        r"^model.layers.1.self_attn.q_proj.weight is on the meta device, so nobody can tell whose states these are; "
-        r"load the model whole, without offloading to disk$"
+        r"^model.layers.1.self_attn.q_proj.weight is on the meta device, so the model cannot be identified; "
+        r"load the complete model, without offloading to disk$"
     )
     with pytest.raises(GistError, match=message):
         fingerprint(model)
@@ -555,7 +557,7 @@ def llama_3_8b(num_layers: int) -> LlamaForCausalLM:
 
 @pytest.fixture
 def _one_thread() -> Iterator[None]:
-    """Many copies of few numbers: on a busy machine threads spend their time waiting for each other."""
+    """Use one thread: there are many copies of few values, and threads would spend their time waiting."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -563,9 +565,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_thread")
+@pytest.mark.slow
 def test_eight_billion_parameters_in_less_than_a_second() -> None:
-    """Llama 3 8B in bfloat16, in seconds of the processor. Its memory is asked for and never written, so that it takes
-    no room, and every page of it is one page of zeros: weights that are there take about twice as long, see below.
+    """Llama 3 8B in bfloat16, in CPU time. Its memory is allocated and never written, so it takes no space and all its
+    pages are one page of zeros. Real weights take about twice as long, see below.
     """
     model = llama_3_8b(32)
     assert sum(parameter.numel() for parameter in model.parameters()) > 8.0e9
@@ -578,7 +581,7 @@ def test_eight_billion_parameters_in_less_than_a_second() -> None:
 
 @pytest.mark.usefixtures("_one_thread")
 def test_a_layer_that_is_there_takes_its_share_of_half_a_second() -> None:
-    """One of 32, all pages of which are filled."""
+    """One layer of 32, with all its pages filled."""
     layer = llama_3_8b(1).model.layers[0]
     for parameter in layer.parameters():
         parameter.data.view(torch.int16).fill_(17)

@@ -1,6 +1,6 @@
-"""Patched checkpoints as directories and repositories: what is written comes back, with gisting and without it.
+"""Save and load patched checkpoints as directories and repositories, with gisting and without it.
 
-The hub is a directory laid out as huggingface_hub's own cache, from which transformers loads offline by name.
+The hub is a directory in the layout of huggingface_hub's cache, from which transformers loads offline by name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ three_kinds = pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5"])
 
 @dataclass
 class FakeHub:
-    """``HfApi`` with a directory for a hub; remembers what it was asked."""
+    """A replacement for ``HfApi`` that uploads to a directory and records its calls."""
 
     cache: Path
     calls: list[dict[str, Any]]
@@ -68,7 +68,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def trained(name: str, **changes: Any) -> tuple[PreTrainedModel, GistTokenizer]:
-    """A patched model that says it was trained with k of 2 to 4, and whose gist row is not the mean any more."""
+    """Make a patched model whose config says that k was 2 to 4, and whose gist row is not the mean."""
     model, tokenizer = tiny.patched(name, "alpaca-t5" if name in tiny.ENCODER_DECODERS else "alpaca", **changes)
     embedding: Any = model.get_input_embeddings()
     embedding.weight.data[tokenizer.gist_token_id] += torch.randn(32)
@@ -131,7 +131,7 @@ def test_card_of_a_model_that_was_not_trained(tmp_path: Path) -> None:
     save_pretrained(*tiny.patched("llama"), tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| gist tokens for a prompt (k) | not stated |" in text
-    assert "Nothing: whoever made this gave no measurements." in text
+    assert "Nothing was measured." in text
 
 
 STOCK = """
@@ -156,8 +156,9 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_stock_transformers_loads_it(tmp_path: Path) -> None:
-    """Without gisting installed: every weight is there, none is left over, and text gives what it gave."""
+    """Without gisting installed, all weights are loaded, none is left over, and text gives the same results."""
     wanted = {}
     for name in ("llama", "gemma3_text", "t5"):
         model, tokenizer = trained(name)
@@ -185,7 +186,7 @@ def test_stock_transformers_loads_it(tmp_path: Path) -> None:
 
 
 def test_saved_over_another_checkpoint(tmp_path: Path) -> None:
-    """One that was cut into several files, and of another family."""
+    """The other checkpoint is of another family and split into several files."""
     model, _ = trained("qwen2")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -216,7 +217,7 @@ def wrapped() -> Any:
         (lambda: tiny.model("llama"), r"^model \(LlamaForCausalLM\) is not patched; call gisting.patch"),
         (
             adapted,
-            "^model has adapters, which would be written without the model that they belong to; merge them first",
+            "^model has adapters, which would be written without their base model; merge them first",
         ),
         (
             wrapped,
@@ -279,7 +280,7 @@ def test_example_in_the_card_runs(hub: FakeHub, capsys: pytest.CaptureFixture[st
 
 
 def test_what_model_push_to_hub_leaves_out(hub: FakeHub, tmp_path: Path) -> None:
-    """transformers' own method uploads the weights alone, and loading says what is missing."""
+    """transformers' own method uploads only the weights; loading says what is missing."""
     model, tokenizer = trained("llama")
     model.save_pretrained(tmp_path / "alone")
     tokenizer.tokenizer.save_pretrained(tmp_path / "alone")
@@ -292,7 +293,7 @@ def test_what_model_push_to_hub_leaves_out(hub: FakeHub, tmp_path: Path) -> None
 
 
 def test_load_of_a_revision_of_patched_checkpoints(hub: FakeHub) -> None:
-    """The gist tokenizer is of the revision as well; its template tells which one came."""
+    """The gist tokenizer also comes from the revision; its template shows which one was loaded."""
     for revision, template in (("main", "plain"), ("other", "alpaca")):
         model, tokenizer = tiny.patched("llama", template)
         push_to_hub(model, tokenizer, REPOSITORY, revision=revision, api=hub)
@@ -301,7 +302,7 @@ def test_load_of_a_revision_of_patched_checkpoints(hub: FakeHub) -> None:
 
 
 def test_load_of_a_revision(hub: FakeHub, tmp_path: Path) -> None:
-    """Config, tokenizer and weights are all of the revision that is asked for; here of models never patched."""
+    """Config, tokenizer and weights all come from the requested revision; here of unpatched models."""
     for revision, name in (("main", "llama"), ("other", "qwen2")):
         tiny.model(name).save_pretrained(tmp_path / name)
         tiny.word_tokenizer(("more",) if name == "qwen2" else ()).save_pretrained(tmp_path / name)
@@ -327,7 +328,7 @@ def test_push_refuses_what_is_no_repository(repo_id: str, hub: FakeHub) -> None:
         (
             HTTPError("no route"),
             ConnectionError,
-            r"^owner/name was not uploaded, for the hub could not be reached \(no route\); try again$",
+            r"^owner/name was not uploaded because the hub could not be reached \(no route\); try again$",
         ),
     ],
     ids=["offline", "token", "connection"],
@@ -336,7 +337,7 @@ def test_push_refuses_what_is_no_repository(repo_id: str, hub: FakeHub) -> None:
 def test_hub_that_does_not_answer(
     where: str, error: Exception, wanted: type[Exception], message: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Always an OSError: huggingface_hub's own, or one in its place where it lets those of its HTTP client through."""
+    """The error is always an OSError: huggingface_hub's own, or one that replaces an error of its HTTP client."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -347,14 +348,14 @@ def test_hub_that_does_not_answer(
 
 
 def test_offline_without_a_fake() -> None:
-    """The real client, which the tests keep offline."""
+    """Use the real client, which is offline in the tests."""
     assert constants.HF_HUB_OFFLINE
     with pytest.raises(OSError, match="offline"):
         push_to_hub(*trained("llama"), REPOSITORY)
 
 
 def test_the_real_client_takes_these_arguments() -> None:
-    """What the fake is called with, the real one knows."""
+    """The real client has all parameters that the fake is called with."""
     import inspect
 
     for method, names in (

@@ -29,8 +29,8 @@ from tests import tiny
 GIST = 95
 NEW_TOKENS = 12
 PUBLISHED_NAMES = {"gist": "gist", "positive": "pos_control", "negative": "neg_control"}
-# What is asked of both, and what LLaMA gives beyond it: the published code's own full and cached logits differ by 7e-7
-# in LLaMA, by 2e-5 in T5 (``meta.json``).
+# The tolerance for both, and a smaller one for LLaMA: full and cached logits of the published code itself differ by
+# 7e-7 for LLaMA, by 2e-5 for T5 (``meta.json``).
 TOLERANCE, LLAMA_TOLERANCE = 1e-4, 1e-5
 CASES = ("9+1+6", "5+2+8", "17+5+4", "1+1+1", "30+10+12", "12+3+2")
 
@@ -53,16 +53,16 @@ class Published:
         return self.tensors[f"{self.family}.{case}.{name}"]
 
     def encoding(self, case: int) -> GistEncoding:
-        """Prompt and gist, without the rest."""
+        """Return prompt and gist, without the rest."""
         prompt, k = self.cases[case]["prompt"], self.cases[case]["gist"]
         return GistEncoding(self[case, "input_ids"][0, : prompt + k].tolist(), prompt, prompt + k, prompt + k)
 
     def rest(self, case: int) -> list[int]:
-        """What stands behind the gist."""
+        """Return the ids after the gist."""
         return self[case, "input_ids"][0, self.encoding(case).gist_end :].tolist()
 
     def compress(self, case: int) -> GistCache:
-        """The library's own prefix states of one case."""
+        """Compute the library's own prefix states of one case."""
         origin = CacheOrigin(fingerprint(self.model), self.tokenizer.fingerprint, "plain", "gist")
         run = encoder_decoder.prefix_states if self.family == "t5" else decoder.prefix_states
         return run(self.model, self.tokenizer, [self.encoding(case)], origin)
@@ -150,9 +150,7 @@ def test_llama_cached_logits_and_greedy_tokens(llama: Published, case: int) -> N
 
 
 def rotated(keys: Tensor, by: int, model: PreTrainedModel) -> Tensor:
-    """Keys turned on by ``by`` positions, from the definition: pairs ``(j, j + D/2)`` turn by
-    ``by * theta ** (-2 j / D)``.
-    """
+    """Rotate keys by ``by`` positions, by definition: pairs ``(j, j + D/2)`` turn by ``by * theta ** (-2 j / D)``."""
     half = keys.shape[-1] // 2
     theta = model.config.rope_parameters["rope_theta"]
     angle = by * theta ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -162,19 +160,19 @@ def rotated(keys: Tensor, by: int, model: PreTrainedModel) -> Tensor:
 
 @every_case
 def test_llama_gist_keys_and_values(llama: Published, case: int) -> None:
-    """Values are the published ones; keys too, once turned from where ours stand (0) to where theirs do (behind the
-    prompt).
+    """Values agree with the published ones. So do keys, once they are rotated from position 0, where ours are, to the
+    position after the prompt, where the published ones are.
     """
     cache = llama.compress(case)
     for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
         assert_close(values, llama[case, f"gist_value.{layer}"], LLAMA_TOLERANCE)
         published = llama[case, f"gist_key.{layer}"]
         assert_close(rotated(keys, llama.cases[case]["prompt"], llama.model), published, LLAMA_TOLERANCE)
-        assert (keys - published).abs().max() > 0.01, "theirs are rotated at positions behind the prompt"
+        assert (keys - published).abs().max() > 0.01, "the published keys are rotated at positions after the prompt"
 
 
 def test_llama_cases_in_one_ragged_batch(llama: Published) -> None:
-    """All six prompts in one cache, all six rests in one call: the same tokens."""
+    """All six prompts in one cache and all six rests in one call give the same tokens."""
     cache = GistCache.cat([llama.compress(case) for case in range(len(CASES))])
     rests = [llama.rest(case) for case in range(len(CASES))]
     arguments, given = decoder.prepare_generation(llama.model, llama.tokenizer, cache, rests)
@@ -213,7 +211,7 @@ def test_t5_cached_states_logits_and_greedy_tokens(t5: Published, case: int) -> 
 
 @every_case
 def test_t5_gist_keys_values_and_states(t5: Published, case: int) -> None:
-    """T5's keys hold no position, so they are the published ones as they are."""
+    """T5's keys have no position, so they equal the published ones directly."""
     cache = t5.compress(case)
     for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
         assert_close(keys, t5[case, f"gist_key.{layer}"], TOLERANCE)
@@ -225,7 +223,7 @@ def test_t5_gist_keys_values_and_states(t5: Published, case: int) -> None:
 @every_case
 @torch.no_grad()
 def test_t5_from_the_published_cache(t5: Published, case: int) -> None:
-    """A cache made of the published tensors themselves is read alike."""
+    """A cache made from the published tensors gives the published results."""
     layers = range(t5.model.config.num_layers)
     cache = GistCache(
         tuple(t5[case, f"gist_key.{layer}"] for layer in layers),

@@ -1,6 +1,6 @@
-"""The published checkpoints by their layout: small ones made here, with the files that transformers 4.28 wrote.
+"""Small checkpoints in the layout of the published ones, with the files that transformers 4.28 wrote.
 
-What the model computes from such a checkpoint is compared in ``test_published.py``.
+``test_published.py`` compares what the models compute.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPECIAL = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": 
 
 
 def t5_tokenizer(folder: Path) -> int:
-    """T5's files of 2023, with ``<GIST>`` behind the hundred extra ids; returns its id."""
+    """Write T5's files of 2023, with ``<GIST>`` after the hundred extra ids, and return its id."""
     words = ["▁Instruction", ":", "▁Input", "▁", "▁a", "▁b", "▁c", *"abcdefghijklmnopqrstuvwxyz"]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(word, -1.0 - number / 10) for number, word in enumerate(words)]
@@ -55,7 +55,7 @@ def t5_tokenizer(folder: Path) -> int:
 
 @pytest.fixture
 def t5(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """FLAN-T5's layout: as many rows as the tokenizer has ids, a head of its own, the embedding under three names."""
+    """FLAN-T5's layout: a row for each id of the tokenizer, an untied head, the embedding under three names."""
     gist = t5_tokenizer(tmp_path)
     model = tiny.model("t5-v1.1", vocab_size=gist + 1, eos_token_id=1)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -81,7 +81,7 @@ def test_t5_keeps_its_gist_row_and_its_head(t5: tuple[Path, dict[str, Tensor]]) 
 
 @pytest.mark.parametrize("input", ["c", ""])
 def test_t5_reads_what_the_published_code_read(t5: tuple[Path, dict[str, Tensor]], input: str) -> None:
-    """The whole text in one, with the token in it, and without the end of sequence."""
+    """The published code read the whole text at once, with the token in it, and without the end of sequence."""
     model, tokenizer = gisting.load(t5[0])
     text = "Instruction: a b\n<GIST>" + (f"\nInput: {input}" if input else "")
     published_ids: Any = AutoTokenizer.from_pretrained(t5[0])(text)["input_ids"]
@@ -98,7 +98,7 @@ def test_what_is_known_by_name(t5: tuple[Path, dict[str, Tensor]], monkeypatch: 
 
 
 def test_a_directory_is_not_taken_for_a_published_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies under ``jayelm/llama-7b-gist-1`` here may be what was recovered."""
+    """A local ``jayelm/llama-7b-gist-1`` may be the recovered checkpoint."""
     assert published("jayelm/llama-7b-gist-1") is PUBLISHED["jayelm/llama-7b-gist-1"]
     monkeypatch.chdir(tmp_path)
     Path("jayelm/llama-7b-gist-1").mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_a_directory_is_not_taken_for_a_published_checkpoint(tmp_path: Path, mon
 
 
 def llama_tokenizer(shared: Path, folder: Path) -> None:
-    """LLaMA's files of 2023, with ``<GIST>`` as the published training script added it."""
+    """Write LLaMA's files of 2023, with ``<GIST>`` as the published training script added it."""
     shutil.copy(shared / "tokenizers" / "llama-32000.model", folder / "tokenizer.model")
     tokens = {name: {"content": text, **SPECIAL} for name, text in (("bos_token", "<s>"), ("eos_token", "</s>"))}
     tokens["unk_token"] = {"content": "<unk>", **SPECIAL}
@@ -143,15 +143,16 @@ def test_llama_with_its_own_tokenizer(llama: tuple[Path, Path], tmp_path: Path) 
     apply_weight_difference(difference, base, tmp_path / "output")
     model, tokenizer = gisting.load(tmp_path / "output")
     assert (tokenizer.gist_token_id, len(tokenizer), tokenizer.eos_token_id) == (32000, 32001, 2)
-    # The published demo counts 28 ids for prompt and gist of this one.
+    # The published demo counts 28 ids for this prompt and its gist.
     prompt = "Name the top cities in France that should not be missed. Include the best aspects of each place as well."
     assert tokenizer.encode_prompts([prompt], 1)[0].gist_end == 28
     cache = gisting.compress(model, tokenizer, [prompt], 1)
     assert len(gisting.generate(model, tokenizer, [""], cache=cache, max_new_tokens=2, do_sample=False)) == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_published_script_recovered(llama: tuple[Path, Path], tmp_path: Path) -> None:
-    """The same weights, and nothing that this library has written."""
+    """It has the same weights, and nothing that this library wrote."""
     base, difference = llama
     apply_weight_difference(difference, base, tmp_path / "output")
     shutil.copy(tmp_path / "output" / "model.safetensors", difference / "model.safetensors")
@@ -164,6 +165,7 @@ def test_a_checkpoint_that_the_published_script_recovered(llama: tuple[Path, Pat
     assert torch.equal(model.get_input_embeddings().weight[-1], row)
 
 
+@pytest.mark.slow
 def test_a_difference_whose_tokenizer_is_another(llama: tuple[Path, Path], tmp_path: Path) -> None:
     base, difference = llama
     weights = load_file(base / "model.safetensors")
@@ -172,15 +174,16 @@ def test_a_difference_whose_tokenizer_is_another(llama: tuple[Path, Path], tmp_p
     save_file(weights, difference / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((difference / "config.json").read_text())
     (difference / "config.json").write_text(json.dumps({**config, "vocab_size": 32000}))
-    with pytest.raises(gisting.GistError, match="has 32000 rows, but id 32000 is its tokenizer's gist token"):
+    with pytest.raises(gisting.GistError, match="has 32000 rows, but its tokenizer's gist token has id 32000"):
         apply_weight_difference(difference, base, tmp_path / "output")
 
 
 def test_published_numbers_of_ids(shared: Path, tmp_path: Path) -> None:
-    """For the 252 prompts written by people: where the gist stood, and how many ids were behind it.
+    """For the 252 prompts written by people, compare the position of the gist and the number of ids after it.
 
-    The records in the published order are those whose text begins the published outputs. Five texts are not found, for
-    blanks were changed in the outputs; one has two blanks in a row, which this tokenizer splits in another way.
+    The published outputs begin with the text of each record, which gives the order of the records. Five texts are not
+    found, because spaces were changed in the outputs; one has two spaces in a row, which this tokenizer splits
+    differently.
     """
     folder = shared / "data"
     llama_tokenizer(shared, tmp_path)
@@ -200,8 +203,8 @@ def test_published_numbers_of_ids(shared: Path, tmp_path: Path) -> None:
         found = []
         for number, text in enumerate(shown):
             for record in records:
-                behind = f"Input: {record['input']}\n" if record["input"] else ""
-                if text.startswith(f"Instruction: {record['instruction'].rstrip()} <GIST>  {behind}Output:"):
+                after = f"Input: {record['input']}\n" if record["input"] else ""
+                if text.startswith(f"Instruction: {record['instruction'].rstrip()} <GIST>  {after}Output:"):
                     encoding = tokenizer.encode(record["instruction"], record["input"])
                     length = encoding.completion_start
                     found.append((encoding.gist_start, length, length - encoding.gist_end) == counts[number])

@@ -1,8 +1,7 @@
-"""Weight differences: what is added, what is checked, what is left behind when something goes wrong."""
+"""Weight differences: what is added, what is checked, and what remains after a failure."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -25,12 +24,7 @@ from gisting.models import weight_difference as module
 from gisting.models.fingerprint import fingerprint
 from gisting.models.load import trained_num_gist_tokens
 from gisting.models.published import ALPACA_STRIPPED, PUBLISHED, PublishedCheckpoint
-from gisting.models.weight_difference import (
-    apply_weight_difference,
-    looks_like_difference,
-    make_weight_difference,
-    weight_difference,
-)
+from gisting.models.weight_difference import apply_weight_difference, looks_like_difference
 from gisting.tokens import GistTokenizer
 from tests import shell, tiny
 from tests.memory import peak_growth_mb, requires_peak
@@ -39,7 +33,7 @@ from tests.repository import fences_in
 NUM_LAYERS, HEAD_DIM = 3, 8
 ROWS = len(tiny.VOCABULARY)
 INV_FREQ = 1.0 / (10000.0 ** (torch.arange(0, HEAD_DIM, 2).float() / HEAD_DIM))
-# What every test of a wrong base can tell from the right one: a sum that is off by much more than the tolerance.
+# Changes the sum of a base model by much more than the tolerance.
 SHIFT = 0.01
 
 
@@ -48,7 +42,7 @@ def frequencies(value: Tensor) -> dict[str, Tensor]:
 
 
 def save_bins(tensors: dict[str, Tensor], folder: Path, num_files: int) -> None:
-    """As transformers wrote checkpoints in 2023: pickled, in order, with an index."""
+    """Save a checkpoint as transformers did in 2023: pickled, in order, with an index."""
     names = list(tensors)
     size = -(-len(names) // num_files)
     places = {}
@@ -69,7 +63,7 @@ def save_safetensors(tensors: dict[str, Tensor], folder: Path, num_files: int) -
 
 
 class Layout:
-    """A base model and the difference of a trained one in the published layout, small."""
+    """A small base model, and the difference to a trained one in the published layout."""
 
     def __init__(self, folder: Path) -> None:
         self.base, self.difference, self.output = folder / "base", folder / "difference", folder / "output"
@@ -97,7 +91,7 @@ class Layout:
         tiny.word_tokenizer(("<GIST>",)).save_pretrained(self.difference)
 
     def expected(self) -> dict[str, Tensor]:
-        """The trained model's tensors, in float32."""
+        """Compute the trained model's tensors in float32."""
         found = {}
         for name, change in self.changes.items():
             original = torch.zeros_like(change)
@@ -106,7 +100,7 @@ class Layout:
         return found
 
     def sum(self) -> float:
-        """As the published script has it: all weights and the rotary frequencies of each layer."""
+        """Sum all weights and the rotary frequencies of each layer, as the published script does."""
         total = sum(float(tensor.double().sum()) for tensor in self.expected().values())
         return total + NUM_LAYERS * float(INV_FREQ.double().sum())
 
@@ -125,7 +119,7 @@ def layout(tmp_path: Path) -> Layout:
 
 @pytest.fixture
 def known(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> PublishedCheckpoint:
-    """The made-up difference as one that was published: its sum is known."""
+    """Register the difference as a published one, so that its sum is known."""
     found = PublishedCheckpoint("somebody/llama-tiny-gist-1", "gist", round(layout.sum(), 4))
     monkeypatch.setitem(PUBLISHED, found.name, found)
     return found
@@ -142,7 +136,7 @@ def test_the_published_layout_is_added_to_the_bit(layout: Layout) -> None:
     assert found.num_parameters == sum(tensor.numel() for tensor in expected.values())
     assert found.num_added_rows == 1
     assert found.weight_sum == pytest.approx(layout.sum(), abs=1e-6)
-    assert (found.expected_sum, found.is_verified, found.dtype) == (None, None, "float32")
+    assert (found.expected_sum, found.dtype) == (None, "float32")
     assert layout.left() == ["base", "difference", "output"]
 
 
@@ -164,7 +158,7 @@ def test_it_is_cast_after_the_sum(layout: Layout, dtype: str) -> None:
 
 
 def test_frequencies_in_the_base_count_as_they_are(layout: Layout) -> None:
-    """LLaMA converted in 2023 has them; rounded to float16 they are others than computed."""
+    """A LLaMA that was converted in 2023 has them, rounded to float16."""
     held = {**layout.originals, **frequencies(INV_FREQ.half() * 2)}
     save_file(held, layout.base / "model.safetensors", metadata={"format": "pt"})
     found = apply_weight_difference(layout.difference, layout.base, layout.output)
@@ -174,7 +168,7 @@ def test_frequencies_in_the_base_count_as_they_are(layout: Layout) -> None:
 
 
 def test_a_published_sum_holds_frequencies_that_no_file_has(layout: Layout, known: PublishedCheckpoint) -> None:
-    """As when the difference was loaded and saved again by a later transformers."""
+    """This happens if a later transformers loaded the difference and saved it again."""
     for file in layout.difference.glob("pytorch_model*"):
         file.unlink()
     save_file(layout.changes, layout.difference / "model.safetensors", metadata={"format": "pt"})
@@ -202,7 +196,7 @@ def test_files_of_several_shards(layout: Layout, monkeypatch: pytest.MonkeyPatch
 
 
 def test_bin_files_of_the_old_format(layout: Layout) -> None:
-    """From before PyTorch 1.6, which cannot be mapped; and a base in a single .bin file."""
+    """Files from before PyTorch 1.6 cannot be mapped. The base is a single .bin file."""
     for file in layout.difference.glob("*.bin"):
         torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
     (layout.base / "model.safetensors").unlink()
@@ -213,21 +207,23 @@ def test_bin_files_of_the_old_format(layout: Layout) -> None:
 
 
 @requires_peak
-@pytest.mark.parametrize("is_pickled", [True, False], ids=["bin", "safetensors"])
+@pytest.mark.parametrize("is_pickled", [pytest.param(True, marks=pytest.mark.slow), False], ids=["bin", "safetensors"])
 def test_memory_is_that_of_a_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_pickled: bool) -> None:
     monkeypatch.setattr(module, "_SHARD_BYTES", 16 << 20)
+    small = Layout(tmp_path / "small")
+    apply_weight_difference(small.difference, small.base, small.output)  # so that imports do not count
     config = LlamaConfig(vocab_size=8)
     for folder in ("base", "difference"):
         config.save_pretrained(tmp_path / folder)
         tiny.word_tokenizer().save_pretrained(tmp_path / folder)
-        tensors = {f"w{number}": torch.full((1 << 20,), 0.5) for number in range(64)}
+        tensors = {f"w{number}": torch.full((1 << 20,), 0.5) for number in range(32)}
         if is_pickled:
-            save_bins(tensors, tmp_path / folder, 32)
+            save_bins(tensors, tmp_path / folder, 16)
         else:
-            save_safetensors(tensors, tmp_path / folder, 32)
+            save_safetensors(tensors, tmp_path / folder, 16)
     with peak_growth_mb() as growth:
         found = apply_weight_difference(tmp_path / "difference", tmp_path / "base", tmp_path / "output")
-        assert found.num_parameters == 64 << 20  # 256 MB a checkpoint, files of 8 MB, written in files of 16 MB
+        assert found.num_parameters == 32 << 20  # checkpoints of 128 MB in files of 8 MB, written in files of 16 MB
         assert growth() < 100
     assert all(load_file(file).popitem()[1].eq(1.0).all() for file in (tmp_path / "output").glob("*.safetensors"))
 
@@ -261,7 +257,7 @@ def test_a_control_was_not_trained_to_gist(layout: Layout, monkeypatch: pytest.M
 
 
 def test_a_difference_without_gist_token_gives_an_ordinary_checkpoint(layout: Layout) -> None:
-    """Such as Alpaca's, in which the row added is one of padding."""
+    """Alpaca's difference is one: it adds a row for padding."""
     tiny.word_tokenizer(("[PAD]",)).save_pretrained(layout.difference)
     apply_weight_difference(layout.difference, layout.base, layout.output)
     model, tokenizer = gisting.load(layout.output)
@@ -276,13 +272,9 @@ def test_loading_a_published_difference_is_refused_before_anything_is_fetched(na
         gisting.load(name)
 
 
-def test_loading_a_local_difference_is_refused(layout: Layout, tmp_path: Path) -> None:
+def test_loading_a_local_difference_is_refused(layout: Layout) -> None:
     with pytest.raises(GistError, match="is a weight difference, not a model"):
         gisting.load(layout.difference)
-    apply_weight_difference(layout.difference, layout.base, layout.output)
-    make_weight_difference(layout.output, layout.base, tmp_path / "made")
-    with pytest.raises(GistError, match="is a weight difference, not a model"):
-        gisting.load(tmp_path / "made")
 
 
 @pytest.mark.parametrize(
@@ -303,7 +295,7 @@ def test_another_base_is_refused_by_the_sum(layout: Layout, known: PublishedChec
     layout.spoil_base()
     with pytest.raises(GistError, match=rf"sum up to {layout.sum():.4f}, expected {right:.4f} within 0.1") as error:
         apply_weight_difference(layout.difference, layout.base, layout.output, expected_sum=known.weight_sum)
-    assert "the base model is another" in str(error.value)
+    assert "the difference was made with another base model" in str(error.value)
     assert layout.left() == ["base", "difference"]
     found = apply_weight_difference(
         layout.difference, layout.base, layout.output, expected_sum=known.weight_sum, tolerance=1.0
@@ -316,10 +308,10 @@ def test_another_condition_is_named(layout: Layout, known: PublishedCheckpoint) 
         apply_weight_difference(layout.difference, layout.base, layout.output, expected_sum=layout.sum() + 45)
 
 
-def test_a_sum_that_is_none_is_refused(layout: Layout) -> None:
+def test_weights_with_nans_are_refused(layout: Layout) -> None:
     layout.originals["model.norm.weight"][0] = float("nan")
     save_file(layout.originals, layout.base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(GistError, match="infinite or none"):
+    with pytest.raises(GistError, match="infinities or NaNs"):
         apply_weight_difference(layout.difference, layout.base, layout.output)
     assert layout.left() == ["base", "difference"]
 
@@ -360,7 +352,7 @@ def test_a_base_that_does_not_fit(layout: Layout, change: Any, message: str) -> 
 
 def test_a_base_of_another_kind(layout: Layout) -> None:
     tiny.model("qwen2").save_pretrained(layout.base)
-    with pytest.raises(GistError, match=r"is of a llama model, base .* is a qwen2"):
+    with pytest.raises(GistError, match=r"is for a llama model, base .* is a qwen2"):
         apply_weight_difference(layout.difference, layout.base, layout.output)
 
 
@@ -401,8 +393,8 @@ def empty(folder: Path) -> None:
         (truncate, r"00002-of-00003.bin .* cannot be read"),
         (poison, r"00001-of-00003.bin .* cannot be read"),
         (poison_in_a_zip, r"00001-of-00003.bin .* cannot be read"),
-        (lose, "lacks pytorch_model-00003-of-00003.bin"),
-        (scribble, "is no index of weights"),
+        (lose, r"00003-of-00003.bin .* cannot be read \(.*No such file"),
+        (scribble, r"the weights of .* cannot be found"),
         (empty, "holds no weights"),
     ],
 )
@@ -413,32 +405,32 @@ def test_damaged_files(
     damage(layout.difference)
     with pytest.raises(GistError, match=message):
         apply_weight_difference(layout.difference, layout.base, layout.output)
-    assert layout.left() == ["base", "difference"]  # nor what the pickles would have made
+    assert layout.left() == ["base", "difference"]  # and nothing that the pickles would have made
 
 
-def test_a_whole_checkpoint_is_no_difference(layout: Layout) -> None:
-    with pytest.raises(GistError, match=r"is a whole checkpoint: gisting\.load reads it"):
+def test_a_complete_checkpoint_is_not_a_difference(layout: Layout) -> None:
+    with pytest.raises(GistError, match=r"is a complete checkpoint: gisting\.load reads it"):
         apply_weight_difference("jayelm/flan-t5-xxl-gist-1", layout.base, layout.output)
 
 
 def test_quantised_weights_cannot_be_added(layout: Layout) -> None:
     layout.originals["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
     save_file(layout.originals, layout.base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(GistError, match=r"holds model\.norm\.weight as I8; only F32, BF16, F16, F64 can be added"):
+    with pytest.raises(GistError, match=r"holds model\.norm\.weight as torch\.int8; only floating-point tensors"):
         apply_weight_difference(layout.difference, layout.base, layout.output)
 
 
 def test_arguments(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GistError, match="dtype must be one of float32, bfloat16, float16 or None, got 'int8'"):
+    with pytest.raises(GistError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
         apply_weight_difference(layout.difference, layout.base, layout.output, dtype="int8")
     with pytest.raises(GistError, match="tolerance must be at least 0"):
         apply_weight_difference(layout.difference, layout.base, layout.output, tolerance=float("nan"))
     with pytest.raises(GistError, match="nowhere is no checkpoint"):
         apply_weight_difference(layout.difference, layout.base.parent / "nowhere", layout.output)
-    with pytest.raises(GistError, match="is there already"):
+    with pytest.raises(GistError, match="already exists"):
         apply_weight_difference(layout.difference, layout.base, layout.base)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10_000))
-    with pytest.raises(GistError, match=r"0\.0 GB free; make room"):
+    with pytest.raises(GistError, match=r"0\.0 GB free; free some space"):
         apply_weight_difference(layout.difference, layout.base, layout.output)
     assert layout.left() == ["base", "difference"]
 
@@ -482,102 +474,10 @@ def test_a_killed_run_leaves_no_checkpoint(layout: Layout, monkeypatch: pytest.M
     assert len(load_file(layout.output / "model.safetensors")) == len(layout.changes)
 
 
-# -- making ------------------------------------------------------------------------------------------------------------
-
-
-def trained(folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
-    """A base model and one trained from it, as this library saves it."""
-    base, tokenizer = tiny.model("llama-untied").to(dtype), tiny.tokenizer()
-    base.save_pretrained(folder / "base")
-    model = gisting.patch(base, tokenizer)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 1e-2)
-        if dtype == torch.float32:
-            model.get_submodule("model.layers.1.mlp").up_proj.weight[7] *= 1e-6  # pyright: ignore
-    model.config.gist["num_gist_tokens"] = [1, 4]
-    hub.save_pretrained(model, tokenizer, folder / "model")
-    return folder / "model", folder / "base"
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_there_and_back(tmp_path: Path, dtype: str) -> None:
-    model, base = trained(tmp_path, getattr(torch, dtype))
-    about = make_weight_difference(model, base, tmp_path / "difference", base_name="somebody/base")
-    assert about == weight_difference(tmp_path / "difference")
-    assert (about.base, about.dtype) == ("somebody/base", dtype)
-    found = apply_weight_difference(tmp_path / "difference", base, tmp_path / "output")
-    assert (found.is_verified, found.dtype, found.num_added_rows) == (True, dtype, 1)
-    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "output"))
-    assert before.keys() == after.keys()
-    assert about.num_inexact == sum(int((before[name] != after[name]).sum()) for name in before)
-    if dtype == "float32":
-        # base + (model - base) loses what is much smaller than base: one row.
-        assert 0 < about.num_inexact <= 32
-        assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-7) for name in before)
-    else:
-        assert about.num_inexact == 0
-    (one, tokens), (other, others) = gisting.load(model), gisting.load(tmp_path / "output")
-    assert tokens.fingerprint == others.fingerprint
-    assert trained_num_gist_tokens(other) == (1, 4)
-    assert (fingerprint(one) == fingerprint(other)) == (dtype != "float32")
-
-
-def test_a_made_difference_tells_another_base_to_the_bit(tmp_path: Path) -> None:
-    model, base = trained(tmp_path, torch.float32)
-    make_weight_difference(model, base, tmp_path / "difference")
-    tensors = load_file(base / "model.safetensors")
-    tensors["lm_head.weight"][3, 5] += 1e-6  # no sum shows that
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(GistError, match=r"is not the model that .* was made with"):
-        apply_weight_difference(tmp_path / "difference", base, tmp_path / "output")
-    assert not (tmp_path / "output").exists()
-
-
-def test_a_made_difference_names_no_path(tmp_path: Path) -> None:
-    model, base = trained(tmp_path, torch.float32)
-    assert make_weight_difference(model, base, tmp_path / "difference").base == ""
-    for file in (tmp_path / "difference").iterdir():
-        assert str(tmp_path).encode() not in file.read_bytes(), file.name
-
-
-def test_making_from_what_is_a_difference_is_refused(tmp_path: Path) -> None:
-    model, base = trained(tmp_path, torch.float32)
-    make_weight_difference(model, base, tmp_path / "difference")
-    with pytest.raises(GistError, match="is a weight difference itself"):
-        make_weight_difference(tmp_path / "difference", base, tmp_path / "second")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"format": 2, "base": ""}', "has format 2, this version reads 1; upgrade gisting"),
-        ('{"format": 1, "base": ""}', "cannot be read"),
-        ("[1]", "cannot be read"),
-        ("{", "cannot be read"),
-    ],
-)
-def test_a_description_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "weight_difference.json").write_text(text)
-    with pytest.raises(GistError, match=message):
-        weight_difference(tmp_path)
-
-
-def test_the_digest_is_the_documented_one(tmp_path: Path) -> None:
-    """So that a later version reads what this one wrote."""
-    model, base = trained(tmp_path, torch.bfloat16)
-    about = make_weight_difference(model, base, tmp_path / "difference")
-    lines = []
-    for name, tensor in sorted(load_file(model / "model.safetensors").items()):
-        head = f"{name} {tuple(tensor.shape)} torch.bfloat16\n".encode()
-        lines.append(hashlib.sha256(head + tensor.view(torch.uint8).numpy().tobytes()).hexdigest())
-    assert about.sha256 == hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_commands(
+def test_the_command(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def run(*words: str | Path) -> shell.Ran:
@@ -590,15 +490,8 @@ def test_the_commands(
     done = run(*arguments)
     assert done.code == 0, done.err
     assert f"with the sum {layout.sum():.4f}" in done.out
-    assert "whether this was the right base model is not known" in done.err
-    made = run("make-difference", layout.output, "--base", layout.base, "--output", tmp_path / "made", "--json")
-    assert json.loads(made.out)["weight_sum"] == pytest.approx(
-        layout.sum() - NUM_LAYERS * float(INV_FREQ.sum()), abs=1e-4
-    )
-    again = run("apply-difference", tmp_path / "made", "--base", layout.base, "--output", tmp_path / "b", "--json")
-    assert json.loads(again.out)["is_verified"] is True
-    assert again.err.strip() == ""
-    shown = run("compress", tmp_path / "b", "--prompt", "w1 w2", "--output", tmp_path / "one.st")
+    assert "the base model could not be checked" in done.err
+    shown = run("compress", layout.output, "--prompt", "w1 w2", "--output", tmp_path / "one.st")
     assert shown.code == 0, shown.err
     refused = run("compress", layout.difference, "--prompt", "w1 w2", "--output", tmp_path / "two.st")
     assert refused.code == 1
@@ -608,13 +501,11 @@ def test_the_commands(
 def test_the_page_runs_with_small_checkpoints(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """docs/published_checkpoints.md, with small checkpoints under the names of the large ones."""
+    """Run docs/published_checkpoints.md with small checkpoints under the names of the large ones."""
     page = Path(__file__).resolve().parents[2] / "docs" / "published_checkpoints.md"
     commands = [fence.text for fence in fences_in(page.read_text(encoding="utf-8")) if fence.language == "bash"]
     monkeypatch.chdir(tmp_path)
     layout.base.rename("llama-7b")
-    Path("owner").mkdir()
-    shutil.copytree("llama-7b", "owner/base")
     Path("jayelm").mkdir()
     layout.difference.rename("jayelm/llama-7b-gist-1")
     for line in "".join(commands).splitlines():
@@ -622,9 +513,7 @@ def test_the_page_runs_with_small_checkpoints(
         assert program == "gisting"
         done = shell.call(monkeypatch, capsys, *words)
         assert done.code == 0, f"{line}\n{done.err}"
-        if words[0] == "generate":
-            shutil.copytree("llama-7b-gist", "runs/mine")
-    assert len(load_file("mine-again/model.safetensors")) == len(layout.changes)
+    assert len(load_file("llama-7b-gist/model.safetensors")) == len(layout.changes)
 
 
 def test_the_tokenizer_is_one_that_gisting_knows(layout: Layout) -> None:

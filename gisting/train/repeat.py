@@ -136,7 +136,7 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: bool | str) -> str | No
     for step in sorted(found, reverse=True):
         if _is_whole(found[step]):
             return str(found[step])
-    torn = f" ({', '.join(found[step].name for step in sorted(found))} is incomplete)" if found else ""
+    torn = f" (incomplete: {', '.join(found[step].name for step in sorted(found))})" if found else ""
     raise GistError(f"{output_dir} holds no checkpoint to resume from{torn}; start without resume")
 
 

@@ -110,7 +110,7 @@ def test_text_in_one_batch_with_gists_keeps_its_bits(name: str, kind: str) -> No
 
 @pytest.mark.parametrize("name", few([*THREE, "t5"], "llama", "t5"))
 def test_gist_only_lora_is_the_masked_update_of_its_definition(name: str) -> None:
-    """The oracle is the frozen model, with ``B A x`` times its scale added by hooks to the gist tokens of every layer."""
+    """The oracle is the frozen model with hooks that add ``B A x`` times its scale at gist tokens, in every layer."""
     model, tokenizer = adapted(name, "gist-lora")
     batch = GistCollator(tokenizer, 2)(RAGGED)
     found = logits(model, batch)

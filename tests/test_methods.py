@@ -241,7 +241,7 @@ def test_checkpointed_layers_run_again_with_the_places_of_their_first_run(name: 
         torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, "embeddings"))
 def test_under_torch_compile(kind: str) -> None:
     model, tokenizer = adapted("llama", kind)
     batch = GistCollator(tokenizer, 2)(RAGGED)

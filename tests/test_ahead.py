@@ -185,7 +185,7 @@ class _AtTheFirstStep(TrainerCallback):
             self.act()
 
 
-@pytest.mark.parametrize("pack_length", [None, 64], ids=["padded", "packed"])
+@pytest.mark.parametrize("pack_length", [pytest.param(None, marks=pytest.mark.slow, id="padded"), 64])
 def test_no_text_is_encoded_in_a_step(tmp_path: Path, pack_length: int | None, num_encoded: list[int]) -> None:
     """Three epochs, with an evaluation after each; texts are only encoded before the first step."""
     model, tokenizer = tiny.patched("llama")
@@ -209,6 +209,7 @@ def test_no_text_is_encoded_in_a_step(tmp_path: Path, pack_length: int | None, n
     assert seen == [6]
 
 
+@pytest.mark.slow
 def test_no_text_is_encoded_in_a_step_of_a_stage_with_gists(tmp_path: Path, num_encoded: list[int]) -> None:
     model, tokenizer = tiny.patched("llama")
     settings: dict[str, Any] = {"num_train_epochs": 4.0, "save_strategy": "no", "disable_tqdm": True}
@@ -234,7 +235,7 @@ def test_no_text_is_encoded_in_a_step_of_a_stage_with_gists(tmp_path: Path, num_
     assert seen[-1] == seen[-2]
 
 
-@pytest.mark.parametrize("pack_length", [None, 48], ids=["padded", "packed"])
+@pytest.mark.parametrize("pack_length", [pytest.param(None, marks=pytest.mark.slow, id="padded"), 48])
 def test_workers_give_the_weights_of_a_run_without(tmp_path: Path, pack_length: int | None) -> None:
     """To the bit, into a third epoch, with dropout."""
     runs = [
@@ -272,7 +273,10 @@ def test_how_many_records_were_encoded_is_logged(tmp_path: Path, caplog: pytest.
     assert "the texts of 24 records are encoded" in caplog.text
 
 
-@pytest.mark.parametrize(("num_workers", "own", "expected"), [(1, None, "false"), (1, "true", "true"), (0, None, None)])
+@pytest.mark.parametrize(
+    ("num_workers", "own", "expected"),
+    [(1, None, "false"), (1, "true", "true"), pytest.param(0, None, None, marks=pytest.mark.slow)],
+)
 def test_tokenizers_have_no_threads_while_workers_are_forked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, own: str | None, expected: str | None
 ) -> None:
@@ -329,6 +333,6 @@ def test_workers_by_default(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(has_gpu))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     found: dict[str, Any] = {}
-    monkeypatch.setattr(gisting.train.finetune, "TrainingArguments", lambda **settings: found.update(settings))
+    monkeypatch.setattr(gisting.train.arguments, "TrainingArguments", lambda **settings: found.update(settings))
     published_arguments("unused", **changes)
     assert found["dataloader_num_workers"] == expected

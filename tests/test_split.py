@@ -229,7 +229,7 @@ def batches(tokenizer: Any, objective: Objective, is_packed: bool, *, is_split: 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("kind", ["gist-lora", "embeddings"])
-@pytest.mark.parametrize("name", few(FAMILIES, "llama", "gemma"))
+@pytest.mark.parametrize("name", few(FAMILIES, "llama"))
 def test_prompts_computed_once_give_the_same_loss_and_gradients(
     name: str, kind: str, is_packed: bool, objective: str, tmp_path: Path
 ) -> None:
@@ -369,13 +369,13 @@ def run(name: str, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **s
         ("llama", "gist-lora", {}, True),
         ("llama", "embeddings", {"pack_length": 512}, True),
         ("llama", "full", {}, False),
-        ("llama", "lora", {}, False),
+        pytest.param("llama", "lora", {}, False, marks=pytest.mark.slow),
         ("llama", "gist-lora", {"chunk_length": 3}, False),
-        ("llama", "gist-lora", {"part_separator": " w2 "}, False),
-        ("llama", "gist-lora", {"checkpointing": True}, False),
-        ("llama", "gist-lora", {"changes": {"attention_dropout": 0.1}}, False),
-        ("llama", "gist-lora", {"neftune_noise_alpha": 5.0}, False),
-        ("llama-dynamic", "gist-lora", {}, False),
+        pytest.param("llama", "gist-lora", {"part_separator": " w2 "}, False, marks=pytest.mark.slow),
+        pytest.param("llama", "gist-lora", {"checkpointing": True}, False, marks=pytest.mark.slow),
+        pytest.param("llama", "gist-lora", {"changes": {"attention_dropout": 0.1}}, False, marks=pytest.mark.slow),
+        pytest.param("llama", "gist-lora", {"neftune_noise_alpha": 5.0}, False, marks=pytest.mark.slow),
+        pytest.param("llama-dynamic", "gist-lora", {}, False, marks=pytest.mark.slow),
         ("mistral-window", "gist-lora", {}, False),
         ("t5", "gist-lora", {}, False),
     ],
@@ -455,6 +455,7 @@ def test_gist_lora_at_given_tokens_is_that_of_every_token() -> None:
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_same_loss(tmp_path: Path) -> None:
     """With the hook before the head and the targets' indices. (For adapters, see tests/test_methods.py.)"""
     losses = []

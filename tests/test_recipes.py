@@ -252,6 +252,7 @@ _KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path, checkpoint: Path) -> None:
     """Killed with SIGKILL after its second checkpoint, with an incomplete third one, a run has the same losses and
     weights to the bit; with k and condition drawn for each row, dropout, two workers, accumulation and a second epoch.
@@ -466,7 +467,7 @@ def test_rows_of_a_batch_are_about_equally_long(tmp_path: Path) -> None:
     [
         ({"dataloader_num_workers": 2}, 0.0),
         ({"bf16": True}, 2e-2),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, 0.0),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, 0.0, marks=pytest.mark.slow),
     ],
     ids=["workers", "bf16", "compile"],
 )

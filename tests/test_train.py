@@ -72,7 +72,7 @@ def test_stock_trainer_with_nothing_but_the_collator(tmp_path: Path) -> None:
     assert trainer.evaluate(RECORDS)["eval_loss"] < before / 10  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5", "umt5"])
+@pytest.mark.parametrize("name", few(["llama", "gemma3_text", "t5", "umt5"], "llama", "gemma3_text", "t5"))
 def test_it_learns_through_the_gist_alone(tmp_path: Path, name: str) -> None:
     """The answer is only in the prompt, so a model that answers from the cache has read it through the gist."""
     model, tokenizer = fresh(name)

@@ -24,8 +24,25 @@ from typing import Any, ClassVar, Self, TypeVar
 from gisting.errors import GistError
 
 __all__ = [
-    *("COUNT", "FLAG", "NOT_NEGATIVE", "PATH", "POSITIVE", "TEXT", "TEXTS", "WHOLE", "Kind", "Setting", "Settings"),
-    *("checked", "choice", "declared", "is_whole", "keywords_for", "number", "read_yaml", "setting"),
+    "COUNT",
+    "FLAG",
+    "NOT_NEGATIVE",
+    "PATH",
+    "POSITIVE",
+    "TEXT",
+    "TEXTS",
+    "WHOLE",
+    "Kind",
+    "Setting",
+    "Settings",
+    "checked",
+    "choice",
+    "declared",
+    "is_whole",
+    "keywords_for",
+    "number",
+    "read_yaml",
+    "setting",
     "takes_keywords_of",
 ]
 

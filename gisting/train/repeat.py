@@ -25,7 +25,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gisting.errors import GistError
 
 __all__ = [
-    *("CountEpochs", "RepeatableDraws", "check_workers", "checkpoint_to_resume", "num_steps_in"),
+    "CountEpochs",
+    "RepeatableDraws",
+    "check_workers",
+    "checkpoint_to_resume",
+    "num_steps_in",
     "without_parallel_tokenizers",
 ]
 

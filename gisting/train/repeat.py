@@ -145,7 +145,7 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: bool | str) -> str | No
 
 
 def num_steps_in(checkpoint: str | Path) -> int:
-    """Return the number of optimiser steps after which a whole checkpoint was written."""
+    """Return the number of optimiser steps after which ``checkpoint``, a whole one, was written."""
     return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
 
 

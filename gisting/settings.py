@@ -24,8 +24,25 @@ from typing import Any, ClassVar, Self, TypeVar
 from gisting.errors import GistError
 
 __all__ = [
-    *("COUNT", "FLAG", "NOT_NEGATIVE", "PATH", "POSITIVE", "TEXT", "TEXTS", "WHOLE", "Kind", "Setting", "Settings"),
-    *("checked", "choice", "declared", "is_whole", "keywords_for", "number", "read_yaml", "setting"),
+    "COUNT",
+    "FLAG",
+    "NOT_NEGATIVE",
+    "PATH",
+    "POSITIVE",
+    "TEXT",
+    "TEXTS",
+    "WHOLE",
+    "Kind",
+    "Setting",
+    "Settings",
+    "checked",
+    "choice",
+    "declared",
+    "is_whole",
+    "keywords_for",
+    "number",
+    "read_yaml",
+    "setting",
     "takes_keywords_of",
 ]
 
@@ -74,10 +91,14 @@ def choice(*names: str | Callable[[], Collection[str]]) -> Kind:
 
 
 def checked(value: Any, is_right: bool) -> Any:
-    """Return a value, if it is right.
+    """Return a value, after a check.
+
+    Args:
+        value: anything.
+        is_right: the result of the check.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the check failed.
     """
     if not is_right:
         raise ValueError
@@ -100,7 +121,11 @@ def number(value: Any, low: float, *, or_equal: bool = False) -> float:
 
 
 def is_whole(value: Any) -> bool:
-    """Return whether a value is a whole number, and not a boolean."""
+    """Return whether a value is a whole number.
+
+    Args:
+        value: anything; booleans are not numbers.
+    """
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -231,7 +256,11 @@ class Settings:
 
 
 def declared(one: Field[Any]) -> Setting:
-    """Return what a field of a table declares."""
+    """Return what a field of a table declares.
+
+    Args:
+        one: made with :func:`setting`.
+    """
     return one.metadata["setting"]
 
 

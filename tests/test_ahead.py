@@ -1,4 +1,4 @@
-"""Texts encoded ahead and batches collated ahead: the same bits, no tokenizer in a step, workers where they help."""
+"""Texts are encoded and batches made ahead: with the same bits, without tokenizer in a step, in workers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def digest(batches: Iterable[dict[str, Tensor]]) -> int:
 
 @pytest.fixture
 def num_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of texts of each call of a tokenizer."""
+    """The number of texts in each call of a tokenizer."""
     calls: list[int] = []
     whole = GistTokenizer.encode_texts
 
@@ -86,14 +86,14 @@ def num_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ],
     ids=["padded", "chunks", "parts", "packed"],
 )
-def test_a_seed_gives_the_batches_that_it_always_gave(
+def test_a_seed_gives_the_same_batches_in_every_version(
     make: Callable[..., GistCollator],
     settings: dict[str, Any],
     expected: int,
     is_ahead: bool,
     num_encoded: list[int],
 ) -> None:
-    """Numbers of the collators before texts were encoded ahead; a run that began with those ends as it would have."""
+    """The digests are from before texts were encoded ahead: a run that began then ends the same."""
     collator = make(**settings)
     if is_ahead:
         collator.encode_ahead([RECORDS[0], RECORDS[:12], *(vars(record) for record in RECORDS[12:])])
@@ -143,8 +143,8 @@ def test_conditions_are_computed_for_the_rows_that_drew_them(monkeypatch: pytest
     assert rows == {"gist": [1], "negative": [3]}
 
 
-def test_a_collator_travels_with_what_it_keeps(num_encoded: list[int]) -> None:
-    """Processes that are not forked get it by pickle."""
+def test_a_pickled_collator_keeps_its_ids(num_encoded: list[int]) -> None:
+    """Processes that are not forked get a pickled collator."""
     collator = packed()
     collator.encode_ahead(RECORDS)
     num_encoded.clear()
@@ -157,7 +157,7 @@ def test_a_collator_travels_with_what_it_keeps(num_encoded: list[int]) -> None:
 
 
 def test_draws_leave_the_generators_of_accelerators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout on a card draws from its own generator, which must not depend on what is collated meanwhile."""
+    """Dropout on a GPU draws from the GPU's generator, which must not depend on how batches are made."""
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     torch.manual_seed(5)
@@ -185,9 +185,9 @@ class _AtTheFirstStep(TrainerCallback):
             self.act()
 
 
-@pytest.mark.parametrize("pack_length", [None, 64], ids=["padded", "packed"])
+@pytest.mark.parametrize("pack_length", [pytest.param(None, marks=pytest.mark.slow, id="padded"), 64])
 def test_no_text_is_encoded_in_a_step(tmp_path: Path, pack_length: int | None, num_encoded: list[int]) -> None:
-    """Three epochs, with an evaluation after each. What the first step finds collated was collated before it."""
+    """Three epochs, with an evaluation after each; texts are only encoded before the first step."""
     model, tokenizer = tiny.patched("llama")
     arguments = published_arguments(
         tmp_path, batch_size=4, num_train_epochs=3.0, save_strategy="no", eval_strategy="epoch", disable_tqdm=True
@@ -209,6 +209,7 @@ def test_no_text_is_encoded_in_a_step(tmp_path: Path, pack_length: int | None, n
     assert seen == [6]
 
 
+@pytest.mark.slow
 def test_no_text_is_encoded_in_a_step_of_a_stage_with_gists(tmp_path: Path, num_encoded: list[int]) -> None:
     model, tokenizer = tiny.patched("llama")
     settings: dict[str, Any] = {"num_train_epochs": 4.0, "save_strategy": "no", "disable_tqdm": True}
@@ -234,7 +235,7 @@ def test_no_text_is_encoded_in_a_step_of_a_stage_with_gists(tmp_path: Path, num_
     assert seen[-1] == seen[-2]
 
 
-@pytest.mark.parametrize("pack_length", [None, 48], ids=["padded", "packed"])
+@pytest.mark.parametrize("pack_length", [pytest.param(None, marks=pytest.mark.slow, id="padded"), 48])
 def test_workers_give_the_weights_of_a_run_without(tmp_path: Path, pack_length: int | None) -> None:
     """To the bit, into a third epoch, with dropout."""
     runs = [
@@ -253,7 +254,7 @@ def test_workers_give_the_weights_of_a_run_without(tmp_path: Path, pack_length: 
 
 
 def test_a_stream_is_read_in_the_process_that_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Each of two workers would read all of this stream."""
+    """Otherwise, each of two workers would read the whole stream."""
 
     class Stream(torch.utils.data.IterableDataset[Record]):
         def __iter__(self):
@@ -272,12 +273,15 @@ def test_how_many_records_were_encoded_is_logged(tmp_path: Path, caplog: pytest.
     assert "the texts of 24 records are encoded" in caplog.text
 
 
-@pytest.mark.parametrize(("num_workers", "own", "expected"), [(1, None, "false"), (1, "true", "true"), (0, None, None)])
+@pytest.mark.parametrize(
+    ("num_workers", "own", "expected"),
+    [(1, None, "false"), (1, "true", "true"), pytest.param(0, None, None, marks=pytest.mark.slow)],
+)
 def test_tokenizers_have_no_threads_while_workers_are_forked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, own: str | None, expected: str | None
 ) -> None:
-    """tokenizers up to 0.22 warn in each process that is forked after threads were used, whatever is done there, unless
-    this variable is set.
+    """Unless this variable is set, tokenizers up to 0.22 warn in every process that is forked after threads were
+    used.
     """
     monkeypatch.delenv(name := "TOKENIZERS_PARALLELISM", raising=False)
     if own is not None:
@@ -319,7 +323,7 @@ def test_workers_by_default(
     changes: dict[str, Any],
     expected: int,
 ) -> None:
-    """Up to four on a GPU, as cores are left beside the processes that a launcher made."""
+    """Up to four on a GPU, if there are enough cores in addition to the launched processes' own."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if processes is not None:
@@ -329,6 +333,6 @@ def test_workers_by_default(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(has_gpu))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     found: dict[str, Any] = {}
-    monkeypatch.setattr(gisting.train.finetune, "TrainingArguments", lambda **settings: found.update(settings))
+    monkeypatch.setattr(gisting.train.arguments, "TrainingArguments", lambda **settings: found.update(settings))
     published_arguments("unused", **changes)
     assert found["dataloader_num_workers"] == expected

@@ -1,5 +1,5 @@
-"""The command line: every command on a small checkpoint, every error in one line with exit code 1, and the README as
-written.
+"""The command line: every command on a small checkpoint, every error in one line with exit code 1, and the README's
+commands.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def test_version(run) -> None:
 
 @pytest.fixture
 def queries(workplace: Path) -> Iterator[list[str]]:
-    """The words of a small internalisation, but for its output; its files are made."""
+    """Make the files of a small internalisation; return its words without the output."""
     Path("prompt.txt").write_text("please reverse the letters and answer plainly\n", encoding="utf-8")
     rows = [{"input": f"{a} {b}", "output": f"{b} {a}"} for a in "abcd" for b in "efgh"]
     for name, part in (("train", rows[:12]), ("held-out", rows[12:])):
@@ -363,7 +363,7 @@ def test_internalize_by_recipe_and_options(run, queries: list[str]) -> None:
 
 
 def test_internalize_recipes_are_read(run, queries: list[str]) -> None:
-    """Every file in recipes/internalize, in a few steps."""
+    """Run every file in recipes/internalize for a few steps."""
     for path in sorted((ROOT / "recipes" / "internalize").glob("*.yaml")):
         words = [*queries[2:], "--eval", "held-out.jsonl", "--output", f"runs/{path.stem}"]
         words += ["--per-device-batch-size", "4", "--shortener", "none"]
@@ -491,7 +491,7 @@ def test_the_readmes_commands_run_in_their_order(run, workplace: Path) -> None:
 
 
 def test_the_readmes_python_runs_as_pasted(workplace: Path) -> None:
-    """Each with its own names, in one fresh process, because importing torch takes longer than the rest."""
+    """Each with its own globals, in one new process, because importing torch takes longer than the rest."""
     fences = readme("python")
     assert len(fences) >= 2
     Path("fences.json").write_text(json.dumps(fences), encoding="utf-8")

@@ -1,5 +1,5 @@
-"""What every command keeps: examples in its help that are real, JSON alone with --json, exit codes, no traceback for
-what a user can mend, completion by the shell.
+"""Promises of every command: examples in its help that work, only JSON with --json, exit codes, no traceback for errors
+that a user can fix, completion in the shell.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command that does something, with the words that name it."""
+    """Yield every command with its name; groups are left out."""
     group = get_command(app) if group is None else group
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
@@ -58,12 +58,12 @@ def test_help_says_what_and_shows_how(run, path: tuple[str, ...]) -> None:
     assert command.help.strip()
     assert 1 <= len(examples(command)) <= 3
     for example in examples(command):
-        assert f"  {example}\n" in shown.out, "an example stands on a line of its own, not wrapped, to be copied"
+        assert f"  {example}\n" in shown.out, "an example must be on one line, so that it can be copied"
 
 
 @each_command
 def test_examples_are_words_that_the_command_takes(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # recipes/ is named
+    monkeypatch.chdir(ROOT)  # examples name recipes/
     for example in examples(COMMANDS[path]):
         words = shlex.split(example)
         assert tuple(words[1 : len(path) + 1]) == path
@@ -78,7 +78,7 @@ def test_an_example_that_is_not_real_is_caught() -> None:
 
 
 def test_examples_run_as_they_are_shown(run, workplace: Path) -> None:
-    """Those that need nothing but what `gisting demo` leaves and a file of prompts."""
+    """Those that need only the output of `gisting demo` and a file of prompts."""
     Path("prompts.jsonl").write_text('{"prompt": "write capitals", "name": "capitals"}\n', encoding="utf-8")
     ran = 0
     for path in (
@@ -104,7 +104,7 @@ def test_help_needs_no_torch() -> None:
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
-# serve prints a command line and becomes it; what it does not know is vLLM's.
+# serve prints a command line and then becomes that command; unknown options are vLLM's.
 WITHOUT_JSON = {("serve",)}
 
 
@@ -135,7 +135,7 @@ def test_every_command_has_json(path: tuple[str, ...]) -> None:
     ],
 )
 def test_json_stands_alone_on_standard_output(run, workplace: Path, words: str, keys: set[str]) -> None:
-    """An object a line; what a library prints, as Trainer does its logs, is on standard error."""
+    """One object per line; what libraries print, such as Trainer's logs, goes to standard error."""
     run("compress", "runs/demo", "--prompt", "answer plainly", "--output", "one.st")
     run("compress", "runs/demo", "--prompt", "answer plainly", "--name", "plainly", "--store", "gists")
     records = Path("runs/demo/unseen.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -147,13 +147,13 @@ def test_json_stands_alone_on_standard_output(run, workplace: Path, words: str, 
     assert all(keys <= set(row) for row in rows), rows[0]
 
 
-def test_json_has_no_word_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_and_infinity_become_null(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"loss": float("nan"), "rows": [(1, -float("inf")), "ä"]})
     assert capsys.readouterr().out == '{"loss": null, "rows": [[1, null], "ä"]}\n'
 
 
 def test_json_of_the_demo(run, monkeypatch: pytest.MonkeyPatch, demo_checkpoint: Path) -> None:
-    """What it tells while it runs goes to standard error."""
+    """What it prints while it runs goes to standard error."""
     row = json.loads((demo_checkpoint.parent / "demo.json").read_text(encoding="utf-8"))
 
     class Result:
@@ -183,7 +183,7 @@ def test_a_fault_is_json_too(run, workplace: Path) -> None:
     assert done.err.startswith("error: gists has 1 faults")
 
 
-def test_what_is_printed_beside_json_goes_to_standard_error(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_output_goes_to_standard_error_with_json(run, monkeypatch: pytest.MonkeyPatch) -> None:
     from gisting import visibility
 
     monkeypatch.setattr(visibility.Visibility, "save_drawing", lambda *args: print("noise of a library"))
@@ -232,7 +232,7 @@ def test_wrong_usage(run, words: str) -> None:
         "show a b --png runs/nothing/mask.png",
     ],
 )
-def test_what_is_not_there_is_said_in_one_line(run, workplace: Path, words: str) -> None:
+def test_a_missing_file_is_reported_in_one_line(run, workplace: Path, words: str) -> None:
     cache, data = "runs/demo/instruction.gist.safetensors", "runs/demo/unseen.jsonl"
     done = run(*words.format(cache=cache, data=data).split())
     assert done.code == 1
@@ -240,8 +240,8 @@ def test_what_is_not_there_is_said_in_one_line(run, workplace: Path, words: str)
     assert "Traceback" not in done.err
 
 
-def test_every_command_was_shown_something_that_is_not_there() -> None:
-    (mark,) = (m for m in test_what_is_not_there_is_said_in_one_line.pytestmark if m.name == "parametrize")  # pyright: ignore
+def test_every_command_was_given_a_missing_file() -> None:
+    (mark,) = (m for m in test_a_missing_file_is_reported_in_one_line.pytestmark if m.name == "parametrize")  # pyright: ignore
     tried = {path for path in COMMANDS for words in mark.args[1] if tuple(words.split()[: len(path)]) == path}
     assert tried == set(COMMANDS)
 
@@ -256,7 +256,7 @@ def test_every_command_was_shown_something_that_is_not_there() -> None:
     ],
 )
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe\x00junk"], ids=["empty", "object", "list", "binary"])
-def test_a_damaged_checkpoint_is_said_in_one_line(
+def test_a_damaged_checkpoint_is_reported_in_one_line(
     run, workplace: Path, damage: str, message: str, content: bytes
 ) -> None:
     Path("runs/demo", damage).write_bytes(content)
@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_said_in_one_line(
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_a_user_can_mend_is_one_line(
+def test_an_error_that_a_user_can_fix_is_one_line(
     run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
 ) -> None:
     def fail(*args: object) -> None:
@@ -288,7 +288,7 @@ def test_what_a_user_can_mend_is_one_line(
     assert run("inspect", "one.st") == (code, "", said)
 
 
-def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gisting.storage.inspect", lambda path: {}["nothing"])
     with pytest.raises(KeyError):
         run("inspect", "one.st")
@@ -299,7 +299,7 @@ def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatc
     [pytest.param(1, marks=pytest.mark.slow, id="noticed at the end"), pytest.param(300, id="noticed while printing")],
 )
 def test_a_reader_that_has_gone_is_no_error(number: int) -> None:
-    """``gisting ... | head``: nothing is said, by Python at its exit neither."""
+    """As in ``gisting ... | head``: nothing is printed to standard error, not even by Python when it exits."""
     words = f"import sys; sys.argv = ['gisting', 'show', 'a ' * {number}, 'b']; from gisting.cli import main; main()"
     read, write = os.pipe()
     os.close(read)
@@ -321,7 +321,7 @@ def test_a_reader_that_has_gone_is_no_error(number: int) -> None:
 
 @pytest.fixture
 def complete(run, monkeypatch: pytest.MonkeyPatch):
-    """What bash is offered for a line."""
+    """Return what bash offers as completion of a line."""
 
     def ask(line: str) -> list[str]:
         monkeypatch.setenv("_GISTING_COMPLETE", "complete_bash")

@@ -1,4 +1,4 @@
-"""Recipes: a strict schema, published values, overrides, and a run that describes itself and can be killed."""
+"""Recipes: a strict schema, published values, overrides, and runs that describe themselves and can be killed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def written(folder: Path, text: str) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A tiny patched model, and records beside it."""
+    """A tiny patched model, in a folder with records."""
     model, tokenizer = tiny.patched("llama", attention_dropout=0.1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -162,7 +162,7 @@ def test_every_recipe_is_read_and_gives_arguments(tmp_path: Path, path: Path) ->
 
 @pytest.mark.parametrize(("name", "kind"), [("llama-7b", "decoder"), ("flan-t5-xxl", "encoder-decoder")])
 def test_published_recipes_are_the_published_ones(tmp_path: Path, name: str, kind: str) -> None:
-    """Said in the file in full, and the same as what the code takes for the published values."""
+    """The files give every published value, and the same as the code."""
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     held = {"num_train_epochs": recipe.epochs, **vars(recipe)}
     assert {key: held[key] for key in PUBLISHED[kind]} == PUBLISHED[kind]
@@ -173,7 +173,7 @@ def test_published_recipes_are_the_published_ones(tmp_path: Path, name: str, kin
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_its_configurations(path: Path) -> None:
-    """accelerate refuses keys that it does not know, and plugins fields that they do not have."""
+    """accelerate and its plugins refuse unknown keys."""
     pytest.importorskip("accelerate")
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -190,7 +190,7 @@ def test_accelerate_reads_its_configurations(path: Path) -> None:
 
 
 def test_a_run_describes_itself(tmp_path: Path, checkpoint: Path) -> None:
-    """The saved recipe, run again, gives the same weights."""
+    """Running the saved recipe again gives the same weights."""
     train_recipe(recipe_for(checkpoint), tmp_path / "one")
     assert load_recipe(tmp_path / "one" / "recipe.yaml") == recipe_for(checkpoint)
     train_recipe(load_recipe(tmp_path / "one" / "recipe.yaml"), tmp_path / "two")
@@ -252,9 +252,10 @@ _KILLED = """
 """
 
 
-def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, checkpoint: Path) -> None:
-    """Killed with SIGKILL behind its second checkpoint, with what a kill in the middle of the third leaves: losses and
-    weights to the bit, with k and condition drawn for each row, dropout, two workers, accumulation and a second epoch.
+@pytest.mark.slow
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path, checkpoint: Path) -> None:
+    """Killed with SIGKILL after its second checkpoint, with an incomplete third one, a run has the same losses and
+    weights to the bit; with k and condition drawn for each row, dropout, two workers, accumulation and a second epoch.
     """
     recipe = recipe_for(checkpoint, max_steps=12, save_steps=4, per_device_batch_size=2, num_workers=2)
     recipe.save(tmp_path / "given.yaml")
@@ -293,7 +294,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, checkpoint: P
         (None, True, False),
     ],
 )
-def test_part_of_a_checkpoint_is_passed_over(
+def test_an_incomplete_checkpoint_is_skipped(
     tmp_path: Path, state: str | None, generators: bool, is_whole: bool
 ) -> None:
     for step, text in ((9, '{"global_step": 9}'), (20, state)):
@@ -315,11 +316,11 @@ def test_part_of_a_checkpoint_is_passed_over(
             checkpoint_to_resume(tmp_path, named)
     (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
     if not is_whole:
-        with pytest.raises(GistError, match=r"holds no checkpoint .*\(checkpoint-9, checkpoint-20 was cut off"):
+        with pytest.raises(GistError, match=r"holds no checkpoint .*\(incomplete: checkpoint-9, checkpoint-20\)"):
             checkpoint_to_resume(tmp_path, True)
 
 
-def test_draws_depend_on_the_batch_and_the_seed_alone(tokenizer: gisting.GistTokenizer) -> None:
+def test_draws_depend_only_on_the_batch_and_the_seed(tokenizer: gisting.GistTokenizer) -> None:
     collator = GistCollator(tokenizer, (1, 8), conditions={"gist": 1, "positive": 1})
 
     def drawn(seed: int, records: list[Record]) -> tuple[list[int], list[Any]]:
@@ -390,12 +391,12 @@ def trained(
     return seen
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [GistCollator, GistPackingCollator])
 def test_batches_are_the_same_in_workers(
     tokenizer: gisting.GistTokenizer, method: str, kind: type[GistCollator]
 ) -> None:
-    """Collator and tokenizer go to a worker by pickle; what is drawn there is what is drawn here."""
+    """Collator and tokenizer are pickled for a worker, which draws the same as this process."""
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system has no {method}")
     collator = RepeatableDraws(kind(tokenizer, (1, 4), max_length=40), 3)
@@ -425,8 +426,8 @@ def test_a_stream_is_trained_on_as_the_list_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["list", "stream"])
-def test_the_next_epoch_draws_anew(tmp_path: Path, kind: str) -> None:
-    """Where the same batches come again, in an order that is always the same: a row's width tells its k."""
+def test_every_epoch_draws_new_values(tmp_path: Path, kind: str) -> None:
+    """The same batches come in the same order; the width of a row shows its k."""
     datasets = pytest.importorskip("datasets")
     rows = [asdict(record) for record in RECORDS[:8]]
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
@@ -440,7 +441,7 @@ def test_the_next_epoch_draws_anew(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_finished_run_is_not_trained_on(checkpoint: Path, tmp_path: Path) -> None:
-    """Its last checkpoint lies in the middle of an epoch, from where stock Trainer would take one step more."""
+    """Its last checkpoint is in the middle of an epoch, where stock Trainer would take one more step."""
     recipe = recipe_for(checkpoint, max_steps=5, save_steps=5)
     train_recipe(recipe, tmp_path / "out")
     before = load_file(tmp_path / "out" / "model.safetensors")
@@ -451,7 +452,7 @@ def test_a_finished_run_is_not_trained_on(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_rows_of_a_batch_are_about_equally_long(tmp_path: Path) -> None:
-    """An eighth of the records is long, and comes in a few of the 32 batches; Trainer sorts among eight batches."""
+    """An eighth of the records is long, and is in a few of the 32 batches; Trainer sorts within eight batches."""
     pytest.importorskip("datasets")
     records = [Record("w1", "w2", tiny.words(40 if number % 8 == 0 else 2, number)) for number in range(128)]
     settings: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
@@ -466,14 +467,14 @@ def test_rows_of_a_batch_are_about_equally_long(tmp_path: Path) -> None:
     [
         ({"dataloader_num_workers": 2}, 0.0),
         ({"bf16": True}, 2e-2),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, 0.0),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, 0.0, marks=pytest.mark.slow),
     ],
     ids=["workers", "bf16", "compile"],
 )
 def test_options_of_trainer_give_the_losses_of_the_plain_run(
     tmp_path: Path, changes: dict[str, Any], tolerance: float
 ) -> None:
-    """bfloat16 has eight bits: some times 2 ** -8 of a loss, over a few steps."""
+    """bfloat16 has eight bits: a few times 2 ** -8 of a loss, over a few steps."""
     losses, expected = trained(tmp_path, **changes).losses, trained(tmp_path).losses
     assert losses == pytest.approx(expected, rel=tolerance, abs=0)
     assert len(losses) == 6
@@ -482,8 +483,8 @@ def test_options_of_trainer_give_the_losses_of_the_plain_run(
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_accumulated_passes_give_the_losses_and_weights_of_one(tmp_path: Path, name: str) -> None:
-    """Rows differ in the number of tokens that they learn: a mean of means would differ, and a sum still more. SGD, for
-    Adam does not see how large gradients are.
+    """Rows differ in their number of targets, so a mean of means would differ, and a sum even more. With SGD, because
+    Adam ignores the size of gradients.
     """
     settings: dict[str, Any] = {"name": name, "optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.3, "k": 2}
     once = trained(tmp_path, **settings)

@@ -1,4 +1,4 @@
-"""Prompts apart from the rest: the same mask in two parts, and the same loss and gradients from two passes."""
+"""Split-off prompts: the same mask in two parts, and the same loss and gradients from two passes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gisting.train.finetune import _has_frozen_prompts, finetune
 from gisting.train.objective import Objective, ObjectiveTrainer, truncated_kl
 from gisting.visibility import CONDITIONS, Visibility
 from tests import tiny
-from tests.test_train import arguments
+from tests.test_train import arguments, few
 
 RECORDS = [
     Record("w1 w2 w3 w4", "w7 w8", "w3"),
@@ -35,7 +35,7 @@ RECORDS = [
     Record("w30 w31 w32 w33 w34 w35", "w36 w37 w38", "w39"),
 ]
 MIXED = {"gist": 2.0, "positive": 1.0, "negative": 1.0}
-# Families whose positions count tokens; the others are run whole.
+# Families whose positions count tokens; batches of the others are not split.
 FAMILIES = "llama llama-untied qwen3 gemma phi3 olmo2 granite smollm3 gpt_neox mixtral qwen3_moe".split()
 
 
@@ -43,7 +43,7 @@ FAMILIES = "llama llama-untied qwen3 gemma phi3 olmo2 granite smollm3 gpt_neox m
 
 
 def test_by_eye() -> None:
-    """The drawing of the module."""
+    """The drawing in the module's docstring."""
     is_gist = torch.tensor([[c in "GH" for c in "abGcdeHf"]])
     documents = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
     masks = {name: CONDITIONS[name](is_gist, documents=documents) for name in ("gist", "positive")}
@@ -82,7 +82,7 @@ def rows(mask: Tensor, number: int) -> list[str]:
 def test_both_parts_are_the_mask_itself(
     lengths: list[tuple[int, int, int]], is_packed: bool, seed: int, k: int
 ) -> None:
-    """Pair by pair, with the dense mask as the oracle."""
+    """Compare every pair of tokens with the dense mask."""
     records = [
         Record(tiny.words(a, seed + n), tiny.words(b, seed - n), tiny.words(c, n))
         for n, (a, b, c) in enumerate(lengths)
@@ -92,7 +92,7 @@ def test_both_parts_are_the_mask_itself(
     collator: Any = GistPackingCollator if is_packed else GistCollator
     tokenizer = tiny.tokenizer()
     batch = collator(tokenizer, (1, k), max_length=40, **settings)(records)
-    # Each token of a row under a name of its own.
+    # Every token of a row gets a different id.
     width = batch["input_ids"].shape[1]
     batch["input_ids"] = torch.arange(1, width + 1).repeat(len(batch["input_ids"]), 1)
     parts = split_prompts(batch, 0)
@@ -128,7 +128,7 @@ def test_errors() -> None:
 def test_what_a_step_is_told() -> None:
     tokenizer = tiny.tokenizer()
     batch = StepBatches(GistCollator(tokenizer, 2), tokenizer)([Record("w1 w2", "w3", "w4")])
-    # <s> w1 w2 G G w3 w4 </s>, or so: prompts end with the gist, the rest goes on.
+    # About <s> w1 w2 G G w3 w4 </s>: a prompt ends with its gist, and the rest follows.
     is_gist = (batch["input_ids"] == tokenizer.gist_token_id)[0].tolist()
     assert batch["gist_index"].tolist() == [place for place, is_one in enumerate(is_gist) if is_one]
     seen = Visibility.from_attention_mask(batch["attention_mask"]).to_dense()[0].sum(0)
@@ -149,9 +149,9 @@ def test_targets_by_eye() -> None:
     assert own.ids.tolist() == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("name", [*tiny.DECODERS, *tiny.ENCODER_DECODERS])
+@pytest.mark.parametrize("name", few([*tiny.DECODERS, *tiny.ENCODER_DECODERS], "llama", "gemma2", "t5"))
 def test_logits_at_some_tokens_are_those_of_all(name: str) -> None:
-    """Softcaps and scales of a family's logits included."""
+    """Including softcaps and scales of a family's logits."""
     model, tokenizer = tiny.patched(name)
     batch = GistCollator(tokenizer, 2)(RECORDS)
     targets = find_targets(batch["labels"], is_shifted=not tokenizer.is_encoder_decoder)
@@ -172,7 +172,7 @@ def decoder_inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def by_hand(model: Any, batch: dict[str, Tensor], objective: Objective) -> Tensor:
-    """The loss from the logits of every token, in one pass for the student and one for the teacher."""
+    """Compute the loss from the logits of all tokens, in one pass for the student and one for the teacher."""
     own = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     own |= decoder_inputs(model, batch)
     shift = not model.config.is_encoder_decoder
@@ -211,7 +211,7 @@ OBJECTIVES = {
 
 
 def batches(tokenizer: Any, objective: Objective, is_packed: bool, *, is_split: bool) -> tuple[Any, Any]:
-    """The batch as a plain collator makes it, and as a step reads it."""
+    """Return the batch of a plain collator, and the batch that a step reads."""
     settings: dict[str, Any] = {"conditions": MIXED, "with_teacher": True}
     if is_packed:
         settings |= {"reconstruct": objective.reconstruction > 0, "pack_length": 40}
@@ -229,14 +229,14 @@ def batches(tokenizer: Any, objective: Objective, is_packed: bool, *, is_split: 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("kind", ["gist-lora", "embeddings"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES, "llama"))
 def test_prompts_computed_once_give_the_same_loss_and_gradients(
     name: str, kind: str, is_packed: bool, objective: str, tmp_path: Path
 ) -> None:
     if objective == "reconstructed" and not is_packed:
         pytest.skip("a prompt is reconstructed in packed rows alone")
     model, tokenizer = tiny.patched(name)
-    if name not in ("mixtral", "qwen3_moe"):  # torch has no grouped products of float64
+    if name not in ("mixtral", "qwen3_moe"):  # torch has no grouped matrix products in float64
         model.double()
     attach(model, Adapter(kind, num_rows=3 if kind == "embeddings" else 1, rank=2))
     generator = torch.Generator().manual_seed(3)
@@ -260,13 +260,13 @@ def test_prompts_computed_once_give_the_same_loss_and_gradients(
 
 
 def bound(gradient: Tensor, model: Any) -> float:
-    """A millionth of the largest number of a gradient where the model is in float64, a little more in float32."""
+    """A millionth of the gradient's largest element if the model is in float64, a little more in float32."""
     is_wide = next(model.parameters()).dtype == torch.float64
     return (1e-6 if is_wide else 1e-5) * max(float(gradient.abs().max()), 1.0)
 
 
 @pytest.mark.parametrize("objective", ["plain", "distilled"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere2", "t5", "umt5"])
+@pytest.mark.parametrize("name", few(["llama", "gemma2", "cohere2", "t5", "umt5"], "llama", "gemma2", "t5"))
 def test_logits_where_labels_are_give_the_same_loss_and_gradients(name: str, objective: str, tmp_path: Path) -> None:
     model, tokenizer = tiny.patched(name)
     model.double().train()
@@ -285,7 +285,7 @@ def test_logits_where_labels_are_give_the_same_loss_and_gradients(name: str, obj
 
 @pytest.mark.parametrize("is_averaged", [True, False])
 def test_replicas_of_data_parallel_share_one_number(is_averaged: bool, tmp_path: Path) -> None:
-    """torch's DataParallel gives back the logits of the whole batch; Trainer gives a number for each replica."""
+    """torch's DataParallel returns the logits of the whole batch; Trainer gives a number for each replica."""
     model, tokenizer = tiny.patched("llama")
     batch = GistCollator(tokenizer, 2, with_teacher=True)(RECORDS)
     wanted = OBJECTIVES["distilled"]
@@ -324,7 +324,7 @@ def with_gist_lora() -> tuple[Any, Any]:
 
 
 def test_a_planted_fault_is_found(tmp_path: Path) -> None:
-    """A teacher that does not see the prompt, and LoRA at the wrong tokens."""
+    """Such as a teacher that does not see the prompt, or LoRA at the wrong tokens."""
     model, tokenizer = with_gist_lora()
     model.train()
     wanted = OBJECTIVES["distilled"]
@@ -345,7 +345,7 @@ def test_a_planted_fault_is_found(tmp_path: Path) -> None:
 
 
 def run(name: str, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[set[str]]:
-    """Keys of the batches that a run of two steps computes its loss from."""
+    """Return the keys of the batches from which a run of two steps computes its loss."""
     seen: list[set[str]] = []
     inner = ObjectiveTrainer.compute_loss
 
@@ -369,19 +369,19 @@ def run(name: str, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **s
         ("llama", "gist-lora", {}, True),
         ("llama", "embeddings", {"pack_length": 512}, True),
         ("llama", "full", {}, False),
-        ("llama", "lora", {}, False),
+        pytest.param("llama", "lora", {}, False, marks=pytest.mark.slow),
         ("llama", "gist-lora", {"chunk_length": 3}, False),
-        ("llama", "gist-lora", {"part_separator": " w2 "}, False),
-        ("llama", "gist-lora", {"checkpointing": True}, False),
-        ("llama", "gist-lora", {"changes": {"attention_dropout": 0.1}}, False),
-        ("llama", "gist-lora", {"neftune_noise_alpha": 5.0}, False),
-        ("llama-dynamic", "gist-lora", {}, False),
+        pytest.param("llama", "gist-lora", {"part_separator": " w2 "}, False, marks=pytest.mark.slow),
+        pytest.param("llama", "gist-lora", {"checkpointing": True}, False, marks=pytest.mark.slow),
+        pytest.param("llama", "gist-lora", {"changes": {"attention_dropout": 0.1}}, False, marks=pytest.mark.slow),
+        pytest.param("llama", "gist-lora", {"neftune_noise_alpha": 5.0}, False, marks=pytest.mark.slow),
+        pytest.param("llama-dynamic", "gist-lora", {}, False, marks=pytest.mark.slow),
         ("mistral-window", "gist-lora", {}, False),
         ("t5", "gist-lora", {}, False),
     ],
     ids=str,
 )
-def test_it_is_done_where_nothing_that_prompts_pass_through_learns(
+def test_prompts_are_split_off_where_nothing_that_acts_on_them_is_trained(
     name: str, kind: str, settings: dict[str, Any], is_split: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = run(name, kind, tmp_path, monkeypatch, objective=Objective(distillation=1.0), **settings)
@@ -395,8 +395,8 @@ def split_batch(tokenizer: Any, **settings: Any) -> Any:
     return StepBatches(collator, tokenizer, has_frozen_base=True)(RECORDS)
 
 
-def test_prompts_apart_are_never_lost_without_a_word(tmp_path: Path) -> None:
-    """In loops of one's own: a model that is trained whole, layers that drop the cache, a trainer that ignores it."""
+def test_split_off_prompts_are_never_ignored_silently(tmp_path: Path) -> None:
+    """In a custom loop: with a model that is trained whole, or with layers that drop or ignore the cache."""
     model, tokenizer = tiny.patched("llama")
     batch = split_batch(tokenizer)
     trainer = ObjectiveTrainer(model=model.train(), args=arguments(tmp_path))
@@ -413,18 +413,18 @@ def test_prompts_apart_are_never_lost_without_a_word(tmp_path: Path) -> None:
         trainer.compute_loss(model, dict(batch))
 
 
-def test_what_the_objective_weighs_must_be_there(tmp_path: Path) -> None:
+def test_the_batch_must_hold_what_the_objective_needs(tmp_path: Path) -> None:
     model, tokenizer = tiny.patched("llama")
     batch = GistCollator(tokenizer, 2)(RECORDS)
     trainer = ObjectiveTrainer(
         model=model.train(), args=arguments(tmp_path), objective=Objective(distillation=1.0, reconstruction=1.0)
     )
-    with pytest.raises(GistError, match=r"no teacher_attention_mask; make its collator with with_teacher=True"):
+    with pytest.raises(GistError, match=r"no teacher_attention_mask; make the collator with with_teacher=True"):
         trainer.compute_loss(model, dict(batch))
     with pytest.raises(GistError, match=r"no reconstruction_labels; .* with reconstruct=True"):
         trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     del batch["labels"]
-    with pytest.raises(GistError, match="inputs hold no labels"):
+    with pytest.raises(GistError, match="inputs have no labels"):
         trainer.compute_loss(model, dict(batch))
     with pytest.raises(GistError, match="batch has no labels"):
         StepBatches(lambda records: dict(batch), tokenizer)(RECORDS)
@@ -440,7 +440,7 @@ def test_dropout_of_the_adapter_does_not_matter() -> None:
 
 
 def test_gist_lora_at_given_tokens_is_that_of_every_token() -> None:
-    """The two matrices at gist tokens alone, and at all with the rest dropped: the same bits, and gradients."""
+    """Applying the matrices only at gist tokens gives the same bits as applying them everywhere and masking."""
     model, tokenizer = with_gist_lora()
     batch = {key: value for key, value in GistCollator(tokenizer, 2)(RECORDS).items() if key != "labels"}
     index = (batch["input_ids"].flatten() == tokenizer.gist_token_id).nonzero()[:, 0]
@@ -455,8 +455,9 @@ def test_gist_lora_at_given_tokens_is_that_of_every_token() -> None:
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_same_loss(tmp_path: Path) -> None:
-    """With the hook before the head and the targets' indices. (Adapters under torch.compile: tests/test_methods.py.)"""
+    """With the hook before the head and the targets' indices. (For adapters, see tests/test_methods.py.)"""
     losses = []
     for is_compiled in (False, True):
         model, tokenizer = tiny.patched("llama", num_hidden_layers=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from tests import tiny
 
 # The instruction decides what to answer; the input does not say.
 RECORDS = [Record(f"w{number} w{number + 1}", "w50 w51", f"w{number + 20}") for number in range(0, 16, 2)]
+
+
+def few(names: Iterable[str], *default: str) -> list[Any]:
+    """Make test parameters: names that are not among ``default`` only run with the slow tests."""
+    return [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def arguments(output: Path, **changes: Any) -> TrainingArguments:
@@ -66,11 +72,9 @@ def test_stock_trainer_with_nothing_but_the_collator(tmp_path: Path) -> None:
     assert trainer.evaluate(RECORDS)["eval_loss"] < before / 10  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5", "umt5"])
+@pytest.mark.parametrize("name", few(["llama", "gemma3_text", "t5", "umt5"], "llama", "gemma3_text", "t5"))
 def test_it_learns_through_the_gist_alone(tmp_path: Path, name: str) -> None:
-    """The answer is in the prompt and nowhere else, so a model that answers from the cache has read it through the
-    gist.
-    """
+    """The answer is only in the prompt, so a model that answers from the cache has read it through the gist."""
     model, tokenizer = fresh(name)
     steps = 200 if name in tiny.ENCODER_DECODERS else 80
     finetune(model, tokenizer, RECORDS, arguments(tmp_path, max_steps=steps), num_gist_tokens=2)
@@ -105,7 +109,7 @@ def test_the_saved_checkpoint_is_whole(tmp_path: Path) -> None:
 
 
 def test_resume_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Twenty steps in one go equal ten, a stop, and ten more: weights to the bit."""
+    """Twenty steps equal ten, a stop and ten more, to the bit of every weight."""
     whole, tokenizer = fresh("llama")
     finetune(whole, tokenizer, RECORDS, arguments(tmp_path / "whole", max_steps=20), num_gist_tokens=2)
 
@@ -136,9 +140,7 @@ def test_checkpointing_and_accumulation_give_the_gradients_of_one_pass(tmp_path:
 
 
 def test_a_mask_that_is_ignored_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test of the tests above: trained with the plain causal mask, the model does not learn to answer from the
-    gist.
-    """
+    """Test the tests above: with the plain causal mask, the model does not learn to answer from the gist."""
     from gisting.visibility import CONDITIONS, positive
 
     model, tokenizer = fresh("llama")
@@ -191,7 +193,7 @@ def test_published_hyper_parameters() -> None:
 def test_the_batch_is_that_of_all_devices(
     monkeypatch: pytest.MonkeyPatch, launched: str | None, visible: int, use_cpu: bool, accumulation: int
 ) -> None:
-    """128 rows of a step, 16 at once on each device: as many as processes, where a launcher made them."""
+    """A step has 128 rows, 16 at a time on each device; with a launcher, there are as many devices as processes."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if launched is not None:
         monkeypatch.setenv("WORLD_SIZE", launched)

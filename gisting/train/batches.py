@@ -129,5 +129,9 @@ def step_batches(
 
 
 def is_data_parallel(arguments: TrainingArguments) -> bool:
-    """Return whether ``Trainer`` spreads each batch over several devices of this process, with torch's DataParallel."""
+    """Return whether ``Trainer`` spreads each batch over several devices of this process, with torch's DataParallel.
+
+    Args:
+        arguments: of the trainer.
+    """
     return arguments.n_gpu > 1

@@ -25,7 +25,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gisting.errors import GistError
 
 __all__ = [
-    *("CountEpochs", "RepeatableDraws", "check_workers", "checkpoint_to_resume", "num_steps_in"),
+    "CountEpochs",
+    "RepeatableDraws",
+    "check_workers",
+    "checkpoint_to_resume",
+    "num_steps_in",
     "without_parallel_tokenizers",
 ]
 
@@ -136,12 +140,12 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: bool | str) -> str | No
     for step in sorted(found, reverse=True):
         if _is_whole(found[step]):
             return str(found[step])
-    torn = f" ({', '.join(found[step].name for step in sorted(found))} is incomplete)" if found else ""
+    torn = f" (incomplete: {', '.join(found[step].name for step in sorted(found))})" if found else ""
     raise GistError(f"{output_dir} holds no checkpoint to resume from{torn}; start without resume")
 
 
 def num_steps_in(checkpoint: str | Path) -> int:
-    """Return the number of optimiser steps after which a whole checkpoint was written."""
+    """Return the number of optimiser steps after which ``checkpoint``, a whole one, was written."""
     return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
 
 

@@ -333,8 +333,8 @@ def test_the_tables_by_eye(runs: Path) -> None:
     ("changes", "note"),
     [
         ({"control": "bare", "max_steps": 5}, "max_steps (3 and 5)"),
-        ({"control": "full", "max_examples": 2}, "max_examples (0 and 2)"),
-        ({"control": "full", "records": RECORDS[1:]}, "records"),
+        pytest.param({"control": "full", "max_examples": 2}, "max_examples (0 and 2)", marks=pytest.mark.slow),
+        pytest.param({"control": "full", "records": RECORDS[1:]}, "records", marks=pytest.mark.slow),
         ({"control": "bare", "max_examples": 2}, None),
     ],
     ids=["steps", "examples", "records", "the bare query has no examples"],

@@ -28,11 +28,11 @@ from gisting.settings import (
 from gisting.tokens import TEMPLATES
 from gisting.train.settings import TrainerSettings
 
-__all__ = ["METRICS", "SHORTENERS", "InternalizeSettings", "StageSettings"]
+__all__ = ["SHORTENERS", "InternalizeSettings", "StageSettings"]
 
-#: Names of shorteners and metrics in settings.
+#: Names of shorteners in settings.
 SHORTENERS = ("none", "self-information", "llmlingua2", "rewrites")
-METRICS = ("exact_match", "bleu", "rouge_l")
+_METRICS = ("exact_match", "bleu", "rouge_l")
 _TEMPLATES = (*TEMPLATES, "chat")
 
 
@@ -130,7 +130,7 @@ class _WhatIsInternalized(Settings):
     )
     method: str = setting(choice("full", "lora"), "full", "What is trained: full or lora.")
     lora_rank: int = setting(COUNT, 16, "Rank of the adapter, with --method lora.")
-    metric: str = setting(choice(*METRICS), "exact_match", "Score of the answers: exact_match, bleu or rouge_l.")
+    metric: str = setting(choice(*_METRICS), "exact_match", "Score of the answers: exact_match, bleu or rouge_l.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,6 +179,11 @@ def check_logits(mode: str, found: Tensor, expected: Tensor) -> None:
     Rounding grows with depth. The limit is a thousand epsilons in single precision, and sixteen in half precision,
     where more would let anything pass.
 
+    Args:
+        mode: name of the cached way, for the message.
+        found: its logits, floating point, of any shape.
+        expected: the uncached run's logits, floating point, of the same shape.
+
     Raises:
         GistError: they do not agree; the message names ``mode``.
     """

@@ -127,7 +127,7 @@ class GistOnlyLora:
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Refuse to merge, because a merged weight would act on every token. Arguments as peft passes them.
+        """Refuse to merge, because a merged weight would act on every token. Arguments are as in ``peft``, for tensors too.
 
         Raises:
             GistError: always.

@@ -313,7 +313,7 @@ def queries(workplace: Path) -> Iterator[list[str]]:
     rows = [{"input": f"{a} {b}", "output": f"{b} {a}"} for a in "abcd" for b in "efgh"]
     for name, part in (("train", rows[:12]), ("held-out", rows[12:])):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    words = "runs/demo --prompt prompt.txt --data train.jsonl --max-steps 4 --batch-size 4 --max-new-tokens 3"
+    words = "runs/demo --prompt-file prompt.txt --data train.jsonl --max-steps 4 --batch-size 4 --max-new-tokens 3"
     with garbage.frozen():
         yield ["internalize", *words.split()]
 
@@ -342,7 +342,7 @@ def test_internalize_shows_every_stage_and_says_how_to_run_it(run, queries: list
 def test_internalize_by_recipe_and_options(run, queries: list[str]) -> None:
     recipe = Path("recipe.yaml")
     recipe.write_text(
-        "model: runs/demo\nprompt: prompt.txt\ndata: train.jsonl\neval: held-out.jsonl\noutput: runs/none\n"
+        "model: runs/demo\nprompt_file: prompt.txt\ndata: train.jsonl\neval: held-out.jsonl\noutput: runs/none\n"
         "schedule: 1,0.5,0\nrewrites: rewrites.json\nmax_steps: 3\nbatch_size: 4\nlearning_rate: 1e-3\ntail: gist\n"
         "num_gist_tokens: 2\nmax_new_tokens: 3\n",
         encoding="utf-8",
@@ -384,8 +384,8 @@ def test_internalize_recipes_are_read(run, queries: list[str]) -> None:
         ("--control shortened", "--control shortened needs --share, the kept share of the prompt, such as --share 0.5"),
         ("--control shortened --share 0.5", "a shortener that keeps the whole prompt is control 'full'"),
         ("--control fool", "control must be one of bare, full, full-run-bare, shortened"),
-        ("--prompt none.txt", "none.txt"),
-        ("--template prompt.txt", "prompt to internalise is given as prompt: --prompt FILE), got 'prompt.txt'"),
+        ("--prompt-file none.txt", "none.txt"),
+        ("--template prompt.txt", "prompt to internalise is given as prompt_file: --prompt-file FILE), got 'prompt.txt'"),
         ("--recipe prompt.txt", "prompt.txt must hold one 'name: value' per line"),
         ("--resume", "holds nothing to resume; start without resume"),
     ],

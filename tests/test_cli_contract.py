@@ -215,7 +215,7 @@ def test_wrong_usage(run, words: str) -> None:
         "generate runs/nothing --cache {cache}",
         "eval runs/nothing --data {data}",
         "train runs/nothing --data {data} --output o",
-        "internalize runs/nothing --prompt {data} --data {data} --output o",
+        "internalize runs/nothing --prompt-file {data} --data {data} --output o",
         "report runs/nothing",
         "cost runs/nothing --prompt-tokens 1 --input-tokens 1",
         "apply-difference runs/nothing --base runs/demo --output o",

@@ -51,10 +51,10 @@ def internalize(
     After the last stage the bare query is enough. Steps, epochs and batches are those of all stages together. The
     records that each stage reads are in OUTPUT/stage-N/data.jsonl.
 
-    Example: gisting internalize ./llama --prompt prompt.txt --data train.jsonl --eval held-out.jsonl --examples 3
+    Example: gisting internalize ./llama --prompt-file prompt.txt --data train.jsonl --eval held-out.jsonl --examples 3
     --output runs/internalized
 
-    Example: gisting internalize ./llama --prompt prompt.txt --data train.jsonl --control full --output runs/full
+    Example: gisting internalize ./llama --prompt-file prompt.txt --data train.jsonl --control full --output runs/full
     """
     import yaml
 
@@ -67,7 +67,7 @@ def internalize(
         if value is not None:
             warnings.warn(f"--{old} is now called --{new}", DeprecationWarning, stacklevel=2)
             settings = settings.updated(**{new: value})
-    required = {name: getattr(settings, name) for name in ("model", "prompt", "data", "output")}
+    required = {name: getattr(settings, name) for name in ("model", "prompt_file", "data", "output")}
     missing = [name for name, value in required.items() if value is None]
     if missing:
         raise GistError(f"{' and '.join(missing)} must be given, on the command line or in a recipe")
@@ -76,7 +76,7 @@ def internalize(
     shares = _schedule(settings.schedule, settings.stages)
     if settings.control == "shortened" and settings.control_share is None:
         raise GistError("--control shortened needs --share, the kept share of the prompt, such as --share 0.5")
-    prompt = read_text(Path(required["prompt"])).rstrip("\n")
+    prompt = read_text(Path(required["prompt_file"])).rstrip("\n")
     records = load_records(required["data"], needs_instruction=False)
     asked = None if settings.eval is None else load_records(settings.eval, needs_instruction=False)
     model, tokenizer = load_patched(required["model"], settings.template, settings.dtype, is_to_be_trained=True)

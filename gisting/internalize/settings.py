@@ -57,7 +57,7 @@ def _read_control(value: Any) -> str:
 _CONTROL = Kind(lambda: f"one of {', '.join(_controls())}", _read_control)
 _STAGES = Kind("a whole number of at least 2", lambda value: checked(value, is_whole(value) and value >= 2), int)
 _TEMPLATE = Kind(
-    f"one of {', '.join(_TEMPLATES)} (the file with the prompt to internalise is given as prompt: --prompt FILE)",
+    f"one of {', '.join(_TEMPLATES)} (the file with the prompt to internalise is given as prompt_file: --prompt-file FILE)",
     lambda value: checked(value, value in _TEMPLATES),
 )
 
@@ -95,7 +95,7 @@ class _WhatIsInternalized(Settings):
     model: str | None = setting(
         TEXT, None, "Directory of a checkpoint, or a repository on the Hugging Face hub.", is_argument=True
     )
-    prompt: str | None = setting(TEXT, None, "Text file with the prompt with which every request would begin.")
+    prompt_file: str | None = setting(TEXT, None, "Text file with the prompt with which every request would begin.")
     data: str | None = setting(
         TEXT, None, "Training records, .jsonl or .json: input (the query) and output; instructions are not read."
     )
@@ -162,11 +162,11 @@ class InternalizeSettings(TrainerSettings, StageSettings, _WhatIsInternalized):
             OSError: the file cannot be read.
         """
         values, _ = read_yaml(path)
-        if cls is InternalizeSettings and "prompt" not in values and values.get("template") not in (None, *_TEMPLATES):
+        if cls is InternalizeSettings and "prompt_file" not in values and values.get("template") not in (None, *_TEMPLATES):
             return _SettingsOfVersion01.load(path)  # pyright: ignore[reportReturnType]
         return super().load(path)
 
 
 class _SettingsOfVersion01(InternalizeSettings):
     # In this order, because the layout becomes the template after the template has become the prompt.
-    old_names: ClassVar = {"template": "prompt", **InternalizeSettings.old_names}
+    old_names: ClassVar = {"template": "prompt_file", **InternalizeSettings.old_names}

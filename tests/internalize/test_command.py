@@ -35,19 +35,19 @@ def test_a_recipe_of_version_01_is_read(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         found = InternalizeSettings.load(path)
-    assert "template is now called prompt" in str(warned[0].message)
+    assert "template is now called prompt_file" in str(warned[0].message)
     assert len(warned) == 5
-    assert (found.prompt, found.template, found.shortener) == ("rules.txt", "plain", "rewrites")
+    assert (found.prompt_file, found.template, found.shortener) == ("rules.txt", "plain", "rewrites")
     assert (found.max_examples, found.num_gist_stages) == (3, 2)
 
 
 def test_the_template_of_a_recipe_is_a_conversations(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    for text in ("template: chat\n", "template: chat\nprompt: rules.txt\n"):
+    for text in ("template: chat\n", "template: chat\nprompt_file: rules.txt\n"):
         path.write_text(text, encoding="utf-8")
         assert InternalizeSettings.load(path).template == "chat"
-    path.write_text("template: rules.txt\nprompt: rules.txt\n", encoding="utf-8")
-    with pytest.raises(GistError, match=r"recipe.yaml, line 1: template must be one of alpaca, .*: --prompt FILE\)"):
+    path.write_text("template: rules.txt\nprompt_file: rules.txt\n", encoding="utf-8")
+    with pytest.raises(GistError, match=r"recipe.yaml, line 1: template must be one of alpaca, .*: --prompt-file FILE\)"):
         InternalizeSettings.load(path)
 
 
@@ -57,7 +57,7 @@ def test_the_template_of_a_recipe_is_a_conversations(tmp_path: Path) -> None:
         ("--compressor none", "note: --compressor is now called --shortener"),
         ("--layout plain", "note: --layout is now called --template"),
         ("--control compressed --share 0.5", "note: the control 'compressed' will be removed in the next release; use"),
-        ("--recipe old.yaml", "old.yaml: template is now called prompt"),
+        ("--recipe old.yaml", "old.yaml: template is now called prompt_file"),
     ],
 )
 def test_old_options_print_a_note(
@@ -77,7 +77,7 @@ def test_old_options_print_a_note(
             "m --data d --output o --template t.txt",
             "error: template must be one of alpaca, alpaca-t5, plain, chat (the",
         ),
-        ("m --prompt p.txt", "error: data and output must be given, on the command line or in a recipe"),
+        ("m --prompt-file p.txt", "error: data and output must be given, on the command line or in a recipe"),
     ],
 )
 def test_what_is_missing_is_named(run: Callable[..., Any], words: str, message: str) -> None:

@@ -385,7 +385,7 @@ def test_internalize_recipes_are_read(run, queries: list[str]) -> None:
         ("--control shortened --share 0.5", "a shortener that keeps the whole prompt is control 'full'"),
         ("--control fool", "control must be one of bare, full, full-run-bare, shortened"),
         ("--prompt-file none.txt", "none.txt"),
-        ("--template prompt.txt", "prompt to internalise is given as prompt_file: --prompt-file FILE), got 'prompt.txt'"),
+        ("--template prompt.txt", "is another setting, prompt_file: --prompt-file FILE), got 'prompt.txt'"),
         ("--recipe prompt.txt", "prompt.txt must hold one 'name: value' per line"),
         ("--resume", "holds nothing to resume; start without resume"),
     ],

@@ -57,7 +57,7 @@ def _read_control(value: Any) -> str:
 _CONTROL = Kind(lambda: f"one of {', '.join(_controls())}", _read_control)
 _STAGES = Kind("a whole number of at least 2", lambda value: checked(value, is_whole(value) and value >= 2), int)
 _TEMPLATE = Kind(
-    f"one of {', '.join(_TEMPLATES)} (the file with the prompt to internalise is given as prompt_file: --prompt-file FILE)",
+    f"one of {', '.join(_TEMPLATES)} (the prompt to internalise is another setting, prompt_file: --prompt-file FILE)",
     lambda value: checked(value, value in _TEMPLATES),
 )
 
@@ -162,7 +162,8 @@ class InternalizeSettings(TrainerSettings, StageSettings, _WhatIsInternalized):
             OSError: the file cannot be read.
         """
         values, _ = read_yaml(path)
-        if cls is InternalizeSettings and "prompt_file" not in values and values.get("template") not in (None, *_TEMPLATES):
+        is_old = "prompt_file" not in values and values.get("template") not in (None, *_TEMPLATES)
+        if cls is InternalizeSettings and is_old:
             return _SettingsOfVersion01.load(path)  # pyright: ignore[reportReturnType]
         return super().load(path)
 

@@ -47,7 +47,7 @@ def test_the_template_of_a_recipe_is_a_conversations(tmp_path: Path) -> None:
         path.write_text(text, encoding="utf-8")
         assert InternalizeSettings.load(path).template == "chat"
     path.write_text("template: rules.txt\nprompt_file: rules.txt\n", encoding="utf-8")
-    with pytest.raises(GistError, match=r"recipe.yaml, line 1: template must be one of alpaca, .*: --prompt-file FILE\)"):
+    with pytest.raises(GistError, match=r"recipe.yaml, line 1: template must be one of .*: --prompt-file FILE\)"):
         InternalizeSettings.load(path)
 
 

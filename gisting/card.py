@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from gisting.errors import GistError
+from gisting.markdown import markdown_table
 
 __all__ = ["card", "is_repository_id"]
 
@@ -149,8 +150,7 @@ def _escaped(line: str) -> str:
 
 
 def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
-    lines = [f"| {_escaped(name)} | {_escaped(value)} |" for name, value in rows.items()]
-    return "\n".join([f"| {left} | {right} |", "|---|---|", *lines])
+    return "\n".join(markdown_table([left, right], [(_escaped(name), _escaped(value)) for name, value in rows.items()]))
 
 
 def _ranges(counts: Sequence[int]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gisting.cli.shared import err, json_option, out, print_json
+from gisting.measure.progress import progress_bar
 
 __all__ = ["apply_difference"]
 
@@ -63,11 +64,16 @@ def apply_difference(
         )
 
 
-@contextlib.contextmanager
+@contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    with ExitStack() as stack:
+        shown = 0
+        advance: Callable[..., None] | None = None
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        bar = progress.add_task("adding", total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+        def report(done: int, total: int) -> None:
+            nonlocal shown, advance
+            advance = advance or stack.enter_context(progress_bar("adding", total))
+            advance(done - shown)
+            shown = done
+
+        yield report

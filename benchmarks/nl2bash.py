@@ -1,11 +1,10 @@
-"""Internalise a prompt on real data, English requests to bash commands (NL2Bash, arXiv 1802.08979), next to every
-control.
+"""Internalise a prompt on real data, English requests to bash commands, next to every control.
 
-The data are two files of aligned lines, requests and commands, which are not part of the project (their licence is the
-GPL). A hash of a request's words decides whether it belongs to the held-out split, so the split is the same for every
-order, seed and model, and no held-out request is in training, whatever its case, punctuation and white space. A command
-may be in both splits, exactly or nearly, for requests in other words, as in the published split: scores are for
-requests in new words, not for new commands.
+The data are NL2Bash (arXiv 1802.08979): two files of aligned lines, requests and commands, which are not part of the
+project (their licence is the GPL). A hash of a request's words decides whether it belongs to the held-out split, so the
+split is the same for every order, seed and model, and no held-out request is in training, whatever its case,
+punctuation and white space. A command may be in both splits, exactly or nearly, for requests in other words, as in the
+published split: scores are for requests in new words, not for new commands.
 
 Every way to train starts from the same weights and takes the same number of steps: a small LLaMA with random weights
 and a tokenizer trained on the training split, or a checkpoint. It is too small to be good at this; its scores are

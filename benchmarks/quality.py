@@ -159,8 +159,10 @@ def measure(
 
 
 def quality_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows of the JSONL file as Markdown: the three conditions for each k, then each k next to a model that was
-    trained for it alone, where there is one.
+    """Format rows of the JSONL file as Markdown.
+
+    The first table has the three conditions for each k. A second one compares each k with a model that was trained for
+    it alone, where there is one.
     """
     lines: list[str] = []
     for seed in sorted({row["seed"] for row in rows}):

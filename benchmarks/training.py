@@ -1,8 +1,9 @@
-"""Measure training steps: a padded row for each completion, rows packed with several, or completions packed after one
-copy of their prompt.
+"""Measure training steps with three layouts of the batches.
 
-All layouts train the built-in task's model on the same completions, alternating in one process. A step includes
-collating, forward, backward and the optimiser. No time is reported unless all layouts have the same loss and gradients.
+The layouts: a padded row for each completion, rows packed with several completions, and completions packed after one
+copy of their prompt. All layouts train the built-in task's model on the same completions, alternating in one process. A
+step includes collating, forward, backward and the optimiser. No time is reported unless all layouts have the same loss
+and gradients.
 """
 
 from __future__ import annotations

@@ -379,8 +379,9 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def vllm_highlights(rows: Sequence[dict[str, Any]]) -> str:
-    """Format as Markdown the requests per second with gists over those of each other configuration, at equal block
-    sizes.
+    """Format as Markdown how many times the requests per second of each other configuration the gists reach.
+
+    Configurations are compared at equal block sizes.
     """
     names = ("configuration", "block_size", "prompt_length", "num_prompts", "concurrency")
     by_cell = {tuple(row[name] for name in names): row for row in rows}

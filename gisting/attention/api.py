@@ -158,6 +158,9 @@ def _decide(
 
     The returned function accepts arguments of the same kinds without checks. It is cached on the visibility, so it
     keeps no reference to the visibility's tensors.
+
+    Raises:
+        GistError: the arguments do not fit each other, or the chosen implementation does not support them.
     """
     _check(q, k, v, visibility, bias, relative_bias, softcap, dropout)
     if impl not in IMPLEMENTATIONS:

@@ -38,10 +38,16 @@ def flex_attention(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Arguments and result as :func:`gisting.attention.interval_attention`, already checked.
+    """Compute what :func:`gisting.attention.interval_attention` does, for arguments that it has checked.
 
     Args:
-        q, k, v, visibility, relative_bias, scale, softcap: as there.
+        q: as there.
+        k: as there.
+        v: as there.
+        visibility: as there.
+        relative_bias: as there.
+        scale: as there.
+        softcap: as there.
         lists: the tiles of ``visibility`` for ``BLOCK`` rows and keys, as ``gisting_kernels.list_tiles`` returns them.
 
     Raises:

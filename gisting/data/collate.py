@@ -33,8 +33,10 @@ _AHEAD = 1_000  # texts per call when the tokenizer encodes ahead
 
 
 class Example(NamedTuple):
-    """The ids of one record before they are laid out. Its prompt is in one or more parts, each with its own k; a single
-    part that is longer than ``chunk_length`` is cut into chunks.
+    """The ids of one record before they are laid out.
+
+    Its prompt has one or more parts, each with its own k. A single part longer than ``chunk_length`` is cut into
+    chunks.
     """
 
     prompts: list[array[int]]
@@ -45,8 +47,9 @@ class Example(NamedTuple):
 
     @property
     def stretches(self) -> list[tuple[Sequence[int], int, bool]]:
-        """What precedes the continuation, in order: ids of a prompt, the number of gist tokens after them, and whether
-        each gist token has a copy.
+        """The stretches that precede the continuation, in order.
+
+        Each is the ids of a prompt, the number of gist tokens after them, and whether each gist token has a copy.
         """
         if len(self.prompts) == 1:
             chunks = cut_into_chunks(self.prompts[0], self.chunk_length)
@@ -350,8 +353,9 @@ class GistCollator:
         )
 
     def _fit(self, example: Example, number: int) -> Example:
-        """Cut an example to ``max_length`` ids, always with its gists, some of every prompt and some of the completion;
-        the target of an encoder-decoder is cut separately.
+        """Cut an example to ``max_length`` ids; the target of an encoder-decoder is cut separately.
+
+        Its gists always remain, and so does a part of every prompt and of the completion.
         """
         if self.tokenizer.is_encoder_decoder:
             source = self._fit_sequence(example._replace(completion=_ids([])), number)

@@ -1,5 +1,4 @@
-"""Evaluate a model under the conditions of the paper, under two baselines without gist tokens, and with the prompt as
-ordinary text.
+"""Evaluate a model under the paper's three conditions and three more that have no gist tokens.
 
 Place in the flow: records -> answers and the loss of the references -> scores of each record. The positive control
 bounds what a gist can reach; the negative control shows what the model can do without the prompt. The share of the gap

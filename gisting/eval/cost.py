@@ -80,8 +80,9 @@ class FlopCounts:
         return self.constant + num_tokens * (self.row + keys)
 
     def steps(self, num_tokens: int, num_steps: int) -> int:
-        """FLOPs of ``num_steps`` decoding steps of one token each, after a first pass that had ``num_tokens`` tokens,
-        cached or run.
+        """Count the FLOPs of ``num_steps`` decoding steps of one token each.
+
+        They follow a first pass that had ``num_tokens`` tokens, cached or run.
         """
         if self.decoder is None:
             return sum(self.prefill(1, num_tokens + step) for step in range(num_steps))
@@ -111,8 +112,9 @@ class DecoderFlopCounts:
         return self.first_constant + self.first_source * num_source
 
     def later(self, num_source: int, num_cached: int) -> int:
-        """FLOPs of a step after ``num_cached`` decoder tokens, including the start token, given ``num_source`` encoder
-        states.
+        """Count the FLOPs of a step after ``num_cached`` decoder tokens, including the start token.
+
+        ``num_source`` is the number of encoder states.
         """
         return self.later_constant + self.later_source * num_source + self.pair * num_cached
 
@@ -174,8 +176,9 @@ class RequestCost:
         return requests_per_day * self.answer_flops / 1e15
 
     def saved(self, other: RequestCost) -> float:
-        """The share of the FLOPs of ``other`` that this way saves over a whole answer, and thus over a day's traffic;
-        negative if it needs more.
+        """Return the share of the FLOPs of ``other`` that this way saves, negative if it needs more.
+
+        FLOPs are counted over a whole answer, so the share is the same for a day's traffic.
         """
         return 1 - self.answer_flops / other.answer_flops
 

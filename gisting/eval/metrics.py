@@ -72,10 +72,10 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Compute the BLEU of all predictions together, with sacrebleu's defaults (13a tokens, case-sensitive, exponential
-    smoothing).
+    """Compute the BLEU of all predictions together.
 
-    N-grams are counted over all records before dividing, so this is not the mean of :func:`bleu_scores`.
+    The settings are sacrebleu's defaults: 13a tokens, case-sensitive, exponential smoothing. N-grams are counted over
+    all records before dividing, so this is not the mean of :func:`bleu_scores`.
 
     Args:
         predictions: answers, one for each reference.

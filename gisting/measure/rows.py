@@ -39,8 +39,9 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        # Versions are recorded, not branched on.
+        "torch": torch.__version__,  # noqa: TID251
+        "transformers": transformers.__version__,  # noqa: TID251
         "gisting": __version__,
         "commit": _commit(),
     }

@@ -79,6 +79,10 @@ def collect_garbage(index: Index, objects: Objects, *, keep_models: Collection[s
 
     Returns:
         The bytes freed.
+
+    Raises:
+        CacheFormatError: the index is damaged, or an entry's file is missing; nothing is deleted.
+        StoreError: ``keep_models`` is not a list of models in the store.
     """
     faults = index.faults()
     with index.writing() as connection:

@@ -96,8 +96,10 @@ def published_arguments(
 
 
 def default_num_workers(*, on_gpu: bool) -> int:
-    """Return the number of processes that make batches: on a GPU up to 4, but no more than there are cores in addition
-    to the training process's own, assuming that all launched processes of this machine share the cores equally.
+    """Return the number of processes that make batches: up to 4 on a GPU, otherwise 0.
+
+    All launched processes of this machine are assumed to share its cores equally. A training process uses one core, and
+    its workers at most the rest of its share.
 
     Args:
         on_gpu: whether the model is trained on a GPU.

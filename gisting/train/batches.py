@@ -92,6 +92,9 @@ class StepBatches:
             replace ``reconstruction_labels``; ``gist_index`` ``(G,)``, the indices of gist tokens in the flattened
             ``input_ids``; and for every interval mask, such as ``attention_mask``, the float
             ``attention_mask_segment``: the mean number of rows that see a key, by which attention kernels choose tiles.
+
+        Raises:
+            GistError: the collator's batch has no labels.
         """
         batch: dict[str, Any] = self.collator(records)
         if "labels" not in batch:
@@ -114,8 +117,9 @@ def step_batches(
     *,
     has_frozen_base: bool = False,
 ) -> Callable[[Sequence[Any]], dict[str, Any]]:
-    """Return :class:`StepBatches`; or ``collator`` unchanged where torch's DataParallel would cut their indices into
-    shares.
+    """Return :class:`StepBatches`, or ``collator`` unchanged with torch's DataParallel.
+
+    DataParallel would cut the indices that :class:`StepBatches` adds into shares.
 
     Args:
         collator: as for :class:`StepBatches`.

@@ -189,12 +189,12 @@ def _collator(tokenizer: GistTokenizer, settings: BatchSettings, objective: Obje
 
 
 def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingArguments) -> bool:
-    """Return whether the states of prompts depend neither on the text after them nor on trained parameters, so that a
-    step can compute them once and separately (:mod:`gisting.data.split`).
+    """Return whether the states of prompts depend neither on the text after them nor on trained parameters.
 
-    This needs an adapter that acts only at gist tokens, one gist per prompt, positions that count tokens, not columns
-    (no sliding window, no rotary type that depends on the length), no noise in the base model (dropout, NEFTune, a
-    router's jitter), and no activation checkpointing, which does not work with a cache.
+    A step can then compute them once and separately (:mod:`gisting.data.split`). This needs an adapter that acts only
+    at gist tokens, one gist per prompt, positions that count tokens, not columns (no sliding window, no rotary type
+    that depends on the length), no noise in the base model (dropout, NEFTune, a router's jitter), and no activation
+    checkpointing, which does not work with a cache.
     """
     adapter, config = adapter_of(model), model.config
     return (

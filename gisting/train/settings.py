@@ -1,9 +1,10 @@
-"""The settings of a training run, in one table: the options of ``gisting train``, the keys of a recipe file and the
-keyword arguments of ``finetune`` come from it.
+"""Declare the settings of a training run in one table.
+
+The options of ``gisting train``, the keys of a recipe file and the keyword arguments of ``finetune`` come from it.
 
 Place in the flow: above :mod:`gisting.settings`; below ``finetune``, ``recipe`` and the command line. A setting is
-declared here and used where it acts, and not passed on by name in between. Importing this module does not import torch
-or transformers, because ``gisting --help`` must stay quick.
+declared here and used where it takes effect, and is not passed on by name in between. Importing this module does not
+import torch or transformers, because ``gisting --help`` must stay quick.
 """
 
 from __future__ import annotations
@@ -207,8 +208,10 @@ class TrainerSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings(Settings):
-    """How records become batches: the settings of :class:`gisting.GistCollator` and
-    :class:`gisting.data.packing.GistPackingCollator`, which say more about each.
+    """How records become batches.
+
+    These are settings of :class:`gisting.GistCollator` and :class:`gisting.data.packing.GistPackingCollator`, which
+    say more about each.
 
     Raises:
         GistError: a value is not of its setting's kind.
@@ -274,8 +277,9 @@ class _WhatIsTrained(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(TrainerSettings, BatchSettings, _WhatIsTrained):
-    """What a training run does: ``gisting train --help`` lists the settings. None is the published value for the
-    model's kind, or "not given".
+    """All settings of a training run, as ``gisting train --help`` lists them.
+
+    None means the published value for the model's kind, or "not given".
 
     Raises:
         GistError: a value is not of its setting's kind, or two settings exclude each other.
@@ -284,13 +288,19 @@ class Recipe(TrainerSettings, BatchSettings, _WhatIsTrained):
     max_new_tokens: int = setting(COUNT, 128, "Longest answer in the evaluation, in tokens.")
 
     def save(self, path: str | Path) -> None:
-        """Write the settings that differ from their defaults to ``path``, a file that
-        :func:`gisting.train.recipe.load_recipe` reads.
+        """Write the settings that differ from their defaults to a file.
+
+        :func:`gisting.train.recipe.load_recipe` reads it.
+
+        Args:
+            path: of the file, which is YAML.
         """
         import torch
         import transformers
         import yaml
 
-        versions = f"gisting {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+        # Versions are recorded for the reader, not branched on.
+        libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"  # noqa: TID251
+        versions = f"gisting {__version__}, {libraries}"
         text = yaml.safe_dump(self.written({"num_gist_tokens"}), sort_keys=False, allow_unicode=True)
         Path(path).write_text(f"# {versions}\n{text}", encoding="utf-8")

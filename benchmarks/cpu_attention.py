@@ -181,7 +181,7 @@ def _gate(layout: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) 
 
 def main(
     output: OutputOption = None,
-    tokens: Annotated[str, typer.Option(help="Lengths to measure, with commas between.")] = "512,2048,8192",
+    tokens: Annotated[str, typer.Option(help="Lengths to measure, comma-separated.")] = "512,2048,8192",
     repeats: Annotated[int | None, typer.Option(min=1, help="Measured rounds; by default 50, 15 and 5.")] = None,
 ) -> None:
     """Attention on this CPU: in pieces, against one dense mask.

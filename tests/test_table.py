@@ -178,7 +178,7 @@ def test_a_gathered_batch_and_the_table_share_nothing() -> None:
     [
         ([], "^rows is empty; name at least one prompt$"),
         (torch.zeros(0, dtype=torch.int64), "^rows is empty; name at least one prompt$"),
-        ([0, 3], "^rows must be of prompts in the table, which 3 is not: that prompt was removed or never added; get"),
+        ([0, 3], "^rows must be numbers of prompts in the table; 3 was removed or never added; get"),
         ([-1], "^rows must be of prompts in the table, which -1 is not: "),
         ([0, 1], "^rows must be of prompts in the table, which 1 is not: "),
         ([2**40], "^rows must be of prompts in the table, which 1099511627776 is not: "),

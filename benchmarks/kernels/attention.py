@@ -16,7 +16,7 @@ The implementations:
     sdpa     torch's fused operator, with the dense mask made beforehand
     flash    torch's FlashAttention with a causal mask (encoder: none) of the same size: another mask, as an upper bound
 
-The preparation is timed separately. FLOPs are those of the pairs that see each other, 4 B H D area forward and 2.5
+The preparation is timed separately. FLOPs are counted for the pairs that see each other, 4 B H D area forward and 2.5
 times that backward, even if a kernel computes more.
 """
 

@@ -1,4 +1,4 @@
-"""Interval attention with torch's FlexAttention: our tile lists become its block mask, the rest two closures.
+"""Run interval attention with torch's FlexAttention, whose block mask is made from our tile lists.
 
 Place in the flow: visibility, tile lists (from ``api``) -> **flex** -> the caller. The lists say which tiles of 128 x
 128 to visit and which of them need no mask test; in the others, the mask is evaluated for each pair. On the CPU, torch

@@ -87,8 +87,8 @@ class GistCollator:
         max_target_length: largest number of ids in the target of an encoder-decoder.
         part_separator: a text at which an instruction is cut into parts, each compressed separately with its own k
             (``visibility.chained``). This trains a model to read gists that ``GistCache.chain`` joins. Spaces around
-            the separator belong to the parts. An instruction without the separator is one part; with None, all are. The
-            gist tokens of all parts but the last are in the sequence twice. Decoders only.
+            the separator belong to the parts. An instruction without the separator is one part; with None, every
+            instruction is. The gist tokens of all parts but the last are in the sequence twice. Decoders only.
         chunk_length: a prompt with more ids than this, after it was cut to ``max_length``, is cut into chunks, each
             followed by the row's k gist tokens, as in ``gisting.compress(chunk_length=...)``
             (``tokens.cut_into_chunks``). A chunk sees the gists before it. Sliding windows count columns, also those of

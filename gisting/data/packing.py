@@ -58,8 +58,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Pack items into bins by first-fit decreasing, which uses at most 11/9 of the smallest number of bins, plus 1.
 
     Args:
-        lengths: of the items, none above ``capacity``.
-        capacity: of a bin.
+        lengths: lengths of the items, none above ``capacity``.
+        capacity: capacity of a bin.
 
     Returns:
         The indices of the items in each bin.

@@ -36,7 +36,7 @@ def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The mean of :func:`exact_matches`. Arguments and errors as for that function."""
+    """Compute the mean of :func:`exact_matches`. Arguments and errors are as for that function."""
     scores = exact_matches(predictions, references)
     return sum(scores) / len(scores)
 
@@ -66,7 +66,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, li
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The mean ROUGE-L of :func:`rouge`. Arguments and errors as for that function."""
+    """Compute the mean ROUGE-L of :func:`rouge`. Arguments and errors are as for that function."""
     scores = rouge(predictions, references)["rouge_l"]
     return sum(scores) / len(scores)
 

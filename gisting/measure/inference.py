@@ -4,7 +4,7 @@ Place in the flow: a patched decoder -> **inference** -> rows. The four ways alt
 lengths and batch sizes. Prompts and inputs are random ids, because their values change no work. Everything that is
 timed is stock transformers: one forward pass up to the first token, and greedy ``generate``. Growing caches are passed
 to the model without a copy (``latency.cache_view``), and for the first token also by transformers' own recipe, which
-copies; the static cache is rewound. Knows time and memory, not quality.
+copies; the static cache is rewound. Measures time and memory, not quality.
 """
 
 from __future__ import annotations
@@ -145,17 +145,17 @@ def measure(
         model: a patched decoder.
         tokenizer: the tokenizer it was patched for.
         lengths: tokens of the prompt, which all requests of a batch share.
-        batches: requests at once.
+        batches: numbers of concurrent requests.
         num_gist_tokens: k.
         input_tokens: tokens of each request after the prompt; every request has different ones.
         answer_tokens: tokens that ``generate`` makes for each request.
-        repeats: the most runs of each kind.
+        repeats: maximum number of runs of each kind.
         seconds: the time that each kind of run may take in total. Five runs are made in any case, or three where one
             takes more than five seconds, but never more than ``repeats``.
         max_seconds: a single run that would take longer is left out. The gate still runs, with the first token of each
             request and eight tokens of an answer.
         max_bytes: what would need more memory is left out; None for seven tenths of the free memory.
-        name: of the model, for the rows.
+        name: name of the model, for the rows.
 
     Returns:
         An iterator over the rows of :data:`MODES`, one list for each length and batch size. ``static prefix cache`` is

@@ -1,4 +1,4 @@
-"""Finding damage in a store, and deleting what is no longer needed.
+"""Find damage in a store, and delete what is no longer needed.
 
 Place in the flow: below the store. Compares the index with the files, while other processes may be writing.
 """

@@ -489,7 +489,7 @@ def not_found(index: Index, names: Sequence[str]) -> StoreError:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """Write ``names`` for a message; of many, only the first few."""
+    """Format ``names`` for a message; if there are many, only the first few."""
     shown = ", ".join(f"{name!r:.80}" for name in names[:_NUM_SHOWN])
     return shown if len(names) <= _NUM_SHOWN else f"{shown} and {len(names) - _NUM_SHOWN} more"
 

@@ -2,7 +2,7 @@
 
 Place in the flow: generation -> **store** -> generation. The public face of this package: the index knows which entries
 there are (``index.py``), the objects are their files (``objects.py``), the reader keeps opened caches (``reading.py``).
-What is in a file is known to :class:`~gisting.cache.GistCache`.
+:class:`~gisting.cache.GistCache` knows what is in a file.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class GistStore:
     def get(self, names: str | Sequence[str]) -> GistCache:
         """Return the caches of names or keys as one batch, in their order and in the dtype they had before storing.
 
-        The index is asked every time, so an entry that another process has replaced or removed is never returned.
+        The index is queried every time, so an entry that another process has replaced or removed is never returned.
 
         Args:
             names: one, or B of them; one may occur more than once.
@@ -161,7 +161,7 @@ class GistStore:
         return self._index.all()
 
     def table(self, names: Sequence[str] | None = None, device: torch.device | str | None = None) -> GistTable:
-        """Load entries into one table, from which batches are gathered on the device without asking the index.
+        """Load entries into one table, from which batches are gathered on the device without querying the index.
 
         Args:
             names: names or keys, in the order of the table's rows; None for all names.
@@ -250,7 +250,7 @@ class GistStore:
         )
 
     def put(self, name: str, cache: GistCache) -> None:
-        """Store a cache of one prompt under a name, replacing what the name referred to. It is safe on return.
+        """Store a cache of one prompt under a name, replacing what the name referred to. On return it is on disk.
 
         Args:
             name: the name.

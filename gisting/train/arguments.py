@@ -49,7 +49,7 @@ def published_arguments(
     """Return the published hyper-parameters as ``TrainingArguments``; each can be changed.
 
     Args:
-        output_dir: for checkpoints.
+        output_dir: directory for checkpoints.
         is_encoder_decoder: whether to take the values of FLAN-T5-XXL instead of LLaMA-7B.
         batch_size: rows per optimiser step over all devices, reached by accumulating gradients; the published number by
             default.
@@ -111,7 +111,7 @@ def default_num_workers(*, on_gpu: bool) -> int:
 
 
 def check_reports(names: Sequence[str]) -> None:
-    """Check that ``Trainer`` can report to every one of some places.
+    """Check that ``Trainer`` can report to each of these places.
 
     Args:
         names: such as ``tensorboard``.

@@ -68,7 +68,7 @@ def finetune(
         records: training records, or mappings with the same keys; or a stream of them (``datasets.IterableDataset``),
             which is read in its own order, in this process, and needs ``max_steps``. Texts of records are encoded once,
             before the first step; texts of a stream are encoded as they are read.
-        arguments: of stock ``Trainer``; :func:`published_arguments` returns the paper's.
+        arguments: arguments of stock ``Trainer``; :func:`published_arguments` returns the paper's.
             ``train_sampling_strategy="group_by_length"`` groups records by their number of tokens, and needs
             ``datasets``.
         method: what is trained: ``"full"``, ``"lora"``, ``"gist-lora"`` or ``"embeddings"``

@@ -44,9 +44,9 @@ class Method:
 
     Args:
         name: one of :data:`METHODS`.
-        rank: of LoRA.
+        rank: rank of LoRA's matrices.
         alpha: LoRA's scale times its rank; None for twice the rank.
-        dropout: of LoRA.
+        dropout: LoRA's dropout.
 
     Raises:
         GistError: the name is unknown.

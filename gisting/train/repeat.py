@@ -48,7 +48,7 @@ class RepeatableDraws:
 
     Args:
         collator: makes a batch of records, drawing from torch's CPU generator.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, collator: Callable[[Sequence[Any]], dict[str, torch.Tensor]], seed: int) -> None:
@@ -85,7 +85,7 @@ def check_workers(arguments: TrainingArguments) -> None:
     """Refuse workers that outlive an epoch: :class:`CountEpochs` cannot reach them, so each epoch would draw the same.
 
     Args:
-        arguments: of the trainer.
+        arguments: the trainer's arguments.
 
     Raises:
         GistError: the arguments ask for such workers.
@@ -124,7 +124,7 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: bool | str) -> str | No
     checkpoint, which is skipped.
 
     Args:
-        output_dir: of the run.
+        output_dir: directory of the run.
         wanted: True for the last whole checkpoint in ``output_dir``, a path for a particular one, False for none.
 
     Raises:

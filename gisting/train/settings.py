@@ -145,9 +145,7 @@ class TrainerSettings(Settings):
         WHOLE, None, "Processes that make batches.", shown_default="up to 4 on a GPU, otherwise 0"
     )
     group_by_length: bool = setting(FLAG, False, "Put rows of similar length into one batch.")
-    report_to: tuple[str, ...] = setting(
-        TEXTS, (), "Where to report: tensorboard, wandb, ...; can be given several times."
-    )
+    report_to: tuple[str, ...] = setting(TEXTS, (), "Where to report: tensorboard, wandb, ...; may be repeated.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,7 +173,7 @@ class TrainerSettings(Settings):
         """Return the settings as arguments of stock ``Trainer``, with the published values where they are None.
 
         Args:
-            output_dir: for checkpoints.
+            output_dir: directory for checkpoints.
             is_encoder_decoder: whether to take the values published for FLAN-T5-XXL instead of LLaMA-7B.
 
         Raises:
@@ -223,8 +221,8 @@ class BatchSettings(Settings):
     conditions: Mapping[str, float] = setting(
         _CONDITIONS,
         "gist",
-        "Condition to train under: gist, positive or negative, with a weight as in gist=3; can be given several times, "
-        "and each row then draws one.",
+        "Condition to train under: gist, positive or negative, with a weight as in gist=3; may be repeated, and each "
+        "row then draws one.",
         "--condition",
     )
     max_length: int | None = setting(
@@ -253,7 +251,7 @@ class _WhatIsTrained(Settings):
     )
     data: str | None = setting(TEXT, None, "Training records, .jsonl or .json: instruction, input, output.")
     eval: tuple[str, ...] = setting(
-        TEXTS, (), "Records to evaluate on after training, under all three conditions; can be given several times."
+        TEXTS, (), "Records to evaluate on after training, under all three conditions; may be repeated."
     )
     template: str | None = setting(
         TEXT,
@@ -293,7 +291,7 @@ class Recipe(TrainerSettings, BatchSettings, _WhatIsTrained):
         :func:`gisting.train.recipe.load_recipe` reads it.
 
         Args:
-            path: of the file, which is YAML.
+            path: the file, which is YAML.
         """
         import torch
         import transformers

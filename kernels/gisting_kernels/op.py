@@ -151,8 +151,8 @@ def interval_attention(
         dropout: probability of dropping a weight.
         seed: int64 ``(1,)`` on the device of q; the same seed drops the same weights. By default it is drawn from
             torch's generator for that device.
-        precision: of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or ``"ieee"``. The
-            default is tf32x3, or tf32 where ``torch.set_float32_matmul_precision`` allows it.
+        precision: precision of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or
+            ``"ieee"``. The default is tf32x3, or tf32 where ``torch.set_float32_matmul_precision`` allows it.
         is_checked: skip all argument checks. Only valid after a call with the same shapes, dtypes, devices and options
             has passed them, as in every layer of a model after the first; otherwise the result is undefined.
 

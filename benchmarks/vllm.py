@@ -253,7 +253,7 @@ def _task(
     num_prompts = len(setup.prompts)
     longest = _held(setup, configuration) + INPUT_LENGTH + len(setup.answer)
     blocks = math.ceil(longest / block_size)
-    # Each request in flight needs blocks of its own, in addition to what is kept.
+    # Each request in flight needs its own blocks, in addition to what is kept.
     num_blocks = max(concurrencies) * (blocks + _MARGIN)
     if configuration == "prefix":
         num_blocks = num_prompts * blocks + max(concurrencies) * _MARGIN * 2

@@ -389,7 +389,7 @@ def disagreements(outputs: dict[str, Tensor]) -> dict[str, str]:
         if not error <= allowed:  # NaN differs
             found[name] = f"its result differs from triton's by {error:.2e}, allowed {allowed:.2e}"
     if len(found) == len(peers):
-        found["triton"] = f"its result differs from those of {', '.join(peers)}"
+        found["triton"] = f"its result differs from the results of {', '.join(peers)}"
     return found
 
 

@@ -91,9 +91,9 @@ class GistCollator:
             instruction is. The gist tokens of all parts but the last are in the sequence twice. Decoders only.
         chunk_length: a prompt with more ids than this, after it was cut to ``max_length``, is cut into chunks, each
             followed by the row's k gist tokens, as in ``gisting.compress(chunk_length=...)``
-            (``tokens.cut_into_chunks``). A chunk sees the gists before it. Sliding windows count columns, also those of
-            earlier chunks, so a model with a window below ``max_length`` would not see the same in training and in use.
-            Decoders only, and without ``part_separator``.
+            (``tokens.cut_into_chunks``). A chunk sees the gists before it. Sliding windows count columns, including
+            those of earlier chunks, so a model with a window below ``max_length`` would not see the same in training
+            and in use. Decoders only, and without ``part_separator``.
         with_teacher: whether a batch also holds the intervals and positions of its rows under the positive control, in
             which a teacher sees the prompt.
         with_prompt_columns: whether a batch also marks the tokens that depend only on other prompt tokens, under every

@@ -118,8 +118,8 @@ class GistPackingCollator(GistCollator):
     record whose template has no text between gist and completion gets its own copy, because the gist itself predicts
     its first token.
 
-    Sliding windows count columns, also those of other records, so a model with a window below ``pack_length`` would not
-    see the same in training and in use; :func:`gisting.train.finetune.finetune` refuses that.
+    Sliding windows count columns, including those of other records, so a model with a window below ``pack_length``
+    would not see the same in training and in use; :func:`gisting.train.finetune.finetune` refuses that.
 
     With ``reconstruct``, a document whose condition is gist gets another branch, its prompt::
 

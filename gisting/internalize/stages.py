@@ -5,7 +5,7 @@ method is PromptIntern's (arXiv 2407.02211); its public code contains neither sc
 (arXiv 2409.13183) describes in full. The output directory then contains::
 
     settings.json          the settings of the run; a resumed run must have the same
-    stage-1/stage.json     shares asked for and realised, counts, tokens, the prompt's text
+    stage-1/stage.json     requested and realised shares, counts, tokens, the prompt's text
     stage-1/data.jsonl     the training records, for people to read (eval.jsonl: the evaluation requests)
     stage-1/answers.jsonl  the answers to them
     stage-1/result.json    the scores; present when the stage is finished

@@ -467,7 +467,7 @@ class GistStore:
         Args:
             name_or_path: a directory, or a repository on the hub, ``"owner/name"``.
             path: directory of the new store, which must be empty or absent; None for one next to the hub's cache, which
-                is used again when the same entries are asked for.
+                is used again when the same entries are requested.
             revision: branch, tag or commit on the hub.
             token: access token; None for the one that is logged in.
             api: used instead of a new :class:`huggingface_hub.HfApi`.

@@ -425,7 +425,7 @@ def test_arguments(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
         apply_weight_difference(layout.difference, layout.base, layout.output, dtype="int8")
     with pytest.raises(GistError, match="tolerance must be at least 0"):
         apply_weight_difference(layout.difference, layout.base, layout.output, tolerance=float("nan"))
-    with pytest.raises(GistError, match="nowhere is no checkpoint"):
+    with pytest.raises(GistError, match="nowhere is not a checkpoint"):
         apply_weight_difference(layout.difference, layout.base.parent / "nowhere", layout.output)
     with pytest.raises(GistError, match="already exists"):
         apply_weight_difference(layout.difference, layout.base, layout.base)

@@ -187,5 +187,5 @@ def test_chats_that_do_not_work_with_a_gist(
 def test_text_that_the_tokenizer_must_read_as_a_gist_is_refused(tmp_path: Path) -> None:
     own = GistTokenizer(tiny.word_tokenizer(("<GIST>",)), "plain")
     assert own.has_own_gist_token
-    with pytest.raises(GistRefusedError, match="the text cannot follow a gist: text 0 holds '<GIST>'"):
+    with pytest.raises(GistRefusedError, match="the text cannot follow a gist: text 0 contains '<GIST>'"):
         request("a", "w1 <GIST>", tokenizer=own, num_gist_tokens=1)

@@ -1,7 +1,7 @@
 """Measure everything that needs a GPU, in one command that is planned to take less than four minutes on an H100.
 
 Place in the flow: kernels, training and generation -> **card** -> rows and plots in docs/results/card. Each part runs
-in a process of its own with its share of ``--seconds``. A row is printed and written as soon as it is known, so a part
+in a separate process with its share of ``--seconds``. A row is printed and written as soon as it is known, so a part
 that is cut off keeps what it has.
 """
 
@@ -132,9 +132,9 @@ def train(
     Args:
         records: all of one length, four in a row for each instruction.
         device: to train on.
-        sizes: of model and step.
+        sizes: sizes of the model and of a step.
         end: the ``time.monotonic`` at which training stops; at least ten steps are timed.
-        method: of ``finetune``.
+        method: training method, as for ``finetune``.
         distillation: its weight in the objective.
         is_compiled: whether Trainer compiles the model.
     """
@@ -296,7 +296,7 @@ def draw(directory: Path) -> None:
 
 
 def run_part(part: str, directory: Path, seconds: float, *, is_smoke: bool) -> int:
-    """Run a part in a process of its own; return its exit status, or 1 where it was cut off."""
+    """Run a part in a separate process; return its exit status, or 1 where it was cut off."""
     command = [sys.executable, "-m", "benchmarks"]
     if part == "kernels":
         command += ["kernels", "--quick", "--step", *(["--smoke"] if is_smoke else ["--repeats", "15"])]
@@ -306,7 +306,7 @@ def run_part(part: str, directory: Path, seconds: float, *, is_smoke: bool) -> i
         command += ["--smoke"] * is_smoke
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    # A process group of its own, so that the processes it starts end with it.
+    # A separate process group, so that the processes it starts end with it.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         return process.wait(seconds)
@@ -325,9 +325,7 @@ def main(
         typer.Option(help="Where rows and plots go. By default docs/results/card, or build/card with --smoke."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time for all parts together.")] = 230.0,
-    only: Annotated[
-        str | None, typer.Option(help=f"Parts to run, with commas between: {', '.join(ALL_PARTS)}.")
-    ] = None,
+    only: Annotated[str | None, typer.Option(help=f"Parts to run, comma-separated: {', '.join(ALL_PARTS)}.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Run tiny sizes on the CPU; measures nothing.")] = False,
     part: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> int:

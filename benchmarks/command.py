@@ -23,7 +23,7 @@ __all__ = [
     "where",
 ]
 
-OutputOption = Annotated[Path | None, typer.Option(help="JSONL file to which the rows are added.")]
+OutputOption = Annotated[Path | None, typer.Option(help="JSONL file to append the rows to.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the weights and the data.")]
 CheckpointsOption = Annotated[Path, typer.Option(help="Directory for the trained models.")]
 RecordsOption = Annotated[int, typer.Option(min=1, help="Records to evaluate on, for each split.")]
@@ -33,9 +33,9 @@ class Rows:
     """The rows of one run, each written to ``output`` when it is added.
 
     Args:
-        name: of the benchmark, for the rows' ``command``.
+        name: name of the benchmark, for the rows' ``command``.
         output: a JSONL file, or None.
-        device: that was measured, as for :func:`gisting.measure.rows.environment`.
+        device: the measured device, as for :func:`gisting.measure.rows.environment`.
     """
 
     def __init__(self, name: str, output: Path | None, device: str | None = None) -> None:
@@ -58,12 +58,12 @@ class Rows:
 
 
 def say(what: str) -> None:
-    """Print a line without delay."""
+    """Print a line at once."""
     print(what, flush=True)
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """Read whole numbers with commas between them, such as ``0,1,2``.
+    """Read comma-separated whole numbers, such as ``0,1,2``.
 
     Raises:
         typer.BadParameter: the text of ``option`` is something else.
@@ -71,11 +71,11 @@ def numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{option} must be whole numbers with commas between, got {text!r}") from None
+        raise typer.BadParameter(f"{option} must be comma-separated whole numbers, got {text!r}") from None
 
 
 def names(option: str, text: str | None, known: Sequence[str]) -> list[str]:
-    """Read names with semicolons or commas between them; None stands for all that are known.
+    """Read names separated by semicolons or commas; None means all known names.
 
     Raises:
         typer.BadParameter: a name in the text of ``option`` is not known.
@@ -89,7 +89,7 @@ def names(option: str, text: str | None, known: Sequence[str]) -> list[str]:
 
 
 def where(row: Mapping[str, Any], *columns: str) -> str:
-    """Describe for a caption on what a row was measured, such as ``2 CPU cores, x86_64, 2 threads, torch 2.13``.
+    """Describe for a caption what a row was measured on, such as ``2 CPU cores, x86_64, 2 threads, torch 2.13``.
 
     Args:
         row: a measured row.

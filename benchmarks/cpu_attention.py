@@ -164,9 +164,10 @@ def attention_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _gate(layout: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Check outputs and gradients. The two sum the same float32 numbers, over thousands of keys or rows, in different
-    orders, so 200 machine epsilons of the largest number are allowed; a pair of row and key too many or too few shows
-    at a hundred times that.
+    """Check that outputs and gradients agree.
+
+    Both sum the same float32 numbers, over thousands of keys or rows, in different orders, so 200 machine epsilons of
+    the largest number are allowed. One pair of row and key too many or too few differs by a hundred times that.
     """
     for name, have, want in zip(("the output", "dq", "dk", "dv"), found, expected, strict=True):
         allowed = 200 * torch.finfo(want.dtype).eps * want.abs().max()
@@ -180,7 +181,7 @@ def _gate(layout: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) 
 
 def main(
     output: OutputOption = None,
-    tokens: Annotated[str, typer.Option(help="Lengths to measure, with commas between.")] = "512,2048,8192",
+    tokens: Annotated[str, typer.Option(help="Lengths to measure, comma-separated.")] = "512,2048,8192",
     repeats: Annotated[int | None, typer.Option(min=1, help="Measured rounds; by default 50, 15 and 5.")] = None,
 ) -> None:
     """Attention on this CPU: in pieces, against one dense mask.

@@ -59,7 +59,7 @@ def measure(
 
     Args:
         directory: for a folder per run.
-        seeds: of the held-out combinations, the weights and the data.
+        seeds: seeds of the held-out combinations, the weights and the data.
         steps: optimiser steps of each run.
         num_records: records of each split.
         objectives: by name.
@@ -133,7 +133,7 @@ def distillation_table(rows: Sequence[dict[str, Any]]) -> str:
 def main(
     output: OutputOption = None,
     checkpoints: CheckpointsOption = Path("runs/distillation"),
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0,1,2",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 1200,
     records: RecordsOption = 512,
 ) -> None:

@@ -1,10 +1,10 @@
 """Internalise the table of the built-in task, next to every control, and serve requests to the results.
 
-A small LLaMA first learns to look names up in random tables, but nothing of the task's own table. From there that
+A small LLaMA first learns to look names up in random tables, but sees nothing of the task's own table. From there that
 table, which is in the prompt of every request, is internalised in stages. Each control is trained from the same base,
 on the same records, with the same number of steps. No training query asks for some names of the table, so a model that
-answers them knows what only the prompt says. A model that still reads something is also given an edited table, in
-which every code is different: in its prompt, or as a new gist; what is in the weights would need a new training. Then
+answers them knows what only the prompt says. A model that still reads something is also given an edited table, in which
+every code is different: in its prompt, or as a new gist; what is in the weights would need a new training. Then
 requests are served alternately: the full prompt, the full prompt with a prefix cache, the bare query.
 """
 
@@ -108,7 +108,7 @@ def measure(
 
     Args:
         directory: for a folder per model; folders of the same name are replaced.
-        seed: of the task's table, the weights and the data.
+        seed: seed of the task's table, the weights and the data.
         base_steps: optimiser steps of the base model, each of 32 queries to random tables.
         steps: optimiser steps of each way, of 32 requests, over all its stages.
         num_records: held-out queries.
@@ -347,7 +347,7 @@ def _score(model: PreTrainedModel, tokenizer: GistTokenizer, records: Sequence[R
 def main(
     output: OutputOption = None,
     checkpoints: CheckpointsOption = Path("runs/internalize"),
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0,1,2",
     base_steps: Annotated[int, typer.Option(min=1, help="Training steps of the base model.")] = 600,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each way.")] = 200,
     records: Annotated[int, typer.Option(min=1, help="Held-out queries.")] = 256,

@@ -81,9 +81,9 @@ def measure(
         methods: names of ``METHODS``.
         base_steps: optimiser steps of ``BATCH_SIZE`` rows for the base model.
         steps: optimiser steps of each method.
-        seed: of the held-out combinations, the weights and the data.
+        seed: seed of the held-out combinations, the weights and the data.
         num_records: records of each split.
-        rank: of LoRA.
+        rank: rank of LoRA's matrices.
         learning_rates: by method.
         progress: called with a description of each step before it starts.
 
@@ -185,7 +185,7 @@ def _cell(interval: Mapping[str, float]) -> str:
 def main(
     output: OutputOption = None,
     checkpoints: CheckpointsOption = Path("runs/methods"),
-    methods: Annotated[str | None, typer.Option(help=f"Some of {', '.join(METHODS)}, with commas between.")] = None,
+    methods: Annotated[str | None, typer.Option(help=f"Some of {', '.join(METHODS)}, comma-separated.")] = None,
     base_steps: Annotated[int, typer.Option(min=1, help="Training steps of the base model.")] = 1800,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 1800,
     records: RecordsOption = 512,

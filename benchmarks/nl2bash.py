@@ -1,11 +1,10 @@
-"""Internalise a prompt on real data, English requests to bash commands (NL2Bash, arXiv 1802.08979), next to every
-control.
+"""Internalise a prompt on real data, English requests to bash commands, next to every control.
 
-The data are two files of aligned lines, requests and commands, which are not part of the project (their licence is the
-GPL). A hash of a request's words decides whether it belongs to the held-out split, so the split is the same for every
-order, seed and model, and no held-out request is in training, whatever its case, punctuation and white space. A command
-may be in both splits, exactly or nearly, for requests in other words, as in the published split: scores are for
-requests in new words, not for new commands.
+The data are NL2Bash (arXiv 1802.08979): two files of aligned lines, requests and commands, which are not part of the
+project (their licence is the GPL). A hash of a request's words decides whether it belongs to the held-out split, so the
+split is the same for every order, seed and model, and no held-out request is in training, whatever its case,
+punctuation and white space. A command may be in both splits, exactly or nearly, for requests in other words, as in the
+published split: scores are for requests in new words, not for new commands.
 
 Every way to train starts from the same weights and takes the same number of steps: a small LLaMA with random weights
 and a tokenizer trained on the training split, or a checkpoint. It is too small to be good at this; its scores are
@@ -204,8 +203,8 @@ def command_tokenizer(records: Sequence[Record], vocabulary: int = VOCABULARY) -
     """Train a byte-level BPE on requests, commands and the prompt, which can encode any text.
 
     Args:
-        records: of the training split only.
-        vocabulary: the most ids, including special tokens and the 256 bytes.
+        records: records of the training split only.
+        vocabulary: maximum number of ids, including special tokens and the 256 bytes.
     """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
@@ -243,11 +242,11 @@ def measure(
         pairs: requests with their commands.
         directory: for a folder per way; folders of the same name are replaced.
         model: a checkpoint to start from; None for random weights and a tokenizer trained on the training split.
-        seed: of the weights and the order of the data; the splits do not depend on it.
+        seed: seed of the weights and of the order of the data; the splits do not depend on it.
         steps: optimiser steps of each way, over all its stages.
         batch_size: requests of a step.
         learning_rate: the peak, in each stage.
-        num_records: the most held-out requests.
+        num_records: maximum number of held-out requests.
         runs: names of ``RUNS``.
         progress: called with a description of each run before it starts.
         on_row: called with each way's row as soon as it is known.
@@ -463,7 +462,7 @@ def main(
     output: OutputOption = None,
     checkpoints: CheckpointsOption = Path("runs/nl2bash"),
     runs: Annotated[
-        str | None, typer.Option(help=f"Ways to train, with semicolons between: {'; '.join(RUNS)}.")
+        str | None, typer.Option(help=f"Ways to train, separated by semicolons: {'; '.join(RUNS)}.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each way.")] = 480,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests of a step.")] = 16,

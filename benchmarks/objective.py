@@ -93,7 +93,7 @@ def measure(workload: str, sizes: Sizes, *, repeats: int = 5) -> list[ObjectiveR
 
     Args:
         workload: its name, for the rows.
-        sizes: of model and step.
+        sizes: sizes of the model and of a step.
         repeats: timed rounds after an untimed one; each way takes one step per round.
 
     Raises:

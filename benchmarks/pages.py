@@ -1,4 +1,4 @@
-"""Every table of the README and of docs/ that is made from committed rows.
+"""Write every table of the README and of docs/ that is made from committed rows.
 
 Place in the flow: docs/results/*.jsonl -> **pages** -> Markdown pages. Imports the benchmarks; none of them imports it.
 """

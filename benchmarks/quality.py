@@ -75,9 +75,9 @@ def measure(
         directory: for a folder per model, with checkpoint and results file.
         counts: the numbers of gist tokens to evaluate at; training draws k from 1 to the largest.
         steps: optimiser steps of ``BATCH_SIZE`` rows, for each model.
-        seed: of the held-out combinations, the weights and the data.
+        seed: seed of the held-out combinations, the weights and the data.
         num_records: records of each split.
-        is_alone_too: whether to train a model for each k alone, too.
+        is_alone_too: whether to train a model for each k alone as well.
 
     Returns:
         A row for each model, split, condition and k.
@@ -159,8 +159,10 @@ def measure(
 
 
 def quality_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows of the JSONL file as Markdown: the three conditions for each k, then each k next to a model that was
-    trained for it alone, where there is one.
+    """Format rows of the JSONL file as Markdown.
+
+    The first table has the three conditions for each k. A second one compares each k with a model that was trained for
+    it alone, where there is one.
     """
     lines: list[str] = []
     for seed in sorted({row["seed"] for row in rows}):
@@ -227,7 +229,7 @@ class _Steps(TrainerCallback):
 def main(
     output: OutputOption = None,
     checkpoints: CheckpointsOption = Path("runs/quality"),
-    k: Annotated[str, typer.Option(help="Numbers of gist tokens to evaluate at, with commas between.")] = "1,2,4,8",
+    k: Annotated[str, typer.Option(help="Numbers of gist tokens to evaluate at, comma-separated.")] = "1,2,4,8",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 rows.")] = 3600,
     records: RecordsOption = 512,
     alone: Annotated[bool, typer.Option("--alone", help="Also train a model for each k alone.")] = False,

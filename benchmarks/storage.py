@@ -44,9 +44,10 @@ HEADER = ("storage", "file bytes", "of which states", "logit error, mean", "max"
 
 @dataclass(frozen=True)
 class StorageRow:
-    """One storage. Bytes are means over the prompts, with one prompt in a file. Errors are absolute, against the states
-    without loss; ``kl`` is KL(without loss || as stored) in nats, averaged over the positions; ``exact_match`` is in
-    0..1.
+    """What one storage costs and how much it loses.
+
+    Bytes are means over the prompts, with one prompt in a file. Errors are absolute, relative to the lossless states;
+    ``kl`` is KL(lossless || as stored) in nats, averaged over the positions; ``exact_match`` is in 0..1.
     """
 
     storage: str

@@ -71,7 +71,7 @@ def measure(
 
     Args:
         shape: one of ``SHAPES``.
-        directory: of the store; it must not exist.
+        directory: directory of the store; it must not exist.
         num_caches: number of prompts.
         repeats: measured batches for each way.
         storage: as for :class:`gisting.store.GistStore`.
@@ -198,7 +198,7 @@ def _gate(way: str, found: GistCache, expected: GistCache, *, is_exact: bool) ->
 
 def main(
     output: OutputOption = None,
-    shapes: Annotated[str | None, typer.Option(help=f"Some of {', '.join(SHAPES)}, with commas between.")] = None,
+    shapes: Annotated[str | None, typer.Option(help=f"Some of {', '.join(SHAPES)}, comma-separated.")] = None,
     caches: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 10_000,
     repeats: Annotated[int, typer.Option(min=1, help="Measured batches for each way.")] = 50,
     storage: Annotated[str | None, typer.Option(help="How numbers are stored; by default without loss.")] = None,

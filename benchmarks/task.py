@@ -29,7 +29,7 @@ def task_accuracy(
         tokenizer: the tokenizer it was patched for.
         splits: records by name.
         num_gist_tokens: k.
-        length: the most tokens of an answer.
+        length: maximum number of tokens of an answer.
     """
     model.eval()
     return {

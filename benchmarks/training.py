@@ -1,8 +1,9 @@
-"""Measure training steps: a padded row for each completion, rows packed with several, or completions packed after one
-copy of their prompt.
+"""Measure training steps with three layouts of the batches.
 
-All layouts train the built-in task's model on the same completions, alternating in one process. A step includes
-collating, forward, backward and the optimiser. No time is reported unless all layouts have the same loss and gradients.
+The layouts: a padded row for each completion, rows packed with several completions, and completions packed after one
+copy of their prompt. All layouts train the built-in task's model on the same completions, alternating in one process. A
+step includes collating, forward, backward and the optimiser. No time is reported unless all layouts have the same loss
+and gradients.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
 
     Args:
         rows: as :func:`gisting.measure.rows.read_rows` returns them.
-        path: of the image; its suffix chooses the format.
+        path: path of the image; its suffix determines the format.
 
     Raises:
         GistError: matplotlib is not installed.
@@ -260,8 +261,8 @@ def _gate(model: Any, batches: dict[str, dict[str, Tensor]]) -> None:
 
 
 def main(
-    prompt_tokens: Annotated[str, typer.Option(help="Tokens of a prompt, with commas between.")] = "16,64,256",
-    per_prompt: Annotated[str, typer.Option(help="Completions of a prompt, with commas between.")] = "1,8",
+    prompt_tokens: Annotated[str, typer.Option(help="Tokens of a prompt, comma-separated.")] = "16,64,256",
+    per_prompt: Annotated[str, typer.Option(help="Completions of a prompt, comma-separated.")] = "1,8",
     completions: Annotated[int, typer.Option(min=1, help="Completions of a step.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Measured steps of each layout.")] = 30,
     output: OutputOption = None,

@@ -1,7 +1,7 @@
 """Measure requests per second and the time to the first token in vLLM: no cache, prefix caching, gists.
 
 A small LLaMA with random weights gets prompts of random ids and inputs of 16 ids, because the work is measured, not the
-answers. Each configuration runs in a process of its own, at several numbers of requests in flight. Before a time is
+answers. Each configuration runs in a separate process, at several numbers of requests in flight. Before a time is
 reported, every configuration must give transformers' greedy tokens to the first request, with as many requests in
 flight as are timed.
 
@@ -90,8 +90,8 @@ class Setup:
         folder: contains ``model`` and ``store``.
         prompts: ids of each prompt.
         num_gist_tokens: k.
-        num_parameters: of the model.
-        token_bytes: keys and values of one token.
+        num_parameters: number of the model's parameters.
+        token_bytes: bytes of the keys and values of one token.
         input: ids of the input that is checked after the first prompt, and after its gist.
         answer: transformers' answer to it after the gist.
         plain_answer: transformers' answer to it after the prompt.
@@ -127,10 +127,10 @@ def make_setup(
         num_prompts: number of prompts.
         num_gist_tokens: k.
         num_new_tokens: length of the answer that is checked.
-        num_layers: of the model.
-        hidden_size: of the model.
-        head_size: of the model; vLLM's CPU attention supports 32, 64, 128 and more.
-        seed: of the prompts.
+        num_layers: layers of the model.
+        hidden_size: width of the model.
+        head_size: size of the model's heads; vLLM's CPU attention supports 32, 64, 128 and more.
+        seed: seed of the prompts.
     """
     words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *map(str, range(NUM_WORDS))])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -203,10 +203,10 @@ def measure(
         setup: from :func:`make_setup`.
         configurations: names of ``CONFIGURATIONS``, each with the positions in a block of the paged cache.
         concurrencies: numbers of requests in flight.
-        min_requests: of a run; at least three times the requests in flight are made.
+        min_requests: minimum number of requests of a run; there are at least three times as many as are in flight.
         repeats: runs of each configuration.
         max_s: a configuration that has been timed for this many seconds is not run again.
-        seed: of the inputs and of the order of the prompts, the same for every configuration.
+        seed: seed of the inputs and of the order of the prompts, the same for every configuration.
 
     Returns:
         A row for each configuration and concurrency.
@@ -253,7 +253,7 @@ def _task(
     num_prompts = len(setup.prompts)
     longest = _held(setup, configuration) + INPUT_LENGTH + len(setup.answer)
     blocks = math.ceil(longest / block_size)
-    # Each request in flight needs blocks of its own, in addition to what is kept.
+    # Each request in flight needs its own blocks, in addition to what is kept.
     num_blocks = max(concurrencies) * (blocks + _MARGIN)
     if configuration == "prefix":
         num_blocks = num_prompts * blocks + max(concurrencies) * _MARGIN * 2
@@ -379,8 +379,9 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def vllm_highlights(rows: Sequence[dict[str, Any]]) -> str:
-    """Format as Markdown the requests per second with gists over those of each other configuration, at equal block
-    sizes.
+    """Format as Markdown how many times as many requests per second gists serve as each other configuration.
+
+    Only configurations with equal block sizes are compared.
     """
     names = ("configuration", "block_size", "prompt_length", "num_prompts", "concurrency")
     by_cell = {tuple(row[name] for name in names): row for row in rows}
@@ -427,11 +428,11 @@ def _vllm_version() -> str:
 
 def main(
     output: OutputOption = None,
-    lengths: Annotated[str, typer.Option(help="Ids of a prompt, with commas between.")] = "26,512,1500",
-    concurrencies: Annotated[str, typer.Option(help="Requests in flight, with commas between.")] = "1,8,32",
+    lengths: Annotated[str, typer.Option(help="Ids of a prompt, comma-separated.")] = "26,512,1500",
+    concurrencies: Annotated[str, typer.Option(help="Requests in flight, comma-separated.")] = "1,8,32",
     prompts: Annotated[int, typer.Option(min=0, help="Prompts that every cache holds; 0 for none.")] = 1,
     many: Annotated[int, typer.Option(min=0, help="Prompts of which prefix caching holds half; 0 for none.")] = 40,
-    requests: Annotated[int, typer.Option(help="The fewest requests, and three for each in flight.")] = 32,
+    requests: Annotated[int, typer.Option(help="Minimum number of requests; at least three for each in flight.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each configuration.")] = 3,
     max_seconds: Annotated[float, typer.Option(help="Repeat no configuration timed for this long.")] = 100.0,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 8,

@@ -38,11 +38,10 @@ def moved_names(module: str, new_places: Mapping[str, str]) -> Callable[[str], A
 
 
 def renamed_arguments(**new_names: str) -> Callable[[_Function], _Function]:
-    """Decorate a function whose keyword arguments have new names: the old ones are accepted with a
-    ``DeprecationWarning``.
+    """Decorate a function so that old names of its keyword arguments still work, with a ``DeprecationWarning``.
 
     Args:
-        **new_names: the new name by the old one.
+        **new_names: each old name, with the new one as its value.
     """
 
     def decorate(function: _Function) -> _Function:

@@ -385,7 +385,7 @@ class GistCache:
             CacheFormatError: the file is truncated, altered, of a later format, or not a gist cache.
             GistError: the states take more than ``max_bytes``.
             OSError: the file does not exist or cannot be read.
-        """
+        """  # noqa: DOC501
         manifest, tensors = read(path, max_bytes=max_bytes)
         try:
             cache = cls._from_parts(manifest, tensors)

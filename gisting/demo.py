@@ -45,8 +45,8 @@ def task_model(tokenizer: GistTokenizer, max_position_embeddings: int = 256, **s
     """Return the small LLaMA that learns a built-in task from scratch: patched, with fresh weights.
 
     Args:
-        tokenizer: of the task.
-        max_position_embeddings: the longest sequence.
+        tokenizer: the task's tokenizer.
+        max_position_embeddings: length of the longest sequence.
         **sizes: fields of its configuration to change, such as ``hidden_size``.
     """
     special: Any = tokenizer.tokenizer
@@ -69,9 +69,9 @@ def task_arguments(output_dir: str | Path, steps: int, seed: int, batch_size: in
     """Return the training arguments of :func:`task_model`; the published schedule is for pretrained models.
 
     Args:
-        output_dir: for checkpoints.
+        output_dir: directory for checkpoints.
         steps: optimiser steps.
-        seed: of the order of the data.
+        seed: seed of the order of the data.
         batch_size: rows of a step.
     """
     return published_arguments(
@@ -95,9 +95,9 @@ class DemoResult:
     """The results of the demo.
 
     Args:
-        seed: of data, weights and order.
+        seed: seed of data, weights and order.
         num_steps: optimiser steps.
-        num_parameters: of the model.
+        num_parameters: number of the model's parameters.
         num_gist_tokens: k.
         num_eval_records: records of each split that were answered.
         accuracy: exact match in 0..1 by ``split/condition``.
@@ -138,7 +138,7 @@ def run_demo(
     Args:
         output_dir: where checkpoint, data and the compressed instruction are saved.
         steps: optimiser steps of 32 rows.
-        seed: of the held-out combinations, the weights and the data.
+        seed: seed of the held-out combinations, the weights and the data.
         eval_records: records for each split and condition.
         console: where to print; by default standard output.
 
@@ -309,8 +309,8 @@ def _print_costs(rows: list[LatencyRow], console: Console) -> None:
     console.print(table)
     none, prefix, gist = rows
     console.print(
-        f"   Against no cache the gist saves {100 * (1 - gist.flops / none.flops):.0f} % of the FLOPs; against "
-        f"prefix caching {100 * (1 - gist.flops / prefix.flops):.0f} %, and "
+        f"   Compared with no cache, the gist saves {100 * (1 - gist.flops / none.flops):.0f} % of the FLOPs; compared "
+        f"with prefix caching, {100 * (1 - gist.flops / prefix.flops):.0f} %, and "
         f"{100 * (1 - gist.cache_bytes / prefix.cache_bytes):.0f} % of the bytes kept for each prompt. At batch 1 "
-        "and with a prompt this short, the gain is in bytes: the time hardly differs from prefix caching."
+        "and with a prompt this short, the gain is in bytes: the time is hardly different from prefix caching."
     )

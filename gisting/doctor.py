@@ -1,8 +1,8 @@
-"""Examine this environment (versions, extras, devices, attention), or check that a checkpoint, a store or a cache file
-is intact.
+"""Examine this environment, or check that a checkpoint, a store or a cache file is intact.
 
-Place in the flow: outside it, for when something does not work. Every finding comes from the code that would do the
-work, so no rule is written twice. Reads headers, configurations and cache files; loads no model and writes nothing.
+Place in the flow: outside it, for when something does not work. The environment consists of versions, extras, devices
+and attention. Every finding comes from the code that would do the work, so no rule is written twice. Reads headers,
+configurations and cache files; loads no model and writes nothing.
 """
 
 from __future__ import annotations

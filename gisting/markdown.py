@@ -1,6 +1,7 @@
-"""Markdown tables and the cells that several of them have: the one place that writes them.
+"""Write Markdown tables, and the cells that several of them share.
 
-Place in the flow: below every report, card and page that contains a table. Independent of what the cells mean.
+Place in the flow: below every report, card and page that contains a table; no other module writes them. Independent of
+what the cells mean.
 """
 
 from __future__ import annotations

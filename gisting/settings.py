@@ -7,7 +7,7 @@ and the keyword arguments of a function (:func:`takes_keywords_of`). A setting i
     class Training(Settings):
         seed: int = setting(WHOLE, 42, "Seed of the data order.")
 
-Place in the flow: below every module that has settings. Knows no setting and no command.
+Place in the flow: below every module that has settings. Independent of particular settings and commands.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Settings:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read settings from a YAML file that maps their names to values; ``null`` is as if the name were not there.
+        """Read settings from a YAML file that maps names to values; ``null`` means not given.
 
         Args:
             path: the file, in UTF-8.

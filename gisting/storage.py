@@ -206,7 +206,7 @@ def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Any
             it holds something that is never written in this format.
         GistError: its tensors take more than ``max_bytes``.
         OSError: there is no such file, or it cannot be read.
-    """
+    """  # noqa: DOC501
     raw, manifest, places, storage, dtype = _open(path)
     num_bytes = max(raw.numel(), _num_bytes_decoded(places, storage, dtype))
     if num_bytes > max_bytes:

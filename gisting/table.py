@@ -252,8 +252,8 @@ class GistTable:
             is_there &= self._is_held[where] & (self._generations[where] << _ROW_BITS | where == rows)
         if not is_there.all():
             raise GistError(
-                f"rows must be of prompts in the table, which {rows[~is_there][0]} is not: that prompt was removed or "
-                "never added; get the row numbers with table.rows_of(names)"
+                f"rows must be numbers of prompts in the table; {rows[~is_there][0]} was removed or never added; get "
+                "the row numbers with table.rows_of(names)"
             )
         return where
 

@@ -331,7 +331,7 @@ def test_internalize_shows_every_stage_and_says_how_to_run_it(run, queries: list
     for prompt, warned in (("please reverse the letters and answer plainly", False), ("answer plainly", True)):
         done = run("compress", "runs/in", "--prompt", prompt, "--output", "in.gist.safetensors", "-k", "1")
         assert done.code == 0
-        assert ("'answer plainly' is another template than the one that runs/in was trained on" in done.err) is warned
+        assert ("'answer plainly' is not the prompt that runs/in was trained on" in done.err) is warned
     again = run(*queries, "--eval", "held-out.jsonl", "--examples", "3", "--output", "runs/in")
     assert "already holds an internalisation" in again.err
     done = run("internalize", "--recipe", "runs/in/recipe.yaml", "--resume", "--json")

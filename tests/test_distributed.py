@@ -181,7 +181,7 @@ def test_sharding_is_refused_where_it_would_be_ignored(tmp_path: Path) -> None:
     """accelerate only shards on accelerators; without one, it silently trains on whole weights."""
     done = launch(tmp_path, "llama", "fsdp2-unsupported", 2)
     assert done.returncode != 0
-    assert "fsdp is asked for, but accelerate only shards on accelerators" in done.stderr
+    assert "fsdp was requested, but accelerate only shards on accelerators" in done.stderr
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def eos_dropped(path: Path) -> None:
         (lambda folder: changed(folder / "config.json", vocab_size=3), "gist token", "but the model has 3 rows"),
         (lambda folder: other_template(folder / "gist.json"), "tokenizer", "the model was patched for "),
         (lambda folder: eos_dropped(folder / "tokenizer_config.json"), "tokenizer", "has no eos_token"),
-        (lambda folder: changed(folder / "config.json", gist=3), "configuration", "'gist' in its config.json is"),
+        (lambda folder: changed(folder / "config.json", gist=3), "configuration", "config.json is damaged"),
         (lambda folder: (folder / "gist.json").unlink(), "tokenizer", "has no gist.json"),
         (lambda folder: (folder / "gist.json").write_text("{"), "tokenizer", "gist.json"),
         (

@@ -515,7 +515,7 @@ def test_errors(tmp_path: Path) -> None:
         detach(model)
     with pytest.raises(GistError, match="no adapter to save"):
         adapters.save(model, tokenizer, tmp_path)
-    with pytest.raises(GistError, match=r"holds no adapter of gisting's: it has no gist_adapter.json"):
+    with pytest.raises(GistError, match=r"holds no gisting adapter: it has no gist_adapter.json"):
         adapters.load(model, tmp_path)
     attach(model, Adapter("embeddings", 2))
     with pytest.raises(GistError, match="model already has an adapter"):

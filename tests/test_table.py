@@ -178,11 +178,11 @@ def test_a_gathered_batch_and_the_table_share_nothing() -> None:
     [
         ([], "^rows is empty; name at least one prompt$"),
         (torch.zeros(0, dtype=torch.int64), "^rows is empty; name at least one prompt$"),
-        ([0, 3], "^rows must be of prompts in the table, which 3 is not: that prompt was removed or never added; get"),
-        ([-1], "^rows must be of prompts in the table, which -1 is not: "),
-        ([0, 1], "^rows must be of prompts in the table, which 1 is not: "),
-        ([2**40], "^rows must be of prompts in the table, which 1099511627776 is not: "),
-        ([1 << 32], "^rows must be of prompts in the table, which 4294967296 is not: "),
+        ([0, 3], "^rows must be numbers of prompts in the table; 3 was removed or never added; get"),
+        ([-1], "^rows must be numbers of prompts in the table; -1 was removed or never added"),
+        ([0, 1], "^rows must be numbers of prompts in the table; 1 was removed or never added"),
+        ([2**40], "^rows must be numbers of prompts in the table; 1099511627776 was removed or never added"),
+        ([1 << 32], "^rows must be numbers of prompts in the table; 4294967296 was removed or never added"),
         ([2**70], "^rows must be row numbers or names, one for each prompt "),
         ({"a"}, "^rows must be a list or another ordered collection, got set$"),
         ({"a": 0}, "^rows must be a list or another ordered collection, got dict$"),
@@ -243,10 +243,10 @@ def test_a_row_that_was_kept_never_means_another_prompt() -> None:
     kept = table.rows_of(["b", "a"])
     for seed in range(1, 4):
         table.remove(["b"])
-        with pytest.raises(GistError, match=r"^rows must be of prompts in the table, which .* is not"):
+        with pytest.raises(GistError, match=r"^rows must be numbers of prompts in the table; .* was removed"):
             table.gather(kept)
         table.add(made_up((4,), seed=seed), ["b"])
-        with pytest.raises(GistError, match=r"^rows must be of prompts in the table, which .* is not"):
+        with pytest.raises(GistError, match=r"^rows must be numbers of prompts in the table; .* was removed"):
             table.gather(kept)
         kept = table.rows_of(["b", "a"])
         assert_same(table.gather(kept)[0], made_up((4,), seed=seed)[0])
@@ -271,7 +271,7 @@ def test_everything_can_be_removed() -> None:
     table = table_of()
     table.remove(["a", "b", "c"])
     assert len(table) == 0
-    with pytest.raises(GistError, match=r"^rows must be of prompts in the table, which 0 is not: "):
+    with pytest.raises(GistError, match=r"^rows must be numbers of prompts in the table; 0 was removed or never added"):
         table.gather([0])
     table.add(made_up(seed=2), ["a", "b", "c"])
     assert_same(table.gather(["a", "b", "c"]), made_up(seed=2))

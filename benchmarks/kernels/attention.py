@@ -16,7 +16,7 @@ The implementations:
     sdpa     torch's fused operator, with the dense mask made beforehand
     flash    torch's FlashAttention with a causal mask (encoder: none) of the same size: another mask, as an upper bound
 
-The preparation is timed separately. FLOPs are those of the pairs that see each other, 4 B H D area forward and 2.5
+The preparation is timed separately. FLOPs are counted for the pairs that see each other, 4 B H D area forward and 2.5
 times that backward, even if a kernel computes more.
 """
 
@@ -389,7 +389,7 @@ def disagreements(outputs: dict[str, Tensor]) -> dict[str, str]:
         if not error <= allowed:  # NaN differs
             found[name] = f"its result differs from triton's by {error:.2e}, allowed {allowed:.2e}"
     if len(found) == len(peers):
-        found["triton"] = f"its result differs from those of {', '.join(peers)}"
+        found["triton"] = f"its result differs from the results of {', '.join(peers)}"
     return found
 
 

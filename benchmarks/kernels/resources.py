@@ -1,6 +1,6 @@
 """Compile the kernels with every row of ``configs.json`` for sm_80 and sm_90, without a GPU, and report what they use.
 
-Place in the flow: ``configs.json`` and the kernels -> **resources** -> ``docs/kernel_resources.md``. Reported are
+Place in the flow: ``configs.json`` and the kernels -> **resources** -> ``docs/kernel_resources.md``. It reports
 registers, stack (spills) and shared memory per program, whether the loop loads ahead (asynchronous copies in the IR),
 and whether it uses tensor-core instructions. A row is faulty if its stack exceeds 64 bytes, if ptxas falls back to 32
 registers, if it needs more shared memory than the card has, if a loop does not load ahead, or if there is no

@@ -111,8 +111,8 @@ def interval_attention(
 def segments_of(length: float | None) -> Iterator[None]:
     """Tell the kernels, inside this block, how many rows see a key on average. They choose their tiles by it.
 
-    Otherwise they measure it, which makes the host wait for the device, or, with gradients, assume the number of keys.
-    Only speed depends on it.
+    Otherwise they measure it, which makes the host wait for the device, or, if gradients are needed, assume the number
+    of keys. Only speed depends on it.
 
     Args:
         length: at least 0, such as :func:`mean_segment_length` returns; None to leave it to the kernels.
@@ -158,6 +158,9 @@ def _decide(
 
     The returned function accepts arguments of the same kinds without checks. It is cached on the visibility, so it
     keeps no reference to the visibility's tensors.
+
+    Raises:
+        GistError: the arguments do not fit each other, or the chosen implementation does not support them.
     """
     _check(q, k, v, visibility, bias, relative_bias, softcap, dropout)
     if impl not in IMPLEMENTATIONS:

@@ -1,4 +1,4 @@
-"""Interval attention with torch's FlexAttention: our tile lists become its block mask, the rest two closures.
+"""Run interval attention with torch's FlexAttention, whose block mask is made from our tile lists.
 
 Place in the flow: visibility, tile lists (from ``api``) -> **flex** -> the caller. The lists say which tiles of 128 x
 128 to visit and which of them need no mask test; in the others, the mask is evaluated for each pair. On the CPU, torch
@@ -38,10 +38,16 @@ def flex_attention(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Arguments and result as :func:`gisting.attention.interval_attention`, already checked.
+    """Compute what :func:`gisting.attention.interval_attention` does, for arguments that it has checked.
 
     Args:
-        q, k, v, visibility, relative_bias, scale, softcap: as there.
+        q: as there.
+        k: as there.
+        v: as there.
+        visibility: as there.
+        relative_bias: as there.
+        scale: as there.
+        softcap: as there.
         lists: the tiles of ``visibility`` for ``BLOCK`` rows and keys, as ``gisting_kernels.list_tiles`` returns them.
 
     Raises:

@@ -1,6 +1,6 @@
 """Cache what is derived from a mask, so that every layer and both passes of a batch share it.
 
-Cached are the intervals of a mask, and the tile plans and pieces that are made from intervals. An entry belongs to its
+It caches the intervals of a mask, and the tile plans and pieces that are made from intervals. An entry belongs to its
 tensors: it is freed with them, and ignored after one of them has been written to. A cached value must not refer to the
 first of its tensors or to a view of it, because then neither would ever be freed.
 

@@ -30,7 +30,7 @@ bench_app = Commands(name="bench", help="Measure time and memory on this device.
 _HIDDEN_SIZE, _LAYERS = 640, 12  # of the model with random weights
 
 OutputOption = Annotated[
-    Path | None, typer.Option(help="JSONL file to which the rows are added, with device, versions and commit.")
+    Path | None, typer.Option(help="JSONL file to append the rows to, with device, versions and commit.")
 ]
 PlotOption = Annotated[
     Path | None,
@@ -50,20 +50,20 @@ def bench_inference(
         typer.Option(help="A decoder: a directory or a repository on the hub. By default a LLaMA with random weights."),
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="Tokens of the prompt, as numbers with commas between them.")
+        str, typer.Option(help="Tokens of the prompt, as comma-separated numbers.")
     ] = "26,128,512,2000,8000",
-    batches: Annotated[str, typer.Option(help="Requests at once, as numbers with commas between them.")] = "1,8,32",
+    batches: Annotated[str, typer.Option(help="Concurrent requests, as comma-separated numbers.")] = "1,8,32",
     num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens.")] = 4,
     input_length: Annotated[int, typer.Option(min=1, help="Tokens of a request after the prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="The most runs of each kind.")] = 30,
+    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of runs of each kind.")] = 30,
     seconds: Annotated[
         float,
-        typer.Option(min=0, help="Time for each kind of run in total; at least 5 runs are made, or 3 slow ones."),
+        typer.Option(min=0, help="Total seconds for each kind of run; at least 5 runs are made, or 3 slow ones."),
     ] = 8.0,
-    max_seconds: Annotated[float, typer.Option(help="Leave out a run that would take longer than this.")] = 25.0,
+    max_seconds: Annotated[float, typer.Option(help="Skip a run that would take more seconds than this.")] = 25.0,
     max_memory: Annotated[
-        float | None, typer.Option(help="GB; leave out what would need more. By default 70 % of the free memory.")
+        float | None, typer.Option(help="Skip what would need more GB than this. By default 70 % of the free memory.")
     ] = None,
     hidden_size: Annotated[
         int, typer.Option(min=64, help="Width of the random model, a multiple of 64.")
@@ -80,8 +80,8 @@ def bench_inference(
     """Time requests that share a prompt: no cache, prefix cache, static prefix cache, gist cache.
 
     All four alternate in one process with stock transformers: one forward pass to the first token, and greedy generate
-    for tokens per second. Nothing is reported unless the logits with every cache are those without a cache. Caches are
-    passed to the model without a copy, and growing caches a second time with the copy that transformers' recipe makes.
+    for tokens per second. Nothing is reported unless the logits with every cache equal those without a cache. Caches
+    are passed to the model without a copy; growing caches are also timed with the copy that transformers' recipe makes.
     Runs that would take too long or too much memory are left out, and the table says so. The default model is a LLaMA
     with about 100 million random weights, because the work does not depend on their values; the whole run takes about
     thirty minutes on two CPU cores.
@@ -144,7 +144,7 @@ def bench_inference(
 
 @bench_app.command("training", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench_training() -> None:
-    """Say where this command went; it goes in the next release."""
+    """Say where this command went; to be removed in the next release."""
     raise GistError(
         "gisting bench training is not part of the package any more; in a checkout of its repository, run: python -m "
         "benchmarks training, with the same options"
@@ -157,9 +157,7 @@ def _numbers(name: str, text: str) -> list[int]:
     except ValueError:
         found = []
     if not found or min(found) < 1:
-        raise GistError(
-            f"--{name} must be whole numbers of at least 1 with commas between them, such as 26,512, got {text!r}"
-        )
+        raise GistError(f"--{name} must be comma-separated whole numbers of at least 1, such as 26,512, got {text!r}")
     return found
 
 

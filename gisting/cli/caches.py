@@ -124,7 +124,7 @@ def compress(
     counts = [record.num_gist_tokens or wanted_k(loaded, num_gist_tokens) for record in records]
     chunk_length = chunk_length or trained_chunk_length(loaded)
     texts = [record.prompt for record in records]
-    _say_other_templates(model, texts)
+    _say_other_prompts(model, texts)
     if output is not None:
         from gisting.generation import compress as run
 
@@ -136,8 +136,8 @@ def compress(
         _compress_into(store, storage, loaded, tokenizer, records, counts, chunk_length, as_json=as_json)
 
 
-def _say_other_templates(model: str, texts: list[str]) -> None:
-    """Warn about texts other than the template that was internalised, which the model may not be able to read."""
+def _say_other_prompts(model: str, texts: list[str]) -> None:
+    """Warn about texts other than the prompt that was internalised, which the model may not be able to read."""
     from gisting.data.plain import excerpt
     from gisting.internalize.result import RESULT_NAME, load_internalized, prompt_hash
 
@@ -147,8 +147,8 @@ def _say_other_templates(model: str, texts: list[str]) -> None:
     for text in texts:
         if prompt_hash(text) != trained:
             err.print(
-                f"warning: {excerpt(text)} is another template than the one that {model} was trained on, which it may "
-                "not read; compare answers before using its gist",
+                f"warning: {excerpt(text)} is not the prompt that {model} was trained on, so the model may be unable "
+                "to read it; compare answers before using its gist",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -335,7 +335,7 @@ store_app = Commands(name="store", help="List, check and clean a directory of co
 
 
 def _open(folder: Path | None, *, is_read_only: bool = True) -> GistStore:
-    """Open an existing store; looking for one must not make it."""
+    """Open an existing store, without creating one."""
     from gisting.store import GistStore
     from gisting.store.index import INDEX
 

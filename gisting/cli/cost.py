@@ -40,10 +40,10 @@ def cost(
 ) -> None:
     """Count what a request costs with no cache, a prefix cache and a gist cache.
 
-    Counted are FLOPs, as by torch's FLOP counter (matrix products, logits at every token that is run), and the bytes of
+    Counts FLOPs, as torch's FLOP counter does (matrix products, logits at every token that is run), and the bytes of
     keys and values. Only the configuration is read, so it takes seconds whatever the size of the model. The example
     below is row 0 of LLaMA-7B in the tables published with the gisting paper: num_prompt_tokens there is prompt and
-    input together, 58 tokens, of which 34 are the input; the row's 768 and 450 GFLOPs are those up to the first token
+    input together, 58 tokens, of which 34 are the input; the row's 768 and 450 GFLOPs are counted up to the first token
     with "no cache" (standard) and "gist cache" (gist).
 
     Example: gisting cost huggyllama/llama-7b --prompt-tokens 24 --input-tokens 34 -k 1

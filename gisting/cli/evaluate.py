@@ -36,7 +36,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Records, .jsonl or .json: instruction, input, output. Or NAME=FILE, to give the split a name "
-            "other than its file's; can be given several times."
+            "other than its file's; may be repeated."
         ),
     ] = None,
     num_gist_tokens: Annotated[
@@ -52,8 +52,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="gist, positive, negative, truncated (the first k tokens of the instruction instead of the gist), "
-            "prompt (the whole instruction, without gist tokens) or no-prompt (the input alone); can be given "
-            "several times. [default: the first three]"
+            "prompt (the whole instruction, without gist tokens) or no-prompt (the input alone); may be repeated. "
+            "[default: the first three]"
         ),
     ] = None,
     chunk_length: Annotated[
@@ -68,7 +68,7 @@ def evaluate(
     perplexity: Annotated[bool, typer.Option(help="Also calculate the perplexity of the references.")] = True,
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="Instead of model and data: a file that --output wrote; can be given several times."),
+        typer.Option(help="Instead of model and data: a file that --output wrote; may be repeated."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON file for the model, data, settings, answers and scores.")
@@ -213,7 +213,7 @@ def _has_rouge() -> bool:
 
 
 def _splits(items: list[str], limit: int | None) -> dict[str, list[Any]]:
-    """Read the records of each split, which is called like its file, unless it is given as NAME=FILE."""
+    """Read the records of each split, which is named after its file unless it is given as NAME=FILE."""
     from gisting.data.records import load_records
 
     splits = {}
@@ -222,7 +222,7 @@ def _splits(items: list[str], limit: int | None) -> dict[str, list[Any]]:
         if not is_named or Path(item).exists():
             name, path = Path(item).stem, item
         if name in splits:
-            raise GistError(f"two --data files are called {name!r}; give one another name: --data NAME={path}")
+            raise GistError(f"two --data files are called {name!r}; rename one: --data NAME={path}")
         splits[name] = load_records(path)[:limit]
     return splits
 

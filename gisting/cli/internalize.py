@@ -48,7 +48,7 @@ def internalize(
 ) -> None:
     """Finetune a model in stages in which the prompt and its examples shrink to nothing.
 
-    After the last stage the bare query is enough. Steps, epochs and batches are those of all stages together. The
+    After the last stage the bare query is enough. Steps, epochs and batches are counted over all stages together. The
     records that each stage reads are in OUTPUT/stage-N/data.jsonl.
 
     Example: gisting internalize ./llama --prompt-file prompt.txt --data train.jsonl --eval held-out.jsonl --examples 3

@@ -17,8 +17,10 @@ __all__ = ["takes_settings"]
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command that has a parameter ``settings``, annotated with a table: it takes a ``--recipe`` file and an
-    option for every setting in place of that parameter, and is called with the file's settings, changed by the options.
+    """Give a command a ``--recipe`` option and one option for every setting of a table.
+
+    The table is the annotation of the command's parameter ``settings``, which the options replace. The command is
+    called with the settings of the recipe file, overridden by the options.
 
     Raises:
         GistError: as :class:`Settings` and :meth:`Settings.load` do.

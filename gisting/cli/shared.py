@@ -86,8 +86,9 @@ def _leave_stdout_to_json(context: typer.Context, wanted: bool) -> bool:
 
 
 def json_option(what: str) -> Any:
-    """Return the option ``--json``. With it, standard output holds only JSON, one object per line; everything else that
-    is printed, also by libraries, goes to standard error.
+    """Return the option ``--json``, with which standard output holds only JSON, one object per line.
+
+    Everything else that is printed, also by libraries, then goes to standard error.
 
     Args:
         what: what an object is and holds, for the help.

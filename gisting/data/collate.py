@@ -33,8 +33,10 @@ _AHEAD = 1_000  # texts per call when the tokenizer encodes ahead
 
 
 class Example(NamedTuple):
-    """The ids of one record before they are laid out. Its prompt is in one or more parts, each with its own k; a single
-    part that is longer than ``chunk_length`` is cut into chunks.
+    """The ids of one record before they are laid out.
+
+    Its prompt has one or more parts, each with its own k. A single part longer than ``chunk_length`` is cut into
+    chunks.
     """
 
     prompts: list[array[int]]
@@ -45,8 +47,9 @@ class Example(NamedTuple):
 
     @property
     def stretches(self) -> list[tuple[Sequence[int], int, bool]]:
-        """What precedes the continuation, in order: ids of a prompt, the number of gist tokens after them, and whether
-        each gist token has a copy.
+        """The stretches that precede the continuation, in order.
+
+        Each is the ids of a prompt, the number of gist tokens after them, and whether each gist token has a copy.
         """
         if len(self.prompts) == 1:
             chunks = cut_into_chunks(self.prompts[0], self.chunk_length)
@@ -84,13 +87,13 @@ class GistCollator:
         max_target_length: largest number of ids in the target of an encoder-decoder.
         part_separator: a text at which an instruction is cut into parts, each compressed separately with its own k
             (``visibility.chained``). This trains a model to read gists that ``GistCache.chain`` joins. Spaces around
-            the separator belong to the parts. An instruction without the separator is one part; with None, all are. The
-            gist tokens of all parts but the last are in the sequence twice. Decoders only.
+            the separator belong to the parts. An instruction without the separator is one part; with None, every
+            instruction is. The gist tokens of all parts but the last are in the sequence twice. Decoders only.
         chunk_length: a prompt with more ids than this, after it was cut to ``max_length``, is cut into chunks, each
             followed by the row's k gist tokens, as in ``gisting.compress(chunk_length=...)``
-            (``tokens.cut_into_chunks``). A chunk sees the gists before it. Sliding windows count columns, also those of
-            earlier chunks, so a model with a window below ``max_length`` would not see the same in training and in use.
-            Decoders only, and without ``part_separator``.
+            (``tokens.cut_into_chunks``). A chunk sees the gists before it. Sliding windows count columns, including
+            those of earlier chunks, so a model with a window below ``max_length`` would not see the same in training
+            and in use. Decoders only, and without ``part_separator``.
         with_teacher: whether a batch also holds the intervals and positions of its rows under the positive control, in
             which a teacher sees the prompt.
         with_prompt_columns: whether a batch also marks the tokens that depend only on other prompt tokens, under every
@@ -350,8 +353,9 @@ class GistCollator:
         )
 
     def _fit(self, example: Example, number: int) -> Example:
-        """Cut an example to ``max_length`` ids, always with its gists, some of every prompt and some of the completion;
-        the target of an encoder-decoder is cut separately.
+        """Cut an example to ``max_length`` ids; the target of an encoder-decoder is cut separately.
+
+        Its gists always remain, and so does a part of every prompt and of the completion.
         """
         if self.tokenizer.is_encoder_decoder:
             source = self._fit_sequence(example._replace(completion=_ids([])), number)

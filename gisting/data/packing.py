@@ -1,5 +1,4 @@
-"""Make batches with little padding: completions with the same prompt share one copy of it, and short sequences share a
-row.
+"""Make batches with little padding: completions share their prompt, and short sequences share a row.
 
 Place in the flow: data -> **packing** -> model, instead of the plain collator. Instruction data repeat their
 instructions. After one copy of prompt and gist, each completion is a branch that sees the gist and itself, and whose
@@ -28,8 +27,9 @@ __all__ = ["GistPackingCollator", "group_by_instruction", "pack"]
 
 
 def group_by_instruction(records: Sequence[Record], max_per_group: int = 8) -> list[list[Record]]:
-    """Group records by instruction, for a training set of stock ``Trainer`` whose items are groups: records that can
-    share a prompt are then in the same batch, however the items are shuffled.
+    """Group records by instruction, to make a training set whose items are groups.
+
+    Records that can share a prompt are then in the same batch, however stock ``Trainer`` shuffles the items.
 
     Args:
         records: in any order.
@@ -58,8 +58,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Pack items into bins by first-fit decreasing, which uses at most 11/9 of the smallest number of bins, plus 1.
 
     Args:
-        lengths: of the items, none above ``capacity``.
-        capacity: of a bin.
+        lengths: lengths of the items, none above ``capacity``.
+        capacity: capacity of a bin.
 
     Returns:
         The indices of the items in each bin.
@@ -118,8 +118,8 @@ class GistPackingCollator(GistCollator):
     record whose template has no text between gist and completion gets its own copy, because the gist itself predicts
     its first token.
 
-    Sliding windows count columns, also those of other records, so a model with a window below ``pack_length`` would not
-    see the same in training and in use; :func:`gisting.train.finetune.finetune` refuses that.
+    Sliding windows count columns, including those of other records, so a model with a window below ``pack_length``
+    would not see the same in training and in use; :func:`gisting.train.finetune.finetune` refuses that.
 
     With ``reconstruct``, a document whose condition is gist gets another branch, its prompt::
 

@@ -1,5 +1,4 @@
-"""Evaluate a model under the conditions of the paper, under two baselines without gist tokens, and with the prompt as
-ordinary text.
+"""Evaluate a model under the paper's three conditions and three more that have no gist tokens.
 
 Place in the flow: records -> answers and the loss of the references -> scores of each record. The positive control
 bounds what a gist can reach; the negative control shows what the model can do without the prompt. The share of the gap
@@ -158,7 +157,7 @@ class ConditionResult:
         return bootstrap(columns(self.scores), statistic, **settings)
 
     def summary(self) -> dict[str, Any]:
-        """Condition, k, number of records and the value of every metric; None for a perplexity that overflows."""
+        """Return condition, k, number of records and every metric's value; None for a perplexity that overflows."""
         found = {name: self.interval(name, num_resamples=1).value for name in self.metrics}
         return {
             "condition": self.condition,
@@ -203,8 +202,8 @@ def evaluate(
         **generate_kwargs: passed to ``model.generate``.
 
     Returns:
-        A result for each k and, within it, each condition. Those of ``"negative"``, ``"no-prompt"`` and ``"prompt"``
-        are the same for every k.
+        A result for each k and, within it, each condition. The results of ``"negative"``, ``"no-prompt"`` and
+        ``"prompt"`` are the same for every k.
 
     Raises:
         GistError: there are no records, a condition or k is invalid, or as :func:`gisting.generate`.

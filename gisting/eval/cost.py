@@ -45,9 +45,9 @@ GB = 10**9
 class FlopCounts:
     """FLOPs of any forward pass of one model at batch size 1, as polynomials with integer coefficients.
 
-    Each row that is run costs FLOPs of its own (projections, feed-forward, logits) and FLOPs for each key, cached or in
-    the same pass, masked or not, because that is what dense attention computes. A layer with a sliding window keeps
-    ``window - 1`` keys and drops earlier ones, as transformers' caches do.
+    Each row that is run costs a fixed number of FLOPs (projections, feed-forward, logits) and more for each key, cached
+    or in the same pass, masked or not, because that is what dense attention computes. A layer with a sliding window
+    keeps ``window - 1`` keys and drops earlier ones, as transformers' caches do.
 
     Args:
         constant: FLOPs of a pass, independent of its length.
@@ -56,7 +56,7 @@ class FlopCounts:
         window_pair: FLOPs of a row and a key, in all layers with a sliding window.
         window: the number of positions that a row sees in a layer with a sliding window, including its own; None if no
             layer has one.
-        decoder: the costs of an encoder-decoder's decoder, in which case the other fields are those of its encoder.
+        decoder: the costs of an encoder-decoder's decoder, in which case the other fields are its encoder's.
     """
 
     constant: int
@@ -67,21 +67,22 @@ class FlopCounts:
     decoder: DecoderFlopCounts | None = None
 
     def forward(self, num_tokens: int, num_cached: int = 0) -> int:
-        """FLOPs up to the first token of an answer; arguments and errors as for :func:`forward_flops`."""
+        """Count the FLOPs up to the first token of an answer; arguments and errors as for :func:`forward_flops`."""
         _check_number("num_tokens", num_tokens, 1)
         _check_number("num_cached", num_cached, 0)
         flops = self.prefill(num_tokens, num_cached)
         return flops if self.decoder is None else flops + self.decoder.first(num_cached + num_tokens)
 
     def prefill(self, num_tokens: int, num_cached: int = 0) -> int:
-        """As :meth:`forward`, without an encoder-decoder's decoder and without checks."""
+        """Count as :meth:`forward` does, without an encoder-decoder's decoder and without checks."""
         held = num_cached if self.window is None else min(num_cached, self.window - 1)
         keys = self.pair * (num_cached + num_tokens) + self.window_pair * (held + num_tokens)
         return self.constant + num_tokens * (self.row + keys)
 
     def steps(self, num_tokens: int, num_steps: int) -> int:
-        """FLOPs of ``num_steps`` decoding steps of one token each, after a first pass that had ``num_tokens`` tokens,
-        cached or run.
+        """Count the FLOPs of ``num_steps`` decoding steps of one token each.
+
+        They follow a first pass that had ``num_tokens`` tokens, cached or run.
         """
         if self.decoder is None:
             return sum(self.prefill(1, num_tokens + step) for step in range(num_steps))
@@ -107,12 +108,13 @@ class DecoderFlopCounts:
     pair: int
 
     def first(self, num_source: int) -> int:
-        """FLOPs of the step that reads the start token, given ``num_source`` encoder states."""
+        """Count the FLOPs of the step that reads the start token, given ``num_source`` encoder states."""
         return self.first_constant + self.first_source * num_source
 
     def later(self, num_source: int, num_cached: int) -> int:
-        """FLOPs of a step after ``num_cached`` decoder tokens, including the start token, given ``num_source`` encoder
-        states.
+        """Count the FLOPs of a step after ``num_cached`` decoder tokens, including the start token.
+
+        ``num_source`` is the number of encoder states.
         """
         return self.later_constant + self.later_source * num_source + self.pair * num_cached
 
@@ -121,8 +123,8 @@ class DecoderFlopCounts:
 class RequestCost:
     """The costs of one way to answer a request.
 
-    FLOPs are those of one request, with logits at every token that is run (:func:`forward_flops`). Of an answer of N
-    tokens, the first comes from the first pass and the others from N - 1 decoding steps of one token each.
+    FLOPs are counted for one request, with logits at every token that is run (:func:`forward_flops`). The first token
+    of an answer comes from the first pass; each of the others takes a decoding step.
 
     Args:
         mode: ``"no cache"``, ``"prefix cache"`` or ``"gist cache"``.
@@ -156,7 +158,7 @@ class RequestCost:
         return GB // self.prompt_bytes if self.prompt_bytes else None
 
     def storage_bytes(self, num_prompts: int) -> int:
-        """Bytes that are kept for ``num_prompts`` prompts.
+        """Return the bytes that are kept for ``num_prompts`` prompts.
 
         Raises:
             GistError: ``num_prompts`` is negative.
@@ -165,7 +167,7 @@ class RequestCost:
         return num_prompts * self.prompt_bytes
 
     def pflops_per_day(self, requests_per_day: int) -> float:
-        """FLOPs of a day's answers in units of 10^15, without filling the caches.
+        """Return the FLOPs of a day's answers in units of 10^15, without filling the caches.
 
         Raises:
             GistError: ``requests_per_day`` is negative.
@@ -174,13 +176,14 @@ class RequestCost:
         return requests_per_day * self.answer_flops / 1e15
 
     def saved(self, other: RequestCost) -> float:
-        """The share of the FLOPs of ``other`` that this way saves over a whole answer, and thus over a day's traffic;
-        negative if it needs more.
+        """Return the share of the FLOPs of ``other`` that this way saves, negative if it needs more.
+
+        FLOPs are counted over a whole answer, so the share is the same for a day's traffic.
         """
         return 1 - self.answer_flops / other.answer_flops
 
     def saved_to_first_token(self, other: RequestCost) -> float:
-        """The share of the FLOPs of ``other`` that this way saves up to the first token."""
+        """Return the share of the FLOPs of ``other`` that this way saves up to the first token."""
         return 1 - self.first_token_flops / other.first_token_flops
 
 
@@ -227,7 +230,7 @@ def count_flops(config: PreTrainedConfig) -> FlopCounts:
 
 
 def forward_flops(config: PreTrainedConfig, num_tokens: int, num_cached: int = 0) -> int:
-    """FLOPs of one forward pass over ``num_tokens`` tokens after ``num_cached`` cached ones, at batch size 1.
+    """Count the FLOPs of a forward pass over ``num_tokens`` tokens after ``num_cached`` cached ones, at batch size 1.
 
     They are counted by :func:`count_flops`, with logits at every token that is run; for many lengths, call that once
     instead. In an encoder-decoder, the encoder reads ``num_tokens`` tokens, which also attend to the cached ones, and
@@ -264,7 +267,7 @@ def format_bytes(number: int, digits: int = 2) -> str:
 def cache_bytes(
     config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype = torch.float32, *, is_windowed: bool = False
 ) -> int:
-    """Bytes of the cached states of ``num_tokens`` tokens in all layers, at batch size 1.
+    """Return the bytes of the cached states of ``num_tokens`` tokens in all layers, at batch size 1.
 
     The states are a decoder's keys and values, or an encoder's keys, values and last hidden states.
 

@@ -36,7 +36,7 @@ def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The mean of :func:`exact_matches`. Arguments and errors as for that function."""
+    """Compute the mean of :func:`exact_matches`. Arguments and errors are as for that function."""
     scores = exact_matches(predictions, references)
     return sum(scores) / len(scores)
 
@@ -66,16 +66,16 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, li
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The mean ROUGE-L of :func:`rouge`. Arguments and errors as for that function."""
+    """Compute the mean ROUGE-L of :func:`rouge`. Arguments and errors are as for that function."""
     scores = rouge(predictions, references)["rouge_l"]
     return sum(scores) / len(scores)
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Compute the BLEU of all predictions together, with sacrebleu's defaults (13a tokens, case-sensitive, exponential
-    smoothing).
+    """Compute the BLEU of all predictions together.
 
-    N-grams are counted over all records before dividing, so this is not the mean of :func:`bleu_scores`.
+    The settings are sacrebleu's defaults: 13a tokens, case-sensitive, exponential smoothing. N-grams are counted over
+    all records before dividing, so this is not the mean of :func:`bleu_scores`.
 
     Args:
         predictions: answers, one for each reference.

@@ -45,7 +45,7 @@ def gap_kept(split: Split, num_gist_tokens: int, metric: str, **settings: Any) -
 
 
 def result_rows(evaluation: Evaluation, *, metric: str | None = None, **settings: Any) -> list[tuple[str, ...]]:
-    """The cells of a table with the columns ``COLUMNS`` and a row for each split, k and condition.
+    """Return the cells of a table with the columns ``COLUMNS`` and a row for each split, k and condition.
 
     Args:
         evaluation: the evaluation to show.
@@ -77,7 +77,7 @@ def result_rows(evaluation: Evaluation, *, metric: str | None = None, **settings
 
 
 def markdown(evaluations: Sequence[Evaluation], *, metric: str | None = None, **settings: Any) -> str:
-    """The text of the report, without plots. Arguments as for :func:`result_rows`."""
+    """Return the text of the report, without plots. Arguments are as for :func:`result_rows`."""
     metric = _metric(evaluations, metric)
     confidence = settings.get("confidence", 0.95)
     lines = ["# Evaluation", ""]
@@ -117,8 +117,7 @@ def write_report(
     """Write ``report.md`` with its plots ``quality_by_k.png`` and ``quality_by_compression.png``.
 
     Args:
-        evaluations: one model's evaluation, or those of several models, such as one checkpoint per k; each is a line
-            in the plots.
+        evaluations: evaluations of one or several models, such as one checkpoint per k; each is a line in the plots.
         directory: where to write the files; created if missing.
         metric: the metric to plot and for which to show the kept gap, as for :func:`result_rows`.
         **settings: of the intervals, as for :func:`gisting.eval.statistics.bootstrap`.

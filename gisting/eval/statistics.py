@@ -49,8 +49,9 @@ def bootstrap(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Compute the percentile interval of a statistic (Efron and Tibshirani, An Introduction to the Bootstrap,
-    chapter 13).
+    """Compute the percentile interval of a statistic by resampling the records.
+
+    See Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
 
     Args:
         columns: M columns of N scores, one per record, with the records in the same order in every column.
@@ -86,8 +87,9 @@ def bootstrap(
 
 
 def difference(first: Sequence[float], second: Sequence[float], **settings: Any) -> Interval:
-    """The paired difference between two conditions: the mean of ``first`` minus the mean of ``second``, which have one
-    score each for the same N records. ``settings``, result and errors as for :func:`bootstrap`.
+    """Compute the paired difference between two conditions: the mean of ``first`` minus the mean of ``second``.
+
+    Both have one score each for the same N records. ``settings``, result and errors are as for :func:`bootstrap`.
     """
     return bootstrap([first, second], lambda means: means[0] - means[1], **settings)
 

@@ -143,16 +143,16 @@ def converse(
         cache: what the turn starts from, one for all inputs or one each: compressed prompts, or an earlier turn's
             cache. It is not changed.
         max_new_tokens: as in :func:`generate`.
-        **generate_kwargs: as in :func:`generate`. With ``num_return_sequences``, every answer starts a conversation of
-            its own, and the next turn has that many times as many inputs.
+        **generate_kwargs: as in :func:`generate`. With ``num_return_sequences``, every answer starts a separate
+            conversation, and the next turn has that many times as many inputs.
 
     Returns:
         The answers, and the cache for the next turn.
 
     Raises:
-        GistError: as :func:`generate`; or the model is an encoder-decoder, whose encoder does not read answers; or
-            beams, a cache other than the dynamic one, or stopping criteria with several answers to one input are asked
-            for, which do not leave the states of each answer alone.
+        GistError: as :func:`generate`; or the model is an encoder-decoder, whose encoder does not read answers; or the
+            call uses beams, a cache other than the dynamic one, or stopping criteria with several answers to one input,
+            none of which keep the states of each answer separate.
         CacheMismatchError: as :func:`generate`.
     """
     assistant_cache = generate_kwargs.pop("assistant_cache", None)
@@ -230,7 +230,7 @@ def _answer_from_text(
     condition: str,
     call: Call,
 ) -> list[str]:
-    """Answer from full texts, under a condition whose prompts leave no states to cache; decoders have none such."""
+    """Answer from full texts, under a condition whose prompts leave no states to cache. Decoders have none."""
     if len(prompts) == 1:
         prompts = [prompts[0]] * len(inputs)
         if not isinstance(num_gist_tokens, int) and len(num_gist_tokens) == 1:

@@ -48,7 +48,7 @@ class Call:
         architecture: what the model's family needs.
         config: a ``GenerationConfig`` with all settings, and with the gist token suppressed.
         past: how to make the cache that generation starts from, for ``GistCache.as_past_key_values``.
-        extra: arguments that are no settings: ``streamer``, ``stopping_criteria``, ...
+        extra: arguments that are not settings: ``streamer``, ``stopping_criteria``, ...
         assistant_model: the model that drafts, or None.
         assistant_cache: the prompts as the assistant compressed them, or None.
     """
@@ -62,7 +62,7 @@ class Call:
 
     @property
     def num_copies(self) -> int:
-        """How many rows stock ``generate`` makes of one."""
+        """The number of rows that stock ``generate`` makes of one."""
         return max(self.config.num_beams or 1, self.config.num_return_sequences or 1)
 
     @property

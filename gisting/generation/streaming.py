@@ -52,7 +52,7 @@ class AnswerStreamer:
 def ends_its_streamer(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorate a ``function`` so that its ``streamer`` ends after an error too.
 
-    Another thread may be reading from the streamer, and would wait for ever.
+    Another thread may be reading from the streamer, and would wait forever.
     """
 
     @functools.wraps(function)

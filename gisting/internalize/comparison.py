@@ -1,10 +1,10 @@
 """Compare finished runs: the staged run with its controls, the full prompt and prefix caching.
 
-Place in the flow: directories of finished runs, a user's prices -> **comparison** -> report. Tokens are those of the
-evaluation requests, which are also the requests that were scored, counted with the runs' tokenizer. The tokens of an
-answer are those of the reference, with its end of sequence, so that all runs are billed for the same answers. A prefix
-cache holds what all full prompts begin with, the prompt without its examples: examples differ for every query and are
-read again each time.
+Place in the flow: directories of finished runs, a user's prices -> **comparison** -> report. Tokens are counted with
+the runs' tokenizer in the evaluation requests, which are also the requests that were scored. An answer counts as many
+tokens as its reference, with the end of sequence, so that all runs are billed for the same answers. A prefix cache
+holds what all full prompts begin with: the prompt without its examples, which differ for every query and are read each
+time.
 
 Reads files and counts tokens; loads no model. Times are measured elsewhere (:mod:`gisting.measure.requests`) and passed
 in.
@@ -268,7 +268,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Finished runs in comparison.
+    """A comparison of finished runs.
 
     Args:
         rows: the runs in order, then the full prompt if no run is trained on it, and prefix caching.
@@ -309,8 +309,8 @@ class Comparison:
     def items(self) -> list[dict[str, Any]]:
         """Convert to JSON: an object for each row, then one for each stage, each with its ``kind``.
 
-        Training that never pays for itself is None, as where there was no training; the latter has no
-        ``training_cost`` either.
+        ``pays_after`` fields are None for training that never pays for itself, and where there was no training; only in
+        the latter case is ``training_cost`` None too.
         """
         about = {"metric": self.metric, "num_records": self.num_records}
         prices = None if self.prices is None else asdict(self.prices)

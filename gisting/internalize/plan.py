@@ -52,8 +52,9 @@ class Stage:
 
     @property
     def condition(self) -> str:
-        """The condition under which an evaluation runs this stage's requests: ``"prompt"``, ``"no-prompt"`` or
-        ``"gist"``.
+        """The condition under which an evaluation runs this stage's requests.
+
+        One of ``"prompt"``, ``"no-prompt"`` and ``"gist"``.
         """
         if self.num_gist_tokens is not None:
             return "gist"

@@ -86,7 +86,8 @@ class Report(Comparison):
         if any(row.training_cost is not None for row in self.rows):
             lines.append(
                 "pays after: number of requests after which training and requests have cost less than the full prompt "
-                "with a model that needs no training; (prefix cache): than the same with a prefix cache."
+                "with a model that needs no training; (prefix cache): the same, compared with the full prompt in a "
+                "prefix cache."
             )
         if self.times is not None:
             lines.append(f"ms: time of a request with its answer, {self.times.about}.")

@@ -37,7 +37,7 @@ _NAMES_OF_FORMAT_1 = {"template_sha256": "prompt_sha256", "compressor": "shorten
 
 
 class PromptWarning(UserWarning):
-    """A model is used with another prompt than the one it was trained on."""
+    """A model is used with a prompt other than the one it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def prompt_hash(prompt: str) -> str:
 
 @renamed_arguments(template="prompt")
 def check_prompt(directory: str | Path, prompt: str) -> bool:
-    """Warn if a model was trained on another prompt, because what it has internalised does not change.
+    """Warn if a model was trained on another prompt, because what it has internalised cannot change any more.
 
     Args:
         directory: the output directory of an internalisation.

@@ -1,5 +1,7 @@
-"""The settings of an internalisation: one table for the options of ``gisting internalize``, the keys of a recipe file
-and the keyword arguments of :func:`gisting.internalize.stages.internalize`.
+"""Declare the settings of an internalisation in one table.
+
+The options of ``gisting internalize``, the keys of a recipe file and the keyword arguments of
+:func:`gisting.internalize.stages.internalize` come from it.
 
 Place in the flow: above :mod:`gisting.settings`; below the loop over stages and the command line. Importing this module
 imports neither torch nor transformers, because ``gisting --help`` must stay quick.
@@ -64,8 +66,9 @@ _TEMPLATE = Kind(
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings(Settings):
-    """What the stages read and how they are evaluated: the keyword arguments of
-    :func:`gisting.internalize.stages.internalize` that are numbers and names.
+    """What the stages read and how they are evaluated.
+
+    These are the keyword arguments of :func:`gisting.internalize.stages.internalize` that are numbers and names.
 
     Raises:
         GistError: a value is not of its setting's kind.
@@ -135,8 +138,10 @@ class _WhatIsInternalized(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class InternalizeSettings(TrainerSettings, StageSettings, _WhatIsInternalized):
-    """A run of ``gisting internalize``, whose ``--help`` lists the settings. None is the published value for the
-    model's kind, or "not given". Steps, epochs and batches are those of all stages together.
+    """All settings of a run, as ``gisting internalize --help`` lists them.
+
+    None means the published value for the model's kind, or "not given". Steps, epochs and batches are counted over all
+    stages together.
 
     Raises:
         GistError: a value is not of its setting's kind, or two settings exclude each other.

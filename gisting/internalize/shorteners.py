@@ -168,7 +168,7 @@ class SelfInformation(_FormerlyCompress):
     The self-information of a token is ``-log p`` of it given the text before it. The self-information of a unit is the
     *mean* over its tokens, not the sum: the budget is in tokens, and with sums short units would be dropped first,
     however much they say for their length. The most predictable units are dropped, and no more of them than needed
-    until the text, tokenized again, has at most ``share`` of the prompt's tokens. The order is kept. Of two equally
+    until the text, tokenised again, has at most ``share`` of the prompt's tokens. The order is kept. Of two equally
     predictable units, the later one is dropped first.
 
     Args:

@@ -1,11 +1,11 @@
-"""Train one model through all stages of prompt internalisation, each on data of its own, with stock ``Trainer``.
+"""Train one model through all stages of prompt internalisation, each on its own data, with stock ``Trainer``.
 
 Place in the flow: plan, shortener, examples and requests -> **stages** -> a checkpoint that answers the bare query. The
 method is PromptIntern's (arXiv 2407.02211); its public code contains neither schedule nor stage loop, which SKIntern
 (arXiv 2409.13183) describes in full. The output directory then contains::
 
     settings.json          the settings of the run; a resumed run must have the same
-    stage-1/stage.json     shares asked for and realised, counts, tokens, the prompt's text
+    stage-1/stage.json     requested and realised shares, counts, tokens, the prompt's text
     stage-1/data.jsonl     the training records, for people to read (eval.jsonl: the evaluation requests)
     stage-1/answers.jsonl  the answers to them
     stage-1/result.json    the scores; present when the stage is finished
@@ -13,8 +13,9 @@ method is PromptIntern's (arXiv 2407.02211); its public code contains neither sc
 
 The data of all stages are made before the first one is trained, so that a request that does not fit, or a missing
 rewrite, is found before hours of training, and so that a model that shortens its own prompt does it with its original
-weights. Each stage has its own learning rate schedule, optimiser and seed (for the order of the data): its data differ
-from those of the stage before, and otherwise the last stage, the bare query, would get what is left of a decayed rate.
+weights. Each stage has its own learning rate schedule, optimiser and seed (for the order of the data), because its data
+differ from the previous stage's. With one schedule for all, the last stage, the bare query, would get what is left of a
+decayed rate.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def internalize(
         method: what is trained, ``"full"`` or ``"lora"`` (:mod:`gisting.train.methods`); for the latter, only the
             adapter is saved.
         resume: continue a killed run where it stopped, between stages or within one; ``model`` must be the model that
-            it started with. The final weights are those of an uninterrupted run.
+            it started with. The final weights equal those of an uninterrupted run.
         callbacks: callbacks for ``Trainer``, the same in all stages; with any, its own printing of logs is disabled.
         on_stage: called with the result of each stage, including those that were finished before.
         **settings: settings of :class:`gisting.internalize.settings.StageSettings`: ``max_examples``, the number of

@@ -4,7 +4,7 @@ Place in the flow: a patched decoder -> **inference** -> rows. The four ways alt
 lengths and batch sizes. Prompts and inputs are random ids, because their values change no work. Everything that is
 timed is stock transformers: one forward pass up to the first token, and greedy ``generate``. Growing caches are passed
 to the model without a copy (``latency.cache_view``), and for the first token also by transformers' own recipe, which
-copies; the static cache is rewound. Knows time and memory, not quality.
+copies; the static cache is rewound. Measures time and memory, not quality.
 """
 
 from __future__ import annotations
@@ -136,29 +136,30 @@ def measure(
 ) -> Iterator[list[InferenceRow]]:
     """Measure every prompt length with every batch size, all four ways alternating in one process.
 
-    Nothing is reported for a length and batch size before all caches pass a gate: for every request, the logits of the
-    first token in the batch must be those of the request run alone; for the first request, the logits of eight answer
-    tokens must be those of a forward pass over the whole text without a cache, which must choose the same tokens.
+    Nothing is reported for a length and batch size before all caches pass a gate. For every request, the logits of the
+    first token in the batch must equal those of the request run alone. For the first request, the logits of eight
+    answer tokens must equal those of a forward pass over the whole text without a cache, which must choose the same
+    tokens.
 
     Args:
         model: a patched decoder.
         tokenizer: the tokenizer it was patched for.
         lengths: tokens of the prompt, which all requests of a batch share.
-        batches: requests at once.
+        batches: numbers of concurrent requests.
         num_gist_tokens: k.
         input_tokens: tokens of each request after the prompt; every request has different ones.
         answer_tokens: tokens that ``generate`` makes for each request.
-        repeats: the most runs of each kind.
+        repeats: maximum number of runs of each kind.
         seconds: the time that each kind of run may take in total. Five runs are made in any case, or three where one
             takes more than five seconds, but never more than ``repeats``.
         max_seconds: a single run that would take longer is left out. The gate still runs, with the first token of each
             request and eight tokens of an answer.
         max_bytes: what would need more memory is left out; None for seven tenths of the free memory.
-        name: of the model, for the rows.
+        name: name of the model, for the rows.
 
-    Yields:
-        The rows of :data:`MODES` for each length and batch size. ``static prefix cache`` is not run for a model with
-        sliding windows, whose static cache cannot be rewound.
+    Returns:
+        An iterator over the rows of :data:`MODES`, one list for each length and batch size. ``static prefix cache`` is
+        not run for a model with sliding windows, whose static cache cannot be rewound.
 
     Raises:
         GistError: an argument is out of range, the model is an encoder-decoder, or a gate fails.
@@ -250,8 +251,9 @@ class _Bench:
         return self.counts.forward(num_tokens) / self.timed(lambda: self.model(some, logits_to_keep=1))
 
     def _first_rate(self, length: int) -> float:
-        """Estimate FLOPs per second. A short text is read at a lower rate, so before a long prompt is left out because
-        of it, a longer text is timed.
+        """Estimate FLOPs per second.
+
+        A short text is read at a lower rate, so a longer text is timed before a long prompt is skipped for that rate.
         """
         rate, limit = self._rate(64), self.settings.max_seconds
         if self.counts.forward(length) / rate > limit > self.counts.forward(_CALIBRATION) / rate:
@@ -450,8 +452,9 @@ class _Cell:
         check_logits(f"{mode}, the logits of its greedy tokens,", chosen.to(dtype), best.to(dtype))
 
     def _uncached(self, mode: str, answer: Tensor) -> Tensor:
-        """Return ``(N, V)``: the logits that predict each of the N answer tokens of the first request, from one forward
-        pass over the whole text.
+        """Return ``(N, V)``: the logits that predict each of the N answer tokens of the first request.
+
+        They come from one forward pass over the whole text.
         """
         rest = torch.cat([self.inputs[:1], answer[:, :-1]], dim=1)
         call: dict[str, Any] = {"use_cache": False, "logits_to_keep": answer.shape[1]}
@@ -464,8 +467,10 @@ class _Cell:
         return self.bench.model(ids, **call).logits[0]
 
     def _bytes_needed(self, row: InferenceRow) -> int:
-        """Estimate the memory of the answers: all keys and values, one layer of them twice while it grows, the
-        activations of the widest layer and the logits of the first pass.
+        """Estimate the memory that generating the answers takes.
+
+        It holds all keys and values, those of one layer twice while they grow, the activations of the widest layer and
+        the logits of the first pass.
         """
         config = self.bench.model.config
         width = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) + 8 * config.hidden_size
@@ -476,8 +481,9 @@ class _Cell:
         return states + tokens * width * self.bench.dtype.itemsize + logits
 
     def _alternating(self, runs: dict[_Key, Callable[[], Any]], seconds: dict[_Key, float]) -> dict[_Key, list[float]]:
-        """Return the seconds of each run. Slow runs are made less often, spread over the rounds; every round starts
-        with the next run.
+        """Return the seconds of each run.
+
+        Slow runs are made less often, spread over the rounds. Each round starts with a different run, in rotation.
         """
         settings = self.bench.settings
         counts = {}

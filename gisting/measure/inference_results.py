@@ -1,6 +1,6 @@
 """Tables and a plot of the rows that :mod:`gisting.measure.inference` measures.
 
-Place in the flow: rows -> **inference_results** -> cells, tables, an image. Knows rows only, as dictionaries.
+Place in the flow: rows -> **inference_results** -> cells, tables, an image. Depends only on rows, as dictionaries.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def by_cell(rows: _Rows) -> dict[tuple[int, int], _Runs]:
 def gain(cell: _Runs, mode: str, key: str) -> float | None:
     """Return how many times as fast the gist cache is as another mode: the median over the processes.
 
-    Without a cache nothing is passed to the model, so there the first token has one time only.
+    Without a cache, nothing is passed to the model, so there is only one time for the first token.
     """
     other_key = "first_token_ms" if mode == NO_CACHE and key in _FIRST else key
     found = []
@@ -141,7 +141,7 @@ def plot(rows: _Rows, path: str | Path) -> None:
 
     Args:
         rows: as :func:`gisting.measure.rows.read_rows` returns them.
-        path: of the image; its suffix chooses the format.
+        path: path of the image; its suffix determines the format.
 
     Raises:
         GistError: matplotlib is not installed.

@@ -2,7 +2,7 @@
 
 Place in the flow: a patched decoder -> **latency** -> rows. The honest baseline of a gist cache is a *prefix cache*,
 the prompt's keys and values kept in full. Both start from states in memory, and nothing is reported unless the cached
-runs give the logits of the uncached ones.
+runs give the same logits as the uncached ones.
 """
 
 from __future__ import annotations
@@ -177,7 +177,12 @@ def check_logits(mode: str, found: Tensor, expected: Tensor) -> None:
     """Check that cached and uncached logits agree up to rounding, in machine epsilons of the largest logit.
 
     Rounding grows with depth. The limit is a thousand epsilons in single precision, and sixteen in half precision,
-    where more would let anything pass.
+    where a larger limit would let anything pass.
+
+    Args:
+        mode: what made ``found``, for the message.
+        found: logits of the cached run, floating, of any shape.
+        expected: logits of the uncached run, of the same shape.
 
     Args:
         mode: name of the cached way, for the message.

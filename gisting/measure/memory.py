@@ -1,6 +1,6 @@
 """Memory of the measured device: how much is free, the peak of a run, and giving back what was freed.
 
-Place in the flow: below the measurements. Knows no model.
+Place in the flow: below the measurements. Independent of models.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A model with random weights, for measurements of time and memory, which do not depend on the values.
 
-Place in the flow: sizes -> **models** -> a patched decoder. Knows no measurement.
+Place in the flow: sizes -> **models** -> a patched decoder. Independent of what is measured.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def random_llama(
         vocabulary: tokens of the vocabulary.
         is_tied: whether input and output embeddings are one matrix.
         tokenizer: by default the built-in task's, whose ids must fit in ``vocabulary``.
-        device: of the model.
-        dtype: of the weights.
+        device: device of the model.
+        dtype: dtype of the weights.
 
     Returns:
         The model and its tokenizer.

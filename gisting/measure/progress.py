@@ -1,6 +1,6 @@
 """The progress bar: on standard error, with the time that is left, and only where that is a terminal.
 
-Place in the flow: below everything that takes long. Knows amounts only.
+Place in the flow: below everything that takes long. Depends only on amounts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def tracked(items: Iterable[_T], what: str) -> Iterator[_T]:
     """Yield the items one after another while a bar shows how many are done.
 
     Args:
-        items: of any kind; one without a length is read into a list first.
+        items: items of any kind; an iterable without a length is read into a list first.
         what: the text before the bar.
     """
     items = items if isinstance(items, Sized) else list(items)

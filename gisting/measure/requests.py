@@ -2,7 +2,7 @@
 
 Place in the flow: a patched decoder and full prompts -> **requests** -> rows. A prefix cache is the honest baseline of
 an internalised prompt, so nothing is reported unless it gives the logits of the full prompt at every step of the
-answers. Knows requests, not training.
+answers. Independent of training.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def serving(
         tokenizer: the tokenizer it was patched for.
         records: full prompts, all of which begin with the prompt, and queries.
         prompt: what the prefix cache holds; examples differ from query to query and are read each time.
-        batch_size: requests at once.
+        batch_size: number of concurrent requests.
         shorter: more ways to ask the same queries, by name: a record for each of ``records``, with another prompt.
         num_answer_tokens: length of every answer, whatever its text.
         repeats: measured rounds.

@@ -1,6 +1,6 @@
 """Rows that describe themselves: what ran, on which device, with which versions, at which commit.
 
-Place in the flow: measurement -> **rows** -> JSONL files. Knows no single measurement.
+Place in the flow: measurement -> **rows** -> JSONL files. Independent of what is measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     """Describe the device, the versions and the commit of this process.
 
     Args:
-        device: that was measured; None for the GPU where there is one, else the CPU.
+        device: the measured device; None for the GPU if there is one, otherwise the CPU.
     """
     is_card = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     return {
@@ -39,8 +39,9 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        # Versions are recorded, not branched on.
+        "torch": torch.__version__,  # noqa: TID251
+        "transformers": transformers.__version__,  # noqa: TID251
         "gisting": __version__,
         "commit": _commit(),
     }
@@ -50,7 +51,7 @@ def append_row(path: str | Path, row: dict[str, Any], device: torch.device | str
     """Append one row, with its environment, to a JSONL file.
 
     Args:
-        path: of the file; missing directories are made.
+        path: path of the file; missing directories are made.
         row: what was measured.
         device: as for :func:`environment`.
     """

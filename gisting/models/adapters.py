@@ -72,7 +72,7 @@ class Adapter:
         kind: one of :data:`KINDS`.
         num_rows: number of embedding rows: for ``"embeddings"`` one for each position in a gist, so the largest k; 1
             for the other kinds.
-        rank: of LoRA's two matrices.
+        rank: rank of LoRA's two matrices.
         alpha: LoRA's scale times ``rank``; None for twice the rank.
         dropout: the dropout on LoRA's input during training.
 
@@ -159,7 +159,7 @@ def detach(model: Any) -> None:
         GistError: the model has no adapter of this library.
     """
     if adapter_of(model) is None:
-        raise GistError("model has no adapter of gisting's; there is nothing to remove")
+        raise GistError("model has no gisting adapter; there is nothing to remove")
     gist_lora.uninstall(model)
     wrapped = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_variant")]
     for name, module in wrapped:
@@ -314,7 +314,7 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
     """
     about = read_about(name_or_path, **source)
     if about is None:
-        raise GistError(f"{name_or_path} holds no adapter of gisting's: it has no {_FILE}")
+        raise GistError(f"{name_or_path} holds no gisting adapter: it has no {_FILE}")
     weights = find_file(name_or_path, _WEIGHTS, **source)
     if weights is None:
         raise GistError(f"{name_or_path} has {_FILE} but no {_WEIGHTS}; fetch it again")

@@ -76,7 +76,7 @@ class Architecture(Protocol):
         """Raise if ``model`` cannot keep the states of an answer for the next turn.
 
         Raises:
-            GistError: they cannot; the message says why.
+            GistError: it cannot; the message says why.
         """
         ...
 

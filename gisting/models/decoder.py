@@ -52,7 +52,7 @@ def prefix_states(
 
     Surviving columns are moved together, because the gists of a prompt in chunks are apart.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.prefix_states`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.prefix_states`.
 
     Returns:
         A cache of B prompts on the model's device.
@@ -86,7 +86,7 @@ def prefix_states(
 def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrainedModel | None) -> None:
     """Raise if a decoder cannot generate with these settings.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.check_settings`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.check_settings`.
 
     Raises:
         GistError: ``use_cache`` is False, or ``min_length`` is set.
@@ -100,7 +100,7 @@ def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrai
 def take_cache_settings(model: PreTrainedModel, config: Any, implementation: str) -> dict[str, Any]:
     """Move the cache settings out of ``config``: the gist's cache is made here, not by stock ``generate``.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.take_cache_settings`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.take_cache_settings`.
 
     Returns:
         Arguments for ``GistCache.as_past_key_values``.
@@ -128,7 +128,7 @@ def group_rows(
 ) -> list[list[int]]:
     """Put all rows in one batch, or only rows of equal lengths where padding would change an answer.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.group_rows`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.group_rows`.
 
     Returns:
         Row numbers, grouped by batch.
@@ -168,7 +168,7 @@ def prepare_generation(
     holds the first id of the row's continuation. Stock ``generate`` repeats ids for each beam or sample, but not a
     cache it is given, so the cache is made here with ``num_copies`` of each row.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.prepare_generation`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.prepare_generation`.
 
     Returns:
         The arguments, and how many columns of the result come before the answer.
@@ -261,7 +261,7 @@ def _gather(states: torch.Tensor, columns: Callable[[torch.device], torch.Tensor
 
 
 class Assistant:
-    """A draft model for assisted decoding that reads gists of its own.
+    """A draft model for assisted decoding that reads its own gists.
 
     transformers gives a draft model the main model's ids, including the P placeholders in front, but no cache, and
     measures the cache it returns against those ids. Here the draft model gets its own cache with one placeholder for
@@ -292,7 +292,7 @@ class Assistant:
         generation_config: Any,
         **kwargs: Any,
     ) -> Any:
-        """Draft, with a mask and positions of the draft model's own.
+        """Draft, with the draft model's own mask and positions.
 
         Args:
             input_ids: int64 ``(1, P + T)``, the main model's.

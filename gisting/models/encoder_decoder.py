@@ -75,7 +75,7 @@ def prefix_states(
 ) -> GistCache:
     """Run a ragged batch of prompts with their gists through the encoder and keep the gists' states.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.prefix_states`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.prefix_states`.
 
     Returns:
         A cache of B prompts on the model's device.
@@ -105,7 +105,7 @@ def prefix_states(
 def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrainedModel | None) -> None:
     """Raise if an encoder-decoder cannot generate with these settings.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.check_settings`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.check_settings`.
 
     Raises:
         GistError: there is an ``assistant_model``, or a setting that transformers only supports for decoders.
@@ -128,7 +128,7 @@ def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrai
 def take_cache_settings(model: PreTrainedModel, config: Any, implementation: str) -> dict[str, Any]:
     """Set ``config`` so that stock ``generate`` makes the decoder's cache; the gist is in the encoder's states.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.take_cache_settings`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.take_cache_settings`.
 
     Returns:
         The implementation alone.
@@ -168,7 +168,7 @@ def group_rows(
 ) -> list[list[int]]:
     """Put all rows in one batch: decoders start every row at the first column.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.group_rows`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.group_rows`.
 
     Returns:
         One group of row numbers.
@@ -189,11 +189,11 @@ def prepare_generation(
     ``num_copies`` and ``past_settings`` are not used: stock ``generate`` repeats encoder outputs for each beam or
     sample, and makes the decoder's cache.
 
-    Arguments as :meth:`~gisting.models.architecture.Architecture.prepare_generation`.
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.prepare_generation`.
 
     Returns:
-        The encoder's outputs over gist and continuation, with their mask; and 0, as a decoder's result holds the answer
-        alone.
+        The encoder's outputs over gist and continuation, with their mask; and 0, because the decoder's result holds
+        only the answer.
     """
     device = input_weight(model).device
     ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=False)

@@ -61,9 +61,11 @@ def gists_at(index: Tensor | None) -> Iterator[None]:
 
 
 def gist_places(input_ids: Tensor, position_ids: Tensor | None, gist_token_id: int) -> Tensor:
-    """Find which of its gist's tokens each id is; -1 for ids that are not gist tokens::
+    """Find which of its gist's tokens each id is; -1 for ids that are not gist tokens.
 
-        ids        a  b  G  G  G  c        G1 g1 G2 g2      chained: with copies in between, at the same position
+    On the right, gists are chained: each token has a copy (g1, g2) at the same position::
+
+        ids        a  b  G  G  G  c        G1 g1 G2 g2
         positions -2 -1  0  1  2  3         0  0  1  1
         places    -1 -1  0  1  2 -1         0  0  1  1
 
@@ -127,7 +129,7 @@ class GistOnlyLora:
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Refuse to merge, because a merged weight would act on every token. Arguments are as in ``peft``, for tensors too.
+        """Refuse to merge, because a merged weight would act on every token. Arguments as for ``peft``'s own variants.
 
         Raises:
             GistError: always.

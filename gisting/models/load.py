@@ -48,7 +48,7 @@ def load(
         UnsupportedModelError: the model cannot be gisted correctly.
         GistError: there is no such checkpoint, one of its files is damaged, it is a weight difference, or it was saved
             with another template.
-    """
+    """  # noqa: DOC501
     known = published(name_or_path)
     if known is not None and known.is_difference:
         raise refusal(name_or_path)

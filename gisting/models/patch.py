@@ -162,8 +162,9 @@ def unpatch(model: Model) -> Model:
 
 
 def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Yield every sub-model, because each may have its own config: T5's encoder and decoder hold copies of the model's
-    config that no setter reaches.
+    """Yield every sub-model, because each may have its own config.
+
+    T5's encoder and decoder hold copies of the model's config, which no setter reaches.
     """
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):

@@ -359,7 +359,7 @@ def _visibility(attention_mask: Tensor, num_keys: int, sliding_window: int | Non
             visibility = visibility.last_keys(num_keys)
         if sliding_window is not None:
             visibility = visibility.windowed(sliding_window)
-        # Cloned: a view of the mask that is remembered on the mask would keep both alive for ever.
+        # Cloned: a view of the mask that is remembered on the mask would keep both alive forever.
         return Visibility(visibility.first.clone(), visibility.end.clone())
 
     return remembered_on((attention_mask,), (is_cross, num_keys, sliding_window), build)

@@ -39,7 +39,7 @@ class Undo:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Return whether ``model`` is patched now. A checkpoint that was saved patched is not until it is patched again.
+    """Return whether ``model`` is patched now. A checkpoint that was saved patched must be patched again.
 
     Args:
         model: any module.

@@ -1,4 +1,4 @@
-"""Weight differences: models published as what must be added to a base model that may not be redistributed.
+"""Weight differences: models published as the weights to add to a base model that may not be redistributed.
 
 Place in the flow: before ``gisting.load``, which reads the checkpoint that :func:`apply_weight_difference` writes.
 Works on files, tensor by tensor, and builds no model. The layout is the one of the published LLaMA checkpoints
@@ -59,7 +59,7 @@ class RecoveredCheckpoint:
         weight_sum: the float64 sum of all weights before they were cast, and of the rotary frequencies where the
             published sum includes them.
         expected_sum: the sum it was compared with; None if no sum is known, so that the weights are unconfirmed.
-        dtype: of the weights as written.
+        dtype: dtype of the weights as written.
     """
 
     directory: Path
@@ -97,7 +97,7 @@ def apply_weight_difference(
             files, which are read with ``weights_only=True``.
         output: the directory for the checkpoint, which must be new or empty.
         dtype: the type in which the weights are written: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        expected_sum: what all weights of the result must sum up to; None for the sum that is known for a published
+        expected_sum: what all weights of the result must add up to; None for the sum that is known for a published
             checkpoint of this name. Where none is known, the result is compared with all published sums.
         tolerance: how far the sum may be off. Published sums were added up in float32, which leaves an error of a few
             hundredths; with another base model, or another condition, the sum is off by tens.
@@ -323,7 +323,7 @@ def _check_sum(found: float, expected: float | None, tolerance: float, differenc
         return
     other = _by_sum(found, tolerance)
     raise GistError(
-        f"the weights of {difference} added to {base} sum up to {found:.4f}, expected {expected:.4f} within {tolerance}"
+        f"the weights of {difference} added to {base} add up to {found:.4f}, expected {expected:.4f} within {tolerance}"
         + (f"; this is the sum of {other.name}" if other is not None else "")
         + ": the difference was made with another base model, or a file is damaged; check both, or give the sum that "
         "you expect"

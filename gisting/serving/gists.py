@@ -197,8 +197,8 @@ def with_placeholders(ids: Sequence[int], num_gist_tokens: int, gist_token_id: i
     found = next((place for place, token in enumerate(ids) if token != gist_token_id), len(ids))
     if found not in (0, num_gist_tokens):
         raise GistRefusedError(
-            f"prompt has {found} gist tokens in front, the gist has {num_gist_tokens}; leave them out, the server puts "
-            "them in"
+            f"prompt has {found} gist tokens in front, but the gist has {num_gist_tokens}; leave them out, because "
+            "the server inserts them"
         )
     if gist_token_id in ids[found:]:
         raise GistRefusedError(

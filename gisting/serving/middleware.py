@@ -1,9 +1,10 @@
-"""Prepares requests with a gist for an OpenAI-compatible server, and answers those that cannot be served.
+"""Prepare requests with a gist for an OpenAI-compatible server, and answer those that cannot be served.
 
-Place in the flow: HTTP -> **middleware** -> the server. An ASGI application around another one. It reads the body of a
-JSON request when the server asks for it, which is after authentication; lets :mod:`gisting.serving.requests` put in the
-ids and the placeholders of the gist tokens; and answers 400 or 404 itself. The body of a request that names no gist
-passes through unchanged, byte for byte. Knows ASGI; imports no server.
+Place in the flow: HTTP -> **middleware** -> the server. The middleware is an ASGI application around another one. It
+reads the body of a JSON request when the server asks for it, which is after authentication; lets
+:mod:`gisting.serving.requests` put in the ids and the placeholders of the gist tokens; and answers 400 or 404 itself.
+The body of a request that names no gist passes through unchanged, byte for byte. Depends on ASGI, but imports no
+server.
 """
 
 from __future__ import annotations

@@ -305,5 +305,5 @@ def _text(content: Any, place: int) -> str:
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise GistRefusedError(f"messages[{place}] must be text, images and audio cannot follow a gist")
+        raise GistRefusedError(f"messages[{place}] must be text; images and audio cannot follow a gist")
     return "\n".join(str(text) for text in texts)

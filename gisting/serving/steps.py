@@ -1,4 +1,4 @@
-"""What the scheduler side of the connector tells the worker side for one step, and what both of them count.
+"""What the scheduler side of the connector passes to the worker side for one step, and what both of them count.
 
 Place in the flow: :mod:`gisting.serving.scheduler` -> **steps** -> :mod:`gisting.serving.worker`. Plain data that is
 pickled between processes. Imports no server.

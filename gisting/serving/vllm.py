@@ -342,7 +342,7 @@ def _layers_in_order(names: Iterable[str], context: dict[str, Any]) -> list[Any]
     """Return the attention layers of these names, first to last.
 
     Raises:
-        UnsupportedModelError: one of them has no cache of its own, or its cache cannot be written to from outside.
+        UnsupportedModelError: one of them shares another layer's cache, or its cache cannot be written to from outside.
     """
     from vllm.model_executor.models.utils import extract_layer_index  # pyright: ignore[reportMissingImports]
 

@@ -1,4 +1,4 @@
-"""Finding damage in a store, and deleting what is no longer needed.
+"""Find damage in a store, and delete what is no longer needed.
 
 Place in the flow: below the store. Compares the index with the files, while other processes may be writing.
 """
@@ -79,6 +79,10 @@ def collect_garbage(index: Index, objects: Objects, *, keep_models: Collection[s
 
     Returns:
         The bytes freed.
+
+    Raises:
+        CacheFormatError: the index is damaged, or an entry's file is missing; nothing is deleted.
+        StoreError: ``keep_models`` is not a list of models in the store.
     """
     faults = index.faults()
     with index.writing() as connection:

@@ -1,4 +1,4 @@
-"""From prompts to entries: what a prompt's key is, and compressing the prompts that are missing.
+"""Turn prompts into entries: make a prompt's key, and compress the prompts that are missing.
 
 Place in the flow: generation -> **compressing** -> store. The key of a prompt is a hash of everything that its states
 depend on.

@@ -1,4 +1,4 @@
-"""Entries of a store as plain files that can be uploaded, and reading them back with every claim checked.
+"""Write entries of a store as plain files that can be uploaded, and read them back with every claim checked.
 
 Place in the flow: below the store. A shared store is a directory: ``objects/`` as in a store, ``index.jsonl`` with one
 line per entry, and ``README.md``. The SQLite index is not shared: a database from someone else is never opened.

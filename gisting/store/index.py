@@ -158,8 +158,8 @@ def check_name(name: str) -> str:
     """Return ``name`` as the index holds it: in Unicode's composed form (NFC), so that two spellings are one name.
 
     Raises:
-        StoreError: it is not a valid name. A name has 1 to 200 printable characters without / and \\, has no space at
-            either end, is not ``.`` or ``..``, and does not look like a key.
+        StoreError: it is not a valid name. A name has 1 to 200 printable characters without slashes and backslashes,
+            has no space at either end, is not ``.`` or ``..``, and does not look like a key.
     """
     if isinstance(name, str):
         name = unicodedata.normalize("NFC", name)
@@ -476,7 +476,7 @@ def find_all(index: Index, names: Sequence[str]) -> dict[str, StoreEntry]:
     Raises:
         StoreError: there is no such entry.
         CacheFormatError: a row is not one that a store writes.
-    """
+    """  # noqa: DOC501
     found = index.find(names)
     if missing := [name for name in names if name not in found]:
         raise not_found(index, missing)
@@ -489,7 +489,7 @@ def not_found(index: Index, names: Sequence[str]) -> StoreError:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """Write ``names`` for a message; of many, only the first few."""
+    """Format ``names`` for a message; if there are many, only the first few."""
     shown = ", ".join(f"{name!r:.80}" for name in names[:_NUM_SHOWN])
     return shown if len(names) <= _NUM_SHOWN else f"{shown} and {len(names) - _NUM_SHOWN} more"
 

@@ -1,7 +1,7 @@
-"""Reading the file of an entry, and checking that it is what the index says it is.
+"""Read the file of an entry, and check that it is what the index says it is.
 
-Place in the flow: below the store. What a cache file must look like is known to :meth:`GistCache.load`, which also
-refuses links. This module adds what the entry says about the file, and keeps opened caches in memory.
+Place in the flow: below the store. :meth:`GistCache.load` knows what a cache file must look like, and refuses links.
+This module adds what the entry says about the file, and keeps opened caches in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Reader:
     """The caches of a store, read from their files once and then kept open.
 
     Args:
-        index: which entries there are. It is asked every time, so that a replaced or removed entry is never returned.
+        index: which entries there are. It is queried every time, so that a replaced or removed entry is never returned.
         objects: their files.
         max_open_bytes: how much memory the opened caches may take.
     """

@@ -2,7 +2,7 @@
 
 Place in the flow: generation -> **store** -> generation. The public face of this package: the index knows which entries
 there are (``index.py``), the objects are their files (``objects.py``), the reader keeps opened caches (``reading.py``).
-What is in a file is known to :class:`~gisting.cache.GistCache`.
+:class:`~gisting.cache.GistCache` knows what is in a file.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class GistStore:
     An entry is found by its *key*. For ``get_or_compress``, that is a SHA-256 over the prompt as the template writes
     it, k, the fingerprints of the model and of the tokenizer (with its template), the condition, the dtype of the
     states and, if one is given, the ``chunk_length``. For a cache that was put in, it is a hash of the file's content.
-    *Names* are aliases for keys: 1 to 200 printable characters without ``/`` and ``\\``, with no space at either end,
-    not ``.`` or ``..``, not 64 hex digits (that is a key), in Unicode's composed form. They exist only in the index and
-    never become part of a path. Prompts are not stored, but anyone who guesses one can check the guess against its key.
+    *Names* are aliases for keys: 1 to 200 printable characters without slashes and backslashes, with no space at either
+    end, not ``.`` or ``..``, not 64 hex digits (that is a key), in Unicode's composed form. They exist only in the
+    index and never become part of a path. Prompts are not stored, but anyone who guesses one can check the guess
+    against its key.
 
     A directory from an untrusted source is read with suspicion: an index with other tables, altered files and links are
     refused with an error. A store cannot tell who made the states; trust it as you would trust a checkpoint.
@@ -109,7 +110,7 @@ class GistStore:
     def get(self, names: str | Sequence[str]) -> GistCache:
         """Return the caches of names or keys as one batch, in their order and in the dtype they had before storing.
 
-        The index is asked every time, so an entry that another process has replaced or removed is never returned.
+        The index is queried every time, so an entry that another process has replaced or removed is never returned.
 
         Args:
             names: one, or B of them; one may occur more than once.
@@ -160,7 +161,7 @@ class GistStore:
         return self._index.all()
 
     def table(self, names: Sequence[str] | None = None, device: torch.device | str | None = None) -> GistTable:
-        """Load entries into one table, from which batches are gathered on the device without asking the index.
+        """Load entries into one table, from which batches are gathered on the device without querying the index.
 
         Args:
             names: names or keys, in the order of the table's rows; None for all names.
@@ -249,7 +250,7 @@ class GistStore:
         )
 
     def put(self, name: str, cache: GistCache) -> None:
-        """Store a cache of one prompt under a name, replacing what the name referred to. It is safe on return.
+        """Store a cache of one prompt under a name, replacing what the name referred to. On return it is on disk.
 
         Args:
             name: the name.
@@ -269,7 +270,9 @@ class GistStore:
             caches: caches of one prompt each, by name; for a batch, ``dict(zip(names, batch))``.
 
         Raises:
-            StoreError, GistError, OSError: as :meth:`put`.
+            StoreError: a name is not valid, two names are the same, or the store is read-only.
+            GistError: a cache is not of one prompt, or its numbers cannot be stored.
+            OSError: a file cannot be written.
         """
         self._check_writable("nothing can be put into it")
         named = {check_name(name): cache for name, cache in caches.items()}
@@ -292,7 +295,7 @@ class GistStore:
 
         Raises:
             StoreError: there is no such name, or the new one is taken or not valid.
-        """
+        """  # noqa: DOC501
         old, new = check_name(name), check_name(new_name)
         with self._index.writing() as connection:
             if old != new and connection.execute("SELECT 1 FROM names WHERE name = ?", (new,)).fetchone():
@@ -307,7 +310,7 @@ class GistStore:
 
         Raises:
             StoreError: there is no such entry; then nothing is removed.
-        """
+        """  # noqa: DOC501
         wanted = _as_list(names)
         with self._index.writing() as connection:
             found = find_in(connection, wanted, str(self._index.path))
@@ -464,7 +467,7 @@ class GistStore:
         Args:
             name_or_path: a directory, or a repository on the hub, ``"owner/name"``.
             path: directory of the new store, which must be empty or absent; None for one next to the hub's cache, which
-                is used again when the same entries are asked for.
+                is used again when the same entries are requested.
             revision: branch, tag or commit on the hub.
             token: access token; None for the one that is logged in.
             api: used instead of a new :class:`huggingface_hub.HfApi`.

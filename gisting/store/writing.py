@@ -1,4 +1,4 @@
-"""Adding entries to a store: files first, then the index, in one transaction.
+"""Add entries to a store: files first, then the index, in one transaction.
 
 Place in the flow: below the store. A file is written and synced in a writer's directory; :func:`commit` then renames it
 into place and records it while holding the index's write lock. Files are placed and deleted only with that lock.

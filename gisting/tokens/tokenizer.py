@@ -38,8 +38,8 @@ class GistTokenizer:
 
     Args:
         tokenizer: any tokenizer of transformers: fast or slow, BPE, SentencePiece, byte level. It is not changed.
-        template: a name of ``TEMPLATES``, ``"chat"`` for the tokenizer's own chat template (prompt as system
-            message), a :class:`Template`, or None: ``"alpaca"``, for an encoder-decoder ``"alpaca-t5"``.
+        template: a name of ``TEMPLATES``, ``"chat"`` for the tokenizer's own chat template (prompt as system message),
+            a :class:`Template`, or None for ``"alpaca"`` (``"alpaca-t5"`` for an encoder-decoder).
         is_encoder_decoder: whether sequences are for a T5-like model.
         gist_token: how the gist token is written when it is shown.
         gist_token_id: its id, or None: the tokenizer's own id if its vocabulary has ``gist_token`` (checkpoints of the
@@ -151,7 +151,7 @@ class GistTokenizer:
         return encodings
 
     def check_chunk_length(self, chunk_length: int | None) -> None:
-        """Raise unless prompts for this tokenizer's model can be cut into chunks of that length.
+        """Raise unless prompts for this tokenizer's model can be cut into chunks of this length.
 
         Args:
             chunk_length: the largest number of ids in a chunk, or None to cut nothing.
@@ -217,8 +217,8 @@ class GistTokenizer:
     def encode_completions(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[list[int]]:
         """Encode the answers, each with its end of sequence.
 
-        For a decoder they are split as part of the text, after their continuation. If a token would then cross the
-        boundary, they are split apart from it, because the continuation must have the ids that it has when the model
+        For a decoder they are tokenised as part of the text, after their continuation. If a token would then cross the
+        boundary, they are tokenised separately, because the continuation must have the ids that it has when the model
         answers. For an encoder-decoder they are separate texts.
 
         Args:

@@ -49,7 +49,7 @@ def published_arguments(
     """Return the published hyper-parameters as ``TrainingArguments``; each can be changed.
 
     Args:
-        output_dir: for checkpoints.
+        output_dir: directory for checkpoints.
         is_encoder_decoder: whether to take the values of FLAN-T5-XXL instead of LLaMA-7B.
         batch_size: rows per optimiser step over all devices, reached by accumulating gradients; the published number by
             default.
@@ -96,8 +96,10 @@ def published_arguments(
 
 
 def default_num_workers(*, on_gpu: bool) -> int:
-    """Return the number of processes that make batches: on a GPU up to 4, but no more than there are cores in addition
-    to the training process's own, assuming that all launched processes of this machine share the cores equally.
+    """Return the number of processes that make batches: up to 4 on a GPU, otherwise 0.
+
+    All launched processes of this machine are assumed to share its cores equally. A training process uses one core, and
+    its workers at most the rest of its share.
 
     Args:
         on_gpu: whether the model is trained on a GPU.
@@ -109,7 +111,7 @@ def default_num_workers(*, on_gpu: bool) -> int:
 
 
 def check_reports(names: Sequence[str]) -> None:
-    """Check that ``Trainer`` can report to every one of some places.
+    """Check that ``Trainer`` can report to each of these places.
 
     Args:
         names: such as ``tensorboard``.

@@ -2,8 +2,7 @@
 
 Place in the flow: data -> collate -> **batches** -> ``objective``. To index with a boolean mask, or to know the length
 of a row, the host would have to read from the accelerator and wait for it in every step. Here, both become tensors of
-indices whose sizes are known. Runs in the workers of the data loader. Knows columns and labels; does not depend on
-models.
+indices whose sizes are known. Runs in the workers of the data loader. Depends on columns and labels, not on models.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class StepBatches:
 
     Args:
         collator: makes a batch of records: ``input_ids``, ``labels``, masks.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         has_frozen_base: whether no parameter that acts on prompts is trained, so that prompts can be computed once
             (:mod:`gisting.data.split`). The ``collator`` must then mark them (``with_prompt_columns``).
 
@@ -92,6 +91,9 @@ class StepBatches:
             replace ``reconstruction_labels``; ``gist_index`` ``(G,)``, the indices of gist tokens in the flattened
             ``input_ids``; and for every interval mask, such as ``attention_mask``, the float
             ``attention_mask_segment``: the mean number of rows that see a key, by which attention kernels choose tiles.
+
+        Raises:
+            GistError: the collator's batch has no labels.
         """
         batch: dict[str, Any] = self.collator(records)
         if "labels" not in batch:
@@ -114,8 +116,9 @@ def step_batches(
     *,
     has_frozen_base: bool = False,
 ) -> Callable[[Sequence[Any]], dict[str, Any]]:
-    """Return :class:`StepBatches`; or ``collator`` unchanged where torch's DataParallel would cut their indices into
-    shares.
+    """Return :class:`StepBatches`, or ``collator`` unchanged with torch's DataParallel.
+
+    DataParallel would cut the indices that :class:`StepBatches` adds into shares.
 
     Args:
         collator: as for :class:`StepBatches`.

@@ -68,7 +68,7 @@ def finetune(
         records: training records, or mappings with the same keys; or a stream of them (``datasets.IterableDataset``),
             which is read in its own order, in this process, and needs ``max_steps``. Texts of records are encoded once,
             before the first step; texts of a stream are encoded as they are read.
-        arguments: of stock ``Trainer``; :func:`published_arguments` returns the paper's.
+        arguments: arguments of stock ``Trainer``; :func:`published_arguments` returns the paper's.
             ``train_sampling_strategy="group_by_length"`` groups records by their number of tokens, and needs
             ``datasets``.
         method: what is trained: ``"full"``, ``"lora"``, ``"gist-lora"`` or ``"embeddings"``
@@ -91,10 +91,10 @@ def finetune(
         and others; and the number of trained parameters, ``num_trainable_parameters`` of ``num_parameters``.
 
     Raises:
-        GistError: the model is not patched; there are no records; a stream is given without ``max_steps`` or is to be
-            sorted; packed rows or chunked prompts are longer than a sliding window of the model; reconstruction is
-            asked for without ``pack_length``; there is nothing to resume from; ``fsdp`` is asked for, but weights would
-            not be sharded; or an adapter would be sharded, or saved into the directory of a whole checkpoint.
+        GistError: the model is not patched; there are no records; a stream is given without ``max_steps`` or would have
+            to be sorted; packed rows or chunked prompts are longer than a sliding window of the model; reconstruction
+            is requested without ``pack_length``; there is nothing to resume from; ``fsdp`` is requested, but weights
+            would not be sharded; or an adapter would be sharded, or saved into the directory of a whole checkpoint.
     """
     require_patched(model, tokenizer)
     check_workers(arguments)
@@ -149,7 +149,7 @@ def finetune(
     if callbacks:
         trainer.remove_callback(PrinterCallback)  # With callbacks of the caller's own, they report progress.
     if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # ignored silently by accelerate
-        raise GistError("fsdp is asked for, but accelerate only shards on accelerators; leave it out on a CPU")
+        raise GistError("fsdp was requested, but accelerate only shards on accelerators; leave it out on a CPU")
     about = {"num_gist_tokens": list(collator.num_gist_tokens), "chunk_length": collator.chunk_length}
     model.config.gist = {**model.config.gist, **{name: value for name, value in about.items() if value is not None}}
     with checkpointing_what_learns(model), without_parallel_tokenizers(arguments.dataloader_num_workers > 0):
@@ -189,12 +189,12 @@ def _collator(tokenizer: GistTokenizer, settings: BatchSettings, objective: Obje
 
 
 def _has_frozen_prompts(model: Any, collator: GistCollator, arguments: TrainingArguments) -> bool:
-    """Return whether the states of prompts depend neither on the text after them nor on trained parameters, so that a
-    step can compute them once and separately (:mod:`gisting.data.split`).
+    """Return whether the states of prompts depend neither on the text after them nor on trained parameters.
 
-    This needs an adapter that acts only at gist tokens, one gist per prompt, positions that count tokens, not columns
-    (no sliding window, no rotary type that depends on the length), no noise in the base model (dropout, NEFTune, a
-    router's jitter), and no activation checkpointing, which does not work with a cache.
+    A step can then compute them once and separately (:mod:`gisting.data.split`). This needs an adapter that acts only
+    at gist tokens, one gist per prompt, positions that count tokens, not columns (no sliding window, no rotary type
+    that depends on the length), no noise in the base model (dropout, NEFTune, a router's jitter), and no activation
+    checkpointing, which does not work with a cache.
     """
     adapter, config = adapter_of(model), model.config
     return (
@@ -247,7 +247,7 @@ def _with_lengths(items: list[Any], collator: GistCollator, name: str) -> Any:
 
 
 def _check_window(model: PreTrainedModel, **lengths: int | None) -> None:
-    """Check that rows are not longer than a sliding window, which counts columns, also those of hidden tokens."""
+    """Check that rows are not longer than a sliding window, which counts columns, including those of hidden tokens."""
     window = sliding_windows(model.config)
     for name, length in lengths.items():
         if window is not None and length is not None and window < length:

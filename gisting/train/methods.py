@@ -44,9 +44,9 @@ class Method:
 
     Args:
         name: one of :data:`METHODS`.
-        rank: of LoRA.
+        rank: rank of LoRA's matrices.
         alpha: LoRA's scale times its rank; None for twice the rank.
-        dropout: of LoRA.
+        dropout: LoRA's dropout.
 
     Raises:
         GistError: the name is unknown.
@@ -123,10 +123,10 @@ def count_parameters(model: Any) -> TrainableCount:
 
 @contextmanager
 def checkpointing_what_learns(model: Any) -> Iterator[None]:
-    """While ``model`` is trained in this block, save checkpoints without frozen parameters, which are in the files of
-    the base model.
+    """Save checkpoints without frozen parameters while ``model`` is trained in this block.
 
-    Trainer can resume from such checkpoints: parameters that they lack stay unchanged.
+    Frozen parameters are in the files of the base model. Trainer can resume from such checkpoints: parameters that they
+    lack stay unchanged.
     """
     if adapter_of(model) is None:
         yield

@@ -71,8 +71,10 @@ class Objective:
 
 
 def truncated_kl(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
-    """Compute the KL divergence from teacher to student over the teacher's ``top_k`` likeliest tokens and one more
-    outcome, any other token. It is at most the full divergence, and equal to it for ``top_k >= V - 1``.
+    """Compute the KL divergence from teacher to student over the teacher's ``top_k`` likeliest tokens.
+
+    All other tokens together are one more outcome. The result is at most the full divergence, and equal to it for
+    ``top_k >= V - 1``.
 
     Args:
         student: logits ``(T, V)``, floating.
@@ -261,16 +263,20 @@ class ObjectiveTrainer(Trainer):
         )
 
     def _mean(self, total: Tensor, number: int, num_items_in_batch: Any) -> Tensor:
-        """Return what a batch adds to the loss of its optimiser step: its ``total`` divided by the targets of the whole
-        step; or, where Trainer does not count these, its own mean, which Trainer divides by the step's batches.
+        """Return what a batch adds to the loss of its optimiser step.
+
+        That is its ``total`` divided by the number of targets of the whole step. Where Trainer does not count these, it
+        is the batch's own mean, which Trainer divides by the number of the step's batches.
         """
         if num_items_in_batch is None:
             return total / max(number, 1)
         return total / num_items_in_batch * self._num_averaged
 
     def _whole_number(self, num_items_in_batch: Any) -> Any:
-        """Return the number of targets of a step. With torch's DataParallel, Trainer gives it once per replica, and as
-        a share if tokens are not averaged over devices; but the loss here is that of the whole batch.
+        """Return the number of targets of a step.
+
+        With torch's DataParallel, Trainer passes it once per replica, and as a share if tokens are not averaged over
+        devices, but the loss here is over the whole batch.
         """
         if num_items_in_batch is None or not is_data_parallel(self.args):
             return num_items_in_batch

@@ -30,7 +30,7 @@ RECIPE_NAME = "recipe.yaml"
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe: a YAML file that maps names of settings to values; ``null`` is as if the name were not there.
+    """Read a recipe: a YAML file that maps names of settings to values; ``null`` means not given.
 
     Args:
         path: the file, in UTF-8.
@@ -69,8 +69,8 @@ def train_recipe(
     When ``torchrun`` or ``accelerate launch`` calls this in several processes, they train together.
 
     Args:
-        recipe: with ``model`` and ``data``.
-        output_dir: for checkpoint and recipe.
+        recipe: a recipe with ``model`` and ``data``.
+        output_dir: directory for checkpoint and recipe.
         resume: continue from the last whole checkpoint in ``output_dir``.
         callbacks: as for :func:`gisting.train.finetune.finetune`.
 

@@ -1,5 +1,6 @@
-"""Make a run that was killed and resumed end like an uninterrupted one: find whole checkpoints, and draw at random
-without depending on earlier draws.
+"""Make a run that was killed and resumed end like an uninterrupted one.
+
+It resumes from a whole checkpoint, and its random draws do not depend on earlier draws.
 
 Place in the flow: next to ``finetune``. Knows the files that stock ``Trainer`` writes, and batches of records; does not
 depend on models.
@@ -47,7 +48,7 @@ class RepeatableDraws:
 
     Args:
         collator: makes a batch of records, drawing from torch's CPU generator.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, collator: Callable[[Sequence[Any]], dict[str, torch.Tensor]], seed: int) -> None:
@@ -72,8 +73,10 @@ class CountEpochs(TrainerCallback):
         self.num_begun = 0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # A resumed run begins with a later epoch. A stream, whose epochs Trainer does not count, begins one every time
-        # it is read.
+        """Set the epoch, which is a later one at the start of a resumed run.
+
+        A stream, whose epochs Trainer does not count, begins a new epoch every time it is read.
+        """
         self.draws.epoch = max(int((state.epoch or 0) + 1e-6), self.num_begun)
         self.num_begun = self.draws.epoch + 1
 
@@ -82,7 +85,7 @@ def check_workers(arguments: TrainingArguments) -> None:
     """Refuse workers that outlive an epoch: :class:`CountEpochs` cannot reach them, so each epoch would draw the same.
 
     Args:
-        arguments: of the trainer.
+        arguments: the trainer's arguments.
 
     Raises:
         GistError: the arguments ask for such workers.
@@ -96,8 +99,10 @@ def check_workers(arguments: TrainingArguments) -> None:
 
 @contextmanager
 def without_parallel_tokenizers(is_wanted: bool) -> Iterator[None]:
-    """Turn off the threads of fast tokenizers while workers are forked, because ``tokenizers`` up to 0.22 warns in
-    every process that is forked after threads were used. If ``TOKENIZERS_PARALLELISM`` is set, it stays unchanged.
+    """Turn off the threads of fast tokenizers while workers are forked.
+
+    ``tokenizers`` up to 0.22 warns in every process that is forked after threads were used. If
+    ``TOKENIZERS_PARALLELISM`` is set, it stays unchanged.
 
     Args:
         is_wanted: False changes nothing.
@@ -119,7 +124,7 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: bool | str) -> str | No
     checkpoint, which is skipped.
 
     Args:
-        output_dir: of the run.
+        output_dir: directory of the run.
         wanted: True for the last whole checkpoint in ``output_dir``, a path for a particular one, False for none.
 
     Raises:

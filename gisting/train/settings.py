@@ -1,9 +1,10 @@
-"""The settings of a training run, in one table: the options of ``gisting train``, the keys of a recipe file and the
-keyword arguments of ``finetune`` come from it.
+"""Declare the settings of a training run in one table.
+
+The options of ``gisting train``, the keys of a recipe file and the keyword arguments of ``finetune`` come from it.
 
 Place in the flow: above :mod:`gisting.settings`; below ``finetune``, ``recipe`` and the command line. A setting is
-declared here and used where it acts, and not passed on by name in between. Importing this module does not import torch
-or transformers, because ``gisting --help`` must stay quick.
+declared here and used where it takes effect, and is not passed on by name in between. Importing this module does not
+import torch or transformers, because ``gisting --help`` must stay quick.
 """
 
 from __future__ import annotations
@@ -144,9 +145,7 @@ class TrainerSettings(Settings):
         WHOLE, None, "Processes that make batches.", shown_default="up to 4 on a GPU, otherwise 0"
     )
     group_by_length: bool = setting(FLAG, False, "Put rows of similar length into one batch.")
-    report_to: tuple[str, ...] = setting(
-        TEXTS, (), "Where to report: tensorboard, wandb, ...; can be given several times."
-    )
+    report_to: tuple[str, ...] = setting(TEXTS, (), "Where to report: tensorboard, wandb, ...; may be repeated.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,7 +173,7 @@ class TrainerSettings(Settings):
         """Return the settings as arguments of stock ``Trainer``, with the published values where they are None.
 
         Args:
-            output_dir: for checkpoints.
+            output_dir: directory for checkpoints.
             is_encoder_decoder: whether to take the values published for FLAN-T5-XXL instead of LLaMA-7B.
 
         Raises:
@@ -207,8 +206,10 @@ class TrainerSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings(Settings):
-    """How records become batches: the settings of :class:`gisting.GistCollator` and
-    :class:`gisting.data.packing.GistPackingCollator`, which say more about each.
+    """How records become batches.
+
+    These are settings of :class:`gisting.GistCollator` and :class:`gisting.data.packing.GistPackingCollator`, which
+    say more about each.
 
     Raises:
         GistError: a value is not of its setting's kind.
@@ -220,8 +221,8 @@ class BatchSettings(Settings):
     conditions: Mapping[str, float] = setting(
         _CONDITIONS,
         "gist",
-        "Condition to train under: gist, positive or negative, with a weight as in gist=3; can be given several times, "
-        "and each row then draws one.",
+        "Condition to train under: gist, positive or negative, with a weight as in gist=3; may be repeated, and each "
+        "row then draws one.",
         "--condition",
     )
     max_length: int | None = setting(
@@ -250,7 +251,7 @@ class _WhatIsTrained(Settings):
     )
     data: str | None = setting(TEXT, None, "Training records, .jsonl or .json: instruction, input, output.")
     eval: tuple[str, ...] = setting(
-        TEXTS, (), "Records to evaluate on after training, under all three conditions; can be given several times."
+        TEXTS, (), "Records to evaluate on after training, under all three conditions; may be repeated."
     )
     template: str | None = setting(
         TEXT,
@@ -274,8 +275,9 @@ class _WhatIsTrained(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(TrainerSettings, BatchSettings, _WhatIsTrained):
-    """What a training run does: ``gisting train --help`` lists the settings. None is the published value for the
-    model's kind, or "not given".
+    """All settings of a training run, as ``gisting train --help`` lists them.
+
+    None means the published value for the model's kind, or "not given".
 
     Raises:
         GistError: a value is not of its setting's kind, or two settings exclude each other.
@@ -284,13 +286,19 @@ class Recipe(TrainerSettings, BatchSettings, _WhatIsTrained):
     max_new_tokens: int = setting(COUNT, 128, "Longest answer in the evaluation, in tokens.")
 
     def save(self, path: str | Path) -> None:
-        """Write the settings that differ from their defaults to ``path``, a file that
-        :func:`gisting.train.recipe.load_recipe` reads.
+        """Write the settings that differ from their defaults to a file.
+
+        :func:`gisting.train.recipe.load_recipe` reads it.
+
+        Args:
+            path: the file, which is YAML.
         """
         import torch
         import transformers
         import yaml
 
-        versions = f"gisting {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+        # Versions are recorded for the reader, not branched on.
+        libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"  # noqa: TID251
+        versions = f"gisting {__version__}, {libraries}"
         text = yaml.safe_dump(self.written({"num_gist_tokens"}), sort_keys=False, allow_unicode=True)
         Path(path).write_text(f"# {versions}\n{text}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The backward kernels: gradients of q, k, v and of the relative bias. Without atomics, so equal runs give equal bits.
+"""The backward kernels: gradients of q, k, v and of the relative bias. No atomics, so equal runs give equal bits.
 
 Place in the flow: plan, forward -> **backward** -> op. With P = softmax(S), out = P v, and g the gradient of out:
 
@@ -287,7 +287,7 @@ def table_kernel(
     GROUP: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dbias of the distances below W of BM rows of a head: this program's row of ``(B, H, row tiles, 2 W + 1)``."""
+    """Compute dbias below distance W for BM rows of a head: this program's row of ``(B, H, row tiles, 2 W + 1)``."""
     i_program = tl.program_id(0)
     i_tile = i_program % num_row_tiles
     i_bh = i_program // num_row_tiles

@@ -54,7 +54,7 @@ def tile_sizes(
     """Return the sizes of the forward, dQ, dK/dV and table-gradient kernels.
 
     Args:
-        capability: of the GPU, from ``torch.cuda.get_device_capability``.
+        capability: compute capability of the GPU, from ``torch.cuda.get_device_capability``.
         head_size: D, at most 256.
         bits: bits per element of q, 16 or 32.
         segment_length: mean number of rows that see a key; see :func:`~gisting_kernels.plan.mean_segment_length`.

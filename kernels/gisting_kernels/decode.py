@@ -155,7 +155,7 @@ def run_decode(
         end: int32 ``(B or 1, K)``, contiguous.
         scale: factor of the scores.
         softcap: 0 for none.
-        precision: of the matrix products, as ``tl.dot`` names it.
+        precision: precision of the matrix products, as ``tl.dot`` names it.
         num_processors: number of processors of the device; more processors make more splits.
         is_small: whether the device has little shared memory.
 

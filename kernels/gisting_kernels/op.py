@@ -102,7 +102,8 @@ def plan_tiles(
     """Plan attention for queries like ``q``. One plan serves every layer of a batch.
 
     Args:
-        first, end: integer ``(B or 1, K)``: key j is seen by the rows ``first[j] <= i < end[j]``.
+        first: integer ``(B or 1, K)``: key j is seen by the rows ``first[j] <= i < end[j]``.
+        end: as ``first``.
         q: ``(B, H, T, D)``. Only its device, dtype, head size and T matter.
         relative_width: W of a relative bias ``(H, 2 W + 1)``, if there will be one.
         segment_length: mean number of rows that see a key. By default it is measured where K is large enough to
@@ -140,7 +141,8 @@ def interval_attention(
 
     Args:
         q: ``(B, H, T, D)``, float16, bfloat16 or float32, any strides. Row t is row ``max(K - T, 0) + t`` of the mask.
-        k, v: ``(B, G, K, D)``, as q; query head h reads key head ``h // (H // G)``.
+        k: ``(B, G, K, D)``, dtype of q; query head h reads key head ``h // (H // G)``.
+        v: as k.
         plan: what :func:`plan_tiles` returned.
         relative_bias: ``(H, 2 W + 1)``, floating point: entry ``clamp(j - i, -W, W) + W`` is added to the score of row
             i and key j. Its gradient is exact and deterministic.
@@ -149,8 +151,8 @@ def interval_attention(
         dropout: probability of dropping a weight.
         seed: int64 ``(1,)`` on the device of q; the same seed drops the same weights. By default it is drawn from
             torch's generator for that device.
-        precision: of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or ``"ieee"``. The
-            default is tf32x3, or tf32 where ``torch.set_float32_matmul_precision`` allows it.
+        precision: precision of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or
+            ``"ieee"``. The default is tf32x3, or tf32 where ``torch.set_float32_matmul_precision`` allows it.
         is_checked: skip all argument checks. Only valid after a call with the same shapes, dtypes, devices and options
             has passed them, as in every layer of a model after the first; otherwise the result is undefined.
 
@@ -197,9 +199,13 @@ def decode_attention(
 
     Args:
         q: ``(B, H, T, D)``, float16, bfloat16 or float32. Row t is row ``max(K - T, 0) + t`` of the mask.
-        k, v: ``(B, G, K, D)``, dtype of q; K may be 0.
-        first, end: integer ``(B or 1, K)``: key j is seen by the rows ``first[j] <= i < end[j]``.
-        scale, softcap, is_checked: as for :func:`interval_attention`.
+        k: ``(B, G, K, D)``, dtype of q; K may be 0.
+        v: as k.
+        first: integer ``(B or 1, K)``: key j is seen by the rows ``first[j] <= i < end[j]``.
+        end: as ``first``.
+        scale: as for :func:`interval_attention`.
+        softcap: as for :func:`interval_attention`.
+        is_checked: as for :func:`interval_attention`.
 
     Returns:
         ``(B, H, T, D)`` in the dtype and layout of q.

@@ -163,7 +163,8 @@ def make_plan(
     """Plan the tiles of ``first[j] <= i < end[j]``.
 
     Args:
-        first, end: integer ``(B, K)``.
+        first: integer ``(B, K)``.
+        end: integer ``(B, K)``.
         num_rows: T.
         sizes: tile sizes of the forward, dQ, dK/dV and table-gradient kernels.
         near: W of a relative bias ``(H, 2 W + 1)``; key tiles with some ``|j - i| < W`` are then listed separately.

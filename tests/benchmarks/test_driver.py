@@ -43,7 +43,7 @@ def test_help_lists_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["speed"], "there is no benchmark 'speed'; choose from card, cpu-attention, "),
         (["store", "--speed"], "No such option: --speed"),
         (["store", "--shapes", "huge"], "--shapes must be names of tiny, small, got 'huge'"),
-        (["cpu-attention", "--tokens", "512,x"], "--tokens must be whole numbers with commas between, got '512,x'"),
+        (["cpu-attention", "--tokens", "512,x"], "--tokens must be comma-separated whole numbers, got '512,x'"),
     ],
     ids=["name", "option", "choice", "number"],
 )

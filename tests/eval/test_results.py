@@ -309,7 +309,7 @@ def test_the_page_as_written(gisting_eval) -> None:
         (("model",), "give a model and --data FILE, or --results FILE"),
         (("model", "--results", "r.json"), "give either a model with --data, or --results"),
         (("--results", "a", "--results", "b", "--output", "c"), "--output writes one evaluation"),
-        ((*DATA, "--data", "x/unseen.jsonl"), "two --data files are called 'unseen'; give one another name"),
+        ((*DATA, "--data", "x/unseen.jsonl"), "two --data files are called 'unseen'; rename one: --data NAME"),
         ((*DATA, "-k", "many"), "must be a number, several as in 1,2,4, or a range such as 1:4, got 'many'"),
         ((*DATA, "-k", "4:1"), "num_gist_tokens must be a number of at least 1, or several different ones, got []"),
         ((*DATA, "--judge-url", "http://x"), "a judge needs both --judge-url and --judge-model"),

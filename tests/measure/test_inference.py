@@ -339,9 +339,9 @@ def test_the_command_for_training_says_where_it_went(run) -> None:
     [
         (
             "--lengths 5,x",
-            "--lengths must be whole numbers of at least 1 with commas between them, such as 26,512, got '5,x'",
+            "--lengths must be comma-separated whole numbers of at least 1, such as 26,512, got '5,x'",
         ),
-        ("--batches 0", "--batches must be whole numbers of at least 1"),
+        ("--batches 0", "--batches must be comma-separated whole numbers of at least 1"),
         ("--dtype int8", "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ("--device nowhere", "device 'nowhere' cannot be used"),
         ("--hidden-size 100", "hidden_size must be a multiple of 64"),

@@ -293,7 +293,7 @@ def test_what_looks_like_a_difference(name: str, scale: float, expected: bool) -
 def test_another_base_is_refused_by_the_sum(layout: Layout, known: PublishedCheckpoint) -> None:
     right = layout.sum()
     layout.spoil_base()
-    with pytest.raises(GistError, match=rf"sum up to {layout.sum():.4f}, expected {right:.4f} within 0.1") as error:
+    with pytest.raises(GistError, match=rf"add up to {layout.sum():.4f}, expected {right:.4f} within 0.1") as error:
         apply_weight_difference(layout.difference, layout.base, layout.output, expected_sum=known.weight_sum)
     assert "the difference was made with another base model" in str(error.value)
     assert layout.left() == ["base", "difference"]

@@ -117,7 +117,7 @@ def test_an_ordinary_request_is_left_alone(scheduler: SchedulerSide) -> None:
     [
         (Request("a", {"gist": "unknown"}, [1]), "is not in the store"),
         (Request("a", {"gist": "six"}, [1]), "has no placeholders in front for the 6 tokens of gist 'six'"),
-        (Request("a", {"gist": "one"}, [G] * 6 + [1]), "has 6 gist tokens in front, the gist has 1"),
+        (Request("a", {"gist": "one"}, [G] * 6 + [1]), "has 6 gist tokens in front, but the gist has 1"),
         (Request("a", None, [G, 1]), "has gist tokens but names no gist"),
         (Request("a", ["x"], [1]), "kv_transfer_params must be an object, got"),
         (Request("a", {"gist": "six"}, None), "the prompt must be ids only"),

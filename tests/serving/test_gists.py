@@ -165,7 +165,7 @@ def test_placeholders_are_put_in_front() -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([G, G, 1], "prompt has 2 gist tokens in front, the gist has 3"),
+        ([G, G, 1], "prompt has 2 gist tokens in front, but the gist has 3"),
         ([G, G, G, G, 1], "prompt has 4 gist tokens in front"),
         ([1, 2, G], r"has a gist token \(64\) at 2"),
         ([G, G, G, 1, G], r"has a gist token \(64\) at 4"),

@@ -203,7 +203,7 @@ def test_a_salt_of_the_user_counts_as_well(served: Served, llm: Any) -> None:
     [
         ("unknown", "eight", {}, "is not in the store"),
         ("another model's", "eight", {}, "was made for llama/"),
-        ("three", "eight", {}, "has 8 gist tokens in front, the gist has 3"),
+        ("three", "eight", {}, "has 8 gist tokens in front, but the gist has 3"),
         ("three", None, {}, "has no placeholders in front for the 3 tokens"),
         (None, "eight", {}, "has gist tokens but names no gist"),
         ("eight", "eight", {"prompt_logprobs": 1}, "prompt_logprobs"),

@@ -197,7 +197,7 @@ def test_the_literal_is_text(served: Served, server: Server) -> None:
         (400, "was made for llama/", {"gist": "another model's"}),
         (400, "must be the name of a gist, got 7", {"gist": 7}),
         (400, "must hold only 'gist', got do_remote_prefill", {"gist": "eight", "do_remote_prefill": True}),
-        (400, "prompt has 2 gist tokens in front, the gist has 8", {"gist": "eight", "prompt": [64, 64, 5]}),
+        (400, "prompt has 2 gist tokens in front, but the gist has 8", {"gist": "eight", "prompt": [64, 64, 5]}),
         (400, "has a gist token (64) at 1", {"gist": "eight", "prompt": [5, 64]}),
         (400, "has nothing after the gist", {"gist": "eight", "prompt": [64] * 8}),
         (400, "echo does not work with a gist", {"gist": "eight", "echo": True}),

@@ -59,7 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bare query": {"control": "bare"},
     "full prompt": {"control": "full"},
     "full prompt, run bare": {"control": "full-run-bare"},
-    "compressed prompt": {"control": "shortened", "control_share": 0.5},
+    "shortened prompt": {"control": "shortened", "control_share": 0.5},
 }
 #: The ways whose model reads the whole prompt, as text or as a gist.
 READERS = ("in stages, gist at the end", "full prompt")

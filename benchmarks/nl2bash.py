@@ -86,7 +86,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bare query": {"control": "bare"},
     "full prompt": {"control": "full"},
     "full prompt, run bare": {"control": "full-run-bare"},
-    "compressed prompt": {"control": "shortened", "control_share": 1 / 3},
+    "shortened prompt": {"control": "shortened", "control_share": 1 / 3},
 }
 
 FROM_SCRATCH = "from nothing"  # the name in committed rows

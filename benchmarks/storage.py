@@ -31,7 +31,7 @@ from gisting.markdown import markdown_table
 from gisting.measure.progress import tracked
 from gisting.models.load import load
 from gisting.models.mode import evaluating
-from gisting.models.patch import require_patched
+from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer

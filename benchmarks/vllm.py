@@ -371,7 +371,7 @@ def vllm_table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"k = {first['num_gist_tokens']}, inputs of {INPUT_LENGTH} tokens, answers of {first['num_new_tokens']}, a "
         f"LLaMA of {first['num_parameters'] / 1e6:.0f} million parameters in float32; requests of a run: {asked}, "
-        "prompts in random order. Medians of alternating runs in processes of their own, the minimum and the maximum "
+        "prompts in random order. Medians of alternating runs in separate processes, the minimum and the maximum "
         f"in brackets; numbers without brackets are from one run.{overflowing} With fewer than 100 requests, p99 is "
         f"the slowest ({where(first, 'threads', 'torch')}, {first['vllm']}).",
     ]

@@ -234,7 +234,7 @@ class GistCache:
         if first.origin.condition != "gist":
             raise GistError(
                 f"caches must be of condition 'gist' to be chained, got {first.origin.condition!r}: prefixes that "
-                "never saw each other are no valid control; compress the joined prompts instead"
+                "never saw each other are not a valid control; compress the joined prompts instead"
             )
         if len(caches) == 1:
             return first

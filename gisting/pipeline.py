@@ -15,7 +15,7 @@ from gisting._compat import pipeline_settings
 from gisting.cache import GistCache
 from gisting.errors import GistError
 from gisting.generation import generate
-from gisting.models.patch import require_patched
+from gisting.models.state import require_patched
 from gisting.tokens import GistTokenizer
 
 __all__ = ["GistTextGenerationPipeline"]

@@ -13,7 +13,9 @@ Place in the flow: below every module that has settings. Independent of particul
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import numbers
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -126,7 +128,7 @@ def is_whole(value: Any) -> bool:
     Args:
         value: anything; booleans are not numbers.
     """
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -136,11 +138,9 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 TEXT = Kind("a text", lambda value: checked(value, isinstance(value, str) and bool(value)))
 TEXTS = Kind("a list of texts", _texts, list[str], write=list)
-PATH = Kind(
-    "a path", lambda value: Path(checked(value, bool(value) and isinstance(value, str | Path))), Path, write=str
-)
-COUNT = Kind("a whole number of at least 1", lambda value: checked(value, is_whole(value) and value >= 1), int)
-WHOLE = Kind("a whole number of at least 0", lambda value: checked(value, is_whole(value) and value >= 0), int)
+PATH = Kind("a path", lambda value: str(checked(value, isinstance(value, str | Path) and bool(str(value)))))
+COUNT = Kind("a whole number of at least 1", lambda value: int(checked(value, is_whole(value) and value >= 1)), int)
+WHOLE = Kind("a whole number of at least 0", lambda value: int(checked(value, is_whole(value) and value >= 0)), int)
 POSITIVE = Kind("a number above 0", lambda value: number(value, 0), float)
 NOT_NEGATIVE = Kind("a number of at least 0", lambda value: number(value, 0, or_equal=True), float)
 FLAG = Kind("true or false", lambda value: checked(value, isinstance(value, bool)), bool)
@@ -216,17 +216,20 @@ class Settings:
             GistError: the file is not such a mapping, or a key or value is wrong; file, line and key are named.
             OSError: the file cannot be read.
         """
-        values, lines = read_yaml(path)
+        found, lines = read_yaml(path)
         names = [each.name for each in fields(cls)]
-        for name in list(values):
-            if name in cls.old_names:
-                new = cls.old_names[name]
+        values: dict[str, Any] = {}
+        for name, value in found.items():
+            new = cls.old_names.get(name, name)
+            if new != name:
                 warnings.warn(f"{path}: {name} is now called {new}", DeprecationWarning, stacklevel=2)
-                values[new], lines[new] = values.pop(name), lines[name]
-            elif name not in names:
+            if new not in names:
                 near = difflib.get_close_matches(str(name), names, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
                 raise GistError(f"{path}, line {lines[name]}: there is no setting {name!r}; {hint}")
+            if new in values:
+                raise GistError(f"{path}, line {lines[name]}: {new} is given twice, also by its old name; remove one")
+            values[new], lines[new] = value, lines[name]
         try:
             return cls(**{name: value for name, value in values.items() if value is not None})
         except GistError as error:
@@ -278,21 +281,34 @@ def takes_keywords_of(table: type[Settings]) -> Callable[[_Function], _Function]
             inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
             for each in fields(table)
         ]
-        function.__signature__ = signature.replace(parameters=own + more)
-        return function
+        names = {item.name for item in own + more}
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs.keys() - names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{hint}")
+            return function(*args, **kwargs)
+
+        vars(call)["__signature__"] = signature.replace(parameters=own + more)
+        return call
 
     return decorate
 
 
-def keywords_for(function: Callable[..., Any], settings: Settings) -> dict[str, Any]:
+def keywords_for(
+    function: Callable[..., Any], settings: Settings, table: type[Settings] | None = None
+) -> dict[str, Any]:
     """Return the settings that a function has optional parameters for, without those that are None.
 
     Args:
         function: a function or class to call.
-        settings: a table.
+        settings: values of a table.
+        table: a part of that table whose settings alone are wanted; None for all of it.
     """
     parameters = inspect.signature(function).parameters.values()
-    names = {each.name for each in fields(settings)} & {
+    names = {each.name for each in fields(table or settings)} & {
         parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty
     }
     return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}

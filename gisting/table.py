@@ -336,7 +336,7 @@ def _are_texts(rows: Sequence[Any]) -> bool:
 
 
 def _as_numbers(rows: Any) -> Tensor:
-    """int64 ``(B,)`` on the CPU."""
+    """Return the row numbers as int64 ``(B,)`` on the CPU."""
     try:
         found = torch.as_tensor(rows)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

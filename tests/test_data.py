@@ -527,7 +527,7 @@ def test_cutting_a_very_long_prompt_takes_few_steps(tokenizer: GistTokenizer, mo
 
 def test_chunks_and_parts_exclude_each_other(tokenizer: GistTokenizer) -> None:
     with pytest.raises(
-        GistError, match=r"^part_separator \('\|'\) and chunk_length \(5\) exclude each other: a part sees"
+        GistError, match=r"^part_separator \('\|'\) and chunk_length \(5\) cannot be combined: a part sees"
     ):
         GistCollator(tokenizer, part_separator="|", chunk_length=5)
 

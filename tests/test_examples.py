@@ -101,10 +101,10 @@ def test_trl_trains_with_the_collator_alone(
 
 
 @pytest.mark.parametrize("steps", [36, pytest.param(300, marks=pytest.mark.slow)])
-def test_internalize_a_template(tmp_path: Path, steps: int, run_example: Callable[..., str]) -> None:
+def test_internalize_a_prompt(tmp_path: Path, steps: int, run_example: Callable[..., str]) -> None:
     """The staged run answers the bare query as well as its control answers the full prompt, with far fewer tokens."""
     words = ("--steps", str(steps), "--output", tmp_path / "runs")
-    out = run_example("05_internalize_a_template.py", *words)
+    out = run_example("05_internalize_a_prompt.py", *words)
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if re.match(r"\| (in-stages|full) \| ", line)]
     staged, full, cached = rows[:3]
     assert [row[2] for row in rows[:2]] == ["bare query", "full prompt"]

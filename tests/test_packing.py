@@ -424,7 +424,7 @@ def test_finetune_refuses_what_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(GistError, match=r"^pack_length must be at most 8, the sliding window of mistral, got 64"):
         finetune(model, tokenizer, some(4), arguments(tmp_path), max_length=64, pack_length=64)
     model, tokenizer = tiny.patched("llama")
-    with pytest.raises(GistError, match="pack_length and part_separator exclude each other"):
+    with pytest.raises(GistError, match="pack_length and part_separator cannot be combined"):
         finetune(model, tokenizer, some(4), arguments(tmp_path), max_length=64, pack_length=64, part_separator="|")
 
 

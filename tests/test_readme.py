@@ -26,6 +26,7 @@ from tests.repository import (
     requires_make,
 )
 
+DOCS = [path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md")]
 INSTALL = "pip install -c constraints.txt -e '.[dev]'"
 
 
@@ -130,6 +131,15 @@ def test_readme_shows_the_two_commands_and_the_way_without_make() -> None:
     assert any(command.endswith(INSTALL) for command in commands)
     for plain in ("gisting demo", "python -m pytest"):
         assert any(command.startswith(plain) for command in commands), plain
+
+
+@requires_make
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "kernels/README.md", *sorted(map(str, DOCS))])
+def test_targets_of_make_on_pages_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE))
+    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert targets <= known
 
 
 def test_readme_shell_fences_say_bash() -> None:

@@ -104,7 +104,7 @@ def losses(output_dir: Path, step: int) -> list[float]:
         ("conditions: {gist: -1}", "conditions must be names of gist, positive, negative, with weights"),
         ("eval: {a: b}", "eval must be a list of texts, got {'a': 'b'}"),
         ("model: 3", "model must be a text, got 3"),
-        ("epochs: 1\nmax_steps: 3", "epochs and max_steps exclude each other, got 1 and 3; leave one out"),
+        ("epochs: 1\nmax_steps: 3", "epochs and max_steps cannot be combined, got 1 and 3; leave one out"),
         ("- model", "must hold one 'name: value' per line, got list"),
         ("", "must hold one 'name: value' per line, got NoneType"),
         ("model: [", "recipe.yaml is not valid YAML: while parsing"),
@@ -144,7 +144,7 @@ def test_changes_override_and_steps_take_the_place_of_epochs() -> None:
     assert recipe.updated(seed=2, epochs=None) == Recipe(epochs=3, seed=2)
     assert recipe.updated(max_steps=5) == Recipe(max_steps=5, seed=1)
     assert recipe.updated(max_steps=5).updated(epochs=1) == Recipe(epochs=1, seed=1)
-    with pytest.raises(GistError, match="exclude each other"):
+    with pytest.raises(GistError, match="cannot be combined"):
         recipe.updated(max_steps=5, epochs=1)
 
 

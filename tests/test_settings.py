@@ -44,7 +44,7 @@ class Table(Settings):
     weight: float = setting(NOT_NEGATIVE, 0.0, "How heavy.")
     names: tuple[str, ...] = setting(TEXTS, (), "What to call it.")
     colour: str = setting(choice("red", lambda: ["green"]), "red", "What colour.")
-    folder: Path | None = setting(PATH, None, "Where to write.")  # noqa: RUF009
+    folder: str | None = setting(PATH, None, "Where to write.")
     quick: bool | None = setting(FLAG, None, "Whether to hurry.")
 
 
@@ -81,7 +81,7 @@ WAYS = [
     ("weight", ["--weight", "0.5"], "weight: 0.5", 0.5),
     ("names", ["--names", "a", "--names", "b"], "names: [a, b]", ("a", "b")),
     ("colour", ["--colour", "green"], "colour: green", "green"),
-    ("folder", ["--folder", "runs/x"], "folder: runs/x", Path("runs/x")),
+    ("folder", ["--folder", "runs/x"], "folder: runs/x", "runs/x"),
     ("quick", ["--no-quick"], "quick: false", False),
 ]
 
@@ -179,6 +179,40 @@ def test_keywords_are_those_that_a_function_takes() -> None:
 
     assert keywords_for(use, Table(source="a.txt", width=5)) == {"width": 5}
     assert keywords_for(use, Table(rate=2)) == {"width": 3, "rate": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class More(Table):
+    depth: int = setting(WHOLE, 3, "Depth.")
+
+
+def test_keywords_of_a_part_of_a_table() -> None:
+    def use(width: int = 1, depth: int = 0) -> None: ...
+
+    assert keywords_for(use, More(), Table) == {"width": 3}
+    assert keywords_for(use, More()) == {"width": 3, "depth": 3}
+
+
+def test_every_setting_of_batches_takes_effect() -> None:
+    """A renamed parameter of a collator would otherwise leave its setting without effect, and without an error."""
+    from gisting import GistCollator
+    from gisting.data.packing import GistPackingCollator
+    from gisting.train.settings import BatchSettings
+
+    used = {"max_per_group"}  # by finetune itself, which groups the records
+    for collator in (GistCollator, GistPackingCollator):
+        used |= inspect.signature(collator).parameters.keys()
+    assert {each.name for each in fields(BatchSettings)} <= used
+
+
+def test_every_setting_of_the_trainer_takes_effect(tmp_path: Path) -> None:
+    from gisting.train.settings import Recipe
+
+    changed = {"learning_rate": 0.5, "lr_scheduler_type": "linear", "warmup_steps": 7.0, "weight_decay": 0.25}
+    changed |= {"max_steps": 9, "save_steps": 11, "logging_steps": 13, "seed": 17, "torch_compile": True}
+    found = Recipe(**changed, num_workers=2, group_by_length=True).arguments(tmp_path)
+    assert {name: getattr(found, name) for name in changed} == changed
+    assert (found.dataloader_num_workers, found.train_sampling_strategy) == (2, "group_by_length")
 
 
 def test_any_mapping_is_read(tmp_path: Path) -> None:

@@ -351,7 +351,7 @@ def _check(
             raise GistError(f"bias must be on the device of q, {q.device}, got {bias.device}")
     if relative_bias is not None:
         if bias is not None:
-            raise GistError("bias and relative_bias exclude each other; add both into one bias")
+            raise GistError("bias and relative_bias cannot be combined; add both into one bias")
         if relative_bias.dim() != 2 or relative_bias.shape[0] != q.shape[1] or relative_bias.shape[1] % 2 == 0:
             raise GistError(
                 f"relative_bias must have shape ({q.shape[1]}, 2 W + 1), with one row for each head of q and an odd "

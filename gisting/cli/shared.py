@@ -184,7 +184,7 @@ def read_dtype(dtype: str) -> torch.dtype:
 
 
 def wanted_k(model: Any, wanted: int | None) -> int:
-    """Return the k that was asked for, or else the largest that the checkpoint was trained with."""
+    """Return the requested k, or else the largest that the checkpoint was trained with."""
     from gisting.models.load import trained_num_gist_tokens
 
     trained = trained_num_gist_tokens(model)

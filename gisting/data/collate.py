@@ -101,7 +101,7 @@ class GistCollator:
             first. If the model is frozen, their states are those of the model without gists. Decoders only.
 
     Raises:
-        GistError: an argument is out of range, or two exclude each other.
+        GistError: an argument is out of range, or two cannot be combined.
         GistTokenError: ``num_gist_tokens`` is less than 1.
     """
 
@@ -145,7 +145,7 @@ class GistCollator:
         tokenizer.check_chunk_length(chunk_length)
         if part_separator is not None and chunk_length is not None:
             raise GistError(
-                f"part_separator ({part_separator!r}) and chunk_length ({chunk_length}) exclude each other: a part "
+                f"part_separator ({part_separator!r}) and chunk_length ({chunk_length}) cannot be combined: a part "
                 "sees nothing of the parts before it, a chunk the gists before it; pass None for one of them"
             )
         if with_prompt_columns and tokenizer.is_encoder_decoder:

@@ -38,7 +38,7 @@ from gisting.eval.metrics import exact_matches, rouge
 from gisting.eval.statistics import Interval, bootstrap
 from gisting.generation import generate
 from gisting.models.mode import evaluating
-from gisting.models.patch import require_patched
+from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
@@ -237,7 +237,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Run:
-    """A model under one condition."""
+    """Run a model under one condition."""
 
     model: Any
     tokenizer: GistTokenizer

@@ -17,7 +17,7 @@ from gisting.errors import GistError
 from gisting.generation.checks import check_count, check_num_rows, check_origin
 from gisting.generation.streaming import check_streamer
 from gisting.models.architecture import Architecture, architecture_of
-from gisting.models.patch import require_patched
+from gisting.models.state import require_patched
 from gisting.tokens import GistTokenizer
 
 if TYPE_CHECKING:
@@ -201,14 +201,12 @@ def prepare_call(
 
 
 def _check_processors(call: Call) -> None:
-    """Refuse settings that look at ids which are not there: the prompt's, or drafts that were taken back."""
+    """Refuse settings that look at ids which are not there: the prompt's, or rejected drafts."""
     for name, neutral in _READS_THE_PROMPT.items():
         if getattr(call.config, name) not in neutral:
             raise GistError(f"{name} looks at the prompt's tokens, but a cache holds none; set {name}={neutral[1]}")
     if call.config.guidance_scale not in (None, 1) and call.is_assisted:
-        raise GistError(
-            "guidance_scale must be 1 with drafts: transformers' guidance remembers drafts that were taken back"
-        )
+        raise GistError("guidance_scale must be 1 with drafts: transformers' guidance remembers rejected drafts")
 
 
 def _check_assistance(model: PreTrainedModel, tokenizer: GistTokenizer, num_inputs: int, call: Call) -> None:
@@ -230,7 +228,7 @@ def _check_assistance(model: PreTrainedModel, tokenizer: GistTokenizer, num_inpu
         )
     if call.past["cache_implementation"] != "dynamic":
         raise GistError(
-            "assisted decoding takes back wrong drafts, which only cache_implementation='dynamic' can do, got "
+            "assisted decoding discards rejected drafts, which only cache_implementation='dynamic' supports, got "
             f"{call.past['cache_implementation']!r}"
         )
     if assistant is None:

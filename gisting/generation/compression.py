@@ -15,8 +15,8 @@ from gisting.models.adapters import check_num_gist_tokens
 from gisting.models.architecture import architecture_of
 from gisting.models.fingerprint import fingerprint
 from gisting.models.mode import evaluating
-from gisting.models.patch import require_patched
 from gisting.models.registry import family_of, is_length_dependent, sliding_windows
+from gisting.models.state import require_patched
 from gisting.tokens import GistEncoding, GistTokenizer
 
 if TYPE_CHECKING:

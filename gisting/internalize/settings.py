@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 from gisting.settings import (
     COUNT,
     NOT_NEGATIVE,
+    PATH,
     TEXT,
     WHOLE,
     Kind,
@@ -53,7 +54,8 @@ def _controls() -> Collection[str]:
 def _read_control(value: Any) -> str:
     from gisting.internalize.plan import current_control
 
-    return checked(current_control(value), current_control(value) in _controls())
+    name = current_control(value)
+    return checked(name, name in _controls())
 
 
 _CONTROL = Kind(lambda: f"one of {', '.join(_controls())}", _read_control)
@@ -98,12 +100,12 @@ class _WhatIsInternalized(Settings):
     model: str | None = setting(
         TEXT, None, "Directory of a checkpoint, or a repository on the Hugging Face hub.", is_argument=True
     )
-    prompt_file: str | None = setting(TEXT, None, "Text file with the prompt with which every request would begin.")
+    prompt_file: str | None = setting(PATH, None, "Text file with the prompt with which every request would begin.")
     data: str | None = setting(
-        TEXT, None, "Training records, .jsonl or .json: input (the query) and output; instructions are not read."
+        PATH, None, "Training records, .jsonl or .json: input (the query) and output; instructions are not read."
     )
-    eval: str | None = setting(TEXT, None, "Records to answer after each stage, bare and with the stage's prompt.")
-    output: str | None = setting(TEXT, None, "Directory for the checkpoint and the files of each stage.")
+    eval: str | None = setting(PATH, None, "Records to answer after each stage, bare and with the stage's prompt.")
+    output: str | None = setting(PATH, None, "Directory for the checkpoint and the files of each stage.")
     template: str | None = setting(
         _TEMPLATE,
         None,
@@ -123,7 +125,7 @@ class _WhatIsInternalized(Settings):
         shown_default="none, or rewrites if they are given",
     )
     rewrites: str | None = setting(
-        TEXT, None, 'JSON file with shorter prompts by their share: {"0.6": "...", "0.3": "..."}.'
+        PATH, None, 'JSON file with shorter prompts by their share: {"0.6": "...", "0.3": "..."}.'
     )
     min_answer_words: int = setting(
         COUNT,
@@ -144,7 +146,7 @@ class InternalizeSettings(TrainerSettings, StageSettings, _WhatIsInternalized):
     stages together.
 
     Raises:
-        GistError: a value is not of its setting's kind, or two settings exclude each other.
+        GistError: a value is not of its setting's kind, or two settings cannot be combined.
     """
 
     old_names: ClassVar = {
@@ -174,5 +176,5 @@ class InternalizeSettings(TrainerSettings, StageSettings, _WhatIsInternalized):
 
 
 class _SettingsOfVersion01(InternalizeSettings):
-    # In this order, because the layout becomes the template after the template has become the prompt.
+    # The prompt's file was called template, and the template was called layout.
     old_names: ClassVar = {"template": "prompt_file", **InternalizeSettings.old_names}

@@ -24,6 +24,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from gisting._deprecated import renamed_arguments
 from gisting.errors import GistError, UnsupportedModelError
 from gisting.models.mode import evaluating
 from gisting.models.weights import input_weight
@@ -55,6 +56,7 @@ class Shortener(Protocol):
         ...
 
 
+@renamed_arguments(compressor="shortener", template="prompt")
 def shorten(shortener: Shortener, prompt: str, share: float) -> str:
     """Shorten a prompt to a share of it; the shortener is called only for shares between 0 and 1.
 
@@ -86,6 +88,7 @@ def shorten(shortener: Shortener, prompt: str, share: float) -> str:
     return shortener.shorten(prompt, share)
 
 
+@renamed_arguments(template="prompt")
 def realised_share(tokenizer: GistTokenizer, prompt: str, text: str) -> float:
     """Compute which share of a prompt's tokens a shortened text has.
 

@@ -70,7 +70,7 @@ from gisting.internalize.settings import StageSettings
 from gisting.internalize.shorteners import NoShortening, Shortener, realised_share, shorten
 from gisting.models import adapters
 from gisting.models.fingerprint import fingerprint
-from gisting.models.patch import require_patched
+from gisting.models.state import require_patched
 from gisting.settings import keywords_for, takes_keywords_of
 from gisting.tokens import GistTokenizer
 from gisting.train.batches import step_batches
@@ -81,6 +81,7 @@ from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume, without_
 __all__ = ["internalize"]
 
 _METHODS = ("full", "lora")
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
 # A stage's result and its weights, which are kept until the next stage is finished.
 _RESULT, _MODEL = "result.json", "model"
 # Attributes that accelerate sets on a model.
@@ -447,6 +448,11 @@ def _check(
     if arguments.world_size > 1 or arguments.fsdp or arguments.deepspeed:
         raise GistError(
             "stages are trained by a single process; run without torchrun, accelerate launch, fsdp and deepspeed"
+        )
+    if str(getattr(arguments.train_sampling_strategy, "value", arguments.train_sampling_strategy)) in _BY_LENGTH:
+        raise GistError(
+            f"train_sampling_strategy must not be {' or '.join(_BY_LENGTH)}: stages do not know the lengths of their "
+            "records; leave it out"
         )
     if str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no":
         raise GistError("eval_strategy must be 'no', because eval_records are answered after each stage")

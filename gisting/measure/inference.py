@@ -30,8 +30,8 @@ from gisting.measure.memory import free_bytes, give_back, peak_of_allocator
 from gisting.measure.rows import spread
 from gisting.models.decoder import prefix_states
 from gisting.models.mode import evaluating
-from gisting.models.patch import require_patched
 from gisting.models.registry import position_limit
+from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 from gisting.visibility import gist

@@ -25,7 +25,7 @@ from gisting.eval.cost import cache_bytes, forward_flops
 from gisting.generation import compress
 from gisting.measure.rows import spread
 from gisting.models.mode import evaluating
-from gisting.models.patch import require_patched
+from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 from gisting.visibility import gist

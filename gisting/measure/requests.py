@@ -25,7 +25,7 @@ from gisting.measure.latency import cache_view, check_logits, wait
 from gisting.measure.progress import tracked
 from gisting.measure.rows import spread
 from gisting.models.mode import evaluating
-from gisting.models.patch import require_patched
+from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
@@ -93,7 +93,7 @@ def serving(
     full = plain_sources(tokenizer, [record.instruction for record in records], inputs)
     num_cached = shared_prefix(tokenizer, prompt, full)
     if not num_cached:
-        raise GistError("records share no token that could be cached; give full prompts that begin with the prompt")
+        raise GistError("records share no token that could be cached; pass requests that start with the prompt")
     plain = {FULL_PROMPT: full, BARE_QUERY: plain_sources(tokenizer, [""] * len(inputs), inputs)}
     for name, asked in (shorter or {}).items():
         plain[name] = plain_sources(tokenizer, [record.instruction for record in asked], inputs)

@@ -2,7 +2,8 @@
 
 Place in the flow: models -> **generation**. Decoders and encoder-decoders differ in where a prompt's states are and how
 stock ``generate`` continues from them. The modules ``decoder`` and ``encoder_decoder`` each implement
-:class:`Architecture`; :func:`architecture_of` is the only place that chooses between them.
+:class:`Architecture`; :func:`architecture_of` is the only place that chooses between them. What only one kind has (an
+assistant model, a cache after the answers, an encoder's full text) generation takes from that kind's module.
 """
 
 from __future__ import annotations

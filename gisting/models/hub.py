@@ -56,6 +56,7 @@ def save_pretrained(
             ``directory`` is a file, or ``directory`` holds a complete checkpoint and the model has an adapter.
         OSError: something cannot be written.
     """
+    # Load transformers, which uploading a store does without.
     from gisting.models import adapters
     from gisting.models.fingerprint import fingerprint
     from gisting.models.load import trained_num_gist_tokens

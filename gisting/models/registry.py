@@ -339,7 +339,7 @@ def _attention_forward(
 
 
 def _visibility(attention_mask: Tensor, num_keys: int, sliding_window: int | None, *, is_cross: bool) -> Visibility:
-    """What a layer sees of an interval mask.
+    """Return the part of an interval mask that a layer sees.
 
     All layers of a kind get the same tensors, so that what is derived from them is computed once for a batch.
     """

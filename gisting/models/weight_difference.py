@@ -37,7 +37,7 @@ from gisting.tokens import GistTokenizer
 
 __all__ = ["RecoveredCheckpoint", "apply_weight_difference", "looks_like_difference", "refusal"]
 
-# A buffer that transformers saved with LLaMA's weights until 4.32. It is computed from the config and is no weight.
+# A buffer that transformers saved with LLaMA's weights until 4.32. It is computed from the config and is not a weight.
 _FREQUENCIES = "rotary_emb.inv_freq"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_BYTES = 1 << 30

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from gisting.cache import GistCache
 from gisting.errors import GistError, StoreError
 from gisting.generation import compress
 from gisting.models.fingerprint import fingerprint
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
 
     from gisting.tokens import GistTokenizer
 
-__all__ = ["Compressor", "check_names", "check_prompts"]
+__all__ = ["Compressed", "Compressor", "check_names", "check_prompts", "write"]
+
+
+class Compressed(NamedTuple):
+    """A compressed prompt with its key."""
+
+    key: str
+    cache: GistCache
+    num_prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -57,16 +66,11 @@ class Compressor:
         texts = map(self.tokenizer.template.prompt_text, prompts)
         return [text_key([text, k, *owner]) for text, k in zip(texts, counts, strict=True)]
 
-    def compress(
-        self, folder: Path, wanted: Mapping[str, tuple[str, int]], damaged: Collection[str], storage: str | None
-    ) -> list[NewEntry]:
-        """Compress prompts and write their files.
+    def compress(self, wanted: Mapping[str, tuple[str, int]]) -> list[Compressed]:
+        """Compress prompts.
 
         Args:
-            folder: a writer's directory.
             wanted: prompt and k by key.
-            damaged: the keys whose present file must be replaced.
-            storage: how to store the numbers; None keeps every bit.
         """
         prompts, counts = [prompt for prompt, _ in wanted.values()], [k for _, k in wanted.values()]
         cache = compress(
@@ -79,14 +83,32 @@ class Compressor:
             chunk_length=self.chunk_length,
         ).to("cpu")
         lengths = [encoding.num_prompt_tokens for encoding in self.tokenizer.encode_prompts(prompts, counts)]
-        return [
-            NewEntry(
-                replace(new.entry, key=key, is_keyed_by_text=True, num_prompt_tokens=length),
-                new.file,
-                is_forced=key in damaged,
-            )
-            for key, length, new in zip(wanted, lengths, write_caches(folder, [*cache], storage), strict=True)
-        ]
+        return [Compressed(*each) for each in zip(wanted, [*cache], lengths, strict=True)]
+
+
+def write(
+    folder: Path, compressed: Sequence[Compressed], damaged: Collection[str], storage: str | None
+) -> list[NewEntry]:
+    """Write the files of compressed prompts.
+
+    Args:
+        folder: a writer's directory.
+        compressed: what to write.
+        damaged: the keys whose present file must be replaced.
+        storage: how to store the numbers; None keeps every bit.
+
+    Returns:
+        The entries, in the same order.
+    """
+    written = write_caches(folder, [each.cache for each in compressed], storage)
+    return [
+        NewEntry(
+            replace(new.entry, key=each.key, is_keyed_by_text=True, num_prompt_tokens=each.num_prompt_tokens),
+            new.file,
+            is_forced=each.key in damaged,
+        )
+        for each, new in zip(compressed, written, strict=True)
+    ]
 
 
 def check_prompts(prompts: Sequence[str], num_gist_tokens: int | Sequence[int]) -> list[int]:

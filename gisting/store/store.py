@@ -220,9 +220,9 @@ class GistStore:
             StoreError: a name is not valid or is given to two prompts, or the store is read-only and lacks something.
         """
         # Loads transformers, which reading a store does without.
-        from gisting.models.patch import require_patched
+        from gisting.models.state import require_patched
         from gisting.models.weights import input_weight
-        from gisting.store.compressing import Compressor, check_names, check_prompts
+        from gisting.store.compressing import Compressor, check_names, check_prompts, write
 
         require_patched(model, tokenizer)
         tokenizer.check_chunk_length(chunk_length)
@@ -240,9 +240,9 @@ class GistStore:
                 return GistCache.cat([caches[key] for key in keys]).to(weight.device, weight.dtype)
             self._check_writable(f"{len(missing)} of {len(texts)} prompts are not in it, or have other names")
             if attempt < ATTEMPTS and missing:
+                compressed = compressor.compress(missing)
                 with self._objects.writing() as folder:
-                    made = compressor.compress(folder, missing, damaged, self.storage)
-                    commit(self._index, self._objects, made, key_of_name)
+                    commit(self._index, self._objects, write(folder, compressed, damaged, self.storage), key_of_name)
             elif attempt < ATTEMPTS:
                 commit(self._index, self._objects, [], key_of_name)
         raise StoreError(
@@ -522,7 +522,7 @@ class GistStore:
     def _all_names(self, purpose: str) -> builtins.list[str]:
         names = [entry.name for entry in self.list() if entry.name is not None]
         if not names:
-            raise StoreError(f"{self.path} has no names {purpose}; give keys, or put something in")
+            raise StoreError(f"{self.path} has no names {purpose}; give keys, or add an entry")
         return names
 
 

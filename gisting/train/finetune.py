@@ -22,8 +22,8 @@ from gisting.data.records import Record, to_record
 from gisting.errors import GistError
 from gisting.models.adapters import adapter_of, check_directory
 from gisting.models.hub import save_pretrained
-from gisting.models.patch import require_patched
 from gisting.models.registry import is_length_dependent, sliding_windows
+from gisting.models.state import require_patched
 from gisting.settings import keywords_for, takes_keywords_of
 from gisting.tokens import GistTokenizer
 from gisting.train.arguments import PUBLISHED, default_num_workers, published_arguments
@@ -179,7 +179,7 @@ def _collator(tokenizer: GistTokenizer, settings: BatchSettings, objective: Obje
             )
         return GistCollator(tokenizer, with_teacher=with_teacher, **keywords_for(GistCollator, settings))
     if settings.part_separator is not None:
-        raise GistError("pack_length and part_separator exclude each other: chained gists are not packed; give one")
+        raise GistError("pack_length and part_separator cannot be combined: chained gists are not packed; give one")
     return GistPackingCollator(
         tokenizer,
         with_teacher=with_teacher,

@@ -21,6 +21,7 @@ from gisting.settings import (
     COUNT,
     FLAG,
     NOT_NEGATIVE,
+    PATH,
     POSITIVE,
     TEXT,
     TEXTS,
@@ -100,7 +101,7 @@ class TrainerSettings(Settings):
     """Settings of stock ``Trainer``. None is the published value for the model's kind.
 
     Raises:
-        GistError: a value is not of its setting's kind, or two settings exclude each other.
+        GistError: a value is not of its setting's kind, or two settings cannot be combined.
     """
 
     epochs: float | None = setting(POSITIVE, None, "Passes over the data.", shown_default="3 for a decoder")
@@ -144,14 +145,13 @@ class TrainerSettings(Settings):
     num_workers: int | None = setting(
         WHOLE, None, "Processes that make batches.", shown_default="up to 4 on a GPU, otherwise 0"
     )
-    group_by_length: bool = setting(FLAG, False, "Put rows of similar length into one batch.")
     report_to: tuple[str, ...] = setting(TEXTS, (), "Where to report: tensorboard, wandb, ...; may be repeated.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.epochs is not None and self.max_steps is not None:
             raise GistError(
-                f"epochs and max_steps exclude each other, got {self.epochs:g} and {self.max_steps}; leave one out"
+                f"epochs and max_steps cannot be combined, got {self.epochs:g} and {self.max_steps}; leave one out"
             )
 
     def updated(self, **changes: Any) -> Self:
@@ -189,9 +189,8 @@ class TrainerSettings(Settings):
         renamed = {
             "num_train_epochs": self.epochs,
             "dataloader_num_workers": self.num_workers,
-            "train_sampling_strategy": "group_by_length" if self.group_by_length else None,
         }
-        changes = keywords_for(TrainingArguments, self)
+        changes = keywords_for(TrainingArguments, self, TrainerSettings)
         changes.pop("gradient_checkpointing", None)  # deprecated in newer versions of transformers
         changes |= activation_checkpointing(self.gradient_checkpointing)
         changes |= {name: value for name, value in renamed.items() if value is not None}
@@ -249,7 +248,7 @@ class _WhatIsTrained(Settings):
     model: str | None = setting(
         TEXT, None, "Directory of a checkpoint, or a repository on the Hugging Face hub.", is_argument=True
     )
-    data: str | None = setting(TEXT, None, "Training records, .jsonl or .json: instruction, input, output.")
+    data: str | None = setting(PATH, None, "Training records, .jsonl or .json: instruction, input, output.")
     eval: tuple[str, ...] = setting(
         TEXTS, (), "Records to evaluate on after training, under all three conditions; may be repeated."
     )
@@ -280,10 +279,18 @@ class Recipe(TrainerSettings, BatchSettings, _WhatIsTrained):
     None means the published value for the model's kind, or "not given".
 
     Raises:
-        GistError: a value is not of its setting's kind, or two settings exclude each other.
+        GistError: a value is not of its setting's kind, or two settings cannot be combined.
     """
 
     max_new_tokens: int = setting(COUNT, 128, "Longest answer in the evaluation, in tokens.")
+    group_by_length: bool = setting(FLAG, False, "Put rows of similar length into one batch.")
+
+    def arguments(self, output_dir: str | Path, *, is_encoder_decoder: bool = False) -> TrainingArguments:
+        """Return the settings as arguments of stock ``Trainer``. Arguments and errors are those of the base class."""
+        arguments = super().arguments(output_dir, is_encoder_decoder=is_encoder_decoder)
+        if self.group_by_length:
+            arguments.train_sampling_strategy = "group_by_length"
+        return arguments
 
     def save(self, path: str | Path) -> None:
         """Write the settings that differ from their defaults to a file.

@@ -178,7 +178,7 @@ def test_the_table_by_eye() -> None:
     stages = [(1.0, 250.0, 1.5, 4.0), (0.5, 125.0, 2.5, 5.0), (0.0, 20.0, 7.0, 7.0)]
     rows = [
         trained("in stages", 0, "no-prompt", stages),
-        trained("compressed prompt", 0, "prompt", [(0.3, 100.0, 0.5, 6.0)]),
+        trained("shortened prompt", 0, "prompt", [(0.3, 100.0, 0.5, 6.0)]),
         trained("in stages", 1, "no-prompt", [*stages[:2], (0.0, 20.0, 8.0, 8.0)]),
     ]
     lines = nl2bash_table([*rows, {**rows[1], "model": "other"}]).splitlines()
@@ -186,7 +186,7 @@ def test_the_table_by_eye() -> None:
         "| trained | run on | tokens of a request | saved | BLEU, seed 0 | BLEU, seed 1 | minutes |",
         "|---|---|---|---|---|---|---|",
         "| in stages | the bare query | 20.0 | 92 % | 7.0 [6.0, 8.5] | 8.0 [7.0, 9.5] | 2.5 |",
-        "| compressed prompt | its prompt | 100.0 | 60 % | 6.0 [5.0, 7.5] | - | 1.5 |",
+        "| shortened prompt | its prompt | 100.0 | 60 % | 6.0 [5.0, 7.5] | - | 1.5 |",
         "",
         "| in stages | stage 1 | stage 2 | stage 3 |",
         "|---|---|---|---|",
@@ -199,8 +199,8 @@ def test_the_table_by_eye() -> None:
         "| BLEU of the stage's prompt, seed 1 | 4.0 | 5.0 | 8.0 |",
     ]
     # The other model has no full prompt to compare with.
-    (other,) = (line for line in lines[16:] if line.startswith("| compressed prompt"))
-    assert other == "| compressed prompt | its prompt | 100.0 | - | 6.0 [5.0, 7.5] | 1.5 |"
+    (other,) = (line for line in lines[16:] if line.startswith("| shortened prompt"))
+    assert other == "| shortened prompt | its prompt | 100.0 | - | 6.0 [5.0, 7.5] | 1.5 |"
     assert "21 of both splits were left out" in lines[-1]
     assert "16 requests from other, 1.15 million parameters" in lines[-1]
 

@@ -92,7 +92,7 @@ def test_the_committed_rows_of_internalisation_hold_what_is_promised() -> None:
     for seed in (0, 1, 2):
         staged, full, run_bare, *_ = (
             trained[seed, run]
-            for run in ("in stages", "full prompt", "full prompt, run bare", "bare query", "compressed prompt")
+            for run in ("in stages", "full prompt", "full prompt, run bare", "bare query", "shortened prompt")
         )
         assert staged["tokens"] <= 0.1 * full["tokens"]
         assert staged["exact_match"]["value"] >= 0.97 * full["exact_match"]["value"]

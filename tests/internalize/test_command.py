@@ -29,13 +29,14 @@ def test_keyword_arguments_come_from_the_table() -> None:
         StageSettings(max_lenght=3)  # pyright: ignore[reportCallIssue]
 
 
-def test_a_recipe_of_version_01_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [OLD, "\n".join(reversed(OLD.splitlines()))], ids=["in-order", "reversed"])
+def test_a_recipe_of_version_01_is_read(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(OLD, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         found = InternalizeSettings.load(path)
-    assert "template is now called prompt_file" in str(warned[0].message)
+    assert any("template is now called prompt_file" in str(each.message) for each in warned)
     assert len(warned) == 5
     assert (found.prompt_file, found.template, found.shortener) == ("rules.txt", "plain", "rewrites")
     assert (found.max_examples, found.num_gist_stages) == (3, 2)
@@ -49,6 +50,20 @@ def test_the_template_of_a_recipe_is_a_conversations(tmp_path: Path) -> None:
     path.write_text("template: rules.txt\nprompt_file: rules.txt\n", encoding="utf-8")
     with pytest.raises(GistError, match=r"recipe.yaml, line 1: template must be one of .*: --prompt-file FILE\)"):
         InternalizeSettings.load(path)
+
+
+def test_a_recipe_with_an_old_and_its_new_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("max_examples: 4\nexamples: 3\n", encoding="utf-8")
+    with pytest.raises(GistError, match="line 2: max_examples is given twice, also by its old name"), pytest.warns():
+        InternalizeSettings.load(path)
+
+
+def test_old_keywords_of_shortening_work_for_one_release() -> None:
+    from gisting.internalize.shorteners import NoShortening, shorten
+
+    with pytest.warns(DeprecationWarning, match="the argument template will be removed"):
+        assert shorten(NoShortening(), template="a b", share=0.5) == "a b"  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize(

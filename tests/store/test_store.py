@@ -1126,7 +1126,7 @@ def test_table(store: GistStore) -> None:
 
 
 def test_table_refuses(store: GistStore) -> None:
-    with pytest.raises(StoreError, match="has no names to make a table of; give keys, or put something in"):
+    with pytest.raises(StoreError, match="has no names to make a table of; give keys, or add an entry"):
         store.table()
     other = CacheOrigin("llama/ffffffffffff", "ba9876543210", "plain", "gist")
     store.put_many({"a": made(1), "b": made(2, origin=other)})

@@ -6,7 +6,7 @@ control is trained in as many steps with the rules in view, and always needs the
 queries alone, which is enough if, as here, the answers name everything that the rules say. The report compares them
 with each other and with prefix caching, at prices that you give. Takes about half a minute on one CPU core.
 
-    python examples/05_internalize_a_template.py --steps 300 --output runs/store
+    python examples/05_internalize_a_prompt.py --steps 300 --output runs/store
 """
 
 import argparse

@@ -23,7 +23,7 @@ from gisting._compat import is_version_in, requirements, untested
 from gisting._version import __version__
 from gisting.attention import choose_implementation, interval_attention
 from gisting.errors import GistError
-from gisting.source import weight_files
+from gisting.source import local, weight_files
 from gisting.visibility import gist as gist_visibility
 
 __all__ = ["EXTRAS", "Finding", "examine_here", "examine_path"]
@@ -85,7 +85,7 @@ def examine_path(path: str | Path) -> list[Finding]:
     """
     from gisting.store.index import INDEX
 
-    path = Path(path) if Path(path).exists() else path
+    path = Path(local(path)) if Path(local(path)).exists() else path
     if isinstance(path, Path) and path.is_file():
         return list(_cache_file(path))
     if isinstance(path, Path) and (path / INDEX).is_file():
@@ -328,10 +328,10 @@ def _gists(name: str | Path, config: Any, gist: dict[str, Any] | None) -> Iterat
 
 
 def _weights(name: str | Path, *, is_adapter: bool) -> str:
-    """Describe the weight files, after checking that the header of each fits its size.
+    """Describe the weight files, after checking that the header of each fits its size and that no weight is missing.
 
     Raises:
-        GistError: a file is missing or damaged.
+        GistError: a file is missing or damaged, or the files lack a weight of the model or have it in another shape.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -351,8 +351,37 @@ def _weights(name: str | Path, *, is_adapter: bool) -> str:
         except (SafetensorError, OSError) as error:
             raise GistError(f"{file.name} is missing or damaged ({error}); fetch the checkpoint again") from error
         num_bytes += file.stat().st_size
+    if not is_adapter:
+        _check_names(name)
     where = files[0].name if len(files) == 1 else f"{len(files)} files"
     return f"{num_tensors:,} tensors in {where}, {num_bytes:,} bytes"
+
+
+def _check_names(name: Path) -> None:
+    """Raise if a weight of the model is in none of its files, or in another shape. Reads their headers alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.utils import logging
+
+    from gisting.models.load import describe_missing
+    from gisting.models.registry import read_config
+
+    auto: Any = AutoModelForSeq2SeqLM if read_config(name).is_encoder_decoder else AutoModelForCausalLM
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # It prints a table of what this reports in a line.
+    logging.disable_progress_bar()
+    try:
+        _, about = auto.from_pretrained(name, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
+    finally:
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
+    fault = describe_missing(about)
+    if fault is not None:
+        raise GistError(fault)
+    for weight, held, wanted in about["mismatched_keys"]:
+        raise GistError(
+            f"{weight} is {tuple(held)} in the files and {tuple(wanted)} in config.json; fetch the checkpoint again"
+        )
 
 
 def _has(name: str | Path, file: str) -> bool:

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from gisting.errors import CacheFormatError, GistError
+from gisting.source import kind_of_file
 
 __all__ = ["FORMAT", "MAX_BYTES", "STORAGES", "inspect", "malformed", "read", "write", "write_atomically"]
 
@@ -425,6 +426,12 @@ def _digest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _altered(path: str | Path, reason: object) -> CacheFormatError:
+    try:
+        kind = kind_of_file(path)
+    except OSError:
+        kind = None
+    if kind is not None:
+        return CacheFormatError(f"{path} is not a gist cache: it is {kind}")
     return CacheFormatError(f"{path} is truncated or altered ({_short(reason)}); compress the prompt again")
 
 

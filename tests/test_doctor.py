@@ -267,12 +267,16 @@ def eos_dropped(path: Path) -> None:
 )
 def test_what_is_wrong_with_a_checkpoint(run, demo: Path, plant, name: str, message: str) -> None:
     plant(demo)
-    ((found, value),) = faults(doctor.examine_path(demo))
-    assert found == name
+    found = faults(doctor.examine_path(demo))
+    ((value),) = [value for where, value in found if where == name]
     assert message in value
+    if (name, len(found)) != ("gist token", 2):  # There the embedding has other rows than the configuration says.
+        assert len(found) == 1
     done = run("doctor", demo, "--json")
     assert done.code == 1
-    assert [row["value"] for row in map(json.loads, done.out.splitlines()) if row["is_fault"]] == [value]
+    assert [row["value"] for row in map(json.loads, done.out.splitlines()) if row["is_fault"]] == [
+        value for _, value in found
+    ]
 
 
 def test_a_shard_that_is_missing(tmp_path: Path) -> None:

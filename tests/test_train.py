@@ -206,6 +206,18 @@ def test_the_batch_is_that_of_all_devices(
     assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (16, accumulation)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_model_inside_peft_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    """Its checkpoint would have peft's names, which nothing reads back."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = fresh("llama")
+    inside: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(GistError, match=r"^model has adapters of peft \(in \d+ modules, .*q_proj among them\)"):
+        finetune(inside.base_model.model, tokenizer, RECORDS, arguments(tmp_path / "out"))
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
 def test_training_errors(tmp_path: Path) -> None:
     model, tokenizer = fresh("llama")
     with pytest.raises(GistError, match="records is empty"):

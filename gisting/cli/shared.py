@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from gisting.errors import GistError
 
@@ -67,9 +69,41 @@ class Commands(typer.Typer):
             lines = ["  " + " ".join(example.split()) for example in examples]
             # \b keeps the lines as they are.
             ending = {"epilog": "\n".join(["\b", "Examples:", *lines])} if lines else {}
+            settings.setdefault("cls", _Command)
             return super(Commands, self).command(name, help="\n\n".join(text), **ending, **settings)(function)
 
         return add
+
+
+class _Command(TyperCommand):
+    """A command that names the nearest options when it is given one that does not exist."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # click's, or typer's copy of it, depending on typer's version
+            wrong = getattr(error, "option_name", None)
+            if hasattr(error, "possibilities") and isinstance(wrong, str):
+                own = [flag for one in self.params for flag in one.opts if flag.startswith("--")]
+                error.possibilities = nearest(wrong, own)  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+
+
+def nearest(wrong: str, names: Sequence[str]) -> list[str]:
+    """Return up to three of ``names`` that could be meant by a wrong one: spelled alike, its initials, or a part of it.
+
+    Args:
+        wrong: what was written, such as ``--lr``.
+        names: what exists, such as ``--learning-rate``.
+    """
+    words = {name: name.strip("-").replace("_", "-").split("-") for name in names}
+    meant = wrong.strip("-").replace("_", "-").split("-")
+    initials = [name for name in names if "".join(word[0] for word in words[name] if word) == "".join(meant)]
+    alike = difflib.get_close_matches("-".join(meant), ["-".join(words[name]) for name in names], cutoff=0.75)
+    spelled = [name for part in alike for name in names if "-".join(words[name]) == part]
+    parts = [name for name in names if len("".join(meant)) > 2 and set(meant) & set(words[name])]
+    parts.sort(key=lambda name: -len(set(meant) & set(words[name])))
+    return list(dict.fromkeys([*spelled, *initials, *parts]))[:3]
 
 
 _EXAMPLE = "Example: "

@@ -37,8 +37,9 @@ from gisting.errors import GistError
 from gisting.eval.metrics import exact_matches, rouge
 from gisting.eval.statistics import Interval, bootstrap
 from gisting.generation import generate
+from gisting.generation.checks import chosen_k, listed
 from gisting.models.mode import evaluating
-from gisting.models.state import require_patched
+from gisting.models.state import end_with, require_patched
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistTokenizer
@@ -171,7 +172,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
     records: Sequence[Record],
-    num_gist_tokens: int | Sequence[int] = 1,
+    num_gist_tokens: int | Sequence[int] | None = None,
     *,
     conditions: Sequence[str] = tuple(CONDITIONS),
     chunk_length: int | None = None,
@@ -190,7 +191,7 @@ def evaluate(
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
         records: the records to answer; their outputs are the references.
-        num_gist_tokens: k, or several values, each of which is evaluated.
+        num_gist_tokens: k, or several values, each of which is evaluated; None as for :func:`gisting.compress`.
         conditions: names in ``EVAL_CONDITIONS``.
         chunk_length: as for :func:`gisting.generate`, for a model that was trained in chunks.
         max_new_tokens: maximum length of an answer.
@@ -208,8 +209,11 @@ def evaluate(
     Raises:
         GistError: there are no records, a condition or k is invalid, or as :func:`gisting.generate`.
     """
-    counts = [num_gist_tokens] if isinstance(num_gist_tokens, int) else list(num_gist_tokens)
-    _check(model, tokenizer, records, counts, conditions, batch_size)
+    require_patched(model, tokenizer)
+    records, conditions = listed("records", records, "records"), listed("conditions", conditions, "names")
+    chosen = chosen_k(model, num_gist_tokens)
+    counts = [chosen] if isinstance(chosen, int) else list(chosen)
+    _check(records, counts, conditions, batch_size)
     results: list[ConditionResult] = []
     for k in counts:
         for condition in conditions:
@@ -259,10 +263,14 @@ class _Run:
                 max_new_tokens=max_new_tokens,
                 **settings,
             )
-        config: Any = copy.deepcopy(settings.pop("generation_config", None) or self.model.generation_config)
+        given = settings.pop("generation_config", None)
+        is_end_given = "eos_token_id" in settings or getattr(given, "eos_token_id", None) is not None
+        config: Any = copy.deepcopy(given or self.model.generation_config)
         extra = config.update(**settings)
         suppressed = {*(config.suppress_tokens or ()), self.tokenizer.gist_token_id}
         config.update(max_new_tokens=max_new_tokens, suppress_tokens=sorted(suppressed))
+        if not is_end_given:
+            end_with(config, self.tokenizer)
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
         batch = self._plain(self._sources(records))
@@ -362,15 +370,7 @@ def _scores(
     }
 
 
-def _check(
-    model: PreTrainedModel,
-    tokenizer: GistTokenizer,
-    records: Sequence[Record],
-    counts: Sequence[int],
-    conditions: Sequence[str],
-    batch_size: int,
-) -> None:
-    require_patched(model, tokenizer)
+def _check(records: Sequence[Record], counts: Sequence[int], conditions: Sequence[str], batch_size: int) -> None:
     if not records:
         raise GistError("records is empty; give at least one record")
     if batch_size < 1:

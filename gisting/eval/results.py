@@ -273,7 +273,7 @@ def evaluate_splits(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
     splits: Mapping[str, Sequence[Record]],
-    num_gist_tokens: int | Sequence[int] = 1,
+    num_gist_tokens: int | Sequence[int] | None = None,
     *,
     name: str,
     environment: Mapping[str, Any],
@@ -292,7 +292,7 @@ def evaluate_splits(
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
         splits: the records of each data set by its name.
-        num_gist_tokens: k, or several values.
+        num_gist_tokens: k, or several values; None as for :func:`gisting.compress`.
         name: what to call the model, such as the path it was loaded from.
         environment: device, versions and commit, as ``gisting.measure.rows.environment()`` gives them.
         conditions: names in ``EVAL_CONDITIONS``.

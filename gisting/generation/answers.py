@@ -14,7 +14,7 @@ from gisting._compat import cache_argument
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
 from gisting.generation.call import Call, prepare_call
-from gisting.generation.checks import check_condition, check_num_rows, check_origin, check_positions
+from gisting.generation.checks import check_condition, check_num_rows, check_origin, check_positions, chosen_k, listed
 from gisting.generation.compression import compress_encodings
 from gisting.generation.streaming import ends_its_streamer
 from gisting.models import decoder, encoder_decoder
@@ -49,7 +49,7 @@ def generate(
     *,
     cache: GistCache | None = None,
     prompts: Sequence[str] | None = None,
-    num_gist_tokens: int | Sequence[int] = 1,
+    num_gist_tokens: int | Sequence[int] | None = None,
     condition: str = "gist",
     chunk_length: int | None = None,
     max_new_tokens: int | None = None,
@@ -67,7 +67,7 @@ def generate(
         cache: the compressed prompts, one for all inputs or one each. It is not changed.
         prompts: instead of ``cache``, the prompts themselves, one for all or one each; they are run under
             ``condition``.
-        num_gist_tokens: k, if ``prompts`` are given.
+        num_gist_tokens: k, if ``prompts`` are given, as for :func:`gisting.compress`.
         condition: ``"gist"``, ``"positive"`` or ``"negative"``, if ``prompts`` are given.
         chunk_length: as for :func:`gisting.compress`, if ``prompts`` are given.
         max_new_tokens: the largest number of tokens in an answer; None for the one in a given ``generation_config``, or
@@ -93,13 +93,12 @@ def generate(
         CacheMismatchError: the cache belongs to another model, tokenizer or template, or has another dtype, device or
             batch size.
     """
+    inputs = listed("inputs", inputs)
     kinds = {"cache_implementation": cache_implementation, "assistant_model": assistant_model}
     call = prepare_call(model, tokenizer, inputs, max_new_tokens, {**generate_kwargs, **kinds}, assistant_cache)
     check_condition(condition)
     if (cache is None) == (prompts is None):
         raise GistError("give either cache or prompts: generate(..., cache=compress(model, tokenizer, prompts))")
-    if isinstance(prompts, str):
-        raise GistError("prompts must be a list of texts, got one text; put it in a list")
     if cache is not None and chunk_length is not None:
         raise GistError(
             f"chunk_length ({chunk_length}) is for prompts, but cache holds prompts that are already compressed; give "
@@ -109,8 +108,9 @@ def generate(
     if cache is not None:
         check_origin(model, tokenizer, cache)
         return _answer(model, tokenizer, cache, inputs, call).texts
-    prompts = list(prompts or ())
+    prompts = listed("prompts", () if prompts is None else prompts)
     check_num_rows("prompts", len(prompts), len(inputs))
+    num_gist_tokens = chosen_k(model, num_gist_tokens)
     if not call.architecture.has_prefix_states(condition):
         return _answer_from_text(model, tokenizer, inputs, prompts, num_gist_tokens, condition, call)
     encodings = tokenizer.encode_prompts(prompts, num_gist_tokens, chunk_length)
@@ -155,6 +155,7 @@ def converse(
             none of which keep the states of each answer separate.
         CacheMismatchError: as :func:`generate`.
     """
+    inputs = listed("inputs", inputs)
     assistant_cache = generate_kwargs.pop("assistant_cache", None)
     call = prepare_call(model, tokenizer, inputs, max_new_tokens, generate_kwargs, assistant_cache)
     call.architecture.check_can_converse(model)

@@ -17,7 +17,7 @@ from gisting.errors import GistError
 from gisting.generation.checks import check_count, check_num_rows, check_origin
 from gisting.generation.streaming import check_streamer
 from gisting.models.architecture import Architecture, architecture_of
-from gisting.models.state import require_patched
+from gisting.models.state import end_with, require_patched
 from gisting.tokens import GistTokenizer
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ def prepare_call(
         raise GistError('inputs is empty; give at least one text, "" if the prompt needs no input')
 
     given = generate_kwargs.pop("generation_config", None)
+    is_end_given = "eos_token_id" in generate_kwargs or getattr(given, "eos_token_id", None) is not None
     assistant_model = generate_kwargs.pop("assistant_model", None)
     implementation = generate_kwargs.pop("cache_implementation", None)
     own: Any = model.generation_config
@@ -177,6 +178,8 @@ def prepare_call(
     extra = config.update(**generate_kwargs)
     # Filled in here as stock generate would, so that the checks below see the final settings.
     config.update(**own.to_dict(), defaults_only=True)
+    if not is_end_given:
+        end_with(config, tokenizer)
     suppressed = {*(config.suppress_tokens or ()), *(own.suppress_tokens or ()), tokenizer.gist_token_id}
     if max_new_tokens is None:
         max_new_tokens = 128 if given is None or given.max_new_tokens is None else given.max_new_tokens

@@ -5,13 +5,16 @@ Place in the flow: before anything in ``gisting.generation`` runs a model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import weakref
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from gisting.cache import GistCache
 from gisting.errors import CacheMismatchError, GistError
 from gisting.models.fingerprint import fingerprint
+from gisting.models.load import trained_num_gist_tokens
 from gisting.models.registry import position_limit
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
@@ -20,7 +23,69 @@ from gisting.visibility import CONDITIONS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_condition", "check_count", "check_num_rows", "check_origin", "check_positions"]
+__all__ = ["check_condition", "check_count", "check_num_rows", "check_origin", "check_positions", "chosen_k", "listed"]
+
+
+_log = logging.getLogger(__name__)
+# The numbers of gist tokens, other than the trained ones, that were reported for a model.
+_reported: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+
+
+def chosen_k(model: PreTrainedModel, num_gist_tokens: int | Sequence[int] | None) -> int | Sequence[int]:
+    """Return how many gist tokens to use: as many as asked for, or else the most that ``model`` was trained with.
+
+    A number that the model was not trained with is used, and reported once for each model.
+
+    Args:
+        model: a patched model.
+        num_gist_tokens: what the caller asked for, or None.
+
+    Returns:
+        ``num_gist_tokens``; without it the largest that the model was trained with, or 1 for a model whose config does
+        not say.
+
+    Raises:
+        GistError: it is no whole number, and no list of them.
+    """
+    trained = trained_num_gist_tokens(model)
+    if num_gist_tokens is None:
+        return 1 if trained is None else trained[1]
+    given: Any = num_gist_tokens
+    is_one = isinstance(given, Integral)
+    wanted = [given] if is_one else listed("num_gist_tokens", given, "whole numbers")
+    if any(isinstance(k, bool) or not isinstance(k, Integral) for k in wanted):
+        raise GistError(f"num_gist_tokens must be a whole number, or a list of them, got {given!r:.100}")
+    wanted = [int(k) for k in wanted]
+    if trained is not None:
+        reported = _reported.setdefault(model, set())
+        others = {k for k in wanted if not trained[0] <= k <= trained[1]} - reported
+        if others:
+            reported |= others
+            _log.warning(
+                "num_gist_tokens is %s, but the model was trained with %s, so its answers may be much worse; leave "
+                "num_gist_tokens out to use as many as in training",
+                ", ".join(map(str, sorted(others))),
+                trained[0] if trained[0] == trained[1] else f"{trained[0]} to {trained[1]}",
+            )
+    return wanted[0] if is_one else wanted
+
+
+def listed(name: str, values: Iterable[Any], of_what: str = "texts") -> list[Any]:
+    """Return what the argument ``name`` holds as a list: a list, a tuple, an array, a column, a generator.
+
+    Args:
+        name: the argument's name, for the message.
+        values: its value.
+        of_what: what it should hold, for the message.
+
+    Raises:
+        GistError: it is one text, or nothing that holds several values.
+    """
+    if isinstance(values, str | bytes):
+        raise GistError(f"{name} must be a list of {of_what}, got one text; put it in a list")
+    if isinstance(values, Mapping | Set) or not isinstance(values, Iterable):
+        raise GistError(f"{name} must be a list of {of_what}, got {type(values).__name__}")
+    return list(values)
 
 
 def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache) -> None:

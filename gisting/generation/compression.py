@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
-from gisting.generation.checks import check_condition, check_count, check_positions
+from gisting.generation.checks import check_condition, check_count, check_positions, chosen_k, listed
 from gisting.models.adapters import check_num_gist_tokens
 from gisting.models.architecture import architecture_of
 from gisting.models.fingerprint import fingerprint
@@ -29,7 +29,7 @@ def compress(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
     prompts: Sequence[str],
-    num_gist_tokens: int | Sequence[int] = 1,
+    num_gist_tokens: int | Sequence[int] | None = None,
     *,
     condition: str = "gist",
     batch_size: int = 32,
@@ -41,7 +41,8 @@ def compress(
         model: a patched model, on any device, in any floating dtype.
         tokenizer: the tokenizer it was patched for.
         prompts: B texts of any lengths.
-        num_gist_tokens: k, one for all or one each. Use a k that the model was trained with.
+        num_gist_tokens: k, one for all or one each; None for the largest that the model was trained with (1 if its
+            config does not say). A k that it was not trained with is reported once, in a warning of the logger.
         condition: what a later text may see of the prompt: ``"gist"``, or for comparison on a decoder ``"positive"``
             (prompt and gist: ordinary prefix caching) or ``"negative"`` (nothing).
         batch_size: how many prompts to run at once. Prompts are sorted by length first.
@@ -62,7 +63,8 @@ def compress(
     require_patched(model, tokenizer)
     check_condition(condition)
     check_count("batch_size", batch_size)
-    encodings = tokenizer.encode_prompts(prompts, num_gist_tokens, chunk_length)
+    prompts = listed("prompts", prompts)
+    encodings = tokenizer.encode_prompts(prompts, chosen_k(model, num_gist_tokens), chunk_length)
     if not encodings:
         raise GistError("prompts is empty; give at least one prompt")
     origin = CacheOrigin(fingerprint(model), tokenizer.fingerprint, tokenizer.template.name, condition)

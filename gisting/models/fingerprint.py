@@ -21,10 +21,18 @@ from gisting.errors import GistError
 from gisting.models.registry import is_length_dependent
 from gisting.models.weights import input_weight
 
-__all__ = ["fingerprint", "walk"]
+__all__ = ["fingerprint", "is_peft_layer", "walk"]
 
-# Entries of a config that do not change any hidden state.
-_IGNORED = {"architectures", "dtype", "gist", "torch_dtype", "transformers_version", "use_cache"}
+# Entries of a config that do not change any hidden state, at any depth: where it comes from, ids that only generation
+# and losses read, what a call returns, what initialises weights and what labels are called.
+_IGNORED = {
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "gist", "name_or_path", "tokenizer_class"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"),
+    *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    *("use_cache", "output_hidden_states", "output_attentions", "output_router_logits", "return_dict"),
+    *("initializer_range", "initializer_factor", "router_aux_loss_coef"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+}
 # Attributes that say whether an adapter is active, which no weight shows.
 _ADAPTER_STATE = ("active_adapters", "active_adapter", "disable_adapters", "merged", "merged_adapters", "scaling")
 # Factors in attention that no weight shows: of the scores, and of the cosines and sines of a rotation.
@@ -40,12 +48,13 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(model: PreTrainedModel) -> str:
     """Return ``model_type/`` and twelve hex digits of a SHA-256 over the configuration and a sample of every tensor.
 
-    The hash covers the configuration; name, shape and :func:`walk` of each parameter and persistent buffer (including
-    the scales of quantised weights); the complete embedding row of the gist token; the rotary frequencies in memory and
-    the factors in attention, whatever the configuration says about them; and whether each peft adapter is active,
-    merged or disabled. Tied tensors count under each of their names, so it does not matter whether they share memory.
-    Values of 16 and 32 bits are read as float32, so a lossless cast does not change the fingerprint; all others are
-    read bit for bit.
+    The hash covers the configuration, but not entries that change no hidden state (``pad_token_id``, ``eos_token_id``,
+    ``use_cache``, ``output_hidden_states`` and the like); name, shape and :func:`walk` of each parameter and persistent
+    buffer (including the scales of quantised weights); the complete embedding row of the gist token; the rotary
+    frequencies in memory and the factors in attention, whatever the configuration says about them; and whether each
+    peft adapter is active, merged or disabled. Tied tensors count under each of their names, so it does not matter
+    whether they share memory. Values of 16 and 32 bits are read as float32, so a lossless cast does not change the
+    fingerprint; all others are read bit for bit.
 
     ``model.to(torch.bfloat16)`` rounds rotary frequencies, ``from_pretrained(dtype=torch.bfloat16)`` leaves them in
     float32. These are two different models, because they rotate keys differently. If the frequencies depend on the
@@ -65,8 +74,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     Raises:
         GistError: a tensor is on the meta device, so there are no values to read.
     """
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _IGNORED and key[0] != "_"}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str).encode())
     digest.update(json.dumps(_adapter_state(model), sort_keys=True, default=str).encode())
     digest.update(json.dumps(_scaling(model), sort_keys=True).encode())
     tensors = [
@@ -82,6 +90,13 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"\n{name} {tuple(tensor.shape)} {'float' if _is_cast(tensor) else tensor.dtype}\n".encode())
         digest.update(sample.numpy().data)
     return f"{model.config.model_type}/{digest.hexdigest()[:12]}"
+
+
+def _lasting(config: Any) -> Any:
+    """Leave out of a config, and of the configs in it, what changes no hidden state."""
+    if not isinstance(config, dict):
+        return config
+    return {str(key): _lasting(value) for key, value in config.items() if key not in _IGNORED and str(key)[:1] != "_"}
 
 
 def walk(tensor: Tensor) -> Tensor:
@@ -173,13 +188,22 @@ def _adapter_state(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Collect, for each layer that peft has wrapped, whether and how strongly its adapters act."""
     found = {}
     for name, module in model.named_modules():
-        # A property, because transformers' own models have methods with some of these names.
-        if isinstance(getattr(type(module), "disable_adapters", None), property):
+        if is_peft_layer(module):
             state = {key: getattr(module, key) for key in _ADAPTER_STATE if hasattr(module, key)}
             # The variants say where an adapter acts, for example at gist tokens only.
             variants = {key: type(value).__name__ for key, value in getattr(module, "lora_variant", {}).items()}
             found[_uncompiled(name)] = {**state, **({"variants": variants} if variants else {})}
     return found
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Return whether peft has put ``module`` in the place of one of the model's own.
+
+    Args:
+        module: any module.
+    """
+    # A property, because transformers' own models have methods of this name.
+    return isinstance(getattr(type(module), "disable_adapters", None), property)
 
 
 def _uncompiled(name: str) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from gisting.tokens import GistTokenizer
 
-__all__ = ["push_to_hub", "save_pretrained", "upload"]
+__all__ = ["check_complete", "push_to_hub", "save_pretrained", "upload"]
 
 # Weight files of an earlier upload are deleted, because the new checkpoint may be split into other files.
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -60,12 +60,12 @@ def save_pretrained(
     from gisting.models import adapters
     from gisting.models.fingerprint import fingerprint
     from gisting.models.load import trained_num_gist_tokens
-    from gisting.models.state import require_patched
+    from gisting.models.state import end_with, require_patched
 
     require_patched(model, tokenizer)
     adapter = adapters.adapter_of(model)
     if adapter is None:
-        _check_complete(model)
+        check_complete(model)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise GistError(f"directory must be a directory, but {directory} is a file; give another path")
@@ -83,6 +83,7 @@ def save_pretrained(
         **card,
     )
     if adapter is None:
+        end_with(model.generation_config, tokenizer)  # Other settings may have replaced those that patch made.
         model.save_pretrained(directory)
     else:
         adapters.save(model, tokenizer, directory)
@@ -203,17 +204,30 @@ def _check_repository(repo_id: str) -> None:
         raise GistError(f"repo_id must be a repository on the hub, 'owner/name', got {repo_id!r}")
 
 
-def _check_complete(model: Any) -> None:
-    """Refuse models with adapters, because transformers and peft write an adapter without its base model."""
+def check_complete(model: Any) -> None:
+    """Refuse a model with peft's adapters, whose weights would be written without their base or under peft's names.
+
+    peft changes a model in place, so this includes the model inside a ``PeftModel``, also after ``merge_adapter()``.
+
+    Args:
+        model: the model to write.
+
+    Raises:
+        GistError: it has adapters, or is no model of transformers.
+    """
     from transformers import PreTrainedModel
+
+    from gisting.models.fingerprint import is_peft_layer
 
     if not isinstance(model, PreTrainedModel):
         raise GistError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}; merge its adapters first: "
             "model = model.merge_and_unload()"
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
+    wrapped = [name for name, module in model.named_modules() if is_peft_layer(module)]
+    if wrapped or getattr(model, "_hf_peft_config_loaded", False):
+        where = f" (in {len(wrapped)} modules, {wrapped[0]} among them)" if wrapped else ""
         raise GistError(
-            "model has adapters, which would be written without their base model; merge them first, with peft's "
-            "PeftModel.merge_and_unload()"
+            f"model has adapters of peft{where}, which gisting.load could not read back; merge them first, with "
+            "peft's PeftModel.merge_and_unload(), and save the model that it returns"
         )

@@ -6,6 +6,8 @@ checkpoints.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from gisting.models.patch import patch
 from gisting.models.published import ALPACA_STRIPPED, published
 from gisting.models.registry import family_of, read_config
 from gisting.models.weight_difference import looks_like_difference, refusal
-from gisting.source import SOURCE_ARGUMENTS
+from gisting.source import SOURCE_ARGUMENTS, find_file, local
 from gisting.tokens import GistTokenizer, Template, read_tokenizer
 
-__all__ = ["load", "trained_chunk_length", "trained_num_gist_tokens"]
+__all__ = ["describe_missing", "load", "trained_chunk_length", "trained_num_gist_tokens"]
+
+
+_PEFT = "adapter_config.json"
 
 
 def load(
@@ -31,7 +36,9 @@ def load(
 
     A checkpoint that was saved patched has its gist tokenizer with it. A checkpoint of the published code has the gist
     token in its tokenizer, and keeps it. Any other gets a new gist token, which it must learn by training. A directory
-    with an adapter (:mod:`gisting.models.adapters`) names its base model, which is loaded and frozen.
+    with an adapter (:mod:`gisting.models.adapters`) names its base model, which is loaded and frozen. What peft saved
+    of a model that was patched before ``get_peft_model`` (as ``SFTTrainer(peft_config=...)`` does) is merged into its
+    base model, which it names; the template is in the ``gist.json`` of either, or must be given.
 
     Args:
         name_or_path: a directory, or a repository on the Hugging Face hub.
@@ -46,9 +53,10 @@ def load(
 
     Raises:
         UnsupportedModelError: the model cannot be gisted correctly.
-        GistError: there is no such checkpoint, one of its files is damaged, it is a weight difference, or it was saved
-            with another template.
+        GistError: there is no such checkpoint, one of its files is damaged, some of its weights are in no file, it is
+            a weight difference, or it was saved with another template.
     """  # noqa: DOC501
+    name_or_path = local(name_or_path)
     known = published(name_or_path)
     if known is not None and known.is_difference:
         raise refusal(name_or_path)
@@ -59,6 +67,9 @@ def load(
         about = adapters.read_about(name_or_path, **source)
         if about is not None:
             return _load_with_adapter(name_or_path, about["base"], template, source, model_kwargs)
+        found = find_file(name_or_path, _PEFT, **source)
+        if found is not None:
+            return _load_merged(name_or_path, found, template, source, model_kwargs)
         raise
     family_of(config)  # before the weights are fetched
     if (getattr(config, "gist", None) or {}).get("adapter") is not None:
@@ -74,10 +85,7 @@ def load(
         if template is None and tokenizer.has_own_gist_token and not tokenizer.is_encoder_decoder:
             tokenizer = GistTokenizer(wrapped, ALPACA_STRIPPED)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    try:
-        model = auto.from_pretrained(name_or_path, **model_kwargs)
-    except SafetensorError as error:
-        raise GistError(f"{name_or_path}: a weight file is damaged ({error}); fetch the checkpoint again") from error
+    model = _read_weights(auto, name_or_path, model_kwargs)
     if tokenizer.has_own_gist_token and looks_like_difference(model):
         raise refusal(name_or_path)
     patch(model, tokenizer)
@@ -105,12 +113,89 @@ def _load_with_adapter(
     # The revision is the adapter's; the base model's repository has other revisions.
     model_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("revision", "subfolder")}
     try:
-        model = auto.from_pretrained(base, **model_kwargs)
+        model = _read_weights(auto, base, model_kwargs)
     except (OSError, ValueError) as error:
         raise GistError(f"{name_or_path} needs its base model {base}, which cannot be loaded ({error})") from error
     patch(model, tokenizer)
     adapters.load(model, name_or_path, **source)
     return model.eval(), tokenizer
+
+
+def _load_merged(
+    name_or_path: str | Path,
+    about: str,
+    template: str | Template | None,
+    source: dict[str, Any],
+    model_kwargs: dict[str, Any],
+) -> tuple[PreTrainedModel, GistTokenizer]:
+    """Load what peft saved of a patched model that was trained inside a ``PeftModel``, merged into its base model."""
+    from peft import PeftModel
+
+    try:
+        base = json.loads(Path(about).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (LookupError, TypeError, ValueError) as error:
+        raise GistError(f"{about} is damaged ({error}); get the adapter again") from error
+    if not base:
+        raise GistError(f"{name_or_path} does not name its base model; set base_model_name_or_path in {about}")
+    base_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("revision", "subfolder")}
+    base_source = {key: value for key, value in source.items() if key not in ("revision", "subfolder")}
+    if template is None:
+        for place, how in ((name_or_path, source), (base, base_source)):
+            if find_file(place, "gist.json", **how) is not None:
+                tokenizer = GistTokenizer.from_pretrained(place, **how)
+                break
+        else:
+            raise GistError(
+                f"{name_or_path} is an adapter of peft, and neither it nor its base model {base} says with which "
+                f"template it was trained; give it: gisting.load({str(name_or_path)!r}, template=...), or save the "
+                "tokenizer next to it: tokenizer.save_pretrained(directory)"
+            )
+    else:
+        config = read_config(base, **base_source)
+        wrapped = read_tokenizer(base, **base_source)
+        tokenizer = GistTokenizer(wrapped, template, is_encoder_decoder=bool(config.is_encoder_decoder))
+    auto = AutoModelForSeq2SeqLM if tokenizer.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        model = _read_weights(auto, base, base_kwargs)
+    except (OSError, ValueError) as error:
+        raise GistError(f"{name_or_path} needs its base model {base}, which cannot be loaded ({error})") from error
+    patch(model, tokenizer)
+    merged: Any = PeftModel.from_pretrained(model, str(name_or_path), **source)
+    return merged.merge_and_unload().eval(), tokenizer
+
+
+def _read_weights(auto: Any, name_or_path: str | Path, model_kwargs: dict[str, Any]) -> Any:
+    """Load a model, and refuse files that lack some of its weights, which transformers fills with random numbers."""
+    try:
+        model, about = auto.from_pretrained(name_or_path, **{**model_kwargs, "output_loading_info": True})
+    except SafetensorError as error:
+        raise GistError(f"{name_or_path}: a weight file is damaged ({error}); fetch the checkpoint again") from error
+    fault = describe_missing(about)
+    if fault is not None:
+        raise GistError(f"{name_or_path}: {fault}")
+    return model
+
+
+def describe_missing(about: Mapping[str, Any]) -> str | None:
+    """Describe the weights that a checkpoint lacks, and what to do, or return None if it lacks none.
+
+    Args:
+        about: what ``from_pretrained(output_loading_info=True)`` says about the weights.
+    """
+    missing = sorted(map(str, about["missing_keys"]))
+    if not missing:
+        return None
+    is_adapted = any(".base_layer." in str(name) for name in about["unexpected_keys"])
+    advice = (
+        "the model was saved with peft's adapters in it: load it as it was when it was trained, merge them with "
+        "PeftModel.merge_and_unload() and save the result"
+        if is_adapted
+        else "save or fetch the checkpoint again"
+    )
+    return (
+        f"{len(missing)} of the model's weights are in none of its files, {missing[0]} among them, and would be "
+        f"random; {advice}"
+    )
 
 
 def trained_num_gist_tokens(model: PreTrainedModel) -> tuple[int, int] | None:

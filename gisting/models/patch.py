@@ -30,7 +30,15 @@ from gisting.models.registry import (
     position_limit,
     register_attention,
 )
-from gisting.models.state import PATCH_FORMAT, Undo, check_recorded, guarded_stack, is_patched, require_patched
+from gisting.models.state import (
+    PATCH_FORMAT,
+    Undo,
+    check_recorded,
+    end_with,
+    guarded_stack,
+    is_patched,
+    require_patched,
+)
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 from gisting.visibility import is_interval_mask
@@ -58,7 +66,8 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
     is kept. Attention goes through ``interval_attention`` whenever ``attention_mask`` is a
     ``Visibility.as_attention_mask()``, and otherwise through the implementation that the model used before, so text
     without gist tokens gives exactly the same bits. Gist tokens are suppressed in ``generation_config``, so they are
-    never generated.
+    never generated, and the tokenizer's end of sequence is one of the ends there, so an answer ends where it was taught
+    to end.
 
     A model that was patched, saved and loaded is recognised by ``config.gist`` and keeps its rows.
 
@@ -114,7 +123,7 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
             "it: pip install 'transformers>=5.18'"
         )
 
-    undo = Undo(attention=attention)
+    undo = Undo(attention=attention, ends=getattr(model.generation_config, "eos_token_id", None))
     model._gist_undo = undo  # pyright: ignore[reportArgumentType]
     try:
         register_attention()
@@ -129,6 +138,7 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
             _add_rows(model, tokenizer, undo)
         _set_attention(model, gist_attention)
         _suppress(model, tokenizer.gist_token_id)
+        end_with(model.generation_config, tokenizer)
         guarded_stack(model).register_forward_pre_hook(
             functools.partial(_guard, gist_token_id=tokenizer.gist_token_id), with_kwargs=True
         )
@@ -316,6 +326,7 @@ def _restore(model: PreTrainedModel, *, forget: bool) -> None:
     if recorded is not None and model.generation_config is not None:
         kept = [token for token in model.generation_config.suppress_tokens or [] if token != recorded["gist_token_id"]]
         model.generation_config.suppress_tokens = kept or None
+        model.generation_config.eos_token_id = undo.ends
     if forget and recorded is not None:
         if input_weight(model).shape[0] > recorded["num_embeddings"]:
             _resize(model, recorded["num_embeddings"])

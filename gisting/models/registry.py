@@ -23,6 +23,7 @@ from gisting.attention import interval_attention
 from gisting.attention.memo import remembered_on
 from gisting.attention.relative import dense_bias
 from gisting.errors import GistError, UnsupportedModelError
+from gisting.source import explain, local
 from gisting.visibility import Visibility, is_interval_mask
 
 __all__ = [
@@ -137,11 +138,14 @@ def read_config(name_or_path: str | Path, **source: Any) -> PreTrainedConfig:
     Raises:
         GistError: there is none, or what it says about gists is damaged.
     """
+    fault = None if source.get("subfolder") else explain(name_or_path)
+    if fault is not None:
+        raise GistError(f"{name_or_path} is not a checkpoint: {fault}")
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **source)
+        config = AutoConfig.from_pretrained(local(name_or_path), **source)
     except (LookupError, OSError, TypeError, ValueError) as error:
         raise GistError(
-            f"{name_or_path} is not a checkpoint: there is no such directory with a config.json, and the hub did not "
+            f"{name_or_path} is not a checkpoint: no such directory with a readable config.json, and the hub did not "
             f"return one ({error})"
         ) from error
     gist = getattr(config, "gist", None)

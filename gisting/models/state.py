@@ -16,7 +16,7 @@ from gisting.errors import GistError
 from gisting.models.registry import Family, family_of
 from gisting.tokens import GistTokenizer
 
-__all__ = ["PATCH_FORMAT", "Undo", "check_recorded", "guarded_stack", "is_patched", "require_patched"]
+__all__ = ["PATCH_FORMAT", "Undo", "check_recorded", "end_with", "guarded_stack", "is_patched", "require_patched"]
 
 #: The format of ``config.gist``. It goes up when this version can no longer read what earlier ones wrote.
 PATCH_FORMAT = 1
@@ -32,10 +32,12 @@ class Undo:
         attention: the attention implementation of every sub-model before it was patched, by the sub-model's name.
         replaced_rows: the embedding rows that the gist token's rows replaced, ``(d_model,)`` each and a scalar for a
             bias, in the model's dtype; None if rows were added instead.
+        ends: ``generation_config.eos_token_id`` before the model was patched.
     """
 
     attention: dict[str, str] = field(default_factory=dict)
     replaced_rows: list[Tensor] | None = None
+    ends: int | list[int] | None = None
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -89,6 +91,28 @@ def check_recorded(recorded: dict[str, Any], tokenizer: GistTokenizer) -> None:
             f"token id {tokenizer.gist_token_id}); load the tokenizer that was saved with it: "
             "GistTokenizer.from_pretrained(directory)"
         )
+
+
+def end_with(config: Any, tokenizer: GistTokenizer) -> None:
+    """Let answers end at the tokenizer's end of sequence, with which every taught answer ends, in place.
+
+    The two differ in many chat models that were made of a base model, whose generation settings still name the base
+    model's end. Ends that ``config`` already has stay.
+
+    Args:
+        config: a ``GenerationConfig``, or None for a model that has none.
+        tokenizer: the tokenizer whose end of sequence to add. One without an end of sequence adds nothing.
+    """
+    try:
+        end = tokenizer.eos_token_id
+    except GistError:
+        return
+    if config is None:
+        return
+    own = config.eos_token_id
+    ends = [] if own is None else [own] if isinstance(own, int) else [int(one) for one in own]
+    if end not in ends:
+        config.eos_token_id = [*ends, end] if ends else end
 
 
 def guarded_stack(model: PreTrainedModel) -> Any:

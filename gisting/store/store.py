@@ -187,7 +187,7 @@ class GistStore:
         model: PreTrainedModel,
         tokenizer: GistTokenizer,
         prompts: Sequence[str],
-        num_gist_tokens: int | Sequence[int] = 1,
+        num_gist_tokens: int | Sequence[int] | None = None,
         *,
         names: Sequence[str | None] | None = None,
         condition: str = "gist",
@@ -204,7 +204,7 @@ class GistStore:
             model: a patched model.
             tokenizer: the tokenizer it was patched for.
             prompts: B texts. One may occur more than once, and is compressed once.
-            num_gist_tokens: k, one number for all or one for each.
+            num_gist_tokens: k, one number for all or one for each; None as for :func:`gisting.compress`.
             names: B names, or None where a prompt has none. A name that referred to another prompt, k or model is
                 moved; the entry it referred to stays in the store and is found by its text until it is removed.
             condition: as for :func:`gisting.compress`.
@@ -220,13 +220,15 @@ class GistStore:
             StoreError: a name is not valid or is given to two prompts, or the store is read-only and lacks something.
         """
         # Loads transformers, which reading a store does without.
+        from gisting.generation.checks import chosen_k, listed
         from gisting.models.state import require_patched
         from gisting.models.weights import input_weight
         from gisting.store.compressing import Compressor, check_names, check_prompts, write
 
         require_patched(model, tokenizer)
         tokenizer.check_chunk_length(chunk_length)
-        counts = check_prompts(prompts, num_gist_tokens)
+        prompts = prompts if isinstance(prompts, str) else listed("prompts", prompts)
+        counts = check_prompts(prompts, chosen_k(model, num_gist_tokens))
         compressor = Compressor(model, tokenizer, condition, batch_size, chunk_length)
         keys = compressor.keys(prompts, counts)
         key_of_name = check_names(names, keys)

@@ -11,14 +11,15 @@ import copy
 import hashlib
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gisting.errors import GistError, GistTokenError
-from gisting.source import SOURCE_ARGUMENTS, find_file
+from gisting.source import SOURCE_ARGUMENTS, find_file, local, missing
 from gisting.tokens.encoding import GistEncoding, cut_into_chunks
 from gisting.tokens.template import Template, resolve_template
 
@@ -193,7 +194,7 @@ class GistTokenizer:
                 f"the tokenizer had {self._num_wrapped} tokens when it was wrapped, now it has "
                 f"{len(self.tokenizer)}; wrap it again: GistTokenizer(tokenizer)"
             )
-        if not texts:
+        if len(texts) == 0:
             return []
         encoded: Any = self._joint(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         found: list[list[int]] = [list(ids) for ids in encoded]
@@ -394,9 +395,13 @@ class GistTokenizer:
             The tokenizer, with the template and the gist token that it was saved with.
 
         Raises:
-            GistError: there is no ``gist.json``, it is of a later format, or one of the files is damaged.
+            GistError: there is no such directory or no ``gist.json``, it is of a later format, or one of the files is
+                damaged.
         """
         source = {name: value for name, value in kwargs.items() if name in SOURCE_ARGUMENTS}
+        fault = missing(name_or_path)
+        if fault is not None:
+            raise GistError(f"{name_or_path} is not a checkpoint: {fault}")
         found = find_file(name_or_path, _FILE, **source)
         if found is None:
             raise GistError(
@@ -429,6 +434,8 @@ class GistTokenizer:
             rules.pop("truncation", None)
         else:
             rules = [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
+        if getattr(self.tokenizer, "split_special_tokens", False):
+            rules = [rules, "split_special_tokens"]
         state = [rules, self.gist_token_id, self.is_encoder_decoder, asdict(self.template)]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -448,8 +455,15 @@ class GistTokenizer:
         joint = copy.deepcopy(self.tokenizer)
         if self.has_own_gist_token:
             _forget(joint, self.gist_token)
-        sentinel: Any = AddedToken(self._sentinel, normalized=False, special=True)
-        joint.add_tokens([sentinel], special_tokens=True)
+        # A tokenizer that reads special tokens in a text as text would do so with a special sentinel too.
+        is_special = not getattr(joint, "split_special_tokens", False)
+        if not is_special and getattr(joint, "backend_tokenizer", None) is None:
+            raise GistError(
+                f"split_special_tokens=True needs a fast tokenizer, {type(joint).__name__} is a slow one, which would "
+                "split the gist token as well; load it with split_special_tokens=False"
+            )
+        sentinel: Any = AddedToken(self._sentinel, normalized=False, special=is_special)
+        joint.add_tokens([sentinel], special_tokens=is_special)
         return joint
 
     @cached_property
@@ -494,8 +508,11 @@ def read_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokeniz
     """
     from transformers import AutoTokenizer
 
+    fault = missing(name_or_path)
+    if fault is not None:
+        raise GistError(f"{name_or_path} has no tokenizer: {fault}")
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        return AutoTokenizer.from_pretrained(local(name_or_path), **kwargs)
     except _DAMAGE as error:
         raise GistError(
             f"{name_or_path} has no readable tokenizer ({_reason(error)}); download its tokenizer files again"
@@ -510,21 +527,25 @@ def _reason(error: Exception) -> str:
 def _check_texts(name: str, texts: Sequence[str]) -> None:
     if isinstance(texts, str):
         raise GistError(f"{name} must be a list of texts, got one text; put it in a list")
+    if not hasattr(texts, "__len__"):  # A generator would be empty after this check.
+        raise GistError(f"{name} must be a list of texts, got {type(texts).__name__}; make a list of it")
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise GistError(f"{name}[{row}] must be a text, got {type(text).__name__}")
 
 
 def _check_counts(num_gist_tokens: int | Sequence[int], rows: int) -> list[int]:
-    if not isinstance(num_gist_tokens, int | Sequence):
+    if isinstance(num_gist_tokens, str | Mapping) or not isinstance(num_gist_tokens, Integral | Iterable):
         raise GistError(f"num_gist_tokens must be a whole number or a list of them, got {num_gist_tokens!r}")
-    counts = [num_gist_tokens] * rows if isinstance(num_gist_tokens, int) else list(num_gist_tokens)
+    counts: list[Any] = [num_gist_tokens] * rows if isinstance(num_gist_tokens, Integral) else list(num_gist_tokens)
     if len(counts) != rows:
         raise GistError(f"num_gist_tokens must be one number or one for each of {rows} prompts, got {len(counts)}")
     for count in counts:
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise GistError(f"num_gist_tokens must be a whole number, got {count!r}")
         if count < 1:
             raise GistTokenError(f"num_gist_tokens must be at least 1, got {count}; 1 to 10 is usual")
-    return counts
+    return [int(count) for count in counts]
 
 
 def _forget(tokenizer: Any, token: str) -> None:

@@ -21,7 +21,7 @@ from gisting.data.packing import GistPackingCollator, group_by_instruction
 from gisting.data.records import Record, to_record
 from gisting.errors import GistError
 from gisting.models.adapters import adapter_of, check_directory
-from gisting.models.hub import save_pretrained
+from gisting.models.hub import check_complete, save_pretrained
 from gisting.models.registry import is_length_dependent, sliding_windows
 from gisting.models.state import require_patched
 from gisting.settings import keywords_for, takes_keywords_of
@@ -94,7 +94,8 @@ def finetune(
         GistError: the model is not patched; there are no records; a stream is given without ``max_steps`` or would have
             to be sorted; packed rows or chunked prompts are longer than a sliding window of the model; reconstruction
             is requested without ``pack_length``; there is nothing to resume from; ``fsdp`` is requested, but weights
-            would not be sharded; or an adapter would be sharded, or saved into the directory of a whole checkpoint.
+            would not be sharded; an adapter would be sharded, or saved into the directory of a whole checkpoint; or
+            the model has adapters of peft, which could not be read back.
     """
     require_patched(model, tokenizer)
     check_workers(arguments)
@@ -134,6 +135,8 @@ def finetune(
                 "an adapter cannot be trained with fsdp, which would shard it; leave fsdp out: a frozen model has no "
                 "gradients and no optimiser state to shard"
             )
+    else:
+        check_complete(model)
     collator.with_prompt_columns = _has_frozen_prompts(model, collator, arguments)
     batches = step_batches(collator, tokenizer, arguments, has_frozen_base=collator.with_prompt_columns)
     draws = RepeatableDraws(batches, arguments.seed)

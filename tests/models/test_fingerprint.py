@@ -323,6 +323,44 @@ def test_stays(name: str, tmp_path: Path) -> None:
     assert fingerprint(model.float()) == before
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("pad_token_id", 3),
+        ("bos_token_id", None),
+        ("eos_token_id", [2, 5]),
+        ("decoder_start_token_id", 0),
+        ("output_hidden_states", True),
+        ("output_attentions", False),
+        ("return_dict", True),
+        ("use_cache", False),
+        ("initializer_range", 0.5),
+        ("id2label", {0: "no"}),
+        ("name_or_path", "elsewhere"),
+        ("tokenizer_class", "Other"),
+    ],
+)
+def test_settings_that_change_no_state(name: str, setting: str, value: object) -> None:
+    """Caches stay valid when a setting of generation, of losses or of what a call returns changes."""
+    model, tokenizer = tiny.patched(name)
+    cache = gisting.compress(model, tokenizer, ["w1 w2"], 2)
+    before, answer = fingerprint(model), gisting.generate(model, tokenizer, ["w5"], cache=cache, max_new_tokens=4)
+    setattr(model.config, setting, value)
+    assert fingerprint(model) == before
+    assert gisting.generate(model, tokenizer, ["w5"], cache=cache, max_new_tokens=4) == answer
+
+
+def test_settings_in_a_nested_config() -> None:
+    model: Any = tiny.model("llama")
+    model.config.inner = {"pad_token_id": 3, "size": 4}
+    before = fingerprint(model)
+    model.config.inner = {"pad_token_id": 5, "size": 4}
+    assert fingerprint(model) == before
+    model.config.inner = {"pad_token_id": 5, "size": 6}
+    assert fingerprint(model) != before
+
+
 @pytest.mark.parametrize("name", ["qwen2", "t5"])
 def test_stays_where_tied_weights_share_no_memory(name: str) -> None:
     changes = {"tie_word_embeddings": True}

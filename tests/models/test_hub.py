@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +27,13 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gisting
+from gisting import doctor
 from gisting.errors import GistError
+from gisting.models import adapters
 from gisting.models.fingerprint import fingerprint
 from gisting.models.hub import push_to_hub, save_pretrained, upload
 from gisting.tokens import GistTokenizer
@@ -37,6 +41,8 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = "owner/name"
+# peft asks transformers for an attribute by its former name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 three_kinds = pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5"])
 
 
@@ -205,6 +211,30 @@ def adapted() -> Any:
     return model
 
 
+def inside_peft() -> Any:
+    """The model inside a ``PeftModel``, whose layers peft has replaced in place."""
+    from peft import LoraConfig, get_peft_model
+
+    peft_model: Any = get_peft_model(tiny.patched("llama")[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    return peft_model.base_model.model
+
+
+def merged_inside_peft() -> Any:
+    model = inside_peft()
+    for module in model.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    return model
+
+
+def with_trainable_rows() -> Any:
+    from peft import TrainableTokensConfig, get_peft_model
+
+    config = TrainableTokensConfig(token_indices=[64], target_modules=["embed_tokens"])
+    peft_model: Any = get_peft_model(tiny.patched("llama")[0], config)
+    return peft_model.base_model.model
+
+
 def wrapped() -> Any:
     from peft import LoraConfig, LoraModel
 
@@ -217,15 +247,19 @@ def wrapped() -> Any:
         (lambda: tiny.model("llama"), r"^model \(LlamaForCausalLM\) is not patched; call gisting.patch"),
         (
             adapted,
-            "^model has adapters, which would be written without their base model; merge them first",
+            r"^model has adapters of peft \(in 3 modules, model.layers.0.self_attn.q_proj among them\), which "
+            r"gisting.load could not read back; merge them first, with peft's PeftModel.merge_and_unload\(\)",
         ),
+        (inside_peft, r"^model has adapters of peft \(in 3 modules, model.layers.0.self_attn.q_proj among them\)"),
+        (merged_inside_peft, r"^model has adapters of peft \(in 3 modules, "),
+        (with_trainable_rows, r"^model has adapters of peft \(in 1 modules, model.embed_tokens among them\)"),
         (
             wrapped,
             r"^model must be a transformers PreTrainedModel, got LoraModel; merge its adapters first: model = "
             r"model.merge_and_unload\(\)$",
         ),
     ],
-    ids=["unpatched", "adapter", "peft"],
+    ids=["unpatched", "adapter", "inside peft", "merged inside peft", "rows inside peft", "peft"],
 )
 def test_save_refuses(build: Callable[[], Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(GistError, match=message):
@@ -245,6 +279,105 @@ def test_directory_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("")
     with pytest.raises(GistError, match=r"^directory must be a directory, .*one is a file; give another path$"):
         save_pretrained(*trained("llama"), tmp_path / "one")
+
+
+def without_a_weight(folder: Path, name: str = "llama") -> None:
+    """Save a checkpoint whose files lack one matrix."""
+    save_pretrained(*trained(name), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[next(key for key in tensors if key.endswith(("up_proj.weight", "wi.weight")))]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_peft_inside(folder: Path) -> None:
+    """Save the model inside a ``PeftModel`` as earlier versions did."""
+    model = inside_peft()
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (
+            without_a_weight,
+            r"1 of the model's weights are in none of its files, model.layers.0.mlp.up_proj.weight among them, and "
+            r"would be random; save or fetch the checkpoint again$",
+        ),
+        (
+            partial(without_a_weight, name="t5"),
+            r"1 of the model's weights are in none of its files, (encoder|decoder).block.0.layer.\d"
+            r".DenseReluDense.wi.weight among them, and would be random; save or fetch the checkpoint again$",
+        ),
+        (
+            with_peft_inside,
+            r"3 of the model's weights are in none of its files, model.layers.0.self_attn.q_proj.weight among them, "
+            r"and would be random; the model was saved with peft's adapters in it",
+        ),
+    ],
+    ids=["llama", "t5", "peft inside"],
+)
+def test_missing_weights_are_not_made_up(save: Callable[[Path], None], message: str, tmp_path: Path, run) -> None:
+    save(tmp_path / "one")
+    with pytest.raises(GistError, match=message):
+        gisting.load(tmp_path / "one")
+    told = [(one.name, one.value) for one in doctor.examine_path(tmp_path / "one") if one.is_fault]
+    assert [name for name, _ in told] == ["weights"]
+    assert re.search(message, told[0][1])
+    assert run("doctor", str(tmp_path / "one")).code == 1
+
+
+def in_peft(base: Path, out: Path) -> tuple[Any, GistTokenizer]:
+    """Save what peft saves of a model that was loaded from ``base`` and patched, and return the merged model."""
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), "alpaca")
+    model = gisting.patch(AutoModelForCausalLM.from_pretrained(base), tokenizer)
+    row = tokenizer.gist_token_id
+    settings: Any = {"target_modules": ["q_proj", "v_proj"], "trainable_token_indices": {"embed_tokens": [row]}}
+    peft_model: Any = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(1.0)
+    peft_model.save_pretrained(out)
+    return peft_model.merge_and_unload().eval(), tokenizer
+
+
+def test_what_peft_saves_of_a_patched_model(tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "base")
+    made = in_peft(tmp_path / "base", tmp_path / "out")
+    with pytest.raises(GistError, match=r"is an adapter of peft, and neither it nor its base model .* which template"):
+        gisting.load(tmp_path / "out")
+    assert_answers_alike(made, gisting.load(tmp_path / "out", template="alpaca"))
+    made[1].save_pretrained(tmp_path / "out")
+    loaded = gisting.load(tmp_path / "out")
+    assert_answers_alike(made, loaded)
+    save_pretrained(*loaded, tmp_path / "merged")
+    assert_answers_alike(made, gisting.load(tmp_path / "merged"))
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(GistError, match=r"out needs its base model .*base, which cannot be loaded"):
+        gisting.load(tmp_path / "out")
+
+
+def test_what_peft_saves_of_a_gisting_checkpoint(tmp_path: Path) -> None:
+    save_pretrained(*trained("llama"), tmp_path / "base")
+    made = in_peft(tmp_path / "base", tmp_path / "out")
+    loaded = gisting.load(tmp_path / "out")
+    assert_answers_alike(made, loaded)
+    assert loaded[0].config.gist["num_gist_tokens"] == [2, 4]
+
+
+def test_an_adapter_needs_a_whole_base_model(tmp_path: Path) -> None:
+    save_pretrained(*trained("llama"), tmp_path / "base")
+    model, tokenizer = gisting.load(tmp_path / "base")
+    adapters.attach(model, adapters.Adapter("gist-lora"))
+    save_pretrained(model, tokenizer, tmp_path / "adapter")
+    gisting.load(tmp_path / "adapter")
+    without_a_weight(tmp_path / "base")
+    with pytest.raises(GistError, match=r"base: 1 of the model's weights are in none of its files"):
+        gisting.load(tmp_path / "adapter")
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import torch
 from transformers import set_seed
 
 import gisting
-from gisting.models.adapters import for_base_model
 from gisting.train.finetune import finetune, published_arguments
 from gisting.train.methods import Method
 
@@ -78,7 +77,8 @@ def main() -> None:
     base, _ = gisting.load(arguments.output / "base")
     print("ordinary text has the bits of the base model:", torch.equal(read(model, tokenizer), read(base, tokenizer)))
 
-    cache = for_base_model(model, gisting.compress(model, tokenizer, QUESTIONS, num_gist_tokens=2))
+    # The base model reads the gists without the adapter.
+    cache = gisting.compress(model, tokenizer, QUESTIONS, num_gist_tokens=2)
     for name, thing in (("Lily", "car"), ("Max", "bird")):
         sentence = f"{name} saw a {thing}."
         answers = gisting.generate(base, tokenizer, [sentence] * 2, cache=cache, max_new_tokens=6, do_sample=False)

@@ -4,7 +4,8 @@ Place in the flow: attention -> (inside a model) -> **cache** -> generation. Hol
 prompt, and records what they belong to. How a file is laid out and kept safe is in ``gisting.storage``. Does not depend
 on how the states were computed.
 
-The manifest of a file names the model, the tokenizer and template, k of each prompt and how the keys are rotated; its
+The manifest of a file names the model, the tokenizer and template, the checkpoint that made it, k of each prompt and
+how the keys are rotated; its
 tensors are ``keys.0``, ``values.0``, ... and ``last_hidden``.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +45,31 @@ class CacheOrigin:
         template: the name of the template.
         condition: ``"gist"``; ``"positive"`` for an ordinary prefix cache with prompt and gist, ``"negative"`` for an
             empty one.
+        checkpoint: the name of what made the cache, for people; "" if it had none. It makes no difference to what the
+            cache belongs to.
+        name: the prompt's name and the day it was compressed, if the cache comes from a store; likewise, and not in
+            files.
     """
 
     model: str
     tokenizer: str
     template: str
     condition: str
+    checkpoint: str = field(default="", compare=False, repr=False)
+    name: str = field(default="", compare=False, repr=False)
+
+    def __str__(self) -> str:
+        """Return names first, then what identifies the origin."""
+        return " ".join(filter(None, (self.name, self.checkpoint and f"by {self.checkpoint}", repr(self))))
+
+    @property
+    def maker(self) -> str:
+        """By which checkpoint and for which model, for messages: ``"by runs/mine for llama/0123456789ab"``."""
+        return f"by {self.checkpoint} for {self.model}" if self.checkpoint else f"for {self.model}"
+
+    def identity(self) -> dict[str, str]:
+        """Return the parts by which two origins are compared, by name."""
+        return {key: getattr(self, key) for key in ("model", "tokenizer", "template", "condition")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +133,10 @@ class GistCache:
         return self._is_held().long().to(self.device)
 
     def __repr__(self) -> str:
+        made = f"made {self.origin.maker}" if self.origin.checkpoint else f"model {self.origin.model}"
         return (
             f"GistCache({len(self)} prompts, k={self.num_gist_tokens if len(self) <= 8 else '...'}, {len(self.keys)} "
-            f"layers, {self.num_bytes} bytes, {self.dtype}, {self.device}, model {self.origin.model})"
+            f"layers, {self.num_bytes} bytes, {self.dtype}, {self.device}, {made})"
         )
 
     # -- other batches -------------------------------------------------------------------------------------------------
@@ -358,7 +379,8 @@ class GistCache:
         except ValueError as error:
             raise GistError(f"this cache could not be loaded again: {error}; compress the prompt") from error
         manifest = {
-            "origin": asdict(self.origin),
+            "origin": self.origin.identity(),
+            **({"checkpoint": self.origin.checkpoint} if self.origin.checkpoint else {}),
             "lengths": self.num_gist_tokens,
             "num_layers": len(self.keys),
             "rotary": None if self.rotary is None else self.rotary.to_dict(),
@@ -409,7 +431,7 @@ class GistCache:
             tuple(tensors[f"keys.{layer}"] for layer in range(num_layers)),
             tuple(tensors[f"values.{layer}"] for layer in range(num_layers)),
             torch.tensor(lengths, dtype=torch.int64),
-            CacheOrigin(**manifest["origin"]),
+            CacheOrigin(**manifest["origin"], checkpoint=manifest.get("checkpoint", ""), name=""),
             tensors.get("last_hidden"),
             None if rotary is None else Rotary.from_dict(rotary),
         )
@@ -489,6 +511,8 @@ class GistCache:
             raise ValueError("all states must have the same floating dtype")
         if not all(isinstance(value, str) for value in asdict(self.origin).values()):
             raise ValueError("origin must be texts")
+        if not self.origin.checkpoint.isprintable():
+            raise ValueError("the name of its checkpoint must be printable")
         if self.rotary is not None:
             if len(self.rotary.layers) != len(self.keys):
                 raise ValueError(f"rotary has {len(self.rotary.layers)} layers, the states {len(self.keys)}")

@@ -471,6 +471,21 @@ def test_file_describes_itself(tmp_path: Path) -> None:
     }
 
 
+def test_a_file_names_the_checkpoint_that_made_it(tmp_path: Path) -> None:
+    """It is for people: it does not count in a comparison, and the name in a store stays in the store."""
+    cache = made_up()
+    named = replace(cache, origin=replace(cache.origin, checkpoint="runs/mine", name="'rules' of 2026-01-31"))
+    named.save(tmp_path / "a")
+    loaded = GistCache.load(tmp_path / "a")
+    assert (loaded.origin.checkpoint, loaded.origin.name) == ("runs/mine", "")
+    assert loaded.origin == cache.origin
+    assert GistCache.cat([cache, loaded]).num_gist_tokens == cache.num_gist_tokens * 2
+    assert "made by runs/mine for llama/0123456789ab" in repr(loaded)
+    other = replace(cache, origin=replace(cache.origin, model="llama/ffffffffffff"))
+    with pytest.raises(CacheMismatchError, match=r"origins, 'rules' of 2026-01-31 by runs/mine CacheOrigin.*0123"):
+        GistCache.cat([named, other])
+
+
 # A T5-like cache of two prompts, k = 1 and 2, one layer, one head of size 2, bfloat16, as version 0.1 wrote it.
 FORMAT_1 = base64.b64decode(
     "+AEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJnaXN0Ijoie1wiZm9ybWF0XCI6IDEsIFwibGVuZ3Roc1wiOiBbMSwgMl0sIFwibnVtX2xheWVy"
@@ -669,6 +684,9 @@ def test_the_rotation_that_is_changed_below_is_right(saved: bytes, tmp_path: Pat
         pytest.param(lambda it: it.manifest.pop("origin"), "'origin' is missing", id="no-origin"),
         pytest.param(lambda it: it.manifest.update(origin="llama"), "must be a mapping", id="origin-text"),
         pytest.param(lambda it: it.manifest["origin"].update(more=1), "unexpected keyword", id="origin-more"),
+        pytest.param(lambda it: it.manifest["origin"].update(name="a"), "multiple values", id="origin-name"),
+        pytest.param(lambda it: it.manifest.update(checkpoint="\x1b[2J"), "must be printable", id="checkpoint-escape"),
+        pytest.param(lambda it: it.manifest.update(checkpoint=3), "origin must be texts", id="checkpoint-number"),
         pytest.param(lambda it: it.manifest["origin"].pop("model"), "missing 1 required", id="origin-less"),
         pytest.param(lambda it: it.manifest["origin"].update(model=3), "origin must be texts", id="origin-number"),
         pytest.param(lambda it: it.replace("keys.1", "F32", [3, 2, 4, 4], bytes(384)), "shape differs", id="slots"),

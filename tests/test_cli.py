@@ -18,6 +18,7 @@ import pytest
 
 import gisting
 from gisting import GistError
+from gisting.models.adapters import Adapter, attach
 from tests import garbage, tiny
 from tests.repository import fences_in
 
@@ -223,6 +224,30 @@ def test_a_checkpoint_that_is_not_trained_is_noted(run, tmp_path: Path) -> None:
     assert "has not been trained to gist" in result.err
 
 
+def test_a_base_model_answers_from_the_gists_of_its_adapter(run, tmp_path: Path) -> None:
+    """It was never patched: the template is the gist's, and nothing is said about training."""
+    tiny.model("llama", vocab_size=80).save_pretrained(tmp_path / "base")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = gisting.load(tmp_path / "base", "plain")
+    attach(model, Adapter("gist-lora", rank=2))
+    gisting.save_pretrained(model, tokenizer, tmp_path / "adapter")
+    store = tmp_path / "store"
+    made = run("compress", tmp_path / "adapter", "--prompt", "w1 w2", "-k", "2", "--name", "rules", "--store", store)
+    assert made.code == 0, made.err
+    words = ("--store", store, "--name", "rules", "--input", "w3 w4", "--max-new-tokens", "4")
+    answered = run("generate", tmp_path / "base", *words)
+    assert (answered.code, answered.err) == (0, "")
+    assert answered.out == run("generate", tmp_path / "adapter", *words).out
+    tiny.model("llama", vocab_size=96).save_pretrained(tmp_path / "other")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "other")
+    refused = run("generate", tmp_path / "other", *words).err
+    name, other = f"{tmp_path.name}/adapter", f"{tmp_path.name}/other"
+    day = r"\d{4}-\d\d-\d\d"
+    assert re.search(
+        rf"cache 'rules' of {day} was made by {name} for llama/\w+, this model is {other} \(llama/\w+\)", refused
+    )
+
+
 def test_a_store_from_making_to_removing(run, workplace: Path) -> None:
     Path("prompts.jsonl").write_text(
         '{"prompt": "answer plainly", "name": "plainly"}\n{"prompt": "end with a bang", "num_gist_tokens": 3}\n',
@@ -241,8 +266,11 @@ def test_a_store_from_making_to_removing(run, workplace: Path) -> None:
         ("plainly", 2, "int8"),
         (None, 3, "int8"),
     ]
+    assert {row["checkpoint"] for row in rows} == {"runs/demo"}
     shown = run("store", "list", "gists").out
     assert "capitals" in shown
+    assert f"{rows[0]['created'][:10]} " in shown
+    assert "runs/demo" in shown
     assert rows[2]["key"][:12] in shown
 
     words = shlex.split("generate runs/demo --store gists --input 'a b' --input 'c d' --max-new-tokens 4 --json")
@@ -289,7 +317,7 @@ def test_inspect_shows_what_a_file_holds(run, workplace: Path) -> None:
     run("compress", "runs/demo", "--prompt", "answer plainly", "--output", "one.st", "--storage", "float8_e4m3")
     shown = run("inspect", "one.st")
     assert shown.code == 0, shown.err
-    for word in ("float8_e4m3", "letters", "llama/", "intact: "):
+    for word in ("float8_e4m3", "letters", "runs/demo", "llama/", "intact: "):
         assert word in shown.out
     found = json.loads(run("inspect", "one.st", "--json").out)
     assert found["manifest"]["lengths"] == [2]

@@ -32,8 +32,9 @@ def run_all(page: str, names: dict[str, Any], *, skip: str | None = None) -> dic
 
 
 def run_commands(page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (commands,) = fences(page, "bash")
-    for line in commands.splitlines():
+    lines = "".join(fences(page, "bash")).splitlines()
+    assert lines
+    for line in lines:
         program, *words = shlex.split(line)
         assert program == "gisting"
         done = shell.call(monkeypatch, capsys, *words)

@@ -6,17 +6,23 @@ steps to show that the model learned.
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from tests import garbage
+from gisting.models.fingerprint import fingerprint
+from tests import garbage, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
+ROLES = ("system", "user", "assistant")
 
 
 @pytest.fixture
@@ -125,3 +131,44 @@ def test_vllm_client_compresses_its_prompts(
     store = tmp_path / "store"
     out = run_example("06_vllm_openai_client.py", demo_checkpoint, "--store", store, "--only-compress")
     assert out == f"{store} holds first, shout\n"
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path) -> Path:
+    """Save a tiny chat model, whose table has spare rows, as those of most published models have."""
+    words = tiny.word_tokenizer()
+    words.chat_template = (
+        "{% for message in messages %}w1 {{ message['content'] }} w2 {% endfor %}"
+        "{% if add_generation_prompt %}w3 {% endif %}"
+    )
+    words.save_pretrained(tmp_path / "chat")
+    model = tiny.model("llama", vocab_size=80, tie_word_embeddings=False)
+    with torch.no_grad():
+        for rows in (slice(4), slice(64, None)):
+            model.get_output_embeddings().weight[rows] = 0  # every answer is of words
+    model.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_one_store_serves_the_untouched_base_model(
+    chat_model: Path, tmp_path: Path, run_example: Callable[..., str]
+) -> None:
+    """From conversations to the base model in gisting, in stock ``generate`` and in vLLM's command line."""
+    before = {file.name: file.read_bytes() for file in chat_model.iterdir()}
+    messages = [{"role": role, "content": text} for role, text in zip(ROLES, ("w4 w5 w6", "w7", "w8 w9"), strict=True)]
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 4, encoding="utf-8")
+    words = ("--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", "--steps", "2")
+    out = run_example("07_untouched_base_model.py", chat_model, *words)
+    stock = fingerprint(AutoModelForCausalLM.from_pretrained(chat_model))
+    for name in ("bakery", "library"):
+        assert f"{name}: 4 gist tokens of {stock}\n" in out
+        assert re.search(
+            rf"^{name}: When do you open\? -> '(w\d+ ?){{12}}', as with gisting.generate: True$", out, re.M
+        )
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:3] == ["vllm", "serve", str(chat_model)]
+    settings = json.loads(command[command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert stock in settings["fingerprint"]
+    assert settings["tokenizer"] == str(tmp_path / "out" / "adapter")
+    assert {file.name: file.read_bytes() for file in chat_model.iterdir()} == before

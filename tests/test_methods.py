@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,24 +168,77 @@ def test_a_cached_gist_is_read_by_the_base_model(kind: str) -> None:
 def test_caches_of_several_adapters_are_answered_in_one_batch_of_the_base_model(name: str, kind: str) -> None:
     """Each row is answered as by the model with its adapter."""
     base, tokenizer = tiny.patched(name)
+    stock = fingerprint(tiny.model(name))
     caches, expected = [], []
     for seed in range(2):
         model, _ = tiny.patched(name)
         attach(model, Adapter(kind, 2 if kind == "embeddings" else 1, rank=2))
         draw(model, seed)
-        own = gisting.compress(model, tokenizer, ["w1 w2 w3"], 2)
-        expected += gisting.generate(model, tokenizer, ["w7 w8"], cache=own, max_new_tokens=6, do_sample=False)
-        with pytest.raises(CacheMismatchError, match="cache was made for"):
-            gisting.generate(base, tokenizer, ["w7 w8"], cache=own)
-        caches.append(for_base_model(model, own))
-        with pytest.raises(CacheMismatchError, match=r"this model is .*; compress it again"):
-            for_base_model(model, caches[-1])
+        caches.append(gisting.compress(model, tokenizer, ["w1 w2 w3"], 2))
+        assert caches[-1].origin.model == stock
+        expected += gisting.generate(model, tokenizer, ["w7 w8"], cache=caches[-1], max_new_tokens=6, do_sample=False)
     assert not torch.equal(caches[0].keys[1], caches[1].keys[1])
     joined = gisting.GistCache.cat(caches)
     answers = gisting.generate(base, tokenizer, ["w7 w8"] * 2, cache=joined, max_new_tokens=6, do_sample=False)
     assert answers == expected
+    assert base.get_input_embeddings().weight.requires_grad, "the base model is not touched"
+
+
+def test_caches_of_earlier_versions_are_relabelled_for_the_base_model() -> None:
+    """They name the model with its adapter, which alone accepts them."""
+    model, tokenizer = adapted("llama", "gist-lora")
+    made = gisting.compress(model, tokenizer, ["w1 w2 w3"], 2)
+    old = replace(made, origin=replace(made.origin, model=fingerprint(model)))
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    base = tiny.patched("llama")[0]
+    with pytest.raises(CacheMismatchError, match="cache was made for"):
+        gisting.generate(base, tokenizer, ["w7"], cache=old)
+    expected = gisting.generate(model, tokenizer, ["w7"], cache=old, **settings)
+    assert gisting.generate(base, tokenizer, ["w7"], cache=for_base_model(model, old), **settings) == expected
+    assert for_base_model(model, made).origin == made.origin
+    with pytest.raises(CacheMismatchError, match=r"this model is .*; compress it again"):
+        for_base_model(model, replace(old, origin=replace(old.origin, model="llama/0")))
     with pytest.raises(GistError, match="model has no adapter, so only the model itself can use its caches"):
-        for_base_model(base, joined)
+        for_base_model(base, made)
+
+
+def test_a_gist_of_lora_is_for_the_adapted_model_alone() -> None:
+    model, tokenizer = adapted("llama", "lora")
+    cache = gisting.compress(model, tokenizer, ["w1 w2 w3"], 2)
+    with pytest.raises(CacheMismatchError, match="cache was made for"):
+        gisting.generate(tiny.patched("llama")[0], tokenizer, ["w7"], cache=cache)
+    assert cache.origin.model == fingerprint(model)
+
+
+def test_an_untouched_stock_model_continues_a_gist_from_a_store_that_adapters_share(tmp_path: Path) -> None:
+    """Each adapter finds its own entry of a text. Stock ``generate`` drops the placeholders without reading them."""
+    prompt, settings = "w1 w2 w3", {"max_new_tokens": 6, "do_sample": False}
+    stock = tiny.model("llama")
+    before = {key: tensor.clone() for key, tensor in stock.state_dict().items()}
+    with gisting.GistStore(tmp_path) as store:
+        for seed in (0, 1):
+            model, tokenizer = tiny.patched("llama")
+            attach(model, Adapter("gist-lora", rank=2))
+            draw(model, seed)
+            made = store.get_or_compress(model, tokenizer, [prompt], 2, names=[f"seed-{seed}"])
+            assert len({entry.key for entry in store.list()}) == seed + 1, (
+                "another adapter's gist is not taken for this one's"
+            )
+            assert torch.equal(store.get_or_compress(model, tokenizer, [prompt], 2).keys[1], made.keys[1])
+            expected = gisting.generate(model, tokenizer, ["w7 w8"], cache=made, **settings)
+            cache = store[f"seed-{seed}"]
+            gisting.generation.check_origin(stock, tokenizer, cache)
+            rest = tokenizer.encode_continuations(["w7 w8"])[0]
+            ids = torch.tensor([[tokenizer.gist_token_id] * 2 + rest])
+            out = stock.generate(ids, past_key_values=cache.as_past_key_values(), **settings)  # pyright: ignore
+            assert tokenizer.decode(out[0, ids.shape[1] :].tolist()) == expected[0]
+        base, tokenizer = tiny.patched("llama")
+        store.get_or_compress(base, tokenizer, [prompt], 2, names=["own"])
+        assert len({entry.key for entry in store.list()}) == 3, "nor for what the base model makes itself"
+        with pytest.raises(CacheMismatchError):
+            store.get(["own", "seed-0"])
+        store.get(["seed-0", "seed-1"])
+    assert all(torch.equal(tensor, before[key]) for key, tensor in stock.state_dict().items())
 
 
 def test_places_in_a_gist() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gisting.cli.shared import (
@@ -258,7 +259,10 @@ def generate(
     if input_file is not None:
         inputs += read_text(input_file).splitlines()
     held = _held(cache, store, name or [])
-    loaded, tokenizer = load_patched(model, template, dtype, device)
+    # A gist need not come from a model that was trained to gist: an adapter may have made it for this one.
+    loaded, tokenizer = load_patched(
+        model, template or _template_for(model, held), dtype, device, is_to_be_trained=True
+    )
     held = held.to(device)
     if seed is not None:
         set_seed(seed)
@@ -270,6 +274,15 @@ def generate(
             print_json({"input": text, "output": answer})
         else:
             out.print(answer, highlight=False, markup=False, soft_wrap=True)
+
+
+def _template_for(model: str, cache: GistCache) -> str | None:
+    """Return the template of the cache for a model that was saved without one, as a base model of adapters is."""
+    from gisting.source import find_file
+    from gisting.tokens import TEMPLATES
+
+    is_named = cache.origin.template in (*TEMPLATES, "chat")
+    return cache.origin.template if is_named and find_file(model, "gist.json") is None else None
 
 
 def _held(cache: Path | None, store: Path | None, names: list[str]) -> GistCache:
@@ -307,7 +320,8 @@ def inspect(
     manifest = found["manifest"]
     table = Table(show_header=False)
     for label, value in (
-        ("model", manifest["origin"]["model"]),
+        ("made by", str(manifest.get("checkpoint", ""))),
+        ("for model", manifest["origin"]["model"]),
         ("tokenizer", manifest["origin"]["tokenizer"]),
         ("template", manifest["origin"]["template"]),
         ("condition", manifest["origin"]["condition"]),
@@ -363,23 +377,25 @@ def store_list(
 
     Example: gisting store list gists
     """
-    entries = _open(folder).list()
+    held = _open(folder)
+    entries = held.list()
+    checkpoints = {entry.key: held.checkpoint(entry.key) for entry in entries}
     if as_json:
         for entry in entries:
-            print_json(asdict(entry))
+            print_json({**asdict(entry), "checkpoint": checkpoints[entry.key]})
         return
-    table = Table()
-    table.add_column("name, or key", overflow="fold")
-    for title in ("gist tokens", "prompt tokens", "bytes", "storage", "model"):
-        table.add_column(title, overflow="fold")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # at 80 columns, nothing is broken up
+    for title in ("name, or key", "made", "by, for model", "gist\ntokens", "prompt\ntokens", "bytes", "storage"):
+        table.add_column(title, overflow="fold", min_width=10 if title == "made" else None)
     for entry in entries:
         table.add_row(
             entry.key[:12] if entry.name is None else plain(entry.name),
+            entry.created[:10],
+            plain(f"{checkpoints[entry.key]} {entry.model}".strip()),
             str(entry.num_gist_tokens),
             "" if entry.num_prompt_tokens is None else str(entry.num_prompt_tokens),
             f"{entry.num_bytes:,}",
             plain(entry.storage),
-            plain(entry.model),
         )
     out.print(table)
 

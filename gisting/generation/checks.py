@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from gisting.cache import GistCache
 from gisting.errors import CacheMismatchError, GistError
-from gisting.models.fingerprint import fingerprint
+from gisting.models.adapters import checkpoint_name
+from gisting.models.fingerprint import base_fingerprint, fingerprint
 from gisting.models.load import trained_num_gist_tokens
 from gisting.models.registry import position_limit
 from gisting.models.weights import input_weight
@@ -105,14 +106,21 @@ def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCa
             f"cache is on {cache.device}, the model on {weight.device}; move it: cache.to({str(weight.device)!r})"
         )
     origin = cache.origin
+    what = f"cache {origin.name}" if origin.name else "cache"
     if origin.tokenizer != tokenizer.fingerprint:
         raise CacheMismatchError(
-            f"cache was made with tokenizer {origin.tokenizer} (template {origin.template}), this one is "
+            f"{what} was made with tokenizer {origin.tokenizer} (template {origin.template}), this one is "
             f"{tokenizer.fingerprint} (template {tokenizer.template.name}); compress the prompt again"
+            + ("" if origin.template == tokenizer.template.name else f", or load with template={origin.template!r}")
         )
     found = fingerprint(model)
-    if origin.model != found:
-        raise CacheMismatchError(f"cache was made for {origin.model}, this model is {found}; compress the prompt again")
+    # A gist of an adapter that acts at gist tokens only is for the stock model, with which this one may share all else.
+    if origin.model != found and origin.model != base_fingerprint(model):
+        name = checkpoint_name(model)
+        raise CacheMismatchError(
+            f"{what} was made {origin.maker}, this model is {f'{name} ({found})' if name else found}; compress the "
+            "prompt again"
+        )
 
 
 def check_condition(condition: str) -> None:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
 from gisting.generation.checks import check_condition, check_count, check_positions, chosen_k, listed
-from gisting.models.adapters import check_num_gist_tokens
+from gisting.models.adapters import check_num_gist_tokens, checkpoint_name, reader_fingerprint
 from gisting.models.architecture import architecture_of
-from gisting.models.fingerprint import fingerprint
 from gisting.models.mode import evaluating
 from gisting.models.registry import family_of, is_length_dependent, sliding_windows
 from gisting.models.state import require_patched
@@ -53,7 +52,9 @@ def compress(
             positions. Decoders only.
 
     Returns:
-        One cache of B prompts, in their order, with k tokens for each of a prompt's chunks.
+        One cache of B prompts, in their order, with k tokens for each of a prompt's chunks. If the model has an adapter
+        that acts at gist tokens only (``gist-lora``), the cache is its base model's, which reads it without the
+        adapter, patched or stock.
 
     Raises:
         GistError: the model is not patched, there is no prompt or an empty one, a prompt exceeds the model's positions,
@@ -67,7 +68,13 @@ def compress(
     encodings = tokenizer.encode_prompts(prompts, chosen_k(model, num_gist_tokens), chunk_length)
     if not encodings:
         raise GistError("prompts is empty; give at least one prompt")
-    origin = CacheOrigin(fingerprint(model), tokenizer.fingerprint, tokenizer.template.name, condition)
+    origin = CacheOrigin(
+        reader_fingerprint(model),
+        tokenizer.fingerprint,
+        tokenizer.template.name,
+        condition,
+        checkpoint_name(model),
+    )
     return compress_encodings(model, tokenizer, encodings, origin, batch_size)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from gisting.cache import GistCache
 from gisting.errors import CacheMismatchError, GistError
 from gisting.models import gist_lora
-from gisting.models.fingerprint import fingerprint
+from gisting.models.fingerprint import base_fingerprint, fingerprint
 from gisting.models.state import guarded_stack, is_patched
 from gisting.models.weights import input_weight
 from gisting.source import find_file
@@ -47,11 +47,13 @@ __all__ = [
     "attach",
     "check_directory",
     "check_num_gist_tokens",
+    "checkpoint_name",
     "detach",
     "for_base_model",
     "gist_rows",
     "load",
     "read_about",
+    "reader_fingerprint",
     "save",
 ]
 
@@ -126,7 +128,6 @@ def attach(model: Any, adapter: Adapter) -> None:
         raise GistError(
             "model already has an adapter; remove it with gisting.models.adapters.detach, or load the model again"
         )
-    model._gist_base = fingerprint(model) if adapter.is_gist_only else None
     model._gist_trained_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -171,7 +172,8 @@ def detach(model: Any) -> None:
     before = set(model._gist_trained_before)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in before)
-    del model._gist_trained_before, model._gist_base
+    del model._gist_trained_before
+    vars(model).pop("_gist_adapter_name", None)
     model.config.gist = {key: value for key, value in model.config.gist.items() if key != "adapter"}
 
 
@@ -201,13 +203,40 @@ def gist_rows(model: Any) -> Tensor:
     return guarded_stack(model).gist_rows.detach()
 
 
-def for_base_model(model: Any, cache: GistCache) -> GistCache:
-    """Relabel a cache so that the base model accepts it.
+def reader_fingerprint(model: Any) -> str:
+    """Return the fingerprint in the caches that ``model`` makes: that of the model which continues from them.
 
     After a cached gist, an adapter that acts at gist tokens only does nothing, so the base model continues from the
-    states with the same bits. Caches of several such adapters can be joined (``GistCache.cat``) and answered in one
-    batch by one base model that is patched for the same tokenizer. In a store, a relabelled cache would be mistaken for
-    one that the base model made itself: store the original, and call this when the cache is used.
+    states with the same bits, patched or stock, in ``generate`` or in a server. Caches of such adapters are therefore
+    the base model's (:func:`~gisting.models.fingerprint.base_fingerprint`); those of several adapters can be joined
+    (``GistCache.cat``) and answered in one batch. All other caches belong to the model that made them.
+
+    Args:
+        model: a patched model.
+    """
+    adapter = adapter_of(model)
+    return base_fingerprint(model) if adapter is not None and adapter.is_gist_only else fingerprint(model)
+
+
+def checkpoint_name(model: Any) -> str:
+    """Return what people call a model: where it or its adapter was loaded from, "" if it was not loaded.
+
+    A directory is named by its last two parts, so that nothing else of this computer gets into a file.
+
+    Args:
+        model: any model.
+    """
+    adapter, name = adapter_of(model), str(getattr(model.config, "_name_or_path", "") or "")
+    name = getattr(model, "_gist_adapter_name", name)
+    if os.path.isdir(name):
+        name = "/".join(Path(name).resolve().parts[-2:])
+    if adapter is not None and not hasattr(model, "_gist_adapter_name") and name:
+        name = f"{name} with {adapter.kind}"
+    return "".join(character if character.isprintable() else "?" for character in name)
+
+
+def for_base_model(model: Any, cache: GistCache) -> GistCache:
+    """Relabel a cache of an earlier version so that the base model accepts it; ``compress`` now makes it so at once.
 
     Args:
         model: the model with the adapter that made the cache.
@@ -226,10 +255,10 @@ def for_base_model(model: Any, cache: GistCache) -> GistCache:
             f"model has {'no adapter' if adapter is None else 'a lora adapter'}, so only the model itself can use its "
             "caches; the base model can use those of adapters that act at gist tokens only (gist-lora, embeddings)"
         )
-    own = fingerprint(model)
-    if cache.origin.model != own:
+    base, own = reader_fingerprint(model), fingerprint(model)
+    if cache.origin.model not in (base, own):
         raise CacheMismatchError(f"cache was made for {cache.origin.model}, this model is {own}; compress it again")
-    return replace(cache, origin=replace(cache.origin, model=model._gist_base))
+    return replace(cache, origin=replace(cache.origin, model=base))
 
 
 def check_num_gist_tokens(model: Any, num_gist_tokens: int) -> None:
@@ -334,6 +363,7 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(found[name])
+    model._gist_adapter_name = str(name_or_path)
     if about["num_gist_tokens"] is not None:
         model.config.gist = {**model.config.gist, "num_gist_tokens": about["num_gist_tokens"]}
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from gisting.errors import GistError
 from gisting.models.registry import is_length_dependent
-from gisting.models.weights import input_weight
+from gisting.models.weights import input_weight, row_tensors
 
-__all__ = ["fingerprint", "is_peft_layer", "walk"]
+__all__ = ["base_fingerprint", "fingerprint", "is_peft_layer", "walk"]
 
 # Entries of a config that do not change any hidden state, at any depth: where it comes from, ids that only generation
 # and losses read, what a call returns, what initialises weights and what labels are called.
@@ -74,22 +74,51 @@ def fingerprint(model: PreTrainedModel) -> str:
     Raises:
         GistError: a tensor is on the meta device, so there are no values to read.
     """
-    digest = hashlib.sha256(json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str).encode())
-    digest.update(json.dumps(_adapter_state(model), sort_keys=True, default=str).encode())
-    digest.update(json.dumps(_scaling(model), sort_keys=True).encode())
-    tensors = [
-        part
-        for name, tensor in [*model.state_dict().items(), *_frequencies(model)]
-        for part in _plain(_uncompiled(name), tensor)
-    ]
     gist = getattr(model.config, "gist", None)
-    if gist is not None:
-        tensors += _plain("gist", input_weight(model).detach()[gist["gist_token_id"]])
-    samples = _on_cpu([walk(tensor).view(tensor.dtype) if _is_cast(tensor) else walk(tensor) for _, tensor in tensors])
-    for (name, tensor), sample in zip(tensors, samples, strict=True):
-        digest.update(f"\n{name} {tuple(tensor.shape)} {'float' if _is_cast(tensor) else tensor.dtype}\n".encode())
-        digest.update(sample.numpy().data)
-    return f"{model.config.model_type}/{digest.hexdigest()[:12]}"
+    row = [] if gist is None else _plain("gist", input_weight(model).detach()[gist["gist_token_id"]])
+    tensors = [*_tensors(model, model.state_dict()), *row]
+    return _hashed(model, _config(model), _adapter_state(model), tensors, {})
+
+
+def base_fingerprint(model: PreTrainedModel) -> str:
+    """Return the :func:`fingerprint` of the stock model under ``model``: never patched, without a gist-only adapter.
+
+    The patched and the stock model continue from a cached gist with the same bits, and so does a model whose adapter
+    acts at gist tokens only. They share this fingerprint, whatever id the gist token has. Left out are the embedding
+    rows that ``patch`` added, or put back are those that it replaced (not of a checkpoint that was saved patched, which
+    no longer has them).
+
+    Args:
+        model: a loaded model, patched or not.
+
+    Raises:
+        GistError: a tensor is on the meta device, so there are no values to read.
+    """
+    gist = getattr(model.config, "gist", None)
+    if gist is None:
+        return fingerprint(model)
+    config, state, adapters = _config(model), model.state_dict(), _adapter_state(model)
+    if hasattr(model, "_gist_trained_before") and gist["adapter"]["kind"] != "lora":
+        adapters = {}
+        state = {
+            name.replace(".base_layer", ""): tensor
+            for name, tensor in state.items()
+            if "lora_" not in name and name.rpartition(".")[2] != "gist_rows"
+        }
+    tables = row_tensors(model)
+    num_rows, replaced = gist["num_embeddings"], getattr(getattr(model, "_gist_undo", None), "replaced_rows", None)
+    known_rows: dict[int, Tensor] = {}
+    if tables[0].shape[0] > num_rows:
+        if "vocab_size" in config:
+            config["vocab_size"] = num_rows
+        places = {table.data_ptr() for table in tables}
+        state = {
+            name: tensor[:num_rows] if isinstance(tensor, Tensor) and tensor.data_ptr() in places else tensor
+            for name, tensor in state.items()
+        }
+    elif replaced is not None:
+        known_rows = {table.data_ptr(): row for table, row in zip(tables, replaced, strict=True)}
+    return _hashed(model, config, adapters, _tensors(model, state), known_rows)
 
 
 def _lasting(config: Any) -> Any:
@@ -143,6 +172,49 @@ def walk(tensor: Tensor) -> Tensor:
             for offset in (shift, shift - side)
         ]
     )
+
+
+def _config(model: PreTrainedModel) -> dict[str, Any]:
+    return _lasting(model.config.to_dict())
+
+
+def _tensors(model: PreTrainedModel, state: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    return [
+        part for name, tensor in [*state.items(), *_frequencies(model)] for part in _plain(_uncompiled(name), tensor)
+    ]
+
+
+def _hashed(
+    model: PreTrainedModel,
+    config: dict[str, Any],
+    adapters: dict[str, Any],
+    tensors: list[tuple[str, Tensor]],
+    known_rows: dict[int, Tensor],
+) -> str:
+    """Hash what identifies a model. The gist token's row is read from ``known_rows``, by the address of its table."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(adapters, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(_scaling(model), sort_keys=True).encode())
+    samples = []
+    for _, tensor in tensors:
+        sample = walk(tensor)
+        if tensor.data_ptr() in known_rows:
+            sample = _with_row(sample, tensor, model.config.gist["gist_token_id"], known_rows[tensor.data_ptr()])
+        samples.append(sample.view(tensor.dtype) if _is_cast(tensor) else sample)
+    for (name, tensor), sample in zip(tensors, _on_cpu(samples), strict=True):
+        digest.update(f"\n{name} {tuple(tensor.shape)} {'float' if _is_cast(tensor) else tensor.dtype}\n".encode())
+        digest.update(sample.numpy().data)
+    return f"{model.config.model_type}/{digest.hexdigest()[:12]}"
+
+
+def _with_row(sample: Tensor, table: Tensor, number: int, row: Tensor) -> Tensor:
+    """Return the sample that :func:`walk` would take of ``table`` if its row ``number`` were ``row``."""
+    # Walking over views of row and column numbers shows where each value of the sample is; the table is not copied.
+    shape = (table.shape[0], table[0].numel())
+    rows = walk(torch.arange(shape[0], device=table.device)[:, None].expand(shape))
+    columns = walk(torch.arange(shape[1], device=table.device).expand(shape))
+    bits = row.to(table.device, table.dtype).reshape(-1).view(sample.dtype)
+    return torch.where(rows == number, bits[columns], sample)
 
 
 def _plain(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:

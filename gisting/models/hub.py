@@ -58,7 +58,6 @@ def save_pretrained(
     """
     # Load transformers, which uploading a store does without.
     from gisting.models import adapters
-    from gisting.models.fingerprint import fingerprint
     from gisting.models.load import trained_num_gist_tokens
     from gisting.models.state import end_with, require_patched
 
@@ -79,7 +78,7 @@ def save_pretrained(
         title=directory.resolve().name if title is None else title,
         num_gist_tokens=None if trained is None else range(trained[0], trained[1] + 1),
         template=tokenizer.template.name,
-        model=f"{type(model).__name__}, {model.num_parameters():,} parameters, {fingerprint(model)}",
+        model=f"{type(model).__name__}, {model.num_parameters():,} parameters, {adapters.reader_fingerprint(model)}",
         **card,
     )
     if adapter is None:

@@ -39,7 +39,7 @@ from gisting.models.state import (
     is_patched,
     require_patched,
 )
-from gisting.models.weights import input_weight
+from gisting.models.weights import input_weight, row_tensors
 from gisting.tokens import GistTokenizer
 from gisting.visibility import is_interval_mask
 
@@ -269,9 +269,9 @@ def _add_rows(model: PreTrainedModel, tokenizer: GistTokenizer, undo: Undo) -> N
         # The checkpoint was trained with this token, as the published ones were, so its row must stay.
         return
     else:
-        undo.replaced_rows = [tensor[gist_token_id].clone() for tensor in _row_tensors(model)]
+        undo.replaced_rows = [tensor[gist_token_id].clone() for tensor in row_tensors(model)]
     with torch.no_grad():
-        for tensor in _row_tensors(model):
+        for tensor in row_tensors(model):
             tensor[gist_token_id] = tensor[:gist_token_id].float().mean(0).to(tensor.dtype)
 
 
@@ -292,17 +292,6 @@ def _resize(model: PreTrainedModel, num_rows: int) -> None:
     kept = min(num_rows, own.shape[0])
     weight[:kept] = own[:kept]
     head.weight = nn.Parameter(weight, requires_grad=requires_grad)
-
-
-def _row_tensors(model: PreTrainedModel) -> list[Tensor]:
-    """Return the tensors with a row for each token: input embedding, untied output weight, and output bias."""
-    tensors = [input_weight(model)]
-    head: Any = model.get_output_embeddings()
-    if head.weight is not tensors[0]:
-        tensors.append(head.weight)
-    if getattr(head, "bias", None) is not None:
-        tensors.append(head.bias)
-    return [tensor.detach() for tensor in tensors]
 
 
 def _suppress(model: PreTrainedModel, gist_token_id: int) -> None:
@@ -332,7 +321,7 @@ def _restore(model: PreTrainedModel, *, forget: bool) -> None:
             _resize(model, recorded["num_embeddings"])
         elif undo.replaced_rows is not None:
             with torch.no_grad():
-                for tensor, row in zip(_row_tensors(model), undo.replaced_rows, strict=True):
+                for tensor, row in zip(row_tensors(model), undo.replaced_rows, strict=True):
                     tensor[recorded["gist_token_id"]] = row
         delattr(model.config, "gist")
     del model._gist_undo

@@ -11,10 +11,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from gisting.errors import GistError
+from gisting.errors import GistError, StoreError
 from gisting.serving.gists import StoredGists, fingerprints
-from gisting.tokens import GistTokenizer
+from gisting.source import find_file
+from gisting.tokens import TEMPLATES, GistTokenizer, read_tokenizer
 
 __all__ = ["CONNECTOR", "PROCESSOR", "require_vllm", "serve_command", "served_fingerprints"]
 
@@ -36,8 +38,13 @@ def serve_command(
 ) -> list[str]:
     """Return the words of ``vllm serve MODEL`` with the options that gists need.
 
+    An adapter that acts at gist tokens only is served as its base model, untouched: the adapter was needed to compress,
+    and its files say which template and gist token the base model's gists have. The base model can also be named
+    itself, if the gists in the store are of a template that has a name.
+
     Args:
-        model: directory of a checkpoint that was saved patched, or a repository on the hub.
+        model: a directory or a repository on the hub: of a checkpoint that was saved patched, of a ``gist-lora`` or
+            ``embeddings`` adapter, or of a base model.
         store: directory of a store.
         max_bytes: bytes of prepared gists that each worker keeps; None for 256 MiB.
         fingerprint: fingerprint of the checkpoint, or the result of :func:`served_fingerprints`, so that the processes
@@ -45,15 +52,19 @@ def serve_command(
         others: further words for vLLM, passed on unchanged.
 
     Raises:
-        GistError: the checkpoint has no gist tokenizer, or ``others`` has an option that is written here.
+        GistError: nothing says which gist tokenizer the model has, vLLM cannot serve it as it is, or ``others`` has an
+            option that is written here.
         StoreError: the directory is not a store.
     """
     for word in others:
         if word.split("=")[0].replace("_", "-") in _OURS:
             raise GistError(f"{word.split('=')[0]} is written by gisting serve; to give your own, call vllm serve")
-    GistTokenizer.from_pretrained(model)
-    StoredGists(store)
-    settings: dict[str, str | int | list[str]] = {"store": str(Path(store).absolute())}
+    from gisting.models.registry import read_config
+
+    served = _base_of(model)
+    num_rows = getattr(read_config(served), "vocab_size", None)
+    about = _about_tokenizer(model, served, num_rows, StoredGists(store))
+    settings: dict[str, Any] = {"store": str(Path(store).absolute()), **about}
     settings |= {} if max_bytes is None else {"max_bytes": max_bytes}
     if fingerprint is not None:
         settings["fingerprint"] = fingerprint if isinstance(fingerprint, str) else list(fingerprint)
@@ -64,7 +75,7 @@ def serve_command(
         "kv_connector_extra_config": settings,
     }
     return [
-        *_program(str(model)),
+        *_program(served),
         *("--kv-transfer-config", json.dumps(transfer)),
         *("--logits-processors", PROCESSOR),
         *("--middleware", f"{_MODULE}.GistMiddleware"),
@@ -79,7 +90,7 @@ def served_fingerprints(model: str | Path, others: Sequence[str] = ()) -> tuple[
     are included. Reads the weights, once for each dtype.
 
     Args:
-        model: directory of a checkpoint that was saved patched, or a repository on the hub.
+        model: as for :func:`serve_command`.
         others: the words for vLLM, of which ``--dtype`` and ``--revision`` are used.
 
     Raises:
@@ -89,7 +100,7 @@ def served_fingerprints(model: str | Path, others: Sequence[str] = ()) -> tuple[
     import torch
     from transformers import AutoConfig
 
-    revision = _value("--revision", others)
+    revision, model = _value("--revision", others), _base_of(model)
     asked = _value("--dtype", others) or "auto"
     if asked == "auto":
         own = AutoConfig.from_pretrained(model, **({} if revision is None else {"revision": revision})).dtype
@@ -100,6 +111,93 @@ def served_fingerprints(model: str | Path, others: Sequence[str] = ()) -> tuple[
             raise GistError(f"--dtype must be auto or a dtype of torch, got {asked!r}")
         dtypes = [dtype]
     return fingerprints(model, dtypes, revision=revision)
+
+
+def _base_of(model: str | Path) -> str:
+    """Return the model that vLLM runs: the base model of an adapter, otherwise ``model`` itself."""
+    if find_file(model, "config.json") is not None:
+        return str(model)
+    from gisting.models.adapters import Adapter, read_about
+
+    about = read_about(model)
+    if about is None:
+        return str(model)
+    adapter = Adapter(**about["adapter"])
+    if not adapter.is_gist_only:
+        raise GistError(
+            f"{model} is a {adapter.kind} adapter, which acts at every token, and vLLM would not apply it as gisting "
+            "does; serve a checkpoint of --method full, or one of --method gist-lora, whose gists the base model reads"
+        )
+    if not about["base"]:
+        raise GistError(
+            f"{model} does not name its base model, which had no name when the adapter was trained; give the base "
+            "model's directory instead: gisting serve BASE --store DIR"
+        )
+    return about["base"]
+
+
+def _about_tokenizer(model: str | Path, served: str, num_rows: int | None, gists: StoredGists) -> dict[str, Any]:
+    """Return the settings that say which gist tokenizer a base model has; none for a checkpoint that was saved with it.
+
+    Raises:
+        GistError: nothing says it, or vLLM cannot take the gist token's id.
+    """
+    if str(model) != served:
+        tokenizer = GistTokenizer.from_pretrained(model)
+        found: dict[str, Any] = {"tokenizer": str(Path(model).resolve()) if Path(model).is_dir() else str(model)}
+        load = f"model, tokenizer = gisting.load({str(model)!r}); gisting.models.adapters.detach(model)"
+    elif find_file(model, "gist.json") is not None:
+        GistTokenizer.from_pretrained(model)
+        return {}
+    else:
+        tokenizer = _tokenizer_of_store(served, gists)
+        found = {"template": tokenizer.template.name}
+        load = f"model, tokenizer = gisting.load({served!r}, template={tokenizer.template.name!r})"
+    if num_rows is not None and tokenizer.gist_token_id >= num_rows:
+        code = f"import gisting, gisting.models.adapters; {load}; gisting.save_pretrained(model, tokenizer, 'DIR')"
+        raise GistError(
+            f"{served} has {num_rows} embedding rows, all of them for its tokens, and vLLM refuses ids without a row, "
+            f"such as the placeholder of a gist token, {tokenizer.gist_token_id}; save it with one more row and serve "
+            f'DIR with the same store, whose gists it reads: python -c "{code}"'
+        )
+    return {**found, "gist_token_id": tokenizer.gist_token_id}
+
+
+def _tokenizer_of_store(base: str, gists: StoredGists) -> GistTokenizer:
+    """Return the gist tokenizer of a base model for which the gists in a store were made.
+
+    An entry has the fingerprint of its tokenizer and the name of its template, so a named template around the base
+    model's own tokenizer can be recognised.
+
+    Raises:
+        GistError: no template that has a name gives the tokenizer of a gist, or several do.
+        StoreError: there are no gists.
+    """
+    wrapped = read_tokenizer(base)
+    made_with = dict.fromkeys((entry.template, entry.tokenizer) for entry in gists.entries())
+    if not made_with:
+        raise StoreError(f"{gists.path} is empty; put gists for {base} into it: gisting compress ADAPTER --store DIR")
+    found: list[GistTokenizer] = []
+    for template in dict.fromkeys(name for name, _ in made_with if name in (*TEMPLATES, "chat")):
+        try:
+            tokenizer = GistTokenizer(wrapped, template)
+        except GistError:
+            continue  # a tokenizer without a chat template
+        if (template, tokenizer.fingerprint) in made_with:
+            found.append(tokenizer)
+    if len(found) != 1:
+        names = ", ".join(dict.fromkeys(name for name, _ in made_with))
+        raise GistError(
+            f"{base} has no gist.json, and the gists in {gists.path} (templates {names}) "
+            + (
+                "are of several templates for it"
+                if found
+                else "have no tokenizer that is a named template around its own"
+            )
+            + "; name the checkpoint that made the gists instead, which knows its base model: gisting serve ADAPTER "
+            "--store DIR"
+        )
+    return found[0]
 
 
 def _value(option: str, words: Sequence[str]) -> str | None:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gisting.cache import GistCache
+from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, GistError, StoreError
 from gisting.store.index import Index, StoreEntry, canonical
 from gisting.store.objects import Objects
-from gisting.store.reading import load_entry
-from gisting.tokens import GistTokenizer
+from gisting.store.reading import checkpoint_of, load_entry
+from gisting.tokens import GistTokenizer, read_tokenizer
 
 __all__ = [
     "GistRefusedError",
@@ -29,6 +29,7 @@ __all__ = [
     "fingerprints",
     "gist_name",
     "head_shard",
+    "read_gist_tokenizer",
     "salt_of",
     "slots_of",
     "with_placeholders",
@@ -77,7 +78,7 @@ class Served:
         fingerprint: str | Sequence[str] | None = None,
         tokenizer: GistTokenizer | None = None,
     ) -> Served:
-        """Describe what a server has loaded from a checkpoint that was saved patched.
+        """Describe what a server has loaded from a checkpoint.
 
         The weights are read a second time, by transformers on the CPU, because a server holds them in another layout.
         They are released afterwards. With ``fingerprint`` only the tokenizer is read.
@@ -87,10 +88,10 @@ class Served:
             dtype: the dtype that the server computes in.
             revision: branch, tag or commit on the hub.
             fingerprint: the fingerprint of the checkpoint, or its fingerprints in several dtypes, if already known.
-            tokenizer: the checkpoint's tokenizer, if already loaded.
+            tokenizer: the gist tokenizer, if already loaded; None for the one that the checkpoint was saved with.
 
         Raises:
-            GistError: there is no such checkpoint, or it was not saved with a gist tokenizer.
+            GistError: there is no such checkpoint, or no ``tokenizer`` is given and it was saved without one.
             UnsupportedModelError: the model cannot be gisted.
         """
         if tokenizer is None:
@@ -138,17 +139,31 @@ class StoredGists:
         served = self.served
         if served is not None and entry.model not in served.models:
             raise GistRefusedError(
-                f"gist {name!r:.100} was made for {entry.model}, but this server runs {' or '.join(served.models)}; "
+                f"gist {name!r:.100} of {entry.created[:10]} was made {self._maker(entry)}, but this server runs "
+                f"{' or '.join(served.models)}; "
                 "compress the prompt with this model"
             )
         if served is not None and entry.tokenizer != served.tokenizer:
             raise GistRefusedError(
-                f"gist {name!r:.100} was made with tokenizer {entry.tokenizer} (template {entry.template}), but this "
-                f"server has {served.tokenizer} (template {served.template}); compress the prompt again"
+                f"gist {name!r:.100} of {entry.created[:10]} was made with tokenizer {entry.tokenizer} (template "
+                f"{entry.template}), but this server has {served.tokenizer} (template {served.template}); compress the "
+                "prompt again"
             )
         if entry.num_gist_tokens < 1:
             raise GistRefusedError(f"gist {name!r:.100} has no tokens ({entry.condition}); there is nothing to serve")
         return entry
+
+    def _maker(self, entry: StoreEntry) -> str:
+        checkpoint = checkpoint_of(self._objects.path(entry.key))
+        return CacheOrigin(entry.model, entry.tokenizer, entry.template, entry.condition, checkpoint).maker
+
+    def entries(self) -> list[StoreEntry]:
+        """Return all entries of the store, as :meth:`gisting.GistStore.list` does.
+
+        Raises:
+            CacheFormatError: the index is damaged.
+        """
+        return self._index.all()
 
     def load(self, entry: StoreEntry) -> GistCache:
         """Load the states of ``entry`` on the CPU, in the dtype that they had before they were stored.
@@ -164,6 +179,28 @@ class StoredGists:
         if found != entry.sha256:  # prepared states and blocks of the paged cache are found by this checksum
             raise CacheFormatError(f"{path} is altered: its checksum is {found}, its entry says {entry.sha256}")
         return cache
+
+
+def read_gist_tokenizer(
+    name_or_path: str | Path, settings: Mapping[str, Any], *, revision: str | None = None
+) -> GistTokenizer:
+    """Load the gist tokenizer of a server: the checkpoint's own, or what ``settings`` say for an untouched base model.
+
+    Args:
+        name_or_path: the checkpoint that is served, a directory or a repository on the hub.
+        settings: of the connector: ``tokenizer`` is where another gist tokenizer was saved (an adapter's directory),
+            ``template`` the name of the template to write around the checkpoint's stock tokenizer.
+        revision: branch, tag or commit of the checkpoint on the hub.
+
+    Raises:
+        GistError: there is no such tokenizer.
+    """
+    if "tokenizer" in settings:
+        return GistTokenizer.from_pretrained(settings["tokenizer"])
+    source = {} if revision is None else {"revision": revision}
+    if "template" in settings:
+        return GistTokenizer(read_tokenizer(name_or_path, **source), settings["template"])
+    return GistTokenizer.from_pretrained(name_or_path, **source)
 
 
 def gist_name(params: Mapping[str, Any] | None) -> str | None:
@@ -263,7 +300,9 @@ def slots_of(block_ids: Sequence[int], block_size: int, first: int, end: int) ->
 def fingerprints(
     name_or_path: str | Path, dtypes: Sequence[torch.dtype], *, revision: str | None = None
 ) -> tuple[str, ...]:
-    """Return the fingerprints of a checkpoint in its own dtype and in each other one of ``dtypes``. Reads its weights.
+    """Return what gists that a checkpoint reads may be made for, in its own dtype and in each other one of ``dtypes``.
+
+    For each dtype: the checkpoint itself, and it as the untouched base model of adapters. Reads its weights.
 
     Args:
         name_or_path: a directory, or a repository on the hub.
@@ -274,16 +313,16 @@ def fingerprints(
         GistError: there is no such checkpoint.
         UnsupportedModelError: the model cannot be gisted.
     """
-    from gisting.models.fingerprint import fingerprint
+    from gisting.models.fingerprint import base_fingerprint, fingerprint
     from gisting.models.load import load
     from gisting.models.weights import input_weight
 
     source = {} if revision is None else {"revision": revision}
     model, _ = load(name_or_path, dtype="auto", **source)
-    found, own = [fingerprint(model)], input_weight(model).dtype
+    found, own = [fingerprint(model), base_fingerprint(model)], input_weight(model).dtype
     for dtype in dtypes:
         if dtype != own:
             del model
             model, _ = load(name_or_path, dtype=dtype, **source)
-            found.append(fingerprint(model))
+            found += [fingerprint(model), base_fingerprint(model)]
     return tuple(dict.fromkeys(found))

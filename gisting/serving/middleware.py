@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from gisting.errors import GistError
-from gisting.serving.gists import GistRefusedError, Served, StoredGists
+from gisting.serving.gists import GistRefusedError, Served, StoredGists, read_gist_tokenizer
 from gisting.serving.requests import ROUTES, check_extra, check_without_gist, completion_with_ids
 from gisting.tokens import GistTokenizer
 
@@ -195,7 +195,7 @@ def _of_config(config: Any) -> tuple[StoredGists, GistTokenizer]:
     if "store" not in extra or transfer.kv_connector != "GistConnector":
         raise GistRefusedError("this server has no gist store; start it with `gisting serve MODEL --store DIR`")
     model = config.model_config
-    tokenizer = GistTokenizer.from_pretrained(model.model, revision=model.revision)
+    tokenizer = read_gist_tokenizer(model.model, extra, revision=model.revision)
     served = Served.of_checkpoint(
         model.model,
         model.dtype,

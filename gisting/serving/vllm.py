@@ -40,7 +40,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import (  # pyright: ignore[repo
 )
 
 from gisting.errors import GistError, UnsupportedModelError
-from gisting.serving.gists import Served, StoredGists
+from gisting.serving.gists import Served, StoredGists, read_gist_tokenizer
 from gisting.serving.middleware import GistMiddleware
 from gisting.serving.requests import GistRequest, request
 from gisting.serving.scheduler import SchedulerSide
@@ -54,7 +54,7 @@ logger = logging.getLogger("vllm.gisting")  # below vLLM's logger, which has han
 #: The version that is tested, and the one whose interface was read. Later ones may have changed.
 KNOWN_VERSIONS = ("0.32", "0.33")
 MAX_BYTES = 256 * 2**20
-_SETTINGS = ("store", "max_bytes", "fingerprint")
+_SETTINGS = ("store", "max_bytes", "fingerprint", "tokenizer", "template", "gist_token_id")
 # Without these vLLM would not call the connector, or the connector could not report back.
 _HOOKS = (
     "on_new_request",
@@ -126,6 +126,8 @@ class GistConnector(KVConnectorBase_V1):
     ``--kv-transfer-config`` names it, with these settings in ``kv_connector_extra_config``: ``store``, the directory;
     ``max_bytes`` of prepared gists that each worker keeps in memory (256 MiB); ``fingerprint`` of the checkpoint, or a
     list of its fingerprints in several dtypes, if they are known, so that its weights need not be read a second time.
+    For a base model that was never patched also ``gist_token_id``, and where its gist tokenizer comes from, as
+    :func:`gisting.serving.gists.read_gist_tokenizer` takes it: ``tokenizer`` or ``template``.
 
     vLLM makes one connector in the scheduler and one in each worker. This class only passes vLLM's calls on, to
     :class:`gisting.serving.scheduler.SchedulerSide` or to :class:`gisting.serving.worker.WorkerSide`.
@@ -152,7 +154,11 @@ class GistConnector(KVConnectorBase_V1):
         model = vllm_config.model_config
         if role == KVConnectorRole.SCHEDULER:
             served = Served.of_checkpoint(
-                model.model, model.dtype, revision=model.revision, fingerprint=settings.get("fingerprint")
+                model.model,
+                model.dtype,
+                revision=model.revision,
+                fingerprint=settings.get("fingerprint"),
+                tokenizer=read_gist_tokenizer(model.model, settings, revision=model.revision),
             )
             logger.info("gists of %s for %s from %s", " or ".join(served.models), model.model, settings["store"])
             self.scheduler = SchedulerSide(StoredGists(settings["store"], served), served, block_size, self._counts)
@@ -254,7 +260,10 @@ class NoGistTokens(LogitsProcessor, LogitsProcessorV2):
     def __init__(self, vllm_config: Any, *others: Any) -> None:
         config = vllm_config.model_config.hf_config
         gist = getattr(config, "gist", None)
-        self._gist_token_id: int | None = gist["gist_token_id"] if isinstance(gist, dict) else None
+        # A base model that was never patched does not say it; the connector's settings do.
+        transfer = getattr(vllm_config, "kv_transfer_config", None)
+        extra = getattr(transfer, "kv_connector_extra_config", None) or {}
+        self._gist_token_id: int | None = (gist if isinstance(gist, dict) else extra).get("gist_token_id")
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
         """Change logits ``(rows, vocabulary)`` in place."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gisting.cache import GistCache
 from gisting.errors import GistError, StoreError
 from gisting.generation import compress
+from gisting.models.adapters import reader_fingerprint
 from gisting.models.fingerprint import fingerprint
 from gisting.models.weights import input_weight
 from gisting.store.index import NewEntry, check_name, text_key
@@ -55,8 +56,10 @@ class Compressor:
 
     def keys(self, prompts: Sequence[str], counts: Sequence[int]) -> list[str]:
         """Return the key of each prompt with its k: a hash of the text and of all that its states depend on."""
+        own, reader = fingerprint(self.model), reader_fingerprint(self.model)
         owner: list[str | int] = [
-            fingerprint(self.model),
+            # The adapter counts, although the entry is the base model's, which would compress otherwise.
+            own if reader == own else f"{own} for {reader}",
             self.tokenizer.fingerprint,
             self.condition,
             str(input_weight(self.model).dtype),

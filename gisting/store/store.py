@@ -11,12 +11,13 @@ import builtins
 import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from gisting.cache import GistCache
-from gisting.errors import CacheFormatError, GistError, StoreError
+from gisting.errors import CacheFormatError, CacheMismatchError, GistError, StoreError
 from gisting.storage import STORAGES
 from gisting.store.checking import StoreFault, collect_garbage, find_faults
 from gisting.store.hub import DELETED, PATTERNS, Source, write_folder
@@ -33,7 +34,7 @@ from gisting.store.index import (
     some_of,
 )
 from gisting.store.objects import OBJECTS, TEMPORARY, Objects
-from gisting.store.reading import ATTEMPTS, Reader
+from gisting.store.reading import ATTEMPTS, Reader, checkpoint_of
 from gisting.store.writing import commit, drop_unnamed, sweep, write_caches
 from gisting.table import GistTable
 
@@ -123,7 +124,15 @@ class GistStore:
             CacheFormatError: the file of an entry is damaged.
             CacheMismatchError: the entries are of different models, templates or dtypes.
         """
-        return GistCache.cat(self._reader.read(_as_list(names)))
+        wanted = _as_list(names)
+        caches = self._reader.read(wanted)
+        try:
+            cache = GistCache.cat(caches)
+        except CacheMismatchError as error:
+            raise CacheMismatchError(f"{self._dated(wanted)} are not of one kind: {error}") from error
+        if len({*wanted}) > 1:
+            return cache
+        return replace(cache, origin=replace(cache.origin, name=self._dated(wanted)))
 
     def __getitem__(self, name: str) -> GistCache:
         """Return the cache of one name or key; raises as :meth:`get`."""
@@ -151,6 +160,14 @@ class GistStore:
         """
         wanted = canonical(name)
         return find_all(self._index, [wanted])[wanted]
+
+    def checkpoint(self, name: str) -> str:
+        """Return the name of the checkpoint that made the entry of one ``name`` or key, "" if it had none.
+
+        Raises:
+            StoreError: there is no such entry, or it is neither a name nor a key.
+        """
+        return checkpoint_of(self._objects.path(self.entry(name).key))
 
     def list(self) -> builtins.list[StoreEntry]:
         """Return every name with its entry, sorted by name, then the entries without a name, oldest first.
@@ -516,6 +533,16 @@ class GistStore:
             raise CacheFormatError(
                 f"{self.path} has files but its {INDEX} is missing or empty; restore it, or move the files away"
             )
+
+    def _dated(self, wanted: Sequence[str]) -> str:
+        """Write names with the days on which they were compressed."""
+        found = self._index.find(wanted)
+        names = [*dict.fromkeys(wanted)]
+        shown = [
+            f"{name[:12] if is_key(name) else name!r}{f' of {found[name].created[:10]}' if name in found else ''}"
+            for name in names[:4]
+        ]
+        return ", ".join([*shown, *(["..."] if len(names) > 4 else [])])
 
     def _check_writable(self, reason: str) -> None:
         if self.is_read_only:

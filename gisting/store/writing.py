@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +48,7 @@ def write_caches(folder: Path, caches: Sequence[GistCache], storage: str | None)
         cache.save(file, storage)
         data = file.read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
-        if not all(text.isprintable() for text in asdict(cache.origin).values()):
+        if not all(text.isprintable() for text in cache.origin.identity().values()):
             raise StoreError(f"cache.origin must hold printable text, got {cache.origin}; rename the template")
         entry = StoreEntry(
             name=None,
@@ -60,7 +59,7 @@ def write_caches(folder: Path, caches: Sequence[GistCache], storage: str | None)
             num_bytes=len(data),
             sha256=sha256,
             storage=storage or str(cache.dtype).removeprefix("torch."),
-            **asdict(cache.origin),
+            **cache.origin.identity(),
             created=created,
         )
         # The same key means the same bytes: writing them again does no harm, and repairs a damaged file.

@@ -18,7 +18,7 @@ LoRA is described by Hu and others (arXiv 2106.09685).
 
 The last two cost nothing in serving: a cached gist consists of keys and values, and no gist token comes after it for
 them to act on. So requests with any adapter, or with none, can share a batch of one base model
-(``models.adapters.for_base_model``). They teach the model to compress a prompt, but not to read the gist: the base
+(``models.adapters.reader_fingerprint``). They teach the model to compress a prompt, but not to read the gist: the base
 model must already be able to do the task with the prompt visible.
 """
 

@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 import gisting
 from gisting.errors import CacheMismatchError, GistError
 from gisting.models import fingerprint as fingerprint_module
-from gisting.models.fingerprint import fingerprint, walk
+from gisting.models.adapters import Adapter, attach
+from gisting.models.fingerprint import base_fingerprint, fingerprint, walk
+from gisting.models.patch import patch
 from gisting.models.rotary import rotary_of
 from tests import tiny
 
@@ -630,3 +632,63 @@ def test_a_layer_that_is_there_takes_its_share_of_half_a_second() -> None:
             walk(parameter)
         seconds.append(time.process_time() - started)
     assert min(seconds) < 0.5 / 32
+
+
+# -- the stock model under a patched one -------------------------------------------------------------------------------
+
+ROWS = {"added": {"vocab_size": 64}, "replaced": {"vocab_size": 80}}
+
+
+def _draw(model: Any) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "name", tiny.slow_but([*tiny.DECODERS, *tiny.ENCODER_DECODERS], "llama", "llama-untied", "gemma3_text", "t5-v1.1")
+)
+def test_stock_patched_and_adapted_models_have_one_base_fingerprint(name: str, rows: str) -> None:
+    model = tiny.model(name, **ROWS[rows])
+    stock = fingerprint(model)
+    assert base_fingerprint(model) == stock
+    patch(model, tiny.tokenizer(name))
+    assert fingerprint(model) != stock
+    assert base_fingerprint(model) == stock
+    for kind in ("gist-lora", "embeddings"):
+        adapted = copy.deepcopy(model)
+        attach(adapted, Adapter(kind, rank=2))
+        _draw(adapted)
+        assert base_fingerprint(adapted) == stock
+        next(tensor for key, tensor in adapted.named_parameters() if "norm" in key).data[1] += 1e-3
+        assert base_fingerprint(adapted) != stock
+    attach(model, Adapter("lora", rank=2))
+    assert base_fingerprint(model) != stock
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_row_that_the_gist_token_replaced_counts_in_a_sampled_table(name: str) -> None:
+    model = tiny.model(name, **SIZES[name]["sampled"])
+    stock = fingerprint(model)
+    patch(model, tiny.tokenizer(name))
+    assert base_fingerprint(model) == stock
+    model._gist_undo.replaced_rows[0] += 1e-3  # pyright: ignore
+    assert base_fingerprint(model) != stock
+
+
+def test_a_cast_changes_the_base_fingerprint_as_it_changes_that_of_the_stock_model() -> None:
+    model, stock = tiny.patched("llama", vocab_size=80)[0], tiny.model("llama", vocab_size=80)
+    attach(model, Adapter("gist-lora", rank=2))
+    before = base_fingerprint(model)
+    assert base_fingerprint(model.to(torch.bfloat16)) == fingerprint(stock.to(torch.bfloat16)) != before
+
+
+def test_a_checkpoint_that_was_saved_patched_has_the_base_fingerprint_of_its_stock_model(tmp_path: Path) -> None:
+    model, tokenizer = tiny.patched("llama")
+    gisting.save_pretrained(model, tokenizer, tmp_path)
+    _edit_the_gist_row(model)
+    loaded, _ = gisting.load(tmp_path)
+    assert fingerprint(loaded) != fingerprint(model)
+    assert base_fingerprint(loaded) == base_fingerprint(model) == fingerprint(tiny.model("llama"))

@@ -10,7 +10,7 @@ import torch
 
 from gisting.cache import GistCache
 from gisting.errors import CacheFormatError, GistError, StoreError
-from gisting.models.fingerprint import fingerprint
+from gisting.models.fingerprint import base_fingerprint, fingerprint
 from gisting.models.hub import save_pretrained
 from gisting.models.patch import patch
 from gisting.serving.gists import (
@@ -124,10 +124,11 @@ def test_what_a_server_loads_from_a_checkpoint(tokenizer: GistTokenizer, tmp_pat
     model = patch(tiny.model("llama"), tokenizer)
     save_pretrained(model, tokenizer, tmp_path / "model")
     served = Served.of_checkpoint(tmp_path / "model", torch.float32)
-    assert served == Served((fingerprint(model),), tokenizer.fingerprint, "plain", G)
+    models = (fingerprint(model), base_fingerprint(model))
+    assert served == Served(models, tokenizer.fingerprint, "plain", G)
     both = Served.of_checkpoint(tmp_path / "model", torch.bfloat16)
-    assert both.models[0] == served.models[0]
-    assert len(both.models) == 2
+    assert both.models[:2] == served.models
+    assert len(both.models) == 4
     known = Served.of_checkpoint(tmp_path / "model", torch.bfloat16, fingerprint="llama/9", tokenizer=tokenizer)
     assert known.models == ("llama/9",)
     known = Served.of_checkpoint(tmp_path / "model", torch.bfloat16, fingerprint=["llama/9", "llama/8"])

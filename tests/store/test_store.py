@@ -34,6 +34,7 @@ from gisting.store.objects import Objects
 from tests import tiny
 from tests.store.made import ORIGIN, is_same, made
 
+DAY = r"\d{4}-\d\d-\d\d"
 KEY = "0123456789abcdef" * 4
 
 
@@ -240,8 +241,16 @@ def test_two_spellings_are_one_name(store: GistStore) -> None:
             GistError,
             "^'b' must be a cache of one prompt, got 3",
         ),
-        (lambda store: store.get(["a", "other"]), CacheMismatchError, "^caches belong to different origins"),
-        (lambda store: store.get(["a", "half"]), CacheMismatchError, "^caches are torch.float32"),
+        (
+            lambda store: store.get(["a", "other"]),
+            CacheMismatchError,
+            f"^'a' of {DAY}, 'other' of {DAY} are not of one kind: caches belong to different origins",
+        ),
+        (
+            lambda store: store.get(["a", "half"]),
+            CacheMismatchError,
+            f"^'a' of {DAY}, 'half' of {DAY} are not .*: caches are torch.float32",
+        ),
         (lambda store: GistStore(store.path, storage="int4"), GistError, "^storage must be None or one of float32"),
         (
             lambda store: GistStore(store.path, max_open_bytes=-1),

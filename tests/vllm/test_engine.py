@@ -418,8 +418,11 @@ def test_logits_of_other_models_are_left_alone() -> None:
 
     from gisting.serving.vllm import NoGistTokens
 
-    def config(gist: Any) -> Any:
-        return SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(gist=gist)))
+    def config(gist: Any, extra: Any = None) -> Any:
+        return SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=SimpleNamespace(gist=gist)),
+            kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
+        )
 
     logits = torch.zeros(2, 5)
     other = NoGistTokens(config(None), torch.device("cpu"), False)
@@ -428,3 +431,5 @@ def test_logits_of_other_models_are_left_alone() -> None:
     ours = NoGistTokens(config({"gist_token_id": 3}), object())
     assert not ours.is_argmax_invariant()
     assert ours.apply(logits, object()).isneginf().sum(0).tolist() == [0, 0, 0, 2, 0]
+    base = NoGistTokens(config(None, {"store": "s", "gist_token_id": 1}), object())
+    assert base.apply(torch.zeros(2, 5)).isneginf().sum(0).tolist() == [0, 2, 0, 0, 0], "a base model of adapters"

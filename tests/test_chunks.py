@@ -331,7 +331,7 @@ def test_a_length_beside_a_cache_is_refused() -> None:
 def test_training_in_chunks_is_refused_beyond_a_sliding_window(tmp_path: Path) -> None:
     """A window counts columns, including those of hidden chunks."""
     model, tokenizer = tiny.patched("mistral-window")
-    records = [Record(tiny.words(9, 1), "w1", "w2")]
+    records = [Record(tiny.words(3, 1), "w1", "w2")]
     settings: dict[str, Any] = {"max_length": tiny.WINDOW + 1, "chunk_length": 4}
     with pytest.raises(GistError, match=r"^max_length must be at most 8, the sliding window of mistral, got 9"):
         finetune(model, tokenizer, records, arguments(tmp_path), **settings)

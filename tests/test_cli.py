@@ -142,12 +142,29 @@ def test_compress_then_generate(run, workplace: Path) -> None:
 
 def test_files_for_prompts_and_inputs(run, workplace: Path) -> None:
     Path("p.txt").write_text("answer plainly", encoding="utf-8")
-    Path("i.txt").write_text("a b\nc d\n", encoding="utf-8")
+    Path("i.txt").write_bytes("\ufeffa b\u2028b a\r\nc d\r\n".encode())
     assert run("compress", "runs/demo", "--prompt-file", "p.txt", "-k", "3", "--output", "one.st").code == 0
     assert gisting.GistCache.load("one.st").num_gist_tokens == [3]
     result = run("generate", "runs/demo", "--cache", "one.st", "--input-file", "i.txt", "--max-new-tokens", "4")
     assert result.code == 0
     assert len(result.out.splitlines()) == 2
+    Path("i.jsonl").write_text("{}", encoding="utf-8")
+    result = run("generate", "runs/demo", "--cache", "one.st", "--input-file", "i.jsonl")
+    assert result.code != 0
+    assert "i.jsonl has the name of a data file, not of a text with one input per line" in result.err
+
+
+def test_columns_have_other_names(run, workplace: Path) -> None:
+    Path("q.csv").write_text('question,answer,task\na b,b a,"please reverse the letters , answer plainly"\n', "utf-8")
+    columns = "instruction=task,input=question,output=answer"
+    words = ("--condition", "gist", "--max-new-tokens", "4", "--json")
+    result = run("eval", "runs/demo", "--data", "q.csv", "--columns", columns, *words)
+    assert result.code == 0, result.err
+    (row,) = (json.loads(line) for line in result.out.splitlines())
+    assert (row["split"], row["num_records"]) == ("q", 1)
+    result = run("eval", "runs/demo", "--data", "q.csv", "--columns", "task")
+    assert result.code != 0
+    assert "columns must be names such as instruction=question,output=answer, got 'task'" in result.err
 
 
 def test_a_long_prompt_in_chunks(run, workplace: Path) -> None:

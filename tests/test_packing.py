@@ -115,14 +115,13 @@ def test_a_group_that_does_not_fit_is_split() -> None:
     assert int((batch["labels"] != -100).sum()) == 6 * 4
 
 
-def test_a_prompt_that_was_cut_is_not_shared_with_the_whole_one() -> None:
-    """The third record leaves room for two ids of its prompt."""
+def test_a_record_with_a_long_input_shares_its_prompt() -> None:
     prompt = "w1 w2 w3 w4"
-    records = [Record(prompt, "w5", "w6"), Record(prompt, "w5", "w7"), Record(prompt, "w8 w9 w10", "w11")]
+    records = [Record(prompt, "w5", "w6"), Record(prompt, "w8 w9 w10", "w11"), Record("w1 " * 7, "w5", "w6")]
     tokenizer = tokenizer_of()
     (ids,) = GistPackingCollator(tokenizer, 1, max_length=8, pack_length=30)(records)["input_ids"].tolist()
     names = {2: "/", tokenizer.gist_token_id: "G"} | {number + 4: f"w{number}" for number in range(60)}
-    assert " ".join(names[token] for token in ids) == "w1 w2 w3 w4 G w5 w6 / w5 w7 / w1 w2 G w8 w9 w10 w11 /"
+    assert " ".join(names[token] for token in ids) == "w1 w2 w3 w4 G w5 w6 / w8 w11 /"
 
 
 def test_a_completion_that_the_gist_itself_predicts_has_its_own_copy() -> None:
@@ -351,6 +350,10 @@ def test_rows_are_never_longer_than_pack_length(
         chunk_length=chunk_length,
         reconstruct=True,
     )
+    if not collate.fit(records):
+        with pytest.raises(RecordError, match=rf"^none of {len(rows)} records fits max_length={max_length}: "):
+            collate(records)
+        return
     batch = collate(records)
     assert batch["input_ids"].shape[1] <= max_length + more
     assert not ((batch["labels"] != -100) & (batch["reconstruction_labels"] != -100)).any()

@@ -39,13 +39,37 @@ def test_json_lines(tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_and_a_table(tmp_path: Path) -> None:
+    """A file of JSON is not read as text."""
+    assert load_prompts(written(tmp_path, '["a", {"prompt": "b", "name": "c"}]', "prompts.json")) == [
+        PromptRecord("a"),
+        PromptRecord("b", "c"),
+    ]
+    assert load_prompts(written(tmp_path, "prompt,name\na,01\n", "prompts.csv")) == [PromptRecord("a", "01")]
+    assert load_prompts(written(tmp_path, '{"prompt": "a"}\r\n', "prompts.NDJSON")) == [PromptRecord("a")]
+    assert load_prompts(written(tmp_path, "\ufeffa\r\nb\x0cc\n", "prompts.md")) == [
+        PromptRecord("a"),
+        PromptRecord("b\x0cc"),
+    ]
+    with pytest.raises(
+        RecordError, match=r"prompts\.yaml must end in one of \.json, .*, or in \.txt for one prompt per"
+    ):
+        load_prompts(written(tmp_path, "a\n", "prompts.yaml"))
+    with pytest.raises(
+        RecordError, match=r"prompts\.json, record 2 must be an object with a non-empty string 'prompt'"
+    ):
+        load_prompts(written(tmp_path, '["a", 3]', "prompts.json"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"prompt": "\\ud83d"}', r"line 1 has '\\ud83d' at character 0, half of a character"),
         ("", r"prompts\.jsonl contains no prompts; write one per line$"),
         ('{"prompt": "a"}\n{"prompt"', r"prompts\.jsonl, line 2 is not JSON"),
         ("[" * 100_000, r"prompts\.jsonl, line 1 is not JSON"),
         ('["a"]', "line 1 must be an object with a non-empty string 'prompt'"),
+        ('" "', "line 1 must be an object with a non-empty string 'prompt'"),
         ('{"prompt": "  "}', "line 1 must be an object with a non-empty string 'prompt'"),
         ('{"prompt": 3}', "line 1 must be an object with a non-empty string 'prompt'"),
         ('{"prompt": "a", "k": 3}', "line 1 has unknown keys k; known are prompt, name and num_gist_tokens"),

@@ -99,6 +99,7 @@ def losses(output_dir: Path, step: int) -> list[float]:
         ("lr_scheduler_type: cosin", "lr_scheduler_type must be one of linear, cosine, "),
         ("method: lor", "method must be one of full, lora, "),
         ("num_gist_tokens: 3:1", "num_gist_tokens must be a number or a range such as 1:10, got '3:1'"),
+        ("columns: question", "columns must be names such as instruction=question,output=answer, got 'question'"),
         ("num_gist_tokens: 0", "num_gist_tokens must be a number or a range such as 1:10, got 0"),
         ("conditions: {gits: 1}", "conditions must be names of gist, positive, negative, with weights"),
         ("conditions: {gist: -1}", "conditions must be names of gist, positive, negative, with weights"),
@@ -130,13 +131,19 @@ def test_values_are_read_as_they_are_meant(tmp_path: Path) -> None:
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     recipe = Recipe(
-        model="m", eval=("a", "b"), num_gist_tokens="2:5", conditions={"gist": 3, "positive": 1}, bf16=False
+        model="m",
+        eval=("a", "b"),
+        columns="instruction=question, output=answer",
+        num_gist_tokens="2:5",
+        conditions={"gist": 3, "positive": 1},
+        bf16=False,
     )
+    assert recipe.columns == {"instruction": "question", "output": "answer"}
     recipe.save(tmp_path / "again.yaml")
     assert load_recipe(tmp_path / "again.yaml") == recipe
     text = (tmp_path / "again.yaml").read_text(encoding="utf-8")
     assert text.startswith(f"# gisting {gisting.__version__}, torch {torch.__version__}")
-    assert set(yaml.safe_load(text)) == {"model", "eval", "num_gist_tokens", "conditions", "bf16"}
+    assert set(yaml.safe_load(text)) == {"model", "eval", "columns", "num_gist_tokens", "conditions", "bf16"}
 
 
 def test_changes_override_and_steps_take_the_place_of_epochs() -> None:

@@ -25,10 +25,10 @@ from gisting.cli.shared import (
     out,
     plain,
     print_json,
-    read_text,
     wanted_k,
 )
 from gisting.errors import GistError, StoreError
+from gisting.tokens.text import read_text
 
 if TYPE_CHECKING:
     from gisting.cache import GistCache
@@ -79,7 +79,8 @@ def compress(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="A file of prompts: one per line, or .jsonl with prompt and optionally name and num_gist_tokens."
+            help="A file of prompts: .txt with one per line; or JSON, JSON lines, CSV or Parquet with prompt and "
+            "optionally name and num_gist_tokens."
         ),
     ] = None,
     name: Annotated[
@@ -257,7 +258,7 @@ def generate(
 
     inputs = list(input or [])
     if input_file is not None:
-        inputs += read_text(input_file).splitlines()
+        inputs += _lines(input_file)
     held = _held(cache, store, name or [])
     # A gist need not come from a model that was trained to gist: an adapter may have made it for this one.
     loaded, tokenizer = load_patched(
@@ -283,6 +284,15 @@ def _template_for(model: str, cache: GistCache) -> str | None:
 
     is_named = cache.origin.template in (*TEMPLATES, "chat")
     return cache.origin.template if is_named and find_file(model, "gist.json") is None else None
+
+
+def _lines(path: Path) -> list[str]:
+    from gisting.data.sources import SUFFIXES
+
+    if path.suffix.lower() in SUFFIXES:
+        raise GistError(f"{path} has the name of a data file, not of a text with one input per line; rename it to .txt")
+    text = read_text(path)
+    return text.split("\n") if text else []
 
 
 def _held(cache: Path | None, store: Path | None, names: list[str]) -> GistCache:

@@ -35,9 +35,13 @@ def evaluate(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Records, .jsonl or .json: instruction, input, output. Or NAME=FILE, to give the split a name "
-            "other than its file's; may be repeated."
+            help="Records, with instruction, input, output or with messages: a .json, .jsonl, .csv or .parquet file, "
+            "or a data set on the hub. Or NAME=FILE, to give the split a name other than its file's; may be repeated."
         ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="What columns of the records are called, such as instruction=question,output=answer."),
     ] = None,
     num_gist_tokens: Annotated[
         str | None,
@@ -120,7 +124,7 @@ def evaluate(
     if results:
         found = [Evaluation.load(path) for path in results]
     elif model and data:
-        splits = _splits(data, limit)
+        splits = _splits(data, limit, columns)
         loaded, tokenizer = load_patched(model, template, dtype, device)
         counts = [wanted_k(loaded, None)] if num_gist_tokens is None else _parse_counts(num_gist_tokens)
         settings = {
@@ -212,10 +216,15 @@ def _has_rouge() -> bool:
     return find_spec("rouge_score") is not None
 
 
-def _splits(items: list[str], limit: int | None) -> dict[str, list[Any]]:
+def _splits(items: list[str], limit: int | None, columns: str | None) -> dict[str, list[Any]]:
     """Read the records of each split, which is named after its file unless it is given as NAME=FILE."""
     from gisting.data.records import load_records
+    from gisting.train.settings import COLUMNS
 
+    try:
+        renamed = None if columns is None else COLUMNS.read(columns)
+    except ValueError:
+        raise GistError(f"columns must be {COLUMNS.expected}, got {columns!r}") from None
     splits = {}
     for item in items:
         name, is_named, path = item.partition("=")
@@ -223,7 +232,7 @@ def _splits(items: list[str], limit: int | None) -> dict[str, list[Any]]:
             name, path = Path(item).stem, item
         if name in splits:
             raise GistError(f"two --data files are called {name!r}; rename one: --data NAME={path}")
-        splits[name] = load_records(path)[:limit]
+        splits[name] = load_records(path, columns=renamed)[:limit]
     return splits
 
 

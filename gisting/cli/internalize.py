@@ -14,9 +14,10 @@ import typer
 from rich.table import Table
 
 from gisting.cli.options import takes_settings
-from gisting.cli.shared import err, json_option, load_patched, out, print_json, read_text
+from gisting.cli.shared import err, json_option, load_patched, out, print_json
 from gisting.errors import GistError
 from gisting.internalize.settings import InternalizeSettings, StageSettings
+from gisting.tokens.text import read_text
 
 __all__ = ["internalize"]
 
@@ -76,9 +77,10 @@ def internalize(
     shares = _schedule(settings.schedule, settings.stages)
     if settings.control == "shortened" and settings.control_share is None:
         raise GistError("--control shortened needs --share, the kept share of the prompt, such as --share 0.5")
-    prompt = read_text(Path(required["prompt_file"])).rstrip("\n")
-    records = load_records(required["data"], needs_instruction=False)
-    asked = None if settings.eval is None else load_records(settings.eval, needs_instruction=False)
+    prompt = read_text(Path(required["prompt_file"]))
+    how: dict[str, Any] = {"needs_instruction": False, "columns": settings.columns}
+    records = load_records(required["data"], **how)
+    asked = None if settings.eval is None else load_records(settings.eval, **how)
     model, tokenizer = load_patched(required["model"], settings.template, settings.dtype, is_to_be_trained=True)
     result = run(
         model,

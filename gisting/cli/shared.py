@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -38,7 +37,6 @@ __all__ = [
     "plain",
     "print_json",
     "read_dtype",
-    "read_text",
     "streams_put_back",
     "wanted_k",
 ]
@@ -228,16 +226,3 @@ def wanted_k(model: Any, wanted: int | None) -> int:
 def plain(text: str) -> str:
     """Return a text with its control characters escaped, so that a terminal shows them and does not act on them."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-
-
-def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        GistError: it is not UTF-8.
-        OSError: it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise GistError(f"{path} is not UTF-8 text ({error})") from error

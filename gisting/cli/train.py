@@ -34,13 +34,15 @@ def train(
 
     Example: gisting train ./llama --data alpaca.jsonl --eval unseen.jsonl --output runs/llama-gist -k 1:10
 
+    Example: gisting train ./llama --data org/questions --columns instruction=question,output=answer --output runs/q
+
     Example: gisting train --recipe recipes/llama-7b.yaml --output runs/llama-7b --num-gist-tokens 10
     """
     from gisting.data.records import load_records
     from gisting.train.recipe import train_recipe
 
-    evals = {path: load_records(path) for path in settings.eval}
-    trained = train_recipe(settings, output, resume=resume)
+    evals = {path: load_records(path, columns=settings.columns) for path in settings.eval}
+    trained = train_recipe(settings, output, resume=resume, held_out=evals)
     if trained.arguments.process_index > 0:
         return
     out.print(

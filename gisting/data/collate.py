@@ -7,11 +7,12 @@ module does not depend on what it hides.
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import logging
+import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ IGNORED = -100  # what transformers' losses skip
 
 
 _AHEAD = 1_000  # texts per call when the tokenizer encodes ahead
+# What is cut off an input: a word, or a part of a very long one.
+_PIECE = re.compile(r"\S{1,16}")
 
 
 class Example(NamedTuple):
@@ -81,15 +84,16 @@ class GistCollator:
             encoder-decoder.
         num_gist_tokens: k, or a range ``(low, high)``, both included, from which each row draws its k.
         conditions: a condition for all rows, or weights with which each row draws one: ``{"gist": 3, "positive": 1}``.
-        max_length: largest number of ids in a sequence, or in the source for an encoder-decoder. Longer sequences lose
-            the end of their completion (down to a quarter of ``max_length``), then of their prompt (of its longest
-            parts), then the start of the text after the gist, but never the gist.
-        max_target_length: largest number of ids in the target of an encoder-decoder.
+        max_length: largest number of ids in a sequence, or in the source for an encoder-decoder, with the largest k.
+            Of a longer record, the end of its input is cut, whole words at a time; instruction, gist, answer and the
+            template around them stay. A record that does not fit even so is left out, and the log says how many are.
+        max_target_length: largest number of ids in the target of an encoder-decoder; a record whose answer is longer
+            is left out.
         part_separator: a text at which an instruction is cut into parts, each compressed separately with its own k
             (``visibility.chained``). This trains a model to read gists that ``GistCache.chain`` joins. Spaces around
             the separator belong to the parts. An instruction without the separator is one part; with None, every
             instruction is. The gist tokens of all parts but the last are in the sequence twice. Decoders only.
-        chunk_length: a prompt with more ids than this, after it was cut to ``max_length``, is cut into chunks, each
+        chunk_length: a prompt with more ids than this is cut into chunks, each
             followed by the row's k gist tokens, as in ``gisting.compress(chunk_length=...)``
             (``tokens.cut_into_chunks``). A chunk sees the gists before it. Sliding windows count columns, including
             those of earlier chunks, so a model with a window below ``max_length`` would not see the same in training
@@ -162,11 +166,11 @@ class GistCollator:
         self.chunk_length = chunk_length
         self.with_teacher = with_teacher
         self.with_prompt_columns = with_prompt_columns
-        self._has_warned = False
+        self._has_reported = False
         self._prompts = _Encoded(self._encode_prompts)
         self._answers = _Encoded(self._encode_answers)
 
-    def encode_ahead(self, records: Iterable[Any]) -> None:
+    def encode_ahead(self, records: Iterable[Any]) -> list[Record]:
         """Encode the texts of ``records`` and keep their ids, so that a batch of them does not use the tokenizer.
 
         This does not change the batches. An id takes 4 bytes, and is kept as long as the collator; an instruction that
@@ -175,8 +179,11 @@ class GistCollator:
         Args:
             records: records or groups of records, as for a batch.
 
+        Returns:
+            The records of which batches are made, as :meth:`fit` returns them, in one list.
+
         Raises:
-            RecordError: a record is incomplete.
+            RecordError: a record is incomplete, or none fits.
             GistError: a text cannot be encoded, as :meth:`GistTokenizer.encode_texts` says.
         """
         flat = (one for item in records for one in (item if isinstance(item, list | tuple) else [item]))
@@ -186,9 +193,30 @@ class GistCollator:
         self._answers.keep((row.input, row.output) for row in rows)
         if rows:
             _log.info("the texts of %d records are encoded", len(rows))
+        self._has_reported = False
+        fitted = [row for row, _ in self._some_fitting(rows, "record {}")]
+        self._answers.keep((row.input, row.output) for row in fitted)
+        return fitted
+
+    def fit(self, records: Sequence[Record | Mapping[str, Any]]) -> list[Record]:
+        """Cut the inputs of records that are longer than ``max_length``, and leave out those that cannot fit.
+
+        A batch of the records that are returned equals a batch of ``records``.
+
+        Args:
+            records: records, or mappings with the same keys.
+
+        Returns:
+            The records that fit, in their order.
+
+        Raises:
+            RecordError: a record is incomplete.
+        """
+        rows = [to_record(record, f"record {number}") for number, record in enumerate(records)]
+        return [row for row, _ in self._fitting(rows, "record {}")]
 
     def lengths(self, records: Sequence[Record]) -> list[int]:
-        """Count the ids of each record, without gist tokens and before it is cut to ``max_length``.
+        """Count the ids of each record, without gist tokens and before its input is cut.
 
         Args:
             records: in any order; records that were encoded ahead need no tokenizer.
@@ -217,10 +245,11 @@ class GistCollator:
 
         Raises:
             RecordError: a record is incomplete; a part of its instruction is empty; there is no text between several
-                parts and the completion; or the gist tokens of its parts leave no room.
+                parts and the completion; or no record of the batch fits ``max_length``.
         """
         rows = [to_record(record, f"record {number} of the batch") for number, record in enumerate(records)]
-        examples = self._examples(rows, self._draw_counts(len(rows)))
+        examples = [example for _, example in self._some_fitting(rows, "record {} of the batch")]
+        examples = self._with_counts(examples, self._draw_counts(len(examples)))
         return self._encoder_decoder(examples) if self.tokenizer.is_encoder_decoder else self._decoder(examples)
 
     def _draw_counts(self, number: int) -> list[int]:
@@ -232,35 +261,116 @@ class GistCollator:
         weights = torch.tensor([*self.conditions.values()], dtype=torch.float)
         return torch.multinomial(weights, number, replacement=True)
 
-    def _examples(self, rows: list[Record], counts: list[int]) -> list[Example]:
-        """Return the ids of the rows, cut to length; ``counts`` has the k of each row's last part."""
-        return [self._fit(example, number) for number, example in enumerate(self._encode(rows, counts))]
+    def _fitting(self, rows: list[Record], where: str) -> list[tuple[Record, Example]]:
+        """Return the rows that fit, their inputs cut if need be, and their ids; errors call row 3 ``where.format(3)``.
 
-    def _encode(self, rows: list[Record], counts: list[int]) -> list[Example]:
+        The examples have the largest k, so whether a record fits does not depend on what is drawn.
+        """
+        examples = self._encode(rows, where)
+        excess = [self._excess(example) for example in examples]
+        found = [
+            (row, example) if more <= 0 else self._cut(row, example)
+            for row, example, more in zip(rows, examples, excess, strict=True)
+        ]
+        fitted = [one for one in found if one is not None]
+        if max(excess, default=0) > 0:
+            self._report(len(rows), sum(more > 0 for more in excess), len(rows) - len(fitted))
+        return fitted
+
+    def _some_fitting(self, rows: list[Record], where: str) -> list[tuple[Record, Example]]:
+        """Return :meth:`_fitting`, or raise if there is nothing left."""
+        fitting = self._fitting(rows, where)
+        if rows and not fitting:
+            raise RecordError(
+                f"none of {len(rows)} records fits {self._limit}: instruction, {self.num_gist_tokens[1]} gist tokens "
+                "and answer are never cut, and take more; raise the limit, or shorten them"
+            )
+        return fitting
+
+    @property
+    def _limit(self) -> str:
+        target = f", max_target_length={self.max_target_length}" if self.tokenizer.is_encoder_decoder else ""
+        return f"max_length={self.max_length}{target}"
+
+    def _report(self, num_rows: int, num_long: int, num_left_out: int) -> None:
+        if not self._has_reported:
+            self._has_reported = True
+            _log.warning(
+                "%d of %d records are longer than %s: the end of the input is cut of %d, and %d are left out, because "
+                "instruction, gist and answer alone do not fit",
+                num_long,
+                num_rows,
+                self._limit,
+                num_long - num_left_out,
+                num_left_out,
+            )
+
+    def _encode(self, rows: list[Record], where: str) -> list[Example]:
+        """Return the ids of the rows, with the largest k for every part."""
         parts = [self._parts(row) for row in rows]
         for number, texts in enumerate(parts):
             if not all(text.strip() for text in texts):
                 raise RecordError(
-                    f"record {number} of the batch has an empty part in its instruction, which is cut at "
+                    f"{where.format(number)} has an empty part in its instruction, which is cut at "
                     f"part_separator={self.part_separator!r}; remove the separator, or give the part some text"
                 )
-        prompts = self._prompts.find([text for texts in parts for text in texts])
+        prompts = iter(self._prompts.find([text for texts in parts for text in texts]))
         answers = self._answers.find([(row.input, row.output) for row in rows])
-        # The last part of a prompt has the row's k; each earlier part draws its own.
-        drawn = self._draw_counts(sum(map(len, parts)) - len(parts))
-        prompts, drawn = iter(prompts), iter(drawn)
         examples = []
-        for number, (texts, count, (continuation, completion)) in enumerate(zip(parts, counts, answers, strict=True)):
+        for number, (texts, (continuation, completion)) in enumerate(zip(parts, answers, strict=True)):
             if len(texts) > 1 and not continuation:
                 # Otherwise the last gist would have to answer, which has not seen the earlier parts.
                 raise RecordError(
-                    f"record {number} of the batch has several parts and no text after their gists for the model to "
+                    f"{where.format(number)} has several parts and no text after their gists for the model to "
                     "continue; give an input, or a template with text there"
                 )
-            own = [*itertools.islice(drawn, len(texts) - 1), count]
             ids = list(itertools.islice(prompts, len(texts)))
-            examples.append(Example(ids, own, continuation, completion, self.chunk_length))
+            counts = [self.num_gist_tokens[1]] * len(texts)
+            examples.append(Example(ids, counts, continuation, completion, self.chunk_length))
         return examples
+
+    def _with_counts(self, examples: list[Example], counts: list[int]) -> list[Example]:
+        """Give the last part of each example the k in ``counts``; each earlier part draws its own."""
+        drawn = iter(self._draw_counts(sum(len(example.prompts) - 1 for example in examples)))
+        return [
+            example._replace(counts=[*itertools.islice(drawn, len(example.prompts) - 1), count])
+            for example, count in zip(examples, counts, strict=True)
+        ]
+
+    def _excess(self, example: Example) -> int:
+        """Return by how many ids an example is too long."""
+        excess = example.num_shared_columns + len(example.continuation) - self.max_length
+        if self.tokenizer.is_encoder_decoder:
+            return max(excess, len(example.completion) - self.max_target_length)
+        return excess + len(example.completion)
+
+    def _cut(self, row: Record, example: Example) -> tuple[Record, Example] | None:
+        """Cut the end of the input of a row that is too long; return None if that is not enough."""
+        if self.tokenizer.is_encoder_decoder and len(example.completion) > self.max_target_length:
+            return None
+        ends = [piece.end() for piece in _PIECE.finditer(row.input)]
+        # Of so many pieces, the first number fits, or is 0; the second does not. By how much they are too long.
+        low, high = 0, len(ends)
+        low_excess, high_excess = self._excess(example._replace(continuation=_ids([]))), self._excess(example)
+        for step in itertools.count(1):
+            if low_excess > 0 or high - low <= 1:
+                break
+            # Where a straight line between the two is 0, but sometimes the middle, in case it is no straight line.
+            share = 0.5 if step % 3 == 0 else low_excess / (low_excess - high_excess)
+            number = min(max(low + int(share * (high - low)), low + 1), high - 1)
+            (continuation,) = self.tokenizer.encode_continuations([row.input[: ends[number - 1]]])
+            excess = self._excess(example._replace(continuation=_ids(continuation)))
+            if excess > 0:
+                high, high_excess = number, excess
+            else:
+                low, low_excess = number, excess
+        for number in range(low, 0, -1):  # An answer may have more ids after another input.
+            shorter = replace(row, input=row.input[: ends[number - 1]])
+            ((continuation, completion),) = self._answers.find([(shorter.input, shorter.output)])
+            cut = example._replace(continuation=continuation, completion=completion)
+            if self._excess(cut) <= 0:
+                return shorter, cut
+        return None
 
     def _parts(self, record: Record) -> list[str]:
         if self.part_separator is None:
@@ -351,53 +461,6 @@ class GistCollator:
             torch.cat([one.end for one in found])[back],
             torch.cat(positions)[back] if positions else None,
         )
-
-    def _fit(self, example: Example, number: int) -> Example:
-        """Cut an example to ``max_length`` ids; the target of an encoder-decoder is cut separately.
-
-        Its gists always remain, and so does a part of every prompt and of the completion.
-        """
-        if self.tokenizer.is_encoder_decoder:
-            source = self._fit_sequence(example._replace(completion=_ids([])), number)
-            return source._replace(completion=example.completion[: self.max_target_length])
-        return self._fit_sequence(example, number)
-
-    def _fit_sequence(self, example: Example, number: int) -> Example:
-        prompts, continuation, completion = example.prompts, example.continuation, example.completion
-        length = example.num_shared_columns + len(continuation) + len(completion)
-        excess = length - self.max_length
-        if excess <= 0:
-            return example
-        # One id each of prompts, continuation and completion.
-        needed = _shortened(example, 1).num_shared_columns + 2
-        if needed > self.max_length:
-            raise RecordError(
-                f"record {number} of the batch has {len(prompts)} parts, which need at least {needed} ids with their "
-                f"gist tokens, more than max_length={self.max_length}; raise max_length, or join parts"
-            )
-        if not self._has_warned:
-            self._has_warned = True
-            _log.warning(
-                "a sequence of %d ids was cut to max_length=%d, and others may be as well; gists are never cut",
-                length,
-                self.max_length,
-            )
-        cut = min(excess, max(0, len(completion) - max(1, self.max_length // 4)))
-        completion, excess = completion[: len(completion) - cut], excess - cut
-        # The number of chunks, and so of gist tokens, depends on how much of the prompt is left.
-        room = example.num_shared_columns - excess
-        limits = range(1, max(map(len, prompts)) + 1)
-        limit = bisect.bisect_right(limits, room, key=lambda limit: _shortened(example, limit).num_shared_columns)
-        example = _shortened(example, max(1, limit))
-        excess = max(0, example.num_shared_columns - room)
-        cut = min(excess, max(0, len(continuation) - 1))
-        continuation, excess = continuation[cut:], excess - cut
-        return example._replace(continuation=continuation, completion=completion[: len(completion) - excess])
-
-
-def _shortened(example: Example, limit: int) -> Example:
-    """Return the example with at most ``limit`` ids of each prompt."""
-    return example._replace(prompts=[prompt[:limit] for prompt in example.prompts])
 
 
 class _Encoded:

@@ -147,8 +147,7 @@ class GistPackingCollator(GistCollator):
         with_teacher: as for :class:`GistCollator`.
         with_prompt_columns: as for :class:`GistCollator`, for each copy of a prompt, but not for a prompt that is to be
             predicted.
-        reconstruct: whether prompts, cut to ``max_length`` and without ``tokenizer.start_ids``, are also predicted from
-            their gists.
+        reconstruct: whether prompts, without ``tokenizer.start_ids``, are also predicted from their gists.
 
     Raises:
         GistError: an argument is out of range, or the tokenizer is for an encoder-decoder.
@@ -201,14 +200,15 @@ class GistPackingCollator(GistCollator):
             except for the first of each, and -100 elsewhere. Where they are not -100, ``labels`` are.
 
         Raises:
-            RecordError: a record is incomplete.
+            RecordError: a record is incomplete, or none fits ``max_length``.
         """
         flat = [one for item in records for one in (item if isinstance(item, list | tuple) else [item])]
         rows = [to_record(record, f"record {number} of the batch") for number, record in enumerate(flat)]
-        number_of = {text: number for number, text in enumerate(dict.fromkeys(row.instruction for row in rows))}
-        instructions = [number_of[row.instruction] for row in rows]
+        fitting = self._some_fitting(rows, "record {} of the batch")
+        number_of = {text: number for number, text in enumerate(dict.fromkeys(row.instruction for row, _ in fitting))}
+        instructions = [number_of[row.instruction] for row, _ in fitting]
         counts, conditions = self._draw_counts(len(number_of)), self._draw_conditions(len(number_of)).tolist()
-        examples = self._examples(rows, [counts[number] for number in instructions])
+        examples = self._with_counts([example for _, example in fitting], [counts[number] for number in instructions])
         documents = self._documents(examples, instructions)
         packed, drawn = [], []
         for condition in sorted(set(conditions)):
@@ -224,12 +224,10 @@ class GistPackingCollator(GistCollator):
     def _documents(self, examples: list[Example], instructions: list[int]) -> list[tuple[int, Document]]:
         """Group examples into documents that fit into a row; return them with the index of their instruction."""
         found: list[tuple[int, Document]] = []
-        # The last document of each prompt, which may have room. A prompt that was cut begins like the whole prompt.
-        open_by: dict[tuple[int, int], Document] = {}
+        open_by: dict[int, Document] = {}  # the last document of each instruction, which may have room
         for instruction, example in zip(instructions, examples, strict=True):
-            key = (instruction, len(example.prompts[0]))
             own = len(example.continuation) + len(example.completion)
-            document = open_by.get(key)
+            document = open_by.get(instruction)
             if document is None or not example.continuation or document.num_columns + own > self.pack_length:
                 document = Document([example], example.num_shared_columns + own)
                 found.append((instruction, document))
@@ -237,7 +235,7 @@ class GistPackingCollator(GistCollator):
                 document.examples.append(example)
                 document.num_columns += own
             if example.continuation:
-                open_by[key] = document
+                open_by[instruction] = document
         return found
 
     def _reconstruct(self, document: Document) -> None:

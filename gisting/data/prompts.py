@@ -1,17 +1,22 @@
-"""Files of prompts to compress: one per line, as text or as JSON.
+"""Files of prompts to compress: one per line as text, or data.
 
-Place in the flow: **data** -> store. Works on files, not on tokens. Errors name the file and the line.
+Place in the flow: sources -> **prompts** -> store. Works on files, not on tokens. Errors name the file and the line.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gisting.data.records import parse_json
+from gisting.data.sources import SUFFIXES, read_items
 from gisting.errors import RecordError
+from gisting.tokens.text import read_text, text_fault
 
 __all__ = ["PromptRecord", "load_prompts"]
+
+# Any other name says that the file is something else.
+_TEXT = ("", ".txt", ".text", ".md", ".prompts")
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,9 @@ class PromptRecord:
 def load_prompts(path: str | Path) -> list[PromptRecord]:
     """Read the prompts of a file.
 
-    A ``.jsonl`` file has one object per line, with ``prompt`` and optionally ``name`` and ``num_gist_tokens``. Any
-    other file has one prompt per line. Empty lines are skipped.
+    A text file (``.txt``, ``.text``, ``.md``, ``.prompts`` or no suffix) has one prompt per line; empty lines are
+    skipped. Data (JSON, JSON lines, CSV, Parquet, as for :func:`gisting.load_records`) have objects with ``prompt`` and
+    optionally ``name`` and ``num_gist_tokens``; JSON may also be a list of texts.
 
     Args:
         path: the file, UTF-8.
@@ -42,35 +48,42 @@ def load_prompts(path: str | Path) -> list[PromptRecord]:
         The prompts in the order of the file.
 
     Raises:
-        RecordError: a line is not such an object, a prompt is empty, a name occurs twice, or the file has no prompt.
+        RecordError: the file is of another kind, an item is not such an object, a prompt is empty, a name occurs twice,
+            or the file has no prompt.
         OSError: the file cannot be read.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path} is not UTF-8 text ({error})") from error
     found = []
-    names: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        record = _from_json(line, where) if path.suffix == ".jsonl" else PromptRecord(line.strip())
+    names: dict[str, str] = {}
+    for where, item in _items(Path(path)):
+        record = PromptRecord(item) if isinstance(item, str) and item.strip() else _from_object(item, where)
+        for text in (record.prompt, record.name or ""):
+            if (fault := text_fault(text)) is not None:
+                raise RecordError(f"{where} {fault}")
         if record.name is not None:
             if record.name in names:
                 raise RecordError(
-                    f"{where}: name {record.name!r} is already used on line {names[record.name]}; choose another"
+                    f"{where}: name {record.name!r} is already used on {names[record.name]}; choose another"
                 )
-            names[record.name] = number
+            names[record.name] = where.rpartition(", ")[2]
         found.append(record)
     if not found:
         raise RecordError(f"{path} contains no prompts; write one per line")
     return found
 
 
-def _from_json(line: str, where: str) -> PromptRecord:
-    item = parse_json(line, where)
+def _items(path: Path) -> list[tuple[str, Any]]:
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return [*read_items(path)]
+    if suffix not in _TEXT:
+        raise RecordError(
+            f"{path} must end in one of {', '.join(SUFFIXES)}, or in .txt for one prompt per line; rename it"
+        )
+    lines = enumerate(read_text(path).split("\n"), start=1)
+    return [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]
+
+
+def _from_object(item: Any, where: str) -> PromptRecord:
     if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
         raise RecordError(
             f"{where} must be an object with a non-empty string 'prompt' and, optionally, 'name' and 'num_gist_tokens'"

@@ -1,19 +1,28 @@
-"""Instruction records and their files: ``{instruction, input, output}``, the Alpaca layout, as JSON or JSONL.
+"""Instruction records: ``{instruction, input, output}``, the Alpaca layout, or a conversation of one question.
 
-Place in the flow: **data** -> collator -> model. Works on files, not on tokens. Errors name the file and the line.
+Place in the flow: sources -> **records** -> collator -> model. Works on texts, not on tokens. Errors name the file and
+the line.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gisting.data.messages import as_instruction
+from gisting.data.sources import parse_json, read_items
 from gisting.errors import RecordError
+from gisting.tokens.text import text_fault
 
-__all__ = ["Record", "load_records", "parse_json", "save_records", "to_record"]
+__all__ = ["Record", "load_records", "parse_json", "rows_of", "save_records", "say_shared", "to_record", "to_records"]
+
+_log = logging.getLogger(__name__)
+# What a column of a data set can be taken for.
+_FIELDS = ("instruction", "input", "output", "messages")
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,9 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_
     """Convert a mapping with ``instruction``, ``output`` and, optionally, ``input`` and ``source`` to a record.
 
     Args:
-        item: the mapping; a record is returned unchanged.
+        item: the mapping; a record is returned unchanged. A conversation of one question will do as well, as
+            ``messages``, as ``conversations`` of ShareGPT, or as ``prompt`` and ``completion``: its system message is
+            the instruction, the question the input, the answer the output.
         where: how errors refer to the item, such as ``train.jsonl, line 3``.
         needs_instruction: whether the instruction must be there and not be empty.
 
@@ -47,13 +58,14 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_
         The record.
 
     Raises:
-        RecordError: a field is missing, empty or not a string.
+        RecordError: a field is missing, empty or not a text, or a conversation has several questions.
     """
     if isinstance(item, Record):
         _check_texts(vars(item), where)
         return item
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with instruction, input and output, got {type(item).__name__}")
+    item = as_instruction(item, where, needs_instruction=needs_instruction)
     needed = ("instruction", "output") if needs_instruction else ("output",)
     for name in needed:
         if name not in item:
@@ -77,47 +89,109 @@ def _check_texts(fields: Mapping[str, Any], where: str) -> None:
     for name, value in fields.items():
         if not isinstance(value, str):
             raise RecordError(f"{where}: {name!r} must be a string, got {type(value).__name__}")
+        if (fault := text_fault(value)) is not None:
+            raise RecordError(f"{where}: {name!r} {fault}")
 
 
-def load_records(path: str | Path, *, needs_instruction: bool = True) -> list[Record]:
-    """Read records from ``.jsonl`` (one object per line, empty lines skipped) or ``.json`` (a list of objects).
+def load_records(
+    source: str | Path, *, needs_instruction: bool = True, columns: Mapping[str, str] | None = None
+) -> list[Record]:
+    """Read records from a file or data set.
 
     Args:
-        path: the file, UTF-8.
+        source: a file whose name says what it is: ``.json`` (a list of objects), ``.jsonl`` or ``.ndjson`` (one object
+            per line), ``.csv``, ``.tsv`` or ``.parquet``; a directory that ``datasets.Dataset.save_to_disk`` wrote; or
+            a data set on the Hugging Face hub, ``org/name`` or ``org/name:split`` (``train`` by default). Data sets and
+            Parquet files need the ``train`` extra.
         needs_instruction: as for :func:`to_record`.
+        columns: what columns are called there: ``{"instruction": "question", "output": "answer"}``. Names are
+            ``instruction``, ``input``, ``output`` and ``messages``.
 
     Returns:
-        The records in the order of the file.
+        The records in their order.
 
     Raises:
-        RecordError: the file is not JSON, has no records, or has an incomplete one; the message names file and line
-            (or record number).
+        RecordError: the source cannot be read as what it is, has no records, or has an incomplete one; the message
+            names file and line (or record number).
         OSError: the file cannot be read.
     """
-    path = Path(path)
-    if path.suffix not in (".json", ".jsonl"):
-        raise RecordError(f"{path} must end in .json or .jsonl")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path} is not UTF-8 ({error})") from error
-    if path.suffix == ".jsonl":
-        items = [
-            (f"{path}, line {number}", parse_json(line, f"{path}, line {number}"))
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
-    else:
-        whole = parse_json(text, str(path))
-        if not isinstance(whole, list):
+    renamed = dict(columns or {})
+    if unknown := renamed.keys() - {*_FIELDS}:
+        raise RecordError(f"columns must name {', '.join(_FIELDS)}, got {', '.join(sorted(unknown))}")
+    found = []
+    for where, item in read_items(source):
+        if renamed and isinstance(item, Mapping):
+            item = _renamed(item, renamed, where)
+        found.append(to_record(item, where, needs_instruction=needs_instruction))
+    if not found:
+        raise RecordError(f"{source} contains no records")
+    return found
+
+
+def _renamed(item: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    for name, column in columns.items():
+        if column not in item:
             raise RecordError(
-                f"{path} must contain a list of objects, got {type(whole).__name__}; a file with one object per line "
-                "must be named .jsonl"
+                f"{where} has no column {column!r} for {name!r}; it has {', '.join(map(repr, item)) or 'nothing'}"
             )
-        items = [(f"{path}, record {number}", item) for number, item in enumerate(whole, start=1)]
-    if not items:
-        raise RecordError(f"{path} contains no records")
-    return [to_record(item, where, needs_instruction=needs_instruction) for where, item in items]
+    others = {name: value for name, value in item.items() if name not in (*_FIELDS, *columns.values())}
+    kept = {name: item[name] for name in _FIELDS if name in item and name not in columns.values()}
+    return {**others, **kept, **{name: item[column] for name, column in columns.items()}}
+
+
+def rows_of(records: Any) -> Iterable[Any]:
+    """Return ``records`` unless it is something else that can be iterated over.
+
+    Args:
+        records: a list of records or mappings, a ``datasets.Dataset``, or another iterable of them.
+
+    Raises:
+        RecordError: it is a path, or has several splits, as a ``datasets.DatasetDict``.
+    """
+    if isinstance(records, str | Path):
+        raise RecordError(f"records must be records, got the path {str(records)!r}; read it: load_records(path)")
+    if isinstance(records, Mapping):
+        raise RecordError(
+            f"records must be a list or a data set, got a {type(records).__name__} of {', '.join(map(str, records))}; "
+            f"pass one of them: records[{next(iter(records), 'train')!r}]"
+        )
+    return records
+
+
+def to_records(records: Iterable[Record | Mapping[str, Any]]) -> list[Record]:
+    """Convert what a caller gave as records.
+
+    Args:
+        records: as for :func:`rows_of`.
+
+    Raises:
+        RecordError: as :func:`rows_of` and :func:`to_record`.
+    """
+    return [to_record(record, f"record {number}") for number, record in enumerate(rows_of(records))]
+
+
+def say_shared(records: Iterable[Record], held_out: Sequence[Record], name: str) -> int:
+    """Warn in the log about records of an evaluation that are also trained on, with the same instruction and input.
+
+    Args:
+        records: the records that are trained on.
+        held_out: the records that are evaluated.
+        name: what the log calls them.
+
+    Returns:
+        The number of them.
+    """
+    trained = {(record.instruction, record.input) for record in records}
+    number = sum((record.instruction, record.input) in trained for record in held_out)
+    if number:
+        _log.warning(
+            "%d of %d records of %s are also trained on, so scores on it do not show what the model makes of new ones; "
+            "take them out of one of the two",
+            number,
+            len(held_out),
+            name,
+        )
+    return number
 
 
 def save_records(records: Iterable[Record], path: str | Path) -> None:
@@ -133,22 +207,3 @@ def save_records(records: Iterable[Record], path: str | Path) -> None:
     with Path(path).open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parse JSON from a file written by a user.
-
-    Args:
-        text: the JSON.
-        where: how errors refer to it.
-
-    Returns:
-        The parsed value.
-
-    Raises:
-        RecordError: ``text`` is not JSON.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{where} is not JSON ({error})") from error

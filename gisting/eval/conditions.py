@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 from gisting.data.collate import IGNORED, GistCollator
 from gisting.data.plain import plain_batch, plain_sources
-from gisting.data.records import Record
+from gisting.data.records import Record, to_records
 from gisting.errors import GistError
 from gisting.eval.metrics import exact_matches, rouge
 from gisting.eval.statistics import Interval, bootstrap
@@ -171,7 +171,7 @@ class ConditionResult:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
-    records: Sequence[Record],
+    records: Iterable[Record | Mapping[str, Any]],
     num_gist_tokens: int | Sequence[int] | None = None,
     *,
     conditions: Sequence[str] = tuple(CONDITIONS),
@@ -190,7 +190,8 @@ def evaluate(
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        records: the records to answer; their outputs are the references.
+        records: the records to answer, or mappings with the same keys, as a list or ``datasets.Dataset``; their outputs
+            are the references.
         num_gist_tokens: k, or several values, each of which is evaluated; None as for :func:`gisting.compress`.
         conditions: names in ``EVAL_CONDITIONS``.
         chunk_length: as for :func:`gisting.generate`, for a model that was trained in chunks.
@@ -210,7 +211,7 @@ def evaluate(
         GistError: there are no records, a condition or k is invalid, or as :func:`gisting.generate`.
     """
     require_patched(model, tokenizer)
-    records, conditions = listed("records", records, "records"), listed("conditions", conditions, "names")
+    records, conditions = to_records(records), listed("conditions", conditions, "names")
     chosen = chosen_k(model, num_gist_tokens)
     counts = [chosen] if isinstance(chosen, int) else list(chosen)
     _check(records, counts, conditions, batch_size)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gisting.data.records import Record
+from gisting.data.records import Record, to_records
 from gisting.errors import GistError
 from gisting.eval.conditions import ConditionResult, evaluate
 from gisting.eval.statistics import Interval, bootstrap
@@ -272,7 +272,7 @@ class Evaluation:
 def evaluate_splits(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
-    splits: Mapping[str, Sequence[Record]],
+    splits: Mapping[str, Iterable[Record | Mapping[str, Any]]],
     num_gist_tokens: int | Sequence[int] | None = None,
     *,
     name: str,
@@ -291,7 +291,7 @@ def evaluate_splits(
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        splits: the records of each data set by its name.
+        splits: the records of each data set by its name, as for ``evaluate``; a ``datasets.DatasetDict`` will do.
         num_gist_tokens: k, or several values; None as for :func:`gisting.compress`.
         name: what to call the model, such as the path it was loaded from.
         environment: device, versions and commit, as ``gisting.measure.rows.environment()`` gives them.
@@ -316,7 +316,8 @@ def evaluate_splits(
     if chunk_length is not None:
         settings["chunk_length"] = chunk_length
     evaluated = []
-    for split, records in splits.items():
+    for split, given in splits.items():
+        records = to_records(given)
         results = evaluate(
             model,
             tokenizer,
@@ -329,7 +330,7 @@ def evaluate_splits(
             **settings,
         )
         encodings = tokenizer.encode_prompts([record.instruction for record in records], 1)
-        evaluated.append(Split(split, list(records), [encoding.num_prompt_tokens for encoding in encodings], results))
+        evaluated.append(Split(split, records, [encoding.num_prompt_tokens for encoding in encodings], results))
     trained = trained_num_gist_tokens(model)
     about = {
         "name": name,

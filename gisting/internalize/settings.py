@@ -9,7 +9,7 @@ imports neither torch nor transformers, because ``gisting --help`` must stay qui
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,7 +29,7 @@ from gisting.settings import (
     setting,
 )
 from gisting.tokens import TEMPLATES
-from gisting.train.settings import TrainerSettings
+from gisting.train.settings import COLUMNS, TrainerSettings
 
 __all__ = ["SHORTENERS", "InternalizeSettings", "StageSettings"]
 
@@ -102,7 +102,13 @@ class _WhatIsInternalized(Settings):
     )
     prompt_file: str | None = setting(PATH, None, "Text file with the prompt with which every request would begin.")
     data: str | None = setting(
-        PATH, None, "Training records, .jsonl or .json: input (the query) and output; instructions are not read."
+        PATH,
+        None,
+        "Training records, with input (the query) and output or with messages: a .json, .jsonl, .csv or .parquet file, "
+        "or a data set on the hub; instructions and system messages are not read.",
+    )
+    columns: Mapping[str, str] | None = setting(
+        COLUMNS, None, "What columns of the records are called, such as input=question,output=answer."
     )
     eval: str | None = setting(PATH, None, "Records to answer after each stage, bare and with the stage's prompt.")
     output: str | None = setting(PATH, None, "Directory for the checkpoint and the files of each stage.")

@@ -22,6 +22,7 @@ from gisting.errors import GistError, GistTokenError
 from gisting.source import SOURCE_ARGUMENTS, find_file, local, missing
 from gisting.tokens.encoding import GistEncoding, cut_into_chunks
 from gisting.tokens.template import Template, resolve_template
+from gisting.tokens.text import text_fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -532,6 +533,8 @@ def _check_texts(name: str, texts: Sequence[str]) -> None:
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise GistError(f"{name}[{row}] must be a text, got {type(text).__name__}")
+        if (fault := text_fault(text)) is not None:
+            raise GistError(f"{name}[{row}] {fault}")
 
 
 def _check_counts(num_gist_tokens: int | Sequence[int], rows: int) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from gisting.data.collate import GistCollator
 from gisting.data.packing import GistPackingCollator, group_by_instruction
-from gisting.data.records import Record, to_record
+from gisting.data.records import Record, rows_of, say_shared
 from gisting.errors import GistError
 from gisting.models.adapters import adapter_of, check_directory
 from gisting.models.hub import check_complete, save_pretrained
@@ -50,12 +50,12 @@ _BY_LENGTH = ("group_by_length", "batch_rebalance")
 def finetune(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
-    records: Sequence[Record] | IterableDataset[Any],
+    records: Iterable[Record | Mapping[str, Any]],
     arguments: TrainingArguments,
     *,
     method: str | Method = "full",
     objective: Objective = Objective(),  # noqa: B008
-    eval_records: Sequence[Record] | None = None,
+    eval_records: Iterable[Record | Mapping[str, Any]] | None = None,
     resume: bool | str = False,
     callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
@@ -65,9 +65,10 @@ def finetune(
     Args:
         model: a patched model.
         tokenizer: the tokenizer that it was patched for.
-        records: training records, or mappings with the same keys; or a stream of them (``datasets.IterableDataset``),
-            which is read in its own order, in this process, and needs ``max_steps``. Texts of records are encoded once,
-            before the first step; texts of a stream are encoded as they are read.
+        records: training records, or mappings with the same keys, as a list or ``datasets.Dataset``; or a stream of
+            them (``datasets.IterableDataset``), which is read in its own order, in this process, and needs
+            ``max_steps``. Texts of records are encoded once, before the first step; texts of a stream are encoded as
+            they are read. Records that do not fit ``max_length`` are left out.
         arguments: arguments of stock ``Trainer``; :func:`published_arguments` returns the paper's.
             ``train_sampling_strategy="group_by_length"`` groups records by their number of tokens, and needs
             ``datasets``.
@@ -76,7 +77,8 @@ def finetune(
             peft.
         objective: weights of additional losses: distillation from the same model with the prompt visible, and
             reconstruction of the prompt, which needs ``pack_length``.
-        eval_records: records for the evaluation loss, if ``arguments.eval_strategy`` asks for one.
+        eval_records: records for the evaluation loss, if ``arguments.eval_strategy`` asks for one. The log says how
+            many of them are also trained on.
         resume: continue from the last whole checkpoint in the output directory, or from the checkpoint at this path.
             Incomplete checkpoints of a killed process are skipped, and the run ends with the same weights as an
             uninterrupted one.
@@ -100,7 +102,7 @@ def finetune(
     require_patched(model, tokenizer)
     check_workers(arguments)
     checkpoint = checkpoint_to_resume(str(arguments.output_dir), resume)
-    items: Any = records if isinstance(records, IterableDataset) else list(records)
+    items: Any = records if isinstance(records, IterableDataset) else list(rows_of(records))
     chosen = BatchSettings(**settings)
     _check_records(items, arguments, chosen.pack_length)
     collator = _collator(tokenizer, chosen, objective)
@@ -109,10 +111,12 @@ def finetune(
         pack_length=chosen.pack_length,
         max_length=None if chosen.chunk_length is None else collator.max_length,
     )
-    if isinstance(collator, GistPackingCollator) and isinstance(items, list):
-        items = group_by_instruction([to_record(item) for item in items], chosen.max_per_group)
+    items = collator.encode_ahead(items) if isinstance(items, list) else _FittingStream(items, collator)
+    held_out = None if eval_records is None else collator.encode_ahead(rows_of(eval_records))
     if isinstance(items, list):
-        collator.encode_ahead(items)
+        say_shared(items, held_out or (), "eval_records")
+        if isinstance(collator, GistPackingCollator):
+            items = group_by_instruction(items, chosen.max_per_group)
     elif arguments.dataloader_num_workers:
         if arguments.dataloader_num_workers != default_num_workers(on_gpu=arguments.device.type == "cuda"):
             _log.warning(
@@ -122,7 +126,6 @@ def finetune(
             )
         arguments = copy.copy(arguments)
         arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 0, None
-    collator.encode_ahead(eval_records or ())
     if arguments.train_sampling_strategy in _BY_LENGTH:
         items = _with_lengths(items, collator, arguments.length_column_name)
     set_seed(arguments.seed)  # as Trainer does, which is made after a new adapter is initialised
@@ -145,7 +148,7 @@ def finetune(
         args=arguments,
         objective=objective,
         train_dataset=items,
-        eval_dataset=None if eval_records is None else list(eval_records),
+        eval_dataset=held_out,
         data_collator=draws,
         callbacks=[CountEpochs(draws), *callbacks],
     )
@@ -239,13 +242,35 @@ def _check_records(items: Any, arguments: TrainingArguments, pack_length: int | 
         )
 
 
+class _FittingStream(IterableDataset[Any]):
+    """A stream of records without those that do not fit, so that no batch is empty."""
+
+    def __init__(self, stream: IterableDataset[Any], collator: GistCollator) -> None:
+        self.stream, self.collator = stream, collator
+
+    def __iter__(self) -> Iterator[Any]:
+        number = number_fitting = 0
+        for item in self.stream:
+            is_group = isinstance(item, list | tuple)
+            number += 1
+            if fitting := self.collator.fit(item if is_group else [item]):
+                number_fitting += 1
+                yield fitting if is_group else fitting[0]
+        if number and not number_fitting:
+            raise GistError(f"none of the {number} records of the stream fits max_length; raise it")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass on the number of the epoch, by which a stream may shuffle."""
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _with_lengths(items: list[Any], collator: GistCollator, name: str) -> Any:
     """Return a data set with a column of the records' numbers of ids, where ``Trainer`` looks for them."""
     from datasets import Dataset
 
-    rows = [to_record(item) for item in items]
     return Dataset.from_list(
-        [{**asdict(row), name: length} for row, length in zip(rows, collator.lengths(rows), strict=True)]
+        [{**asdict(row), name: length} for row, length in zip(items, collator.lengths(items), strict=True)]
     )
 
 

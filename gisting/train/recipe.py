@@ -7,13 +7,13 @@ with the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from gisting.data.records import load_records
+from gisting.data.records import Record, load_records, say_shared
 from gisting.errors import GistError
 from gisting.models.load import load
 from gisting.settings import keywords_for
@@ -62,7 +62,12 @@ class TrainedModel(NamedTuple):
 
 
 def train_recipe(
-    recipe: Recipe, output_dir: str | Path, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    held_out: Mapping[str, Sequence[Record]] = {},
 ) -> TrainedModel:
     """Train the model of a recipe, and save the checkpoint together with the effective recipe (``recipe.yaml``).
 
@@ -73,6 +78,7 @@ def train_recipe(
         output_dir: directory for checkpoint and recipe.
         resume: continue from the last whole checkpoint in ``output_dir``.
         callbacks: as for :func:`gisting.train.finetune.finetune`.
+        held_out: records that will be evaluated, by name; the log says how many of them are also trained on.
 
     Returns:
         Model, tokenizer, metrics and arguments.
@@ -84,7 +90,9 @@ def train_recipe(
         missing = " and no ".join(name for name in ("model", "data") if getattr(recipe, name) is None)
         raise GistError(f"there is no {missing} to train with; name it in the recipe or on the command line")
     checkpoint_to_resume(output_dir, resume)  # fails before a large model is loaded and the directory is written to
-    records = load_records(recipe.data)
+    records = load_records(recipe.data, columns=recipe.columns)
+    for name, rows in held_out.items():
+        say_shared(records, rows, name)
     set_seed(recipe.seed)
     # Loaded before the arguments are made, because with arguments for DeepSpeed stage 3, transformers loads weights in
     # shards, and the gist token's row is a mean over all rows.

@@ -90,7 +90,19 @@ def _parse_conditions(items: list[str]) -> dict[str, float]:
     return weights
 
 
+def _read_columns(value: Any) -> dict[str, str]:
+    if isinstance(value, str):
+        pairs = [item.partition("=") for item in value.split(",")]
+        value = {checked(name.strip(), bool(equals)): column.strip() for name, equals, column in pairs}
+    return {
+        checked(name, isinstance(name, str) and bool(name)): checked(column, isinstance(column, str) and bool(column))
+        for name, column in dict(value).items()
+    }
+
+
 _K = Kind("a number or a range such as 1:10", _read_k, write=_write_k)
+#: What columns of a data set are called.
+COLUMNS = Kind("names such as instruction=question,output=answer", _read_columns, write=dict)
 _CONDITIONS = Kind(
     lambda: f"names of {', '.join(_condition_names())}, with weights", _read_conditions, list[str], _parse_conditions
 )
@@ -248,7 +260,15 @@ class _WhatIsTrained(Settings):
     model: str | None = setting(
         TEXT, None, "Directory of a checkpoint, or a repository on the Hugging Face hub.", is_argument=True
     )
-    data: str | None = setting(PATH, None, "Training records, .jsonl or .json: instruction, input, output.")
+    data: str | None = setting(
+        PATH,
+        None,
+        "Training records, with instruction, input, output or with messages: a .json, .jsonl, .csv or .parquet file, "
+        "or a data set on the hub, org/name or org/name:split.",
+    )
+    columns: Mapping[str, str] | None = setting(
+        COLUMNS, None, "What columns of the records are called, such as instruction=question,output=answer."
+    )
     eval: tuple[str, ...] = setting(
         TEXTS, (), "Records to evaluate on after training, under all three conditions; may be repeated."
     )

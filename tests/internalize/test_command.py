@@ -100,6 +100,16 @@ def test_what_is_missing_is_named(run: Callable[..., Any], words: str, message: 
     assert (done.code, message in done.err) == (1, True), done.err
 
 
+def test_columns_have_other_names(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are read before the model, which is not there."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("be brief", encoding="utf-8")
+    Path("q.csv").write_text("question,answer\na,b\n", encoding="utf-8")
+    words = ("internalize", "none/at/all", "--prompt-file", "p.txt", "--data", "q.csv", "--output", "o", "--columns")
+    assert "q.csv, line 2 has no column 'query' for 'input'" in run(*words, "input=query").err
+    assert "q.csv" not in run(*words, "input=question,output=answer").err
+
+
 def test_old_options_are_not_in_the_help(run: Callable[..., Any]) -> None:
     text = run("internalize", "--help").out
     assert "--shortener" in text

@@ -87,6 +87,8 @@ class GistCache:
         last_hidden: ``(B, P, d_model)`` in the dtype of the keys, an encoder's last hidden states, else None.
         rotary: how the keys are rotated, which :meth:`chain` needs; None if unknown (files of format 1) and for an
             encoder-decoder, whose keys are not rotated.
+        has_answers: whether what follows is a later turn of a conversation under the template ``"chat"``, which begins
+            with the end of the answer that the slots end with.
     """
 
     keys: tuple[Tensor, ...]
@@ -95,6 +97,7 @@ class GistCache:
     origin: CacheOrigin
     last_hidden: Tensor | None = None
     rotary: Rotary | None = None
+    has_answers: bool = False
 
     # -- properties ----------------------------------------------------------------------------------------------------
 
@@ -218,6 +221,7 @@ class GistCache:
             first.origin,
             None if first.last_hidden is None else join([part for part in hidden if part is not None], 1),
             rotary,
+            first.has_answers,
         )
 
     @staticmethod
@@ -292,6 +296,7 @@ class GistCache:
             lengths.sum(0),
             first.origin,
             rotary=rotary,
+            has_answers=first.has_answers,
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistCache:
@@ -385,6 +390,8 @@ class GistCache:
             "num_layers": len(self.keys),
             "rotary": None if self.rotary is None else self.rotary.to_dict(),
         }
+        if self.has_answers:
+            manifest["has_answers"] = True
         write(path, manifest, self._named(), storage)
 
     @classmethod
@@ -434,6 +441,7 @@ class GistCache:
             CacheOrigin(**manifest["origin"], checkpoint=manifest.get("checkpoint", ""), name=""),
             tensors.get("last_hidden"),
             None if rotary is None else Rotary.from_dict(rotary),
+            manifest.get("has_answers") is True,
         )
 
     def _empty_past(
@@ -569,6 +577,11 @@ def _check_together(caches: Sequence[GistCache]) -> Rotary | None:
         if other.origin != first.origin:
             raise CacheMismatchError(
                 f"caches belong to different origins, {first.origin} and {other.origin}; compress them again"
+            )
+        if other.has_answers != first.has_answers:
+            raise CacheMismatchError(
+                "some caches end with an answer and some with a gist, after which a chat goes on differently; join "
+                "conversations of the same kind"
             )
         if other.dtype != first.dtype or other._devices() != first._devices():
             here, there = (", ".join(dict.fromkeys(map(str, cache._devices()))) for cache in (first, other))

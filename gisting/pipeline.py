@@ -6,7 +6,7 @@ is the stock pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, TextGenerationPipeline
@@ -66,28 +66,29 @@ class GistTextGenerationPipeline(TextGenerationPipeline):
         """Answer one text or several, in the stock pipeline's form.
 
         Args:
-            text_inputs: a text, or a list of texts.
+            text_inputs: a text, or a list of texts. Under the template ``"chat"`` also a chat, or a list of chats: the
+                messages after the system message, which the gist replaces.
             cache: the compressed prompts, one for all texts or one each; None for the stock pipeline.
             **kwargs: settings for :func:`gisting.generate`, in addition to the settings that the pipeline was made with
                 and the stock pipeline's defaults (which sample).
 
         Returns:
             For one text, a list of ``{"generated_text": answer}`` with an entry for each returned sequence; for several
-            texts, a list of such lists.
+            texts, a list of such lists. For chats, ``"generated_text"`` is the chat with the answer's message.
 
         Raises:
-            GistError: an input is a chat or not a text; with a cache, the call or the pipeline asks for something that
-                the stock pipeline does to texts (``return_full_text``, ``prefix``, ...); or as
-                :func:`gisting.generate`.
+            GistError: an input is neither a text nor a chat that can follow a gist; with a cache, the call or the
+                pipeline asks for something that the stock pipeline does to texts (``return_full_text``, ``prefix``,
+                ...); or as :func:`gisting.generate`.
         """
         if cache is None:
             return super().__call__(text_inputs, **kwargs)
-        is_one = isinstance(text_inputs, str)
-        texts: Sequence[str] = [text_inputs] if is_one else text_inputs
-        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        is_one = isinstance(text_inputs, str) or _is_chat(text_inputs)
+        texts: Sequence[Any] = [text_inputs] if is_one else text_inputs
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) or _is_chat(text) for text in texts):
             raise GistError(
-                "text_inputs must be a text or a list of texts when a cache is given; the template of the "
-                "GistTokenizer lays out the chat around them"
+                "text_inputs must be a text, a chat (a list of messages), or a list of them when a cache is given, got "
+                f"{type(text_inputs).__name__}"
             )
         # As with the stock pipeline, what the call says overrides what the pipeline was made with.
         for name, value in {**self._stock_only, **kwargs}.items():
@@ -98,7 +99,16 @@ class GistTextGenerationPipeline(TextGenerationPipeline):
         answers = generate(self.model, self.gist_tokenizer, texts, cache=cache, **settings)
         each = len(answers) // max(1, len(texts))
         results = [
-            [{"generated_text": answer} for answer in answers[row * each : (row + 1) * each]]
-            for row in range(len(texts))
+            [{"generated_text": _said(text, answer)} for answer in answers[row * each : (row + 1) * each]]
+            for row, text in enumerate(texts)
         ]
         return results[0] if is_one else results
+
+
+def _is_chat(text: Any) -> bool:
+    return isinstance(text, list | tuple) and bool(text) and all(isinstance(message, Mapping) for message in text)
+
+
+def _said(text: Any, answer: str) -> Any:
+    """What the stock pipeline returns: the answer to a text, or a chat that goes on with the answer."""
+    return answer if isinstance(text, str) else [*text, {"role": "assistant", "content": answer}]

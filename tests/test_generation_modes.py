@@ -803,8 +803,12 @@ def test_without_a_cache_a_pipeline_is_the_stock_one(case: Case) -> None:
 
 def test_what_a_pipeline_refuses(case: Case) -> None:
     pipe = pipe_of(case)
-    with pytest.raises(GistError, match=r"^text_inputs must be a text or a list of texts when a cache is given"):
-        pipe([{"role": "user", "content": "w1"}], cache=case.cache)
+    with pytest.raises(
+        GistError, match=r"^text_inputs must be a text, a chat \(a list of messages\), or a list of them"
+    ):
+        pipe([7], cache=case.cache)
+    with pytest.raises(GistError, match=r"^inputs\[0\] is a list of messages, which only the template 'chat' lays out"):
+        pipe([{"role": "user", "content": "w1"}], cache=case.cache[0])
     with pytest.raises(GistError, match=r"^inputs is empty"):
         pipe([], cache=case.cache)
     for name, value in (

@@ -535,7 +535,7 @@ SYSTEM_CHAT = (
 NO_SYSTEM_CHAT = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "<|turn|>{{ m.role }}\n{{ m.content | trim }}<|end|>\n{% endfor %}"
+    "<|turn|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>model\n{% endif %}"
 )
 WRONG_ORDER_CHAT = "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -578,14 +578,14 @@ CHATS = [
 
 @pytest.mark.parametrize(("template", "prompt", "input", "text"), CHATS)
 def test_chat_layouts(template: str, prompt: str, input: str, text: str) -> None:
-    """The gist follows the prompt; ``<s>`` comes once, from the template."""
+    """The gist follows the prompt; ``<s>`` comes once, from the template, which also ends the answer."""
     tokenizer = GistTokenizer(chat_tokenizer(template), "chat")
     encoding = tokenizer.encode(prompt, input, "hello!")
     source = encoding.input_ids[: encoding.completion_start]
     assert tokenizer.decode(source, skip_special_tokens=False) == text
     assert encoding.input_ids.count(tokenizer.tokenizer.bos_token_id) == 1
     completion = encoding.input_ids[encoding.completion_start :]
-    assert tokenizer.decode(completion, skip_special_tokens=False) == "hello!</s>"
+    assert tokenizer.decode(completion, skip_special_tokens=False) == "hello!<|end|>"
     assert tokenizer.template.name == "chat"
 
 
@@ -628,8 +628,10 @@ def cached_chat(template: str) -> GistTokenizer:
 def test_a_chat_template_that_cannot_be_split_is_refused(template: str) -> None:
     with pytest.raises(GistError) as caught:
         GistTokenizer(chat_tokenizer(template), "chat")
-    assert str(caught.value) == (
-        "the tokenizer's chat template does not write prompt and input once each, in this order; use a Template"
+    reason = "it does not write every message once, unchanged and in order"
+    assert str(caught.value).startswith(
+        f"the tokenizer's chat template cannot be followed: with the prompt as the system message, {reason}; as the "
+        "beginning of the user's message, "
     )
 
 
@@ -680,7 +682,11 @@ ERRORS: list[Any] = [
         id="outputs-one-text",
     ),
     pytest.param(lambda t: t.encode_prompts(["a", 7], 1), "prompts[1] must be a text, got int", id="prompt-no-text"),
-    pytest.param(lambda t: t.encode("a", None), "inputs[0] must be a text, got NoneType", id="input-no-text"),
+    pytest.param(
+        lambda t: t.encode("a", None),
+        "inputs[0] must be a text, or a list of messages, got NoneType",
+        id="input-no-text",
+    ),
     pytest.param(
         lambda t: t.encode_batch(["a"], ["b"], [b"c"]), "outputs[0] must be a text, got bytes", id="output-no-text"
     ),

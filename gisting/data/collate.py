@@ -21,7 +21,7 @@ from torch import Tensor
 from gisting.data.records import Record, to_record
 from gisting.errors import GistError, GistTokenError, RecordError
 from gisting.padding import pad_rows
-from gisting.tokens import GistTokenizer, cut_into_chunks, num_chunks
+from gisting.tokens import ChatTemplate, GistTokenizer, cut_into_chunks, num_chunks
 from gisting.visibility import CHAINED_CONDITIONS, CONDITIONS, ENCODER_CONDITIONS, Condition, Visibility
 
 __all__ = ["GistCollator"]
@@ -382,7 +382,11 @@ class GistCollator:
         return [_ids(encoding.input_ids[: encoding.gist_start]) for encoding in encodings]
 
     def _encode_answers(self, texts: Sequence[tuple[str, str]]) -> list[tuple[array[int], array[int]]]:
-        pairs = self.tokenizer.encode_answers([input for input, _ in texts], [output for _, output in texts])
+        inputs = [input for input, _ in texts]
+        pairs = self.tokenizer.encode_answers(inputs, [output for _, output in texts])
+        if self.conditions.keys() == {"negative"} and isinstance(self.tokenizer.template, ChatTemplate):
+            # As in answers: a chat without a prompt does not begin with the end of its system message.
+            pairs = zip(self.tokenizer.encode_bare(inputs), (completion for _, completion in pairs), strict=True)
         return [(_ids(continuation), _ids(completion)) for continuation, completion in pairs]
 
     def _decoder(self, examples: list[Example]) -> dict[str, Tensor]:

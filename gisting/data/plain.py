@@ -4,7 +4,8 @@ Place in the flow: data -> **plain** -> model. An alternative to ``GistCollator`
 conditions without gist tokens. The tokenizer's template lays out the text; the gist is left out::
 
     prompt in view      prompt, continuation, completion
-    bare query          start ids (<s>, if the tokenizer adds it), continuation, completion
+    bare query          start ids (<s>, if the tokenizer adds it), continuation, completion;
+                        under the template "chat" the conversation without a system message, completion
 
 Produces ids, padding and labels. Nothing is sampled and nothing is cut.
 """
@@ -41,12 +42,11 @@ def plain_sources(tokenizer: GistTokenizer, prompts: Sequence[str], inputs: Sequ
     """
     if len(prompts) != len(inputs):
         raise GistError(f"inputs must have one text per prompt ({len(prompts)}), got {len(inputs)}")
-    continuations = tokenizer.encode_continuations(inputs)
+    pairs = list(zip(prompts, inputs, strict=True))
     heads = iter(tokenizer.encode_prompts([prompt for prompt in prompts if prompt], 1))
-    sources = [
-        (next(heads).chunks[0] if prompt else tokenizer.start_ids) + continuation
-        for prompt, continuation in zip(prompts, continuations, strict=True)
-    ]
+    after = iter(tokenizer.encode_continuations([input for prompt, input in pairs if prompt]))
+    bare = iter(tokenizer.encode_bare([input for prompt, input in pairs if not prompt]))
+    sources = [next(heads).chunks[0] + next(after) if prompt else next(bare) for prompt, _ in pairs]
     if tokenizer.is_encoder_decoder:
         return [source or [tokenizer.eos_token_id] for source in sources]
     return sources

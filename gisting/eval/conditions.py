@@ -15,7 +15,8 @@ The first three are defined in :mod:`gisting.visibility`. The others are ordinar
 patched model runs as it did before it was patched. ``prompt`` is the template's text without the gist. ``truncated``
 and ``no-prompt`` are the start ids (``<s>``, if the tokenizer adds it), the k tokens of the instruction (tokenised by
 itself, without the template's words around it) or none, and the template's continuation. An encoder that would
-otherwise have no token reads the end of sequence.
+otherwise have no token reads the end of sequence. Under the template ``"chat"`` all of them are conversations: for
+``truncated`` with a system message of k tokens, for ``no-prompt`` and ``negative`` without one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from gisting.models.mode import evaluating
 from gisting.models.state import end_with, require_patched
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
-from gisting.tokens import GistTokenizer
+from gisting.tokens import ChatTemplate, GistTokenizer
 from gisting.visibility import CONDITIONS
 
 if TYPE_CHECKING:
@@ -335,7 +336,10 @@ class _Run:
         if self.condition == "truncated":
             before = [ids[: self.k] for ids in tokenizer.encode_texts([record.instruction for record in records])]
             after = tokenizer.encode_continuations(inputs)
-            sources = [tokenizer.start_ids + first + rest for first, rest in zip(before, after, strict=True)]
+            start = tokenizer.start_ids
+            if isinstance(tokenizer.template, ChatTemplate):  # a system message, cut short
+                start = tokenizer.encode_texts([tokenizer.template.prompt.partition("{prompt}")[0]])[0]
+            sources = [start + first + rest for first, rest in zip(before, after, strict=True)]
         else:
             is_shown = self.condition == "prompt"
             sources = plain_sources(tokenizer, [record.instruction if is_shown else "" for record in records], inputs)

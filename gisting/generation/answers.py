@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gisting._compat import cache_argument
@@ -19,7 +19,7 @@ from gisting.generation.compression import compress_encodings
 from gisting.generation.streaming import ends_its_streamer
 from gisting.models import decoder, encoder_decoder
 from gisting.models.mode import evaluating
-from gisting.tokens import GistTokenizer
+from gisting.tokens import ChatTemplate, GistTokenizer, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,8 @@ class Turn:
     Args:
         texts: the answers, as :func:`generate` returns them.
         cache: what the next turn starts from, with a row for each text: the states that the turn started from, of the
-            input, and of the answer, including its end of sequence if it has one.
+            input, and of the answer, including its end of sequence if it has one. Under the template ``"chat"`` the
+            end is left out, because the next turn begins with it.
     """
 
     texts: list[str]
@@ -45,7 +46,7 @@ class Turn:
 def generate(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
-    inputs: Sequence[str],
+    inputs: Sequence[str | Sequence[Message]],
     *,
     cache: GistCache | None = None,
     prompts: Sequence[str] | None = None,
@@ -63,7 +64,8 @@ def generate(
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        inputs: B texts; "" if the prompt needs no input.
+        inputs: B texts; "" if the prompt needs no input. Under the template ``"chat"`` an input may also be the list of
+            messages after the prompt (:meth:`gisting.GistTokenizer.encode_continuations`).
         cache: the compressed prompts, one for all inputs or one each. It is not changed.
         prompts: instead of ``cache``, the prompts themselves, one for all or one each; they are run under
             ``condition``.
@@ -123,7 +125,7 @@ def generate(
 def converse(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
-    inputs: Sequence[str],
+    inputs: Sequence[str | Sequence[Message]],
     *,
     cache: GistCache,
     max_new_tokens: int | None = None,
@@ -132,7 +134,9 @@ def converse(
     """Answer inputs as :func:`generate` does, and keep the states for the next turn.
 
     The next turn is ``converse(..., cache=turn.cache)``. Each turn reads only its own input. Between an answer, which
-    keeps its end of sequence, and the next input is what the template puts before an input. ``turn.cache`` is an
+    keeps its end of sequence, and the next input is what the template puts before an input. Under the template
+    ``"chat"``, the ids of all turns are those of the tokenizer's ``apply_chat_template``: each answer ends once, also
+    one that was cut at ``max_new_tokens``, and the next input has the header of a later turn. ``turn.cache`` is an
     ordinary ``GistCache`` that grows with every turn: it can be saved, selected and joined, and its ``num_gist_tokens``
     count everything it holds. In a later turn the model sees what it would see in one long text after the gist.
 
@@ -151,8 +155,9 @@ def converse(
 
     Raises:
         GistError: as :func:`generate`; or the model is an encoder-decoder, whose encoder does not read answers; or the
-            call uses beams, a cache other than the dynamic one, or stopping criteria with several answers to one input,
-            none of which keep the states of each answer separate.
+            chat template rewrites earlier answers, so that their states cannot be kept; or the call uses beams, a
+            cache other than the dynamic one, or stopping criteria with several answers to one input, none of which
+            keep the states of each answer separate.
         CacheMismatchError: as :func:`generate`.
     """
     inputs = listed("inputs", inputs)
@@ -182,7 +187,7 @@ def _answer(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
     cache: GistCache,
-    inputs: Sequence[str],
+    inputs: Sequence[str | Sequence[Message]],
     call: Call,
     *,
     keep_states: bool = False,
@@ -191,7 +196,7 @@ def _answer(
     check_num_rows("cache", len(cache), len(inputs))
     if len(cache) == 1 and len(inputs) > 1:
         cache = cache.select([0] * len(inputs))
-    continuations = tokenizer.encode_continuations(inputs)
+    continuations = _encode(tokenizer, cache, inputs)
     new_tokens = call.config.max_new_tokens
     groups = call.architecture.group_rows(model, cache, continuations, new_tokens, takes_padding=call.takes_padding)
     lengths = [held + len(ids) + new_tokens for held, ids in zip(cache.num_gist_tokens, continuations, strict=True)]
@@ -213,19 +218,32 @@ def _answer(
             )
         return arguments, given
 
+    ends = _ends(call.config, model)
+
     def keep(rows: list[int], output: Any, answers: list[list[int]]) -> GistCache:
-        answers = [_up_to_end(answer, call.config, model) for answer in answers]
+        kept = [tokenizer.without_end(answer) if answer[-1] in ends else answer for answer in answers]
         ids = [continuations[row] for row in rows]
-        return decoder.continued(model, cache.select(rows), output[cache_argument()], ids, answers)
+        after = decoder.continued(model, cache.select(rows), output[cache_argument()], ids, kept)
+        return replace(after, has_answers=isinstance(tokenizer.template, ChatTemplate))
 
     answers, after = _run(model, tokenizer, call, groups, prepare, keep if keep_states else None)
     return Turn(answers, cache if after is None else after)
 
 
+def _encode(tokenizer: GistTokenizer, cache: GistCache, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:
+    """The ids that follow a cache, up to where the answer begins."""
+    if cache.has_answers:
+        return tokenizer.encode_next_turns(inputs)
+    if cache.origin.condition == "negative" and isinstance(tokenizer.template, ChatTemplate):
+        # Nothing comes before: a chat without a prompt does not begin with the end of its system message.
+        return tokenizer.encode_bare(inputs)
+    return tokenizer.encode_continuations(inputs)
+
+
 def _answer_from_text(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
-    inputs: Sequence[str],
+    inputs: Sequence[str | Sequence[Message]],
     prompts: Sequence[str],
     num_gist_tokens: int | Sequence[int],
     condition: str,
@@ -269,6 +287,7 @@ def _run(
         The answers, and what ``keep`` made, if it is given.
     """
     call.check_num_groups(len(groups))
+    ends = _ends(call.config, model)
     config = copy.copy(call.config)
     config.return_dict_in_generate = True
     order: list[int] = []
@@ -280,7 +299,7 @@ def _run(
             arguments, given = prepare(rows)
             extra = call.extra_for(rows, tokenizer.gist_token_id)
             output = model.generate(**arguments, **extra, generation_config=config)
-            said: list[list[int]] = output.sequences[:, given:].tolist()
+            said = [_up_to_end(answer, ends) for answer in output.sequences[:, given:].tolist()]
             row_of = [row for row in rows for _ in range(len(said) // len(rows))]
             order += row_of
             answers += said
@@ -291,9 +310,13 @@ def _run(
     return texts, GistCache.cat(caches).select(back) if caches else None
 
 
-def _up_to_end(answer: list[int], config: Any, model: PreTrainedModel) -> list[int]:
-    """An answer up to its first end of sequence, without the padding after it."""
+def _ends(config: Any, model: PreTrainedModel) -> set[int]:
+    """The ids that end an answer."""
     own: Any = model.generation_config
     ends = config.eos_token_id if config.eos_token_id is not None else own.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+def _up_to_end(answer: list[int], ends: set[int]) -> list[int]:
+    """An answer up to its first end of sequence, without the padding after it, which may be any id."""
     return next((answer[: place + 1] for place, token in enumerate(answer) if token in ends), answer)

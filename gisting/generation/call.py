@@ -125,7 +125,7 @@ class Call:
 def prepare_call(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
-    inputs: Sequence[str],
+    inputs: Sequence[Any],
     max_new_tokens: int | None,
     generate_kwargs: dict[str, Any],
     assistant_cache: GistCache | None,
@@ -137,7 +137,7 @@ def prepare_call(
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        inputs: the texts to answer.
+        inputs: the texts or chats to answer.
         max_new_tokens: the largest number of tokens in an answer, or None.
         generate_kwargs: the caller's arguments for stock ``generate``.
         assistant_cache: the prompts as the assistant compressed them, or None.

@@ -195,7 +195,8 @@ def continued(
     """Make the cache for the next turn: what each row started with, was given and answered, without gaps.
 
     Positions are ``0, 1, 2, ...`` in every row, whether it is padded or not, so keys stay right when their columns are
-    moved together. Generation ends before a row's last token is run; its state is computed here for all rows.
+    moved together. Generation ends before a row's last token is run; the state of the last token that is kept is
+    computed here for all rows.
 
     Args:
         model: the model that answered.
@@ -203,12 +204,14 @@ def continued(
         past: the ``DynamicCache`` that stock ``generate`` left; its columns are those of :func:`prepare_generation`
             and the new tokens.
         continuations: the ids that follow each row's gist.
-        answers: the ids of each row's answer, at least one.
+        answers: the ids of each row's answer that are kept: all, or those before some place.
 
     Returns:
         A cache with a row for each answer.
     """
+    last = [(answer or ids)[-1] for ids, answer in zip(continuations, answers, strict=True)]
     given = pad_rows(continuations, 0, left=True)[1]
+    given[:, -1] &= torch.tensor([bool(answer) for answer in answers])
     said = pad_rows([answer[:-1] for answer in answers], 0, left=False)[1]
     kept = torch.cat([cache.attention_mask.bool().cpu(), given, said], dim=1)
     lengths = kept.sum(-1)
@@ -229,7 +232,7 @@ def continued(
     mask = before.attention_mask
     with torch.no_grad():
         model.base_model(
-            input_ids=torch.tensor([answer[-1:] for answer in answers], device=cache.device),
+            input_ids=torch.tensor(last, device=cache.device)[:, None],
             attention_mask=torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1),
             position_ids=lengths[:, None].to(cache.device),
             **{cache_argument(): after},

@@ -43,8 +43,8 @@ def load(
     Args:
         name_or_path: a directory, or a repository on the Hugging Face hub.
         template: as for :class:`GistTokenizer`; None for the one that the checkpoint was saved with, for the one that
-            a published decoder was trained with (:data:`~gisting.models.published.ALPACA_STRIPPED`), or for the
-            family's Alpaca template.
+            a published decoder was trained with (:data:`~gisting.models.published.ALPACA_STRIPPED`), or for what
+            :class:`GistTokenizer` takes: the chat template of a decoder's tokenizer, else Alpaca.
         **model_kwargs: for the model's ``from_pretrained``: ``dtype``, ``device_map``, ...; those that say where files
             come from (``revision``, ``token``, ...) are used for config and tokenizer as well.
 

@@ -14,7 +14,7 @@ from typing import Any
 from gisting.errors import GistError
 from gisting.serving.gists import GistRefusedError, StoredGists, gist_name, with_placeholders
 from gisting.store.index import StoreEntry
-from gisting.tokens import GistTokenizer
+from gisting.tokens import ChatTemplate, GistTokenizer
 
 __all__ = [
     "ROUTES",
@@ -164,6 +164,9 @@ def chat_ids(tokenizer: GistTokenizer, messages: Sequence[Mapping[str, Any]]) ->
         texts.append(_text(message.get("content"), place))
     if len(texts) % 2 == 0:
         raise GistRefusedError("messages must end with one from the user, which is answered")
+    if isinstance(tokenizer.template, ChatTemplate):
+        plain = [{"role": message["role"], "content": text} for message, text in zip(messages, texts, strict=True)]
+        return _encode(tokenizer.encode_continuations, [plain])[0]
     ids: list[int] = []
     for place in range(0, len(texts) - 1, 2):
         asked, said = [texts[place]], [texts[place + 1]]
@@ -283,7 +286,7 @@ def _entry(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer
     return gists.find(name)
 
 
-def _encode(encode: Callable[..., list[list[int]]], *texts: Sequence[str]) -> list[list[int]]:
+def _encode(encode: Callable[..., list[list[int]]], *texts: Sequence[Any]) -> list[list[int]]:
     try:
         return encode(*texts)
     except (GistError, UnicodeError, TypeError) as error:  # TypeError: half of a pair of surrogates

@@ -9,7 +9,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["GistEncoding", "cut_into_chunks", "num_chunks"]
+from gisting.errors import GistTokenError
+
+__all__ = ["GistEncoding", "cut_into_chunks", "located", "num_chunks"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,38 @@ def cut_into_chunks(ids: Sequence[int], chunk_length: int | None) -> list[list[i
 def num_chunks(length: int, chunk_length: int | None) -> int:
     """Return how many chunks :func:`cut_into_chunks` makes of ``length`` ids."""
     return 1 if chunk_length is None else max(1, -(-length // chunk_length))
+
+
+def located(ids: list[int], gist_token_id: int, *, is_chunked: bool = False) -> GistEncoding:
+    """Find the gist in ids, as :meth:`gisting.GistTokenizer.locate` does.
+
+    Args:
+        ids: prompt, gist and what follows.
+        gist_token_id: the id of the gist token.
+        is_chunked: whether the prompt may be in chunks, each with its gist.
+
+    Raises:
+        GistTokenError: there is no gist token, gist tokens are apart, or chunks have different numbers of them.
+    """
+    places = [place for place, token in enumerate(ids) if token == gist_token_id]
+    if not places:
+        raise GistTokenError(
+            f"input_ids contain no gist token (id {gist_token_id}); put num_gist_tokens >= 1 of them between "
+            "prompt and input, as GistTokenizer.encode does"
+        )
+    start, end = places[0], places[-1] + 1
+    if end - start != len(places) and not is_chunked:
+        raise GistTokenError(
+            f"input_ids contain {len(places)} gist tokens between {start} and {end} with other ids in between; the "
+            "gist tokens of a prompt must be consecutive (for a prompt in chunks: locate(..., is_chunked=True))"
+        )
+    starts = [place for place in places if place == start or ids[place - 1] != gist_token_id]
+    ends = [place + 1 for place in places if place + 1 == end or ids[place + 1] != gist_token_id]
+    spans = tuple(zip(starts, ends, strict=True))
+    counts = [last - first for first, last in spans]
+    if len(set(counts)) > 1:
+        raise GistTokenError(
+            f"input_ids contain gists of {', '.join(map(str, counts))} tokens; a prompt must have the same number "
+            "after each chunk"
+        )
+    return GistEncoding(ids, start, end, len(ids), spans)

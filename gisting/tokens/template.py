@@ -5,15 +5,12 @@ Place in the flow: **text** -> tokens. Does not depend on token ids.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from gisting.errors import GistError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["TEMPLATES", "Template", "resolve_template"]
+__all__ = ["TEMPLATES", "Template"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,15 @@ class Template:
         """Return the text of the answer ``output``."""
         return self.completion.replace("{output}", output)
 
+    def answered(self, input: str, output: str) -> tuple[str, str]:
+        """Return the text of :meth:`continuation_text`, and the same text with the answer ``output``."""
+        before = self.continuation_text(input)
+        return before, before + self.completion_text(output)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, as files hold them."""
+        return asdict(self)
+
 
 #: The published templates (Gisting, appendix A, and its code) and a plain one. The template ``"chat"`` is read from the
 #: tokenizer instead.
@@ -71,65 +77,3 @@ TEMPLATES: dict[str, Template] = {
     "alpaca-t5": Template("alpaca-t5", "Instruction: {prompt}\n", "\nInput: {input}", "", "{output}"),
     "plain": Template("plain", "{prompt}\n", "\n{input}\n", "\n", "{output}"),
 }
-
-
-def resolve_template(
-    template: str | Template | None, tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool
-) -> Template:
-    """Return the template that a caller asked for.
-
-    Args:
-        template: a name of ``TEMPLATES``, ``"chat"``, a template, or None for the default.
-        tokenizer: the tokenizer whose chat template ``"chat"`` means.
-        is_encoder_decoder: whether the default is that of T5-like models.
-
-    Raises:
-        GistError: the name is unknown, or the chat template cannot be used.
-    """
-    if template is None:
-        template = "alpaca-t5" if is_encoder_decoder else "alpaca"
-    if isinstance(template, Template):
-        return template
-    if template == "chat":
-        return _chat_template(tokenizer)
-    if template not in TEMPLATES:
-        raise GistError(f"template must be one of {', '.join([*TEMPLATES, 'chat'])} or a Template, got {template!r}")
-    return TEMPLATES[template]
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The tokenizer's chat template as fixed text around prompt and input.
-
-    The prompt is the system message, or precedes the input.
-
-    Raises:
-        GistError: there is no chat template, or it does not write both once and in order.
-    """
-    if not tokenizer.chat_template:
-        raise GistError(
-            f"template='chat' needs a tokenizer with a chat template, {type(tokenizer).__name__} has none; use one "
-            f"of {', '.join(TEMPLATES)} or a Template"
-        )
-    from jinja2 import TemplateError
-
-    prompt, input = "\ue0f0prompt\ue0f1", "\ue0f2input\ue0f3"
-    messages = [{"role": "system", "content": prompt}, {"role": "user", "content": input}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        # Gemma and others refuse a system message.
-        messages = [{"role": "user", "content": f"{prompt}\n\n{input}"}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, found, after = str(text).partition(prompt)
-    if not found or after.count(input) != 1 or prompt in after:
-        raise GistError(
-            "the tokenizer's chat template does not write prompt and input once each, in this order; use a Template"
-        )
-    return Template(
-        name="chat",
-        prompt=before + "{prompt}",
-        continuation=after.replace(input, "{input}"),
-        continuation_without_input=after.replace(input, ""),
-        completion="{output}",
-        add_special_tokens=False,
-    )

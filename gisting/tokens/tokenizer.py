@@ -5,6 +5,8 @@ one that the tokenizer does not have, so no text, not even the literal ``<GIST>`
 token, here or in any other program that reads the saved tokenizer.
 """
 
+# Over 600 lines because every public method says what its arguments are and what it raises.
+
 from __future__ import annotations
 
 import copy
@@ -12,16 +14,17 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gisting.errors import GistError, GistTokenError
 from gisting.source import SOURCE_ARGUMENTS, find_file, local, missing
-from gisting.tokens.encoding import GistEncoding, cut_into_chunks
-from gisting.tokens.template import Template, resolve_template
+from gisting.tokens.chat import ChatTemplate, Message, check_messages, read_chat_template, resolve_template
+from gisting.tokens.encoding import GistEncoding, cut_into_chunks, located
+from gisting.tokens.template import Template
 from gisting.tokens.text import text_fault
 
 if TYPE_CHECKING:
@@ -41,7 +44,9 @@ class GistTokenizer:
     Args:
         tokenizer: any tokenizer of transformers: fast or slow, BPE, SentencePiece, byte level. It is not changed.
         template: a name of ``TEMPLATES``, ``"chat"`` for the tokenizer's own chat template (prompt as system message),
-            a :class:`Template`, or None for ``"alpaca"`` (``"alpaca-t5"`` for an encoder-decoder).
+            a :class:`Template`, or None: ``"chat"`` if the tokenizer has a chat template (a warning says so), else
+            ``"alpaca"``; always ``"alpaca-t5"`` for an encoder-decoder, and ``"alpaca"`` for a tokenizer that has the
+            gist token in its vocabulary.
         is_encoder_decoder: whether sequences are for a T5-like model.
         gist_token: how the gist token is written when it is shown.
         gist_token_id: its id, or None: the tokenizer's own id if its vocabulary has ``gist_token`` (checkpoints of the
@@ -80,17 +85,22 @@ class GistTokenizer:
         self._num_wrapped = len(tokenizer)
         # Represents the gist in a private copy of the tokenizer. Random, so that no text can spell it.
         self._sentinel = f"\ue0f8{secrets.token_hex(8)}\ue0f9"
-        self.template = resolve_template(template, tokenizer, is_encoder_decoder=is_encoder_decoder)
+        self.template: Template = resolve_template(
+            template, tokenizer, is_encoder_decoder=is_encoder_decoder, has_own_gist_token=self.has_own_gist_token
+        )
 
     # -- ids -----------------------------------------------------------------------------------------------------------
 
     @property
     def eos_token_id(self) -> int:
-        """The id that ends a completion.
+        """The id that ends a completion: the chat template's end of an answer, or else the tokenizer's own.
 
         Raises:
             GistError: the tokenizer has none.
         """
+        if isinstance(self.template, ChatTemplate) and self.template.end:
+            end: Any = self.tokenizer.convert_tokens_to_ids(self.template.end)
+            return end
         eos: Any = self.tokenizer.eos_token_id
         if eos is None:
             raise GistError("the tokenizer has no eos_token; set tokenizer.eos_token to the token that ends an answer")
@@ -98,7 +108,7 @@ class GistTokenizer:
 
     @property
     def pad_token_id(self) -> int:
-        """The id that fills short rows: the tokenizer's own, or else its end of sequence. Masks hide it either way."""
+        """The id that fills short rows: the tokenizer's own, or else the end of a completion. Masks hide it anyway."""
         pad: Any = self.tokenizer.pad_token_id
         return self.eos_token_id if pad is None else pad
 
@@ -208,15 +218,148 @@ class GistTokenizer:
                 )
         return found
 
-    def encode_continuations(self, inputs: Sequence[str]) -> list[list[int]]:
+    def encode_continuations(self, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:
         """Encode what follows the gist for each of ``inputs``, up to where the answer begins.
 
-        An empty input uses ``Template.continuation_without_input``.
-        """
-        _check_texts("inputs", inputs)
-        return self._after_gist([self.template.continuation_text(text) for text in inputs])
+        Args:
+            inputs: B inputs. Each is a text ("" uses ``Template.continuation_without_input``), or, with the template
+                ``"chat"``, the messages that follow the prompt: ``{"role": "user", "content": text}``, answers of the
+                assistant, and whatever else the chat template takes. The ids are those of the tokenizer's
+                ``apply_chat_template``, with the gist in place of the system message.
 
-    def encode_completions(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[list[int]]:
+        Returns:
+            B lists of ids.
+
+        Raises:
+            GistError: an input is neither, messages contain a system message, or the chat template refuses them.
+        """
+        self._check_inputs(inputs)
+        return self._after_gist([self.template.continuation_text(input) for input in cast("Sequence[str]", inputs)])
+
+    def encode_next_turns(self, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:
+        """Encode what follows an earlier answer, up to where the next answer begins.
+
+        With the template ``"chat"`` this begins with what ends the earlier answer, so the states before it must be
+        those of the answer without its end. With other templates it is the same as after a gist, and the answer keeps
+        its end.
+
+        Args:
+            inputs: B inputs, as for :meth:`encode_continuations`; messages are those after the answer.
+
+        Returns:
+            B lists of ids.
+
+        Raises:
+            GistError: as :meth:`encode_continuations`, or the chat template rewrites earlier answers.
+        """
+        template = self.template
+        if not isinstance(template, ChatTemplate):
+            return self.encode_continuations(inputs)
+        self._check_inputs(inputs)
+        return self._after_gist([template.next_turn_text(input) for input in inputs])
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message],
+        *,
+        num_gist_tokens: int = 1,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Lay out a conversation as the tokenizer's ``apply_chat_template`` does, with gist tokens as its prompt.
+
+        This is what stock ``model.generate`` reads with a cache, of an unpatched model too::
+
+            given = tokenizer.apply_chat_template(
+                messages, num_gist_tokens=k, add_generation_prompt=True, return_tensors="pt"
+            )
+            model.generate(**given, past_key_values=cache.as_past_key_values())
+
+        Args:
+            conversation: the messages of one conversation. A system message at the beginning is left out, because the
+                gist tokens stand for it.
+            num_gist_tokens: k of the cache.
+            add_generation_prompt: whether the text goes on to where the answer begins.
+            tokenize: False for the text, in which gist tokens are written as ``gist_token``.
+            return_tensors: None for lists of ids, ``"pt"`` for tensors ``(1, N)``.
+            return_dict: False for the ids alone.
+            **others: whatever else the stock method takes, which is refused.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, the ids alone, or the text.
+
+        Raises:
+            GistError: the template is not ``"chat"``, there is no message after the system message, several
+                conversations are given, or an argument has no meaning with a compressed prompt.
+            GistTokenError: k is less than 1.
+        """
+        (count,) = _check_counts(num_gist_tokens, 1)
+        refused = sorted(name for name, value in others.items() if value not in (None, False))
+        if refused:
+            raise GistError(
+                f"{', '.join(refused)} cannot be given with gist tokens, which stand for a prompt that is compressed "
+                "already; leave out"
+            )
+        if return_tensors not in (None, "pt"):
+            raise GistError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
+        messages: Any = conversation
+        if isinstance(messages, list | tuple) and messages and isinstance(messages[0], Mapping):
+            messages = messages[messages[0].get("role") == "system" :]
+        check_messages("conversation", messages, self.template)
+        template = cast("ChatTemplate", self.template)
+        text = template.after_prompt(messages, is_asking=add_generation_prompt)
+        if not tokenize:
+            return self.gist_token * count + text
+        ids: Any = [self.gist_token_id] * count + self._after_gist([text])[0]
+        mask: Any = [1] * len(ids)
+        if return_tensors == "pt":
+            import torch
+
+            ids, mask = torch.tensor([ids]), torch.tensor([mask])
+        return {"input_ids": ids, "attention_mask": mask} if return_dict else ids
+
+    def encode_bare(self, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:
+        """Encode each of ``inputs`` as if there were no prompt, up to where the answer begins.
+
+        With the template ``"chat"`` this is the conversation without a system message as the chat template writes it,
+        with the system message that some put in its place. With other templates it is what the tokenizer puts before a
+        text, and the continuation.
+
+        Args:
+            inputs: B inputs, as for :meth:`encode_continuations`.
+
+        Returns:
+            B lists of ids.
+
+        Raises:
+            GistError: as :meth:`encode_continuations`.
+        """
+        template = self.template
+        if not isinstance(template, ChatTemplate):
+            return [self.start_ids + ids for ids in self.encode_continuations(inputs)]
+        self._check_inputs(inputs)
+        return self.encode_texts([template.bare_text(input) for input in inputs])
+
+    def without_end(self, answer: Sequence[int]) -> list[int]:
+        """Return the ids of an answer without what a chat template writes to end it, as the next turn needs them.
+
+        Args:
+            answer: the ids of a finished answer, with the id that ended it.
+
+        Returns:
+            The ids before the end. With templates other than ``"chat"``, all ids.
+        """
+        ids = list(answer)
+        if not isinstance(self.template, ChatTemplate):
+            return ids
+        ids = ids[:-1]
+        before = self._after_gist([self.template.before_end])[0]
+        return ids[: len(ids) - len(before)] if before and ids[-len(before) :] == before else ids
+
+    def encode_completions(self, inputs: Sequence[str | Sequence[Message]], outputs: Sequence[str]) -> list[list[int]]:
         """Encode the answers, each with its end of sequence.
 
         For a decoder they are tokenised as part of the text, after their continuation. If a token would then cross the
@@ -224,7 +367,7 @@ class GistTokenizer:
         answers. For an encoder-decoder they are separate texts.
 
         Args:
-            inputs: B texts, from which the continuations are made.
+            inputs: B inputs, as for :meth:`encode_continuations`.
             outputs: B texts.
 
         Returns:
@@ -235,14 +378,16 @@ class GistTokenizer:
         """
         return [completion for _, completion in self.encode_answers(inputs, outputs)]
 
-    def encode_answers(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    def encode_answers(
+        self, inputs: Sequence[str | Sequence[Message]], outputs: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
         """Encode the continuation and the completion of each example.
 
         The result is that of :meth:`encode_continuations` and :meth:`encode_completions`, but the inputs are encoded
         only once.
 
         Args:
-            inputs: B texts.
+            inputs: B inputs, as for :meth:`encode_continuations`.
             outputs: B texts.
 
         Returns:
@@ -257,7 +402,7 @@ class GistTokenizer:
     def encode(
         self,
         prompt: str,
-        input: str = "",
+        input: str | Sequence[Message] = "",
         output: str | None = None,
         *,
         num_gist_tokens: int = 1,
@@ -267,7 +412,7 @@ class GistTokenizer:
 
         Args:
             prompt: the text to compress.
-            input: the text that the prompt is applied to, or "".
+            input: the text that the prompt is applied to, or "", or messages as for :meth:`encode_continuations`.
             output: the answer, or None for a sequence that the model continues.
             num_gist_tokens: k.
             chunk_length: as for :meth:`encode_prompts`.
@@ -284,7 +429,7 @@ class GistTokenizer:
     def encode_batch(
         self,
         prompts: Sequence[str],
-        inputs: Sequence[str],
+        inputs: Sequence[str | Sequence[Message]],
         outputs: Sequence[str] | None = None,
         *,
         num_gist_tokens: int | Sequence[int] = 1,
@@ -294,7 +439,7 @@ class GistTokenizer:
 
         Args:
             prompts: B texts to compress.
-            inputs: B texts, "" where there is no input.
+            inputs: B inputs, as for :meth:`encode_continuations`; "" where there is no input.
             outputs: B answers, or None for sequences that the model continues.
             num_gist_tokens: k, one for all or one each.
             chunk_length: as for :meth:`encode_prompts`.
@@ -329,29 +474,7 @@ class GistTokenizer:
         Raises:
             GistTokenError: there is no gist token, gist tokens are apart, or chunks have different numbers of them.
         """
-        ids = [int(token) for token in input_ids]
-        places = [place for place, token in enumerate(ids) if token == self.gist_token_id]
-        if not places:
-            raise GistTokenError(
-                f"input_ids contain no gist token (id {self.gist_token_id}); put num_gist_tokens >= 1 of them between "
-                "prompt and input, as GistTokenizer.encode does"
-            )
-        start, end = places[0], places[-1] + 1
-        if end - start != len(places) and not is_chunked:
-            raise GistTokenError(
-                f"input_ids contain {len(places)} gist tokens between {start} and {end} with other ids in between; the "
-                "gist tokens of a prompt must be consecutive (for a prompt in chunks: locate(..., is_chunked=True))"
-            )
-        starts = [place for place in places if place == start or ids[place - 1] != self.gist_token_id]
-        ends = [place + 1 for place in places if place + 1 == end or ids[place + 1] != self.gist_token_id]
-        spans = tuple(zip(starts, ends, strict=True))
-        counts = [last - first for first, last in spans]
-        if len(set(counts)) > 1:
-            raise GistTokenError(
-                f"input_ids contain gists of {', '.join(map(str, counts))} tokens; a prompt must have the same number "
-                "after each chunk"
-            )
-        return GistEncoding(ids, start, end, len(ids), spans)
+        return located([int(token) for token in input_ids], self.gist_token_id, is_chunked=is_chunked)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Decode ``ids`` to text.
@@ -380,7 +503,7 @@ class GistTokenizer:
             "gist_token": self.gist_token,
             "gist_token_id": self.gist_token_id,
             "is_encoder_decoder": self.is_encoder_decoder,
-            "template": asdict(self.template),
+            "template": self.template.to_dict(),
         }
         (Path(directory) / _FILE).write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -413,7 +536,9 @@ class GistTokenizer:
             state = json.loads(Path(found).read_text(encoding="utf-8"))
             made_as = state.get("format")
             if made_as == _FORMAT:
-                template = Template(**state["template"])
+                fields = state["template"]
+                is_chat = "source" in fields
+                template = None if is_chat else Template(**fields)
                 settings = {key: state[key] for key in ("is_encoder_decoder", "gist_token", "gist_token_id")}
         except _DAMAGE as error:
             raise GistError(f"{found} is damaged ({_reason(error)}); download the checkpoint again") from error
@@ -422,7 +547,8 @@ class GistTokenizer:
                 f"{found} has format {made_as}, this version reads {_FORMAT}; upgrade gisting: pip install "
                 "-U gist-tokens"
             )
-        return cls(read_tokenizer(name_or_path, **kwargs), template, **settings)
+        wrapped = read_tokenizer(name_or_path, **kwargs)
+        return cls(wrapped, template or read_chat_template(wrapped, fields["source"]), **settings)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -437,7 +563,7 @@ class GistTokenizer:
             rules = [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
         if getattr(self.tokenizer, "split_special_tokens", False):
             rules = [rules, "split_special_tokens"]
-        state = [rules, self.gist_token_id, self.is_encoder_decoder, asdict(self.template)]
+        state = [rules, self.gist_token_id, self.is_encoder_decoder, self.template.to_dict()]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
 
     def __repr__(self) -> str:
@@ -475,23 +601,41 @@ class GistTokenizer:
     def _after_gist(self, texts: list[str]) -> list[list[int]]:
         return [ids[1:] for ids in self.encode_texts([self._sentinel + text for text in texts])]
 
+    def _check_inputs(self, inputs: Sequence[str | Sequence[Message]]) -> None:
+        if isinstance(inputs, str):
+            raise GistError("inputs must be a list of texts, got one text; put it in a list")
+        for row, input in enumerate(inputs):
+            if not isinstance(input, str):
+                check_messages(f"inputs[{row}]", input, self.template)
+
     def _complete(
-        self, inputs: Sequence[str], outputs: Sequence[str], continuations: list[list[int]]
+        self, inputs: Sequence[str | Sequence[Message]], outputs: Sequence[str], continuations: list[list[int]]
     ) -> list[list[int]]:
         _check_texts("outputs", outputs)
         if len(outputs) != len(inputs):
             raise GistError(f"there must be as many outputs as inputs, {len(inputs)}, got {len(outputs)}")
-        texts = [self.template.completion_text(text) for text in outputs]
         if self.is_encoder_decoder:
-            return [[*ids, self.eos_token_id] for ids in self.encode_texts(texts)]
-        whole = self._after_gist(
-            [self.template.continuation_text(input) + text for input, text in zip(inputs, texts, strict=True)]
-        )
+            targets = self.encode_texts([self.template.completion_text(text) for text in outputs])
+            return [self._ended(ids) for ids in targets]
+        pairs = [
+            self.template.answered(input, text)
+            for input, text in zip(cast("Sequence[str]", inputs), outputs, strict=True)
+        ]
         completions = []
-        for ids, before, text in zip(whole, continuations, texts, strict=True):
+        for ids, before, (asked, text) in zip(
+            self._after_gist([text for _, text in pairs]), continuations, pairs, strict=True
+        ):
             in_place = ids[: len(before)] == before
-            completions.append([*(ids[len(before) :] if in_place else self._after_gist([text])[0]), self.eos_token_id])
+            completions.append(
+                self._ended(ids[len(before) :] if in_place else self._after_gist([text[len(asked) :]])[0])
+            )
         return completions
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """A completion with its end, which chat templates write themselves."""
+        if isinstance(self.template, ChatTemplate) and self.template.end:
+            return ids
+        return [*ids, self.eos_token_id]
 
 
 def read_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -203,13 +203,17 @@ def test_train_resume_and_evaluate(run, workplace: Path) -> None:
         *("train", "runs/demo", "--data", "runs/demo/unseen.jsonl", "--output", "runs/more", "-k", "1:2"),
         *("--condition", "gist=3", "--condition", "positive", "--batch-size", "16", "--save-steps", "2"),
         *("--max-new-tokens", "3", "--eval", "runs/demo/unseen.jsonl", "--gradient-checkpointing"),
+        *("--logging-steps", "1"),
     )
     result = run(*words, "--max-steps", "2")
     assert result.code == 0, result.err
     assert "saved in runs/more" in result.out
     assert "negative" in result.out
+    assert "record 2, k = 2" in result.out
     result = run(*words, "--max-steps", "4", "--resume")
     assert result.code == 0, result.err
+    assert "step 4 of 4: loss " in result.err
+    assert "{'" not in result.out + result.err, "no dictionaries of Trainer"
     assert json.loads(Path("runs/more/config.json").read_text(encoding="utf-8"))["gist"]["num_gist_tokens"] == [1, 2]
     assert Path("runs/more/checkpoint-4").is_dir()
 
@@ -573,3 +577,31 @@ def test_alpaca_plus_from_local_sources(run, tmp_path: Path) -> None:
     assert {row["split"]: row["num_records"] for row in rows}["validation_seen"] == 3
     assert all(Path(row["file"]).is_file() for row in rows)
     assert len(gisting.load_records(tmp_path / "made" / "alpaca_plus_validation_seen.json")) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "headers"),
+    [
+        ("compress runs/demo --prompt 'write capitals' --output one.st", "prompt tokens bytes"),
+        ("inspect runs/demo/instruction.gist.safetensors", "model tokenizer sha256"),
+        ("store list gists", "name, tokens storage"),
+        ("cost runs/demo --prompt-tokens 20000 --input-tokens 4", "cached tokens prompts per GB"),
+        ("eval runs/demo --data few.jsonl --max-new-tokens 2", "condition ROUGE-L perplexity reference"),
+        ("doctor", "versions torch"),
+    ],
+)
+def test_tables_read_at_80_columns(
+    run, workplace: Path, monkeypatch: pytest.MonkeyPatch, words: str, headers: str
+) -> None:
+    """Nothing is cut, and no word of a header is broken."""
+    monkeypatch.setenv("COLUMNS", "80")
+    run("compress", "runs/demo", "--prompt", "write capitals", "--store", "gists", "--name", "capitals " * 12 + "end")
+    records = Path("runs/demo/unseen.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("few.jsonl").write_text("".join(records[:2]), encoding="utf-8")
+    done = run(*shlex.split(words))
+    assert done.code == 0, done.err
+    table = [line for line in done.out.splitlines() if line[:1] in "│┃┏┌"]
+    assert table
+    assert max(map(len, table)) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.out
+    assert all(word in done.out for word in headers.split())

@@ -82,7 +82,16 @@ def test_examples_run_as_they_are_shown(run, workplace: Path) -> None:
     Path("prompts.jsonl").write_text('{"prompt": "write capitals", "name": "capitals"}\n', encoding="utf-8")
     ran = 0
     for path in (
-        *(("compress",), ("generate",), ("inspect",), ("doctor",), ("show",), ("store", "list"), ("store", "verify")),
+        *(
+            ("compress",),
+            ("generate",),
+            ("compare",),
+            ("inspect",),
+            ("doctor",),
+            ("show",),
+            ("store", "list"),
+            ("store", "verify"),
+        ),
         *(("store", "remove"), ("store", "gc")),
     ):
         for example in examples(COMMANDS[path]):
@@ -119,6 +128,7 @@ def test_every_command_has_json(path: tuple[str, ...]) -> None:
         ("compress runs/demo --prompt a --prompt 'b c' --output c.st", {"prompt", "num_prompt_tokens", "num_bytes"}),
         ("compress runs/demo --prompt a --name x --store s", {"prompt", "name", "num_gist_tokens", "saved_in"}),
         ("generate runs/demo --cache one.st --input a --max-new-tokens 2", {"input", "output"}),
+        ("compare runs/demo --prompt a --input b --max-new-tokens 2", {"gist", "prompt", "no_prompt", "agreement"}),
         ("inspect one.st", {"format", "manifest", "tensors"}),
         ("store list gists", {"name", "key", "num_gist_tokens"}),
         ("store remove gists plainly", {"removed"}),
@@ -213,6 +223,8 @@ def test_wrong_usage(run, words: str) -> None:
     [
         "compress runs/nothing --prompt a --output x",
         "generate runs/nothing --cache {cache}",
+        "compare runs/nothing --prompt a",
+        "chat runs/nothing --cache {cache}",
         "eval runs/nothing --data {data}",
         "train runs/nothing --data {data} --output o",
         "internalize runs/nothing --prompt-file {data} --data {data} --output o",
@@ -336,7 +348,7 @@ def complete(run, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_shell_completes_commands_and_options(complete) -> None:
     assert complete("gisting ") == [path[0] for path in dict.fromkeys((path[0],) for path in COMMANDS)]
-    assert complete("gisting co") == ["cost", "compress"]
+    assert complete("gisting co") == ["cost", "compress", "compare"]
     assert complete("gisting store ver") == ["verify"]
     assert complete("gisting store gc --dr") == ["--drop-unnamed"]
 

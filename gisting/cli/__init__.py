@@ -16,7 +16,9 @@ from gisting._version import __version__
 from gisting.cli import (
     bench,
     caches,
+    chat,
     checkpoints,
+    compare,
     cost,
     data,
     demo,
@@ -87,6 +89,8 @@ app.command()(report.report)
 app.command()(cost.cost)
 app.command()(caches.compress)
 app.command()(caches.generate)
+app.command()(chat.chat)
+app.command()(compare.compare)
 app.command("eval")(evaluate.evaluate)
 app.command()(demo.show)
 app.command()(caches.inspect)

@@ -137,7 +137,7 @@ def bench_inference(
                     append_row(output, {"command": "gisting bench inference", "run": run, **asdict(row)}, used)
             advance(_weight(cell[0].prompt_tokens, cell[0].batch_size))
     rows = [{**row, **environment(used)} for row in rows]
-    _show(rows, inference_results.result_tables(rows), as_json)
+    _show(rows, inference_results.narrow_tables(rows), as_json)
     if plot is not None:
         inference_results.plot(rows, plot)
 
@@ -188,5 +188,7 @@ def _show(rows: list[dict[str, Any]], tables: list[tuple[str, list[str], list[li
         for column in columns:
             table.add_column(column, overflow="fold")
         for line in lines:
+            if line[0]:
+                table.add_section()
             table.add_row(*line)
         out.print(table)

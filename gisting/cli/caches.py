@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gisting.tokens import GistTokenizer
 from gisting.measure.progress import progress_bar
 
-__all__ = ["compress", "generate", "inspect", "store_app"]
+__all__ = ["compress", "generate", "held_prompts", "inspect", "open_store", "store_app"]
 
 _BATCH_SIZE = 32  # prompts between two steps of the progress bar
 
@@ -259,7 +259,7 @@ def generate(
     inputs = list(input or [])
     if input_file is not None:
         inputs += _lines(input_file)
-    held = _held(cache, store, name or [])
+    held = held_prompts(cache, store, name or [])
     # A gist need not come from a model that was trained to gist: an adapter may have made it for this one.
     loaded, tokenizer = load_patched(
         model, template or _template_for(model, held), dtype, device, is_to_be_trained=True
@@ -295,7 +295,7 @@ def _lines(path: Path) -> list[str]:
     return text.split("\n") if text else []
 
 
-def _held(cache: Path | None, store: Path | None, names: list[str]) -> GistCache:
+def held_prompts(cache: Path | None, store: Path | None, names: list[str]) -> GistCache:
     """Load the compressed prompts of a file, or of names in a store."""
     from gisting.cache import GistCache
 
@@ -307,7 +307,7 @@ def _held(cache: Path | None, store: Path | None, names: list[str]) -> GistCache
         return GistCache.load(cache)
     if not names:
         raise GistError("--store needs --name NAME; `gisting store list DIR` shows the names")
-    held = _open(store)
+    held = open_store(store)
     return held.get([_whole(held, name) for name in names])
 
 
@@ -329,6 +329,8 @@ def inspect(
         return
     manifest = found["manifest"]
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for label, value in (
         ("made by", str(manifest.get("checkpoint", ""))),
         ("for model", manifest["origin"]["model"]),
@@ -358,7 +360,7 @@ def _short(counts: list[int]) -> str:
 store_app = Commands(name="store", help="List, check and clean a directory of compressed prompts.")
 
 
-def _open(folder: Path | None, *, is_read_only: bool = True) -> GistStore:
+def open_store(folder: Path | None, *, is_read_only: bool = True) -> GistStore:
     """Open an existing store, without creating one."""
     from gisting.store import GistStore
     from gisting.store.index import INDEX
@@ -387,7 +389,7 @@ def store_list(
 
     Example: gisting store list gists
     """
-    held = _open(folder)
+    held = open_store(folder)
     entries = held.list()
     checkpoints = {entry.key: held.checkpoint(entry.key) for entry in entries}
     if as_json:
@@ -418,7 +420,7 @@ def store_verify(
 
     Example: gisting store verify gists
     """
-    held = _open(folder)
+    held = open_store(folder)
     faults = held.verify()
     for fault in faults:
         if as_json:
@@ -444,7 +446,7 @@ def store_remove(
 
     Example: gisting store remove gists capitals
     """
-    held = _open(folder, is_read_only=False)
+    held = open_store(folder, is_read_only=False)
     held.remove([_whole(held, name) for name in names])
     if as_json:
         print_json({"removed": names})
@@ -468,7 +470,7 @@ def store_gc(
 
     Example: gisting store gc gists
     """
-    freed = _open(folder, is_read_only=False).gc(keep_models=keep_model, keep_unnamed=not drop_unnamed)
+    freed = open_store(folder, is_read_only=False).gc(keep_models=keep_model, keep_unnamed=not drop_unnamed)
     if as_json:
         print_json({"freed_bytes": freed})
     else:

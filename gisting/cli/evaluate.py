@@ -16,6 +16,7 @@ from gisting.cli.shared import (
     json_option,
     load_patched,
     out,
+    plain,
     print_json,
     wanted_k,
 )
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from gisting.tokens import GistTokenizer
 
 __all__ = ["evaluate", "evaluate_split", "print_conditions"]
+
+_SAMPLE = 240  # characters of a sample's text
 
 
 def evaluate(
@@ -96,6 +99,7 @@ def evaluate(
         str | None, typer.Option(envvar="GISTING_JUDGE_KEY", help="The judge's API key.", show_envvar=True)
     ] = None,
     judge_cache: Annotated[Path, typer.Option(help="Directory that keeps the judge's replies.")] = Path("runs/judge"),
+    samples: Annotated[int, typer.Option(min=0, help="Records of each split to show with their answers.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the intervals, and of the order in which the judge reads.")] = 0,
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
@@ -104,7 +108,8 @@ def evaluate(
 ) -> None:
     """Score a model with gists and with the controls, for any number of gist tokens.
 
-    Prints exact match with its 95 % interval, ROUGE and perplexity. --output keeps everything in a results file;
+    Prints exact match with its 95 % interval, ROUGE, perplexity, the share of the gap between the controls that the
+    gist keeps, and the first answers. --output keeps everything in a results file;
     --report writes a report, which can also be made from results files alone.
 
     Example: gisting eval runs/demo --data runs/demo/unseen.jsonl -k 1,2 --output runs/eval.json --report runs/report
@@ -152,7 +157,8 @@ def evaluate(
                     row = {"split": split.name, **result.summary(), "predictions": result.predictions}
                     print_json(row)
             else:
-                print_conditions(split.name if len(found) == 1 else f"{split.name}, {one.model['name']}", split.results)
+                title = split.name if len(found) == 1 else f"{split.name}, {one.model['name']}"
+                print_conditions(title, split.results, split.records, metric=metric, samples=samples, seed=seed)
         for judgement in one.judgements if not as_json else ():
             _print_judgement(judgement, seed)
     for path in ([output] if output is not None else []) + files:
@@ -250,23 +256,63 @@ def _parse_counts(text: str) -> list[int]:
     return counts
 
 
-def print_conditions(title: str, results: list[Any]) -> None:
-    """Print a table of the results under each condition."""
+def print_conditions(
+    title: str, results: list[Any], records: list[Any], *, metric: str | None = None, samples: int = 2, seed: int = 0
+) -> None:
+    """Print a table of the results under each condition, and the first answers.
+
+    Args:
+        title: what was answered.
+        results: a result for each k and condition.
+        records: the records that were answered.
+        metric: metric of the gap kept; None for ROUGE-L if it was scored, else exact match.
+        samples: how many records to show with their answers for the largest k.
+        seed: seed of the intervals.
+    """
+    from gisting.eval.report import gap_kept
+    from gisting.eval.results import Split
+
+    split = Split(title, records, [], results)
+    metric = metric or ("rouge_l" if "rouge_l" in results[0].scores else "exact_match")
     headers = {"rouge_l": "ROUGE-L", "perplexity": "perplexity"}
     shown = {name: header for name, header in headers.items() if name in results[0].metrics}
-    table = Table("k", "condition", "records", "exact match [95 %]", *shown.values(), title=title)
-    table.columns[3].no_wrap = True
+    kept = {k: gap_kept(split, k, metric, seed=seed) for k in split.counts}
+    columns = ["k", "condition", "exact match [95 %]", *shown.values(), "gap kept"]
+    table = Table(*columns, title=f"{title}: {len(records):,} records")
+    table.columns[2].no_wrap = True
     for result in results:
         exact = result.interval("exact_match")
         values = {name: result.interval(name, num_resamples=1).value for name in shown}
+        share = kept[result.num_gist_tokens] if result.condition == "gist" else None
         table.add_row(
             str(result.num_gist_tokens),
             result.condition,
-            str(result.num_records),
             f"{100 * exact.value:.1f} % [{100 * exact.low:.1f}, {100 * exact.high:.1f}]",
             *(f"{value:.4g}" if name == "perplexity" else f"{100 * value:.1f}" for name, value in values.items()),
+            f"{100 * share.value:.1f} %" if share is not None else "",
         )
     out.print(table)
+    if {"gist", "positive", "negative"} <= set(split.conditions):
+        named = headers.get(metric, metric.replace("_", " "))
+        out.print(
+            f"Gap kept: (gist - negative) / (positive - negative) in {named}; left empty where positive is not clearly "
+            "above negative.",
+            highlight=False,
+        )
+    answers = [result for result in results if result.num_gist_tokens == split.counts[-1]]
+    for number, record in enumerate(records[:samples]):
+        sample = Table.grid(padding=(0, 2))
+        sample.add_column(no_wrap=True)
+        sample.add_column(overflow="fold")
+        for label, text in (
+            ("instruction", record.instruction),
+            ("input", record.input),
+            ("reference", record.output),
+            *((result.condition, result.predictions[number]) for result in answers),
+        ):
+            sample.add_row(label, plain(text if len(text) <= _SAMPLE else f"{text[: _SAMPLE - 3]}..."))
+        out.print(f"\nrecord {number + 1}, k = {split.counts[-1]}", highlight=False)
+        out.print(sample)
 
 
 def _print_judgement(judgement: Any, seed: int) -> None:

@@ -62,6 +62,7 @@ def internalize(
     from gisting.data.records import load_records
     from gisting.internalize.examples import ExamplePool
     from gisting.internalize.stages import internalize as run
+    from gisting.measure.training import ShownTraining
     from gisting.train.methods import Method
 
     for old, value, new in (("compressor", compressor, "shortener"), ("layout", layout, "template")):
@@ -82,22 +83,26 @@ def internalize(
     records = load_records(required["data"], **how)
     asked = None if settings.eval is None else load_records(settings.eval, **how)
     model, tokenizer = load_patched(required["model"], settings.template, settings.dtype, is_to_be_trained=True)
-    result = run(
-        model,
-        tokenizer,
-        prompt,
-        records,
-        settings.arguments(output, is_encoder_decoder=tokenizer.is_encoder_decoder),
-        schedule=shares,
-        shortener=_shortener(settings.shortener, settings.rewrites, model, tokenizer),
-        pool=ExamplePool(records, min_answer_words=settings.min_answer_words) if settings.max_examples else None,
-        eval_records=asked,
-        metrics=scores,
-        method=Method(settings.method, rank=settings.lora_rank),
-        resume=resume,
-        on_stage=_report,
-        **{each.name: getattr(settings, each.name) for each in fields(StageSettings)},
-    )
+    arguments = settings.arguments(output, is_encoder_decoder=tokenizer.is_encoder_decoder)
+    arguments.disable_tqdm = True  # ShownTraining shows progress
+    with ShownTraining() as shown:
+        result = run(
+            model,
+            tokenizer,
+            prompt,
+            records,
+            arguments,
+            schedule=shares,
+            shortener=_shortener(settings.shortener, settings.rewrites, model, tokenizer),
+            pool=ExamplePool(records, min_answer_words=settings.min_answer_words) if settings.max_examples else None,
+            eval_records=asked,
+            metrics=scores,
+            method=Method(settings.method, rank=settings.lora_rank),
+            resume=resume,
+            callbacks=[shown],
+            on_stage=_report,
+            **{each.name: getattr(settings, each.name) for each in fields(StageSettings)},
+        )
     text = yaml.safe_dump(settings.written(), sort_keys=False, allow_unicode=True)
     (output / "recipe.yaml").write_text(text, encoding="utf-8")
     if as_json:

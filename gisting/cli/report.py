@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.measure import Measurement
 from rich.table import Table
 
 from gisting.cli.shared import DeviceOption, DtypeOption, err, json_option, load_patched, out, print_json
@@ -102,8 +103,17 @@ def _timed(report: Any, run: Path, batch_size: int, repeats: int, dtype: str, de
 
 
 def _shown(cells: list[tuple[str, ...]], title: str | None = None) -> Table:
+    """A table that is turned, with a column for each row of ``cells``, if its words would not fit in the terminal."""
+    table = _table(cells, title)
+    is_too_wide = Measurement.get(out, out.options.update(max_width=1_000), table).minimum > out.width
+    return _table([*zip(*cells, strict=True)], title) if is_too_wide else table
+
+
+def _table(cells: list[tuple[str, ...]], title: str | None) -> Table:
     header, *rows = cells
-    table = Table(*header, title=title)
+    table = Table(title=title)
+    for column in header:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

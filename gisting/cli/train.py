@@ -39,10 +39,12 @@ def train(
     Example: gisting train --recipe recipes/llama-7b.yaml --output runs/llama-7b --num-gist-tokens 10
     """
     from gisting.data.records import load_records
+    from gisting.measure.training import ShownTraining
     from gisting.train.recipe import train_recipe
 
     evals = {path: load_records(path, columns=settings.columns) for path in settings.eval}
-    trained = train_recipe(settings, output, resume=resume, held_out=evals)
+    with ShownTraining() as shown:
+        trained = train_recipe(settings, output, resume=resume, held_out=evals, callbacks=[shown])
     if trained.arguments.process_index > 0:
         return
     out.print(
@@ -64,4 +66,4 @@ def train(
         print_json({"directory": str(output), "metrics": trained.metrics, "evaluations": rows})
         return
     for path, results in scored.items():
-        print_conditions(path, results)
+        print_conditions(path, results, evals[path])

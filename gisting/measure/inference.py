@@ -1,10 +1,12 @@
 """Measure requests that share one prompt, in four ways: no cache, a prefix cache, a static prefix cache, a gist cache.
 
 Place in the flow: a patched decoder -> **inference** -> rows. The four ways alternate in one process, over prompt
-lengths and batch sizes. Prompts and inputs are random ids, because their values change no work. Everything that is
-timed is stock transformers: one forward pass up to the first token, and greedy ``generate``. Growing caches are passed
-to the model without a copy (``latency.cache_view``), and for the first token also by transformers' own recipe, which
-copies; the static cache is rewound. Measures time and memory, not quality.
+lengths and batch sizes. Prompts and inputs are English text, because on text a model's rounding is small: on random
+ids, a bfloat16 model with an untrained gist differs from itself by several logits. Where the tokenizer cannot read
+English they are random ids; the work is the same. Everything that is timed is stock transformers: one forward pass up
+to the first token, and greedy ``generate``. Growing caches are passed to the model without a copy
+(``latency.cache_view``), and for the first token also by transformers' own recipe, which copies; the static cache is
+rewound. Measures time and memory, not quality.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ __all__ = [
 NO_CACHE, PREFIX, STATIC, GIST = MODES = ("no cache", "prefix cache", "static prefix cache", "gist cache")
 LENGTHS, BATCHES = (26, 128, 512, 2000, 8000), (1, 8, 32)
 _CALIBRATION = 512  # tokens of the text that is read to estimate the speed
+_TEXT_CHARACTERS, _TEXT_TOKENS = 200_000, 10_000  # of the text that is read, and what it must give at least
 _GATE_TOKENS = 8  # tokens of an answer whose logits are compared
 _LEAST_REPEATS, _LEAST_SLOW_REPEATS, _SLOW_S = 5, 3, 5.0
 _SHARE_OF_MEMORY = 0.7  # of what is free at the start
@@ -207,6 +210,7 @@ class _Bench:
         self.device, self.dtype = input_weight(model).device, input_weight(model).dtype
         self.counts: FlopCounts = count_flops(model.config)
         special = {*tokenizer.tokenizer.all_special_ids, tokenizer.gist_token_id}
+        self.text = _english(tokenizer)
         self.words = torch.tensor([word for word in range(len(input_weight(model))) if word not in special])
         self.flops_per_s: float | None = None
 
@@ -235,8 +239,11 @@ class _Bench:
         )
 
     def draw(self, rows: int, columns: int, seed: int) -> Tensor:
-        places = torch.randint(len(self.words), (rows, columns), generator=torch.Generator().manual_seed(seed))
-        return self.words[places].to(self.device)
+        chance = torch.Generator().manual_seed(seed)
+        if self.text is None:
+            return self.words[torch.randint(len(self.words), (rows, columns), generator=chance)].to(self.device)
+        starts = torch.randperm(len(self.text), generator=chance)[:rows, None]
+        return self.text[(starts + torch.arange(columns)) % len(self.text)].to(self.device)
 
     def timed(self, run: Callable[[], Any]) -> float:
         wait(self.device)
@@ -274,6 +281,8 @@ class _Bench:
             if (need := 2 * cache_bytes(self.model.config, length, self.dtype)) > settings.max_bytes:
                 return None, _too_large(need, settings.max_bytes)
             ids = self.draw(1, length, length)
+            start = self.tokenizer.start_ids[:length]
+            ids[0, : len(start)] = ids.new_tensor(start)
             found: list[Any] = []
             read_s = self.timed(lambda: found.append(self.model(ids, use_cache=True, logits_to_keep=1)))
             self.flops_per_s = self.counts.forward(length) / read_s
@@ -498,6 +507,20 @@ class _Cell:
                 if (number + 1) * counts[key] // rounds > number * counts[key] // rounds:
                     times[key].append(self.bench.timed(runs[key]))
         return times
+
+
+def _english(tokenizer: GistTokenizer) -> Tensor | None:
+    """Return ids of English text, int64 ``(N,)``, or None if the tokenizer does not read it.
+
+    The text is Python's manual, which every installation has.
+    """
+    from pydoc_data.topics import topics
+
+    (ids,) = tokenizer.encode_texts([" ".join(" ".join(topics.values())[:_TEXT_CHARACTERS].split())])
+    found = torch.tensor(ids)
+    unknown: Any = tokenizer.tokenizer.unk_token_id
+    is_read = len(found) >= _TEXT_TOKENS and (unknown is None or (found == unknown).double().mean() < 0.1)
+    return found if is_read else None
 
 
 def _check_numbers(name: str, values: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from gisting.eval.cost import format_bytes
 from gisting.measure.inference import GIST, MODES, NO_CACHE, PREFIX
 from gisting.measure.rows import new_figure
 
-__all__ = ["by_cell", "gain", "gain_cell", "plot", "result_tables", "size_ratio", "value_cell"]
+__all__ = ["by_cell", "gain", "gain_cell", "narrow_tables", "plot", "result_tables", "size_ratio", "value_cell"]
 
 _Rows = Sequence[dict[str, Any]]
 _Runs = list[dict[str, dict[str, Any]]]  # the row of each mode, for each process that measured it
@@ -103,15 +103,21 @@ def _bytes_cell(cell: _Runs, mode: str, key: str) -> str:
     return "-" if found is None else format_bytes(found, 1)
 
 
+_TIMES = (
+    ("Time to the first token in ms, with the cache passed without a copy", "first_token_ms"),
+    ("Time to the first token in ms, with the cache copied for the requests first", "copied_first_token_ms"),
+    ("Tokens per second, including the reading of the prompt or input", "tokens_per_s"),
+)
+
+
 def result_tables(rows: _Rows) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return title, columns and lines of each table: first tokens without and with copies, speed, memory."""
+    """Return title, columns and lines of each table: first tokens without and with copies, speed, memory.
+
+    There is a line for each prompt length and batch size, which is wide: for pages.
+    """
     cells = by_cell(rows)
     tables = []
-    for title, key in (
-        ("Time to the first token in ms, with the cache passed without a copy", "first_token_ms"),
-        ("Time to the first token in ms, with the cache copied for the requests first", "copied_first_token_ms"),
-        ("Tokens per second, including the reading of the prompt or input", "tokens_per_s"),
-    ):
+    for title, key in _TIMES:
         is_copied = key == "copied_first_token_ms"
         shown = tuple(mode for mode in MODES if mode in (PREFIX, GIST)) if is_copied else MODES
         others = (NO_CACHE, PREFIX) if is_copied else MODES[:-1]
@@ -134,6 +140,49 @@ def result_tables(rows: _Rows) -> list[tuple[str, list[str], list[list[str]]]]:
     columns = ["prompt", "batch", *(f"kept: {mode}" for mode in MODES[1:]), "gist against prefix cache"]
     tables.append(("Memory", [*columns, *(f"peak: {mode}" for mode in MODES)], lines))
     return tables
+
+
+def narrow_tables(rows: _Rows) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return the tables of :func:`result_tables` with a line for each way to answer: for terminals of 80 columns.
+
+    Prompt length and batch size stand in the first of their lines alone.
+    """
+    cells = by_cell(rows)
+    tables = []
+    for title, key in _TIMES:
+        modes = (PREFIX, GIST) if key == "copied_first_token_ms" else MODES
+        values = {
+            cell: [
+                [mode, value_cell(runs, mode, key), "" if mode == GIST else gain_cell(gain(runs, mode, key))]
+                for mode in modes
+            ]
+            for cell, runs in cells.items()
+        }
+        tables.append(
+            (title, ["prompt", "batch", "answered with", "median (quartiles)", "gist faster"], _labelled(values))
+        )
+    values = {
+        cell: [
+            [
+                mode,
+                _bytes_cell(runs, mode, "cache_bytes"),
+                f"{size_ratio(runs):,.1f}x" if mode == PREFIX else "",
+                _bytes_cell(runs, mode, "peak_bytes"),
+            ]
+            for mode in MODES
+        ]
+        for cell, runs in cells.items()
+    }
+    columns = ["prompt", "batch", "answered with", "kept", "gist smaller", "peak"]
+    return [*tables, ("Memory", columns, _labelled(values))]
+
+
+def _labelled(values: dict[tuple[int, int], list[list[str]]]) -> list[list[str]]:
+    return [
+        [*((f"{length:,}", str(batch)) if not number else ("", "")), *line]
+        for (length, batch), lines in values.items()
+        for number, line in enumerate(lines)
+    ]
 
 
 def plot(rows: _Rows, path: str | Path) -> None:

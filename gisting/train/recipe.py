@@ -77,7 +77,7 @@ def train_recipe(
         recipe: a recipe with ``model`` and ``data``.
         output_dir: directory for checkpoint and recipe.
         resume: continue from the last whole checkpoint in ``output_dir``.
-        callbacks: as for :func:`gisting.train.finetune.finetune`.
+        callbacks: as for :func:`gisting.train.finetune.finetune`; with any, ``Trainer`` shows no progress bar.
         held_out: records that will be evaluated, by name; the log says how many of them are also trained on.
 
     Returns:
@@ -98,6 +98,8 @@ def train_recipe(
     # shards, and the gist token's row is a mean over all rows.
     model, tokenizer = load(recipe.model, recipe.template, dtype=recipe.dtype)
     arguments = recipe.arguments(output_dir, is_encoder_decoder=tokenizer.is_encoder_decoder)
+    if callbacks:
+        arguments.disable_tqdm = True  # They report progress, as in finetune.
     if arguments.should_save:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         recipe.save(Path(output_dir) / RECIPE_NAME)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gisting import GistError, Record
+from gisting.cli.evaluate import print_conditions
 from gisting.eval.conditions import ConditionResult
 from gisting.eval.judge import Judge
 from gisting.eval.report import gap_kept, markdown, write_report
@@ -322,3 +323,40 @@ def test_eval_errors_are_one_line(gisting_eval, words: tuple[str, ...], message:
     assert code == 1
     assert message in err
     assert "Traceback" not in err
+
+
+def test_the_printed_table_by_eye(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At 80 columns: gap kept in the gist's line, headers without escapes, and the first answers in full or cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    scores = {"gist": [1.0, 1.0, 0.0, 1.0], "positive": [1.0] * 4, "negative": [0.0] * 4}
+    results = [
+        ConditionResult(
+            condition,
+            12,
+            [f"{condition} [/INST] \x1b[31m {number}" for number in range(4)],
+            {"exact_match": exact, "rouge_l": exact, "nll": [9.0] * 4, "nll_tokens": [4.0] * 4},
+        )
+        for condition, exact in scores.items()
+    ]
+    records = [Record("reverse " * 40, f"in {number}", f"out {number}") for number in range(4)]
+    print_conditions("unseen", results, records)
+    shown = capsys.readouterr().out
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert "unseen: 4 records" in lines[0]
+    for header in ("k", "condition", "exact match [95 %]", "ROUGE-L", "perplexity", "gap kept"):
+        assert header in lines[2]
+    gist, positive = ([cell.strip() for cell in lines[row][1:-1].split("│")] for row in (4, 5))
+    assert (gist[:2], gist[-1]) == (["12", "gist"], "75.0 %")
+    assert (positive[1], positive[-1]) == ("positive", "")
+    assert "negative) in ROUGE-L; left empty" in " ".join(lines)
+    assert lines.count("record 1, k = 12") == lines.count("record 2, k = 12") == 1
+    assert "record 3, k = 12" not in lines
+    assert "input        in 0" in lines
+    assert "reference    out 1" in lines
+    assert "gist         gist [/INST] \\x1b[31m 0" in lines
+    assert shown.count("...") == 2, "long instructions are cut"
+    print_conditions("unseen", results[:1], records, samples=0)
+    alone = capsys.readouterr().out
+    assert "Gap kept" not in alone
+    assert "record 1" not in alone

@@ -546,7 +546,8 @@ def test_an_encoder_decoder_is_not_served() -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command(run, runs: Path, tmp_path: Path) -> None:
+def test_the_command(run, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     prices, page = tmp_path / "prices.json", tmp_path / "pages" / "report.md"
     prices.write_text(json.dumps({**TABLE, "training_per_million": 20}), encoding="utf-8")
     names = [runs / "staged", runs / "shortened"]
@@ -556,6 +557,9 @@ def test_the_command(run, runs: Path, tmp_path: Path) -> None:
     assert f"written to {page}" in done.err.replace("\n", "")
     for word in ("staged", "by stage", "prefix cache", "50 %"):
         assert word in " ".join(done.out.split())
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.out
+    headers = ("run on", "tokens", "cached", "saved", "exact_match", "USD for 1,000", "training, USD", "pays after")
+    assert all(header in done.out for header in headers), "headers of a wide table are whole at 80 columns"
     done = run("report", *names, "--json", "--time", "--repeats", "2", "--prices", prices)
     assert done.code == 0, done.err
     found = [json.loads(line) for line in done.out.splitlines()]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gisting
-from gisting import GistError
+from gisting import GistError, GistTokenizer
 from gisting.measure import inference, inference_results, memory
 from gisting.measure.inference import GIST, MODES, NO_CACHE, PREFIX, STATIC, measure
 from gisting.measure.latency import cache_view
@@ -265,6 +265,30 @@ def test_what_was_freed_goes_back() -> None:
     assert len(blocks) == 1_000
 
 
+def test_prompts_are_text_where_the_tokenizer_reads_it() -> None:
+    """On random ids, rounding of a bfloat16 model with an untrained gist is larger than any gate can allow."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(alphabet, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    stock = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+    tokenizer = GistTokenizer(stock, "plain")
+    model = gisting.patch(tiny.model("llama", vocab_size=len(tokenizer)), tokenizer)
+    settings = inference._Settings(2, 4, 5, 1, 0.0, 9.0, 2**40, "m")
+    drawn = inference._Bench(model, tokenizer, settings).draw(3, 40, 0)
+    text = " ".join(" ".join(topics.values()).split())
+    assert all(stock.decode(row) in text for row in drawn)
+    assert len({tuple(row.tolist()) for row in drawn}) == 3, "every request has different ones"
+    words = inference._Bench(*tiny.patched("llama"), settings)
+    assert words.text is None, "this tokenizer knows no English"
+    assert len(set(words.draw(1, 40, 0)[0].tolist())) > 10
+
+
 # -- shown -------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +314,23 @@ ROWS = [
     row(STATIC, 26, 40, 40),
     row(GIST, 26, 50, 40),
 ]
+
+
+def test_narrow_tables_by_eye() -> None:
+    first, copied, rates, held = inference_results.narrow_tables(ROWS)
+    assert first[2] == [
+        ["26", "8", "no cache", "60.0 (59.0\N{EN DASH}61.0)", "1.20x"],
+        ["", "", "prefix cache", "50.0 (49.0\N{EN DASH}51.0)", "1.00x"],
+        ["", "", "static prefix cache", "40.0 (39.0\N{EN DASH}41.0)", "0.80x"],
+        ["", "", "gist cache", "50.0 (49.0\N{EN DASH}51.0)", ""],
+        ["2,000", "8", "no cache", "2,500 (2,499\N{EN DASH}2,501)", "50.0x"],
+        ["", "", "prefix cache", "100.0 (99.0\N{EN DASH}101.0)", "2.00x"],
+        ["", "", "static prefix cache", "80.0 (79.0\N{EN DASH}81.0)", "1.60x"],
+        ["", "", "gist cache", "50.0 (49.0\N{EN DASH}51.0)", ""],
+    ]
+    assert [line[2] for line in copied[2]] == ["prefix cache", "gist cache"] * 2
+    assert rates[2][4][3:] == ["not run: it would take about 70 s", "-"]
+    assert held[2][1] == ["", "", "prefix cache", "26.0 kB", "6.5x", "2.5 MB"]
 
 
 def test_the_plot(tmp_path: Path) -> None:
@@ -320,12 +361,16 @@ def test_the_command_of_the_page_shows_tables(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(demo_checkpoint)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     (command,) = (line for line in page.splitlines() if line.startswith("gisting bench inference --model runs/demo"))
     done = run(*shlex.split(command)[1:], "--repeats", "2")
     assert done.code == 0, done.err
     assert all(title in done.out for title in ("Time to the first token in ms", "Tokens per second", "Memory"))
     assert "\N{HORIZONTAL ELLIPSIS}" not in done.out, "no number is cut"
+    assert max(map(len, done.out.splitlines())) <= 80
+    words = ("answered with", "no cache", "prefix cache", "static prefix cache", "gist cache", "gist faster")
+    assert all(word in done.out for word in words), "no word is broken"
 
 
 def test_the_command_for_training_says_where_it_went(run) -> None:

@@ -84,7 +84,8 @@ def test_what_is_no_list_of_texts(texts: Any) -> None:
     }
     for name, each in calls.items():
         for call in each:
-            with pytest.raises(GistError, match=rf"^{name}(\[0\])? must be a (list of texts|text), got "):
+            expected = rf"^{name}(\[0\])? must be a (list of texts|text(, or a list of messages)?), got "
+            with pytest.raises(GistError, match=expected):
                 call()
 
 

@@ -545,7 +545,8 @@ def assert_refused(path: Path, data: bytes, message: str, what: str) -> None:
 # What the numbers are stored as decides how much memory they take, and is looked at before the checksum.
 KIND = "is not a gist cache of format 2: (storage|dtype) "
 ALTERED = (
-    r" (is truncated or altered \(|is altered: |has format \d+, |is a safetensors file but holds no gist cache|"
+    r" (is truncated or altered \(|is not a gist cache: it is a |"
+    r"is altered: |has format \d+, |is a safetensors file but holds no gist cache|"
     f"{KIND})"
 )
 
@@ -757,7 +758,12 @@ class Bomb:
 )
 def test_nothing_is_unpickled(write: Callable[[Any, Path], Any], tmp_path: Path) -> None:
     write({"keys.0": Bomb(tmp_path / "exploded")}, tmp_path / "b")
-    assert_refused(tmp_path / "a", (tmp_path / "b").read_bytes(), r" is truncated or altered \(", "a pickle")
+    assert_refused(
+        tmp_path / "a",
+        (tmp_path / "b").read_bytes(),
+        r" is not a gist cache: it is a (pickle|file of torch\.save)",
+        "a pickle",
+    )
     assert not (tmp_path / "exploded").exists()
 
 

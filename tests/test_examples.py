@@ -138,7 +138,8 @@ def chat_model(tmp_path: Path) -> Path:
     """Save a tiny chat model, whose table has spare rows, as those of most published models have."""
     words = tiny.word_tokenizer()
     words.chat_template = (
-        "{% for message in messages %}w1 {{ message['content'] }} w2 {% endfor %}"
+        "{% for message in messages %}{{ 'w3' if message['role'] == 'assistant' else 'w1' }} "
+        "{{ message['content'] }} w2 {% endfor %}"
         "{% if add_generation_prompt %}w3 {% endif %}"
     )
     words.save_pretrained(tmp_path / "chat")

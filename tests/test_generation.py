@@ -568,7 +568,11 @@ CALLS: list[tuple[dict[str, Any], type[GistError], str]] = [
         '^inputs is empty; give at least one text, "" if the prompt needs no input$',
     ),
     ({"cache": True, "inputs": "w1"}, GistError, "^inputs must be a list of texts, got one text; put it in a list$"),
-    ({"cache": True, "inputs": ["w1", None]}, GistError, r"^inputs\[1\] must be a text, got NoneType$"),
+    (
+        {"cache": True, "inputs": ["w1", None]},
+        GistError,
+        r"^inputs\[1\] must be a text, or a list of messages, got NoneType$",
+    ),
     ({"prompts": "w1 w2"}, GistError, "^prompts must be a list of texts, got one text; put it in a list$"),
     ({"prompts": []}, GistError, "^prompts must be one for all 2 inputs or one each, got 0$"),
     ({"prompts": ["w1"] * 3}, GistError, "^prompts must be one for all 2 inputs or one each, got 3$"),

@@ -482,7 +482,7 @@ ASSISTED: list[tuple[Callable[[Case], dict[str, Any]], type[GistError], str]] = 
     (
         lambda case: {"prompt_lookup_num_tokens": 3, "cache_implementation": "static"},
         GistError,
-        "^assisted decoding takes back .* which only cache_implementation='dynamic' can do, got 'static'$",
+        "^assisted decoding discards .* which only cache_implementation='dynamic' supports, got 'static'$",
     ),
 ]
 

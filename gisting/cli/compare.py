@@ -20,10 +20,10 @@ from gisting.cli.shared import (
     out,
     plain,
     print_json,
-    read_text,
     wanted_k,
 )
 from gisting.errors import GistError
+from gisting.tokens.text import read_text
 
 __all__ = ["CacheOption", "PromptFileOption", "StoreOption", "check_text", "compare", "given_prompt"]
 

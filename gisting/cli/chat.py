@@ -173,7 +173,7 @@ class _Printed:
 
 
 def _lines() -> Iterator[str]:
-    """Yield lines of the standard input that are not empty, with a sign that it is the user's turn in a terminal."""
+    """Yield the lines of standard input that are not empty; in a terminal, show when it is the user's turn."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):

@@ -36,7 +36,7 @@ def as_instruction(item: Mapping[str, Any], where: str, *, needs_instruction: bo
     ============================================================= ===========================
 
     Args:
-        item: a conversation; an item that has ``output``, or is none, is returned unchanged.
+        item: a conversation; an item that has ``output``, or is not a conversation, is returned unchanged.
         where: how errors refer to it.
         needs_instruction: whether there must be a system message. Without, a prompt that is a text is the input.
 

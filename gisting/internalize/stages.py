@@ -73,6 +73,7 @@ from gisting.models.fingerprint import fingerprint
 from gisting.models.state import require_patched
 from gisting.settings import keywords_for, takes_keywords_of
 from gisting.tokens import GistTokenizer
+from gisting.train.arguments import BY_LENGTH
 from gisting.train.batches import step_batches
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import ObjectiveTrainer
@@ -81,7 +82,6 @@ from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume, without_
 __all__ = ["internalize"]
 
 _METHODS = ("full", "lora")
-_BY_LENGTH = ("group_by_length", "batch_rebalance")
 # A stage's result and its weights, which are kept until the next stage is finished.
 _RESULT, _MODEL = "result.json", "model"
 # Attributes that accelerate sets on a model.
@@ -449,9 +449,9 @@ def _check(
         raise GistError(
             "stages are trained by a single process; run without torchrun, accelerate launch, fsdp and deepspeed"
         )
-    if str(getattr(arguments.train_sampling_strategy, "value", arguments.train_sampling_strategy)) in _BY_LENGTH:
+    if arguments.train_sampling_strategy in BY_LENGTH:
         raise GistError(
-            f"train_sampling_strategy must not be {' or '.join(_BY_LENGTH)}: stages do not know the lengths of their "
+            f"train_sampling_strategy must not be {' or '.join(BY_LENGTH)}: stages do not know the lengths of their "
             "records; leave it out"
         )
     if str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no":

@@ -15,8 +15,10 @@ from transformers import TrainingArguments
 
 from gisting.errors import GistError
 
-__all__ = ["PUBLISHED", "check_reports", "default_num_workers", "published_arguments"]
+__all__ = ["BY_LENGTH", "PUBLISHED", "check_reports", "default_num_workers", "published_arguments"]
 
+#: Sampling strategies of ``TrainingArguments`` that need the lengths of the records.
+BY_LENGTH = ("group_by_length", "batch_rebalance")
 #: Hyper-parameters of LLaMA-7B and FLAN-T5-XXL (Gisting, appendix B).
 PUBLISHED: dict[str, dict[str, Any]] = {
     "decoder": {

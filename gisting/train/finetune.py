@@ -26,7 +26,7 @@ from gisting.models.registry import is_length_dependent, sliding_windows
 from gisting.models.state import require_patched
 from gisting.settings import keywords_for, takes_keywords_of
 from gisting.tokens import GistTokenizer
-from gisting.train.arguments import PUBLISHED, default_num_workers, published_arguments
+from gisting.train.arguments import BY_LENGTH, PUBLISHED, default_num_workers, published_arguments
 from gisting.train.batches import is_data_parallel, step_batches
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import Objective, ObjectiveTrainer
@@ -43,7 +43,6 @@ from gisting.train.settings import BatchSettings
 __all__ = ["PUBLISHED", "finetune", "published_arguments"]
 
 _log = logging.getLogger(__name__)
-_BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 @takes_keywords_of(BatchSettings)
@@ -126,7 +125,7 @@ def finetune(
             )
         arguments = copy.copy(arguments)
         arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 0, None
-    if arguments.train_sampling_strategy in _BY_LENGTH:
+    if arguments.train_sampling_strategy in BY_LENGTH:
         items = _with_lengths(items, collator, arguments.length_column_name)
     set_seed(arguments.seed)  # as Trainer does, which is made after a new adapter is initialised
     count = prepare(model, method, collator.num_gist_tokens[1])
@@ -235,7 +234,7 @@ def _check_records(items: Any, arguments: TrainingArguments, pack_length: int | 
             raise GistError("records is empty; give at least one")
     elif arguments.max_steps < 1:
         raise GistError("records is a stream, whose length is unknown; set max_steps in the arguments")
-    if arguments.train_sampling_strategy in _BY_LENGTH and (pack_length is not None or not isinstance(items, list)):
+    if arguments.train_sampling_strategy in BY_LENGTH and (pack_length is not None or not isinstance(items, list)):
         kind = "a stream cannot be sorted" if pack_length is None else "packed rows are equally long"
         raise GistError(
             f"train_sampling_strategy is {arguments.train_sampling_strategy!r}, but {kind}; leave it at 'random'"

@@ -829,6 +829,10 @@ def test_errors(tmp_path: Path) -> None:
         ({"method": "gist-lora"}, "method must be one of full, lora, got 'gist-lora'"),
         ({"arguments": arguments(tmp_path, max_steps=3)}, "max_steps must be at least 4, one for each stage, got 3"),
         ({"arguments": arguments(tmp_path, eval_strategy="epoch")}, "eval_strategy must be 'no'"),
+        (
+            {"arguments": arguments(tmp_path, train_sampling_strategy="group_by_length")},
+            "train_sampling_strategy must not be group_by_length or batch_rebalance",
+        ),
         ({"shortener": SHORTER}, "there is no rewrite for the share 0.66"),
         ({"template": PROMPT}, "prompt was given twice, once under its old name template"),
         ({"max_length": 10}, r"record 1 \('w0 w10'\) has 11 ids"),

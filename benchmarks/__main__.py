@@ -27,6 +27,7 @@ BENCHMARKS = {
     "card": "benchmarks.card",
     "cpu-attention": "benchmarks.cpu_attention",
     "distillation": "benchmarks.distillation",
+    "families": "benchmarks.families",
     "internalize": "benchmarks.internalize",
     "kernels": "benchmarks.kernels.attention",
     "methods": "benchmarks.methods",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gisting.data.records import Record, load_records
     from gisting.errors import GistError
     from gisting.generation import compress, converse, generate
+    from gisting.models.check import check_model
     from gisting.models.hub import push_to_hub, save_pretrained
     from gisting.models.load import load
     from gisting.models.patch import patch, unpatch
@@ -35,6 +36,7 @@ _HOMES = {
     "Record": "data.records",
     "Template": "tokens",
     "Visibility": "visibility",
+    "check_model": "models.check",
     "compress": "generation",
     "converse": "generation",
     "generate": "generation",
@@ -58,6 +60,7 @@ __all__ = [
     "Template",
     "Visibility",
     "__version__",
+    "check_model",
     "compress",
     "converse",
     "generate",

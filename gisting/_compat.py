@@ -75,6 +75,15 @@ def requirements(distribution: str, extra: str = "") -> list[tuple[str, str]]:
     return found
 
 
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Return the versions of torch and transformers, on which a model's results depend. This is not a shim."""
+    import torch
+    import transformers
+
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
+
+
 def untested(package: str, version: str) -> str | None:
     """Describe how a version lies outside the tested range. This is not a shim, so it stays.
 

@@ -2,7 +2,7 @@
 
 Place in the flow: outside it, for when something does not work. The environment consists of versions, extras, devices
 and attention. Every finding comes from the code that would do the work, so no rule is written twice. Reads headers,
-configurations and cache files; loads no model and writes nothing.
+configurations and cache files, and loads a checkpoint on disk that no one has checked yet; writes nothing.
 """
 
 from __future__ import annotations
@@ -280,11 +280,14 @@ def _checkpoint(name: str | Path) -> Iterator[Finding]:
         family_of(config)
         limit = position_limit(config)
         ends = "" if limit is None else f", up to {limit:,} positions"
-        yield Finding("checkpoint", "family", f"{config.model_type}: supported{ends}")
+        yield Finding("checkpoint", "family", f"{config.model_type}{ends}")
     except GistError as error:
         yield Finding("checkpoint", "family", _first_line(error), is_fault=True)
         return
-    yield _tried("checkpoint", "weights", lambda: _weights(name, is_adapter=is_adapter))
+    weights = _tried("checkpoint", "weights", lambda: _weights(name, is_adapter=is_adapter))
+    yield weights
+    if isinstance(name, Path) and not is_adapter and not weights.is_fault:
+        yield from _exactness(name, config)
     gist = getattr(config, "gist", None)
     if is_adapter or gist is not None:
         yield from _gists(name, config, gist)
@@ -293,6 +296,27 @@ def _checkpoint(name: str | Path) -> Iterator[Finding]:
     head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     head_size = head_size or config.hidden_size // config.num_attention_heads
     yield from _attention(head_size, has_softcap=getattr(config, "attn_logit_softcapping", None) is not None)
+
+
+def _exactness(name: Path, config: Any) -> Iterator[Finding]:
+    """Say whether gists are exact in a checkpoint, as its config says or as a check finds."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from gisting.models.check import check_model, kept_proof
+
+    kept = kept_proof(config)
+    if kept is not None:
+        value = f"exact, as checked with torch {kept['torch']} and transformers {kept['transformers']}"
+        yield Finding("checkpoint", "gists", value)
+        return
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        found = check_model(_silently(lambda: auto.from_pretrained(name)))
+    except _DAMAGE as error:
+        yield Finding("checkpoint", "gists", _first_line(error), is_fault=True)
+        return
+    for one in found.comparisons:
+        yield Finding("checkpoint", f"gists: {one.name}", str(one), is_fault=not one.passed)
 
 
 def _gists(name: str | Path, config: Any, gist: dict[str, Any] | None) -> Iterator[Finding]:
@@ -360,21 +384,13 @@ def _weights(name: str | Path, *, is_adapter: bool) -> str:
 def _check_names(name: Path) -> None:
     """Raise if a weight of the model is in none of its files, or in another shape. Reads their headers alone."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.utils import logging
 
     from gisting.models.load import describe_missing
     from gisting.models.registry import read_config
 
     auto: Any = AutoModelForSeq2SeqLM if read_config(name).is_encoder_decoder else AutoModelForCausalLM
-    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # It prints a table of what this reports in a line.
-    logging.disable_progress_bar()
-    try:
-        _, about = auto.from_pretrained(name, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
-    finally:
-        logging.set_verbosity(level)
-        if has_bar:
-            logging.enable_progress_bar()
+    settings: Any = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _, about = _silently(lambda: auto.from_pretrained(name, **settings))
     fault = describe_missing(about)
     if fault is not None:
         raise GistError(fault)
@@ -382,6 +398,21 @@ def _check_names(name: Path) -> None:
         raise GistError(
             f"{weight} is {tuple(held)} in the files and {tuple(wanted)} in config.json; fetch the checkpoint again"
         )
+
+
+def _silently(load: Callable[[], Any]) -> Any:
+    """Load without what transformers prints, a table of what is reported here in a line."""
+    from transformers.utils import logging
+
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return load()
+    finally:
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def _has(name: str | Path, file: str) -> bool:

@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).resolve().parent / "golden" / "api.txt"
 MODULES = (
     *("gisting", "gisting.attention", "gisting.cache", "gisting.doctor", "gisting.errors", "gisting.generation"),
     *("gisting.pipeline", "gisting.storage", "gisting.store", "gisting.table", "gisting.tokens", "gisting.visibility"),
-    *(f"gisting.models.{name}" for name in ("adapters", "fingerprint", "hub", "load", "patch", "published")),
+    *(f"gisting.models.{name}" for name in ("adapters", "check", "fingerprint", "hub", "load", "patch", "published")),
     *(f"gisting.models.{name}" for name in ("registry", "weight_difference")),
     *(f"gisting.data.{name}" for name in ("alpaca_plus", "collate", "packing", "plain", "prompts", "records", "tasks")),
     *(f"gisting.eval.{name}" for name in ("conditions", "cost", "judge", "metrics", "report", "results")),

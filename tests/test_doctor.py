@@ -192,7 +192,8 @@ def test_a_checkpoint(demo: Path) -> None:
     assert faults(found) == []
     told = by_name(found, "checkpoint")
     _, tokenizer = gisting.load(demo)
-    assert told["family"] == "llama: supported, up to 256 positions"
+    assert told["family"] == "llama, up to 256 positions"
+    assert told["gists"].startswith("exact, as checked with torch ")
     assert told["tokenizer"] == tokenizer.fingerprint
     assert told["gist token"] == f"id {tokenizer.gist_token_id}"
     assert told["template"] == "letters"
@@ -206,7 +207,9 @@ def test_a_checkpoint_that_was_not_patched(tmp_path: Path) -> None:
     tiny.word_tokenizer().save_pretrained(tmp_path)
     found = doctor.examine_path(tmp_path)
     assert faults(found) == []
-    assert by_name(found, "checkpoint")["gist token"].startswith("none: ")
+    told = by_name(found, "checkpoint")
+    assert told["gist token"].startswith("none: ")
+    assert told["gists: mask"].startswith("mask passed, states and logits of 2 rows of prompt, gist and rest, ")
     chosen = by_name(found, "attention")["cpu, float32"]
     assert chosen.startswith("reference, agrees with the reference; there is a softcap"), "as the model would be run"
 
@@ -245,7 +248,11 @@ def eos_dropped(path: Path) -> None:
 @pytest.mark.parametrize(
     ("plant", "name", "message"),
     [
-        (lambda folder: changed(folder / "config.json", model_type="gpt2"), "family", "gpt2 cannot be gisted: its abs"),
+        (
+            lambda folder: changed(folder / "config.json", model_type="mamba"),
+            "family",
+            "mamba cannot be gisted: its config",
+        ),
         (lambda folder: changed(folder / "config.json", vocab_size=3), "gist token", "but the model has 3 rows"),
         (lambda folder: other_template(folder / "gist.json"), "tokenizer", "the model was patched for "),
         (lambda folder: eos_dropped(folder / "tokenizer_config.json"), "tokenizer", "has no eos_token"),

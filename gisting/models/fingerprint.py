@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gisting.errors import GistError
 from gisting.models.registry import is_length_dependent
@@ -77,7 +77,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     gist = getattr(model.config, "gist", None)
     row = [] if gist is None else _plain("gist", input_weight(model).detach()[gist["gist_token_id"]])
     tensors = [*_tensors(model, model.state_dict()), *row]
-    return _hashed(model, _config(model), _adapter_state(model), tensors, {})
+    return _hashed(model, lasting_config(model.config), _adapter_state(model), tensors, {})
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
@@ -97,7 +97,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     gist = getattr(model.config, "gist", None)
     if gist is None:
         return fingerprint(model)
-    config, state, adapters = _config(model), model.state_dict(), _adapter_state(model)
+    config, state, adapters = lasting_config(model.config), model.state_dict(), _adapter_state(model)
     if hasattr(model, "_gist_trained_before") and gist["adapter"]["kind"] != "lora":
         adapters = {}
         state = {
@@ -174,8 +174,9 @@ def walk(tensor: Tensor) -> Tensor:
     )
 
 
-def _config(model: PreTrainedModel) -> dict[str, Any]:
-    return _lasting(model.config.to_dict())
+def lasting_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return a ``config`` without the entries that change no hidden state."""
+    return _lasting(config.to_dict())
 
 
 def _tensors(model: PreTrainedModel, state: dict[str, Any]) -> list[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from gisting.device import assert_on_device
 from gisting.errors import GistError, GistTokenError, UnsupportedModelError
 from gisting.models import relative_bias
 from gisting.models.adapters import adapter_of, detach
+from gisting.models.check import prove
 from gisting.models.hooks import remove_hooks
 from gisting.models.registry import (
     attention_name,
@@ -30,6 +31,7 @@ from gisting.models.registry import (
     position_limit,
     register_attention,
 )
+from gisting.models.stacks import attention_of, set_attention
 from gisting.models.state import (
     PATCH_FORMAT,
     Undo,
@@ -58,7 +60,7 @@ _TOO_LONG = (
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def patch(model: Model, tokenizer: GistTokenizer) -> Model:
+def patch(model: Model, tokenizer: GistTokenizer, *, check: bool = True) -> Model:
     """Make ``model`` understand gist tokens and interval masks, in place. :func:`unpatch` undoes it.
 
     The gist token gets an input embedding row (and an output row, if untied) at the mean of the rows before it; the
@@ -69,17 +71,25 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
     never generated, and the tokenizer's end of sequence is one of the ends there, so an answer ends where it was taught
     to end.
 
+    Any model is accepted in which gists are exact, which :func:`~gisting.models.check.check_model` tries with a few
+    forward passes. The proof is kept in ``config.gist``: a saved checkpoint is checked again only with other versions
+    of torch, transformers or gisting, or if its config was changed. A model on the meta device or sharded over several
+    processes cannot be run here, and is accepted without.
+
     A model that was patched, saved and loaded is recognised by ``config.gist`` and keeps its rows.
 
     Args:
-        model: a causal or encoder-decoder language model of a family in ``gisting.models.registry.FAMILIES``.
+        model: a causal or encoder-decoder language model.
         tokenizer: the tokenizer that the model is used with.
+        check: whether to try the model first. False accepts it with a warning; then gists may be wrong, and cannot be
+            chained.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        UnsupportedModelError: the model cannot be gisted correctly; the message says why.
+        UnsupportedModelError: gists would be wrong in the model; the message says which comparison failed, with the
+            error, its bound and the likely reason.
         GistError: an argument has the wrong type, or the model was patched for another tokenizer.
     """
     require_transformers()
@@ -106,7 +116,7 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
         check_recorded(recorded, tokenizer)
         if is_patched(model):
             return model
-    attention = {name: str(stack.config._attn_implementation) for name, stack in _stacks(model)}
+    attention = attention_of(model)
     gist_attention = {name: attention_name(base) for name, base in attention.items()}
     if getattr(model.config, "attn_logit_softcapping", None) is not None and "sdpa" in attention.values():
         # Until about 5.18 transformers ran such a model on sdpa and ignored the softcap.
@@ -122,6 +132,15 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
             f"this version of transformers does not mark the decoder of {model.config.model_type} as causal; upgrade "
             "it: pip install 'transformers>=5.18'"
         )
+    if check:
+        proof = prove(model)
+    else:
+        proof = None
+        warnings.warn(
+            f"{model.config.model_type} is patched without a check, so its gists may be wrong; "
+            "gisting.check_model(model) tries it",
+            stacklevel=2,
+        )
 
     undo = Undo(attention=attention, ends=getattr(model.generation_config, "eos_token_id", None))
     model._gist_undo = undo  # pyright: ignore[reportArgumentType]
@@ -136,7 +155,9 @@ def patch(model: Model, tokenizer: GistTokenizer) -> Model:
                 "template": tokenizer.template.name,
             }
             _add_rows(model, tokenizer, undo)
-        _set_attention(model, gist_attention)
+        if proof is not None:
+            model.config.gist["checked"] = proof
+        set_attention(model, gist_attention)
         _suppress(model, tokenizer.gist_token_id)
         end_with(model.generation_config, tokenizer)
         guarded_stack(model).register_forward_pre_hook(
@@ -169,22 +190,6 @@ def unpatch(model: Model) -> Model:
         raise GistError("model is not patched; there is nothing to undo")
     _restore(model, forget=True)
     return model
-
-
-def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Yield every sub-model, because each may have its own config.
-
-    T5's encoder and decoder hold copies of the model's config, which no setter reaches.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            yield name, module
-
-
-def _set_attention(model: PreTrainedModel, names: dict[str, str]) -> None:
-    for name, stack in _stacks(model):
-        if stack.config._attn_implementation != names[name]:
-            stack.set_attn_implementation(names[name])
 
 
 def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, gist_token_id: int) -> None:
@@ -310,7 +315,7 @@ def _restore(model: PreTrainedModel, *, forget: bool) -> None:
         remove_hooks(module, (_guard,))
     vars(model).pop("prepare_inputs_for_generation", None)
     relative_bias.uninstall(model)
-    _set_attention(model, undo.attention)
+    set_attention(model, undo.attention)
     recorded = getattr(model.config, "gist", None)
     if recorded is not None and model.generation_config is not None:
         kept = [token for token in model.generation_config.suppress_tokens or [] if token != recorded["gist_token_id"]]

@@ -1,8 +1,8 @@
-"""The supported model families, which models are refused and why, and the attention function that reads intervals.
+"""What a config says about gisting its model, and the attention function that reads intervals.
 
 Place in the flow: visibility -> attention -> **models** -> cache. The only module that writes to transformers'
-registries. A family is a row of ``FAMILIES``; dispatch is on what a config declares (``model_type``, ``layer_types``,
-``rope_parameters``), never on a class.
+registries. Dispatch is on what a config declares (``is_encoder_decoder``, ``layer_types``, ``rope_parameters``), never
+on a class or a list of names; whether gists are exact in a model, ``check`` tries.
 """
 
 from __future__ import annotations
@@ -27,99 +27,34 @@ from gisting.source import explain, local
 from gisting.visibility import Visibility, is_interval_mask
 
 __all__ = [
-    "FAMILIES",
     "EncoderStates",
     "Family",
     "attention_name",
+    "base_name",
     "family_of",
     "is_length_dependent",
     "position_limit",
     "read_config",
     "register_attention",
-    "register_family",
     "sliding_windows",
 ]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model type for which the tests prove that gists are exact.
-
-    The gist mask equals a dense mask, cached equals uncached, ordinary input is unchanged, and chained gists equal
-    gists computed in place.
+    """What a config declares about its model. Whether gists are exact in it, ``gisting.check_model`` tries.
 
     Args:
         model_type: as the config declares it.
         is_encoder_decoder: whether it has an encoder, whose states hold the compressed prompt.
-        is_interleaved: whether the two numbers rotated together are neighbours (``Rotary.is_interleaved``).
-        rotates_windows_only: whether only layers with a sliding window rotate their keys.
     """
 
     model_type: str
     is_encoder_decoder: bool = False
-    is_interleaved: bool = False
-    rotates_windows_only: bool = False
 
 
-#: The supported families by model type.
-FAMILIES: dict[str, Family] = {
-    name: Family(name)
-    for name in (
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt_neox",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-    )
-}
-FAMILIES["cohere2"] = Family("cohere2", is_interleaved=True, rotates_windows_only=True)
-FAMILIES |= {name: Family(name, is_encoder_decoder=True) for name in ("mt5", "t5", "umt5")}
-
-_ABSOLUTE = "its absolute position embeddings would move with the length of the prompt that was compressed away"
-_RECURRENT = "its recurrent layers carry the prompt in a state that no attention mask can hide"
-_ALIBI = "its position bias counts from the start of the sequence"
-_REFUSED = (
-    dict.fromkeys(
-        ("bart", "biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "marian", "mbart", "opt", "pegasus", "xglm"),
-        _ABSOLUTE,
-    )
-    | dict.fromkeys(
-        (
-            "bamba",
-            "falcon_h1",
-            "falcon_mamba",
-            "granitemoehybrid",
-            "jamba",
-            "kimi_linear",
-            "lfm2",
-            "mamba",
-            "mamba2",
-            "qwen3_5_text",
-            "qwen3_next",
-            "recurrent_gemma",
-            "rwkv",
-            "xlstm",
-            "zamba",
-            "zamba2",
-        ),
-        _RECURRENT,
-    )
-    | dict.fromkeys(("bloom", "mpt"), _ALIBI)
-    | {
-        "longt5": "its encoder attends in local blocks, not through a mask",
-        "gpt_oss": "its attention has sinks, which interval attention does not support",
-        "llama4_text": "its chunked attention counts from the start of the sequence",
-    }
-)
+# What the dozen tokens of a check cannot show, and no entry of a config says.
+_REFUSED = {"longt5": "its encoder attends in local blocks, not through a mask"}
 
 # Rotary types with fixed frequencies. Those of "dynamic" and "longrope" change with the largest position in the batch;
 # both are exact below the length at which they change, and refused beyond it (``position_limit``).
@@ -162,47 +97,38 @@ def _is_record(gist: object) -> bool:
     return trained is None or (isinstance(trained, list | tuple) and [type(k) for k in trained] == [int, int])
 
 
-def register_family(family: Family) -> None:
-    """Add ``family`` to ``FAMILIES``.
-
-    First run the tests that every family must pass: ``tests/models/test_families.py``, and ``tests/test_chain.py`` for
-    its rotation.
-    """
-    FAMILIES[family.model_type] = family
-
-
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of a model, by what its ``config`` declares.
+    """Return what a ``config`` declares, after refusing what rules a model out and a check of few tokens cannot show.
 
     Raises:
-        UnsupportedModelError: the model cannot be gisted, or no test proves that it can; the message says why.
+        UnsupportedModelError: the model cannot be gisted; the message says why.
     """
     model_type = config.model_type
     if model_type in _REFUSED:
         raise UnsupportedModelError(f"{model_type} cannot be gisted: {_REFUSED[model_type]}")
-    if model_type not in FAMILIES:
+    text = config.get_text_config()
+    if not getattr(text, "num_attention_heads", None):
         raise UnsupportedModelError(
-            f"{model_type} is not among the supported families ({', '.join(sorted(FAMILIES))}); run the tests of "
-            f"families on it and add it: gisting.models.registry.register_family(Family({model_type!r}))"
+            f"{model_type} cannot be gisted: its config names no attention heads, and only attention can read a gist"
         )
-    unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
+    unknown = set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS
     if unknown:
         raise UnsupportedModelError(
             f"{model_type} has layers of type {', '.join(sorted(unknown))}; gisting supports "
             f"{', '.join(sorted(_KNOWN_LAYERS))}"
         )
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(text, "use_bidirectional_attention", None):
         raise UnsupportedModelError(
             f"{model_type} with use_bidirectional_attention cannot be gisted: its tokens see later ones, so a prompt "
             "has no prefix states"
         )
-    rotary = _rotary_types(config) - _STATIC_ROPE - _LENGTH_DEPENDENT_ROPE
+    rotary = _rotary_types(text) - _STATIC_ROPE - _LENGTH_DEPENDENT_ROPE
     if rotary:
         raise UnsupportedModelError(
             f"{model_type} has rotary positions of type {', '.join(sorted(rotary))}; gisting supports "
             f"{', '.join(sorted(_STATIC_ROPE | _LENGTH_DEPENDENT_ROPE))}"
         )
-    return FAMILIES[model_type]
+    return Family(model_type, bool(config.is_encoder_decoder))
 
 
 def is_length_dependent(config: PreTrainedConfig) -> bool:
@@ -210,7 +136,7 @@ def is_length_dependent(config: PreTrainedConfig) -> bool:
 
     Those of dynamic NTK and longrope do.
     """
-    return bool(_rotary_types(config) & _LENGTH_DEPENDENT_ROPE)
+    return bool(_rotary_types(config.get_text_config()) & _LENGTH_DEPENDENT_ROPE)
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
@@ -221,16 +147,18 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     """
     if getattr(config, "is_encoder_decoder", False):
         return None
-    limits = [config.max_position_embeddings]
+    config = config.get_text_config()
+    limits = [limit for limit in (getattr(config, "max_position_embeddings", None),) if limit]
     for parameters in _rotary_parameters(config):
         original = parameters.get("original_max_position_embeddings")
         if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original:
             limits.append(int(original))
-    return min(limits)
+    return min(limits, default=None)
 
 
 def sliding_windows(config: PreTrainedConfig) -> int | None:
     """Return the smallest attention window of any layer of a ``config``, or None if every layer sees everything."""
+    config = config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
@@ -275,6 +203,11 @@ def attention_name(base: str) -> str:
             "attn_implementation='sdpa'"
         )
     return "gist" if base == "sdpa" else f"gist_{base}"
+
+
+def base_name(name: str) -> str:
+    """Return the ``base`` for which :func:`attention_name` returns ``name``; any other name is returned as it is."""
+    return next((base for base in _BASES if name == attention_name(base)), name)
 
 
 def register_attention() -> None:

@@ -49,12 +49,6 @@ every_encoder_decoder = pytest.mark.parametrize("name", few_by_default(tiny.ENCO
 every_family = pytest.mark.parametrize("name", few_by_default([*tiny.DECODERS, *tiny.ENCODER_DECODERS]))
 
 
-def test_table_is_covered() -> None:
-    """Every row of ``FAMILIES`` has one in ``tiny.py``."""
-    tested = {name.split("-")[0]: name in tiny.ENCODER_DECODERS for name in [*tiny.DECODERS, *tiny.ENCODER_DECODERS]}
-    assert tested == {family.model_type: family.is_encoder_decoder for family in registry.FAMILIES.values()}
-
-
 # -- (a) a gist mask is a dense mask -----------------------------------------------------------------------------------
 
 

@@ -83,20 +83,14 @@ def gradients(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Tensor]
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("gpt2", "its absolute position embeddings would move with the length of the prompt"),
-        ("opt", "its absolute position embeddings would move with the length of the prompt"),
-        ("bart", "its absolute position embeddings would move with the length of the prompt"),
-        ("mamba", "its recurrent layers carry the prompt in a state that no attention mask can hide"),
-        ("qwen3_next", "its recurrent layers carry the prompt in a state that no attention mask can hide"),
-        ("jamba", "its recurrent layers carry the prompt in a state that no attention mask can hide"),
-        ("bloom", "its position bias counts from the start of the sequence"),
-        ("longt5", "its encoder attends in local blocks, not through a mask"),
-        ("gpt_oss", "its attention has sinks"),
-        ("llama4_text", "its chunked attention counts from the start of the sequence"),
+        ("longt5", "longt5 cannot be gisted: its encoder attends in local blocks, not through a mask"),
+        ("mamba", "mamba cannot be gisted: its config names no attention heads"),
+        ("qwen3_next", "qwen3_next has layers of type linear_attention; gisting supports full_attention, "),
+        ("llama4_text", "llama4_text has layers of type chunked_attention; gisting supports full_attention, "),
     ],
 )
-def test_refused_family(model_type: str, reason: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"^{model_type} cannot be gisted: {reason}"):
+def test_refused_by_config(model_type: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"^{reason}"):
         registry.family_of(AutoConfig.for_model(model_type))
 
 
@@ -104,30 +98,25 @@ def test_refused_model_is_left_alone() -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     model = AutoModelForCausalLM.from_config(config)
     before = state_of(model)
-    with pytest.raises(UnsupportedModelError, match="gpt2 cannot be gisted: its absolute position embeddings"):
+    message = (
+        r"^gpt2 cannot be gisted: positions failed, states and logits of a row at positions from 0, from 52 and from "
+        r"-6: largest difference \d\.\de[+-]\d\d, bound \d\.\de-\d\d; likely because its results depend on where "
+        r"positions start: they are absolute, learned, scaled or in a table; gisting.check_model\(model\) shows every "
+    )
+    with pytest.raises(UnsupportedModelError, match=message):
         gisting.patch(model, tiny.tokenizer())
     assert_same_state(state_of(model), before)
+    with pytest.warns(UserWarning, match="^gpt2 is patched without a check, so its gists may be wrong; "):
+        gisting.patch(model, tiny.tokenizer(), check=False)
+    assert is_patched(model)
+    assert "checked" not in model.config.gist
 
 
-def test_names_in_the_tables_are_those_of_transformers() -> None:
+def test_names_in_the_table_are_those_of_transformers() -> None:
     """A misspelt row would have no effect."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    assert set(registry._REFUSED) | set(registry.FAMILIES) <= set(CONFIG_MAPPING_NAMES)
-    assert not set(registry._REFUSED) & set(registry.FAMILIES)
-
-
-def test_unknown_family() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"^starcoder2 is not among the supported families \(cohere2, "):
-        registry.family_of(AutoConfig.for_model("starcoder2"))
-
-
-def test_register_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
-    with pytest.raises(UnsupportedModelError, match=re.escape("register_family(Family('starcoder2'))")):
-        registry.family_of(AutoConfig.for_model("starcoder2"))
-    registry.register_family(registry.Family("starcoder2"))
-    assert registry.family_of(AutoConfig.for_model("starcoder2")) == registry.Family("starcoder2")
+    assert set(registry._REFUSED) <= set(CONFIG_MAPPING_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +246,7 @@ def test_patch_again_after_unpatch(name: str) -> None:
     assert_same_state(state_of(gisting.patch(model, tokenizer)), once)
 
 
-@pytest.mark.parametrize("where", ["register_attention", "_add_rows", "_set_attention", "_suppress", "guarded_stack"])
+@pytest.mark.parametrize("where", ["register_attention", "_add_rows", "set_attention", "_suppress", "guarded_stack"])
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("name", "changes"),

@@ -12,7 +12,7 @@ import gisting
 from gisting.errors import GistError
 from gisting.models import patch as patch_module
 from gisting.models import state
-from gisting.models.registry import FAMILIES
+from gisting.models.registry import Family
 from gisting.models.state import guarded_stack, is_patched, require_patched
 from tests import tiny
 
@@ -23,7 +23,7 @@ def test_a_model_is_patched_until_it_is_unpatched(tmp_path: Path) -> None:
     gisting.patch(model, tokenizer)
     assert is_patched(model)
     assert is_patched(copy.deepcopy(model))
-    assert require_patched(model, tokenizer) == FAMILIES["llama"]
+    assert require_patched(model, tokenizer) == Family("llama")
     model.save_pretrained(tmp_path)
     assert not is_patched(AutoModelForCausalLM.from_pretrained(tmp_path))
     gisting.unpatch(model)

@@ -126,7 +126,8 @@ def measure(
     training, held_out = task.records("train", 512, seed), task.records("eval", num_records, seed)
     unasked, other = task.records("unasked", num_records, seed), task.table.edited()
     edited = [
-        replace(one, instruction=other.text(), output=" ".join(other.answer(one.input.split()))) for one in held_out
+        replace(one, instruction=other.text(), output=" ".join(other.answer(str(one.input).split())))
+        for one in held_out
     ]
     tell(f"base: {base_steps} steps")
     start = time.perf_counter()

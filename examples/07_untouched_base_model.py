@@ -6,21 +6,21 @@ gisting's patch, and vLLM.
 
     python examples/07_untouched_base_model.py MODEL --data conversations.jsonl --output runs/support
 
-MODEL is a chat model with a chat template, such as SmolLM2-135M-Instruct. Each line of the data is
-``{"messages": [{"role": "system", "content": ...}, {"role": "user", ...}, {"role": "assistant", ...}]}``; without
-``--data``, a few conversations that are written below show that it runs. The system messages are compressed.
+MODEL is a chat model with a chat template, such as SmolLM2-135M-Instruct. Each line of the data is a conversation,
+``{"messages": [{"role": "system", "content": ...}, {"role": "user", ...}, {"role": "assistant", ...}, ...]}``, perhaps
+with ``tools``; without ``--data``, a few that are written below show that it runs. The system messages are compressed.
 """
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 
-import torch
+from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM
 
 import gisting
 from gisting import GistStore, GistTokenizer
+from gisting.data.records import to_records
 from gisting.generation import check_origin
 from gisting.serving.command import serve_command, served_fingerprints
 from gisting.train.finetune import finetune, published_arguments
@@ -37,23 +37,15 @@ ASKED = {
 }
 
 
-def conversations() -> list[dict]:
-    return [
-        {
-            "messages": [
-                {"role": "system", "content": SHOPS[shop]},
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answers[shop]},
-            ]
-        }
-        for question, answers in ASKED.items()
-        for shop in SHOPS
-    ]
-
-
-def to_record(row: dict) -> gisting.Record:
-    system, user, assistant = row["messages"]
-    return gisting.Record(system["content"], user["content"], assistant["content"])
+def conversations() -> Dataset:
+    """Make a data set of conversations of two turns."""
+    rows = []
+    for shop, system in SHOPS.items():
+        messages = [{"role": "system", "content": system}]
+        for question, answers in ASKED.items():
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answers[shop]}]
+        rows.append({"messages": messages})
+    return Dataset.from_list(rows)
 
 
 def main() -> None:
@@ -66,16 +58,17 @@ def main() -> None:
     arguments = parser.parse_args()
     adapter, folder, k = arguments.output / "adapter", arguments.output / "store", arguments.num_gist_tokens
 
+    model, tokenizer = gisting.load(arguments.model, "chat")
     rows = conversations()
     if arguments.data is not None:
-        rows = [json.loads(line) for line in arguments.data.read_text(encoding="utf-8").splitlines()]
+        rows = load_dataset("json", data_files=str(arguments.data), split="train")
 
-    # 1. Train. The teacher of the distillation is the base model with the system message in view.
-    model, tokenizer = gisting.load(arguments.model, "chat")
+    # 1. Train, on every answer of every conversation. The teacher of the distillation is the base model with the system
+    # message in view.
     finetune(
         model,
         tokenizer,
-        [to_record(row) for row in rows],
+        rows,
         published_arguments(
             adapter,
             batch_size=4,
@@ -89,35 +82,34 @@ def main() -> None:
         num_gist_tokens=k,
     )
 
-    # 2. Compress into a store. From here on, the adapter is not needed.
+    # 2. Compress the system messages into a store. From here on, the adapter is not needed.
     model, tokenizer = gisting.load(adapter)
-    names = [*SHOPS]
+    prompts = list(dict.fromkeys(record.instruction for record in to_records(rows, tokenizer)))
+    names = [f"prompt-{number}" for number in range(1, len(prompts) + 1)]
     with GistStore(folder) as store:
-        store.get_or_compress(model, tokenizer, [*SHOPS.values()], k, names=names)
+        store.get_or_compress(model, tokenizer, prompts, k, names=names)
         print(
             *(f"{entry.name}: {entry.num_gist_tokens} gist tokens of {entry.model}" for entry in store.list()), sep="\n"
         )
-    question = next(iter(ASKED))
-    settings = {"max_new_tokens": 12, "do_sample": False}
     store = GistStore(folder, is_read_only=True)
     cache = store.get(names)
+    # The questions of the first conversation, the last of them without its answer.
+    asked = [message for message in rows[0]["messages"] if message["role"] != "system"][:-1]
+    settings = {"max_new_tokens": 12, "do_sample": False}
 
     # 3. The base model, patched, answers with gisting.generate ...
     base, tokenizer = gisting.load(arguments.model, "chat")
-    by_name = dict(zip(names, gisting.generate(base, tokenizer, [question] * 2, cache=cache, **settings), strict=True))
+    said = gisting.generate(base, tokenizer, [asked] * len(names), cache=cache, **settings)
 
-    # 4. ... and stock, with transformers' own generate. The tokenizer writes what follows the system message.
+    # 4. ... and stock, with transformers' own generate. The cache lays out what follows the system message.
     stock = AutoModelForCausalLM.from_pretrained(arguments.model)
     tokenizer = GistTokenizer.from_pretrained(adapter)
-    (rest,) = tokenizer.encode_continuations([question])
-    ids = torch.tensor([[tokenizer.gist_token_id] * k + rest])
-    for name in names:
-        cache = store[name]
-        check_origin(stock, tokenizer, cache)  # stock generate does not
-        past = cache.as_past_key_values()
-        out = stock.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=past, **settings)
-        answer = tokenizer.decode(out[0, ids.shape[1] :].tolist())
-        print(f"{name}: {question} -> {answer!r}, as with gisting.generate: {answer == by_name[name]}")
+    check_origin(stock, tokenizer, cache)  # stock generate does not
+    given = cache.stock_inputs(tokenizer, [asked] * len(names))
+    out = stock.generate(**given, past_key_values=cache.as_past_key_values(), **settings)
+    for name, ids, text in zip(names, out[:, given["input_ids"].shape[1] :].tolist(), said, strict=True):
+        answer = tokenizer.decode(ids).strip()
+        print(f"{name}: {asked[-1]['content']} -> {answer!r}, as with gisting.generate: {answer == text}")
 
     # 5. ... and in vLLM, by `gisting serve ADAPTER --store STORE`, which runs this command.
     try:

@@ -4,10 +4,12 @@ Place in the flow: attention -> (inside a model) -> **cache** -> generation. Hol
 prompt, and records what they belong to. How a file is laid out and kept safe is in ``gisting.storage``. Does not depend
 on how the states were computed.
 
-The manifest of a file names the model, the tokenizer and template, the checkpoint that made it, k of each prompt and
-how the keys are rotated; its
-tensors are ``keys.0``, ``values.0``, ... and ``last_hidden``.
+The manifest of a file names the model, the tokenizer and template, the checkpoint that made it, k of each prompt, how
+the keys are rotated, and what is known about how each gist was made and how good it is; its tensors are ``keys.0``,
+``values.0``, ... and ``last_hidden``.
 """
+
+# Over 600 lines because a file from anywhere is checked part by part, and every public method says what it raises.
 
 from __future__ import annotations
 
@@ -22,13 +24,17 @@ from torch import Tensor
 
 from gisting.device import on_each_device
 from gisting.errors import CacheMismatchError, GistError
+from gisting.padding import pad_rows
 from gisting.rotary import Rotary
 from gisting.storage import MAX_BYTES, malformed, read, write
+from gisting.tokens import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
-__all__ = ["CacheOrigin", "GistCache"]
+    from gisting.tokens import GistTokenizer, Message
+
+__all__ = ["CacheOrigin", "GistCache", "kept_share"]
 
 _PAST_IMPLEMENTATIONS = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 # Room for states eight times as large: three of the fifteen powers of two that e4m3 spans.
@@ -89,6 +95,8 @@ class GistCache:
             encoder-decoder, whose keys are not rotated.
         has_answers: whether what follows is a later turn of a conversation under the template ``"chat"``, which begins
             with the end of the answer that the slots end with.
+        about: for each prompt, how its gist was made and how good it was found to be, as a small dictionary of JSON
+            values, or None; ``()`` is None for all. Files keep it. It makes no difference to what the states are.
     """
 
     keys: tuple[Tensor, ...]
@@ -98,6 +106,11 @@ class GistCache:
     last_hidden: Tensor | None = None
     rotary: Rotary | None = None
     has_answers: bool = False
+    about: tuple[Mapping[str, Any] | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.about:
+            object.__setattr__(self, "about", (None,) * self.lengths.numel())
 
     # -- properties ----------------------------------------------------------------------------------------------------
 
@@ -163,12 +176,13 @@ class GistCache:
         lengths = self.lengths[index]
         start = self.num_slots - int(lengths.max())
         index_on = on_each_device(index)
-        return self._map(
+        selected = self._map(
             lambda tensor, dim: tensor.index_select(0, index_on(tensor.device)).narrow(
                 dim, start, tensor.shape[dim] - start
             ),
             lengths,
         )
+        return replace(selected, about=tuple(self.about[row] for row in numbers))
 
     def __getitem__(self, row: int | slice) -> GistCache:
         """Return prompt ``row`` alone, or the prompts of a slice.
@@ -222,6 +236,7 @@ class GistCache:
             None if first.last_hidden is None else join([part for part in hidden if part is not None], 1),
             rotary,
             first.has_answers,
+            tuple(about for cache in caches for about in cache.about),
         )
 
     @staticmethod
@@ -240,7 +255,9 @@ class GistCache:
             caches: the parts in order, each of B prompts, or of one prompt for all rows. k may differ.
 
         Returns:
-            One cache of B prompts, where k is the sum over the parts; a single part is returned unchanged.
+            One cache of B prompts, where k is the sum over the parts; a single part is returned unchanged. What is
+            known about the parts of a row becomes ``about["parts"]``: what was measured of a part does not hold for a
+            chain.
 
         Raises:
             GistError: there is nothing to chain, numbers of prompts do not fit, or the states cannot be moved, because
@@ -297,6 +314,7 @@ class GistCache:
             first.origin,
             rotary=rotary,
             has_answers=first.has_answers,
+            about=tuple(_about_parts([cache.about[row % len(cache)] for cache in caches]) for row in range(batch)),
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistCache:
@@ -307,6 +325,14 @@ class GistCache:
             dtype: the new floating dtype; None leaves it unchanged.
         """
         return self._map(lambda tensor, dim: tensor.to(device=device, dtype=dtype), self.lengths)
+
+    def with_about(self, **facts: Any) -> GistCache:
+        """Return the same states with facts added to what is known about every prompt.
+
+        Args:
+            **facts: JSON values by name, such as ``quality={"kept": 0.93}``; they replace earlier ones of the name.
+        """
+        return replace(self, about=tuple({**(about or {}), **facts} for about in self.about))
 
     def blanked(self) -> GistCache:
         """Return the same cache with zeros in the slots that hold no token.
@@ -363,6 +389,80 @@ class GistCache:
                 past.update(keys, values, layer)
         return past
 
+    def encode_inputs(self, tokenizer: GistTokenizer, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:
+        """Encode what follows the slots for each of ``inputs``, up to where the answer begins.
+
+        After a gist this is :meth:`GistTokenizer.encode_continuations`; after an answer of a chat, its next turn; of
+        the negative control of a chat, the conversation without a prompt.
+
+        Args:
+            tokenizer: the tokenizer of the model that reads the cache.
+            inputs: one text, or list of messages, for each answer.
+
+        Raises:
+            GistError: as :meth:`GistTokenizer.encode_continuations`.
+        """
+        if self.has_answers:
+            return tokenizer.encode_next_turns(inputs)
+        if self.origin.condition == "negative" and isinstance(tokenizer.template, ChatTemplate):
+            # Nothing comes before: a chat without a prompt does not begin with the end of its system message.
+            return tokenizer.encode_bare(inputs)
+        return tokenizer.encode_continuations(inputs)
+
+    def stock_inputs(
+        self, tokenizer: GistTokenizer, inputs: Sequence[str | Sequence[Message]], *, device: Any = None
+    ) -> dict[str, Tensor]:
+        """Make what stock ``model.generate`` reads along with :meth:`as_past_key_values`.
+
+        An unpatched model with the same weights reads it too::
+
+            given = cache.stock_inputs(tokenizer, [messages])
+            model.generate(**given, past_key_values=cache.as_past_key_values())
+
+        Args:
+            tokenizer: the tokenizer of the model that reads the cache.
+            inputs: B texts, or lists of messages, one for each prompt.
+            device: where the tensors are to be; None for the cache's own.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, int64 ``(B, P + N)``: gist tokens for the slots, padding, the input.
+
+        Raises:
+            GistError: the numbers of prompts and inputs differ, the states are an encoder's, or as
+                :meth:`encode_inputs`.
+        """
+        if len(inputs) != len(self):
+            raise GistError(
+                f"inputs must be one for each of the {len(self)} prompts, got {len(inputs)}; select() repeats"
+            )
+        if self.last_hidden is not None:
+            raise GistError(
+                "these are encoder states, from which stock generate does not continue; use gisting.generate"
+            )
+        return self.columns(tokenizer, self.encode_inputs(tokenizer, inputs), device or self.keys[0].device)
+
+    def columns(
+        self, tokenizer: GistTokenizer, continuations: Sequence[Sequence[int]], device: Any
+    ) -> dict[str, Tensor]:
+        """Lay out ids after the slots as :meth:`stock_inputs` does.
+
+        Settings that look at ids already seen (``repetition_penalty``) must not act on ids that the row's own
+        continuation does not hold. So the slots hold the gist id, which is suppressed in every answer, and the padding,
+        which would often have the id of the end of sequence, holds the first id of the row's continuation.
+
+        Args:
+            tokenizer: the tokenizer of the model that reads the cache.
+            continuations: B lists of ids, none empty.
+            device: where the tensors are to be.
+        """
+        ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=True)
+        ids = torch.where(is_token, ids, torch.tensor([row[0] for row in continuations])[:, None])
+        held = self.attention_mask
+        return {
+            "input_ids": torch.cat([torch.full_like(held, tokenizer.gist_token_id).to(device), ids.to(device)], dim=1),
+            "attention_mask": torch.cat([held.to(device), is_token.long().to(device)], dim=1),
+        }
+
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, storage: str | None = None) -> None:
@@ -392,6 +492,8 @@ class GistCache:
         }
         if self.has_answers:
             manifest["has_answers"] = True
+        if any(self.about):
+            manifest["about"] = [about or None for about in self.about]
         write(path, manifest, self._named(), storage)
 
     @classmethod
@@ -434,6 +536,9 @@ class GistCache:
         lengths, rotary = manifest["lengths"], manifest.get("rotary")
         if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
             raise ValueError("lengths must be whole numbers, one for each prompt")
+        about = manifest.get("about", [])
+        if not isinstance(about, list):
+            raise ValueError("about must be a list")
         return cls(
             tuple(tensors[f"keys.{layer}"] for layer in range(num_layers)),
             tuple(tensors[f"values.{layer}"] for layer in range(num_layers)),
@@ -442,6 +547,7 @@ class GistCache:
             tensors.get("last_hidden"),
             None if rotary is None else Rotary.from_dict(rotary),
             manifest.get("has_answers") is True,
+            tuple(about),
         )
 
     def _empty_past(
@@ -519,6 +625,8 @@ class GistCache:
             raise ValueError("all states must have the same floating dtype")
         if not all(isinstance(value, str) for value in asdict(self.origin).values()):
             raise ValueError("origin must be texts")
+        if len(self.about) != batch or not all(about is None or isinstance(about, Mapping) for about in self.about):
+            raise ValueError("about must be a dictionary or None for each prompt")
         if not self.origin.checkpoint.isprintable():
             raise ValueError("the name of its checkpoint must be printable")
         if self.rotary is not None:
@@ -549,6 +657,27 @@ class GistCache:
             lengths=lengths,
             last_hidden=None if self.last_hidden is None else change(self.last_hidden, 1),
         )
+
+
+def kept_share(about: Any) -> float | None:
+    """Return the share of the full prompt's effect that a gist was measured to keep, which ``gisting check`` writes.
+
+    Args:
+        about: an item of ``GistCache.about``, also one from a file that says anything.
+
+    Returns:
+        ``about["quality"]["kept"]``, or None if it was not measured.
+    """
+    quality = about.get("quality") if isinstance(about, Mapping) else None
+    kept = quality.get("kept") if isinstance(quality, Mapping) else None
+    return float(kept) if isinstance(kept, int | float) and not isinstance(kept, bool) else None
+
+
+def _about_parts(parts: Sequence[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+    """Say of a chain what is known about its parts; a part may be a chain itself."""
+    if not any(parts):
+        return None
+    return {"parts": [one for part in parts for one in (part["parts"] if part and "parts" in part else [part])]}
 
 
 def _whole_numbers(rows: Any) -> list[int]:

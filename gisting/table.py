@@ -71,6 +71,7 @@ class GistTable:
         self._is_held = torch.zeros(0, dtype=torch.bool)
         # How many prompts were removed from each row.
         self._generations = torch.zeros(0, dtype=torch.int64)
+        self._about: list[Mapping[str, Any] | None] = []
         self._rows: dict[str, int] = {}
         num_prompts = sum(map(len, caches))
         self._put(caches, [str(number) for number in range(num_prompts)] if names is None else names, first)
@@ -163,7 +164,8 @@ class GistTable:
             else:
                 index = where.to(self.device)
             used = [tensor.narrow(-2, tensor.shape[-2] - num_slots, num_slots) for tensor in self._states]
-            return self._cache([tensor.index_select(0, index) for tensor in used], lengths)
+            gathered = self._cache([tensor.index_select(0, index) for tensor in used], lengths)
+            return replace(gathered, about=tuple(self._about[row] for row in where.tolist()))
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
@@ -225,6 +227,8 @@ class GistTable:
                 joined = _joined(parts, tensor.shape[-2])
                 tensor.index_copy_(0, index, joined.to(tensor.device, tensor.dtype))
             self._lengths[where] = torch.cat([cache.lengths for cache in caches])
+            for row, about in zip(where.tolist(), (one for cache in caches for one in cache.about), strict=True):
+                self._about[row] = about
             self._is_held[where] = True
             self._rotary = rotary
             rows = self._generations[where] << _ROW_BITS | where
@@ -272,6 +276,7 @@ class GistTable:
             self._lengths = torch.cat([self._lengths, self._lengths.new_zeros(more)])
             self._is_held = torch.cat([self._is_held, self._is_held.new_zeros(more)])
             self._generations = torch.cat([self._generations, self._generations.new_zeros(more)])
+            self._about += [None] * more
 
     def _cache(self, states: list[Tensor], lengths: Tensor) -> GistCache:
         layers = self._num_layers
@@ -299,6 +304,7 @@ def _emptied(cache: GistCache) -> GistCache:
         values=tuple(states[num_layers : 2 * num_layers]),
         lengths=cache.lengths[:0],
         last_hidden=None if cache.last_hidden is None else states[-1],
+        about=(),
     )
 
 

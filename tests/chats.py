@@ -13,7 +13,8 @@ class Chat(NamedTuple):
 
     ``tokens`` are its special tokens, of which ``bos`` and ``eos`` may be written by the template; ``end`` ends an
     answer ("" if the template writes nothing special there); ``role`` is what the prompt becomes; ``keeps_answers`` is
-    False where earlier answers are rewritten.
+    False where earlier answers are rewritten; ``tools`` says where tools are written: in the ``"system"`` message,
+    ``"elsewhere"``, or nowhere ("").
     """
 
     source: str
@@ -23,6 +24,7 @@ class Chat(NamedTuple):
     end: str
     role: str = "system"
     keeps_answers: bool = True
+    tools: str = ""
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make a tokenizer of bytes with these special tokens and this template."""
@@ -37,6 +39,17 @@ class Chat(NamedTuple):
         made.chat_template = self.source
         return made
 
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": 'The weather of a city, "now".',
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = {"type": "function", "id": "callabcde", "function": {"name": "get_weather", "arguments": {"city": "Zürich"}}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -85,7 +98,16 @@ _LLAMA3_TURNS = (
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 _LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-_MISTRAL = ("<s>", "</s>", "[INST]", "[/INST]")
+_MISTRAL = (
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+)
 _GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 _DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
 
@@ -109,14 +131,42 @@ CHATS = {
         "<|im_end|>",
     ),
     "qwen2.5": Chat(
-        "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + "
+        "{%- if tools %}{{- '<|im_start|>system\\n' }}"
+        "{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] }}"
+        "{%- else %}{{- 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}{%- endif %}"
+        "{{- '\\n\\n# Tools\\n\\nYou are provided with function signatures within <tools></tools> XML tags:' }}"
+        "{{- '\\n<tools>' }}{%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %}"
+        "{{- '\\n</tools>\\n\\nFor each function call, return a json object.<|im_end|>\\n' }}"
+        "{%- elif messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + "
         "'<|im_end|>\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a "
-        "helpful assistant.<|im_end|>\\n' }}{%- endif %}"
-        + _QWEN_TURNS.replace("for message in messages", "for message in messages if not (message.role == 'system')"),
+        "helpful assistant.<|im_end|>\\n' }}{%- endif %}" + _QWEN_TURNS,
         _CHATML,
         "<|endoftext|>",
         "<|im_end|>",
         "<|im_end|>",
+        tools="system",
+    ),
+    # Tools are a system message of their own, before the conversation's.
+    "hermes-3": Chat(
+        "{{- bos_token }}{%- if tools %}{{- '<|im_start|>system\\nYou are a function calling AI model. Here are the "
+        "available tools: <tools> ' }}{%- for tool in tools %}{{- tool | tojson }}{%- if not loop.last %}{{- '\\n' }}"
+        "{%- endif %}{%- endfor %}{{- ' </tools>For each function call return a json object within <tool_call>"
+        "</tool_call> XML tags.<|im_end|>\\n' }}{%- endif %}"
+        "{%- for message in messages %}"
+        "{%- if message.role in ('user', 'system') or (message.role == 'assistant' and not message.tool_calls) %}"
+        "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+        "{%- elif message.role == 'assistant' %}{{- '<|im_start|>' + message.role }}"
+        '{%- for call in message.tool_calls %}{{- \'\\n<tool_call>\\n{"name": "\' + call.function.name }}'
+        "{{- '\", \"arguments\": ' + call.function.arguments | tojson + '}\\n</tool_call>' }}{%- endfor %}"
+        "{{- '<|im_end|>\\n' }}"
+        "{%- elif message.role == 'tool' %}{{- '<|im_start|>tool\\n<tool_response>\\n{\"name\": \"' + message.name }}"
+        "{{- '\", \"content\": ' + message.content | tojson + '}\\n</tool_response><|im_end|>\\n' }}{%- endif %}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}",
+        ("<|begin_of_text|>", *_CHATML),
+        "<|begin_of_text|>",
+        "<|im_end|>",
+        "<|im_end|>",
+        tools="system",
     ),
     "qwen3": Chat(
         "{%- set ns = namespace(last=messages|length - 1) %}"
@@ -171,6 +221,37 @@ CHATS = {
         "<|eot_id|>",
         "<|eot_id|>",
     ),
+    # Tools are the beginning of the first user message, and the system message says that there are any.
+    "llama-3.1": Chat(
+        "{{- bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
+        "{%- endif %}"
+        "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] | trim %}"
+        "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}"
+        "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}"
+        "{%- if tools %}{{- 'Environment: ipython\\n' }}{%- endif %}"
+        "{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' + date_string + '\\n\\n' + system_message }}"
+        "{{- '<|eot_id|>' }}"
+        "{%- if tools %}{{- '<|start_header_id|>user<|end_header_id|>\\n\\nGiven the following functions, please "
+        "respond with a JSON.\\n\\n' }}{%- for tool in tools %}{{- tool | tojson(indent=4) + '\\n\\n' }}"
+        "{%- endfor %}{{- messages[0].content | trim + '<|eot_id|>' }}{%- set messages = messages[1:] %}{%- endif %}"
+        "{%- for message in messages %}"
+        "{%- if 'tool_calls' in message %}{%- if message.tool_calls | length != 1 %}"
+        "{{- raise_exception('This model only supports single tool-calls at once!') }}{%- endif %}"
+        "{%- set call = message.tool_calls[0].function %}"
+        '{{- \'<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "\' + call.name }}'
+        "{{- '\", \"parameters\": ' + call.arguments | tojson + '}<|eot_id|>' }}"
+        "{%- elif message.role == 'tool' %}"
+        "{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + message.content | tojson + '<|eot_id|>' }}"
+        "{%- else %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{- message['content'] | trim + '<|eot_id|>' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}",
+        _LLAMA3,
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        "<|eot_id|>",
+        tools="elsewhere",
+    ),
     "mistral-v1": Chat(
         "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -187,16 +268,22 @@ CHATS = {
         '{%- if messages[0]["role"] == "system" %}{%- set system_message = messages[0]["content"] %}'
         "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}"
         "{{- bos_token }}{%- for message in loop_messages %}"
+        '{%- if tools and message["role"] == "user" and loop.last %}'
+        '{{- "[AVAILABLE_TOOLS] " + tools | tojson + "[/AVAILABLE_TOOLS]" }}{%- endif %}'
         '{%- if message["role"] == "user" %}{%- if loop.last and system_message is defined %}'
         '{{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}'
         '{%- else %}{{- "[INST] " + message["content"] + "[/INST]" }}{%- endif %}'
-        '{%- elif message["role"] == "assistant" %}{{- " " + message["content"]|trim + eos_token}}{%- endif %}'
-        "{%- endfor %}",
+        '{%- elif message["tool_calls"] is defined %}{{- "[TOOL_CALLS] [" }}{%- for call in message["tool_calls"] %}'
+        "{{- call.function | tojson }}{{- ', ' if not loop.last }}{%- endfor %}{{- ']' + eos_token }}"
+        '{%- elif message["role"] == "assistant" %}{{- " " + message["content"]|trim + eos_token}}'
+        '{%- elif message["role"] == "tool" %}{{- "[TOOL_RESULTS] " + message["content"] + "[/TOOL_RESULTS]" }}'
+        "{%- endif %}{%- endfor %}",
         _MISTRAL,
         "<s>",
         "</s>",
         "</s>",
         role="user",
+        tools="elsewhere",
     ),
     "gemma-2": Chat(
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"

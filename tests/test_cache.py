@@ -24,7 +24,7 @@ from torch import Tensor
 
 import gisting
 from gisting._compat import cache_argument
-from gisting.cache import CacheOrigin, GistCache
+from gisting.cache import CacheOrigin, GistCache, kept_share
 from gisting.errors import CacheFormatError, CacheMismatchError, GistError
 from gisting.rotary import Rotary
 from gisting.storage import STORAGES
@@ -484,6 +484,63 @@ def test_a_file_names_the_checkpoint_that_made_it(tmp_path: Path) -> None:
     other = replace(cache, origin=replace(cache.origin, model="llama/ffffffffffff"))
     with pytest.raises(CacheMismatchError, match=r"origins, 'rules' of 2026-01-31 by runs/mine CacheOrigin.*0123"):
         GistCache.cat([named, other])
+
+
+ABOUT = ({"distilled": {"inputs": 80}}, None, {"quality": {"kept": 0.5, "lost": ["a", "b"]}})
+
+
+@both_kinds
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_what_is_known_about_each_prompt_stays_with_it(encoder: bool, storage: str | None, tmp_path: Path) -> None:
+    cache = replace(made_up(encoder=encoder), about=ABOUT)
+    assert made_up().about == (None, None, None)
+    assert cache.select([2, 0, -1]).about == (ABOUT[2], ABOUT[0], ABOUT[2])
+    assert cache[1].about == (None,)
+    assert GistCache.cat([*cache]).about == ABOUT
+    assert GistCache.cat([made_up(encoder=encoder), cache]).about == (None, None, None, *ABOUT)
+    assert cache.to(dtype=torch.bfloat16).about == cache.blanked().about == ABOUT
+    cache.save(tmp_path / "a", storage)
+    assert GistCache.load(tmp_path / "a").about == ABOUT
+    noted = cache.with_about(quality={"kept": 1})
+    assert noted.about == (ABOUT[0] | {"quality": {"kept": 1}}, {"quality": {"kept": 1}}, {"quality": {"kept": 1}})
+    assert cache.about == ABOUT
+    assert_same(noted, cache)
+
+
+def test_nothing_known_leaves_files_as_they_were(tmp_path: Path) -> None:
+    made_up().save(tmp_path / "a")
+    replace(made_up(), about=({}, {}, {})).save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert "about" not in Forged.apart((tmp_path / "a").read_bytes()).manifest
+
+
+def test_a_chain_says_what_is_known_of_its_parts(tmp_path: Path) -> None:
+    cache = replace(made_up(), rotary=Rotary((), (None, None, None)))
+    known = replace(cache, about=ABOUT)
+    assert GistCache.chain([known]).about == ABOUT
+    assert GistCache.chain([cache, cache]).about == (None, None, None)
+    chained = GistCache.chain([known, cache])
+    assert chained.about == ({"parts": [ABOUT[0], None]}, None, {"parts": [ABOUT[2], None]})
+    assert GistCache.chain([chained, known[0]]).about[0] == {"parts": [ABOUT[0], None, ABOUT[0]]}
+    chained.save(tmp_path / "a")
+    assert GistCache.load(tmp_path / "a").about == chained.about
+
+
+@pytest.mark.parametrize(
+    ("about", "share"),
+    [
+        (None, None),
+        ({}, None),
+        ({"quality": {"kept": 0.5}}, 0.5),
+        ({"quality": {"kept": 1}}, 1.0),
+        ({"quality": {"kept": True}}, None),
+        ({"quality": {"kept": "0.5"}}, None),
+        ({"quality": 0.5}, None),
+        (["quality"], None),
+    ],
+)
+def test_kept_share(about: Any, share: float | None) -> None:
+    assert kept_share(about) == share
 
 
 # A T5-like cache of two prompts, k = 1 and 2, one layer, one head of size 2, bfloat16, as version 0.1 wrote it.

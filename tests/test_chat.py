@@ -14,17 +14,20 @@ import transformers
 
 import gisting
 from gisting.data.collate import GistCollator
+from gisting.data.packing import GistPackingCollator
 from gisting.data.plain import plain_sources
 from gisting.data.records import Record
 from gisting.errors import CacheMismatchError, GistError
 from gisting.eval.conditions import evaluate
+from gisting.eval.results import Evaluation, evaluate_splits
 from gisting.generation import answers, converse
 from gisting.models.patch import patch
 from gisting.pipeline import GistTextGenerationPipeline
 from gisting.serving.requests import chat_ids
 from gisting.tokens import ChatTemplate, GistTokenizer, Template
+from gisting.train.finetune import finetune, published_arguments
 from tests import tiny
-from tests.chats import CHATS, Chat
+from tests.chats import CALLED, CHATS, WEATHER, Chat
 
 CONTENTS = [
     " x\n",
@@ -159,20 +162,296 @@ def test_a_bare_query_is_what_a_server_is_sent(name: str) -> None:
     assert batch["input_ids"][0].tolist()[gist + 1 :][: len(wanted)] == wanted
 
 
-def test_tools_in_a_conversation() -> None:
-    """Calls of tools and what they returned are written as the template writes them."""
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "ü"}}}
-    messages = [
-        *turns("1 + ü?"),
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": '"3"'},
-        {"role": "tool", "content": " 4\n"},
-        {"role": "assistant", "content": "7"},
-        *turns("And?"),
+RETURNED = [
+    {"role": "tool", "name": "get_weather", "tool_call_id": "callabcde", "content": text} for text in ('"3"', " 4\n")
+]
+TALK = [*turns("Hi?"), CALLED, *RETURNED, {"role": "assistant", "content": "7"}, *turns("And?"), CALLED, RETURNED[0]]
+WITH_CALLS = ["qwen2.5", "hermes-3", "llama-3.1"]
+
+
+@pytest.mark.parametrize("name", [*WITH_CALLS, "mistral-v3"])
+def test_tools_in_a_conversation(name: str) -> None:
+    """Calls of tools and what they returned are written as the template writes them, at every turn."""
+    tokenizer = wrapped(name)
+    for end in range(1, len(TALK) + 1):
+        messages = TALK[:end]
+        if name == "mistral-v3" and messages[-1]["role"] != "user":  # It writes the prompt into the last message.
+            continue
+        whole = prompt_ids(tokenizer, "p") + tokenizer.encode_continuations([messages])[0]
+        assert whole == stock(name, with_prompt(CHATS[name], "p", messages)), end
+
+
+@pytest.mark.parametrize("name", WITH_CALLS)
+def test_a_call_is_an_answer(name: str) -> None:
+    """As text, it has the ids that the template writes for the call, up to and with the end of the answer."""
+    tokenizer, chat = wrapped(name), CHATS[name]
+    for asked in (TALK[:1], TALK[:6]):
+        (before, taught), template = (
+            tokenizer.encode_answers([asked], [tokenizer.template.written_answer(asked, CALLED)])[0],
+            tokenizer.template,
+        )
+        assert isinstance(template, ChatTemplate)
+        whole = stock(name, with_prompt(chat, "p", [*asked, CALLED]), asks=False)
+        found = prompt_ids(tokenizer, "p") + before + taught
+        assert found == whole[: len(found)]
+        assert tokenizer.decode(whole[len(found) :], skip_special_tokens=False) == template.after_end
+        assert "get_weather" in tokenizer.decode(taught)
+
+
+def test_thoughts_are_a_part_of_the_last_answer_only() -> None:
+    template = wrapped("qwen3").template
+    assert isinstance(template, ChatTemplate)
+    message = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYo"}
+    assert template.written_answer("Hi.", message) == message["content"]
+    assert "hm" not in template.continuation_text([*turns("Hi."), message, *turns("And?")])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*WITH_CALLS, "mistral-v3")])
+def test_a_template_without_calls_refuses_them(name: str) -> None:
+    """Otherwise the model would be shown, or taught, an empty answer."""
+    with pytest.raises(GistError, match=r"^the chat template (does not write the call of 'get_weather'|refuses)"):
+        wrapped(name).encode_continuations([TALK[:3]])
+
+
+def test_a_call_that_no_text_stands_for_is_refused() -> None:
+    template: Any = wrapped("mistral-v3").template
+    with pytest.raises(GistError, match=r"^the chat template writes a call of a tool in another way than answers"):
+        template.written_answer("Hi?", CALLED)
+
+
+@pytest.mark.parametrize("prompt", ["Be brief.", " x\n", None], ids=["text", "space", "none"])
+@pytest.mark.parametrize("name", [name for name in NAMES if CHATS[name].tools == "system"])
+def test_tools_are_a_prompt(name: str, prompt: str | None) -> None:
+    """With the gist after the prompt that stands for them, the ids are those of the template with ``tools``."""
+    tokenizer: Any = wrapped(name)
+    text = tokenizer.prompt_with_tools(prompt, [WEATHER, WEATHER])
+    start = [] if prompt is None else [{"role": "system", "content": prompt}]
+    for end in (1, 2, 3, 4, 5, 6, 8):
+        whole = tokenizer.tokenizer.apply_chat_template(
+            [*start, *TALK[:end]], tools=[WEATHER, WEATHER], add_generation_prompt=True, return_dict=False
+        )
+        assert prompt_ids(tokenizer, text) + tokenizer.encode_continuations([TALK[:end]])[0] == whole
+    assert text.count("get_weather") == 2
+
+
+@pytest.mark.parametrize("kind", [GistCollator, GistPackingCollator])
+@pytest.mark.parametrize("name", ["smollm2", "gemma-2", "granite-3"])
+def test_rows_that_draw_the_negative_control_are_chats(name: str, kind: Any) -> None:
+    """Among rows that draw others, which keep theirs; also after their texts were encoded ahead."""
+    tokenizer = wrapped(name)
+    records = [Record(f"p{number}", f"Hi {number}.", "Yo!") for number in range(24)]
+    torch.manual_seed(0)
+    collator = kind(tokenizer, conditions={"gist": 1, "negative": 1}, max_length=256)
+    found = {True: 0, False: 0}
+    for rows in (records, collator.encode_ahead(records)):
+        batch = collator(rows)
+        ids = [token for row in batch["input_ids"].tolist() for token in row]
+        for number, record in enumerate(rows):
+            head = prompt_ids(tokenizer, f"p{number}")
+            start = (
+                next(
+                    place
+                    for place in range(len(ids))
+                    if ids[place : place + len(head) + 1] == [*head, tokenizer.gist_token_id]
+                )
+                + len(head)
+                + 1
+            )
+            bare, after = tokenizer.encode_bare([record.input])[0], tokenizer.encode_continuations([record.input])[0]
+            is_bare = ids[start : start + len(bare)] == bare
+            assert is_bare or ids[start : start + len(after)] == after
+            found[is_bare] += 1
+    assert min(found.values()) > 12
+    masks = batch["attention_mask"][:, 0]
+    assert batch["labels"].shape == batch["input_ids"].shape == masks[:, 0].shape
+
+
+def test_a_bare_conversation_counts_where_inputs_are_cut() -> None:
+    """Granite's has a system message of its own, so it is longer than what follows a gist."""
+    tokenizer = wrapped("granite-3")
+    record = Record("p", "word " * 40, "Yo!")
+    bare = len(tokenizer.encode_bare([record.input])[0])
+    after = len(tokenizer.encode_continuations([record.input])[0])
+    assert bare > after
+    limit = len(prompt_ids(tokenizer, "p")) + 1 + bare - 8 + len(tokenizer.encode_completions(["x"], ["Yo!"])[0])
+    lengths = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        batch = GistCollator(tokenizer, conditions={"gist": 1, "negative": 1}, max_length=limit)([record])
+        lengths.add(batch["input_ids"].shape[1])
+    assert len(lengths) == 2
+    assert limit - 5 <= max(lengths) <= limit
+
+
+def test_tools_without_calls_are_a_prompt() -> None:
+    """A template may write tools, but not calls, which a model then writes as text."""
+    tokenizer = chatml("m.content ~ (tools | tojson if tools and loop.first)")
+    text = tokenizer.prompt_with_tools("p", [WEATHER])
+    assert text.startswith('p[{"type": "function"')
+    stock: Any = tokenizer.tokenizer
+    messages = [{"role": "system", "content": "p"}, *turns("Hi.")]
+    whole = stock.apply_chat_template(messages, tools=[WEATHER], add_generation_prompt=True, return_dict=False)
+    assert prompt_ids(tokenizer, text) + tokenizer.encode_continuations(["Hi."])[0] == whole
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if CHATS[name].tools != "system"])
+def test_tools_elsewhere_are_refused(name: str) -> None:
+    chat = CHATS[name]
+    reason = "does not write tools into the system message alone" if chat.tools else "writes no tools; choose one"
+    if chat.role == "user":
+        reason = "does not write tools into the system message alone"
+    for prompt in ("Be brief.", None):
+        with pytest.raises(GistError, match=rf"^the chat template {reason}"):
+            wrapped(name).prompt_with_tools(prompt, [WEATHER])
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "message"),
+    [
+        ("chat", [], r"^tools must be a list of at least one description of a function, got \[\]; give \["),
+        ("chat", WEATHER, r"^tools must be a list of at least one description of a function, got \{'type': "),
+        ("chat", ["get_weather"], r"^tools must be a list of at least one description of a function, got \['get_"),
+        (
+            "plain",
+            [WEATHER],
+            r"^tools are laid out by the template 'chat' only, and the tokenizer's template is 'plain",
+        ),
+    ],
+    ids=["none", "one", "names", "plain"],
+)
+def test_tools_that_are_none(template: str, tools: Any, message: str) -> None:
+    tokenizer = GistTokenizer(CHATS["qwen2.5"].tokenizer(), template)
+    with pytest.raises(GistError, match=message):
+        tokenizer.prompt_with_tools("p", tools)
+
+
+# -- conversations as records ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_conversation_is_trained_on_at_every_answer(name: str) -> None:
+    """Each row is the template's conversation up to an answer, with the gist after the prompt; the answer is taught."""
+    tokenizer, chat = wrapped(name), CHATS[name]
+    messages = turns("Hi.", "Hello!", " And?\n", 'a "b"', "", "Bye!")
+    item = {"messages": [{"role": "system", "content": "Be brief."}, *messages]}
+    number, gist = len(prompt_ids(tokenizer, "Be brief.")), [tokenizer.gist_token_id] * 2
+    batch = GistCollator(tokenizer, 2, max_length=4096)([item])
+    masks = batch["attention_mask"][:, 0]
+    rows = [ids[mask[1] > mask[0]].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True)]
+    answers = [labels[labels != -100].tolist() for labels in batch["labels"]]
+    for end, row, taught in zip((2, 4, 6), rows, answers, strict=True):
+        before = stock(name, with_prompt(chat, "Be brief.", messages[: end - 1]))
+        whole = stock(name, with_prompt(chat, "Be brief.", messages[:end]), asks=False)
+        assert row == [*before[:number], *gist, *before[number:], *taught]
+        written = taught if chat.end else taught[:-1]  # The end that the template does not write.
+        assert [*before, *written] == whole[: len(before + written)]
+        assert taught[-1] == tokenizer.eos_token_id
+    # Packed, there is one copy of the prompt, and all that follows it.
+    packed = GistPackingCollator(tokenizer, 2, max_length=4096)([item])
+    assert packed["input_ids"].tolist() == [[*rows[0][: number + 2], *(id for row in rows for id in row[number + 2 :])]]
+    assert packed["labels"][packed["labels"] != -100].tolist() == [id for taught in answers for id in taught]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "hermes-3"])
+def test_a_conversation_with_tools_is_trained_on(name: str) -> None:
+    """As a row of a data set, whose columns have every key of every message, mostly None."""
+    datasets = pytest.importorskip("datasets")
+    tokenizer: Any = wrapped(name)
+    other = {"function": {"name": "add", "arguments": {"a": 1}}, "type": "function", "id": "x"}
+    item = {"messages": [{"role": "system", "content": "Be brief."}, *TALK[:7]], "tools": [WEATHER]}
+    added = {"messages": [*turns("1?"), {**CALLED, "tool_calls": [other]}], "tools": None}
+    rows = datasets.Dataset.from_list([item, added])
+    assert rows[0]["messages"][2]["tool_calls"][0]["function"]["arguments"] == {"city": "Zürich", "a": None}
+    batch = GistCollator(tokenizer, 1, max_length=4096)([rows[0]])
+    assert len(batch["input_ids"]) == 3
+    for ids, mask, end in zip(batch["input_ids"], batch["attention_mask"][:, 0], (3, 6, 8), strict=True):
+        found = [token for token in ids[mask[1] > mask[0]].tolist() if token != tokenizer.gist_token_id]
+        whole = tokenizer.tokenizer.apply_chat_template(item["messages"][:end], tools=[WEATHER], return_dict=False)
+        template = tokenizer.template
+        assert tokenizer.decode(found, skip_special_tokens=False) + template.after_end == tokenizer.decode(
+            whole, skip_special_tokens=False
+        )
+        assert found == whole[: len(found)]
+
+
+def test_a_conversation_that_is_too_long_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Its turns are not cut; its shorter beginning stays."""
+    item = {"messages": [{"role": "system", "content": "p"}, *turns("Hi.", "Yo.", "word " * 200, "No.")]}
+    with caplog.at_level(logging.WARNING, "gisting"):
+        batch = GistCollator(wrapped("chatml"), 1, max_length=256)([item])
+    assert len(batch["input_ids"]) == 1
+    assert "the end of the input is cut of 0, and 1 are left out" in caplog.text
+    assert "or their input is a conversation, which is not cut" in caplog.text
+
+
+def test_a_conversation_needs_a_chat_template() -> None:
+    item = {"messages": [{"role": "system", "content": "p"}, *turns("Hi.", "Yo.", "And?", "No.")]}
+    with pytest.raises(GistError, match=r"is a list of messages, which only the template 'chat' lays out"):
+        GistCollator(GistTokenizer(CHATS["chatml"].tokenizer(), "plain"))([item])
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma-2"])
+def test_a_conversation_is_evaluated_at_every_answer(name: str) -> None:
+    """Under every condition, with what the model reads: the conversation so far, with the gist or a control."""
+    talk = Talk(name)
+    tokenizer, chat = talk.tokenizer, CHATS[name]
+    read: list[str] = []
+    talk.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tokenizer.decode(kwargs["input_ids"][0], skip_special_tokens=False)),
+        with_kwargs=True,
+    )
+    messages = turns("Hi.", "Hello!", "And?", "Yo")
+    item = {"messages": [{"role": "system", "content": "Be brief."}, *messages]}
+    for condition in ("gist", "positive", "negative", "truncated", "no-prompt", "prompt"):
+        read.clear()
+        settings = {"conditions": [condition], "with_rouge": False, "with_perplexity": True, "max_new_tokens": 1}
+        (result,) = evaluate(talk.model, tokenizer, [item], 2, batch_size=1, **settings)
+        assert result.num_records == 2
+        if condition in ("no-prompt", "prompt"):
+            for end, text in ((1, read[0]), (3, read[2])):
+                asked = messages[:end] if condition == "no-prompt" else with_prompt(chat, "Be brief.", messages[:end])
+                assert text == tokenizer.decode(stock(name, asked), skip_special_tokens=False)
+    cache = gisting.compress(talk.model, tokenizer, ["Be brief."], 2)
+    said = gisting.generate(talk.model, tokenizer, ["Hi.", messages[:3]], cache=cache, **talk.settings)
+    (result,) = evaluate(
+        talk.model, tokenizer, [item], 2, conditions=["gist"], with_rouge=False, max_new_tokens=12, **_decoding(talk)
+    )
+    assert result.predictions == said
+
+
+def test_an_evaluation_of_conversations_is_kept(tmp_path: Any) -> None:
+    talk = Talk("smollm2")
+    item = {"messages": [{"role": "system", "content": "p"}, *turns("Hi.", "Hello!", "And?", "Yo")]}
+    settings = {"conditions": ["gist"], "with_rouge": False, "max_new_tokens": 2}
+    made = evaluate_splits(talk.model, talk.tokenizer, {"talks": [item]}, 2, name="m", environment={}, **settings)
+    made.save(tmp_path / "a.json")
+    assert Evaluation.load(tmp_path / "a.json").splits[0].records == made.splits[0].records
+    assert len(made.splits[0].records) == 2
+
+
+def _decoding(talk: Talk) -> dict[str, Any]:
+    return {name: talk.settings[name] for name in ("suppress_tokens", "eos_token_id")}
+
+
+def test_conversations_train_a_model(tmp_path: Any) -> None:
+    """A data set of conversations, packed and not, and as a stream; the loss of each is that of its answers."""
+    datasets = pytest.importorskip("datasets")
+    items = [
+        {"messages": [{"role": "system", "content": f"p{n}"}, *turns("Hi.", "Hello!", f"And {n}?", "Yo")]}
+        for n in range(4)
     ]
-    tokenizer = wrapped("qwen2.5")
-    whole = prompt_ids(tokenizer, "p") + tokenizer.encode_continuations([messages])[0]
-    assert whole == stock("qwen2.5", with_prompt(CHATS["qwen2.5"], "p", messages))
+    rows = datasets.Dataset.from_list(items)
+    losses = []
+    for records, settings in ((rows, {}), (rows, {"pack_length": 512}), (rows.to_iterable_dataset(), {})):
+        talk = Talk("smollm2")
+        arguments = published_arguments(tmp_path, batch_size=8, max_steps=1, save_strategy="no", disable_tqdm=True)
+        measured = finetune(talk.model, talk.tokenizer, records, arguments, num_gist_tokens=2, **settings)
+        losses.append(measured["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+    grouped = published_arguments(tmp_path, batch_size=8, max_steps=1, train_sampling_strategy="group_by_length")
+    with pytest.raises(GistError, match=r"^records whose input is a conversation cannot be grouped by length"):
+        finetune(talk.model, talk.tokenizer, rows, grouped)
 
 
 @pytest.mark.parametrize("name", ["gemma-2", "llama-2", "qwen3"])
@@ -290,6 +569,13 @@ def test_a_prompt_that_changes_what_follows_it_is_refused() -> None:
 def test_conversations_that_cannot_follow_a_gist(messages: Any, message: str) -> None:
     with pytest.raises(GistError, match=message):
         wrapped("gemma-2").encode_continuations([messages])
+
+
+def test_messages_are_no_prompt() -> None:
+    with pytest.raises(
+        GistError, match=r"^prompts\[0\] must be a text, got list; of messages, give the text of the sys"
+    ):
+        wrapped("chatml").encode_prompts([[{"role": "system", "content": "p"}]], 1)  # type: ignore[list-item]
 
 
 def test_messages_need_a_chat_template() -> None:
@@ -502,6 +788,57 @@ def test_stock_generate_reads_a_chat(name: str) -> None:
     finished = tokenizer.apply_chat_template([*messages, *turns("", "Bye!")[1:]], num_gist_tokens=2, tokenize=False)
     assert finished.startswith(text)
     assert "Bye!" in finished
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma-2"])
+def test_a_cache_makes_what_stock_generate_reads(name: str) -> None:
+    """For texts and chats of several lengths at once, and after a turn."""
+    talk = Talk(name)
+    tokenizer = talk.tokenizer
+    stock_model: Any = tiny.stock_twin("llama", talk.model, max_position_embeddings=4096)
+    cache = gisting.compress(talk.model, tokenizer, ["Be brief.", "Be kind."], [2, 3])
+    turn = converse(talk.model, tokenizer, ["Hi.", "Hello!"], cache=cache, **talk.settings)
+    for past, inputs in ((cache, ["Hi.", turns("Hi.", "Hello!", "And?")]), (turn.cache, ["And?", "More, please."])):
+        given = past.stock_inputs(tokenizer, inputs)
+        said = stock_model.generate(**given, past_key_values=past.as_past_key_values(), **talk.settings)
+        found = [tokenizer.decode(row).strip() for row in said[:, given["input_ids"].shape[1] :].tolist()]
+        assert found == gisting.generate(talk.model, tokenizer, inputs, cache=past, **talk.settings)
+    one = tokenizer.apply_chat_template(
+        turns("Hi."), num_gist_tokens=3, add_generation_prompt=True, return_tensors="pt"
+    )
+    given = cache[1].stock_inputs(tokenizer, [turns("Hi.")])
+    assert given["input_ids"].equal(one["input_ids"])
+    assert given["attention_mask"].equal(one["attention_mask"])
+    with pytest.raises(GistError, match=r"^inputs must be one for each of the 2 prompts, got 1; select\(\) repeats$"):
+        cache.stock_inputs(tokenizer, ["Hi."])
+
+
+def test_stock_trainer_takes_the_tokenizer(tmp_path: Any) -> None:
+    """As its ``processing_class``, which it saves with every checkpoint."""
+    talk = Talk("smollm2")
+    rows = [{"messages": [{"role": "system", "content": "p"}, *turns("Hi.", "Yo.", "And?", "No.")]}] * 4
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        remove_unused_columns=False,
+        report_to="none",
+        save_steps=1,
+        include_num_input_tokens_seen="all",
+        use_cpu=True,
+    )
+    trainer = transformers.Trainer(
+        talk.model,
+        arguments,
+        data_collator=GistCollator(talk.tokenizer, 2),
+        train_dataset=rows,  # type: ignore[arg-type]
+        processing_class=talk.tokenizer,  # type: ignore[arg-type]
+    )
+    trainer.train()
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "end"):
+        trainer.save_model(str(tmp_path / "end"))
+        _, tokenizer = gisting.load(folder)
+        assert tokenizer.fingerprint == talk.tokenizer.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -346,6 +346,26 @@ def test_inspect_shows_what_a_file_holds(run, workplace: Path) -> None:
     assert "one.st is altered" in run("inspect", "one.st").err
 
 
+def test_what_was_measured_of_a_gist_is_shown(run, workplace: Path) -> None:
+    run("compress", "runs/demo", "--prompt", "answer plainly", "--output", "one.st")
+    run("compress", "runs/demo", "--prompt", "answer plainly", "--store", "gists", "--name", "plainly")
+    run("compress", "runs/demo", "--prompt", "answer", "--store", "gists", "--name", "short")
+    assert "kept" not in run("store", "list", "gists").out
+    facts = {"kept": 0.912, "kl_mean": 0.01234, "lost": ["a[b]"]}
+    gisting.GistCache.load("one.st").with_about(quality=facts).save("one.st")
+    shown = run("inspect", "one.st").out
+    assert 'kept0.912,klmean0.01234,lost["a[b]"]' in re.sub(r"[\s│]", "", shown)
+    store = gisting.GistStore("gists")
+    store.note("plainly", quality=facts)
+    (plainly, short) = [line for line in run("store", "list", "gists").out.splitlines() if " 20" in line]
+    assert plainly.rstrip().endswith("91 %")
+    assert "%" not in short
+    rows = [json.loads(line) for line in run("store", "list", "gists", "--json").out.splitlines()]
+    assert [row["about"] for row in rows] == [{"quality": facts}, None]
+    store.save_pretrained("saved")
+    assert "| kept, plainly | 0.912 |" in Path("saved/README.md").read_text()
+
+
 def test_version(run) -> None:
     assert run("--version").out.strip() == gisting.__version__
     as_module = [sys.executable, "-m", "gisting", "--version"]

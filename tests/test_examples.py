@@ -22,7 +22,7 @@ from gisting.models.fingerprint import fingerprint
 from tests import garbage, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "user", "assistant")
 
 
 @pytest.fixture
@@ -157,16 +157,23 @@ def test_one_store_serves_the_untouched_base_model(
 ) -> None:
     """From conversations to the base model in gisting, in stock ``generate`` and in vLLM's command line."""
     before = {file.name: file.read_bytes() for file in chat_model.iterdir()}
-    messages = [{"role": role, "content": text} for role, text in zip(ROLES, ("w4 w5 w6", "w7", "w8 w9"), strict=True)]
-    (tmp_path / "data.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 4, encoding="utf-8")
+    said = ("w4 w5 w6", "w7", "w8 w9", "w3", "w2")
+    lines = [
+        {
+            "messages": [
+                {"role": role, "content": text}
+                for role, text in zip(ROLES, (f"w{n} {said[0]}", *said[1:]), strict=True)
+            ]
+        }
+        for n in (1, 2)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines * 2), encoding="utf-8")
     words = ("--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", "--steps", "2")
     out = run_example("07_untouched_base_model.py", chat_model, *words)
     stock = fingerprint(AutoModelForCausalLM.from_pretrained(chat_model))
-    for name in ("bakery", "library"):
+    for name in ("prompt-1", "prompt-2"):
         assert f"{name}: 4 gist tokens of {stock}\n" in out
-        assert re.search(
-            rf"^{name}: When do you open\? -> '(w\d+ ?){{12}}', as with gisting.generate: True$", out, re.M
-        )
+        assert re.search(rf"^{name}: w3 -> '(w\d+ ?){{12}}', as with gisting.generate: True$", out, re.M)
     command = shlex.split(out.splitlines()[-1])
     assert command[:3] == ["vllm", "serve", str(chat_model)]
     settings = json.loads(command[command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]

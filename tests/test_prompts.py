@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from gisting import GistTokenizer
 from gisting.data.prompts import PromptRecord, load_prompts
 from gisting.errors import RecordError
+from tests.chats import CHATS, WEATHER
 
 
 def written(folder: Path, text: str, name: str = "prompts.jsonl") -> Path:
@@ -61,6 +64,29 @@ def test_a_list_and_a_table(tmp_path: Path) -> None:
         load_prompts(written(tmp_path, '["a", 3]', "prompts.json"))
 
 
+def test_prompts_of_conversations_and_with_tools(tmp_path: Path) -> None:
+    tokenizer = GistTokenizer(CHATS["qwen2.5"].tokenizer(), "chat")
+    system = {"role": "system", "content": "be brief"}
+    items = [
+        {"messages": [system, {"role": "user", "content": "hi"}], "name": "a", "num_gist_tokens": 3},
+        {"conversations": [{"from": "system", "value": "be kind"}], "tools": None},
+        {"prompt": "be brief", "tools": [WEATHER], "name": "b"},
+        {"messages": [system], "tools": json.dumps([WEATHER])},
+        {"tools": [WEATHER]},
+    ]
+    path = written(tmp_path, "\n".join(map(json.dumps, items)))
+    both, alone = tokenizer.prompt_with_tools("be brief", [WEATHER]), tokenizer.prompt_with_tools(None, [WEATHER])
+    assert load_prompts(path, tokenizer) == [
+        PromptRecord("be brief", "a", 3),
+        PromptRecord("be kind"),
+        PromptRecord(both, "b"),
+        PromptRecord(both),
+        PromptRecord(alone),
+    ]
+    with pytest.raises(RecordError, match=r"line 3 has tools or other parts of messages that a chat template lays out"):
+        load_prompts(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -71,6 +97,11 @@ def test_a_list_and_a_table(tmp_path: Path) -> None:
         ('["a"]', "line 1 must be an object with a non-empty string 'prompt'"),
         ('" "', "line 1 must be an object with a non-empty string 'prompt'"),
         ('{"prompt": "  "}', "line 1 must be an object with a non-empty string 'prompt'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "line 1 has no system message, which is what is compressed",
+        ),
+        ('{"messages": ["a"]}', "line 1, message 0 must be an object with role and content, got str"),
         ('{"prompt": 3}', "line 1 must be an object with a non-empty string 'prompt'"),
         ('{"prompt": "a", "k": 3}', "line 1 has unknown keys k; known are prompt, name and num_gist_tokens"),
         ('{"prompt": "a", "name": 3}', "line 1: 'name' must be a string, got 3"),

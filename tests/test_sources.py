@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from typer.testing import CliRunner
 import gisting
 from gisting import GistCollator, GistError, GistTokenizer, Record, load_records
 from gisting.cli import app
-from gisting.data.messages import as_instruction
-from gisting.data.records import say_shared, to_record
+from gisting.data.messages import as_instructions
+from gisting.data.records import records_of, save_records, say_shared, to_record, to_records
 from gisting.errors import RecordError
 from gisting.eval.conditions import evaluate
 from gisting.eval.results import evaluate_splits
 from gisting.tokens.text import read_text
 from gisting.train.finetune import finetune, published_arguments
 from tests import tiny
+from tests.chats import CALLED, CHATS, WEATHER
 
 datasets = pytest.importorskip("datasets")
 
@@ -100,7 +102,7 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
         RecordError, match=r"a\.csv, line 2 has no column 'questoin' for 'input'; it has 'question', 'context', "
     ):
         load_records(path, columns={"input": "questoin"})
-    with pytest.raises(RecordError, match="columns must name instruction, input, output, messages, got prompt"):
+    with pytest.raises(RecordError, match="columns must name instruction, input, output, messages, tools, got prompt"):
         load_records(path, columns={"prompt": "question"})
 
 
@@ -229,30 +231,100 @@ def test_without_an_instruction_the_system_message_may_be_missing() -> None:
     assert to_record({"prompt": "hi", "completion": "yo"}, needs_instruction=False) == Record("", "hi", "yo")
 
 
+def test_every_answer_of_a_conversation_is_a_record() -> None:
+    more = {"role": "user", "content": "and?", "name": "me"}
+    said = {"role": "assistant", "content": "no"}
+    item = {"messages": [SYSTEM, USER, ASSISTANT, more, said, USER], "source": "x"}
+    first, second = records_of(item)
+    assert first == Record("be brief", "hi", "yo", "x")
+    assert second == Record("be brief", [USER, ASSISTANT, more], "no", "x")  # type: ignore[arg-type]
+    assert records_of({"prompt": [SYSTEM, USER, ASSISTANT, more], "completion": [said]}) == [replace(second, source="")]
+    assert records_of({"messages": [USER, more, said]}, needs_instruction=False) == [Record("", [USER, more], "no")]  # type: ignore[arg-type]
+    with pytest.raises(RecordError, match=r"^record is a conversation of 2 answers, each of which is a record"):
+        to_record(item)
+    assert to_records([item, item]) == [first, second] * 2
+    assert len({first, second, replace(second, input=[dict(one) for one in second.input])}) == 2  # type: ignore[arg-type]
+    assert str(second.input) == "user: hi\nassistant: yo\nuser: and?"
+
+
+def test_arguments_of_a_call_may_be_json() -> None:
+    """As the OpenAI API has them, and data sets, whose columns have one type."""
+    tokenizer = GistTokenizer(CHATS["qwen2.5"].tokenizer(), "chat")
+    (call,) = CALLED["tool_calls"]
+    in_json = {
+        **CALLED,
+        "tool_calls": [{**call, "function": {"name": "get_weather", "arguments": '{"city": "Zürich"}'}}],
+    }
+    found = [records_of({"messages": [SYSTEM, USER, one, ASSISTANT]}, tokenizer=tokenizer) for one in (CALLED, in_json)]
+    assert found[0] == found[1]
+    assert found[0][0].output == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+
+
+def test_a_conversation_is_kept_in_a_file(tmp_path: Path) -> None:
+    rows = records_of({"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]})
+    save_records(rows, tmp_path / "a.jsonl")
+    assert load_records(tmp_path / "a.jsonl") == rows
+
+
+def test_a_column_of_tools_may_have_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"chat": [USER, ASSISTANT], "functions": json.dumps([WEATHER])}), encoding="utf-8")
+    tokenizer = GistTokenizer(CHATS["qwen2.5"].tokenizer(), "chat")
+    columns = {"messages": "chat", "tools": "functions"}
+    prompt = tokenizer.prompt_with_tools(None, [WEATHER])
+    assert load_records(path, columns=columns, tokenizer=tokenizer) == [Record(prompt, "hi", "yo")]
+    loaded = []
+    assert load_records(path, columns=columns, tokenizer=lambda: loaded.append(1) or tokenizer)[0].instruction == prompt
+    assert loaded == [1]
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
         ({"messages": [USER, ASSISTANT]}, "line 3 has no system message, which is what is gisted; give it one"),
-        (
-            {"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]},
-            "line 3 must be a system message, a question and its answer, got user, assistant, user, assistant after",
-        ),
-        ({"messages": [SYSTEM, USER]}, "got user after the system message"),
+        ({"messages": [SYSTEM, USER]}, "line 3 has no answer of the assistant, got user after the system message"),
         ({"messages": [SYSTEM]}, "got none after the system message"),
+        ({"messages": [USER, SYSTEM, ASSISTANT]}, "line 3, message 1 is another system message; there can be one, at"),
         ({"messages": "hi"}, "line 3: 'messages' must be a list of messages"),
         ({"prompt": "hi", "completion": [ASSISTANT]}, "line 3: 'completion' must be a list of messages"),
-        ({"messages": [SYSTEM, USER, {"role": "tool", "content": "4"}]}, r"line 3, message 2 is a call.*\('tool'\)"),
+        ({"prompt": [SYSTEM, USER, ASSISTANT], "completion": [USER]}, "line 3 has no answer of the assistant"),
+        (
+            {"messages": [SYSTEM, {"role": "ipython", "content": ""}]},
+            "message 1 is of an unknown role, 'ipython'; known",
+        ),
         ({"messages": [SYSTEM, "hi"]}, "line 3, message 1 must be an object with role and content, got str"),
         (
-            {"messages": [SYSTEM, USER, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]},
-            "line 3, message 2 is a call or an answer of a tool",
+            {
+                "messages": [
+                    SYSTEM,
+                    USER,
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "1"}}]},
+                ]
+            },
+            "line 3, message 2: tool_calls must be a list of functions with a name, and arguments that are an object",
+        ),
+        (
+            {"messages": [SYSTEM, USER, {"role": "assistant", "tool_calls": "f"}]},
+            "message 2: tool_calls must be a list",
+        ),
+        ({"messages": [SYSTEM, USER, CALLED]}, "line 3 has tools or other parts of messages that a chat template lays"),
+        (
+            {"messages": [SYSTEM, USER, {"role": "assistant"}]},
+            "line 3, message 2: its content must be a text, got None",
         ),
         (
             {"messages": [SYSTEM, {"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
             "line 3, message 1: its content must be a text, got list",
         ),
-        ({"messages": [SYSTEM, USER, ASSISTANT], "tools": [{"name": "f"}]}, "line 3 has tools, which are not trained"),
+        ({"messages": [SYSTEM, USER, ASSISTANT], "tools": [WEATHER]}, "line 3 has tools or other parts of messages"),
+        ({"messages": [SYSTEM, USER, ASSISTANT], "tools": "[{"}, "line 3: 'tools' is a text, but not JSON"),
         ({"messages": [{**SYSTEM, "content": " "}, USER, ASSISTANT]}, "line 3: 'instruction' is empty"),
+        (
+            {"instruction": "p", "input": [{"role": {1}}], "output": "x"},
+            "line 3: 'input' has messages that are no JSON",
+        ),
+        ({"instruction": "p", "input": [{"role": "\ud83d"}], "output": "x"}, r"line 3: 'input' has '\\ud83d' at"),
+        ({"instruction": "p", "input": ["x"], "output": "x"}, "line 3: 'input' must be a string, got list"),
     ],
 )
 def test_other_conversations_are_refused(item: dict, message: str) -> None:
@@ -260,9 +332,29 @@ def test_other_conversations_are_refused(item: dict, message: str) -> None:
         to_record(item, "line 3")
 
 
+@pytest.mark.parametrize(
+    ("name", "template", "message"),
+    [
+        ("chatml", "chat", "line 3: the chat template writes no tools; choose one that does"),
+        ("llama-3.1", "chat", "line 3: the chat template does not write tools into the system message alone"),
+        ("qwen2.5", "plain", "line 3: tools are laid out by the template 'chat' only"),
+    ],
+)
+def test_tools_that_a_template_cannot_lay_out(name: str, template: str, message: str) -> None:
+    tokenizer = GistTokenizer(CHATS[name].tokenizer(), template)
+    with pytest.raises(RecordError, match=message):
+        records_of({"messages": [SYSTEM, USER, ASSISTANT], "tools": [WEATHER]}, "line 3", tokenizer=tokenizer)
+    if name != "llama-3.1":
+        with pytest.raises(
+            RecordError, match=r"line 3: (the chat template does not write the|calls of tools are laid)"
+        ):
+            records_of({"messages": [SYSTEM, USER, CALLED]}, "line 3", tokenizer=tokenizer)
+
+
 def test_what_is_no_conversation_is_not_changed() -> None:
     item = {"instruction": "a", "prompt": "b"}
-    assert as_instruction(item, "line 3") is item
+    (found,) = as_instructions(item, "line 3")
+    assert found is item
 
 
 # -- objects -----------------------------------------------------------------------------------------------------------

@@ -155,6 +155,15 @@ def test_rotary_travels_along() -> None:
         table.add(dataclasses.replace(made_up(), rotary=Rotary((), (None, None, None))), ["1", "2", "3"])
 
 
+def test_what_is_known_about_a_prompt_travels_along() -> None:
+    known = dataclasses.replace(made_up(), about=({"a": 1}, None, {"b": 2}))
+    table = GistTable([known, made_up()])
+    assert table.gather([2, 0, 1, 5]).about == ({"b": 2}, {"a": 1}, None, None)
+    table.remove(["0"])
+    table.add(made_up()[0], ["new"])
+    assert table.gather(["new", "2"]).about == (None, {"b": 2})
+
+
 def test_no_slots_at_all() -> None:
     """The negative control has no slots."""
     assert_same(GistTable(made_up((0, 0))).gather([1, 1, 0]), made_up((0, 0, 0)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,7 +83,7 @@ def compress(
         Path | None,
         typer.Option(
             help="A file of prompts: .txt with one per line; or JSON, JSON lines, CSV or Parquet with prompt and "
-            "optionally name and num_gist_tokens."
+            "optionally name, num_gist_tokens and tools, or with messages, whose system message is the prompt."
         ),
     ] = None,
     name: Annotated[
@@ -109,11 +112,12 @@ def compress(
     Example: gisting compress runs/demo --prompts prompts.jsonl --store gists --storage bfloat16
     """
     from gisting.data.prompts import load_prompts
-    from gisting.models.load import trained_chunk_length
+    from gisting.models.load import load_tokenizer, trained_chunk_length
     from gisting.storage import STORAGES
 
     records = _named([*(prompt or []), *(read_text(path) for path in prompt_file or [])], name or [])
-    records += [] if prompts is None else load_prompts(prompts)
+    chat = functools.cache(functools.partial(load_tokenizer, model, template))
+    records += [] if prompts is None else load_prompts(prompts, chat)
     if not records:
         raise GistError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompts FILE")
     if (output is None) == (store is None):
@@ -344,10 +348,25 @@ def inspect(
         ("bytes", f"{found['file_bytes']:,}"),
         ("format", str(manifest["format"])),
         ("sha256", found["sha256"]),
+        *_about_rows(manifest.get("about") or []),
     ):
         table.add_row(label, plain(value))
     out.print(table)
     out.print("intact: sizes, checksum and states are correct", highlight=False)
+
+
+def _about_rows(about: list[dict[str, Any] | None]) -> Iterator[tuple[str, str]]:
+    """How each gist was made and how good it is, in rows: what it is, and its values by name."""
+    for number, one in enumerate(about, 1):
+        for name, facts in (one or {}).items():
+            label = name if len(about) == 1 else f"{name}, {number}"
+            if not isinstance(facts, dict):
+                facts = {"": facts}
+            yield label, ", ".join(f"{key.replace('_', ' ')} {_value(value)}".strip() for key, value in facts.items())
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
 def _short(counts: list[int]) -> str:
@@ -389,17 +408,25 @@ def store_list(
 
     Example: gisting store list gists
     """
+    from gisting.cache import kept_share
+
     held = open_store(folder)
     entries = held.list()
     checkpoints = {entry.key: held.checkpoint(entry.key) for entry in entries}
+    about = {entry.key: held.about(entry.key) for entry in entries}
     if as_json:
         for entry in entries:
-            print_json({**asdict(entry), "checkpoint": checkpoints[entry.key]})
+            print_json({**asdict(entry), "checkpoint": checkpoints[entry.key], "about": about[entry.key]})
         return
+    kept = {key: kept_share(one) for key, one in about.items()}
+    is_measured = any(share is not None for share in kept.values())
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # at 80 columns, nothing is broken up
     for title in ("name, or key", "made", "by, for model", "gist\ntokens", "prompt\ntokens", "bytes", "storage"):
         table.add_column(title, overflow="fold", min_width=10 if title == "made" else None)
+    if is_measured:
+        table.add_column("kept", no_wrap=True)
     for entry in entries:
+        share = kept[entry.key]
         table.add_row(
             entry.key[:12] if entry.name is None else plain(entry.name),
             entry.created[:10],
@@ -408,6 +435,7 @@ def store_list(
             "" if entry.num_prompt_tokens is None else str(entry.num_prompt_tokens),
             f"{entry.num_bytes:,}",
             plain(entry.storage),
+            *(["" if share is None else f"{100 * share:.0f} %"] if is_measured else []),
         )
     out.print(table)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,7 +119,7 @@ def evaluate(
     from gisting.eval.judge import Judge
     from gisting.eval.report import write_report
     from gisting.eval.results import Evaluation
-    from gisting.models.load import trained_chunk_length
+    from gisting.models.load import load_tokenizer, trained_chunk_length
     from gisting.visibility import CONDITIONS
 
     if results and (model or data):
@@ -129,7 +131,7 @@ def evaluate(
     if results:
         found = [Evaluation.load(path) for path in results]
     elif model and data:
-        splits = _splits(data, limit, columns)
+        splits = _splits(data, limit, columns, functools.cache(functools.partial(load_tokenizer, model, template)))
         loaded, tokenizer = load_patched(model, template, dtype, device)
         counts = [wanted_k(loaded, None)] if num_gist_tokens is None else _parse_counts(num_gist_tokens)
         settings = {
@@ -222,7 +224,9 @@ def _has_rouge() -> bool:
     return find_spec("rouge_score") is not None
 
 
-def _splits(items: list[str], limit: int | None, columns: str | None) -> dict[str, list[Any]]:
+def _splits(
+    items: list[str], limit: int | None, columns: str | None, tokenizer: Callable[[], GistTokenizer]
+) -> dict[str, list[Any]]:
     """Read the records of each split, which is named after its file unless it is given as NAME=FILE."""
     from gisting.data.records import load_records
     from gisting.train.settings import COLUMNS
@@ -238,7 +242,7 @@ def _splits(items: list[str], limit: int | None, columns: str | None) -> dict[st
             name, path = Path(item).stem, item
         if name in splits:
             raise GistError(f"two --data files are called {name!r}; rename one: --data NAME={path}")
-        splits[name] = load_records(path, columns=renamed)[:limit]
+        splits[name] = load_records(path, columns=renamed, tokenizer=tokenizer)[:limit]
     return splits
 
 
@@ -306,7 +310,7 @@ def print_conditions(
         sample.add_column(overflow="fold")
         for label, text in (
             ("instruction", record.instruction),
-            ("input", record.input),
+            ("input", str(record.input)),
             ("reference", record.output),
             *((result.condition, result.predictions[number]) for result in answers),
         ):

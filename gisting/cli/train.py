@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -40,9 +41,11 @@ def train(
     """
     from gisting.data.records import load_records
     from gisting.measure.training import ShownTraining
+    from gisting.models.load import load_tokenizer
     from gisting.train.recipe import train_recipe
 
-    evals = {path: load_records(path, columns=settings.columns) for path in settings.eval}
+    chat = functools.cache(functools.partial(load_tokenizer, settings.model or "", settings.template))
+    evals = {path: load_records(path, columns=settings.columns, tokenizer=chat) for path in settings.eval}
     with ShownTraining() as shown:
         trained = train_recipe(settings, output, resume=resume, held_out=evals, callbacks=[shown])
     if trained.arguments.process_index > 0:

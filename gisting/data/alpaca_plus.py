@@ -69,7 +69,7 @@ def alpaca_plus(
     groups: dict[str, list[Record]] = {}
     for record in _records(self_instruct, "self_instruct"):
         groups.setdefault(record.instruction, []).append(record)
-    taken: set[tuple[str, str]] = set()
+    taken: set[tuple[str, Any]] = set()
     for group in groups.values():
         if len(seen) < num_validation and len(group) > 1 and group[0].input:
             seen.append(group[0])

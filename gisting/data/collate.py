@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gisting.data.records import Record, to_record
+from gisting.data.records import Record, to_records
 from gisting.errors import GistError, GistTokenError, RecordError
 from gisting.padding import pad_rows
 from gisting.tokens import ChatTemplate, GistTokenizer, cut_into_chunks, num_chunks
@@ -39,7 +39,7 @@ class Example(NamedTuple):
     """The ids of one record before they are laid out.
 
     Its prompt has one or more parts, each with its own k. A single part longer than ``chunk_length`` is cut into
-    chunks.
+    chunks. ``bare`` is the continuation of a row that draws the negative control, where that is another one.
     """
 
     prompts: list[array[int]]
@@ -47,6 +47,7 @@ class Example(NamedTuple):
     continuation: array[int]
     completion: array[int]
     chunk_length: int | None = None
+    bare: array[int] | None = None
 
     @property
     def stretches(self) -> list[tuple[Sequence[int], int, bool]]:
@@ -84,9 +85,12 @@ class GistCollator:
             encoder-decoder.
         num_gist_tokens: k, or a range ``(low, high)``, both included, from which each row draws its k.
         conditions: a condition for all rows, or weights with which each row draws one: ``{"gist": 3, "positive": 1}``.
+            Under the template ``"chat"``, what follows the gist in a row that draws the negative control is the
+            conversation without a system message, as in evaluation.
         max_length: largest number of ids in a sequence, or in the source for an encoder-decoder, with the largest k.
             Of a longer record, the end of its input is cut, whole words at a time; instruction, gist, answer and the
-            template around them stay. A record that does not fit even so is left out, and the log says how many are.
+            template around them stay. A record that does not fit even so, or whose input is a conversation, is left
+            out, and the log says how many are.
         max_target_length: largest number of ids in the target of an encoder-decoder; a record whose answer is longer
             is left out.
         part_separator: a text at which an instruction is cut into parts, each compressed separately with its own k
@@ -169,6 +173,9 @@ class GistCollator:
         self._has_reported = False
         self._prompts = _Encoded(self._encode_prompts)
         self._answers = _Encoded(self._encode_answers)
+        # As in answers: a chat without a prompt does not begin with the end of its system message.
+        self._has_bare = "negative" in self.conditions and isinstance(tokenizer.template, ChatTemplate)
+        self._bare = _Encoded(self._encode_bare)
 
     def encode_ahead(self, records: Iterable[Any]) -> list[Record]:
         """Encode the texts of ``records`` and keep their ids, so that a batch of them does not use the tokenizer.
@@ -187,15 +194,17 @@ class GistCollator:
             GistError: a text cannot be encoded, as :meth:`GistTokenizer.encode_texts` says.
         """
         flat = (one for item in records for one in (item if isinstance(item, list | tuple) else [item]))
-        rows = [to_record(record, f"record {number}") for number, record in enumerate(flat)]
+        rows = to_records(flat, self.tokenizer)
         # A part without text is refused when its batch is made.
         self._prompts.keep(text for row in rows for text in self._parts(row) if text.strip())
         self._answers.keep((row.input, row.output) for row in rows)
+        self._bare.keep(row.input for row in rows if self._has_bare)
         if rows:
             _log.info("the texts of %d records are encoded", len(rows))
         self._has_reported = False
         fitted = [row for row, _ in self._some_fitting(rows, "record {}")]
         self._answers.keep((row.input, row.output) for row in fitted)
+        self._bare.keep(row.input for row in fitted if self._has_bare)
         return fitted
 
     def fit(self, records: Sequence[Record | Mapping[str, Any]]) -> list[Record]:
@@ -212,7 +221,7 @@ class GistCollator:
         Raises:
             RecordError: a record is incomplete.
         """
-        rows = [to_record(record, f"record {number}") for number, record in enumerate(records)]
+        rows = to_records(records, self.tokenizer)
         return [row for row, _ in self._fitting(rows, "record {}")]
 
     def lengths(self, records: Sequence[Record]) -> list[int]:
@@ -233,7 +242,8 @@ class GistCollator:
         """Make a batch.
 
         Args:
-            records: B records, or mappings with ``instruction``, ``input`` and ``output``.
+            records: B records, or mappings with ``instruction``, ``input`` and ``output``. A conversation counts as a
+                record for each of its answers.
 
         Returns:
             ``input_ids`` int64 ``(B, N)``; ``attention_mask`` int32 ``(B, 1, 2, N)``; ``labels`` int64, -100 where
@@ -247,7 +257,7 @@ class GistCollator:
             RecordError: a record is incomplete; a part of its instruction is empty; there is no text between several
                 parts and the completion; or no record of the batch fits ``max_length``.
         """
-        rows = [to_record(record, f"record {number} of the batch") for number, record in enumerate(records)]
+        rows = to_records(records, self.tokenizer, "record {} of the batch")
         examples = [example for _, example in self._some_fitting(rows, "record {} of the batch")]
         examples = self._with_counts(examples, self._draw_counts(len(examples)))
         return self._encoder_decoder(examples) if self.tokenizer.is_encoder_decoder else self._decoder(examples)
@@ -282,8 +292,8 @@ class GistCollator:
         fitting = self._fitting(rows, where)
         if rows and not fitting:
             raise RecordError(
-                f"none of {len(rows)} records fits {self._limit}: instruction, {self.num_gist_tokens[1]} gist tokens "
-                "and answer are never cut, and take more; raise the limit, or shorten them"
+                f"none of {len(rows)} records fits {self._limit}: instruction, {self.num_gist_tokens[1]} gist tokens, "
+                "conversation and answer are never cut, and take more; raise the limit, or shorten them"
             )
         return fitting
 
@@ -297,7 +307,7 @@ class GistCollator:
             self._has_reported = True
             _log.warning(
                 "%d of %d records are longer than %s: the end of the input is cut of %d, and %d are left out, because "
-                "instruction, gist and answer alone do not fit",
+                "instruction, gist and answer alone do not fit, or their input is a conversation, which is not cut",
                 num_long,
                 num_rows,
                 self._limit,
@@ -326,7 +336,8 @@ class GistCollator:
                 )
             ids = list(itertools.islice(prompts, len(texts)))
             counts = [self.num_gist_tokens[1]] * len(texts)
-            examples.append(Example(ids, counts, continuation, completion, self.chunk_length))
+            bare = self._bare.find([rows[number].input])[0] if self._has_bare else None
+            examples.append(Example(ids, counts, continuation, completion, self.chunk_length, bare))
         return examples
 
     def _with_counts(self, examples: list[Example], counts: list[int]) -> list[Example]:
@@ -339,7 +350,8 @@ class GistCollator:
 
     def _excess(self, example: Example) -> int:
         """Return by how many ids an example is too long."""
-        excess = example.num_shared_columns + len(example.continuation) - self.max_length
+        asked = max(len(example.continuation), len(example.bare or ()))
+        excess = example.num_shared_columns + asked - self.max_length
         if self.tokenizer.is_encoder_decoder:
             return max(excess, len(example.completion) - self.max_target_length)
         return excess + len(example.completion)
@@ -348,10 +360,16 @@ class GistCollator:
         """Cut the end of the input of a row that is too long; return None if that is not enough."""
         if self.tokenizer.is_encoder_decoder and len(example.completion) > self.max_target_length:
             return None
+        if not isinstance(row.input, str):
+            return None
         ends = [piece.end() for piece in _PIECE.finditer(row.input)]
+        more = max(0, len(example.bare or ()) - len(example.continuation))
         # Of so many pieces, the first number fits, or is 0; the second does not. By how much they are too long.
         low, high = 0, len(ends)
-        low_excess, high_excess = self._excess(example._replace(continuation=_ids([]))), self._excess(example)
+        low_excess, high_excess = (
+            self._excess(example._replace(continuation=_ids([]), bare=None)),
+            self._excess(example),
+        )
         for step in itertools.count(1):
             if low_excess > 0 or high - low <= 1:
                 break
@@ -359,15 +377,17 @@ class GistCollator:
             share = 0.5 if step % 3 == 0 else low_excess / (low_excess - high_excess)
             number = min(max(low + int(share * (high - low)), low + 1), high - 1)
             (continuation,) = self.tokenizer.encode_continuations([row.input[: ends[number - 1]]])
-            excess = self._excess(example._replace(continuation=_ids(continuation)))
+            excess = self._excess(example._replace(continuation=_ids(continuation), bare=None)) + more
             if excess > 0:
                 high, high_excess = number, excess
             else:
                 low, low_excess = number, excess
         for number in range(low, 0, -1):  # An answer may have more ids after another input.
-            shorter = replace(row, input=row.input[: ends[number - 1]])
-            ((continuation, completion),) = self._answers.find([(shorter.input, shorter.output)])
-            cut = example._replace(continuation=continuation, completion=completion)
+            input = row.input[: ends[number - 1]]
+            shorter = replace(row, input=input)
+            ((continuation, completion),) = self._answers.find([(input, row.output)])
+            bare = self._bare.find([input])[0] if self._has_bare else None
+            cut = example._replace(continuation=continuation, completion=completion, bare=bare)
             if self._excess(cut) <= 0:
                 return shorter, cut
         return None
@@ -381,19 +401,29 @@ class GistCollator:
         encodings = self.tokenizer.encode_prompts(texts, 1)
         return [_ids(encoding.input_ids[: encoding.gist_start]) for encoding in encodings]
 
-    def _encode_answers(self, texts: Sequence[tuple[str, str]]) -> list[tuple[array[int], array[int]]]:
-        inputs = [input for input, _ in texts]
-        pairs = self.tokenizer.encode_answers(inputs, [output for _, output in texts])
-        if self.conditions.keys() == {"negative"} and isinstance(self.tokenizer.template, ChatTemplate):
-            # As in answers: a chat without a prompt does not begin with the end of its system message.
-            pairs = zip(self.tokenizer.encode_bare(inputs), (completion for _, completion in pairs), strict=True)
+    def _encode_answers(self, texts: Sequence[tuple[Any, str]]) -> list[tuple[array[int], array[int]]]:
+        pairs = self.tokenizer.encode_answers([input for input, _ in texts], [output for _, output in texts])
         return [(_ids(continuation), _ids(completion)) for continuation, completion in pairs]
 
+    def _encode_bare(self, inputs: Sequence[Any]) -> list[array[int]]:
+        return [_ids(ids) for ids in self.tokenizer.encode_bare(inputs)]
+
+    def _as_drawn(self, examples: list[Example], drawn: Sequence[int]) -> list[Example]:
+        """Give the examples that drew the negative control their bare continuation."""
+        names = list(self.conditions)
+        return [
+            example
+            if example.bare is None or names[number] != "negative"
+            else example._replace(continuation=example.bare)
+            for example, number in zip(examples, drawn, strict=True)
+        ]
+
     def _decoder(self, examples: list[Example]) -> dict[str, Tensor]:
+        drawn = self._draw_conditions(len(examples))
+        examples = self._as_drawn(examples, drawn.tolist())
         rows, copies, parts = zip(*(self._columns(example) for example in examples), strict=True)
         ids, is_token = pad_rows(rows, self.tokenizer.pad_token_id, left=True)
         is_gist = (ids == self.tokenizer.gist_token_id) & is_token
-        drawn = self._draw_conditions(len(ids))
         if self.part_separator is None:
             masks = self._masks(CONDITIONS, drawn, is_gist, is_token)
         else:
@@ -419,11 +449,13 @@ class GistCollator:
         return ids + rest, copies + [0] * len(rest), parts + [0] * len(rest)
 
     def _encoder_decoder(self, examples: list[Example]) -> dict[str, Tensor]:
+        drawn = self._draw_conditions(len(examples))
+        examples = self._as_drawn(examples, drawn.tolist())
         sources = [self._columns(example._replace(completion=_ids([])))[0] for example in examples]
         ids, is_token = pad_rows(sources, self.tokenizer.pad_token_id, left=False)
         labels, is_label = pad_rows([example.completion for example in examples], IGNORED, left=False)
         is_gist = (ids == self.tokenizer.gist_token_id) & is_token
-        masks = self._masks(ENCODER_CONDITIONS, self._draw_conditions(len(ids)), is_gist, is_token)
+        masks = self._masks(ENCODER_CONDITIONS, drawn, is_gist, is_token)
         return {"input_ids": ids, **masks, "labels": labels.masked_fill(~is_label, IGNORED)}
 
     def _masks(

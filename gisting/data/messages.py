@@ -1,4 +1,4 @@
-"""Conversations as records: the system message is what is gisted, the question its input, the answer its output.
+"""Conversations as records: the system message is what is gisted; each answer is an output, what came before its input.
 
 Place in the flow: sources -> **messages** -> records. Reads the layouts in which data sets of conversations come. Does
 not render a conversation; the tokenizer's template does.
@@ -6,12 +6,17 @@ not render a conversation; the tokenizer's template does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gisting.errors import RecordError
+from gisting.errors import GistError, RecordError
+from gisting.tokens import ChatTemplate, GistTokenizer, Message
 
-__all__ = ["as_instruction"]
+__all__ = ["LAYOUTS", "Messages", "TokenizerSource", "as_instructions", "is_messages", "prompt_of", "read_calls"]
+
+#: A tokenizer, or a function that loads it when it is needed.
+TokenizerSource = GistTokenizer | Callable[[], GistTokenizer]
 
 # What data sets call the speakers.
 _ROLES = {
@@ -22,12 +27,41 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "tool": "tool",
 }
-_LAYOUTS = ("messages", "conversations", "completion")
+#: The keys by which a conversation is known.
+LAYOUTS = ("messages", "conversations", "completion")
 
 
-def as_instruction(item: Mapping[str, Any], where: str, *, needs_instruction: bool = True) -> Mapping[str, Any]:
-    """Give a conversation the keys ``instruction``, ``input`` and ``output``.
+class Messages(tuple[Message, ...]):
+    """The messages of a conversation between its prompt and an answer: an input that can be looked up and printed."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self, sort_keys=True))
+
+    def __str__(self) -> str:
+        """Return a line for each message, for people."""
+        return "\n".join(
+            f"{message.get('role')}: {message.get('content') or json.dumps(message.get('tool_calls'))}"
+            for message in self
+        )
+
+
+def is_messages(value: Any) -> bool:
+    """Return whether ``value`` is a list of messages."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Mapping) for one in value)
+
+
+def as_instructions(
+    item: Mapping[str, Any],
+    where: str,
+    *,
+    needs_instruction: bool = True,
+    tokenizer: TokenizerSource | None = None,
+) -> list[Mapping[str, Any]]:
+    """Give a conversation the keys ``instruction``, ``input`` and ``output``, once for each answer in it.
 
     ============================================================= ===========================
     ``{"messages": [{"role": ..., "content": ...}, ...]}``        OpenAI, TRL
@@ -35,61 +69,187 @@ def as_instruction(item: Mapping[str, Any], where: str, *, needs_instruction: bo
     ``{"prompt": ..., "completion": ...}``                        TRL, texts or lists of messages
     ============================================================= ===========================
 
+    The instruction is the system message, or what stands for it and a list of ``tools``
+    (:meth:`GistTokenizer.prompt_with_tools`). The input is the question, or, if more came before the answer, a
+    :class:`Messages`. The output is what the model writes, which for a call of a tool is the template's text. Of
+    ``prompt`` and ``completion``, only the answers in the completion count. Messages after the last answer are left
+    out, and so are keys whose value is None, with which data sets fill their columns. Arguments of calls may be JSON.
+
     Args:
         item: a conversation; an item that has ``output``, or is not a conversation, is returned unchanged.
         where: how errors refer to it.
-        needs_instruction: whether there must be a system message. Without, a prompt that is a text is the input.
+        needs_instruction: whether there must be a system message or tools. Without, a prompt that is a text is the
+            input.
+        tokenizer: lays out tools and calls of tools.
 
     Raises:
-        RecordError: a message is not of one of these layouts, there is no system message, tools, or more than one
-            question and its answer.
+        RecordError: a message is not of one of these layouts, there is no answer or no system message, or tools cannot
+            be laid out.
     """
-    layout = next((name for name in _LAYOUTS if name in item), None)
+    layout = next((name for name in LAYOUTS if name in item), None)
     if layout is None or "output" in item:
-        return item
-    rest = {name: value for name, value in item.items() if name not in (*_LAYOUTS, "prompt", "tools")}
-    if item.get("tools"):
-        raise RecordError(f"{where} has tools, which are not trained on yet; write them into the system message")
+        return [item]
+    rest = {name: value for name, value in item.items() if name not in (*LAYOUTS, "prompt", "tools")}
+    num_given = 0
     if layout != "completion":
         messages = item[layout]
     else:
         prompt, completion = item.get("prompt"), item["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            return {**rest, "instruction" if needs_instruction else "input": prompt, "output": completion}
-        messages = [*prompt, *completion] if isinstance(prompt, list) and isinstance(completion, list) else None
+            return [{**rest, "instruction" if needs_instruction else "input": prompt, "output": completion}]
+        is_chat = isinstance(prompt, list) and isinstance(completion, list)
+        messages, num_given = ([*item["prompt"], *completion], len(item["prompt"])) if is_chat else (None, 0)
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise RecordError(
             f"{where}: {layout!r} must be a list of messages with role and content (or, with 'prompt', a text as that "
             "is)"
         )
-    turns = [_turn(message, f"{where}, message {number}") for number, message in enumerate(messages)]
-    found = {} if not turns or turns[0][0] != "system" else {"instruction": turns.pop(0)[1]}
+    turns = [_message(message, f"{where}, message {number}") for number, message in enumerate(messages)]
+    system = turns[0]["content"] if turns and turns[0]["role"] == "system" else None
+    start = 0 if system is None else 1
+    for number, turn in enumerate(turns[start:], start=start):
+        if turn["role"] == "system":
+            raise RecordError(f"{where}, message {number} is another system message; there can be one, at the start")
+    prompt = _prompt(system, item.get("tools"), where, tokenizer)
+    found = {} if prompt is None else {"instruction": prompt}
     if needs_instruction and not found:
         raise RecordError(f"{where} has no system message, which is what is gisted; give it one as its first message")
-    roles = [role for role, _ in turns]
-    if roles not in (["user", "assistant"], ["assistant"]):
+    answers = [place for place in range(max(start, num_given), len(turns)) if turns[place]["role"] == "assistant"]
+    if not answers:
+        roles = ", ".join(turn["role"] for turn in turns[start:]) or "none"
+        raise RecordError(f"{where} has no answer of the assistant, got {roles} after the system message; give one")
+    rows = []
+    for place in answers:
+        asked = Messages(turns[start:place])
+        is_text = len(asked) == 1 and asked[0].keys() == {"role", "content"} and asked[0]["role"] == "user"
+        input = asked[0]["content"] if is_text else asked or ""
+        rows.append({**rest, **found, "input": input, "output": _written(turns[place], input, tokenizer, where)})
+    return rows
+
+
+def prompt_of(item: Mapping[str, Any], where: str, tokenizer: TokenizerSource | None = None) -> str:
+    """Return the prompt of a conversation, or of a text ``prompt`` with ``tools``.
+
+    Args:
+        item: has ``messages`` or ``conversations``, of which the system message counts, or ``prompt``; and perhaps
+            ``tools``.
+        where: how errors refer to it.
+        tokenizer: lays out tools.
+
+    Raises:
+        RecordError: there is neither a system message nor tools, or as :func:`as_instructions`.
+    """
+    messages = next((item[name] for name in LAYOUTS if name in item), ())
+    system = item.get("prompt")
+    if isinstance(messages, list | tuple) and messages and system is None:
+        first = _message(messages[0], f"{where}, message 0")
+        system = first["content"] if first["role"] == "system" else None
+    prompt = _prompt(system, item.get("tools"), where, tokenizer)
+    if prompt is None:
         raise RecordError(
-            f"{where} must be a system message, a question and its answer, got {', '.join(roles) or 'none'} after the "
-            "system message; conversations of several turns are not trained on yet: leave out the others"
+            f"{where} has no system message, which is what is compressed; give it one as its first message"
         )
-    return {**rest, **found, "input": turns[0][1] if len(turns) > 1 else "", "output": turns[-1][1]}
+    return prompt
 
 
-def _turn(message: Any, where: str) -> tuple[str, str]:
-    """Return who speaks and what."""
+def _prompt(system: str | None, given: Any, where: str, tokenizer: TokenizerSource | None) -> str | None:
+    """Return what stands for a system message and tools, None if there are neither."""
+    tools = _tools(given, where)
+    return _laid_out(tokenizer, where, lambda chat: chat.prompt_with_tools(system, tools)) if tools else system
+
+
+def _written(message: Message, input: str | Messages, tokenizer: TokenizerSource | None, where: str) -> str:
+    if message.keys() == {"role", "content"}:
+        return message["content"]
+
+    def write(chat: GistTokenizer) -> str:
+        if not isinstance(chat.template, ChatTemplate):
+            if message.get("tool_calls"):
+                raise GistError(
+                    f"calls of tools are laid out by the template 'chat' only, and the tokenizer's template is "
+                    f"{chat.template.name!r}; leave them out"
+                )
+            return message["content"]
+        return chat.template.written_answer(input, message)
+
+    return _laid_out(tokenizer, where, write)
+
+
+def _laid_out(tokenizer: TokenizerSource | None, where: str, write: Callable[[GistTokenizer], str]) -> str:
+    if tokenizer is None:
+        raise RecordError(
+            f"{where} has tools or other parts of messages that a chat template lays out; give the tokenizer: "
+            "load_records(..., tokenizer=tokenizer)"
+        )
+    try:
+        return write(tokenizer if isinstance(tokenizer, GistTokenizer) else tokenizer())
+    except GistError as error:
+        raise RecordError(f"{where}: {error}") from error
+
+
+def _tools(tools: Any, where: str) -> list[Any]:
+    """Return the list of tools of a conversation, which some data sets hold as JSON, because tools have many types."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RecordError(f"{where}: 'tools' is a text, but not JSON ({error}); give a list of tools") from error
+    return _without_none(tools) or []
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """Return a message with its role as chat templates call it and its content as a text."""
     if not isinstance(message, Mapping):
         raise RecordError(f"{where} must be an object with role and content, got {type(message).__name__}")
+    message = _without_none(message)
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if message.get("tool_calls") or role not in _ROLES:
-        raise RecordError(
-            f"{where} is a call or an answer of a tool, or of an unknown role ({role!r}); known are {', '.join(_ROLES)}"
-        )
+    if role not in _ROLES:
+        raise RecordError(f"{where} is of an unknown role, {role!r}; known are {', '.join(_ROLES)}")
     if isinstance(content, list) and all(
         isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
         for part in content
     ):
         content = "".join(part["text"] for part in content)
+    others = {name: value for name, value in message.items() if name not in ("role", "from", "content", "value")}
+    calls = others.pop("tool_calls", None)
+    if calls:
+        others["tool_calls"] = read_calls(calls, where)
+        content = "" if content is None else content
     if not isinstance(content, str):
         raise RecordError(f"{where}: its content must be a text, got {type(content).__name__}")
-    return _ROLES[role], content
+    return {"role": _ROLES[role], "content": content, **others}
+
+
+def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return calls of tools as chat templates read them: with arguments as an object, which the OpenAI API has as JSON.
+
+    Args:
+        calls: ``{"type": "function", "function": {"name": ..., "arguments": ...}}``, one or more.
+        where: how errors refer to their message.
+
+    Raises:
+        RecordError: they are something else.
+    """
+    found = []
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        try:
+            read = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
+        except (ValueError, RecursionError):
+            read = None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not isinstance(read, dict):
+            raise RecordError(
+                f"{where}: tool_calls must be a list of functions with a name, and arguments that are an object or its "
+                f"JSON, got {call!r:.80}"
+            )
+        made = {**function, "arguments": read}
+        found.append({**call, "function": made} if "function" in call else made)
+    return found
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_none(one) for name, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list | tuple) else value

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gisting.data.collate import IGNORED, Example, GistCollator
-from gisting.data.records import Record, to_record
+from gisting.data.records import Record, to_records
 from gisting.errors import GistError
 from gisting.tokens import GistTokenizer
 from gisting.visibility import CONDITIONS
@@ -203,12 +203,13 @@ class GistPackingCollator(GistCollator):
             RecordError: a record is incomplete, or none fits ``max_length``.
         """
         flat = [one for item in records for one in (item if isinstance(item, list | tuple) else [item])]
-        rows = [to_record(record, f"record {number} of the batch") for number, record in enumerate(flat)]
+        rows = to_records(flat, self.tokenizer, "record {} of the batch")
         fitting = self._some_fitting(rows, "record {} of the batch")
         number_of = {text: number for number, text in enumerate(dict.fromkeys(row.instruction for row, _ in fitting))}
         instructions = [number_of[row.instruction] for row, _ in fitting]
         counts, conditions = self._draw_counts(len(number_of)), self._draw_conditions(len(number_of)).tolist()
         examples = self._with_counts([example for _, example in fitting], [counts[number] for number in instructions])
+        examples = self._as_drawn(examples, [conditions[number] for number in instructions])
         documents = self._documents(examples, instructions)
         packed, drawn = [], []
         for condition in sorted(set(conditions)):

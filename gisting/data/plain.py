@@ -20,18 +20,20 @@ from gisting.data.collate import IGNORED
 from gisting.data.records import Record
 from gisting.errors import GistError, RecordError
 from gisting.padding import pad_rows
-from gisting.tokens import GistTokenizer
+from gisting.tokens import GistTokenizer, Message
 
 __all__ = ["PlainCollator", "excerpt", "plain_batch", "plain_sources"]
 
 
-def plain_sources(tokenizer: GistTokenizer, prompts: Sequence[str], inputs: Sequence[str]) -> list[list[int]]:
+def plain_sources(
+    tokenizer: GistTokenizer, prompts: Sequence[str], inputs: Sequence[str | Sequence[Message]]
+) -> list[list[int]]:
     """Encode texts without gist tokens, up to where the answer begins.
 
     Args:
         tokenizer: its template lays out the texts.
         prompts: B texts; an empty one gives the bare query.
-        inputs: B texts.
+        inputs: B texts, or messages as for :meth:`GistTokenizer.encode_continuations`.
 
     Returns:
         B lists of ids. Where a text has no ids, the list is empty for a decoder and holds the end of sequence for an
@@ -143,6 +145,7 @@ class PlainCollator:
         return plain_batch(self.tokenizer, sources, completions)
 
 
-def excerpt(text: str) -> str:
-    """Quote ``text`` for a message, shortened to 40 characters; the quoted text is returned."""
+def excerpt(text: object) -> str:
+    """Quote ``text``, or messages, for a message, shortened to 40 characters; the quoted text is returned."""
+    text = str(text)
     return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gisting.data.messages import LAYOUTS, TokenizerSource, prompt_of
 from gisting.data.sources import SUFFIXES, read_items
 from gisting.errors import RecordError
 from gisting.tokens.text import read_text, text_fault
@@ -34,15 +35,17 @@ class PromptRecord:
     num_gist_tokens: int | None = None
 
 
-def load_prompts(path: str | Path) -> list[PromptRecord]:
+def load_prompts(path: str | Path, tokenizer: TokenizerSource | None = None) -> list[PromptRecord]:
     """Read the prompts of a file.
 
     A text file (``.txt``, ``.text``, ``.md``, ``.prompts`` or no suffix) has one prompt per line; empty lines are
     skipped. Data (JSON, JSON lines, CSV, Parquet, as for :func:`gisting.load_records`) have objects with ``prompt`` and
-    optionally ``name`` and ``num_gist_tokens``; JSON may also be a list of texts.
+    optionally ``name``, ``num_gist_tokens`` and ``tools``; JSON may also be a list of texts. Instead of ``prompt``, an
+    object may have ``messages`` (or ``conversations``), of which the system message is the prompt.
 
     Args:
         path: the file, UTF-8.
+        tokenizer: the tokenizer that lays out ``tools``, or a function that loads it; not needed without them.
 
     Returns:
         The prompts in the order of the file.
@@ -55,7 +58,7 @@ def load_prompts(path: str | Path) -> list[PromptRecord]:
     found = []
     names: dict[str, str] = {}
     for where, item in _items(Path(path)):
-        record = PromptRecord(item) if isinstance(item, str) and item.strip() else _from_object(item, where)
+        record = PromptRecord(item) if isinstance(item, str) and item.strip() else _from_object(item, where, tokenizer)
         for text in (record.prompt, record.name or ""):
             if (fault := text_fault(text)) is not None:
                 raise RecordError(f"{where} {fault}")
@@ -83,7 +86,10 @@ def _items(path: Path) -> list[tuple[str, Any]]:
     return [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]
 
 
-def _from_object(item: Any, where: str) -> PromptRecord:
+def _from_object(item: Any, where: str, tokenizer: TokenizerSource | None) -> PromptRecord:
+    if isinstance(item, dict) and ("tools" in item or ("prompt" not in item and any(name in item for name in LAYOUTS))):
+        others = {name: value for name, value in item.items() if name not in (*LAYOUTS, "tools")}
+        item = {**others, "prompt": prompt_of(item, where, tokenizer)}
     if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
         raise RecordError(
             f"{where} must be an object with a non-empty string 'prompt' and, optionally, 'name' and 'num_gist_tokens'"

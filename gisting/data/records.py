@@ -1,4 +1,4 @@
-"""Instruction records: ``{instruction, input, output}``, the Alpaca layout, or a conversation of one question.
+"""Instruction records: ``{instruction, input, output}``, the Alpaca layout, or conversations.
 
 Place in the flow: sources -> **records** -> collator -> model. Works on texts, not on tokens. Errors name the file and
 the line.
@@ -13,16 +13,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gisting.data.messages import as_instruction
+from gisting.data.messages import Messages, TokenizerSource, as_instructions, is_messages
 from gisting.data.sources import parse_json, read_items
 from gisting.errors import RecordError
 from gisting.tokens.text import text_fault
 
-__all__ = ["Record", "load_records", "parse_json", "rows_of", "save_records", "say_shared", "to_record", "to_records"]
+__all__ = [
+    "Record",
+    "load_records",
+    "parse_json",
+    "records_of",
+    "rows_of",
+    "save_records",
+    "say_shared",
+    "to_record",
+    "to_records",
+]
 
 _log = logging.getLogger(__name__)
 # What a column of a data set can be taken for.
-_FIELDS = ("instruction", "input", "output", "messages")
+_FIELDS = ("instruction", "input", "output", "messages", "tools")
 
 
 @dataclass(frozen=True)
@@ -33,24 +43,28 @@ class Record:
 
     Args:
         instruction: the prompt to compress; empty if nothing is compressed.
-        input: what the instruction applies to; may be empty.
+        input: what the instruction applies to; may be empty. A list of messages, kept as ``Messages``, if the answer
+            is one of a conversation: what came before it, without the prompt. The template ``"chat"`` lays it out.
         output: the answer.
         source: where the record comes from, such as the split of a task; ignored by training.
     """
 
     instruction: str
-    input: str
+    input: str | Messages
     output: str
     source: str = ""
 
+    def __post_init__(self) -> None:
+        """Keep messages in a form that can be looked up."""
+        if not isinstance(self.input, str) and is_messages(self.input):
+            object.__setattr__(self, "input", Messages(self.input))
+
 
 def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_instruction: bool = True) -> Record:
-    """Convert a mapping with ``instruction``, ``output`` and, optionally, ``input`` and ``source`` to a record.
+    """Convert a mapping to one record, as :func:`records_of` does.
 
     Args:
-        item: the mapping; a record is returned unchanged. A conversation of one question will do as well, as
-            ``messages``, as ``conversations`` of ShareGPT, or as ``prompt`` and ``completion``: its system message is
-            the instruction, the question the input, the answer the output.
+        item: the mapping; a record is returned unchanged.
         where: how errors refer to the item, such as ``train.jsonl, line 3``.
         needs_instruction: whether the instruction must be there and not be empty.
 
@@ -58,14 +72,48 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_
         The record.
 
     Raises:
-        RecordError: a field is missing, empty or not a text, or a conversation has several questions.
+        RecordError: as :func:`records_of`, or a conversation has several answers.
+    """
+    found = records_of(item, where, needs_instruction=needs_instruction)
+    if len(found) > 1:
+        raise RecordError(f"{where} is a conversation of {len(found)} answers, each of which is a record; give one")
+    return found[0]
+
+
+def records_of(
+    item: Record | Mapping[str, Any],
+    where: str = "record",
+    *,
+    needs_instruction: bool = True,
+    tokenizer: TokenizerSource | None = None,
+) -> list[Record]:
+    """Convert a mapping with ``instruction``, ``output`` and, optionally, ``input`` and ``source``, or a conversation.
+
+    Args:
+        item: the mapping; a record is returned unchanged. A conversation will do as well, as ``messages``, as
+            ``conversations`` of ShareGPT, or as ``prompt`` and ``completion``: its system message is the instruction,
+            and each of its answers the output of a record whose input is what came before. With ``tools``, the
+            instruction is what stands for both (:meth:`GistTokenizer.prompt_with_tools`).
+        where: how errors refer to the item, such as ``train.jsonl, line 3``.
+        needs_instruction: whether the instruction must be there and not be empty.
+        tokenizer: lays out tools and calls of tools; not needed without them.
+
+    Returns:
+        The record, or one for each answer of a conversation, in their order.
+
+    Raises:
+        RecordError: a field is missing, empty or not a text, or a conversation cannot be read.
     """
     if isinstance(item, Record):
         _check_texts(vars(item), where)
-        return item
+        return [item]
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with instruction, input and output, got {type(item).__name__}")
-    item = as_instruction(item, where, needs_instruction=needs_instruction)
+    rows = as_instructions(item, where, needs_instruction=needs_instruction, tokenizer=tokenizer)
+    return [_record(row, where, needs_instruction) for row in rows]
+
+
+def _record(item: Mapping[str, Any], where: str, needs_instruction: bool) -> Record:
     needed = ("instruction", "output") if needs_instruction else ("output",)
     for name in needed:
         if name not in item:
@@ -87,14 +135,24 @@ def to_record(item: Record | Mapping[str, Any], where: str = "record", *, needs_
 
 def _check_texts(fields: Mapping[str, Any], where: str) -> None:
     for name, value in fields.items():
-        if not isinstance(value, str):
+        text = value
+        if name == "input" and is_messages(value):
+            try:
+                text = json.dumps(value, ensure_ascii=False)
+            except (TypeError, ValueError) as error:
+                raise RecordError(f"{where}: 'input' has messages that are no JSON ({error})") from error
+        if not isinstance(text, str):
             raise RecordError(f"{where}: {name!r} must be a string, got {type(value).__name__}")
-        if (fault := text_fault(value)) is not None:
+        if (fault := text_fault(text)) is not None:
             raise RecordError(f"{where}: {name!r} {fault}")
 
 
 def load_records(
-    source: str | Path, *, needs_instruction: bool = True, columns: Mapping[str, str] | None = None
+    source: str | Path,
+    *,
+    needs_instruction: bool = True,
+    columns: Mapping[str, str] | None = None,
+    tokenizer: TokenizerSource | None = None,
 ) -> list[Record]:
     """Read records from a file or data set.
 
@@ -103,12 +161,14 @@ def load_records(
             per line), ``.csv``, ``.tsv`` or ``.parquet``; a directory that ``datasets.Dataset.save_to_disk`` wrote; or
             a data set on the Hugging Face hub, ``org/name`` or ``org/name:split`` (``train`` by default). Data sets and
             Parquet files need the ``train`` extra.
-        needs_instruction: as for :func:`to_record`.
+        needs_instruction: as for :func:`records_of`.
         columns: what columns are called there: ``{"instruction": "question", "output": "answer"}``. Names are
-            ``instruction``, ``input``, ``output`` and ``messages``.
+            ``instruction``, ``input``, ``output``, ``messages`` and ``tools``.
+        tokenizer: the tokenizer of the model that the records are for, or a function that loads it; needed for
+            conversations with tools.
 
     Returns:
-        The records in their order.
+        The records in their order, one for each answer of a conversation.
 
     Raises:
         RecordError: the source cannot be read as what it is, has no records, or has an incomplete one; the message
@@ -122,7 +182,7 @@ def load_records(
     for where, item in read_items(source):
         if renamed and isinstance(item, Mapping):
             item = _renamed(item, renamed, where)
-        found.append(to_record(item, where, needs_instruction=needs_instruction))
+        found += records_of(item, where, needs_instruction=needs_instruction, tokenizer=tokenizer)
     if not found:
         raise RecordError(f"{source} contains no records")
     return found
@@ -158,16 +218,28 @@ def rows_of(records: Any) -> Iterable[Any]:
     return records
 
 
-def to_records(records: Iterable[Record | Mapping[str, Any]]) -> list[Record]:
+def to_records(
+    records: Iterable[Record | Mapping[str, Any]],
+    tokenizer: TokenizerSource | None = None,
+    where: str = "record {}",
+    *,
+    needs_instruction: bool = True,
+) -> list[Record]:
     """Convert what a caller gave as records.
 
     Args:
         records: as for :func:`rows_of`.
+        tokenizer: as for :func:`records_of`.
+        where: how errors refer to record 3: ``where.format(3)``.
+        needs_instruction: as for :func:`records_of`.
 
     Raises:
-        RecordError: as :func:`rows_of` and :func:`to_record`.
+        RecordError: as :func:`rows_of` and :func:`records_of`.
     """
-    return [to_record(record, f"record {number}") for number, record in enumerate(rows_of(records))]
+    how: dict[str, Any] = {"needs_instruction": needs_instruction, "tokenizer": tokenizer}
+    return [
+        row for number, record in enumerate(rows_of(records)) for row in records_of(record, where.format(number), **how)
+    ]
 
 
 def say_shared(records: Iterable[Record], held_out: Sequence[Record], name: str) -> int:

@@ -212,7 +212,7 @@ def evaluate(
         GistError: there are no records, a condition or k is invalid, or as :func:`gisting.generate`.
     """
     require_patched(model, tokenizer)
-    records, conditions = to_records(records), listed("conditions", conditions, "names")
+    records, conditions = to_records(records, tokenizer), listed("conditions", conditions, "names")
     chosen = chosen_k(model, num_gist_tokens)
     counts = [chosen] if isinstance(chosen, int) else list(chosen)
     _check(records, counts, conditions, batch_size)

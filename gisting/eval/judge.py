@@ -197,7 +197,7 @@ class Judge:
 
 def question(record: Record, a: str, b: str) -> str:
     """Fill ``PROMPT`` with a record and two answers, in the order in which they are shown."""
-    texts = {"instruction": record.instruction, "input": record.input, "reference": record.output, "a": a, "b": b}
+    texts = {"instruction": record.instruction, "input": str(record.input), "reference": record.output, "a": a, "b": b}
     # In one pass, so that braces within a text are left alone.
     return re.sub(r"\{(\w+)\}", lambda found: texts[found[1]], PROMPT)
 

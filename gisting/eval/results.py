@@ -317,7 +317,7 @@ def evaluate_splits(
         settings["chunk_length"] = chunk_length
     evaluated = []
     for split, given in splits.items():
-        records = to_records(given)
+        records = to_records(given, tokenizer)
         results = evaluate(
             model,
             tokenizer,

@@ -196,7 +196,7 @@ def _answer(
     check_num_rows("cache", len(cache), len(inputs))
     if len(cache) == 1 and len(inputs) > 1:
         cache = cache.select([0] * len(inputs))
-    continuations = _encode(tokenizer, cache, inputs)
+    continuations = cache.encode_inputs(tokenizer, inputs)
     new_tokens = call.config.max_new_tokens
     groups = call.architecture.group_rows(model, cache, continuations, new_tokens, takes_padding=call.takes_padding)
     lengths = [held + len(ids) + new_tokens for held, ids in zip(cache.num_gist_tokens, continuations, strict=True)]
@@ -228,16 +228,6 @@ def _answer(
 
     answers, after = _run(model, tokenizer, call, groups, prepare, keep if keep_states else None)
     return Turn(answers, cache if after is None else after)
-
-
-def _encode(tokenizer: GistTokenizer, cache: GistCache, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:
-    """The ids that follow a cache, up to where the answer begins."""
-    if cache.has_answers:
-        return tokenizer.encode_next_turns(inputs)
-    if cache.origin.condition == "negative" and isinstance(tokenizer.template, ChatTemplate):
-        # Nothing comes before: a chat without a prompt does not begin with the end of its system message.
-        return tokenizer.encode_bare(inputs)
-    return tokenizer.encode_continuations(inputs)
 
 
 def _answer_from_text(

@@ -118,7 +118,7 @@ class ExamplePool:
         return [self.retrieve(record, count) for record in records]
 
     def _case(self, record: Record) -> _Case:
-        return _Case(_words_of(record.input), _words_of(record.output))
+        return _Case(_words_of(str(record.input)), _words_of(record.output))
 
     def _ranked(self, query: tuple[str, ...], count: int) -> Iterator[int]:
         """Yield numbers of records, the most similar first, ties in order; only the best few are sorted at first."""

@@ -106,7 +106,7 @@ def make_requests(
     """
     inputs = [record.input for record in records]
     for number, text in enumerate(inputs, start=1):
-        if not text.strip():
+        if not str(text).strip():
             raise RecordError(f"record {number} has no input; the input is the query, which must not be empty")
     bare = [len(source) for source in plain_sources(tokenizer, [""] * len(inputs), inputs)]
     answers = [len(ids) for ids in tokenizer.encode_completions(inputs, [record.output for record in records])]

@@ -24,7 +24,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from gisting._deprecated import renamed_arguments
 from gisting.data.collate import GistCollator
 from gisting.data.plain import PlainCollator
 from gisting.data.records import Record, to_record
-from gisting.errors import GistError
+from gisting.errors import GistError, RecordError
 from gisting.eval.conditions import evaluate
 from gisting.eval.metrics import exact_match
 from gisting.internalize.directory import (
@@ -157,8 +157,8 @@ def internalize(
     require_patched(model, tokenizer)
     chosen = StageSettings(**settings)
     way = Method(method) if isinstance(method, str) else method
-    rows = [to_record(record) for record in records]
-    asked = None if eval_records is None else [to_record(record) for record in eval_records]
+    rows = _queries(records)
+    asked = None if eval_records is None else _queries(eval_records)
     _check(prompt, rows, asked, way, arguments)
     plan = make_plan(schedule, **keywords_for(make_plan, chosen))
     if chosen.control == "shortened" and isinstance(shortener, NoShortening):
@@ -426,6 +426,17 @@ class _NoLastCheckpoint(TrainerCallback):
             control.should_save = False
 
     on_epoch_end = on_step_end
+
+
+def _queries(records: Iterable[Record | Mapping[str, Any]]) -> list[Record]:
+    rows = [to_record(record, f"record {number}") for number, record in enumerate(records, start=1)]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.input, str):
+            raise RecordError(
+                f"record {number} is a conversation, but internalisation takes queries and their answers; give "
+                "conversations of one question"
+            )
+    return rows
 
 
 def _check(

@@ -162,27 +162,19 @@ def prepare_generation(
 ) -> tuple[dict[str, Any], int]:
     """Make the arguments with which stock ``generate`` continues a ragged batch.
 
-    The columns are the P slots of the cache, padding, and the continuation. Settings that look at ids already seen
-    (``repetition_penalty``) must not act on ids that the row's own continuation does not hold. So the slots hold the
-    gist id, which is suppressed in every answer, and the padding, which would often have the id of the end of sequence,
-    holds the first id of the row's continuation. Stock ``generate`` repeats ids for each beam or sample, but not a
-    cache it is given, so the cache is made here with ``num_copies`` of each row.
+    The columns are the P slots of the cache, padding, and the continuation. Stock ``generate`` repeats ids for each
+    beam or sample, but not a cache it is given, so the cache is made here with ``num_copies`` of each row.
 
     Arguments as for :meth:`~gisting.models.architecture.Architecture.prepare_generation`.
 
     Returns:
         The arguments, and how many columns of the result come before the answer.
     """
-    device = input_weight(model).device
-    ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=True)
-    ids = torch.where(is_token, ids, torch.tensor([row[0] for row in continuations])[:, None])
-    held = cache.attention_mask
-    ids = torch.cat([torch.full_like(held, tokenizer.gist_token_id).to(device), ids.to(device)], dim=1)
-    mask = torch.cat([held.to(device), is_token.long().to(device)], dim=1)
+    given = cache.columns(tokenizer, continuations, input_weight(model).device)
     if num_copies > 1:
         cache = cache.select([row for row in range(len(cache)) for _ in range(num_copies)])
     past = cache.as_past_key_values(**past_settings)
-    return {cache_argument(): past, "input_ids": ids, "attention_mask": mask}, ids.shape[1]
+    return {cache_argument(): past, **given}, given["input_ids"].shape[1]
 
 
 def continued(

@@ -23,7 +23,7 @@ from gisting.models.weight_difference import looks_like_difference, refusal
 from gisting.source import SOURCE_ARGUMENTS, find_file, local
 from gisting.tokens import GistTokenizer, Template, read_tokenizer
 
-__all__ = ["describe_missing", "load", "trained_chunk_length", "trained_num_gist_tokens"]
+__all__ = ["describe_missing", "load", "load_tokenizer", "trained_chunk_length", "trained_num_gist_tokens"]
 
 
 _PEFT = "adapter_config.json"
@@ -77,13 +77,7 @@ def load(
             f"{name_or_path} is a training checkpoint of an adapter, which holds neither the base model nor a finished "
             "adapter; resume from it, or load the directory that training writes when it ends"
         )
-    if getattr(config, "gist", None) is not None and template is None:
-        tokenizer = GistTokenizer.from_pretrained(name_or_path, **source)
-    else:
-        wrapped = read_tokenizer(name_or_path, **source)
-        tokenizer = GistTokenizer(wrapped, template, is_encoder_decoder=bool(config.is_encoder_decoder))
-        if template is None and tokenizer.has_own_gist_token and not tokenizer.is_encoder_decoder:
-            tokenizer = GistTokenizer(wrapped, ALPACA_STRIPPED)
+    tokenizer = _tokenizer_for(config, name_or_path, template, source)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _read_weights(auto, name_or_path, model_kwargs)
     if tokenizer.has_own_gist_token and looks_like_difference(model):
@@ -92,6 +86,35 @@ def load(
     if known is not None:
         model.config.gist.update(known.about_gists)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path, template: str | Template | None = None, **source: Any) -> GistTokenizer:
+    """Load the tokenizer that :func:`load` returns, without the weights.
+
+    Args:
+        name_or_path: as for :func:`load`.
+        template: as for :func:`load`.
+        **source: where files come from: ``revision``, ``token``, ...
+
+    Raises:
+        GistError: there is no such checkpoint, or one of its files is damaged.
+    """
+    name_or_path = local(name_or_path)
+    if find_file(name_or_path, "gist.json", **source) is not None and template is None:
+        return GistTokenizer.from_pretrained(name_or_path, **source)
+    return _tokenizer_for(read_config(name_or_path, **source), name_or_path, template, source)
+
+
+def _tokenizer_for(
+    config: Any, name_or_path: str | Path, template: str | Template | None, source: dict[str, Any]
+) -> GistTokenizer:
+    if getattr(config, "gist", None) is not None and template is None:
+        return GistTokenizer.from_pretrained(name_or_path, **source)
+    wrapped = read_tokenizer(name_or_path, **source)
+    tokenizer = GistTokenizer(wrapped, template, is_encoder_decoder=bool(config.is_encoder_decoder))
+    if template is None and tokenizer.has_own_gist_token and not tokenizer.is_encoder_decoder:
+        return GistTokenizer(wrapped, ALPACA_STRIPPED)
+    return tokenizer
 
 
 def _load_with_adapter(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, GistError, StoreError
-from gisting.store.index import Index, StoreEntry, canonical
+from gisting.store.index import Index, StoreEntry, canonical, prompt_digest
 from gisting.store.objects import Objects
-from gisting.store.reading import checkpoint_of, load_entry
+from gisting.store.reading import about_of, checkpoint_of, load_entry
 from gisting.tokens import GistTokenizer, read_tokenizer
 
 __all__ = [
@@ -152,6 +152,11 @@ class StoredGists:
         if entry.num_gist_tokens < 1:
             raise GistRefusedError(f"gist {name!r:.100} has no tokens ({entry.condition}); there is nothing to serve")
         return entry
+
+    def is_made_of(self, entry: StoreEntry, prompt: str) -> bool:
+        """Return whether ``entry`` was compressed from this text; False if its file does not say of which."""
+        about = about_of(self._objects.path(entry.key)) or {}
+        return about.get("prompt_sha256") == prompt_digest(prompt)
 
     def _maker(self, entry: StoreEntry) -> str:
         checkpoint = checkpoint_of(self._objects.path(entry.key))

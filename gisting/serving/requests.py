@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gisting.data.messages import read_calls
 from gisting.errors import GistError
 from gisting.serving.gists import GistRefusedError, StoredGists, gist_name, with_placeholders
 from gisting.store.index import StoreEntry
@@ -35,7 +36,7 @@ _NOT_WITH_A_GIST = {
     "truncate_prompt_tokens": "it would cut off the gist",
     "suffix": "nothing can follow the answer",
     "prompt_embeds": "the prompt must be text or ids",
-    "tools": "tools are part of the prompt, which is already compressed; compress it with them",
+    "tools": "tools are part of a chat",
     "functions": "functions are part of the prompt, which is already compressed",
     "documents": "documents are part of the prompt, which is already compressed",
     "chat_template": "the template must be the one that the gist was made with",
@@ -137,12 +138,18 @@ def chat_ids(tokenizer: GistTokenizer, messages: Sequence[Mapping[str, Any]]) ->
         tokenizer: the tokenizer of the checkpoint, with its template.
         messages: ``{"role": "user" or "assistant", "content": text}`` in alternation, beginning and ending with the
             user. Content may also be a list of ``{"type": "text", "text": ...}``. The gist replaces the system message.
+            Under the template ``"chat"`` also ``tool_calls`` of the assistant, and messages of tools.
 
     Raises:
         GistRefusedError: a message has another role, order or content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise GistRefusedError("messages must be a list of at least one message")
+    is_chat = isinstance(tokenizer.template, ChatTemplate)
+    if is_chat and any(
+        isinstance(one, Mapping) and (one.get("tool_calls") or one.get("role") == "tool") for one in messages
+    ):
+        return _encode(tokenizer.encode_continuations, [_with_calls(messages)])[0]
     texts = []
     for place, message in enumerate(messages):
         role = message.get("role") if isinstance(message, Mapping) else None
@@ -172,6 +179,56 @@ def chat_ids(tokenizer: GistTokenizer, messages: Sequence[Mapping[str, Any]]) ->
         asked, said = [texts[place]], [texts[place + 1]]
         ids += _encode(tokenizer.encode_continuations, asked)[0] + _encode(tokenizer.encode_completions, asked, said)[0]
     return ids + _encode(tokenizer.encode_continuations, texts[-1:])[0]
+
+
+def _with_calls(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return a chat with calls of tools as chat templates read it: arguments as objects, contents as texts."""
+    found = []
+    for place, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in ("user", "assistant", "tool"):
+            raise GistRefusedError(
+                f"messages[{place}] must be from the user, the assistant or a tool, got {role!r:.40}"
+            )
+        calls = message.get("tool_calls") or []
+        content = message.get("content")
+        text = "" if content is None and calls else _text(content, place)
+        made = {name: message[name] for name in ("name", "tool_call_id") if isinstance(message.get(name), str)}
+        made = {"role": role, "content": text, **made}
+        if calls:
+            try:
+                made["tool_calls"] = read_calls(calls, f"messages[{place}]")
+            except GistError as error:
+                raise GistRefusedError(str(error)) from error
+        found.append(made)
+    if found[-1]["role"] == "assistant":
+        raise GistRefusedError("messages must end with one from the user or a tool, which is answered")
+    return found
+
+
+def _after_prompt(
+    body: Mapping[str, Any], entry: StoreEntry, gists: StoredGists, tokenizer: GistTokenizer
+) -> Sequence[Mapping[str, Any]]:
+    """Return the messages of a chat that follow its prompt, which with ``tools`` must be what the gist was made of."""
+    messages, tools = body.get("messages") or (), body.get("tools")
+    if not tools:
+        return messages
+    first = messages[0] if isinstance(messages, list) and isinstance(messages[0], Mapping) else {}
+    has_system = first.get("role") in ("system", "developer")
+    try:
+        prompt = tokenizer.prompt_with_tools(_text(first.get("content"), 0) if has_system else None, tools)
+        is_same = gists.is_made_of(entry, prompt)
+    except (GistError, UnicodeError) as error:
+        raise GistRefusedError(f"tools cannot come with a gist: {error}") from error
+    if not is_same:
+        functions = [tool.get("function", tool) for tool in tools]
+        names = ", ".join(str(one.get("name")) if isinstance(one, Mapping) else "?" for one in functions)
+        raise GistRefusedError(
+            f"gist {entry.name or entry.key!r:.100} was not made of these tools ({names:.200}) "
+            f"{'and this system message' if has_system else 'without a system message'}; send the system message and "
+            "the tools that it was made of, or compress these: GistTokenizer.prompt_with_tools"
+        )
+    return messages[1:] if has_system else messages
 
 
 def completion_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTokenizer) -> dict[str, Any] | None:
@@ -218,7 +275,7 @@ def chat_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTo
     Raises:
         GistRefusedError: the gist is refused, or something in the body does not work with one.
     """
-    entry = _entry(body, gists, tokenizer)
+    entry = _entry({name: value for name, value in body.items() if name != "tools"}, gists, tokenizer)
     if entry is None:
         return None
     given = body["kv_transfer_params"].get("prompt_token_ids")
@@ -228,7 +285,7 @@ def chat_with_ids(body: Mapping[str, Any], gists: StoredGists, tokenizer: GistTo
         raise GistRefusedError(
             "add_generation_prompt does not work with a gist: the answer begins after the last message"
         )
-    rest = chat_ids(tokenizer, body.get("messages") or ())
+    rest = chat_ids(tokenizer, _after_prompt(body, entry, gists, tokenizer))
     if given is not None:
         rest = given
     ids = with_placeholders(rest, entry.num_gist_tokens, tokenizer.gist_token_id)

@@ -17,7 +17,7 @@ from gisting.generation import compress
 from gisting.models.adapters import reader_fingerprint
 from gisting.models.fingerprint import fingerprint
 from gisting.models.weights import input_weight
-from gisting.store.index import NewEntry, check_name, text_key
+from gisting.store.index import NewEntry, check_name, prompt_digest, text_key
 from gisting.store.writing import write_caches
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class Compressor:
             chunk_length=self.chunk_length,
         ).to("cpu")
         lengths = [encoding.num_prompt_tokens for encoding in self.tokenizer.encode_prompts(prompts, counts)]
-        return [Compressed(*each) for each in zip(wanted, [*cache], lengths, strict=True)]
+        made = [one.with_about(prompt_sha256=prompt_digest(text)) for one, text in zip([*cache], prompts, strict=True)]
+        return [Compressed(*each) for each in zip(wanted, made, lengths, strict=True)]
 
 
 def write(

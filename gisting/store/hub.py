@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from gisting.cache import kept_share
 from gisting.card import card as make_card
 from gisting.card import is_repository_id
 from gisting.errors import CacheFormatError, StoreError
 from gisting.storage import write_atomically
 from gisting.store.index import NewEntry, StoreEntry, entry_of
 from gisting.store.objects import OBJECTS, SUFFIX, Objects
-from gisting.store.reading import check_entry
+from gisting.store.reading import about_of, check_entry
 
 __all__ = ["DELETED", "PATTERNS", "Source", "write_folder"]
 
@@ -51,6 +52,11 @@ def write_folder(
         CacheFormatError: a file is damaged.
         OSError: something cannot be written.
     """
+    about = {entry.key: about_of(objects.path(entry.key)) for entry in entries}
+    kept = {entry.name or entry.key[:12]: kept_share(about[entry.key]) for entry in entries}
+    measured = {f"kept, {name}": share for name, share in kept.items() if share is not None}
+    if measured:
+        card = {**card, "metrics": {**measured, **(card.get("metrics") or {})}}
     # Made first, so that a refused card leaves nothing behind.
     readme = make_card(
         "store",

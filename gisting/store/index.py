@@ -139,6 +139,11 @@ def text_key(parts: Sequence[str | int]) -> str:
     return hashlib.sha256(json.dumps(["gist of a text", *parts]).encode()).hexdigest()
 
 
+def prompt_digest(text: str) -> str:
+    """Return the SHA-256 of a prompt's text in hex, by which a file says what it was made of."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def content_key(sha256: str) -> str:
     """Make the key of a file that was put in from ``sha256``, its checksum in hex."""
     return hashlib.sha256(json.dumps(["gist in a file", sha256]).encode()).hexdigest()

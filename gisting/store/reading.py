@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, StoreError
@@ -18,7 +19,7 @@ from gisting.store.index import Index, StoreEntry, content_key, find_all, some_o
 from gisting.store.lru import BoundedLRU
 from gisting.store.objects import Objects
 
-__all__ = ["ATTEMPTS", "Reader", "check_entry", "checkpoint_of", "load_entry"]
+__all__ = ["ATTEMPTS", "Reader", "about_of", "check_entry", "checkpoint_of", "load_entry"]
 
 # How often to look up an entry, or to make it, while another process keeps removing it.
 ATTEMPTS = 3
@@ -106,6 +107,19 @@ def checkpoint_of(path: Path) -> str:
     except (OSError, CacheFormatError):
         return ""
     return name if isinstance(name, str) and name.isprintable() else ""
+
+
+def about_of(path: Path) -> dict[str, Any] | None:
+    """Return what a file says about how its gist was made and how good it is; None if nothing, or if it is unreadable.
+
+    Args:
+        path: the file of an entry, of which only the header is read.
+    """
+    try:
+        about = inspect(path)["manifest"].get("about")
+    except (OSError, CacheFormatError):
+        return None
+    return about[0] if isinstance(about, list) and about and isinstance(about[0], dict) else None
 
 
 def load_entry(path: Path, entry: StoreEntry) -> GistCache:

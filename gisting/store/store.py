@@ -34,7 +34,7 @@ from gisting.store.index import (
     some_of,
 )
 from gisting.store.objects import OBJECTS, TEMPORARY, Objects
-from gisting.store.reading import ATTEMPTS, Reader, checkpoint_of
+from gisting.store.reading import ATTEMPTS, Reader, about_of, checkpoint_of, load_entry
 from gisting.store.writing import commit, drop_unnamed, sweep, write_caches
 from gisting.table import GistTable
 
@@ -168,6 +168,14 @@ class GistStore:
             StoreError: there is no such entry, or it is neither a name nor a key.
         """
         return checkpoint_of(self._objects.path(self.entry(name).key))
+
+    def about(self, name: str) -> dict[str, Any] | None:
+        """Return how the gist of one ``name`` or key was made and how good it is, as :attr:`GistCache.about` says it.
+
+        Raises:
+            StoreError: there is no such entry, or it is neither a name nor a key.
+        """
+        return about_of(self._objects.path(self.entry(name).key))
 
     def list(self) -> builtins.list[StoreEntry]:
         """Return every name with its entry, sorted by name, then the entries without a name, oldest first.
@@ -306,6 +314,32 @@ class GistStore:
             made = write_caches(folder, [*named.values()], self.storage)
             key_of_name = {name: new.entry.key for name, new in zip(named, made, strict=True)}
             commit(self._index, self._objects, made, key_of_name)
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Add facts to what is known about the gist of a name or key; the states stay as they are, bit by bit.
+
+        The entry stays where its text finds it. An entry that was put in gets another key, which all its names follow,
+        because its key is a hash of the file.
+
+        Args:
+            name: the name or key.
+            **facts: as for :meth:`GistCache.with_about`.
+
+        Raises:
+            StoreError: there is no such entry, or the store is read-only.
+            GistError: the facts are not JSON.
+            CacheFormatError: the file of the entry is damaged.
+        """
+        self._check_writable(f"nothing can be noted about {name!r}")
+        entry = self.entry(name)
+        cache = load_entry(self._objects.path(entry.key), entry).with_about(**facts)
+        with self._objects.writing() as folder:
+            (new,) = write_caches(folder, [cache], entry.storage)
+            kept = replace(new.entry, created=entry.created, num_prompt_tokens=entry.num_prompt_tokens)
+            if entry.is_keyed_by_text:
+                kept = replace(kept, key=entry.key, is_keyed_by_text=True)
+            names = [one.name for one in self._index.all() if one.key == entry.key and one.name is not None]
+            commit(self._index, self._objects, [replace(new, entry=kept)], dict.fromkeys(names, kept.key))
 
     # -- maintaining ---------------------------------------------------------------------------------------------------
 

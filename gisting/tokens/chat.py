@@ -30,6 +30,21 @@ _log = logging.getLogger(__name__)
 # Stand for messages while a template is read. Of private characters, without spaces at the ends.
 _PROMPT, _ASKED, _SAID, _ASKED_NEXT, _SAID_NEXT, _ASKED_LAST = (f"\ue0f0{number}\ue0f1" for number in range(6))
 
+# Conversations in which a template could write tools elsewhere than in the system message.
+_CALL = {"type": "function", "id": "callabcde", "function": {"name": _SAID, "arguments": {_ASKED: 1}}}
+_PROBES: tuple[tuple[Message, ...], ...] = (
+    ({"role": "user", "content": _ASKED},),
+    tuple(
+        {"role": role, "content": text}
+        for role, text in (("user", _ASKED), ("assistant", _SAID), ("user", _ASKED_NEXT))
+    ),
+    (
+        {"role": "user", "content": _ASKED},
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "tool", "name": _SAID, "tool_call_id": "callabcde", "content": _SAID_NEXT},
+    ),
+)
+
 # A template that writes today's date is read with this one, which Llama's templates write where there is no clock.
 _DAY = "26 Jul 2024"
 _CLOCK = "{%%- macro strftime_now(format) -%%}%s{%%- endmacro %%}\n"
@@ -113,6 +128,73 @@ class ChatTemplate(Template):
             )
         return before, whole[: len(whole) - len(self.after_end)]
 
+    def written_answer(self, input: str | Sequence[Message], message: Message) -> str:
+        """Return what a model writes that answers ``input`` with ``message``, without its end.
+
+        A call of a tool, or the thoughts before an answer, become the text that stands for them.
+
+        Args:
+            input: what the user says, or the messages after the prompt.
+            message: the answer, a message of the assistant.
+
+        Raises:
+            GistError: the chat template writes the message in another way than any answer of text.
+        """
+        asked = _messages(input)
+        whole = self.after_prompt([*asked, message], is_asking=False)
+        before, answer = self.after_prompt(asked), whole.removesuffix(self.after_end)
+        lead, _, tail = self.completion.partition("{output}")
+        text = answer[len(before) :].removeprefix(lead).removesuffix(tail)
+        if not answer.startswith(before) or self.answered(asked, text) != (before, answer):
+            what = "a call of a tool" if message.get("tool_calls") else f"the answer {_excerpt(message['content'])}"
+            raise GistError(
+                f"the chat template writes {what} in another way than answers of plain text; leave it out, or use a "
+                "Template"
+            )
+        return text
+
+    def prompt_with_tools(self, prompt: str | None, tools: Sequence[Mapping[str, Any]]) -> str:
+        """Return the prompt that stands for a system message and a list of tools, as the chat template writes them.
+
+        Given as a prompt, it has the ids that ``apply_chat_template(messages, tools=tools)`` has before the end of the
+        system message. What follows is the same as without tools.
+
+        Args:
+            prompt: the system message, or None if the conversation has none.
+            tools: descriptions of functions, as ``apply_chat_template`` takes them.
+
+        Raises:
+            GistError: the chat template writes no tools, or writes them elsewhere than in the system message.
+        """
+        start: list[Message] = [] if prompt is None else [{"role": "system", "content": prompt}]
+        if self.role == "system":
+            asked = [*start, *_PROBES[0]]
+            if self._render(asked, is_asking=True, tools=tools) == self._render(asked, is_asking=True):
+                raise GistError(
+                    "the chat template writes no tools; choose one that does (tokenizer.chat_template = ...), or write "
+                    "them into the prompt as text"
+                )
+            head = self.prompt.partition("{prompt}")[0]
+            found = {self._head_with_tools(start, tools, messages) for messages in _PROBES}
+            whole = found.pop()
+            if not found and whole.startswith(head) and self.prompt_text(text := whole[len(head) :]) == whole:
+                return text
+        raise GistError(
+            "the chat template does not write tools into the system message alone, so they cannot be compressed with "
+            "it; write them into the prompt as text"
+        )
+
+    def _head_with_tools(
+        self, start: Sequence[Message], tools: Sequence[Mapping[str, Any]], messages: Sequence[Message]
+    ) -> str:
+        """Return what comes before the end of the system message, or "" if what follows depends on the tools."""
+        try:
+            after = self.after_prompt(messages)
+        except GistError:  # This template has no calls of tools, so their conversations are refused anyway.
+            after = self.after_prompt(messages := messages[:1])
+        whole = self._render([*start, *messages], is_asking=True, tools=tools)
+        return whole.removesuffix(after) if whole.endswith(after) else ""
+
     def bare_text(self, input: str | Sequence[Message]) -> str:
         """Return the conversation without the prompt, as the chat template writes it, up to where the answer begins."""
         return self._render(_messages(input), is_asking=True)
@@ -148,6 +230,13 @@ class ChatTemplate(Template):
         before, found, after = self._render(self._with_prompt(_PROMPT, messages), is_asking=is_asking).partition(
             _PROMPT
         )
+        for called in (call for message in messages for call in message.get("tool_calls") or ()):
+            name = called.get("function", called).get("name")
+            if isinstance(name, str) and name not in after:
+                raise GistError(
+                    f"the chat template does not write the call of {_excerpt(name)}, so the model would not see it; "
+                    "use a chat template with tools, or leave the call out"
+                )
         if not found or _PROMPT in after:
             raise GistError("the chat template does not write the prompt of this conversation once; use a Template")
         if self.prompt and before != self.prompt.partition("{prompt}")[0]:
@@ -157,12 +246,15 @@ class ChatTemplate(Template):
             )
         return after
 
-    def _render(self, messages: Sequence[Message], *, is_asking: bool) -> str:
+    def _render(
+        self, messages: Sequence[Message], *, is_asking: bool, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
         """Return the text of whole conversations, as the tokenizer's ``apply_chat_template`` does.
 
         Args:
             messages: all messages, beginning with the prompt if there is one.
             is_asking: whether the text goes on to where the next answer begins.
+            tools: descriptions of functions, if the conversation has any.
 
         Raises:
             GistError: the chat template refuses them.
@@ -172,6 +264,7 @@ class ChatTemplate(Template):
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
                 chat_template=self.source,
                 tokenize=False,
                 add_generation_prompt=is_asking,

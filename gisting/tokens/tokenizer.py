@@ -124,6 +124,11 @@ class GistTokenizer:
         """Return the number of ids including the gist token: the rows that a model's embedding needs at least."""
         return max(len(self.tokenizer), self.gist_token_id + 1)
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a model reads, in order; stock ``Trainer`` asks its ``processing_class``, which this class can be."""
+        return ["input_ids", "attention_mask"]
+
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     def encode_prompts(
@@ -320,6 +325,41 @@ class GistTokenizer:
 
             ids, mask = torch.tensor([ids]), torch.tensor([mask])
         return {"input_ids": ids, "attention_mask": mask} if return_dict else ids
+
+    def prompt_with_tools(self, prompt: str | None, tools: Sequence[Mapping[str, Any]]) -> str:
+        """Return the prompt that stands for a system message and a list of tools.
+
+        It is the text that the chat template writes of both, and a prompt like any other: it can be compressed, kept in
+        a store, and be the instruction of a record. What follows its gist has the ids that it has in the tokenizer's
+        ``apply_chat_template(messages, tools=tools)``::
+
+            prompt = tokenizer.prompt_with_tools("Be brief.", [get_weather])
+            cache = gisting.compress(model, tokenizer, [prompt])
+
+        Args:
+            prompt: the system message, or None for a conversation without one.
+            tools: descriptions of functions: ``{"type": "function", "function": {"name": ..., ...}}``.
+
+        Returns:
+            The prompt.
+
+        Raises:
+            GistError: the template is not ``"chat"``, there are no tools, or the chat template writes them elsewhere
+                than in the system message, or not at all.
+        """
+        if not isinstance(tools, list | tuple) or not tools or not all(isinstance(tool, Mapping) for tool in tools):
+            raise GistError(
+                f"tools must be a list of at least one description of a function, got {tools!r:.60}; give "
+                '[{"type": "function", "function": {"name": ..., "parameters": ...}}]'
+            )
+        if not isinstance(self.template, ChatTemplate):
+            raise GistError(
+                f"tools are laid out by the template 'chat' only, and the tokenizer's template is "
+                f"{self.template.name!r}; write them into the prompt as text"
+            )
+        if prompt is not None:
+            _check_texts("prompts", [prompt])
+        return self.template.prompt_with_tools(prompt, tools)
 
     def encode_bare(self, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:
         """Encode each of ``inputs`` as if there were no prompt, up to where the answer begins.
@@ -676,7 +716,11 @@ def _check_texts(name: str, texts: Sequence[str]) -> None:
         raise GistError(f"{name} must be a list of texts, got {type(texts).__name__}; make a list of it")
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            raise GistError(f"{name}[{row}] must be a text, got {type(text).__name__}")
+            hint = "; of messages, give the text of the system message (with tools: prompt_with_tools)"
+            raise GistError(
+                f"{name}[{row}] must be a text, got {type(text).__name__}"
+                f"{hint if name == 'prompts' and isinstance(text, list | tuple | Mapping) else ''}"
+            )
         if (fault := text_fault(text)) is not None:
             raise GistError(f"{name}[{row}] {fault}")
 

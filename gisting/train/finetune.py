@@ -64,10 +64,10 @@ def finetune(
     Args:
         model: a patched model.
         tokenizer: the tokenizer that it was patched for.
-        records: training records, or mappings with the same keys, as a list or ``datasets.Dataset``; or a stream of
-            them (``datasets.IterableDataset``), which is read in its own order, in this process, and needs
-            ``max_steps``. Texts of records are encoded once, before the first step; texts of a stream are encoded as
-            they are read. Records that do not fit ``max_length`` are left out.
+        records: training records, or mappings with the same keys, or conversations (``messages``), as a list or
+            ``datasets.Dataset``; or a stream of them (``datasets.IterableDataset``), which is read in its own order, in
+            this process, and needs ``max_steps``. Texts of records are encoded once, before the first step; texts of a
+            stream are encoded as they are read. Records that do not fit ``max_length`` are left out.
         arguments: arguments of stock ``Trainer``; :func:`published_arguments` returns the paper's.
             ``train_sampling_strategy="group_by_length"`` groups records by their number of tokens, and needs
             ``datasets``.
@@ -254,7 +254,7 @@ class _FittingStream(IterableDataset[Any]):
             number += 1
             if fitting := self.collator.fit(item if is_group else [item]):
                 number_fitting += 1
-                yield fitting if is_group else fitting[0]
+                yield from [fitting] if is_group else fitting
         if number and not number_fitting:
             raise GistError(f"none of the {number} records of the stream fits max_length; raise it")
 
@@ -265,8 +265,18 @@ class _FittingStream(IterableDataset[Any]):
 
 
 def _with_lengths(items: list[Any], collator: GistCollator, name: str) -> Any:
-    """Return a data set with a column of the records' numbers of ids, where ``Trainer`` looks for them."""
+    """Return a data set with a column of the records' numbers of ids, where ``Trainer`` looks for them.
+
+    Raises:
+        GistError: the input of a record is a conversation, which columns of a data set do not hold.
+    """
     from datasets import Dataset
+
+    if not all(isinstance(row.input, str) for row in items):
+        raise GistError(
+            "records whose input is a conversation cannot be grouped by length; leave train_sampling_strategy at "
+            "'random'"
+        )
 
     return Dataset.from_list(
         [{**asdict(row), name: length} for row, length in zip(items, collator.lengths(items), strict=True)]

@@ -7,6 +7,7 @@ with the checkpoint.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 
 from gisting.data.records import Record, load_records, say_shared
 from gisting.errors import GistError
-from gisting.models.load import load
+from gisting.models.load import load, load_tokenizer
 from gisting.settings import keywords_for
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import finetune
@@ -90,7 +91,11 @@ def train_recipe(
         missing = " and no ".join(name for name in ("model", "data") if getattr(recipe, name) is None)
         raise GistError(f"there is no {missing} to train with; name it in the recipe or on the command line")
     checkpoint_to_resume(output_dir, resume)  # fails before a large model is loaded and the directory is written to
-    records = load_records(recipe.data, columns=recipe.columns)
+    records = load_records(
+        recipe.data,
+        columns=recipe.columns,
+        tokenizer=functools.cache(functools.partial(load_tokenizer, recipe.model, recipe.template)),
+    )
     for name, rows in held_out.items():
         say_shared(records, rows, name)
     set_seed(recipe.seed)

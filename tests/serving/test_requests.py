@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from gisting.errors import GistError
+from gisting.models.patch import patch
 from gisting.serving.gists import GistRefusedError, Served, StoredGists
 from gisting.serving.requests import chat_ids, chat_with_ids, completion_with_ids, request
 from gisting.store import GistStore
 from gisting.tokens import GistTokenizer
 from tests import tiny
+from tests.chats import CALL, CALLED, CHATS, WEATHER
 
 G = 64
 MESSAGES: list[dict[str, Any]] = [
@@ -139,6 +141,7 @@ def test_chats(gists: StoredGists, tokenizer: GistTokenizer) -> None:
         ({"prompt": "w1", "prompt_logprobs": 0}, "prompt_logprobs does not work"),
         ({"prompt": "w1", "truncate_prompt_tokens": 5}, "it would cut off the gist"),
         ({"prompt": "w1", "suffix": "w2"}, "suffix does not work"),
+        ({"prompt": "w1", "tools": [{}]}, "tools does not work with a gist: tools are part of a chat"),
         ({"prompt": "w1", "allowed_token_ids": [1, G]}, "allowed_token_ids holds the gist token"),
         ({"prompt": None}, "prompt must be a text"),
         ({"prompt": []}, "prompt must be a text"),
@@ -167,7 +170,7 @@ def test_options_that_are_off_are_ignored(gists: StoredGists, tokenizer: GistTok
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"tools": [{}]}, "tools are part of the prompt"),
+        ({"tools": [{}]}, "tools cannot come with a gist: tools are laid out by the template 'chat' only"),
         ({"chat_template": "x"}, "chat_template does not work"),
         ({"reasoning_effort": "low"}, "reasoning_effort does not work"),
         ({"add_generation_prompt": False}, "add_generation_prompt does not work"),
@@ -182,6 +185,124 @@ def test_chats_that_do_not_work_with_a_gist(
 ) -> None:
     with pytest.raises(GistRefusedError, match=message):
         chat_with_ids({**body(messages=MESSAGES), **more}, gists, tokenizer)
+
+
+# -- tools -------------------------------------------------------------------------------------------------------------
+
+CALLED_IN_JSON = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{**CALL, "function": {"name": "get_weather", "arguments": '{"city": "Zürich"}'}}],
+}
+RETURNED = {"role": "tool", "tool_call_id": "callabcde", "content": [{"type": "text", "text": "3"}]}
+
+
+@pytest.fixture(scope="module")
+def chat() -> GistTokenizer:
+    return GistTokenizer(CHATS["qwen2.5"].tokenizer(), "chat")
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory: pytest.TempPathFactory, chat: GistTokenizer) -> StoredGists:
+    path = tmp_path_factory.mktemp("requests") / "store"
+    model = patch(tiny.model("llama", vocab_size=len(chat), max_position_embeddings=4096), chat)
+    prompts = {"both": chat.prompt_with_tools("Be brief.", [WEATHER]), "tools": chat.prompt_with_tools(None, [WEATHER])}
+    with GistStore(path) as store:
+        store.get_or_compress(model, chat, [*prompts.values(), "Be brief."], 2, names=[*prompts, "three"])
+        entry = store.list()[0]
+    return StoredGists(path, Served((entry.model,), entry.tokenizer, "chat", chat.gist_token_id))
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def asked(name: str, messages: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    return {"model": "m", "kv_transfer_params": {"gist": name}, "messages": messages, **more}
+
+
+@pytest.mark.parametrize(("name", "start"), [("both", [SYSTEM]), ("tools", [])])
+def test_a_chat_with_the_tools_that_its_gist_was_made_of(
+    with_tools: StoredGists, chat: GistTokenizer, name: str, start: list[dict[str, Any]]
+) -> None:
+    """The ids are the chat template's, with the gist in place of system message and tools; calls as vLLM reads them."""
+    messages = [{"role": "user", "content": "Hi?"}, CALLED_IN_JSON, RETURNED]
+    read = [messages[0], CALLED, {**RETURNED, "content": "3"}]
+    stock: Any = chat.tokenizer
+    for end in (1, 3):
+        made = chat_with_ids(asked(name, [*start, *messages[:end]], tools=[WEATHER]), with_tools, chat)
+        whole = stock.apply_chat_template(
+            [*start, *read[:end]], tools=[WEATHER], add_generation_prompt=True, return_dict=False
+        )
+        prompt = chat.prompt_with_tools("Be brief." if start else None, [WEATHER])
+        number = len(chat.encode_prompts([prompt], 1)[0].chunks[0])
+        assert made is not None
+        assert made["kv_transfer_params"]["prompt_token_ids"] == [chat.gist_token_id] * 2 + whole[number:]
+        assert made["tools"] == [WEATHER]
+        assert made["messages"] == [*start, *messages[:end]]
+    # In a later turn without the list of tools, their calls are a part of the conversation.
+    made = chat_with_ids(asked(name, messages), with_tools, chat)
+    assert made is not None
+    assert made["kv_transfer_params"]["prompt_token_ids"][2:] == chat.encode_continuations([read])[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "tools", "message"),
+    [
+        (
+            "tools",
+            [SYSTEM, MESSAGES[0]],
+            [WEATHER],
+            r"gist 'tools' was not made of these tools \(get_weather\) and this s",
+        ),
+        (
+            "both",
+            MESSAGES[:1],
+            [WEATHER],
+            r"was not made of these tools \(get_weather\) without a system message; send",
+        ),
+        ("three", [SYSTEM, MESSAGES[0]], [WEATHER], "gist 'three' was not made of these tools"),
+        (
+            "both",
+            [SYSTEM, MESSAGES[0]],
+            [WEATHER, WEATHER],
+            r"these tools \(get_weather, get_weather\) and this system",
+        ),
+        ("both", MESSAGES[:1], ["get_weather"], "tools cannot come with a gist: tools must be a list"),
+        ("both", MESSAGES[:1], [{"function": 7}], r"was not made of these tools \(\?\)"),
+        ("both", [{**SYSTEM, "content": 7}], [WEATHER], r"messages\[0\] must be text"),
+        ("both", [SYSTEM], [WEATHER], "messages must be a list of at least one message"),
+        ("both", [SYSTEM, MESSAGES[0]], None, "is a system message, which the gist replaces"),
+        ("both", [MESSAGES[0], CALLED_IN_JSON], None, "must end with one from the user or a tool"),
+        (
+            "both",
+            [SYSTEM, MESSAGES[0], CALLED, RETURNED],
+            None,
+            r"messages\[0\] must be from the user, the assistant or",
+        ),
+        (
+            "both",
+            [
+                MESSAGES[0],
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+                RETURNED,
+            ],
+            None,
+            r"messages\[1\]: tool_calls must be a list of functions with a name, and arguments that are an object",
+        ),
+        (
+            "both",
+            [MESSAGES[0], {"role": "assistant", "tool_calls": 7}, RETURNED],
+            None,
+            r"messages\[1\]: tool_calls must",
+        ),
+    ],
+)
+def test_other_tools_are_refused_by_name(
+    with_tools: StoredGists, chat: GistTokenizer, name: str, messages: list[Any], tools: Any, message: str
+) -> None:
+    with pytest.raises(GistRefusedError, match=message) as caught:
+        chat_with_ids(asked(name, messages, tools=tools), with_tools, chat)
+    assert caught.value.status == 400
 
 
 def test_text_that_the_tokenizer_must_read_as_a_gist_is_refused(tmp_path: Path) -> None:

@@ -157,6 +157,36 @@ def test_list_has_every_field(store: GistStore) -> None:
     assert entry.key in store
 
 
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_what_is_known_about_a_gist_is_kept_and_can_be_added_to(tmp_path: Path, storage: str | None) -> None:
+    store = GistStore(tmp_path / "store", storage=storage)
+    store.put_many({"a": made(1).with_about(distilled={"inputs": 80}), "b": made(2), "c": made(2)})
+    before, states = store.entry("b"), store["b"]
+    assert store.about("a") == {"distilled": {"inputs": 80}}
+    assert store.about("b") is None
+    store.note("b", quality={"kept": 0.5})
+    store.note("a", quality={"kept": 1})
+    assert store["a"].about == ({"distilled": {"inputs": 80}, "quality": {"kept": 1}},)
+    assert store["c"].about == store["b"].about == ({"quality": {"kept": 0.5}},), "another name of the same gist"
+    assert is_same(store["b"], states), "the states are as before"
+    assert store.entry("b").created == before.created
+    assert store.entry("b").storage == before.storage
+    assert before.key not in store
+    assert len(files(store)) == 2
+    assert store.verify() == []
+
+
+def test_a_note_refuses(store: GistStore) -> None:
+    store.put("a", made(1))
+    with pytest.raises(StoreError, match="has no entry 'b'"):
+        store.note("b", quality={})
+    with pytest.raises(GistError, match="JSON"):
+        store.note("a", quality=float("nan"))
+    with pytest.raises(StoreError, match="nothing can be noted about 'a'"):
+        GistStore(store.path, is_read_only=True).note("a", quality={})
+    assert store.about("a") is None
+
+
 def test_rename(store: GistStore) -> None:
     store.put_many({"a": made(1), "b": made(2)})
     store.rename("a", "c")
@@ -317,6 +347,18 @@ def test_get_or_compress_is_compress(store: GistStore, name: str, compressions: 
     lengths = {entry.num_gist_tokens: entry.num_prompt_tokens for entry in store.list()}
     encodings = tokenizer.encode_prompts(prompts, [3, 1, 2])
     assert lengths == {encoding.num_gist_tokens: encoding.gist_start for encoding in encodings}
+
+
+def test_a_note_on_a_text_leaves_it_where_it_is_found(store: GistStore, compressions: Compressions) -> None:
+    model, tokenizer = tiny.patched("llama")
+    store.get_or_compress(model, tokenizer, ["w1 w2"], 2, names=["a"])
+    before = store.entry("a")
+    store.note("a", quality={"kept": 0.5})
+    after = store.entry("a")
+    assert (after.key, after.num_prompt_tokens, after.is_keyed_by_text) == (before.key, 2, True)
+    assert store.get_or_compress(model, tokenizer, ["w1 w2"], 2).about == ({"quality": {"kept": 0.5}},)
+    assert compressions.calls == [["w1 w2"]]
+    assert store.verify() == []
 
 
 def test_only_what_is_missing_is_compressed_and_once(store: GistStore, compressions: Compressions) -> None:

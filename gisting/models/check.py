@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -65,6 +66,7 @@ _SEED = 20
 # Bounds are in units of the largest value that is compared. How much one rounding of the embeddings changes a result is
 # measured on the model; attention rounds several times in each layer, in another order.
 _ROUNDINGS = 8
+_CAPTURING = "_output_capturing_hooks_installed"
 _RECURRENT = r"mamba|recurrent|rwkv|deltanet|linearattention|lightning|xlstm|shortconv"
 
 
@@ -274,8 +276,12 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Restore attention, modes and buffers after a block, in which the model is in eval mode."""
     attention = attention_of(model)
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    # transformers leaves its hooks for hidden states on a model, with a mark that they are there.
+    hooks = [(module, set(module._forward_hooks)) for module in model.modules()]
+    marked = {module for module, _ in hooks if _CAPTURING in vars(module)}
     has_table = is_patched(model)
-    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+    device_type = input_weight(model).device.type
+    with evaluating(model), torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
         try:
             if not has_table:
                 relative_bias.install(model)
@@ -286,6 +292,11 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
             set_attention(model, attention)
             for module, held in buffers:
                 module._buffers.update(held)
+            for module, known in hooks:
+                for number in set(module._forward_hooks) - known:
+                    del module._forward_hooks[number]
+                if module not in marked:
+                    vars(module).pop(_CAPTURING, None)
 
 
 class _Runs:
@@ -296,8 +307,9 @@ class _Runs:
         self.device = input_weight(model).device
         self.base = {name: base_name(found) for name, found in attention_of(model).items()}
         self.dtype = model.dtype if model.dtype.is_floating_point else torch.float32
-        drawn = iter(_draw_ids(model, 2 + len(_ROWS) * _TARGETS + sum(prompt + rest for prompt, _, rest in _ROWS)))
-        self.tokens: Any = SimpleNamespace(pad_token_id=next(drawn), gist_token_id=next(drawn))
+        pad, gist_token, *others = _draw_ids(model)
+        self.tokens: Any = SimpleNamespace(pad_token_id=pad, gist_token_id=gist_token)
+        drawn = itertools.cycle(others)
         self.prompts: list[GistEncoding] = []
         self.rests: list[list[int]] = []
         for prompt, k, rest in _ROWS:
@@ -485,7 +497,7 @@ class _Decoder(_Runs):
         masks = self.as_scores(self.visibility, self.visibility, causal(is_token))
         with _rounded(self.model, slice(len(_ROWS), 2 * len(_ROWS))):
             thrice, self._true = self._with_gradients(self.ids.repeat(3, 1), masks, positions.repeat(3, 1))
-        return self.set_bounds(found, thrice, is_token.to(self.device))
+        return self.set_bounds(found, thrice, is_token)
 
     def gradient(self) -> tuple[float, float, str]:
         return self.compare_gradients(self._found, self._true, 2)
@@ -510,7 +522,7 @@ class _Decoder(_Runs):
         if not error <= bound:
             return error, bound, reason
         self.rotation = _rotation(self.model, cache, self.shift)
-        with _NoNegativeIndex():
+        with _NoNegativeIndex() if self.device.type != "cpu" else contextlib.nullcontext():
             below, _ = at(-self.below)
         worst = self.worst([part[0] for part in below], truth)
         return *max((error, bound), worst, key=lambda one: one[0] / one[1]), f"{reason} (below 0 alone)"
@@ -552,7 +564,7 @@ class _Decoder(_Runs):
     def ordinary(self) -> tuple[float, float, str]:
         error = 0.0
         for ids, mask in ((self.ids, self.is_token.long()), (self.ids[:1], None)):
-            known = (self.is_token if mask is not None else torch.ones_like(ids, dtype=torch.bool)).to(self.device)
+            known = self.is_token if mask is not None else torch.ones_like(ids, dtype=torch.bool)
             found = []
             for kind in ("base", "gist"):
                 self.attend(kind)
@@ -645,7 +657,7 @@ class _EncoderDecoder(_Runs):
         seen = torch.cat([survivors, survivors, is_token.long()])
         with _rounded(self.model, slice(len(_ROWS), 2 * len(_ROWS))):
             thrice, self._true = self._with_gradients(self.ids.repeat(3, 1), masks, seen, self.targets.repeat(3, 1))
-        return self.set_bounds(found, thrice, is_token.to(self.device))
+        return self.set_bounds(found, thrice, is_token)
 
     def gradient(self) -> tuple[float, float, str]:
         return self.compare_gradients(self._found, self._true, 1)
@@ -658,8 +670,7 @@ class _EncoderDecoder(_Runs):
             is_token = torch.nn.functional.pad(self.is_token, (columns, 0), value=False)
             mask = encoder_gist(ids == self.tokens.gist_token_id, is_token).as_attention_mask()
             *layers, logits = self.states(ids, mask, mask, self.targets)
-            known = is_token.to(self.device)
-            found.append([*(layer[known] for layer in layers), logits.flatten(0, 1)])
+            found.append([*(layer[is_token] for layer in layers), logits.flatten(0, 1)])
         return *self.worst(
             found[1], found[0]
         ), "its results depend on where positions start: they are absolute or learned"
@@ -760,11 +771,12 @@ def _difference(found: Tensor, truth: Tensor) -> float:
     return (errors.flatten().quantile(0.75) if is_half else errors.max()).item()
 
 
-def _draw_ids(model: Any, number: int) -> list[int]:
+def _draw_ids(model: Any) -> list[int]:
+    """Draw up to 64 different ids of ordinary tokens."""
     special = set(_special_ids(model.config.to_dict()))
     size = min(int(getattr(model.config.get_text_config(), "vocab_size", 0) or 1 << 30), input_weight(model).shape[0])
     order = torch.randperm(size, generator=torch.Generator().manual_seed(_SEED), device="cpu").tolist()
-    return [id_ for id_ in order if id_ not in special][:number]
+    return [id_ for id_ in order if id_ not in special][:64]
 
 
 def _special_ids(config: dict[str, Any]) -> Iterator[int]:
@@ -823,10 +835,7 @@ def _hooked(model: PreTrainedModel, hook: Callable[..., Tensor]) -> Iterator[Non
 
 
 class _NoNegativeIndex(TorchDispatchMode):
-    """Raise where a position below 0 looks something up.
-
-    A GPU would stop for good, and Python's rule for negative numbers would find another position.
-    """
+    """Raise where a position below 0 looks something up: after such an error, a GPU can do nothing more."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         indices: Any = ()

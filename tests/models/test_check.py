@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
@@ -290,10 +290,8 @@ def test_what_cannot_be_run_is_skipped() -> None:
 def test_arguments() -> None:
     with pytest.raises(GistError, match=r"^model must be a transformers PreTrainedModel, got Linear$"):
         check_model(nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
-    config = AutoModelForCausalLM.from_config
-    from transformers import AutoConfig
-
-    bloom = config(AutoConfig.for_model("bloom", vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
+    config = AutoConfig.for_model("bloom", vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    bloom = AutoModelForCausalLM.from_config(config)
     message = (
         "^bloom cannot be gisted: BloomForCausalLM computes its attention without transformers' attention interface"
     )
@@ -397,6 +395,25 @@ def test_without_a_check_gists_cannot_be_chained() -> None:
         gisting.GistCache.chain(caches)
 
 
-def test_cache_argument_is_a_dynamic_cache() -> None:
-    """The rotation is read from a cache that keeps every key."""
-    assert len(DynamicCache().layers) == 0
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda table, places: table[places],
+        lambda table, places: nn.functional.embedding(places, table),
+        lambda table, places: table.index_select(0, places),
+        lambda table, places: table.gather(0, places[:, None]),
+    ],
+    ids=["index", "embedding", "index_select", "gather"],
+)
+def test_a_position_below_0_finds_nothing(look: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """On a GPU the error of the operator itself would be the last thing that the process computes there."""
+    table = torch.randn(8, 2)
+    with check_module._NoNegativeIndex():
+        assert look(table, torch.tensor([0, 7])).shape[0] == 2
+        with pytest.raises(IndexError, match=r"^it looks positions up in a table, and there is none at -2$"):
+            look(table, torch.tensor([3, -2]))
+
+
+def test_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert check_model(tiny.model("llama")).passed

@@ -361,7 +361,11 @@ def test_what_was_measured_of_a_gist_is_shown(run, workplace: Path) -> None:
     assert plainly.rstrip().endswith("91 %")
     assert "%" not in short
     rows = [json.loads(line) for line in run("store", "list", "gists", "--json").out.splitlines()]
-    assert [row["about"] for row in rows] == [{"quality": facts}, None]
+    digests = [hashlib.sha256(text).hexdigest() for text in (b"answer plainly", b"answer")]
+    assert [row["about"] for row in rows] == [
+        {"prompt_sha256": digests[0], "quality": facts},
+        {"prompt_sha256": digests[1]},
+    ]
     store.save_pretrained("saved")
     assert "| kept, plainly | 0.912 |" in Path("saved/README.md").read_text()
 

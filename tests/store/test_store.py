@@ -356,7 +356,8 @@ def test_a_note_on_a_text_leaves_it_where_it_is_found(store: GistStore, compress
     store.note("a", quality={"kept": 0.5})
     after = store.entry("a")
     assert (after.key, after.num_prompt_tokens, after.is_keyed_by_text) == (before.key, 2, True)
-    assert store.get_or_compress(model, tokenizer, ["w1 w2"], 2).about == ({"quality": {"kept": 0.5}},)
+    (about,) = store.get_or_compress(model, tokenizer, ["w1 w2"], 2).about
+    assert about == {"quality": {"kept": 0.5}, "prompt_sha256": hashlib.sha256(b"w1 w2").hexdigest()}
     assert compressions.calls == [["w1 w2"]]
     assert store.verify() == []
 

@@ -26,6 +26,7 @@ __all__ = ["BENCHMARKS", "run"]
 BENCHMARKS = {
     "card": "benchmarks.card",
     "cpu-attention": "benchmarks.cpu_attention",
+    "distill": "benchmarks.distill",
     "distillation": "benchmarks.distillation",
     "families": "benchmarks.families",
     "internalize": "benchmarks.internalize",

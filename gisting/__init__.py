@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gisting.cache import GistCache
     from gisting.data.collate import GistCollator
     from gisting.data.records import Record, load_records
+    from gisting.distillation import distill
     from gisting.errors import GistError
     from gisting.generation import compress, converse, generate
     from gisting.models.check import check_model
@@ -39,6 +40,7 @@ _HOMES = {
     "check_model": "models.check",
     "compress": "generation",
     "converse": "generation",
+    "distill": "distillation",
     "generate": "generation",
     "interval_attention": "attention",
     "load": "models.load",
@@ -63,6 +65,7 @@ __all__ = [
     "check_model",
     "compress",
     "converse",
+    "distill",
     "generate",
     "interval_attention",
     "load",

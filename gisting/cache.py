@@ -261,8 +261,8 @@ class GistCache:
 
         Raises:
             GistError: there is nothing to chain, numbers of prompts do not fit, or the states cannot be moved, because
-                they are an encoder's, are of a condition other than gist, or come from a file that does not say how
-                keys are rotated.
+                they are an encoder's, are of a condition other than gist, were distilled, or come from a file that does
+                not say how keys are rotated.
             CacheMismatchError: the caches do not belong together.
         """
         caches = list(caches)
@@ -280,6 +280,11 @@ class GistCache:
             )
         if len(caches) == 1:
             return first
+        if any(about and "distilled" in about for cache in caches for about in cache.about):
+            raise GistError(
+                "caches hold a distilled gist, which is what it is at the beginning of a prefix and by itself; distil "
+                "the joined prompts instead"
+            )
         if rotary is None:
             raise GistError(
                 "caches do not say how their keys are rotated (rotary is None; files of format 1 do not); compress "

@@ -222,6 +222,7 @@ def test_wrong_usage(run, words: str) -> None:
     "words",
     [
         "compress runs/nothing --prompt a --output x",
+        "distill runs/nothing --prompt-file {data} --output o",
         "generate runs/nothing --cache {cache}",
         "compare runs/nothing --prompt a",
         "chat runs/nothing --cache {cache}",

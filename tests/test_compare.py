@@ -15,7 +15,8 @@ import torch
 import gisting
 from gisting import GistError
 from gisting._compat import cache_argument
-from gisting.measure.compare import Answer, Comparison, compare, full_prompt_cache
+from gisting.generation.compression import full_prompt_cache
+from gisting.measure.compare import Answer, Comparison, compare
 from tests import tiny
 from tests.shell import Ran
 
@@ -107,7 +108,7 @@ def test_what_cannot_be_compared() -> None:
 def test_a_conversation_after_the_full_prompt_is_one_long_text(name: str) -> None:
     model, tokenizer = tiny.patched(name)
     like = gisting.compress(model, tokenizer, [PROMPT], 2)
-    cache = full_prompt_cache(model, tokenizer, PROMPT, like)
+    cache = full_prompt_cache(model, tokenizer, PROMPT, like.origin)
     (head,) = tokenizer.encode_texts([tokenizer.template.prompt_text(PROMPT)])
     ids = torch.tensor([tokenizer.start_ids + head])
     assert cache.num_gist_tokens == [ids.shape[1]]

@@ -108,7 +108,7 @@ def _shift_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "_up_to_end", lambda answer, *_: answer[:1])
+    monkeypatch.setattr(answers, "up_to_end", lambda answer, *_: answer[:1])
 
 
 def _stream_what_is_in_front(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from gisting.cli import (
     cost,
     data,
     demo,
+    distill,
     doctor,
     evaluate,
     internalize,
@@ -88,6 +89,7 @@ app.command()(internalize.internalize)
 app.command()(report.report)
 app.command()(cost.cost)
 app.command()(caches.compress)
+app.command()(distill.distill)
 app.command()(caches.generate)
 app.command()(chat.chat)
 app.command()(compare.compare)

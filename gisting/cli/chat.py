@@ -97,10 +97,10 @@ def chat(
             condition = "prompt"
             err.print("the full prompt's answer:", highlight=False)
             if condition not in sides:
-                from gisting.measure.compare import full_prompt_cache
+                from gisting.generation.compression import full_prompt_cache
 
                 sides[condition] = _Side(
-                    loaded, tokenizer, full_prompt_cache(loaded, tokenizer, text, held), max_new_tokens
+                    loaded, tokenizer, full_prompt_cache(loaded, tokenizer, text, held.origin), max_new_tokens
                 )
         elif line.startswith("/") and line[1:].isalpha():
             err.print(f"there is no {line}; there are {_COMMANDS}", highlight=False, soft_wrap=True)

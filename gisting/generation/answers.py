@@ -24,7 +24,7 @@ from gisting.tokens import ChatTemplate, GistTokenizer, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Turn", "converse", "generate"]
+__all__ = ["Turn", "answer_ends", "converse", "generate", "up_to_end"]
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _answer(
             )
         return arguments, given
 
-    ends = _ends(call.config, model)
+    ends = answer_ends(call.config, model)
 
     def keep(rows: list[int], output: Any, answers: list[list[int]]) -> GistCache:
         kept = [tokenizer.without_end(answer) if answer[-1] in ends else answer for answer in answers]
@@ -277,7 +277,7 @@ def _run(
         The answers, and what ``keep`` made, if it is given.
     """
     call.check_num_groups(len(groups))
-    ends = _ends(call.config, model)
+    ends = answer_ends(call.config, model)
     config = copy.copy(call.config)
     config.return_dict_in_generate = True
     order: list[int] = []
@@ -289,7 +289,7 @@ def _run(
             arguments, given = prepare(rows)
             extra = call.extra_for(rows, tokenizer.gist_token_id)
             output = model.generate(**arguments, **extra, generation_config=config)
-            said = [_up_to_end(answer, ends) for answer in output.sequences[:, given:].tolist()]
+            said = [up_to_end(answer, ends) for answer in output.sequences[:, given:].tolist()]
             row_of = [row for row in rows for _ in range(len(said) // len(rows))]
             order += row_of
             answers += said
@@ -300,13 +300,13 @@ def _run(
     return texts, GistCache.cat(caches).select(back) if caches else None
 
 
-def _ends(config: Any, model: PreTrainedModel) -> set[int]:
+def answer_ends(config: Any, model: PreTrainedModel) -> set[int]:
     """The ids that end an answer."""
     own: Any = model.generation_config
     ends = config.eos_token_id if config.eos_token_id is not None else own.eos_token_id
     return {ends} if isinstance(ends, int) else set(ends or ())
 
 
-def _up_to_end(answer: list[int], ends: set[int]) -> list[int]:
+def up_to_end(answer: list[int], ends: set[int]) -> list[int]:
     """An answer up to its first end of sequence, without the padding after it, which may be any id."""
     return next((answer[: place + 1] for place, token in enumerate(answer) if token in ends), answer)

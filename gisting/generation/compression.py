@@ -6,8 +6,12 @@ Place in the flow: tokens -> models -> **compression** -> cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from gisting._compat import cache_argument
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
 from gisting.generation.checks import check_condition, check_count, check_positions, chosen_k, listed
@@ -15,13 +19,15 @@ from gisting.models.adapters import check_num_gist_tokens, checkpoint_name, read
 from gisting.models.architecture import architecture_of
 from gisting.models.mode import evaluating
 from gisting.models.registry import family_of, is_length_dependent, sliding_windows
+from gisting.models.rotary import rotary_of
 from gisting.models.state import require_patched
+from gisting.models.weights import input_weight
 from gisting.tokens import GistEncoding, GistTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["compress", "compress_encodings"]
+__all__ = ["compress", "compress_encodings", "full_prompt_cache"]
 
 
 def compress(
@@ -122,6 +128,40 @@ def compress_encodings(
         return parts[0]
     back = sorted(range(len(order)), key=lambda place: order[place])
     return GistCache.cat(parts).select(back)
+
+
+def full_prompt_cache(model: PreTrainedModel, tokenizer: GistTokenizer, prompt: str, origin: CacheOrigin) -> GistCache:
+    """Return the states of the full prompt as ordinary text, which :func:`gisting.generate` continues from.
+
+    Args:
+        model: a patched decoder.
+        tokenizer: the tokenizer it was patched for.
+        prompt: the text.
+        origin: what the states belong to, as in a cache of this model; its condition becomes ``"prompt"``.
+
+    Returns:
+        A cache of one prompt, with a slot for each of its tokens.
+
+    Raises:
+        GistError: the model is an encoder-decoder, or the prompt is empty or exceeds the model's positions.
+    """
+    from transformers import DynamicCache
+
+    if require_patched(model, tokenizer).is_encoder_decoder:
+        raise GistError("full_prompt_cache is for decoders; an encoder-decoder reads prompt and input together")
+    ids = tokenizer.encode_prompts([prompt], 1)[0].chunks[0]
+    check_positions(model, [len(ids)], "prompt", "nothing after it")
+    past: Any = DynamicCache()  # without a config, so that every layer keeps all keys
+    with evaluating(model), torch.no_grad():
+        device = input_weight(model).device
+        model.base_model(input_ids=torch.tensor([ids], device=device), **{cache_argument(): past}, use_cache=True)
+    return GistCache(
+        tuple(layer.keys for layer in past.layers),
+        tuple(layer.values for layer in past.layers),
+        torch.tensor([len(ids)]),
+        replace(origin, condition="prompt"),
+        rotary=rotary_of(model),
+    )
 
 
 def _num_positions(model: PreTrainedModel, encoding: GistEncoding, condition: str) -> int:

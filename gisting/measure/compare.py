@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gisting._compat import cache_argument
 from gisting.cache import GistCache
 from gisting.data.records import Record
 from gisting.errors import GistError
 from gisting.eval.conditions import evaluate
 from gisting.eval.cost import cache_bytes
 from gisting.generation import generate
-from gisting.models.mode import evaluating
 from gisting.models.patch import require_patched
-from gisting.models.rotary import rotary_of
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 
-__all__ = ["Answer", "Comparison", "check_prompt", "compare", "full_prompt_cache"]
+__all__ = ["Answer", "Comparison", "check_prompt", "compare"]
 
 
 @dataclass(frozen=True)
@@ -217,34 +214,3 @@ def check_prompt(tokenizer: GistTokenizer, prompt: str, num_prompt_tokens: int |
             f"{name!r} was compressed from a prompt of {num_prompt_tokens} tokens, the prompt given has {given}; give "
             "the text that was compressed"
         )
-
-
-def full_prompt_cache(model: PreTrainedModel, tokenizer: GistTokenizer, prompt: str, like: GistCache) -> GistCache:
-    """Return the states of the full prompt as ordinary text, from which :func:`gisting.converse` starts.
-
-    Args:
-        model: a patched decoder.
-        tokenizer: the tokenizer it was patched for.
-        prompt: the text.
-        like: a cache for this model, whose origin is taken.
-
-    Returns:
-        A cache of one prompt, with a slot for each of its tokens.
-
-    Raises:
-        GistError: the model is an encoder-decoder, or the prompt is empty.
-    """
-    if require_patched(model, tokenizer).is_encoder_decoder:
-        raise GistError("full_prompt_cache is for decoders; an encoder-decoder reads prompt and input together")
-    ids = tokenizer.encode_prompts([prompt], 1)[0].chunks[0]
-    past: Any = DynamicCache()  # without a config, so that every layer keeps all keys
-    with evaluating(model), torch.no_grad():
-        device = input_weight(model).device
-        model.base_model(input_ids=torch.tensor([ids], device=device), **{cache_argument(): past}, use_cache=True)
-    return GistCache(
-        tuple(layer.keys for layer in past.layers),
-        tuple(layer.values for layer in past.layers),
-        torch.tensor([len(ids)]),
-        replace(like.origin, condition="prompt"),
-        rotary=rotary_of(model),
-    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gisting.cache import CacheOrigin, GistCache
@@ -128,6 +129,30 @@ class Architecture(Protocol):
 
         Returns:
             The arguments, and how many columns of the result come before the answer.
+        """
+        ...
+
+    def answer_logits(
+        self,
+        model: PreTrainedModel,
+        tokenizer: GistTokenizer,
+        prefix: GistCache | None,
+        befores: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """Run answers after what comes before them, in one pass.
+
+        Gradients flow into the states of the prefix, unless they are switched off.
+
+        Args:
+            model: a patched model of this kind.
+            tokenizer: the tokenizer it was patched for.
+            prefix: states of one prompt that precede every row, or None.
+            befores: B lists of ids, at least one id each, up to where the answer begins.
+            answers: B lists of ids, at least one id each.
+
+        Returns:
+            The logits ``(T, V)`` that predict each of the answers' T tokens, one answer after the other.
         """
         ...
 

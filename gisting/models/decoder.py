@@ -19,6 +19,8 @@ from gisting._compat import cache_argument
 from gisting.cache import CacheOrigin, GistCache
 from gisting.device import on_each_device
 from gisting.errors import GistError
+from gisting.models.head import logits_at
+from gisting.models.prefix import PrefixStates
 from gisting.models.registry import sliding_windows
 from gisting.models.rotary import rotary_of
 from gisting.models.weights import input_weight
@@ -28,6 +30,7 @@ from gisting.visibility import CONDITIONS
 
 __all__ = [
     "Assistant",
+    "answer_logits",
     "check_can_converse",
     "check_settings",
     "continued",
@@ -175,6 +178,46 @@ def prepare_generation(
         cache = cache.select([row for row in range(len(cache)) for _ in range(num_copies)])
     past = cache.as_past_key_values(**past_settings)
     return {cache_argument(): past, **given}, given["input_ids"].shape[1]
+
+
+def answer_logits(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    prefix: GistCache | None,
+    befores: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+) -> torch.Tensor:
+    """Run answers after what comes before them.
+
+    Rows begin right after the prefix and are padded on the right, where causal attention hides the padding, so a
+    sliding window counts tokens alone.
+
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.answer_logits`.
+
+    Returns:
+        The logits that predict each token of the answers.
+    """
+    rows = [[*before, *answer[:-1]] for before, answer in zip(befores, answers, strict=True)]
+    ids, _ = pad_rows(rows, tokenizer.pad_token_id, left=False)
+    num_rows, width = ids.shape
+    places = [
+        row * width + len(before) - 1 + place
+        for row, (before, answer) in enumerate(zip(befores, answers, strict=True))
+        for place in range(len(answer))
+    ]
+    device = input_weight(model).device
+    past, held = PrefixStates(), 0
+    if prefix is not None:
+        held = prefix.num_slots
+        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            past.update(keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1), layer)
+    with logits_at(model, torch.tensor(places, device=device)):
+        return model(
+            input_ids=ids.to(device),
+            position_ids=torch.arange(held, held + width, device=device).expand(num_rows, -1),
+            **({} if prefix is None else {cache_argument(): past}),
+            use_cache=prefix is not None,
+        ).logits[0]
 
 
 def continued(

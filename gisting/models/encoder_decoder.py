@@ -18,12 +18,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
+from gisting.models.head import logits_at
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
 from gisting.tokens import GistEncoding, GistTokenizer
 from gisting.visibility import ENCODER_CONDITIONS
 
 __all__ = [
+    "answer_logits",
     "check_can_converse",
     "check_settings",
     "group_rows",
@@ -32,6 +34,7 @@ __all__ = [
     "prepare_full_generation",
     "prepare_generation",
     "take_cache_settings",
+    "text_states",
 ]
 
 
@@ -100,6 +103,30 @@ def prefix_states(
         origin,
         hidden[:, hidden.shape[1] - slots :].clone(),
     )
+
+
+def text_states(model: PreTrainedModel, ids: Sequence[int], origin: CacheOrigin) -> GistCache:
+    """Read a text without gist tokens, and keep the states of all its tokens.
+
+    They are not a prefix: in a longer text, every token of it would have read what follows.
+
+    Args:
+        model: a patched encoder-decoder.
+        ids: N ids.
+        origin: what the states will belong to.
+
+    Returns:
+        A cache of one prompt with N slots, on the model's device.
+    """
+    recorder = _Recorder(len(ids))
+    batch = torch.tensor([list(ids)], device=input_weight(model).device)
+    with torch.no_grad():
+        hidden = model.get_encoder()(
+            input_ids=batch, attention_mask=torch.ones_like(batch), gist_states=recorder
+        ).last_hidden_state
+    layers = [recorder.layers[layer] for layer in sorted(recorder.layers)]
+    lengths = torch.tensor([len(ids)])
+    return GistCache(tuple(key for key, _ in layers), tuple(value for _, value in layers), lengths, origin, hidden)
 
 
 def check_settings(model: PreTrainedModel, config: Any, assistant_model: PreTrainedModel | None) -> None:
@@ -195,16 +222,50 @@ def prepare_generation(
         The encoder's outputs over gist and continuation, with their mask; and 0, because the decoder's result holds
         only the answer.
     """
+    with torch.no_grad():
+        return _encoded_after(model, tokenizer, cache, continuations), 0
+
+
+def answer_logits(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    prefix: GistCache | None,
+    befores: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+) -> Tensor:
+    """Run answers through the decoder, after the encoder has read what comes before them.
+
+    Arguments as for :meth:`~gisting.models.architecture.Architecture.answer_logits`.
+
+    Returns:
+        The logits that predict each token of the answers.
+    """
+    device = input_weight(model).device
+    if prefix is None:
+        ids, is_token = pad_rows(befores, tokenizer.pad_token_id, left=False)
+        arguments = {"input_ids": ids.to(device), "attention_mask": is_token.long().to(device)}
+    else:
+        arguments = _encoded_after(model, tokenizer, prefix.select([0] * len(befores)), befores)
+    targets, is_target = pad_rows(answers, tokenizer.pad_token_id, left=False)
+    own: Any = model
+    shifted = own.prepare_decoder_input_ids_from_labels(targets.to(device))
+    with logits_at(model, is_target.flatten().nonzero()[:, 0].to(device)):
+        return model(**arguments, decoder_input_ids=shifted, use_cache=False).logits[0]
+
+
+def _encoded_after(
+    model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, continuations: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """The encoder's outputs over the gists and what follows them, with their mask."""
     device = input_weight(model).device
     ids, is_token = pad_rows(continuations, tokenizer.pad_token_id, left=False)
     held = cache.attention_mask
     placeholders = torch.where(held.bool(), tokenizer.gist_token_id, tokenizer.pad_token_id)
     ids = torch.cat([placeholders, ids.to(device)], dim=1)
     mask = torch.cat([held, is_token.long().to(device)], dim=1)
-    with torch.no_grad():
-        hidden = model.get_encoder()(input_ids=ids, attention_mask=mask, gist_states=_Player(cache)).last_hidden_state
+    hidden = model.get_encoder()(input_ids=ids, attention_mask=mask, gist_states=_Player(cache)).last_hidden_state
     hidden = torch.cat([cache.last_hidden, hidden[:, cache.num_slots :]], dim=1)  # pyright: ignore[reportArgumentType]
-    return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask}, 0
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask}
 
 
 def prepare_full_generation(

@@ -26,6 +26,7 @@ from gisting._compat import cache_argument
 from gisting.attention.api import segments_of
 from gisting.data.collate import IGNORED
 from gisting.errors import GistError
+from gisting.eval.kl import truncated_kl
 from gisting.models.adapters import adapter_of
 from gisting.models.gist_lora import gists_at
 from gisting.models.head import logits_at
@@ -68,39 +69,6 @@ class Objective:
     def is_plain(self) -> bool:
         """Whether there is only the language model's loss."""
         return not (self.distillation or self.reconstruction)
-
-
-def truncated_kl(student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
-    """Compute the KL divergence from teacher to student over the teacher's ``top_k`` likeliest tokens.
-
-    All other tokens together are one more outcome. The result is at most the full divergence, and equal to it for
-    ``top_k >= V - 1``.
-
-    Args:
-        student: logits ``(T, V)``, floating.
-        teacher: logits ``(T, V)``, floating; no gradient flows into them.
-        top_k: at least 1.
-
-    Returns:
-        float32 ``(T,)``, in nats.
-    """
-    # The -inf of a forbidden token would make its gradient NaN; -1e4 has a probability of 0 as well.
-    student, teacher = student.float().clamp(min=-1e4), teacher.detach().float().clamp(min=-1e4)
-    size = min(top_k, teacher.shape[-1])
-    values, places = teacher.topk(size, dim=-1)
-    # Computed once each, because every use reads rows of a large vocabulary from memory.
-    teacher_total, student_total = (logits.logsumexp(-1, keepdim=True) for logits in (teacher, student))
-    target = values - teacher_total
-    found = student.gather(-1, places) - student_total
-    if size < teacher.shape[-1]:
-        target = torch.cat([target, _log_rest(teacher, places) - teacher_total], dim=-1)
-        found = torch.cat([found, _log_rest(student, places) - student_total], dim=-1)
-    return (target.exp() * (target - found)).sum(-1)
-
-
-def _log_rest(logits: Tensor, places: Tensor) -> Tensor:
-    """Return the log-sum-exp ``(T, 1)`` of all tokens except those at ``places``."""
-    return logits.scatter(-1, places, float("-inf")).logsumexp(-1, keepdim=True)
 
 
 class ObjectiveTrainer(Trainer):

@@ -1,0 +1,257 @@
+"""``gisting distill``: one prompt into a gist, for a model that was never trained to gist."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gisting.cli.caches import StorageOption
+from gisting.cli.shared import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    TemplateOption,
+    err,
+    json_option,
+    load_patched,
+    out,
+    print_json,
+)
+from gisting.errors import GistError
+from gisting.measure.progress import progress_bar
+from gisting.tokens.text import read_text
+
+if TYPE_CHECKING:
+    from gisting.distillation import Distilled, Progress
+
+__all__ = ["distill"]
+
+_PHASES = {
+    "questions": "writing questions",
+    "answers": "sampling answers",
+    "teacher": "reading them with the whole prompt",
+    "training": "training the slots",
+}
+_SIZES = (4, 8, 16, 32)  # that --at-least tries
+_SOURCES = {"none": "no prompt", "first": "first k tokens", "gist": "the gist"}
+
+
+def distill(
+    model: ModelArgument,
+    prompt_file: Annotated[Path, typer.Option(help="A text file with the prompt.")],
+    output: Annotated[Path, typer.Option(help="File for the gist, such as support.gist.safetensors.")],
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="What users say: a text file with one input per line, or records with an input (JSON, JSON lines, "
+            "CSV, Parquet). Without it the model writes questions itself."
+        ),
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Inputs to measure with, likewise. By default a fifth of --inputs, at most 20.")
+    ] = None,
+    num_gist_tokens: Annotated[
+        int | None, typer.Option("--num-gist-tokens", "-k", help="Tokens that the gist takes. By default 16.")
+    ] = None,
+    at_least: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Take the smallest k of 4, 8, 16 and 32 with which this share of the held-out median divergence "
+            "without a prompt is gone, instead of -k. If there is none, exit with 1.",
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="What the slots start from: first (tokens of the prompt), attended (tokens of it that answers look "
+            "at) or gist (what a trained model makes). By default gist for a trained model, else attended."
+        ),
+    ] = None,
+    num_answers: Annotated[
+        int | None, typer.Option(min=1, help="Answers to learn from. By default one to each input, and at least 200.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sampled answer at most.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0.0, help="For sampling answers.")] = 0.8,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps at most.")] = 150,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers in a step.")] = 8,
+    key_rate: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Learning rate of the keys, relative to their size.")
+    ] = 0.005,
+    value_rate: Annotated[float, typer.Option(min=0.0, max=1.0, help="Learning rate of the values, likewise.")] = 0.015,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Stop after this many measurements in a row without a lower divergence.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Directory for the answers and the state of the run. By default OUTPUT.distill."),
+    ] = None,
+    storage: StorageOption = None,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: Annotated[bool, json_option("one object, with the measurements and the seconds of each phase")] = False,
+) -> None:
+    """Press one prompt into a gist file by gradient descent, without training the model.
+
+    The model answers the inputs with the whole prompt in view, and the gist learns to lead to the same answers. These
+    are kept beside the output, as lines that can be read; a run that was stopped goes on when the command is repeated.
+
+    Example: gisting distill ./model --prompt-file system.txt --inputs questions.txt -k 16 --output
+    system.gist.safetensors
+
+    Example: gisting distill ./model --prompt-file system.txt --output system.gist.safetensors --at-least 0.8
+    """
+    from gisting.distillation import distill as run
+    from gisting.storage import STORAGES
+
+    if storage is not None and storage not in STORAGES:
+        raise GistError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+    if at_least is not None and num_gist_tokens is not None:
+        raise GistError("--at-least finds the number of gist tokens; leave out -k")
+    if output.exists():
+        raise GistError(f"{output} exists already; remove it, or name another output")
+    if not output.parent.is_dir():
+        raise GistError(f"{output.parent} is not a directory; make it first")
+    texts = None if inputs is None else _read_inputs(inputs)
+    measured = None if held_out is None else _read_inputs(held_out)
+    prompt = read_text(prompt_file)
+    folder = work_dir or output.with_name(output.name + ".distill")
+    loaded, tokenizer = load_patched(model, template, dtype, device, is_to_be_trained=True)
+    if texts is None:
+        err.print("note: without --inputs, the model writes the questions itself (self-study)", soft_wrap=True)
+    number = tokenizer.encode_prompts([prompt], 1)[0].num_prompt_tokens
+    counts = (
+        [16 if num_gist_tokens is None else num_gist_tokens]
+        if at_least is None
+        else [k for k in _SIZES if k < number] or [_SIZES[0]]
+    )
+    told = []
+    for k in counts:
+        with _Shown() as shown:
+            found = run(
+                loaded,
+                tokenizer,
+                prompt,
+                texts,
+                k,
+                held_out=measured,
+                start=start,
+                num_answers=num_answers,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                steps=steps,
+                batch_size=batch_size,
+                key_rate=key_rate,
+                value_rate=value_rate,
+                patience=patience,
+                seed=seed,
+                directory=folder,
+                progress=shown,
+            )
+        told.append(f"{found.kept:.2f} with k = {k}")
+        if at_least is None or found.kept >= at_least:
+            break
+    else:
+        raise GistError(f"keep the whole prompt: no gist keeps {at_least:g} ({', '.join(told)}); nothing was written")
+    found.cache.to("cpu").save(output, storage)
+    if as_json:
+        print_json({"output": str(output), **found.to_row()})
+        return
+    if at_least is not None:
+        out.print(f"share of the divergence that is gone: {', '.join(told)}", highlight=False, soft_wrap=True)
+    _print(found)
+    out.print(
+        f"saved in {output} ({output.stat().st_size} bytes); answers and state in {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _read_inputs(path: Path) -> list[str]:
+    """One input to a line, without empty lines; or the inputs of records."""
+    from gisting.data.records import load_records
+
+    if path.suffix == ".txt":
+        return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    return [record.input or record.instruction for record in load_records(path)]
+
+
+class _Shown:
+    """Shows a bar for each phase, and a line for each measurement."""
+
+    def __init__(self) -> None:
+        self.phase: str | None = None
+        self.bar: Any = None
+        self.done = 0
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
+            self.bar = None
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase != self.phase:
+            self._end()
+            self.phase, self.done, self.begin, self.first = progress.phase, 0, time.perf_counter(), progress.done
+            self.bar = progress_bar(_PHASES[progress.phase], progress.total)
+            self.advance = self.bar.__enter__()
+        self.advance(progress.done - self.done)
+        self.done = progress.done
+        if progress.measured is not None:
+            one = progress.measured.held_out
+            seconds = time.perf_counter() - self.begin
+            done = progress.done - self.first
+            left = f", {seconds / done * (progress.total - progress.done):.0f} s left" if done else ""
+            err.print(
+                f"step {progress.measured.step} of {progress.total}: held out, KL median {one.median:.4f}, mean "
+                f"{one.mean:.4f} nats a token, agreement {one.mean_agreement:.3f}{left}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _print(found: Distilled) -> None:
+    number = len(found.held_out["gist"].kl)
+    has_loops = any(found.held_out["gist"].is_loop)
+    table = Table(box=SIMPLE_HEAD, title=f"divergence from the full prompt, {number} held-out answers", min_width=60)
+    for name in ("", "KL median", "quartiles", "mean", *(["without loops"] if has_loops else []), "agreement"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, label in _SOURCES.items():
+        one = found.held_out[name]
+        plain = "-" if one.mean_without_loops is None else f"{one.mean_without_loops:.4f}"
+        table.add_row(
+            label,
+            f"{one.median:.4f}",
+            " ".join(f"{value:.4f}" for value in one.quartiles),
+            f"{one.mean:.4f}",
+            *([plain] if has_loops else []),
+            f"{one.mean_agreement:.3f}",
+        )
+    out.print(table)
+    loops = sum(found.held_out["gist"].is_loop)
+    about = (found.cache.about[0] or {})["distilled"]
+    lines = [
+        f"{found.num_prompt_tokens} tokens of the prompt in {found.cache.num_slots}; {found.kept:.0%} of the median "
+        "divergence without a prompt is gone",
+        f"learned from {about['answers']} answers to {about['inputs']} inputs"
+        + (" that the model wrote itself (self-study)" if about["self_study"] else "")
+        + f", {about['steps']} steps, start {about['start']}, seed {about['seed']}",
+        *([f"{loops} of the held-out answers repeat themselves (loops), which the mean counts"] if loops else []),
+        "time: " + ", ".join(f"{_PHASES[name]} {seconds:.0f} s" for name, seconds in found.seconds.items()),
+    ]
+    for line in lines:
+        out.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,125 @@
+"""Questions that a model writes itself, to be asked with its prompt in view: about each part of it, and ordinary ones.
+
+Place in the flow: a prompt without inputs -> **questions** -> sampled answers. Cartridges (arXiv 2506.06266) calls
+learning from such conversations self-study.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gisting.errors import GistError
+from gisting.generation.sampling import sample_answers
+from gisting.tokens import GistTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["parts_of", "write_questions"]
+
+_WRITER = "You write messages that people send to an assistant. Answer with the message alone."
+_ABOUT = (
+    'An assistant has these instructions:\n"{part}"\nWrite one short question that a user asks it about them.',
+    'An assistant has these instructions:\n"{part}"\nWrite one short request of a user to which they apply.',
+)
+_ORDINARY = "Write one short {kind} about {topic} that a user sends to an assistant."
+_KINDS = ("question", "request", "message")
+_TOPICS = (
+    *("everyday life", "food", "travel", "health", "money", "school", "science", "history", "music", "sport"),
+    *("computers", "nature", "animals", "books", "films", "work", "family", "language", "mathematics", "the weather"),
+)
+_WORDS = 35  # of a part of the prompt
+_LONGEST = 200  # characters of a question
+_MARGIN = 2  # how many are asked for, for one that is needed
+_FEWEST = 8
+
+
+def write_questions(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    prompt: str,
+    number: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Callable[[int], Any] | None = None,
+) -> list[str]:
+    """Let the model write questions: two of three about the parts of its prompt, the others ordinary.
+
+    Args:
+        model: a patched model, which should be able to follow instructions.
+        tokenizer: the tokenizer it was patched for.
+        prompt: the prompt that the questions are about.
+        number: how many questions are wanted.
+        seed: decides what is written.
+        batch_size: how many to write at once.
+        progress: called with the number of questions written since the last call; twice as many are written as wanted.
+
+    Returns:
+        At most ``number`` different questions.
+
+    Raises:
+        GistError: the model wrote fewer than 8 that can be used, or a part of the prompt exceeds its positions.
+    """
+    parts = parts_of(prompt)
+    about = [form.format(part=part) for form in _ABOUT for part in parts]
+    ordinary = [_ORDINARY.format(kind=kind, topic=topic) for kind in _KINDS for topic in _TOPICS]
+    wanted = {"about": number - number // 3, "ordinary": number // 3}
+    requests = [
+        about[row % len(about)] if kind == "about" else ordinary[row % len(ordinary)]
+        for kind, count in wanted.items()
+        for row in range(_MARGIN * count)
+    ]
+    written = sample_answers(
+        model,
+        tokenizer,
+        [(_WRITER, request) for request in requests],
+        max_new_tokens=40,
+        temperature=0.8,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    found: dict[str, str] = {}
+    first = 0
+    for count in wanted.values():
+        kept = 0
+        for answer in written[first : first + _MARGIN * count]:
+            text = _cleaned(answer.output)
+            if text is not None and kept < count and text.lower() not in found:
+                found[text.lower()] = text
+                kept += 1
+        first += _MARGIN * count
+    if len(found) < min(_FEWEST, number):
+        raise GistError(
+            f"the model wrote {len(found)} questions that can be used, which are too few: it may not follow "
+            "instructions; give inputs"
+        )
+    return list(found.values())
+
+
+def parts_of(prompt: str) -> list[str]:
+    """Cut a prompt into parts of about 35 words, at the ends of lines and sentences.
+
+    Args:
+        prompt: any text.
+
+    Returns:
+        The parts in order; together they hold every word.
+    """
+    parts: list[str] = []
+    for piece in re.split(r"\n+|(?<=[.!?])\s+", prompt.strip()):
+        if parts and len(f"{parts[-1]} {piece}".split()) <= _WORDS:
+            parts[-1] += f" {piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _cleaned(text: str) -> str | None:
+    """The first line without quotation marks and numbers; None if nothing can be used."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    line = re.sub(r"^(\d+[.)]|[-*•]|[Qq]uestion:|[Mm]essage:|[Uu]ser:)\s*", "", line).strip("\"'“”„`* ")
+    return line if 3 <= len(line) <= _LONGEST else None

@@ -1,0 +1,244 @@
+"""Sample answers with the whole prompt in view, as training from prompts alone and measures of a gist need them.
+
+Place in the flow: prompts and inputs -> **sampling** -> answers, which a gist is then compared with or trained on. The
+model answers ordinary text without gist tokens, as it did before it was patched (the condition ``"prompt"`` of
+:mod:`gisting.eval.conditions`). The states of each prompt are computed once, whatever the number of its inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gisting.cache import CacheOrigin, GistCache
+from gisting.errors import GistError
+from gisting.generation.answers import answer_ends, up_to_end
+from gisting.generation.call import Call, prepare_call
+from gisting.generation.checks import check_count, check_positions, listed
+from gisting.generation.compression import full_prompt_cache
+from gisting.models.mode import evaluating
+from gisting.models.state import require_patched
+from gisting.models.weights import input_weight
+from gisting.padding import pad_rows
+from gisting.tokens import GistTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["SampledAnswer", "sample_answers"]
+
+
+@dataclass(frozen=True)
+class SampledAnswer:
+    """An answer of the model with the whole prompt in view.
+
+    Args:
+        prompt: the prompt.
+        input: the input.
+        output: the text of the answer.
+        token_ids: the ids that were sampled, with the id that ended the answer if it was reached.
+    """
+
+    prompt: str
+    input: str
+    output: str
+    token_ids: list[int]
+
+
+def sample_answers(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Callable[[int], Any] | None = None,
+) -> list[SampledAnswer]:
+    """Answer inputs as the model does with the whole prompt in view, without gist tokens.
+
+    Tokens are drawn from the model's whole distribution, not from its likeliest tokens, so that the answers show a
+    student what the model would say. Each pair has random numbers of its own, made from the seed, its texts and how
+    often the same pair came before, so the answers do not depend on the order of the pairs or on the other pairs. (The
+    size of a batch still changes the last bits of logits, in 16 bits more than in 32, and with them now and then a
+    token.)
+
+    Args:
+        model: a patched model. An adapter that acts at gist tokens only plays no part.
+        tokenizer: the tokenizer it was patched for.
+        pairs: a prompt and an input each; a pair that is repeated gets another answer.
+        max_new_tokens: the largest number of tokens in an answer.
+        temperature: 0 for greedy decoding, 1 for the model's own distribution.
+        seed: a whole number.
+        batch_size: how many answers to sample together. Pairs are sorted by prompt and by length first.
+        progress: called with the number of answers sampled since the last call.
+
+    Returns:
+        An answer for each pair, in their order.
+
+    Raises:
+        GistError: the model is not patched, a pair is not two texts, a prompt is empty, a text with its answer exceeds
+            the model's positions, or a setting is out of range.
+    """
+    family = require_patched(model, tokenizer)
+    pairs = _checked(pairs)
+    check_count("max_new_tokens", max_new_tokens)
+    check_count("batch_size", batch_size)
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+        raise GistError(f"temperature must be a number of at least 0, got {temperature!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise GistError(f"seed must be a whole number, got {seed!r}")
+    if not pairs:
+        return []
+    settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    call = prepare_call(model, tokenizer, [input for _, input in pairs], max_new_tokens, settings, None)
+    run = (_FromText if family.is_encoder_decoder else _FromStates)(model, tokenizer, pairs, call)
+    draws = None if temperature == 0 else _draws(pairs, seed, max_new_tokens)
+    found: dict[int, list[int]] = {}
+    with evaluating(model):
+        for start in range(0, len(pairs), batch_size):
+            for rows in run.groups(run.order[start : start + batch_size]):
+                pick = None if draws is None else [_Pick(draws[rows], float(temperature))]
+                found.update(zip(rows, run.answers(rows, pick), strict=True))
+                if progress is not None:
+                    progress(len(rows))
+    answers = [found[row] for row in range(len(pairs))]
+    return [
+        SampledAnswer(prompt, input, tokenizer.decode(ids).strip(), ids)
+        for (prompt, input), ids in zip(pairs, answers, strict=True)
+    ]
+
+
+class _FromStates:
+    """Continue from the states of each prompt, in a decoder."""
+
+    def __init__(self, model: Any, tokenizer: GistTokenizer, pairs: Sequence[tuple[str, str]], call: Call) -> None:
+        self.model, self.tokenizer, self.pairs, self.call = model, tokenizer, pairs, call
+        prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+        heads = {
+            prompt: len(one.chunks[0])
+            for prompt, one in zip(prompts, tokenizer.encode_prompts(prompts, 1), strict=True)
+        }
+        self.rest = tokenizer.encode_continuations([input for _, input in pairs])
+        lengths = [
+            heads[prompt] + len(ids) + call.config.max_new_tokens
+            for (prompt, _), ids in zip(pairs, self.rest, strict=True)
+        ]
+        check_positions(model, lengths, "input", f"its prompt and {call.config.max_new_tokens} new tokens")
+        number = {prompt: place for place, prompt in enumerate(prompts)}
+        self.order = sorted(
+            range(len(pairs)), key=lambda row: (heads[pairs[row][0]], number[pairs[row][0]], len(self.rest[row]))
+        )
+        self.kept: dict[str, GistCache] = {}
+
+    def groups(self, rows: list[int]) -> list[list[int]]:
+        """Rows to run in one batch each: all, except where padding would change an answer."""
+        cache = self._states(rows)
+        groups = self.call.architecture.group_rows(
+            self.model,
+            cache,
+            [self.rest[row] for row in rows],
+            self.call.config.max_new_tokens,
+            takes_padding=self.call.takes_padding,
+        )
+        return [[rows[place] for place in group] for group in groups]
+
+    def answers(self, rows: list[int], pick: list[_Pick] | None) -> list[list[int]]:
+        """The ids of the answers to a group of rows."""
+        cache, rest = self._states(rows), [self.rest[row] for row in rows]
+        past = self.call.past_for(cache.num_slots + max(map(len, rest)) + self.call.config.max_new_tokens - 1)
+        arguments, given = self.call.architecture.prepare_generation(self.model, self.tokenizer, cache, rest, 1, **past)
+        said = self.model.generate(**arguments, generation_config=self.call.config, logits_processor=pick)
+        ends = answer_ends(self.call.config, self.model)
+        return [up_to_end(answer, ends) for answer in said[:, given:].tolist()]
+
+    def _states(self, rows: list[int]) -> GistCache:
+        wanted = list(dict.fromkeys(self.pairs[row][0] for row in rows))
+        # Batches are sorted by prompt, so a prompt that is not in this batch has had its last input.
+        self.kept = {prompt: cache for prompt, cache in self.kept.items() if prompt in wanted}
+        for prompt in wanted:
+            if prompt not in self.kept:
+                origin = CacheOrigin("", "", "", "prompt")
+                self.kept[prompt] = full_prompt_cache(self.model, self.tokenizer, prompt, origin)
+        place = {prompt: number for number, prompt in enumerate(wanted)}
+        caches = GistCache.cat([self.kept[prompt] for prompt in wanted])
+        return caches.select([place[self.pairs[row][0]] for row in rows])
+
+
+class _FromText:
+    """Read prompt and input together, in an encoder-decoder."""
+
+    def __init__(self, model: Any, tokenizer: GistTokenizer, pairs: Sequence[tuple[str, str]], call: Call) -> None:
+        self.model, self.tokenizer, self.call = model, tokenizer, call
+        heads = tokenizer.encode_prompts([prompt for prompt, _ in pairs], 1)
+        rest = tokenizer.encode_continuations([input for _, input in pairs])
+        self.sources = [head.chunks[0] + ids for head, ids in zip(heads, rest, strict=True)]
+        check_positions(model, [len(source) for source in self.sources], "input", "its prompt")
+        self.order = sorted(range(len(pairs)), key=lambda row: len(self.sources[row]))
+
+    def groups(self, rows: list[int]) -> list[list[int]]:
+        """All rows in one batch."""
+        return [rows]
+
+    def answers(self, rows: list[int], pick: list[_Pick] | None) -> list[list[int]]:
+        """The ids of the answers to a group of rows."""
+        device = input_weight(self.model).device
+        ids, is_token = pad_rows([self.sources[row] for row in rows], self.tokenizer.pad_token_id, left=False)
+        said = self.model.generate(
+            input_ids=ids.to(device),
+            attention_mask=is_token.long().to(device),
+            generation_config=self.call.config,
+            logits_processor=pick,
+        )
+        ends = answer_ends(self.call.config, self.model)
+        return [up_to_end(answer, ends) for answer in said[:, 1:].tolist()]  # The first starts the decoder.
+
+
+class _Pick:
+    """A logits processor that leaves one token possible, the one that a row's next random number falls on.
+
+    It comes after the model's own processors, so a suppressed token is never drawn.
+    """
+
+    def __init__(self, draws: Tensor, temperature: float) -> None:
+        self.draws, self.temperature, self.step = draws, temperature, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Each token has a piece of 0..1 as long as its probability; drawn is the one whose piece holds the number.
+        ends = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+        number = self.draws[:, self.step, None].to(ends.device) * ends[:, -1:]
+        self.step += 1
+        drawn = torch.searchsorted(ends, number, right=True).clamp(max=ends.shape[-1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
+
+
+def _draws(pairs: Sequence[tuple[str, str]], seed: int, length: int) -> Tensor:
+    """Random numbers in 0..1, float64 ``(pairs, length)``, which depend on each pair alone."""
+    before: Counter[tuple[str, str]] = Counter()
+    rows = []
+    for pair in pairs:
+        key = repr((seed, *pair, before[pair])).encode("utf-8", "surrogatepass")
+        before[pair] += 1
+        own = int.from_bytes(hashlib.sha256(key).digest()[:8], "big", signed=True)
+        rows.append(torch.rand(length, generator=torch.Generator().manual_seed(own), dtype=torch.float64))
+    return torch.stack(rows)
+
+
+def _checked(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    found = []
+    for row, pair in enumerate(listed("pairs", pairs, "pairs of texts")):
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise GistError(f"pairs[{row}] must be a prompt and an input, both texts, got {pair!r:.100}")
+        if not pair[0]:
+            raise GistError(f"pairs[{row}] has an empty prompt; an answer with the prompt in view needs one")
+        found.append((pair[0], pair[1]))
+    return found

@@ -1,0 +1,116 @@
+"""``gisting distill``: from a prompt and questions in files to a gist, in one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import gisting
+from gisting import GistCache
+from gisting.distillation import Distilled
+from tests import tiny
+
+PROMPT = " ".join(f"w{number}" for number in range(3, 15))
+QUICK = "--num-answers 8 --max-new-tokens 4 --steps 4 --batch-size 4".split()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a model that was never trained to gist, a prompt and questions."""
+    model, tokenizer = tiny.model("llama"), tiny.word_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "system.txt").write_text(PROMPT + "\n")
+    (tmp_path / "questions.txt").write_text("\n\n".join(f"w{number} w{number + 1}" for number in range(20, 30)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def words(*more: str, model: str = "model") -> list[str]:
+    command = f"distill {model} --template plain --prompt-file system.txt -k 4 --output x.gist.safetensors".split()
+    return [*command, *QUICK, *more]
+
+
+def test_from_files_to_a_gist(run, folder: Path) -> None:
+    """The table has the controls; the file has the gist, how it was made, and how good it is."""
+    done = run(*words("--inputs", "questions.txt"))
+    assert done.code == 0
+    for text in ("no prompt", "first k tokens", "the gist"):
+        assert text in done.out
+    assert "12 tokens of the prompt in 4; " in done.out
+    assert "learned from 8 answers to 8 inputs, 4 steps, start attended, seed 0" in done.out
+    assert "step 4 of 4: held out, KL median " in done.err
+    cache = GistCache.load("x.gist.safetensors")
+    assert cache.num_gist_tokens == [4]
+    about = cache.about[0]
+    assert about is not None
+    assert about["distilled"]["answers"] == 8
+    assert set(about["quality"]) >= {"kept", "kl_median", "agreement"}
+    model, tokenizer = gisting.load("model", "plain")
+    assert gisting.generate(model, tokenizer, ["w1"], cache=cache, max_new_tokens=2)
+    assert len((folder / "x.gist.safetensors.distill" / "answers.jsonl").read_text().splitlines()) == 10
+    assert "distilled" in run("inspect", "x.gist.safetensors").out
+
+
+def test_without_inputs_the_output_says_who_wrote_them(run, folder: Path) -> None:
+    """A random model writes words, which are questions enough here."""
+    done = run(*words())
+    assert done.code == 0
+    assert "note: without --inputs, the model writes the questions itself (self-study)" in " ".join(done.err.split())
+    assert "inputs that the model wrote itself (self-study), 4 steps" in done.out
+    assert (folder / "x.gist.safetensors.distill" / "questions.jsonl").exists()
+
+
+def test_json_alone(run, folder: Path) -> None:
+    done = run(*words("--inputs", "questions.txt", "--json", "--storage", "int8"))
+    row = json.loads(done.out)
+    assert row["num_gist_tokens"] == 4
+    assert set(row["held_out"]) == {"gist", "first", "none"}
+    assert [one["step"] for one in row["history"]] == [0, 4]
+    assert set(row["seconds"]) == {"answers", "teacher", "training"}
+
+
+def test_at_least_takes_the_smallest_that_keeps_enough(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 and 8, because the prompt has 12 tokens; and none is written where none keeps enough."""
+    kept = {4: 0.3, 8: 0.8}
+    monkeypatch.setattr(Distilled, "kept", property(lambda found: kept[found.cache.num_slots]))
+    command = words("--inputs", "questions.txt")
+    del command[command.index("-k") : command.index("-k") + 2]
+    done = run(*command, "--at-least", "0.9")
+    assert done.code == 1
+    error = "error: keep the whole prompt: no gist keeps 0.9 (0.30 with k = 4, 0.80 with k = 8); nothing was written"
+    assert error in " ".join(done.err.split())
+    assert not Path("x.gist.safetensors").exists()
+    done = run(*command, "--at-least", "0.5")
+    assert done.code == 0
+    assert "gone: 0.30 with k = 4, 0.80 with k = 8" in done.out
+    assert GistCache.load("x.gist.safetensors").num_gist_tokens == [8]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--inputs", "system.txt"], "inputs must hold at least 2 different texts, got 1"),
+        (["--inputs", "nothing.txt"], "nothing.txt"),
+        (["--inputs", "questions.txt", "-k", "12"], "num_gist_tokens must be less than the prompt's 12 tokens, got 12"),
+        (["--inputs", "questions.txt", "-k", "0"], "num_gist_tokens must be at least 1, got 0"),
+        (
+            ["--inputs", "questions.txt", "--at-least", "0.9"],
+            "--at-least finds the number of gist tokens; leave out -k",
+        ),
+        (["--inputs", "questions.txt", "--start", "end"], "start must be one of first, attended, gist, got 'end'"),
+        (["--inputs", "questions.txt", "--storage", "int4"], "storage must be one of"),
+        (["--inputs", "questions.txt", "--output", "none/x.st"], "none is not a directory; make it first"),
+        (["--inputs", "questions.txt", "--output", "system.txt"], "system.txt exists already; remove it, or name"),
+        (["--inputs", "questions.txt", "--prompt-file", "empty.txt"], "prompt 0 is empty"),
+    ],
+)
+def test_errors_are_one_line(run, folder: Path, more: list[str], message: str) -> None:
+    (folder / "empty.txt").write_text("\n")
+    done = run(*words(*more))
+    assert done.code == 1
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (folder / "x.gist.safetensors").exists()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gisting.data.records import Record, load_records
     from gisting.distillation import distill
     from gisting.errors import GistError
+    from gisting.eval.check import check_gist
     from gisting.generation import compress, converse, generate
     from gisting.models.check import check_model
     from gisting.models.hub import push_to_hub, save_pretrained
@@ -37,6 +38,7 @@ _HOMES = {
     "Record": "data.records",
     "Template": "tokens",
     "Visibility": "visibility",
+    "check_gist": "eval.check",
     "check_model": "models.check",
     "compress": "generation",
     "converse": "generation",
@@ -62,6 +64,7 @@ __all__ = [
     "Template",
     "Visibility",
     "__version__",
+    "check_gist",
     "check_model",
     "compress",
     "converse",

@@ -29,7 +29,7 @@ MODULES = (
     *(f"gisting.data.{name}" for name in ("alpaca_plus", "collate", "packing", "plain", "prompts", "records", "tasks")),
     *(f"gisting.eval.{name}" for name in ("conditions", "cost", "divergence", "judge", "kl", "metrics")),
     *(f"gisting.eval.{name}" for name in ("report", "results")),
-    "gisting.eval.statistics",
+    *("gisting.eval.check", "gisting.eval.spans", "gisting.eval.statistics"),
     "gisting.distillation",
     *(f"gisting.train.{name}" for name in ("finetune", "methods", "objective", "recipe")),
     *(f"gisting.internalize.{name}" for name in ("comparison", "examples", "plan", "prices", "report", "settings")),

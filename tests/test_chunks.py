@@ -20,7 +20,7 @@ from gisting.data.collate import GistCollator
 from gisting.data.packing import GistPackingCollator
 from gisting.data.records import Record
 from gisting.errors import GistError
-from gisting.generation import answers, compression
+from gisting.generation import compression
 from gisting.models.adapters import Adapter, attach, gist_rows
 from gisting.models.patch import patch
 from gisting.tokens import GistEncoding, GistTokenizer, Template
@@ -355,13 +355,13 @@ def test_a_checkpoint_in_chunks_is_evaluated_in_chunks(tmp_path: Path, monkeypat
     )
     save_records(records, tmp_path / "data.jsonl")
     spans: list[int] = []
-    stock = answers.compress_encodings
+    stock = compression.compress_encodings
 
     def spying(model: Any, tokenizer: Any, encodings: list[GistEncoding], *rest: Any) -> GistCache:
         spans.extend(len(encoding.gist_spans) for encoding in encodings)
         return stock(model, tokenizer, encodings, *rest)
 
-    monkeypatch.setattr(answers, "compress_encodings", spying)
+    monkeypatch.setattr("gisting.eval.conditions.compress_encodings", spying)
     settings: dict[str, Any] = {"conditions": ["gist"], "max_new_tokens": 2, "with_rouge": False}
     (result,) = evaluate(model, tokenizer, records, 2, chunk_length=LENGTH, with_perplexity=True, **settings)
     expected = [len(encoding.gist_spans) for encoding in tokenizer.encode_prompts(PROMPTS, 2, LENGTH)]

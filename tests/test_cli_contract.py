@@ -129,6 +129,10 @@ def test_every_command_has_json(path: tuple[str, ...]) -> None:
         ("compress runs/demo --prompt a --name x --store s", {"prompt", "name", "num_gist_tokens", "saved_in"}),
         ("generate runs/demo --cache one.st --input a --max-new-tokens 2", {"input", "output"}),
         ("compare runs/demo --prompt a --input b --max-new-tokens 2", {"gist", "prompt", "no_prompt", "agreement"}),
+        (
+            "check runs/demo --cache one.st --prompt 'answer plainly' --max-new-tokens 2",
+            {"kept", "gist", "controls", "spans", "saved_in"},
+        ),
         ("inspect one.st", {"format", "manifest", "tensors"}),
         ("store list gists", {"name", "key", "num_gist_tokens"}),
         ("store remove gists plainly", {"removed"}),
@@ -225,6 +229,7 @@ def test_wrong_usage(run, words: str) -> None:
         "distill runs/nothing --prompt-file {data} --output o",
         "generate runs/nothing --cache {cache}",
         "compare runs/nothing --prompt a",
+        "check runs/nothing --cache {cache} --prompt a",
         "chat runs/nothing --cache {cache}",
         "eval runs/nothing --data {data}",
         "train runs/nothing --data {data} --output o",

@@ -17,6 +17,7 @@ from gisting.cli import (
     bench,
     caches,
     chat,
+    check,
     checkpoints,
     compare,
     cost,
@@ -93,6 +94,7 @@ app.command()(distill.distill)
 app.command()(caches.generate)
 app.command()(chat.chat)
 app.command()(compare.compare)
+app.command()(check.check)
 app.command("eval")(evaluate.evaluate)
 app.command()(demo.show)
 app.command()(caches.inspect)

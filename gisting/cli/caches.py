@@ -40,7 +40,16 @@ if TYPE_CHECKING:
     from gisting.tokens import GistTokenizer
 from gisting.measure.progress import progress_bar
 
-__all__ = ["compress", "generate", "held_prompts", "inspect", "open_store", "store_app"]
+__all__ = [
+    "compress",
+    "generate",
+    "held_prompts",
+    "inspect",
+    "open_store",
+    "read_lines",
+    "store_app",
+    "template_for",
+]
 
 _BATCH_SIZE = 32  # prompts between two steps of the progress bar
 
@@ -99,6 +108,17 @@ def compress(
         ),
     ] = None,
     storage: StorageOption = None,
+    at_least: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of -k: take the smallest of 4, 8, 16 and 32 gist tokens with which a gist keeps this share "
+            "of what the prompt does, such as 0.9, as `gisting check` measures it; exit with code 1 if none does."
+        ),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help="With --at-least: a text file of what users ask, one input per line. By default as `check`."),
+    ] = None,
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -112,6 +132,7 @@ def compress(
     Example: gisting compress runs/demo --prompts prompts.jsonl --store gists --storage bfloat16
     """
     from gisting.data.prompts import load_prompts
+    from gisting.eval.check import check_at_least
     from gisting.models.load import load_tokenizer, trained_chunk_length
     from gisting.storage import STORAGES
 
@@ -126,20 +147,85 @@ def compress(
         raise GistError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
     if store is None and any(record.name for record in records):
         raise GistError("names are for a store; give --store DIR instead of --output")
+    check_at_least(at_least)
+    if at_least is None and inputs is not None:
+        raise GistError("--inputs is for --at-least")
+    if at_least is not None and (num_gist_tokens is not None or any(record.num_gist_tokens for record in records)):
+        raise GistError("--at-least finds the number of gist tokens; give no other (-k, num_gist_tokens of a prompt)")
+    if at_least is not None and store is not None and not all(record.name for record in records):
+        raise GistError("with --at-least, each prompt in a store needs a name")
+    asked = None if inputs is None else read_lines(inputs)
     loaded, tokenizer = load_patched(model, template, dtype, device)
-    counts = [record.num_gist_tokens or wanted_k(loaded, num_gist_tokens) for record in records]
     chunk_length = chunk_length or trained_chunk_length(loaded)
     texts = [record.prompt for record in records]
     _say_other_prompts(model, texts)
+    if at_least is None:
+        found = None
+        counts = [record.num_gist_tokens or wanted_k(loaded, num_gist_tokens) for record in records]
+    else:
+        found = _smallest(loaded, tokenizer, texts, asked, at_least, chunk_length)
+        counts = [k for k, _ in found]
     if output is not None:
+        from gisting.cache import GistCache
         from gisting.generation import compress as run
 
-        cache = run(loaded, tokenizer, texts, counts, chunk_length=chunk_length)
+        if found is None:
+            cache = run(loaded, tokenizer, texts, counts, chunk_length=chunk_length)
+        else:
+            cache = GistCache.cat([cache for _, cache in found])
         cache.to("cpu").save(output, storage)
         _print_compressed(records, cache, tokenizer, output, as_json=as_json)
         out.print(f"saved in {output} ({output.stat().st_size} bytes)", highlight=False)
     elif store is not None:
         _compress_into(store, storage, loaded, tokenizer, records, counts, chunk_length, as_json=as_json)
+        for record, (_, cache) in zip(records, found or [], strict=False):
+            open_store(store, is_read_only=False).note(str(record.name), **(cache.about[0] or {}))
+
+
+def _smallest(
+    model: Any,
+    tokenizer: GistTokenizer,
+    prompts: list[str],
+    inputs: list[str] | None,
+    at_least: float,
+    chunk_length: int | None,
+) -> list[tuple[int, GistCache]]:
+    """Return the smallest gist of each prompt that keeps enough, with its k.
+
+    Raises:
+        GistError: a prompt has none; the message says how much each k keeps.
+    """
+    from gisting.data.plain import excerpt
+    from gisting.eval.check import GistChecker, counts_to_try, smallest_gist
+    from gisting.generation import compress as run
+
+    found: list[tuple[int, GistCache]] = []
+    for prompt, encoding in zip(prompts, tokenizer.encode_prompts(prompts, 1), strict=True):
+        counts = counts_to_try(model, encoding.num_prompt_tokens)
+        steps = GistChecker.num_steps(prompt, inputs)
+        with progress_bar("checking", steps * (1 + len(counts))) as advance:
+            checker = GistChecker(model, tokenizer, prompt, inputs, progress=advance)
+            cache, checks = smallest_gist(
+                lambda k, prompt=prompt: run(model, tokenizer, [prompt], k, chunk_length=chunk_length),
+                checker.check,
+                at_least,
+                counts,
+            )
+        shares = [
+            (k, "nothing to measure" if one.kept is None else f"{one.kept:.2f}")
+            for k, one in zip(counts, checks, strict=False)
+        ]
+        told = (
+            ", ".join(f"{share} with k = {k}" for k, share in shares) or "it has no more tokens than the smallest gist"
+        )
+        if cache is None:
+            raise GistError(
+                f"keep the whole prompt: no gist of {excerpt(prompt)} keeps {at_least:g} of what it does ({told}); "
+                "nothing was written"
+            )
+        out.print(f"{excerpt(prompt)} keeps {told}", highlight=False, markup=False, soft_wrap=True)
+        found.append((counts[len(checks) - 1], cache))
+    return found
 
 
 def _say_other_prompts(model: str, texts: list[str]) -> None:
@@ -262,12 +348,10 @@ def generate(
 
     inputs = list(input or [])
     if input_file is not None:
-        inputs += _lines(input_file)
+        inputs += read_lines(input_file)
     held = held_prompts(cache, store, name or [])
     # A gist need not come from a model that was trained to gist: an adapter may have made it for this one.
-    loaded, tokenizer = load_patched(
-        model, template or _template_for(model, held), dtype, device, is_to_be_trained=True
-    )
+    loaded, tokenizer = load_patched(model, template or template_for(model, held), dtype, device, is_to_be_trained=True)
     held = held.to(device)
     if seed is not None:
         set_seed(seed)
@@ -281,7 +365,7 @@ def generate(
             out.print(answer, highlight=False, markup=False, soft_wrap=True)
 
 
-def _template_for(model: str, cache: GistCache) -> str | None:
+def template_for(model: str, cache: GistCache) -> str | None:
     """Return the template of the cache for a model that was saved without one, as a base model of adapters is."""
     from gisting.source import find_file
     from gisting.tokens import TEMPLATES
@@ -290,7 +374,8 @@ def _template_for(model: str, cache: GistCache) -> str | None:
     return cache.origin.template if is_named and find_file(model, "gist.json") is None else None
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Return the inputs in a text file that has one per line."""
     from gisting.data.sources import SUFFIXES
 
     if path.suffix.lower() in SUFFIXES:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gisting.cli.shared import (
@@ -60,9 +61,9 @@ def evaluate(
     condition: Annotated[
         list[str] | None,
         typer.Option(
-            help="gist, positive, negative, truncated (the first k tokens of the instruction instead of the gist), "
-            "prompt (the whole instruction, without gist tokens) or no-prompt (the input alone); may be repeated. "
-            "[default: the first three]"
+            help="gist, positive, prompt (the whole instruction, without gist tokens), negative, swapped (the gist of "
+            "another record's instruction), truncated (the first k tokens of the instruction instead of the gist) or "
+            "no-prompt (the input alone); may be repeated. [default: the first five]"
         ),
     ] = None,
     chunk_length: Annotated[
@@ -120,7 +121,6 @@ def evaluate(
     from gisting.eval.report import write_report
     from gisting.eval.results import Evaluation
     from gisting.models.load import load_tokenizer, trained_chunk_length
-    from gisting.visibility import CONDITIONS
 
     if results and (model or data):
         raise GistError("give either a model with --data, or --results, whose files already hold the answers")
@@ -135,7 +135,7 @@ def evaluate(
         loaded, tokenizer = load_patched(model, template, dtype, device)
         counts = [wanted_k(loaded, None)] if num_gist_tokens is None else _parse_counts(num_gist_tokens)
         settings = {
-            "conditions": condition or list(CONDITIONS),
+            "conditions": condition or _default_conditions(splits),
             "chunk_length": chunk_length or trained_chunk_length(loaded),
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
@@ -156,8 +156,16 @@ def evaluate(
         for split in one.splits:
             if as_json:
                 for result in split.results:
-                    row = {"split": split.name, **result.summary(), "predictions": result.predictions}
-                    print_json(row)
+                    kept = _kept(split, result, metric, seed) if result.condition == "gist" else {}
+                    shares = {name: None if share is None else share.value for name, share in kept.items()}
+                    print_json(
+                        {
+                            "split": split.name,
+                            **result.summary(),
+                            **({"gap_kept": shares} if kept else {}),
+                            "predictions": result.predictions,
+                        }
+                    )
             else:
                 title = split.name if len(found) == 1 else f"{split.name}, {one.model['name']}"
                 print_conditions(title, split.results, split.records, metric=metric, samples=samples, seed=seed)
@@ -190,6 +198,20 @@ def evaluate_split(
             with_rouge=_has_rouge(),
             progress=progress,
         )
+
+
+def _default_conditions(splits: dict[str, list[Any]]) -> list[str]:
+    from gisting.eval.conditions import DEFAULT_CONDITIONS, default_conditions
+
+    found = default_conditions(*splits.values())
+    if len(found) < len(DEFAULT_CONDITIONS):
+        err.print(
+            "note: all records of a split have the same instruction, so there is no gist of another one to compare "
+            "with (swapped); `gisting check` brings one",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return list(found)
 
 
 def _evaluate_splits(
@@ -260,6 +282,15 @@ def _parse_counts(text: str) -> list[int]:
     return counts
 
 
+def _kept(split: Any, result: Any, metric: str | None, seed: int) -> dict[str, Any]:
+    """The share of the gap that a gist's result keeps against each lower control that was evaluated, as an interval."""
+    from gisting.eval.report import gap_kept
+
+    metric = metric or ("rouge_l" if "rouge_l" in result.scores else "exact_match")
+    controls = [name for name in ("negative", "swapped") if name in split.conditions]
+    return {name: gap_kept(split, result.num_gist_tokens, metric, against=name, seed=seed) for name in controls}
+
+
 def print_conditions(
     title: str, results: list[Any], records: list[Any], *, metric: str | None = None, samples: int = 2, seed: int = 0
 ) -> None:
@@ -273,34 +304,42 @@ def print_conditions(
         samples: how many records to show with their answers for the largest k.
         seed: seed of the intervals.
     """
-    from gisting.eval.report import gap_kept
     from gisting.eval.results import Split
 
     split = Split(title, records, [], results)
     metric = metric or ("rouge_l" if "rouge_l" in results[0].scores else "exact_match")
     headers = {"rouge_l": "ROUGE-L", "perplexity": "perplexity"}
     shown = {name: header for name, header in headers.items() if name in results[0].metrics}
-    kept = {k: gap_kept(split, k, metric, seed=seed) for k in split.counts}
-    columns = ["k", "condition", "exact match [95 %]", *shown.values(), "gap kept"]
-    table = Table(*columns, title=f"{title}: {len(records):,} records")
+    controls = {"negative": "gap kept", "swapped": "swapped"}
+    controls = {name: header for name, header in controls.items() if name in split.conditions}
+    columns = ["k", "condition", "exact match [95 %]", *shown.values(), *controls.values()]
+    # At 80 columns, nothing is broken up.
+    table = Table(
+        *columns, title=f"{title}: {len(records):,} records", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
     table.columns[2].no_wrap = True
     for result in results:
         exact = result.interval("exact_match")
         values = {name: result.interval(name, num_resamples=1).value for name in shown}
-        share = kept[result.num_gist_tokens] if result.condition == "gist" else None
+        kept = _kept(split, result, metric, seed) if result.condition == "gist" else {}
         table.add_row(
             str(result.num_gist_tokens),
             result.condition,
             f"{100 * exact.value:.1f} % [{100 * exact.low:.1f}, {100 * exact.high:.1f}]",
             *(f"{value:.4g}" if name == "perplexity" else f"{100 * value:.1f}" for name, value in values.items()),
-            f"{100 * share.value:.1f} %" if share is not None else "",
+            *("" if (share := kept.get(name)) is None else f"{100 * share.value:.1f} %" for name in controls),
         )
     out.print(table)
-    if {"gist", "positive", "negative"} <= set(split.conditions):
+    if {"gist", "positive"} <= set(split.conditions) and controls:
         named = headers.get(metric, metric.replace("_", " "))
         out.print(
             f"Gap kept: (gist - negative) / (positive - negative) in {named}; left empty where positive is not clearly "
-            "above negative.",
+            "above negative."
+            + (
+                " Swapped: the same with the gist of another prompt instead of negative."
+                if "swapped" in controls
+                else ""
+            ),
             highlight=False,
         )
     answers = [result for result in results if result.num_gist_tokens == split.counts[-1]]

@@ -1,17 +1,20 @@
-"""Evaluate a model under the paper's three conditions and three more that have no gist tokens.
+"""Evaluate a model under the paper's three conditions, with the gist of another prompt, and without gist tokens.
 
 Place in the flow: records -> answers and the loss of the references -> scores of each record. The positive control
 bounds what a gist can reach; the negative control shows what the model can do without the prompt. The share of the gap
-between them that a gist keeps measures how good it is (Gisting, section 5). What an answer sees:
+between them that a gist keeps measures how good it is (Gisting, section 5). Part of that may be style that any gist of
+this model gives; the swapped control shows how much. What an answer sees:
 
     gist         k gist tokens, then the input
+    swapped      the k gist tokens of another record's instruction, then the input
     positive     prompt and gist tokens, then the input
     negative     the input alone, at the positions it has after a gist
     truncated    the first k tokens of the instruction in place of the gist tokens: the baseline of equal cost
     no-prompt    the input alone
     prompt       the whole instruction, then the input; without an instruction, the input alone
 
-The first three are defined in :mod:`gisting.visibility`. The others are ordinary texts without gist tokens, which a
+``swapped`` takes the next record with a different instruction, after the last one the first again. ``positive`` and
+``negative`` are defined in :mod:`gisting.visibility`. The last three are ordinary texts without gist tokens, which a
 patched model runs as it did before it was patched. ``prompt`` is the template's text without the gist. ``truncated``
 and ``no-prompt`` are the start ids (``<s>``, if the tokenizer adds it), the k tokens of the instruction (tokenised by
 itself, without the template's words around it) or none, and the template's continuation. An encoder that would
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from gisting.cache import CacheOrigin, GistCache
 from gisting.data.collate import IGNORED, GistCollator
 from gisting.data.plain import plain_batch, plain_sources
 from gisting.data.records import Record, to_records
@@ -38,7 +42,9 @@ from gisting.errors import GistError
 from gisting.eval.metrics import exact_matches, rouge
 from gisting.eval.statistics import Interval, bootstrap
 from gisting.generation import generate
+from gisting.generation.answers import answer_from
 from gisting.generation.checks import chosen_k, listed
+from gisting.generation.compression import compress_encodings
 from gisting.models.mode import evaluating
 from gisting.models.state import end_with, require_patched
 from gisting.models.weights import input_weight
@@ -49,12 +55,23 @@ from gisting.visibility import CONDITIONS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BASELINES", "EVAL_CONDITIONS", "METRICS", "ConditionResult", "Metric", "evaluate"]
+__all__ = [
+    "BASELINES",
+    "DEFAULT_CONDITIONS",
+    "EVAL_CONDITIONS",
+    "METRICS",
+    "ConditionResult",
+    "Metric",
+    "default_conditions",
+    "evaluate",
+]
 
 #: Ordinary texts without gist tokens: as many tokens of the instruction as a gist has, and none.
 BASELINES = ("truncated", "no-prompt")
 #: All conditions that an evaluation can run.
-EVAL_CONDITIONS = (*CONDITIONS, *BASELINES, "prompt")
+EVAL_CONDITIONS = (*CONDITIONS, "swapped", *BASELINES, "prompt")
+#: What ``gisting eval`` runs unless told otherwise.
+DEFAULT_CONDITIONS = ("gist", "positive", "prompt", "negative", "swapped")
 # What the answer sees does not depend on k, so each is run once for all k.
 _WITHOUT_K = ("negative", "no-prompt", "prompt")
 # No sequence is cut: the loss of a part is not the loss of the reference.
@@ -186,7 +203,8 @@ def evaluate(
 ) -> list[ConditionResult]:
     """Answer every record under each condition and score the answers.
 
-    Decoding is greedy by default. The gist and control conditions are answered from caches.
+    Decoding is greedy by default. The gist and control conditions are answered from caches; a prompt that is needed for
+    ``gist`` and ``swapped`` is compressed once.
 
     Args:
         model: a patched model.
@@ -209,36 +227,89 @@ def evaluate(
         ``"prompt"`` are the same for every k.
 
     Raises:
-        GistError: there are no records, a condition or k is invalid, or as :func:`gisting.generate`.
+        GistError: there are no records, a condition or k is invalid, ``"swapped"`` finds no second instruction, or as
+            :func:`gisting.generate`.
     """
     require_patched(model, tokenizer)
     records, conditions = to_records(records, tokenizer), listed("conditions", conditions, "names")
     chosen = chosen_k(model, num_gist_tokens)
     counts = [chosen] if isinstance(chosen, int) else list(chosen)
     _check(records, counts, conditions, batch_size)
+    shown = {name: _swapped(records) if name == "swapped" else records for name in conditions}
     results: list[ConditionResult] = []
     for k in counts:
-        for condition in conditions:
-            same = [one for one in results if one.condition == condition and condition in _WITHOUT_K]
-            if same:
-                results.append(replace(same[0], num_gist_tokens=k))
+        gists = _Gists(model, tokenizer, k, chunk_length)
+        known = {one.condition: one for one in results if one.condition in _WITHOUT_K}
+        wanted = [name for name in dict.fromkeys(conditions) if name not in known]
+        runs = [_Run(model, tokenizer, name, k, chunk_length, gists) for name in wanted]
+        predictions: dict[str, list[str]] = {name: [] for name in conditions}
+        losses: dict[str, list[tuple[float, float]]] = {name: [] for name in conditions}
+        for start in range(0, len(records), batch_size):
+            # All conditions of a batch before the next, so that the gists of its instructions are still there.
+            for run in runs:
+                part = shown[run.condition][start : start + batch_size]
+                predictions[run.condition] += run.answers(part, max_new_tokens, generate_kwargs)
+                losses[run.condition] += run.losses(part) if with_perplexity else []
+                if progress is not None:
+                    progress(len(part))
+        for name in conditions:
+            if name in known:
+                results.append(replace(known[name], num_gist_tokens=k))
                 if progress is not None:
                     progress(len(records))
                 continue
-            run = _Run(model, tokenizer, condition, k, chunk_length)
-            predictions: list[str] = []
-            losses: list[tuple[float, float]] = []
-            for start in range(0, len(records), batch_size):
-                part = records[start : start + batch_size]
-                predictions += run.answers(part, max_new_tokens, generate_kwargs)
-                losses += run.losses(part) if with_perplexity else []
-                if progress is not None:
-                    progress(len(part))
-            scores = _scores(tokenizer, predictions, [record.output for record in records], with_rouge)
+            scores = _scores(tokenizer, predictions[name], [record.output for record in records], with_rouge)
             if with_perplexity:
-                scores |= {"nll": [nll for nll, _ in losses], "nll_tokens": [number for _, number in losses]}
-            results.append(ConditionResult(condition, k, predictions, scores))
+                scores |= {"nll": [nll for nll, _ in losses[name]], "nll_tokens": [count for _, count in losses[name]]}
+            results.append(ConditionResult(name, k, predictions[name], scores))
     return results
+
+
+def default_conditions(*splits: Sequence[Record]) -> tuple[str, ...]:
+    """Return ``DEFAULT_CONDITIONS``, without ``"swapped"`` if all records of a split have the same instruction.
+
+    Args:
+        *splits: the records of each split.
+    """
+    is_mixed = all(len({record.instruction for record in records}) > 1 for records in splits)
+    return tuple(name for name in DEFAULT_CONDITIONS if is_mixed or name != "swapped")
+
+
+def _swapped(records: Sequence[Record]) -> list[Record]:
+    """Return the records with the instruction of the next record that has a different one."""
+    found: list[Record] = []
+    other = 0
+    for row, record in enumerate(records):
+        other = max(other, row + 1)
+        while records[other % len(records)].instruction == record.instruction:
+            other += 1
+            if other - row >= len(records):
+                raise GistError(
+                    f"condition 'swapped' takes the gist of another record's instruction, but all {len(records)} "
+                    "records have the same; leave it out, or use `gisting check`, which compares the gist of one "
+                    "prompt with that of another"
+                )
+        found.append(replace(record, instruction=records[other % len(records)].instruction))
+    return found
+
+
+class _Gists:
+    """The gists of a batch's instructions, each compressed once for all conditions that read it."""
+
+    def __init__(self, model: Any, tokenizer: GistTokenizer, k: int, chunk_length: int | None) -> None:
+        self.model, self.tokenizer, self.k, self.chunk_length = model, tokenizer, k, chunk_length
+        self.kept: dict[str, GistCache] = {}
+
+    def of(self, instructions: Sequence[str]) -> GistCache:
+        """Return a cache of one prompt for each instruction."""
+        missing = [text for text in dict.fromkeys(instructions) if text not in self.kept]
+        if missing:
+            encodings = self.tokenizer.encode_prompts(missing, self.k, self.chunk_length)
+            # The caller never sees this cache, and the fingerprint of a large model takes time.
+            made = compress_encodings(self.model, self.tokenizer, encodings, CacheOrigin("", "", "", "gist"))
+            self.kept |= dict(zip(missing, [*made], strict=True))
+        self.kept = {text: self.kept[text] for text in dict.fromkeys(instructions)}
+        return GistCache.cat([self.kept[text] for text in instructions])
 
 
 @dataclass(frozen=True)
@@ -250,14 +321,24 @@ class _Run:
     condition: str
     k: int
     chunk_length: int | None
+    gists: _Gists
+
+    @property
+    def mask(self) -> str:
+        """The condition in ``CONDITIONS`` under which it runs, if it has gist tokens."""
+        return "gist" if self.condition == "swapped" else self.condition
 
     def answers(self, records: Sequence[Record], max_new_tokens: int, generate_kwargs: dict[str, Any]) -> list[str]:
         settings = {"do_sample": False, "num_beams": 1, **generate_kwargs}
+        inputs = [record.input for record in records]
+        if self.mask == "gist":
+            cache = self.gists.of([record.instruction for record in records])
+            return answer_from(self.model, self.tokenizer, inputs, cache, max_new_tokens=max_new_tokens, **settings)
         if self.condition in CONDITIONS:
             return generate(
                 self.model,
                 self.tokenizer,
-                [record.input for record in records],
+                inputs,
                 prompts=[record.instruction for record in records],
                 num_gist_tokens=self.k,
                 condition=self.condition,
@@ -311,11 +392,11 @@ class _Run:
 
     def _taught(self, records: Sequence[Record]) -> dict[str, Tensor]:
         """Inputs of a forward pass over the records with their references, and ``labels``, on the CPU."""
-        if self.condition in CONDITIONS:
+        if self.mask in CONDITIONS:
             collator = GistCollator(
                 self.tokenizer,
                 self.k,
-                conditions=self.condition,
+                conditions=self.mask,
                 chunk_length=self.chunk_length,
                 max_length=_NO_LIMIT,
                 max_target_length=_NO_LIMIT,

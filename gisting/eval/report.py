@@ -19,29 +19,33 @@ __all__ = ["gap_kept", "markdown", "result_rows", "write_report"]
 _SHARES = {"exact_match": "exact match", "rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
 _NUMBERS = {"perplexity": "perplexity", "tokens": "tokens", "tokens_ratio": "tokens / reference"}
 #: Column names of :func:`result_rows`.
-COLUMNS = ("split", "k", "condition", "records", *_SHARES.values(), *_NUMBERS.values(), "gap kept")
+COLUMNS = ("split", "k", "condition", "records", *_SHARES.values(), *_NUMBERS.values(), "gap kept", "gap kept, swapped")
 
 
-def gap_kept(split: Split, num_gist_tokens: int, metric: str, **settings: Any) -> Interval | None:
-    """Compute the share of the gap between the controls that the gist keeps in a metric that is a mean of scores.
+def gap_kept(
+    split: Split, num_gist_tokens: int, metric: str, *, against: str = "negative", **settings: Any
+) -> Interval | None:
+    """Compute the share of the gap between two controls that the gist keeps in a metric that is a mean of scores.
 
     Args:
         split: a split of an evaluation.
         num_gist_tokens: k.
         metric: the name of a score, such as ``"rouge_l"``.
+        against: the lower control: ``"negative"``, no prompt; or ``"swapped"``, the gist of another prompt, which shows
+            how much of the gist is this prompt and not the style of any gist.
         **settings: as for :func:`gisting.eval.statistics.gap_share`.
 
     Returns:
-        The share with its interval; None if the metric or one of the conditions gist, positive and negative was not
+        The share with its interval; None if the metric or one of the conditions gist, positive and ``against`` was not
         evaluated, or if there is no clear gap (see :func:`gisting.eval.statistics.gap_share`).
     """
-    if not {"gist", "positive", "negative"} <= set(split.conditions):
+    names = ("gist", "positive", against)
+    if not {*names} <= set(split.conditions):
         return None
-    results = [split.result(name, num_gist_tokens) for name in ("gist", "positive", "negative")]
-    gist, positive, negative = (result.scores.get(metric) for result in results)
-    if gist is None or positive is None or negative is None:
+    gist, positive, control = (split.result(name, num_gist_tokens).scores.get(metric) for name in names)
+    if gist is None or positive is None or control is None:
         return None
-    return gap_share(gist, positive, negative, **settings)
+    return gap_share(gist, positive, control, **settings)
 
 
 def result_rows(evaluation: Evaluation, *, metric: str | None = None, **settings: Any) -> list[tuple[str, ...]]:
@@ -49,7 +53,7 @@ def result_rows(evaluation: Evaluation, *, metric: str | None = None, **settings
 
     Args:
         evaluation: the evaluation to show.
-        metric: the metric for the column "gap kept": exact match or a ROUGE metric by name; by default ROUGE-L if it
+        metric: the metric for the columns "gap kept": exact match or a ROUGE metric by name; by default ROUGE-L if it
             was scored, else exact match.
         **settings: of the intervals, as for :func:`gisting.eval.statistics.bootstrap`.
 
@@ -61,7 +65,11 @@ def result_rows(evaluation: Evaluation, *, metric: str | None = None, **settings
     for split in evaluation.splits:
         for result in split.results:
             found = {name: result.interval(name, **settings) for name in result.metrics}
-            kept = gap_kept(split, result.num_gist_tokens, metric, **settings) if result.condition == "gist" else None
+            k = result.num_gist_tokens
+            kept = [
+                gap_kept(split, k, metric, against=against, **settings) if result.condition == "gist" else None
+                for against in ("negative", "swapped")
+            ]
             rows.append(
                 (
                     split.name,
@@ -70,7 +78,7 @@ def result_rows(evaluation: Evaluation, *, metric: str | None = None, **settings
                     str(result.num_records),
                     *(_percent(found.get(name)) for name in _SHARES),
                     *(_number(found.get(name)) for name in _NUMBERS),
-                    _percent(kept),
+                    *map(_percent, kept),
                 )
             )
     return rows
@@ -85,7 +93,8 @@ def markdown(evaluations: Sequence[Evaluation], *, metric: str | None = None, **
         f"Brackets show the {100 * confidence:g} % interval of a percentile bootstrap over the records. Exact match, "
         "ROUGE, gap kept and win rate are percentages. Gap kept is (gist - negative) / (positive - negative) in "
         f"{_SHARES[metric]}, over the same resampled records in all three; it is empty unless the positive control is "
-        "above the negative one in every resample.",
+        "above the negative one in every resample. Gap kept, swapped has the gist of another prompt in place of the "
+        "negative control: how much of the gist is its prompt, and not what any gist does to an answer.",
     ]
     for evaluation in evaluations:
         about, settings_shown = evaluation.model, ", ".join(f"{k} = {v}" for k, v in evaluation.settings.items())

@@ -24,7 +24,7 @@ from gisting.tokens import ChatTemplate, GistTokenizer, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Turn", "answer_ends", "converse", "generate", "up_to_end"]
+__all__ = ["Turn", "answer_ends", "answer_from", "converse", "generate", "up_to_end"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,38 @@ def generate(
     encodings = tokenizer.encode_prompts(prompts, num_gist_tokens, chunk_length)
     # The caller never sees this cache, and the fingerprint of a large model takes time.
     cache = compress_encodings(model, tokenizer, encodings, CacheOrigin("", "", "", condition))
+    return _answer(model, tokenizer, cache, inputs, call).texts
+
+
+@ends_its_streamer
+def answer_from(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    inputs: Sequence[str | Sequence[Message]],
+    cache: GistCache,
+    *,
+    max_new_tokens: int,
+    **generate_kwargs: Any,
+) -> list[str]:
+    """Answer as :func:`generate` does, from a cache that the caller has just made with this model.
+
+    Its origin is not checked, because the fingerprint of a large model takes time.
+
+    Args:
+        model: a patched model.
+        tokenizer: the tokenizer it was patched for.
+        inputs: B texts.
+        cache: the compressed prompts, one each.
+        max_new_tokens: as for :func:`generate`.
+        **generate_kwargs: as for :func:`generate`.
+
+    Returns:
+        B texts.
+
+    Raises:
+        GistError: as :func:`generate`.
+    """
+    call = prepare_call(model, tokenizer, inputs, max_new_tokens, generate_kwargs, None)
     return _answer(model, tokenizer, cache, inputs, call).texts
 
 

@@ -110,7 +110,7 @@ def test_every_baseline_starts_with_the_start_ids() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("condition", ["gist", "positive", "negative"])
+@pytest.mark.parametrize("condition", ["gist", "positive", "negative", "swapped"])
 def test_the_loss_is_that_of_the_cached_run(name: str, condition: str) -> None:
     """Teacher forcing over the whole text agrees with answers from caches: as a reference, the greedy answer is more
     likely than another text.
@@ -140,6 +140,45 @@ def test_the_loss_of_a_gist_is_that_of_the_collator() -> None:
     assert math.log(found.interval("perplexity").value) == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_swapped_is_the_gist_of_the_next_other_instruction(name: str) -> None:
+    """Repeated instructions are skipped; the last ones take the first."""
+    model, tokenizer = tiny.patched(name)
+    texts = ["w1 w2 w3", "w1 w2 w3", "w4 w5", "w6", "w1 w2 w3"]
+    others = ["w4 w5", "w4 w5", "w6", "w1 w2 w3", "w4 w5"]
+    asked = [Record(text, tiny.words(2, 40 + n), tiny.words(2, 70 + n)) for n, text in enumerate(texts)]
+    settings: dict[str, Any] = {"max_new_tokens": 4, "with_rouge": False, "with_perplexity": True}
+    (found,) = evaluate(model, tokenizer, asked, 2, conditions=["swapped"], batch_size=2, **settings)
+    moved = [Record(text, one.input, one.output) for text, one in zip(others, asked, strict=True)]
+    (wanted,) = evaluate(model, tokenizer, moved, 2, conditions=["gist"], batch_size=2, **settings)
+    assert found.predictions == wanted.predictions
+    assert found.scores["nll"] == wanted.scores["nll"]
+    inputs = [one.input for one in asked]
+    assert found.predictions == gisting.generate(
+        model, tokenizer, inputs, prompts=others, num_gist_tokens=2, max_new_tokens=4, do_sample=False
+    )
+
+
+def test_gist_and_swapped_share_what_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.patched("llama")
+    compressed: list[int] = []
+    inner = conditions.compress_encodings
+    monkeypatch.setattr(conditions, "compress_encodings", lambda *args: compressed.append(len(args[2])) or inner(*args))
+    evaluate(model, tokenizer, records(4), 2, conditions=["gist", "swapped"], max_new_tokens=1, with_rouge=False)
+    assert compressed == [4]
+
+
+def test_one_instruction_cannot_be_swapped() -> None:
+    model, tokenizer = tiny.patched("llama")
+    same = [Record("w1", f"w{n}", "w3") for n in range(3)]
+    for asked in (same, same[:1]):
+        with pytest.raises(GistError, match=f"all {len(asked)} records have the same; leave it out, or use"):
+            evaluate(model, tokenizer, asked, 1, conditions=["gist", "swapped"], with_rouge=False)
+    assert conditions.default_conditions(same) == ("gist", "positive", "prompt", "negative")
+    assert conditions.default_conditions(records()) == conditions.DEFAULT_CONDITIONS
+    assert "swapped" not in conditions.default_conditions(records(), same)
+
+
 class _Reads(TorchFunctionMode):
     """Counts reads from tensors, each of which would wait for an accelerator."""
 
@@ -157,7 +196,7 @@ class _Reads(TorchFunctionMode):
 @pytest.mark.parametrize("condition", ["gist", "prompt"])
 def test_losses_are_read_once_a_batch(name: str, condition: str) -> None:
     model, tokenizer = tiny.patched(name)
-    run = conditions._Run(model, tokenizer, condition, 2, None)
+    run = conditions._Run(model, tokenizer, condition, 2, None, conditions._Gists(model, tokenizer, 2, None))
     counts = []
     for some in (records(2), records(7)):
         with _Reads() as reads:
@@ -265,7 +304,7 @@ def test_metrics_by_hand() -> None:
     [
         (
             {"conditions": ["gits"]},
-            "condition must be one of gist, positive, negative, truncated, no-prompt, prompt, got 'gits'",
+            "condition must be one of gist, positive, negative, swapped, truncated, no-prompt, prompt, got 'gits'",
         ),
         ({"conditions": []}, "no-prompt, prompt, got 'none'"),
         ({"counts": 0}, r"num_gist_tokens must be a number of at least 1, or several different ones, got \[0\]"),

@@ -16,7 +16,7 @@ import pytest
 
 from gisting import GistError, Record
 from gisting.cli.evaluate import print_conditions
-from gisting.eval.conditions import ConditionResult
+from gisting.eval.conditions import DEFAULT_CONDITIONS, ConditionResult
 from gisting.eval.judge import Judge
 from gisting.eval.report import gap_kept, markdown, write_report
 from gisting.eval.results import Evaluation, Judgement, Split, evaluate_splits
@@ -169,6 +169,12 @@ def test_gap_kept_by_hand() -> None:
     assert kept.value == pytest.approx(2 / 3)
     assert gap_kept(split, 1, "rouge_l") is None
     assert gap_kept(replace(split, results=split.results[:2]), 1, "exact_match") is None
+    assert gap_kept(split, 1, "exact_match", against="swapped") is None
+    scores = {**split.results[0].scores, "exact_match": [0.5] * 100}
+    split.results.append(ConditionResult("swapped", 1, [""] * 100, scores))
+    against = gap_kept(split, 1, "exact_match", against="swapped")
+    assert against is not None
+    assert against.value == pytest.approx((0.75 - 0.5) / (1 - 0.5))
 
 
 def test_a_table_by_eye() -> None:
@@ -279,9 +285,22 @@ def test_eval_json_has_a_line_for_each_result(gisting_eval) -> None:
     assert code == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
     assert [(row["split"], row["num_gist_tokens"], row["condition"]) for row in rows] == [
-        ("unseen", k, condition) for k in (1, 2) for condition in ("gist", "positive", "negative")
+        ("unseen", k, condition) for k in (1, 2) for condition in DEFAULT_CONDITIONS
     ]
     assert "perplexity" not in rows[0]
+    assert [set(row.get("gap_kept", ())) for row in rows[:2]] == [{"negative", "swapped"}, set()]
+
+
+def test_eval_of_one_instruction_leaves_swapped_out_and_says_so(gisting_eval) -> None:
+    Path("one.jsonl").write_text("".join(Path("model/unseen.jsonl").read_text().splitlines(keepends=True)[:1]) * 2)
+    words = ("model", "--data", "one.jsonl", "--max-new-tokens", "3")
+    code, out, err = gisting_eval(*words, "--json")
+    assert code == 0, err
+    assert [json.loads(line)["condition"] for line in out.splitlines()] == ["gist", "positive", "prompt", "negative"]
+    assert "all records of a split have the same instruction" in err
+    code, _, err = gisting_eval(*words, "--condition", "swapped")
+    assert code == 1
+    assert "condition 'swapped' takes the gist of another record's instruction, but all 2 records have the same" in err
 
 
 @pytest.mark.slow
@@ -328,7 +347,7 @@ def test_eval_errors_are_one_line(gisting_eval, words: tuple[str, ...], message:
 def test_the_printed_table_by_eye(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """At 80 columns: gap kept in the gist's line, headers without escapes, and the first answers in full or cut."""
     monkeypatch.setenv("COLUMNS", "80")
-    scores = {"gist": [1.0, 1.0, 0.0, 1.0], "positive": [1.0] * 4, "negative": [0.0] * 4}
+    scores = {"gist": [1.0, 1.0, 0.0, 1.0], "positive": [1.0] * 4, "negative": [0.0] * 4, "swapped": [0.5, 0.5, 0, 0.5]}
     results = [
         ConditionResult(
             condition,
@@ -344,12 +363,13 @@ def test_the_printed_table_by_eye(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     lines = [line.rstrip() for line in shown.splitlines()]
     assert max(map(len, lines)) <= 80
     assert "unseen: 4 records" in lines[0]
-    for header in ("k", "condition", "exact match [95 %]", "ROUGE-L", "perplexity", "gap kept"):
-        assert header in lines[2]
-    gist, positive = ([cell.strip() for cell in lines[row][1:-1].split("│")] for row in (4, 5))
-    assert (gist[:2], gist[-1]) == (["12", "gist"], "75.0 %")
-    assert (positive[1], positive[-1]) == ("positive", "")
+    for header in ("k", "condition", "exact match [95 %]", "ROUGE-L", "perplexity", "gap kept", "swapped"):
+        assert header in lines[1]
+    gist, positive = (lines[row].split() for row in (3, 4))
+    assert (gist[:2], gist[-4:]) == (["12", "gist"], ["75.0", "%", "60.0", "%"])
+    assert (positive[1], positive[-1]) == ("positive", "9.488")
     assert "negative) in ROUGE-L; left empty" in " ".join(lines)
+    assert "Swapped: the same with the gist of another prompt" in " ".join(lines)
     assert lines.count("record 1, k = 12") == lines.count("record 2, k = 12") == 1
     assert "record 3, k = 12" not in lines
     assert "input        in 0" in lines

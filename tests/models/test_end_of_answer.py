@@ -68,9 +68,9 @@ def test_generate_and_converse(knowing: tuple[Any, GistTokenizer]) -> None:
     "settings", [{}, {"generation_config": GenerationConfig(do_sample=False)}], ids=["own", "given"]
 )
 def test_evaluate_under_every_condition(knowing: tuple[Any, GistTokenizer], settings: dict[str, Any]) -> None:
-    records = [Record("w1 w2", "w5", "w7")]
+    records = [Record("w1 w2", "w5", "w7"), Record("w1", "w5", "w7")]
     results = evaluate(*knowing, records, 1, conditions=EVAL_CONDITIONS, max_new_tokens=6, with_rouge=False, **settings)
-    assert {result.condition: result.predictions for result in results} == {name: ["w7"] for name in EVAL_CONDITIONS}
+    assert {one.condition: one.predictions for one in results} == {name: ["w7", "w7"] for name in EVAL_CONDITIONS}
     assert {result.exact_match for result in results} == {1.0}
 
 
@@ -105,7 +105,7 @@ def test_settings_that_replace_the_models_own(knowing: tuple[Any, GistTokenizer]
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=BASE_END)
     assert gisting.generate(model, tokenizer, ["w5"], prompts=["w1 w2"], max_new_tokens=6) == ["w7"]
     settings: dict[str, Any] = {"conditions": EVAL_CONDITIONS, "max_new_tokens": 6, "with_rouge": False}
-    results = evaluate(model, tokenizer, [Record("w1", "w5", "w7")], 1, **settings)
+    results = evaluate(model, tokenizer, [Record("w1", "w5", "w7"), Record("w2", "w5", "w7")], 1, **settings)
     assert {result.exact_match for result in results} == {1.0}
 
 

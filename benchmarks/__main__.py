@@ -24,6 +24,7 @@ __all__ = ["BENCHMARKS", "run"]
 
 #: The module of each benchmark. Only the module that runs is imported.
 BENCHMARKS = {
+    "adapter": "benchmarks.adapter.recipe",
     "card": "benchmarks.card",
     "cpu-attention": "benchmarks.cpu_attention",
     "distill": "benchmarks.distill",

@@ -49,6 +49,7 @@ __all__ = [
     "gist",
     "negative",
     "positive",
+    "without_gists",
 ]
 
 # The end of a key that rows appended after the sequence will see. The number of rows K would be ambiguous: if a
@@ -333,6 +334,48 @@ def negative(
     Arguments as for :func:`gist`.
     """
     return _decoder(is_gist, padding, documents, branches, _hide_to_last_span)
+
+
+def without_gists(
+    visibility: Visibility,
+    is_gist: Tensor,
+    padding: Tensor | None = None,
+    *,
+    documents: Tensor | None = None,
+) -> tuple[Visibility, Tensor]:
+    """Hide gist tokens from everything else, so that what follows sees the prompt as ordinary text.
+
+    Of the positive control this makes the untouched model that reads the whole prompt, in rows that have gist tokens::
+
+             a  b  G  H  c  d
+          a  1  .  .  .  .  .       position_ids   0  1  2  2  2  3
+          b  1  1  .  .  .  .
+          G  1  1  1  .  .  .
+          H  1  1  1  1  .  .
+          c  1  1  .  .  1  .
+          d  1  1  .  .  1  1
+
+    In an encoder, whose distances count columns, what follows a gist stays as far from the prompt as it was.
+
+    Args:
+        visibility: what is seen with the gist tokens in view.
+        is_gist: bool ``(B, K)``, true at gist tokens, and at their copies if they are chained.
+        padding: as for :func:`causal`.
+        documents: as for :func:`gist`.
+
+    Returns:
+        The intervals and, for a decoder, positions that do not count gist tokens; and how many gist tokens of its
+        document come before each token, int64 ``(B, K)``.
+    """
+    is_gist, is_token = _check(is_gist, padding, documents=documents)
+    span = torch.where(is_gist, 1, 0)
+    first = torch.where(is_gist, torch.maximum(visibility.first, _run_start(span)), visibility.first)
+    end = torch.where(is_gist, torch.minimum(visibility.end, _run_end(span)), visibility.end)
+    before = span.cumsum(-1) - span
+    if documents is not None:
+        before = before - before.gather(-1, _run_start(torch.where(is_token, _numbered(documents), 0)))
+    positions = None if visibility.position_ids is None else visibility.position_ids - before
+    return Visibility(first, end, positions), before
 
 
 def chained(is_gist: Tensor, is_copy: Tensor, parts: Tensor, padding: Tensor | None = None) -> Visibility:

@@ -31,7 +31,7 @@ MODULES = (
     *(f"gisting.eval.{name}" for name in ("report", "results")),
     *("gisting.eval.check", "gisting.eval.spans", "gisting.eval.statistics"),
     "gisting.distillation",
-    *(f"gisting.train.{name}" for name in ("finetune", "methods", "objective", "recipe")),
+    *(f"gisting.train.{name}" for name in ("finetune", "methods", "objective", "recipe", "self_distil")),
     *(f"gisting.internalize.{name}" for name in ("comparison", "examples", "plan", "prices", "report", "settings")),
     *(f"gisting.internalize.{name}" for name in ("requests", "result", "schedule", "shorteners", "stages")),
     "gisting.serving.command",

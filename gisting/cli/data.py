@@ -1,4 +1,4 @@
-"""``gisting data``: prepare training data from public sources."""
+"""``gisting data``: prepare training data from public sources, or let a model write them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from gisting.cli.shared import Commands, json_option, out, print_json
+from gisting.cli.shared import (
+    Commands,
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    TemplateOption,
+    json_option,
+    load_patched,
+    out,
+    print_json,
+)
 from gisting.data.alpaca_plus import SIZES, SOURCES, alpaca_plus, read_source, save_splits
 from gisting.errors import GistError
 
 __all__ = ["data_app"]
 
-data_app = Commands(name="data", help="Prepare training data from public sources.")
+data_app = Commands(name="data", help="Prepare training data.")
 
 
 @data_app.callback()
@@ -57,3 +67,56 @@ def data_alpaca_plus(
             table.add_row(name, f"{sizes[name]:,}", str(path))
     if not as_json:
         out.print(table)
+
+
+@data_app.command("self-distil")
+def data_self_distil(
+    model: ModelArgument,
+    prompts: Annotated[Path, typer.Option(help="A directory of text files, each a prompt, or a file of prompts.")],
+    inputs: Annotated[Path, typer.Option(help="A file of inputs: a text with one on each line, or data with input.")],
+    output: Annotated[Path, typer.Option(help="JSONL file for the records.")],
+    inputs_per_prompt: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many inputs each prompt gets, drawn from all. By default all of them."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="1 samples what the model would say, 0 takes the likeliest tokens.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the answers and of the inputs that are drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers that are sampled together.")] = 32,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: Annotated[bool, json_option("an object with the number of records and the file")] = False,
+) -> None:
+    """Let a model answer inputs with each prompt in view, and write the answers as training records, once.
+
+    A gist that is trained on them with `gisting train --distillation 1 --language-model 0` learns to give what the
+    whole prompt gives. A run that was interrupted goes on where it stopped; a complete file is left as it is.
+
+    Example: gisting data self-distil ./smollm2 --prompts prompts/ --inputs questions.txt --output records.jsonl
+    """
+    from gisting.data.prompts import load_inputs, load_prompts
+    from gisting.measure.progress import progress_bar
+    from gisting.train.self_distil import pair_up, self_distil
+
+    texts = [one.prompt for one in load_prompts(prompts)]
+    pairs = pair_up(texts, load_inputs(inputs), inputs_per_prompt=inputs_per_prompt, seed=seed)
+    loaded, tokenizer = load_patched(model, template, dtype, device, is_to_be_trained=True)
+    with progress_bar("answering with the prompt in view", len(pairs)) as progress:
+        records = self_distil(
+            loaded,
+            tokenizer,
+            pairs,
+            output,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"num_records": len(records), "num_prompts": len(set(texts)), "file": str(output)})
+        return
+    out.print(f"{len(records):,} answers to {len(set(texts)):,} prompts in {output}", highlight=False, soft_wrap=True)

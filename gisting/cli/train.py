@@ -35,11 +35,15 @@ def train(
 
     Example: gisting train ./llama --data alpaca.jsonl --eval unseen.jsonl --output runs/llama-gist -k 1:10
 
+    Example: gisting train ./smollm2 --prompts prompts/ --inputs questions.txt --method gist-lora -k 1:16
+    --learning-rate 2e-3 --output runs/gist
+
     Example: gisting train ./llama --data org/questions --columns instruction=question,output=answer --output runs/q
 
     Example: gisting train --recipe recipes/llama-7b.yaml --output runs/llama-7b --num-gist-tokens 10
     """
     from gisting.data.records import load_records
+    from gisting.measure.progress import progress_bar
     from gisting.measure.training import ShownTraining
     from gisting.models.load import load_tokenizer
     from gisting.train.recipe import train_recipe
@@ -47,7 +51,14 @@ def train(
     chat = functools.cache(functools.partial(load_tokenizer, settings.model or "", settings.template))
     evals = {path: load_records(path, columns=settings.columns, tokenizer=chat) for path in settings.eval}
     with ShownTraining() as shown:
-        trained = train_recipe(settings, output, resume=resume, held_out=evals, callbacks=[shown])
+        trained = train_recipe(
+            settings,
+            output,
+            resume=resume,
+            held_out=evals,
+            callbacks=[shown],
+            sampling=lambda total: progress_bar("answering with the prompt in view", total),
+        )
     if trained.arguments.process_index > 0:
         return
     out.print(

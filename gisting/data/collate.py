@@ -22,7 +22,7 @@ from gisting.data.records import Record, to_records
 from gisting.errors import GistError, GistTokenError, RecordError
 from gisting.padding import pad_rows
 from gisting.tokens import ChatTemplate, GistTokenizer, cut_into_chunks, num_chunks
-from gisting.visibility import CHAINED_CONDITIONS, CONDITIONS, ENCODER_CONDITIONS, Condition, Visibility
+from gisting.visibility import CHAINED_CONDITIONS, CONDITIONS, ENCODER_CONDITIONS, Condition, Visibility, without_gists
 
 __all__ = ["GistCollator"]
 
@@ -104,6 +104,9 @@ class GistCollator:
             and in use. Decoders only, and without ``part_separator``.
         with_teacher: whether a batch also holds the intervals and positions of its rows under the positive control, in
             which a teacher sees the prompt.
+        teacher_sees_gist: whether that teacher sees the gist tokens too. If only they are trained (an adapter that acts
+            at gist tokens), a teacher that saw them could be drawn towards the gist, instead of the other way round:
+            then False makes the teacher the model as it is, with the prompt as ordinary text.
         with_prompt_columns: whether a batch also marks the tokens that depend only on other prompt tokens, under every
             condition and for the teacher: those before the first gist token, so of a prompt in parts or chunks only the
             first. If the model is frozen, their states are those of the model without gists. Decoders only.
@@ -124,6 +127,7 @@ class GistCollator:
         part_separator: str | None = None,
         chunk_length: int | None = None,
         with_teacher: bool = False,
+        teacher_sees_gist: bool = True,
         with_prompt_columns: bool = False,
     ) -> None:
         if not isinstance(tokenizer, GistTokenizer):
@@ -169,6 +173,7 @@ class GistCollator:
         self.part_separator = part_separator
         self.chunk_length = chunk_length
         self.with_teacher = with_teacher
+        self.teacher_sees_gist = teacher_sees_gist
         self.with_prompt_columns = with_prompt_columns
         self._has_reported = False
         self._prompts = _Encoded(self._encode_prompts)
@@ -251,7 +256,8 @@ class GistCollator:
             for an encoder-decoder. With ``with_teacher`` also ``teacher_attention_mask`` int32 ``(B, 1, 2, N)`` and,
             for a decoder, ``teacher_position_ids`` int64 ``(B, N)``. With ``with_prompt_columns`` also ``is_prompt``
             bool ``(B, N)``, False at padding: in both masks, a row with ``is_prompt`` sees only keys with
-            ``is_prompt``.
+            ``is_prompt``. With both, and a teacher that does not see gists, ``num_gists_before`` int64 ``(B, N)``: the
+            number of gist tokens before each token.
 
         Raises:
             RecordError: a record is incomplete; a part of its instruction is empty; there is no text between several
@@ -463,9 +469,16 @@ class GistCollator:
     ) -> dict[str, Tensor]:
         """Return intervals, and positions for a decoder, of each row under the condition it drew, and the teacher's."""
         found = {"": self._drawn(conditions, drawn, layout, packing)}
+        masks: dict[str, Tensor] = {}
         if self.with_teacher:
-            found["teacher_"] = conditions["positive"](*layout, **packing)
-        masks = {}
+            teacher = conditions["positive"](*layout, **packing)
+            if not self.teacher_sees_gist:
+                # The layout begins with is_gist, and ends with the padding.
+                documents = packing.get("documents")
+                teacher, before = without_gists(teacher, layout[0], layout[-1], documents=documents)
+                if self.with_prompt_columns:
+                    masks["num_gists_before"] = before
+            found["teacher_"] = teacher
         for prefix, one in found.items():
             masks[f"{prefix}attention_mask"] = one.as_attention_mask()
             if one.position_ids is not None:

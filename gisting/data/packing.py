@@ -145,6 +145,7 @@ class GistPackingCollator(GistCollator):
         pack_length: number of ids in a row, at least ``max_length``; None for ``max_length``.
         chunk_length: as for :class:`GistCollator`; a whole prompt is reconstructed from the gists of all its chunks.
         with_teacher: as for :class:`GistCollator`.
+        teacher_sees_gist: as for :class:`GistCollator`.
         with_prompt_columns: as for :class:`GistCollator`, for each copy of a prompt, but not for a prompt that is to be
             predicted.
         reconstruct: whether prompts, without ``tokenizer.start_ids``, are also predicted from their gists.
@@ -163,6 +164,7 @@ class GistPackingCollator(GistCollator):
         pack_length: int | None = None,
         chunk_length: int | None = None,
         with_teacher: bool = False,
+        teacher_sees_gist: bool = True,
         with_prompt_columns: bool = False,
         reconstruct: bool = False,
     ) -> None:
@@ -173,6 +175,7 @@ class GistPackingCollator(GistCollator):
             max_length=max_length,
             chunk_length=chunk_length,
             with_teacher=with_teacher,
+            teacher_sees_gist=teacher_sees_gist,
             with_prompt_columns=with_prompt_columns,
         )
         if tokenizer.is_encoder_decoder:

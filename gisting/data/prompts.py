@@ -1,6 +1,7 @@
-"""Files of prompts to compress: one per line as text, or data.
+"""Files of prompts to compress, and of inputs: one per line as text, or data.
 
-Place in the flow: sources -> **prompts** -> store. Works on files, not on tokens. Errors name the file and the line.
+Place in the flow: sources -> **prompts** -> store, or training from prompts alone. Works on files, not on tokens.
+Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from gisting.data.sources import SUFFIXES, read_items
 from gisting.errors import RecordError
 from gisting.tokens.text import read_text, text_fault
 
-__all__ = ["PromptRecord", "load_prompts"]
+__all__ = ["PromptRecord", "load_inputs", "load_prompts"]
 
 # Any other name says that the file is something else.
 _TEXT = ("", ".txt", ".text", ".md", ".prompts")
@@ -36,7 +37,10 @@ class PromptRecord:
 
 
 def load_prompts(path: str | Path, tokenizer: TokenizerSource | None = None) -> list[PromptRecord]:
-    """Read the prompts of a file.
+    """Read the prompts of a file or directory.
+
+    In a directory, each text file is one prompt with all its lines, in the order of the names; a prompt has the name of
+    its file without the suffix. Other files are left out.
 
     A text file (``.txt``, ``.text``, ``.md``, ``.prompts`` or no suffix) has one prompt per line; empty lines are
     skipped. Data (JSON, JSON lines, CSV, Parquet, as for :func:`gisting.load_records`) have objects with ``prompt`` and
@@ -44,7 +48,7 @@ def load_prompts(path: str | Path, tokenizer: TokenizerSource | None = None) -> 
     object may have ``messages`` (or ``conversations``), of which the system message is the prompt.
 
     Args:
-        path: the file, UTF-8.
+        path: the file, UTF-8, or the directory.
         tokenizer: the tokenizer that lays out ``tools``, or a function that loads it; not needed without them.
 
     Returns:
@@ -57,7 +61,7 @@ def load_prompts(path: str | Path, tokenizer: TokenizerSource | None = None) -> 
     """
     found = []
     names: dict[str, str] = {}
-    for where, item in _items(Path(path)):
+    for where, item in _files(Path(path)) if Path(path).is_dir() else _items(Path(path)):
         record = PromptRecord(item) if isinstance(item, str) and item.strip() else _from_object(item, where, tokenizer)
         for text in (record.prompt, record.name or ""):
             if (fault := text_fault(text)) is not None:
@@ -70,17 +74,52 @@ def load_prompts(path: str | Path, tokenizer: TokenizerSource | None = None) -> 
             names[record.name] = where.rpartition(", ")[2]
         found.append(record)
     if not found:
-        raise RecordError(f"{path} contains no prompts; write one per line")
+        how = f"write each into a file named {', '.join(_TEXT[1:])}" if Path(path).is_dir() else "write one per line"
+        raise RecordError(f"{path} contains no prompts; {how}")
     return found
 
 
-def _items(path: Path) -> list[tuple[str, Any]]:
+def load_inputs(path: str | Path) -> list[str]:
+    """Read inputs: the texts that prompts are applied to, such as questions of users.
+
+    A text file has one input per line; empty lines are skipped. Data have objects with ``input``, and whatever else;
+    JSON may also be a list of texts. So the records of a data set will do.
+
+    Args:
+        path: a file as for :func:`load_prompts`, UTF-8.
+
+    Returns:
+        The inputs in the order of the file; a repeated one counts once.
+
+    Raises:
+        RecordError: the file is of another kind, an item has no input, or the file has none.
+        OSError: the file cannot be read.
+    """
+    found: dict[str, None] = {}
+    for where, item in _items(Path(path), "input"):
+        text = item.get("input") if isinstance(item, dict) else item
+        if not isinstance(text, str):
+            raise RecordError(f"{where} must be a text, or an object with a string 'input'")
+        if (fault := text_fault(text)) is not None:
+            raise RecordError(f"{where} {fault}")
+        found.setdefault(text)
+    if not found:
+        raise RecordError(f"{path} contains no inputs; write one per line")
+    return list(found)
+
+
+def _files(path: Path) -> list[tuple[str, Any]]:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _TEXT[1:] and file.is_file())
+    return [(str(file), {"prompt": read_text(file).strip(), "name": file.stem}) for file in files]
+
+
+def _items(path: Path, what: str = "prompt") -> list[tuple[str, Any]]:
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         return [*read_items(path)]
     if suffix not in _TEXT:
         raise RecordError(
-            f"{path} must end in one of {', '.join(SUFFIXES)}, or in .txt for one prompt per line; rename it"
+            f"{path} must end in one of {', '.join(SUFFIXES)}, or in .txt for one {what} per line; rename it"
         )
     lines = enumerate(read_text(path).split("\n"), start=1)
     return [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]

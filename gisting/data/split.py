@@ -35,20 +35,22 @@ def split_prompts(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tens
     """Split the batch of a decoder into its prompts and the rest.
 
     Both parts keep the positions of the batch, also for the teacher: positions under the positive control differ by a
-    constant, the length of the prompt, which does not change rotary attention.
+    constant, the length of the prompt, which does not change rotary attention. For a teacher that does not see gists,
+    what follows a gist moves up to its prompt.
 
     Args:
         batch: made by a collator with ``with_prompt_columns``: ``input_ids``, ``position_ids``, ``labels``, int64
             ``(B, N)``; ``is_prompt`` bool ``(B, N)``; ``attention_mask`` int32 ``(B, 1, 2, N)``; possibly
-            ``teacher_attention_mask`` of the same shape, ``teacher_position_ids`` and ``reconstruction_labels`` int64
-            ``(B, N)``. On the CPU; not modified.
+            ``teacher_attention_mask`` of the same shape, ``teacher_position_ids``, ``num_gists_before`` and
+            ``reconstruction_labels`` int64 ``(B, N)``. On the CPU; not modified.
         pad_token_id: the id of empty columns.
 
     Returns:
         With P the largest number of prompt tokens in a row, and M that of other tokens, both padded on the left:
         ``prompt_input_ids`` and ``prompt_position_ids`` int64 ``(B, P)``, ``prompt_attention_mask`` int32
-        ``(B, 1, 2, P)``; ``input_ids``, ``position_ids``, ``labels``, ``reconstruction_labels`` int64 ``(B, M)``;
-        ``attention_mask`` and ``teacher_attention_mask`` int32 ``(B, 1, 2, P + M)``, whose rows are the last M.
+        ``(B, 1, 2, P)``; ``input_ids``, ``position_ids``, ``labels``, ``reconstruction_labels`` and, if the teacher
+        does not see gists, ``teacher_position_ids`` int64 ``(B, M)``; ``attention_mask`` and
+        ``teacher_attention_mask`` int32 ``(B, 1, 2, P + M)``, whose rows are the last M.
 
     Raises:
         GistError: the batch does not mark its prompts.
@@ -70,6 +72,8 @@ def split_prompts(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tens
     for name in ("attention_mask", "teacher_attention_mask"):
         if name in batch:
             parts[name] = _joined(*(part.intervals(batch[name], rest, num_prompts) for part in (prompts, rest)))
+    if "num_gists_before" in batch:
+        parts["teacher_position_ids"] = rest.take(positions - batch["num_gists_before"], 0)
     if "reconstruction_labels" in batch:
         parts["reconstruction_labels"] = rest.take(batch["reconstruction_labels"], IGNORED)
     return parts

@@ -139,6 +139,9 @@ def finetune(
             )
     else:
         check_complete(model)
+    # Where only gist tokens learn, the teacher is the model as it is, which reads the prompt as ordinary text.
+    adapter = adapter_of(model)
+    collator.teacher_sees_gist = adapter is None or not adapter.is_gist_only
     collator.with_prompt_columns = _has_frozen_prompts(model, collator, arguments)
     batches = step_batches(collator, tokenizer, arguments, has_frozen_base=collator.with_prompt_columns)
     draws = RepeatableDraws(batches, arguments.seed)

@@ -14,7 +14,7 @@ masks and positions come with the batch, so that this module does not depend on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,9 +41,12 @@ _TEACHER = {f"teacher_{name}": name for name in ("attention_mask", "position_ids
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights of the losses that are added to the language model's loss, which has weight 1.
+    """Weights of the losses whose sum is trained.
 
     Args:
+        language_model: weight of the language model's loss on the answers, in nats per token of the answers. With 0 it
+            is only reported: the gist then learns what the model says with the prompt visible, and not what the records
+            say.
         distillation: weight of the KL divergence from the model with the prompt visible, in nats per token of the
             answers. Rows of every condition count: rows with the prompt visible have no divergence, and rows of the
             negative control are drawn towards what they cannot know.
@@ -51,24 +54,27 @@ class Objective:
         reconstruction: weight of the prompt's negative log-likelihood after its gist, in nats per token of the prompts.
 
     Raises:
-        GistError: a weight is negative, or ``top_k`` is less than 1.
+        GistError: a weight is negative, all weights are 0, or ``top_k`` is less than 1.
     """
 
+    language_model: float = field(default=1.0, kw_only=True)
     distillation: float = 0.0
     top_k: int = 32
     reconstruction: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("distillation", "reconstruction"):
+        for name in ("language_model", "distillation", "reconstruction"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise GistError(f"{name} must be a weight of at least 0, got {getattr(self, name)!r}")
+        if not (self.language_model or self.distillation or self.reconstruction):
+            raise GistError("language_model, distillation and reconstruction are all 0, so nothing would be learned")
         if self.top_k < 1:
             raise GistError(f"top_k must be at least 1, got {self.top_k}")
 
     @property
     def is_plain(self) -> bool:
         """Whether there is only the language model's loss."""
-        return not (self.distillation or self.reconstruction)
+        return not (self.distillation or self.reconstruction) and self.language_model == 1
 
 
 class ObjectiveTrainer(Trainer):
@@ -140,6 +146,8 @@ class ObjectiveTrainer(Trainer):
         outputs = {"loss": loss, "logits": logits}
         if model.training and not self.objective.is_plain:
             parts = {"lm_loss": loss}
+            # With weight 0, no gradient is computed of it.
+            loss = self.objective.language_model * loss if self.objective.language_model else torch.zeros_like(loss)
             if teacher is not None:
                 divergence = truncated_kl(logits, teacher, self.objective.top_k).sum()
                 parts["distillation_loss"] = self._mean(divergence, len(targets.ids), num_items_in_batch)

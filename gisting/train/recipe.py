@@ -7,13 +7,15 @@ with the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 import functools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
+from gisting.data.prompts import load_inputs, load_prompts
 from gisting.data.records import Record, load_records, say_shared
 from gisting.errors import GistError
 from gisting.models.load import load, load_tokenizer
@@ -23,11 +25,14 @@ from gisting.train.finetune import finetune
 from gisting.train.methods import Method
 from gisting.train.objective import Objective
 from gisting.train.repeat import checkpoint_to_resume
+from gisting.train.self_distil import pair_up, self_distil
 from gisting.train.settings import BatchSettings, Recipe
 
 __all__ = ["Recipe", "TrainedModel", "load_recipe", "train_recipe"]
 
 RECIPE_NAME = "recipe.yaml"
+#: Where the answers are kept that the model gave to a recipe's prompts and inputs.
+ANSWERS_NAME = "answers.jsonl"
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -69,32 +74,43 @@ def train_recipe(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     held_out: Mapping[str, Sequence[Record]] = {},
+    sampling: Callable[[int], AbstractContextManager[Callable[[int], Any]]] | None = None,
 ) -> TrainedModel:
     """Train the model of a recipe, and save the checkpoint together with the effective recipe (``recipe.yaml``).
+
+    With prompts and inputs instead of records, the model first answers with each prompt in view. The answers are kept
+    as ``answers.jsonl`` in ``output_dir``, and another run with the same settings of them does not sample again.
 
     When ``torchrun`` or ``accelerate launch`` calls this in several processes, they train together.
 
     Args:
-        recipe: a recipe with ``model`` and ``data``.
+        recipe: a recipe with ``model``, and ``data`` or ``prompts`` and ``inputs``.
         output_dir: directory for checkpoint and recipe.
         resume: continue from the last whole checkpoint in ``output_dir``.
         callbacks: as for :func:`gisting.train.finetune.finetune`; with any, ``Trainer`` shows no progress bar.
         held_out: records that will be evaluated, by name; the log says how many of them are also trained on.
+        sampling: called with the number of answers to sample; a context whose value is called with the number of
+            answers done since its last call.
 
     Returns:
         Model, tokenizer, metrics and arguments.
 
     Raises:
-        GistError: the recipe lacks model or data, or as ``load``, ``load_records`` and ``finetune`` do.
+        GistError: the recipe lacks model or data, or as ``load``, ``load_records``, ``load_prompts``, ``self_distil``
+            and ``finetune`` do.
     """
-    if recipe.model is None or recipe.data is None:
-        missing = " and no ".join(name for name in ("model", "data") if getattr(recipe, name) is None)
-        raise GistError(f"there is no {missing} to train with; name it in the recipe or on the command line")
+    if recipe.model is None or (recipe.data is None and recipe.prompts is None):
+        has = {"model": recipe.model, "data": recipe.data or recipe.prompts}
+        missing = " and no ".join(name for name, value in has.items() if value is None)
+        or_prompts = " (for data, prompts and inputs will do)" if recipe.model is not None else ""
+        raise GistError(
+            f"there is no {missing} to train with; name it in the recipe or on the command line{or_prompts}"
+        )
     checkpoint_to_resume(output_dir, resume)  # fails before a large model is loaded and the directory is written to
-    records = load_records(
-        recipe.data,
-        columns=recipe.columns,
-        tokenizer=functools.cache(functools.partial(load_tokenizer, recipe.model, recipe.template)),
+    tokenizer_of_data = functools.cache(functools.partial(load_tokenizer, recipe.model, recipe.template))
+    pairs = None if recipe.prompts is None else _pairs(recipe, recipe.prompts)
+    records = (
+        load_records(str(recipe.data), columns=recipe.columns, tokenizer=tokenizer_of_data) if pairs is None else []
     )
     for name, rows in held_out.items():
         say_shared(records, rows, name)
@@ -108,12 +124,40 @@ def train_recipe(
     if arguments.should_save:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         recipe.save(Path(output_dir) / RECIPE_NAME)
+    if pairs is not None:
+        with arguments.main_process_first(), (sampling or _unseen)(len(pairs)) as progress:
+            records = self_distil(
+                model,
+                tokenizer,
+                pairs,
+                Path(output_dir) / ANSWERS_NAME,
+                max_new_tokens=recipe.answer_tokens,
+                temperature=recipe.answer_temperature,
+                seed=recipe.seed,
+                progress=progress,
+            )
+        set_seed(recipe.seed)  # whether answers were sampled or read
     settings = {
         **keywords_for(BatchSettings, recipe),
         "method": Method(recipe.method, recipe.lora_rank, recipe.lora_alpha),
-        "objective": Objective(recipe.distillation, recipe.distillation_top_k, recipe.reconstruction),
+        "objective": Objective(top_k=recipe.distillation_top_k, **recipe.weights),
     }
     if tokenizer.is_encoder_decoder:
         settings.setdefault("max_length", 128)
     metrics = finetune(model, tokenizer, records, arguments, resume=resume, callbacks=callbacks, **settings)
     return TrainedModel(model, tokenizer, metrics, arguments)
+
+
+def _pairs(recipe: Recipe, prompts: str) -> list[tuple[str, str]]:
+    """The pairs of prompts and inputs of a recipe that has no records."""
+    return pair_up(
+        [one.prompt for one in load_prompts(prompts)],
+        load_inputs(str(recipe.inputs)),
+        inputs_per_prompt=recipe.inputs_per_prompt,
+        seed=recipe.seed,
+    )
+
+
+@contextmanager
+def _unseen(total: int) -> Iterator[Callable[[int], Any]]:
+    yield lambda done: None

@@ -108,6 +108,10 @@ _CONDITIONS = Kind(
 )
 
 
+# Methods whose adapters act at gist tokens only. (Their kinds are in models/adapters.py, which imports torch.)
+_GIST_ONLY = ("gist-lora", "embeddings")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings(Settings):
     """Settings of stock ``Trainer``. None is the published value for the model's kind.
@@ -269,6 +273,22 @@ class _WhatIsTrained(Settings):
     columns: Mapping[str, str] | None = setting(
         COLUMNS, None, "What columns of the records are called, such as instruction=question,output=answer."
     )
+    prompts: str | None = setting(
+        PATH,
+        None,
+        "Instead of --data, prompts to train on without answers: a directory of text files, or a file of prompts. The "
+        "model answers --inputs with each prompt in view, and the gist learns to give the same.",
+    )
+    inputs: str | None = setting(
+        PATH, None, "With --prompts, a file of inputs: a text with one on each line, or data with input."
+    )
+    inputs_per_prompt: int | None = setting(
+        COUNT, None, "With --prompts, how many inputs each prompt gets, drawn from all.", shown_default="all"
+    )
+    answer_tokens: int = setting(COUNT, 64, "With --prompts, the longest answer that is sampled, in tokens.")
+    answer_temperature: float = setting(
+        NOT_NEGATIVE, 1.0, "With --prompts, the temperature at which answers are sampled; 0 takes the likeliest tokens."
+    )
     eval: tuple[str, ...] = setting(
         TEXTS, (), "Records to evaluate on after training, under all three conditions; may be repeated."
     )
@@ -283,8 +303,17 @@ class _WhatIsTrained(Settings):
     lora_alpha: float | None = setting(
         POSITIVE, None, "Scale of the adapter times its rank.", shown_default="twice the rank"
     )
-    distillation: float = setting(
-        NOT_NEGATIVE, 0.0, "Weight of the KL divergence from the same model with the prompt visible."
+    language_model: float | None = setting(
+        NOT_NEGATIVE,
+        None,
+        "Weight of the language model's loss on the answers.",
+        shown_default="1; 0 with --prompts and gist-lora or embeddings",
+    )
+    distillation: float | None = setting(
+        NOT_NEGATIVE,
+        None,
+        "Weight of the KL divergence from the same model with the prompt visible.",
+        shown_default="0; 1 with --prompts",
     )
     distillation_top_k: int = setting(COUNT, 32, "How many of that model's likeliest tokens are compared one by one.")
     reconstruction: float = setting(
@@ -304,6 +333,32 @@ class Recipe(TrainerSettings, BatchSettings, _WhatIsTrained):
 
     max_new_tokens: int = setting(COUNT, 128, "Longest answer in the evaluation, in tokens.")
     group_by_length: bool = setting(FLAG, False, "Put rows of similar length into one batch.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts is not None and self.data is not None:
+            raise GistError(
+                f"prompts and data cannot be combined, got {self.prompts} and {self.data}; answers are sampled for "
+                "prompts, data have their own"
+            )
+        if (self.prompts is None) != (self.inputs is None):
+            missing = "prompts" if self.prompts is None else "inputs"
+            raise GistError(f"prompts and inputs belong together, got no {missing}; name both files")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the losses.
+
+        With prompts alone and an adapter that acts at gist tokens only, the answers are not to be learned, but how
+        likely each would have been. A method that changes the model which answers learns them too, as an anchor.
+        """
+        distilled = 0.0 if self.prompts is None else 1.0
+        plain = 0.0 if self.prompts is not None and self.method in _GIST_ONLY else 1.0
+        return {
+            "language_model": plain if self.language_model is None else self.language_model,
+            "distillation": distilled if self.distillation is None else self.distillation,
+            "reconstruction": self.reconstruction,
+        }
 
     def arguments(self, output_dir: str | Path, *, is_encoder_decoder: bool = False) -> TrainingArguments:
         """Return the settings as arguments of stock ``Trainer``. Arguments and errors are those of the base class."""

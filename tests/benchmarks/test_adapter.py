@@ -1,0 +1,126 @@
+"""The recipe of the adapter that comes with the library: its data, its table, and the whole of it with a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gisting
+from benchmarks.__main__ import run
+from benchmarks.adapter import values
+from benchmarks.adapter.evaluation import instructions, system_prompts
+from benchmarks.adapter.prompts import compose, compose_instruction, ordinary, passages
+from benchmarks.adapter.recipe import adapter_table
+from gisting.data.records import Record, save_records
+from gisting.measure.rows import read_rows
+from tests import chats, tiny
+
+
+def test_prompts_are_composed_alike_from_a_seed_and_held_out_ones_share_no_names() -> None:
+    trained = compose(220, 0)
+    assert len({one.prompt for one in trained}) == 220
+    assert {one.prompt for one in trained} == {one.prompt for one in compose(220, 0)}
+    assert {one.prompt for one in trained} != {one.prompt for one in compose(220, 1)}
+    assert all(one.inputs for one in trained)
+    assert not any("{" in text for one in trained for text in (one.prompt, *one.inputs))
+    held_out = compose(110, 0, is_held_out=True)
+    own = values.LAST_NAMES[-len(values.LAST_NAMES) // 5 :]
+    assert not any(name in one.prompt for one in trained for name in own)
+    assert any(name in one.prompt for one in held_out for name in own)
+    assert len({one.prompt for one in compose_instruction(130, 0)}) == 130
+
+
+def test_held_out_questions_are_not_trained_on() -> None:
+    assert not set(ordinary(True)) & set(ordinary(False))
+    assert not set(passages(True)) & set(passages(False))
+    assert min(len(ordinary(True)), len(passages(True))) > 5
+
+
+def test_the_held_out_system_prompts() -> None:
+    found = system_prompts()
+    assert len({one.prompt for one in found}) == 30
+    assert all(len(one.inputs) == 6 for one in found)
+    assert all(350 < len(one.prompt) < 2500 for one in found)
+    assert not {one.prompt for one in found} & {one.prompt for one in compose(520, 0)}
+
+
+def test_instructions_are_taken_evenly(tmp_path: Path) -> None:
+    save_records([Record(f"do {n // 2}", f"{n}", "x") for n in range(40)], tmp_path / "a.jsonl")
+    found = instructions(tmp_path / "a.jsonl", 5)
+    assert [one.prompt for one in found] == ["do 0", "do 4", "do 8", "do 12", "do 16"]
+    assert found[1].inputs == ["9"]
+
+
+def row(name: str, k: int, **more: Any) -> dict[str, Any]:
+    sources = {"none": 0.2, "swapped": 0.1, "gist": 0.04}
+    kept = {"none": 0.8, "swapped": 0.6}
+    agreement = {"none": 0.7, "swapped": 0.8, "gist": 0.9}
+    return {
+        "set": name,
+        "num_gist_tokens": k,
+        "num_prompts": 3,
+        "kl": sources,
+        "kept": kept,
+        "agreement": agreement,
+    } | more
+
+
+def test_the_table_by_eye() -> None:
+    rouge = {"none": 0.3, "swapped": 0.4, "gist": 0.55}
+    rows = [row("system prompts", 8, rouge_l=rouge), row("human instructions", 4), {"set": "run", "seconds": {}}]
+    assert adapter_table(rows).splitlines() == [
+        "| prompts | k | KL: no prompt | swapped | gist | kept: of no prompt | of swapped | agreement: no prompt | "
+        "swapped | gist | ROUGE-L: no prompt | swapped | gist |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| 3 system prompts | 8 | 0.200 | 0.100 | 0.040 | 80 % | 60 % | 70 % | 80 % | 90 % | 0.30 | 0.40 | 0.55 |",
+        "| 3 human instructions | 4 | 0.200 | 0.100 | 0.040 | 80 % | 60 % | 70 % | 80 % | 90 % | - | - | - |",
+    ]
+
+
+def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrapped = chats.CHATS["chatml"].tokenizer()
+    torch.manual_seed(0)
+    model = tiny.model("llama", vocab_size=len(wrapped), max_position_embeddings=8192)
+    model.save_pretrained(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "base")
+    save_records(
+        [Record("Say no.", "yes", "no", "self-instruct-seed"), Record("Title:", "x", "y", "t0:a")],
+        tmp_path / "tasks.jsonl",
+    )
+    save_records([Record(f"do {n}", f"{n}", "x") for n in range(4)], tmp_path / "alpaca_plus_validation_unseen.jsonl")
+    (tmp_path / "alpaca_plus_validation_unseen.json").write_text(
+        json.dumps([{"instruction": f"do {n}", "input": str(n), "output": "x"} for n in range(4)]), encoding="utf-8"
+    )
+    words = (
+        f"adapter --model {tmp_path}/base --directory {tmp_path}/run --output {tmp_path}/rows.jsonl --dtype float32 "
+    )
+    words += f"--tasks {tmp_path}/tasks.jsonl --alpaca-plus {tmp_path} --answers {tmp_path}/side.jsonl "
+    words += f"--ship-to {tmp_path}/shipped --steps 2 --scale 0.02 --ks 1,2"
+    assert run(words.split()) == 0
+    printed = capsys.readouterr().out
+    assert "human instructions are skipped: there is no" in printed
+    assert "| 2 system prompts | 2 |" in printed
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [one["set"] for one in rows] == [*["system prompts"] * 2, *["unseen instructions"] * 2, "run"]
+    assert [one["num_gist_tokens"] for one in rows[:-1]] == [1, 2, 1, 2]
+    assert rows[0]["kept"].keys() == {"none", "swapped", "first"}
+    assert rows[-1]["seconds"].keys() == {"prompts and inputs", "answers", "training", "evaluation"}
+    side = [json.loads(line) for line in (tmp_path / "side.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(side) == 12
+    assert side[0].keys() == {"prompt", "input", "full", "gist", "none"}
+    held = load_file(tmp_path / "shipped" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
+    about = json.loads((tmp_path / "shipped" / "gist_adapter.json").read_text(encoding="utf-8"))
+    assert (about["base"], about["num_gist_tokens"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", [1, 16])
+    # A second run with the same seed and machine gives the same file, and one in the same directory makes nothing anew.
+    weights = (tmp_path / "shipped" / "adapter_model.safetensors").read_bytes()
+    assert run(words.replace(f"{tmp_path}/run", f"{tmp_path}/again").split()) == 0
+    assert (tmp_path / "shipped" / "adapter_model.safetensors").read_bytes() == weights
+    base, tokenizer = gisting.load(tmp_path / "base", "chat")
+    gisting.models.adapters.load(base, tmp_path / "shipped")
+    assert len(gisting.compress(base, tokenizer, ["You are kind."], 2)) == 1

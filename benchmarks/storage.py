@@ -231,13 +231,13 @@ def _answers(
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="Directory that `gisting demo` wrote.")],
+    model: Annotated[str, typer.Argument(help="Directory that `gisting demo --from-scratch` wrote.")],
     output: OutputOption = None,
     records: Annotated[int, typer.Option(min=1, help="Records of instructions that training never used.")] = 256,
     num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens.")] = 2,
     seed: Annotated[int, typer.Option(help="The demo's seed, which decides what training never used.")] = 0,
 ) -> None:
-    """Caches in few bits: bytes and accuracy of each storage, with a checkpoint of `gisting demo`.
+    """Caches in few bits: bytes and accuracy of each storage, with a checkpoint of `gisting demo --from-scratch`.
 
     Example: python -m benchmarks storage runs/demo --output docs/results/storage.jsonl
     """

@@ -2,7 +2,7 @@
 
 The last part does the same with stock transformers.
 
-    gisting demo --output runs/demo
+    gisting demo --from-scratch --output runs/demo
     python examples/01_compress_and_generate.py runs/demo
 """
 

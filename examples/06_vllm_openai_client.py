@@ -5,7 +5,7 @@
     gisting serve MODEL --store runs/store --served-model-name gisting        # in another terminal
     python examples/06_vllm_openai_client.py MODEL --store runs/store --url http://127.0.0.1:8000/v1
 
-MODEL is a checkpoint that was trained to gist, such as the one that ``gisting demo`` makes.
+MODEL is a checkpoint that was trained to gist, such as the one that ``gisting demo --from-scratch`` makes.
 """
 
 import argparse

@@ -69,7 +69,7 @@ def t5_tokenizer() -> GistTokenizer:
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run `gisting demo` for a few steps: its files are complete, but its answers are not correct yet."""
+    """Run `gisting demo --from-scratch` for a few steps: its files are complete, its answers not correct yet."""
     from rich.console import Console
 
     from gisting.demo import run_demo
@@ -83,7 +83,7 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Change to a folder in which `gisting demo` has run."""
+    """Change to a folder in which `gisting demo --from-scratch` has run."""
     shutil.copytree(demo_checkpoint, tmp_path / "runs" / "demo")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -78,7 +78,7 @@ def test_an_example_that_is_not_real_is_caught() -> None:
 
 
 def test_examples_run_as_they_are_shown(run, workplace: Path) -> None:
-    """Those that need only the output of `gisting demo` and a file of prompts."""
+    """Those that need only the output of `gisting demo --from-scratch` and a file of prompts."""
     Path("prompts.jsonl").write_text('{"prompt": "write capitals", "name": "capitals"}\n', encoding="utf-8")
     ran = 0
     for path in (
@@ -181,7 +181,7 @@ def test_json_of_the_demo(run, monkeypatch: pytest.MonkeyPatch, demo_checkpoint:
         return Result()
 
     monkeypatch.setattr("gisting.demo.run_demo", run_demo)
-    done = run("demo", "--json")
+    done = run("demo", "--from-scratch", "--json")
     assert json.loads(done.out) == row
     assert done.err.startswith("1. The task\n")
 
@@ -246,7 +246,8 @@ def test_wrong_usage(run, words: str) -> None:
         "store remove runs/nothing a",
         "store gc runs/nothing",
         "data alpaca-plus --output o --alpaca runs/nothing --self-instruct runs/nothing --human runs/nothing",
-        "demo --steps 1 --output {data}",
+        "demo --from-scratch --steps 1 --output {data}",
+        "try runs/nothing --prompt a --input b",
         "show a b --png runs/nothing/mask.png",
     ],
 )

@@ -22,14 +22,15 @@ from gisting.cli import (
     compare,
     cost,
     data,
-    demo,
     distill,
     doctor,
     evaluate,
     internalize,
     report,
     serve,
+    show,
     train,
+    trial,
 )
 from gisting.cli.shared import Commands, err, out, streams_put_back
 from gisting.errors import GistError
@@ -84,7 +85,8 @@ def _root(
     pass
 
 
-app.command()(demo.demo)
+app.command()(trial.demo)
+app.command("try")(trial.try_prompt)
 app.command()(train.train)
 app.command()(internalize.internalize)
 app.command()(report.report)
@@ -96,7 +98,7 @@ app.command()(chat.chat)
 app.command()(compare.compare)
 app.command()(check.check)
 app.command("eval")(evaluate.evaluate)
-app.command()(demo.show)
+app.command()(show.show)
 app.command()(caches.inspect)
 app.command()(checkpoints.apply_difference)
 app.command(context_settings=serve.SERVE_SETTINGS)(serve.serve)

@@ -29,7 +29,7 @@ from gisting.tokens.text import read_text
 if TYPE_CHECKING:
     from gisting.distillation import Distilled, Progress
 
-__all__ = ["distill"]
+__all__ = ["distill", "read_inputs"]
 
 _PHASES = {
     "questions": "writing questions",
@@ -120,8 +120,8 @@ def distill(
         raise GistError(f"{output} exists already; remove it, or name another output")
     if not output.parent.is_dir():
         raise GistError(f"{output.parent} is not a directory; make it first")
-    texts = None if inputs is None else _read_inputs(inputs)
-    measured = None if held_out is None else _read_inputs(held_out)
+    texts = None if inputs is None else read_inputs(inputs)
+    measured = None if held_out is None else read_inputs(held_out)
     prompt = read_text(prompt_file)
     folder = work_dir or output.with_name(output.name + ".distill")
     loaded, tokenizer = load_patched(model, template, dtype, device, is_to_be_trained=True)
@@ -175,7 +175,7 @@ def distill(
     )
 
 
-def _read_inputs(path: Path) -> list[str]:
+def read_inputs(path: Path) -> list[str]:
     """One input to a line, without empty lines; or the inputs of records."""
     from gisting.data.records import load_records
 

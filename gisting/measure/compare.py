@@ -25,7 +25,7 @@ from gisting.models.patch import require_patched
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
 
-__all__ = ["Answer", "Comparison", "check_prompt", "compare"]
+__all__ = ["Answer", "Comparison", "answer_from_gist", "check_prompt", "compare"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,30 @@ def compare(
             answers[condition] = watch.answer(condition, said, kept_bytes)
         found.append(Comparison(text, answers["gist"], answers["prompt"], answers["no-prompt"]))
     return found
+
+
+def answer_from_gist(
+    model: PreTrainedModel, tokenizer: GistTokenizer, text: str, cache: GistCache, *, max_new_tokens: int = 128
+) -> Answer:
+    """Answer one input from a compressed prompt, greedily, and say what it took.
+
+    Args:
+        model: a patched model.
+        tokenizer: the tokenizer it was patched for.
+        text: the input.
+        cache: one compressed prompt.
+        max_new_tokens: maximum length of the answer.
+
+    Returns:
+        The answer, of condition ``"gist"``.
+
+    Raises:
+        CacheMismatchError: the cache does not belong to the model.
+    """
+    with _Watch(model) as watch:
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": watch}
+        said = generate(model, tokenizer, [text], cache=cache, do_sample=False, num_beams=1, **settings)[0]
+    return watch.answer("gist", said, cache.num_bytes)
 
 
 class _Watch:

@@ -220,46 +220,6 @@ def answer_logits(
         ).logits[0]
 
 
-def answer_logits(
-    model: PreTrainedModel,
-    tokenizer: GistTokenizer,
-    prefix: GistCache | None,
-    befores: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-) -> torch.Tensor:
-    """Run answers after what comes before them.
-
-    Rows begin right after the prefix and are padded on the right, where causal attention hides the padding, so a
-    sliding window counts tokens alone.
-
-    Arguments as for :meth:`~gisting.models.architecture.Architecture.answer_logits`.
-
-    Returns:
-        The logits that predict each token of the answers.
-    """
-    rows = [[*before, *answer[:-1]] for before, answer in zip(befores, answers, strict=True)]
-    ids, _ = pad_rows(rows, tokenizer.pad_token_id, left=False)
-    num_rows, width = ids.shape
-    places = [
-        row * width + len(before) - 1 + place
-        for row, (before, answer) in enumerate(zip(befores, answers, strict=True))
-        for place in range(len(answer))
-    ]
-    device = input_weight(model).device
-    past, held = PrefixStates(), 0
-    if prefix is not None:
-        held = prefix.num_slots
-        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            past.update(keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1), layer)
-    with logits_at(model, torch.tensor(places, device=device)):
-        return model(
-            input_ids=ids.to(device),
-            position_ids=torch.arange(held, held + width, device=device).expand(num_rows, -1),
-            **({} if prefix is None else {cache_argument(): past}),
-            use_cache=prefix is not None,
-        ).logits[0]
-
-
 def continued(
     model: PreTrainedModel,
     cache: GistCache,

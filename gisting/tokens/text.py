@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gisting.errors import RecordError
 
-__all__ = ["read_text", "text_fault"]
+__all__ = ["escaped", "read_text", "text_fault"]
 
 
 def read_text(path: str | Path) -> str:
@@ -34,6 +34,17 @@ def read_text(path: str | Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise RecordError(f"{path} is not UTF-8 text (line {line}: {error.reason}); save it as UTF-8") from error
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+
+
+def escaped(text: str) -> str:
+    """Return a text with its control characters escaped, so that a terminal shows them and does not act on them.
+
+    Args:
+        text: the text; its line ends are kept.
+    """
+    return "".join(
+        character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in text
+    )
 
 
 def text_fault(text: str) -> str | None:

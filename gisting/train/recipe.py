@@ -7,9 +7,9 @@ with the checkpoint.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -122,7 +122,7 @@ class DemoResult:
 
     def to_row(self) -> dict[str, object]:
         """Return the row for a results file."""
-        return {"command": "gisting demo", **asdict(self)}
+        return {"command": "gisting demo --from-scratch", **asdict(self)}
 
 
 def run_demo(

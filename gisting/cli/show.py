@@ -1,4 +1,4 @@
-"""``gisting demo`` and ``show``: see what gisting does."""
+"""``gisting show``: draw a mask."""
 
 from __future__ import annotations
 
@@ -7,37 +7,10 @@ from typing import Annotated
 
 import typer
 
-from gisting.cli.shared import json_option, out, print_json
+from gisting.cli.shared import json_option, print_json
 from gisting.errors import GistError
 
-__all__ = ["demo", "show"]
-
-
-def demo(
-    output: Annotated[Path, typer.Option(help="Directory for checkpoint, data and the compressed instruction.")] = Path(
-        "runs/demo"
-    ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 rows.")] = 2400,
-    seed: Annotated[int, typer.Option(help="Seed of held-out combinations, weights and data.")] = 0,
-    results: Annotated[Path | None, typer.Option(help="JSONL file to append the run's numbers to.")] = None,
-    as_json: Annotated[bool, json_option("one object, with the run's numbers")] = False,
-) -> None:
-    """Watch a model learn to gist and use it, in a few minutes on a CPU.
-
-    A small LLaMA learns to gist from scratch. An instruction that it never saw is compressed and used, and its cost is
-    compared with no cache and with prefix caching.
-
-    Example: gisting demo --seed 1
-    """
-    from gisting.demo import run_demo
-    from gisting.measure.rows import append_row
-
-    result = run_demo(output, steps=steps, seed=seed)  # prints to its own console, with markup
-    if results is not None:
-        append_row(results, result.to_row())
-    if as_json:
-        print_json(result.to_row())
-    out.print(f"\n   {result.total_s:.0f} s in total, of which {result.train_s:.0f} s were training.", highlight=False)
+__all__ = ["show"]
 
 
 def show(

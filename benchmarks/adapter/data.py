@@ -114,7 +114,7 @@ def _tasks(path: Path, sizes: Sizes, random: Random) -> list[Composed]:
     templates: dict[str, None] = {}
     for record in load_records(path):
         if record.source.startswith("self-instruct"):
-            seeds.setdefault(record.instruction, []).append(record.input)
+            seeds.setdefault(record.instruction, []).append(str(record.input))
         else:
             templates.setdefault(record.instruction)
     texts = passages(False)

@@ -44,7 +44,7 @@ def system_prompts(number: int | None = None) -> list[HeldOut]:
 
 def instructions(path: Path, number: int) -> list[HeldOut]:
     """Read ``number`` different instructions of a file of records, evenly from the whole file."""
-    found = {record.instruction: record.input for record in load_records(path)}
+    found = {record.instruction: str(record.input) for record in load_records(path)}
     step = max(len(found) // number, 1)
     return [HeldOut(prompt, [text]) for prompt, text in [*found.items()][::step][:number]]
 

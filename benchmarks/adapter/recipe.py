@@ -200,7 +200,7 @@ def main(
         records = self_distil(
             loaded,
             tokenizer,
-            [(pair.instruction, pair.input) for pair in pairs],
+            [(pair.instruction, str(pair.input)) for pair in pairs],
             directory / "answers.jsonl",
             max_new_tokens=ANSWER_TOKENS,
             batch_size=ANSWER_BATCH,

@@ -29,7 +29,7 @@ from gisting.tokens.text import read_text
 if TYPE_CHECKING:
     from gisting.distillation import Distilled, Progress
 
-__all__ = ["distill", "read_inputs"]
+__all__ = ["distill"]
 
 _PHASES = {
     "questions": "writing questions",
@@ -109,6 +109,7 @@ def distill(
 
     Example: gisting distill ./model --prompt-file system.txt --output system.gist.safetensors --at-least 0.8
     """
+    from gisting.data.prompts import load_inputs
     from gisting.distillation import distill as run
     from gisting.storage import STORAGES
 
@@ -120,8 +121,8 @@ def distill(
         raise GistError(f"{output} exists already; remove it, or name another output")
     if not output.parent.is_dir():
         raise GistError(f"{output.parent} is not a directory; make it first")
-    texts = None if inputs is None else read_inputs(inputs)
-    measured = None if held_out is None else read_inputs(held_out)
+    texts = None if inputs is None else load_inputs(inputs)
+    measured = None if held_out is None else load_inputs(held_out)
     prompt = read_text(prompt_file)
     folder = work_dir or output.with_name(output.name + ".distill")
     loaded, tokenizer = load_patched(model, template, dtype, device, is_to_be_trained=True)
@@ -173,15 +174,6 @@ def distill(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def read_inputs(path: Path) -> list[str]:
-    """One input to a line, without empty lines; or the inputs of records."""
-    from gisting.data.records import load_records
-
-    if path.suffix == ".txt":
-        return [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    return [record.input or record.instruction for record in load_records(path)]
 
 
 class _Shown:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from gisting.cli.compare import PromptFileOption, given_prompt
-from gisting.cli.distill import read_inputs
 from gisting.cli.shared import (
     DeviceOption,
     DtypeOption,
@@ -157,11 +156,13 @@ def try_prompt(
 
 def _questions(asked: list[str], path: Path | None) -> tuple[list[str], list[str] | None]:
     """Return what is asked, and what is distilled on; None for what the model writes itself."""
+    from gisting.data.prompts import load_inputs
+
     if path is None:
         if not asked:
             raise GistError("give at least one question: --input TEXT, or a file of them: --inputs FILE")
         return asked, None
-    lines = list(dict.fromkeys(read_inputs(path)))
+    lines = load_inputs(path)
     if not asked:
         asked, lines = lines[:_ASKED], lines[_ASKED:]
     learned = [line for line in lines if line not in asked]

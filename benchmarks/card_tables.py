@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gisting.markdown import markdown_table, spread_cell
+from benchmarks.cells import spread_cell
+from gisting.markdown import markdown_table
 
 __all__ = ["kernels_table", "real_model_table", "step_table"]
 

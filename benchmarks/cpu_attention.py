@@ -16,11 +16,12 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.cells import spread_cell
 from benchmarks.command import OutputOption, Rows, numbers, where
 from gisting.attention.pieces import plan_if_cheaper
 from gisting.attention.sdpa import dense_attention, sdpa_attention
 from gisting.errors import GistError
-from gisting.markdown import markdown_table, spread_cell
+from gisting.markdown import markdown_table
 from gisting.measure.progress import tracked
 from gisting.measure.rows import spread
 from gisting.visibility import Visibility, gist

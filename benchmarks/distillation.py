@@ -14,12 +14,13 @@ from typing import Annotated, Any
 import typer
 from transformers import set_seed
 
+from benchmarks.cells import interval_cell
 from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, numbers, say, where
 from benchmarks.task import MIXED_CONDITIONS, SPLITS, task_accuracy
 from gisting.data.tasks import LetterTask, task_tokenizer
 from gisting.demo import BATCH_SIZE, task_arguments, task_model
 from gisting.eval.statistics import Interval
-from gisting.markdown import interval_cell, markdown_table
+from gisting.markdown import markdown_table
 from gisting.measure.progress import tracked
 from gisting.train.finetune import finetune
 from gisting.train.objective import Objective

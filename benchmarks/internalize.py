@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
+from benchmarks.cells import interval_cell, spread_cell
 from benchmarks.command import CheckpointsOption, OutputOption, Rows, numbers, say, where
 from gisting.data.plain import PlainCollator
 from gisting.data.records import Record
@@ -36,7 +37,7 @@ from gisting.internalize.requests import PromptFormat
 from gisting.internalize.schedule import Schedule
 from gisting.internalize.shorteners import SelfInformation
 from gisting.internalize.stages import internalize
-from gisting.markdown import interval_cell, markdown_table, spread_cell
+from gisting.markdown import markdown_table
 from gisting.measure.progress import tracked
 from gisting.measure.requests import FULL_PROMPT, ServingRow, serving
 from gisting.models.load import load

@@ -28,6 +28,7 @@ import typer
 from torch import Tensor
 from transformers import set_seed
 
+from benchmarks.cells import interval_cell
 from benchmarks.command import CheckpointsOption, OutputOption, Rows, SeedOption, names, say, where
 from gisting.data.plain import plain_sources
 from gisting.data.records import Record
@@ -41,7 +42,7 @@ from gisting.internalize.requests import PromptFormat
 from gisting.internalize.schedule import Schedule
 from gisting.internalize.shorteners import Rewrites
 from gisting.internalize.stages import internalize
-from gisting.markdown import interval_cell, markdown_table
+from gisting.markdown import markdown_table
 from gisting.measure.progress import tracked
 from gisting.models.load import load
 from gisting.tokens import GistTokenizer

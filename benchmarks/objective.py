@@ -28,13 +28,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import TrainingArguments
 
+from benchmarks.cells import spread_cell
 from benchmarks.command import OutputOption, Rows, where
 from benchmarks.models import SMOLLM2, letters
 from gisting.data.collate import IGNORED
 from gisting.data.packing import GistPackingCollator
 from gisting.data.records import Record
 from gisting.errors import GistError
-from gisting.markdown import markdown_table, spread_cell
+from gisting.markdown import markdown_table
 from gisting.measure.memory import peak_of_allocator
 from gisting.measure.models import random_llama
 from gisting.measure.rows import spread

@@ -19,6 +19,7 @@ import typer
 from transformers import TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.cells import interval_cell
 from benchmarks.command import CheckpointsOption, OutputOption, RecordsOption, Rows, SeedOption, numbers, where
 from benchmarks.task import CONDITIONS, MIXED_CONDITIONS, SPLITS
 from gisting.data.tasks import LetterTask, task_tokenizer
@@ -27,7 +28,7 @@ from gisting.errors import GistError
 from gisting.eval.report import gap_kept
 from gisting.eval.results import Evaluation, evaluate_splits
 from gisting.eval.statistics import Interval, difference
-from gisting.markdown import interval_cell, markdown_table
+from gisting.markdown import markdown_table
 from gisting.measure.progress import progress_bar
 from gisting.measure.rows import environment
 from gisting.train.finetune import finetune

@@ -19,10 +19,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.cells import spread_cell
 from benchmarks.command import OutputOption, Rows, names, where
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
-from gisting.markdown import markdown_table, spread_cell
+from gisting.markdown import markdown_table
 from gisting.measure.progress import tracked
 from gisting.measure.rows import spread
 from gisting.store import GistStore

@@ -21,6 +21,7 @@ import typer
 from torch import Tensor
 from transformers import set_seed
 
+from benchmarks.cells import spread_cell
 from benchmarks.command import OutputOption, Rows, numbers, where
 from gisting.data.collate import IGNORED, Example, GistCollator
 from gisting.data.packing import Document, GistPackingCollator
@@ -28,7 +29,7 @@ from gisting.data.records import Record
 from gisting.data.tasks import LetterTask, task_tokenizer
 from gisting.demo import task_model
 from gisting.errors import GistError
-from gisting.markdown import markdown_table, spread_cell
+from gisting.markdown import markdown_table
 from gisting.measure.progress import tracked
 from gisting.measure.rows import new_figure, spread
 from gisting.tokens import GistTokenizer

@@ -72,7 +72,7 @@ def main() -> None:
     metrics = finetune(model, tokenizer, records, settings("adapter", 1e-2), method=method, num_gist_tokens=2)
     print(f"{metrics['num_trainable_parameters']:,} of {metrics['num_parameters']:,} parameters trained")
 
-    # The saved files are the adapter in peft's layout. It names its base model, which is loaded with it and frozen.
+    # The saved files are the adapter. It names its base model, which is loaded with it and frozen.
     model, tokenizer = gisting.load(arguments.output / "adapter")
     base, _ = gisting.load(arguments.output / "base")
     print("ordinary text has the bits of the base model:", torch.equal(read(model, tokenizer), read(base, tokenizer)))

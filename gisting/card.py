@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gisting.errors import GistError
 from gisting.markdown import markdown_table
@@ -27,6 +28,7 @@ _ABOUT = {
         "model, tokenizer or template is refused."
     ),
 }
+_ABOUT_ROW = ("condition", "num_gist_tokens", "num_records")  # of a row of an evaluation; the others are metrics
 _USE = {
     "checkpoint": """import gisting
 
@@ -53,6 +55,9 @@ def card(
     metrics: Mapping[str, float] | None = None,
     license: str | None = None,
     base_model: str | None = None,
+    facts: Mapping[str, str] | None = None,
+    settings: Mapping[str, object] | None = None,
+    evaluations: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     extra: str = "",
 ) -> str:
     """Make the card of an upload.
@@ -69,6 +74,11 @@ def card(
         metrics: measured values by name. They are also in the front matter if ``data`` says what they were measured on.
         license: the identifier of the licence on the hub, such as ``"apache-2.0"``.
         base_model: the repository of the model that this one was made from, ``"owner/name"``.
+        facts: more lines of the first table, by name, such as the method of a training.
+        settings: the settings that it was trained with, by name; None for no table of them.
+        evaluations: for each data set that was evaluated, by name, a row for each k and condition: ``num_gist_tokens``,
+            ``condition``, ``num_records`` and metrics, as :meth:`gisting.eval.conditions.ConditionResult.summary`
+            returns them. Metrics that are None are left out. Those of the condition gist are also in the front matter.
         extra: Markdown to append unchanged.
 
     Returns:
@@ -99,6 +109,21 @@ def card(
         )
         for name, value in (measured if data else {}).items()
     ]
+    evaluated = {_line(name): rows for name, rows in (evaluations or {}).items()}
+    results += [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_name=f"{metric} (k = {row['num_gist_tokens']})",
+            metric_value=float(row[metric]),
+        )
+        for name, rows in evaluated.items()
+        for row in rows
+        for metric in row
+        if row["condition"] == "gist" and metric not in _ABOUT_ROW and row[metric] is not None
+    ]
     front = ModelCardData(
         library_name="gisting",
         tags=["gisting", "gist-tokens", "prompt-compression"],
@@ -112,17 +137,27 @@ def card(
         "template": _line(template),
         "model": _line(model) + (f", made from {base_model}" if base_model else ""),
         "data": data or "not stated",
+        **{_line(name): _line(value) for name, value in (facts or {}).items()},
     }
     source = repr(title if is_repository_id(title) else "path/to/this/directory").replace("'", '"')
     use = _USE[kind].format(source=source, num_gist_tokens=counts[0] if counts else 1)
     numbers = {name: f"{value:.6g}" for name, value in measured.items()}
+    if not numbers and not evaluated:
+        measured_parts = ["Nothing was measured."]
+    else:
+        measured_parts = [_table("metric", "value", numbers)] if numbers else []
+        for name, rows in evaluated.items():
+            measured_parts += [f"On {_escaped(name)}:", _evaluation(rows)]
+    if settings is not None:
+        used = {_line(name): _line(str(value)) for name, value in settings.items()}
+        extra = "\n\n".join(filter(None, ["## Settings", _table("setting", "value", used), extra.strip()]))
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {_escaped(title)}",
         _ABOUT[kind],
         _table("", "", facts),
         "## Measured",
-        _table("metric", "value", numbers) if numbers else "Nothing was measured.",
+        *measured_parts,
         "## Use",
         f"```python\n{use}```",
         extra.strip(),
@@ -151,6 +186,16 @@ def _escaped(line: str) -> str:
 
 def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
     return "\n".join(markdown_table([left, right], [(_escaped(name), _escaped(value)) for name, value in rows.items()]))
+
+
+def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
+    metrics = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _ABOUT_ROW]
+    lines = [
+        [row["num_gist_tokens"], _escaped(row["condition"]), row["num_records"]]
+        + ["-" if row.get(name) is None else f"{row[name]:.6g}" for name in metrics]
+        for row in rows
+    ]
+    return "\n".join(markdown_table(["k", "condition", "records", *map(_escaped, metrics)], lines))
 
 
 def _ranges(counts: Sequence[int]) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,9 @@ from gisting.attention import choose_implementation, interval_attention
 from gisting.errors import GistError
 from gisting.source import local, weight_files
 from gisting.visibility import gist as gist_visibility
+
+if TYPE_CHECKING:
+    from gisting.store.index import StoreEntry
 
 __all__ = ["EXTRAS", "Finding", "examine_here", "examine_path"]
 
@@ -236,13 +238,15 @@ def _cache_file(path: Path) -> Iterator[Finding]:
     counts = cache.num_gist_tokens
     shown = ", ".join(map(str, counts)) if len(counts) <= 8 else f"{min(counts)} to {max(counts)}"
     yield Finding("cache file", "prompts", f"{len(cache)}, with {shown} gist tokens")
-    yield Finding("cache file", "made for", f"model {cache.origin.model}, tokenizer {cache.origin.tokenizer}")
+    by = f"{cache.origin.checkpoint}, " if cache.origin.checkpoint else ""
+    yield Finding("cache file", "made by", f"{by}model {cache.origin.model}, tokenizer {cache.origin.tokenizer}")
     yield Finding("cache file", "template", f"{cache.origin.template}, condition {cache.origin.condition}")
     yield Finding("cache file", "states", f"intact: {cache.num_bytes:,} bytes, {cache.dtype}")
 
 
 def _store(path: Path) -> Iterator[Finding]:
     from gisting.store import GistStore
+    from gisting.store.index import some_of
 
     try:
         with GistStore(path, is_read_only=True) as store:
@@ -252,8 +256,16 @@ def _store(path: Path) -> Iterator[Finding]:
         return
     size = sum({entry.key: entry.num_bytes for entry in entries}.values())
     yield Finding("store", "entries", f"{len(entries):,}, in files of {size:,} bytes")
-    for model, number in Counter(entry.model for entry in entries).items():
-        yield Finding("store", "made for", f"model {model}: {number:,}")
+    makers: dict[str, list[StoreEntry]] = {}
+    for entry in entries:
+        by = f"{entry.checkpoint}, " if entry.checkpoint else ""
+        makers.setdefault(f"{by}model {entry.model}", []).append(entry)
+    for maker, made in makers.items():
+        days = sorted({entry.created[:10] for entry in made})
+        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        names = [entry.name for entry in made if entry.name is not None]
+        shown = f": {some_of(names)}" if names else ""
+        yield Finding("store", "made by", f"{maker}: {len(made):,} of {when}{shown}")
     for fault in faults:
         advice = "gisting store gc deletes it" if fault.is_harmless else "compress it again"
         yield Finding("store", fault.kind, f"{fault.message}; {advice}", is_fault=not fault.is_harmless)
@@ -359,10 +371,13 @@ def _weights(name: str | Path, *, is_adapter: bool) -> str:
     """
     from safetensors import SafetensorError, safe_open
 
+    from gisting.models.adapters import read_about, weights_name
+
     if not isinstance(name, Path):
         return "on the hub, not fetched"
-    if is_adapter:
-        files = [name / "adapter_model.safetensors"]
+    about = read_about(name) if is_adapter else None
+    if about is not None:
+        files = [name / weights_name(about)]
     else:
         files = weight_files(name) or [name / "model.safetensors"]
     if files[0].suffix == ".bin":

@@ -24,6 +24,7 @@ __all__ = ["GistTable"]
 # A row number holds the row in its low bits and, above them, how many prompts had that row before.
 _ROW_BITS = 32
 _ROW = (1 << _ROW_BITS) - 1
+_NUM_SHOWN = 4  # prompts that are named where a table is shown
 
 
 class GistTable:
@@ -61,7 +62,9 @@ class GistTable:
             raise GistError("caches is empty; give at least one")
         self._lock = Lock()
         first = caches[0]
-        self._origin, self._rotary, self._num_layers = first.origin, first.rotary, len(first.keys)
+        # The name of one prompt is not the name of another.
+        self._origin = replace(first.origin, name="")
+        self._rotary, self._num_layers = first.rotary, len(first.keys)
         # Keys of all layers, values of all layers, last hidden states; each (rows, ..., slots, size).
         self._states = [
             tensor.new_empty((0, *tensor.shape[1:-2], 0, tensor.shape[-1]), device=device, dtype=dtype)
@@ -73,6 +76,7 @@ class GistTable:
         self._generations = torch.zeros(0, dtype=torch.int64)
         self._about: list[Mapping[str, Any] | None] = []
         self._rows: dict[str, int] = {}
+        self._shown: dict[str, str] = {}  # names with the days on which they were compressed, of caches from a store
         num_prompts = sum(map(len, caches))
         self._put(caches, [str(number) for number in range(num_prompts)] if names is None else names, first)
 
@@ -118,9 +122,11 @@ class GistTable:
         return self._states[0].device
 
     def __repr__(self) -> str:
+        names = self.names
+        shown = ", ".join(self._labels(names[:_NUM_SHOWN]) + ["..."] * (len(names) > _NUM_SHOWN))
         return (
-            f"GistTable({len(self)} prompts, {self._num_layers} layers, {self.num_bytes} bytes, {self.dtype}, "
-            f"{self.device}, model {self._origin.model})"
+            f"GistTable({len(names)} prompts{shown and f' ({shown})'}, {self._num_layers} layers, {self.num_bytes} "
+            f"bytes, {self.dtype}, {self.device}, made {self._origin.maker})"
         )
 
     # -- gathering -----------------------------------------------------------------------------------------------------
@@ -165,7 +171,10 @@ class GistTable:
                 index = where.to(self.device)
             used = [tensor.narrow(-2, tensor.shape[-2] - num_slots, num_slots) for tensor in self._states]
             gathered = self._cache([tensor.index_select(0, index) for tensor in used], lengths)
-            return replace(gathered, about=tuple(self._about[row] for row in where.tolist()))
+            cache = replace(gathered, about=tuple(self._about[row] for row in where.tolist()))
+        if isinstance(given, Tensor) or len({*given}) > 1 or not isinstance(given[0], str):
+            return cache
+        return replace(cache, origin=replace(cache.origin, name=self._labels(given[:1])[0]))
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
@@ -198,6 +207,7 @@ class GistTable:
             self._generations[where] += 1
             for name in names:
                 del self._rows[name]
+                self._shown.pop(name, None)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -215,8 +225,8 @@ class GistTable:
             states = [_states_of(cache) for cache in caches]
             if any(_sizes(parts) != _sizes(self._states) for parts in states):
                 raise CacheMismatchError(
-                    f"caches differ in layers, heads or sizes from the table of {self._origin.model}; compress the "
-                    "prompts again"
+                    f"caches differ in layers, heads or sizes from the table, which was made {self._origin.maker}; "
+                    "compress the prompts again"
                 )
             like = self._cache(self._states, self._lengths) if like is None else like
             rotary = GistCache.cat([_emptied(cache) for cache in (like, *caches)]).rotary
@@ -233,7 +243,12 @@ class GistTable:
             self._rotary = rotary
             rows = self._generations[where] << _ROW_BITS | where
             self._rows.update(zip(names, rows.tolist(), strict=True))
+            origins = [cache.origin for cache in caches for _ in range(len(cache))]
+            self._shown.update({name: origin.name for name, origin in zip(names, origins, strict=True) if origin.name})
             return rows
+
+    def _labels(self, names: Sequence[str]) -> list[str]:
+        return [self._shown.get(name, repr(name)) for name in names]
 
     def _rows_of(self, names: Sequence[Any]) -> Tensor:
         if not names:

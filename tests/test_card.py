@@ -61,6 +61,45 @@ def test_checkpoint() -> None:
     assert 'gisting.load("owner/name")' in text
 
 
+def test_a_training_and_its_evaluations() -> None:
+    rows = [
+        {"condition": "gist", "num_gist_tokens": 2, "num_records": 5, "exact_match": 0.75, "perplexity": None},
+        {"condition": "no|prompt", "num_gist_tokens": 2, "num_records": 5, "exact_match": 0.0, "perplexity": 3.5},
+    ]
+    text = card(
+        "checkpoint",
+        **PLAIN,
+        data="train.jsonl",
+        metrics={"train_loss": 1.5},
+        facts={"method": "gist-lora", "a|b": "c\nd"},
+        settings={"max_steps": 3, "part_separator": "\n| "},
+        evaluations={"unseen.jsonl": rows},
+        extra="The end.",
+    )
+    read: Any = ModelCard(text).data
+    assert [(one.dataset_name, one.metric_type, one.metric_name, one.metric_value) for one in read.eval_results] == [
+        ("train.jsonl", "train_loss", None, 1.5),
+        ("unseen.jsonl", "exact_match", "exact_match (k = 2)", 0.75),
+    ], "the controls are not results of the model"
+    assert cells(text)[5:] == [
+        ["data", "train.jsonl"],
+        ["method", "gist-lora"],
+        [r"a\|b", "c d"],
+        ["metric", "value"],
+        ["---", "---"],
+        [r"train\_loss", "1.5"],
+        ["k", "condition", "records", r"exact\_match", "perplexity"],
+        ["---"] * 5,
+        ["2", "gist", "5", "0.75", "-"],
+        ["2", r"no\|prompt", "5", "0", "3.5"],
+        ["setting", "value"],
+        ["---", "---"],
+        [r"max\_steps", "3"],
+        [r"part\_separator", r"\|"],
+    ]
+    assert text.endswith("\n\nThe end.\n")
+
+
 def test_store() -> None:
     text = card("store", **PLAIN, extra="## More\n\nThe rest.\n")
     read: Any = ModelCard(text).data
@@ -130,7 +169,7 @@ HOSTILE = st.one_of(
 
 @settings(max_examples=30)
 @given(title=HOSTILE, template=HOSTILE, model=HOSTILE, data=HOSTILE, license=HOSTILE, metric=HOSTILE)
-def test_no_text_breaks_the_card(**texts: str) -> None:
+def test_no_text_breaks_the_card(**texts: Any) -> None:
     metrics = {texts.pop("metric"): 0.5}
     text = card("store", num_gist_tokens=1, metrics=metrics, **texts)
     text.encode()

@@ -26,6 +26,7 @@ from gisting import Record
 from gisting.train.finetune import finetune, published_arguments
 from gisting.train.objective import Objective
 from tests import tiny
+from tests.repository import fresh_python
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS = 20
@@ -168,7 +169,7 @@ def test_two_processes_train_an_adapter_like_one(tmp_path: Path) -> None:
         done = launch(output, "llama", "ddp-gist-lora-distilled", number)
         assert done.returncode == 0, done.stderr[-4000:]
         losses.append(seen_in(output)["losses"])
-        adapters.append(load_file(output / "adapter_model.safetensors"))
+        adapters.append(load_file(output / "gist_adapter.safetensors"))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=0)
     assert losses[0][-1] < losses[0][0]
     assert adapters[0].keys() == adapters[1].keys()
@@ -188,3 +189,26 @@ if __name__ == "__main__":
     train(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # threads of gloo that are still running at exit abort the process
+
+
+_SHARDED = """
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from gisting.models.weights import to_dtype
+
+    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.register_buffer("frequencies", torch.ones(3))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    model(torch.randn(2, 8)).sum().backward()
+    to_dtype(model, torch.bfloat16)
+    print(*sorted(f"{name} {getattr(t, 'full_tensor', lambda: t)().dtype}" for name, t in model.state_dict().items()))
+"""
+
+
+def test_sharded_weights_are_written_in_the_type_of_the_base() -> None:
+    """What is written is the state dict, which an assignment to ``parameter.data`` would not reach."""
+    expected = [f"{number}.{kind} torch.bfloat16" for number in (0, 1) for kind in ("bias", "weight")]
+    assert fresh_python(_SHARDED).split(" ") == " ".join([*expected, "frequencies torch.float32"]).split(" ")

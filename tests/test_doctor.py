@@ -214,19 +214,22 @@ def test_a_checkpoint_that_was_not_patched(tmp_path: Path) -> None:
     assert chosen.startswith("reference, agrees with the reference; there is a softcap"), "as the model would be run"
 
 
-def test_an_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "file"), [("lora", "adapter_model.safetensors"), ("gist-lora", "gist_adapter.safetensors")]
+)
+def test_an_adapter(tmp_path: Path, kind: str, file: str) -> None:
     from gisting.models import adapters
 
     tiny.model("llama").save_pretrained(tmp_path / "base")
     tiny.word_tokenizer().save_pretrained(tmp_path / "base")
     model, tokenizer = gisting.load(tmp_path / "base", "plain")
-    adapters.attach(model, adapters.Adapter("lora"))
+    adapters.attach(model, adapters.Adapter(kind))
     adapters.save(model, tokenizer, tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     found = doctor.examine_path(tmp_path / "adapter")
     assert faults(found) == []
     assert by_name(found, "checkpoint")["adapter of"] == str(tmp_path / "base")
-    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter" / file).unlink()
     assert [name for name, _ in faults(doctor.examine_path(tmp_path / "adapter"))] == ["weights"]
 
 
@@ -300,7 +303,13 @@ def test_a_cache_file(demo: Path) -> None:
     file = demo / "instruction.gist.safetensors"
     found = doctor.examine_path(file)
     assert by_name(found, "cache file")["prompts"] == "1, with 2 gist tokens"
+    made_by = "model llama/[0-9a-f]{12}, tokenizer [0-9a-f]{12}"
+    assert re.fullmatch(made_by, by_name(found, "cache file")["made by"]), "the demo's model was never loaded"
     assert faults(found) == []
+    loaded, tokenizer = gisting.load(demo)
+    gisting.compress(loaded, tokenizer, ["answer plainly"], 2).save(demo / "named.safetensors")
+    named = by_name(doctor.examine_path(demo / "named.safetensors"), "cache file")["made by"]
+    assert re.fullmatch(f"{demo.parent.name}/{demo.name}, {made_by}", named)
     file.write_bytes(file.read_bytes().replace(b"llama/", b"lloma/"))
     ((_, value),) = faults(doctor.examine_path(file))
     assert "is altered" in value
@@ -314,6 +323,8 @@ def test_a_store(demo: Path, tmp_path: Path) -> None:
     found = doctor.examine_path(tmp_path / "gists")
     assert by_name(found, "store")["files"] == "all intact"
     assert by_name(found, "store")["entries"].startswith("2, in files of ")
+    made_by = rf"{demo.parent.name}/{demo.name}, model llama/[0-9a-f]{{12}}: 2 of \d{{4}}-\d\d-\d\d: 'a', 'b'"
+    assert re.fullmatch(made_by, by_name(found, "store")["made by"])
     file = sorted((tmp_path / "gists" / "objects").glob("*/*"))[0]
     orphan = tmp_path / "gists" / "objects" / "00" / ("0" * 64 + ".gist.safetensors")
     orphan.parent.mkdir(exist_ok=True)

@@ -94,13 +94,15 @@ def test_gist_only_lora(shared: Path, tmp_path: Path, run_example: Callable[...,
     out = run_example("03_gist_only_lora.py", checkpoint, "--steps", "5", "--output", tmp_path / "out")
     assert "ordinary text has the bits of the base model: True" in out
     assert len(re.findall(r"^\w+ saw a \w+\.  Say the \w+\.  ->  ", out, re.M)) == 4
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "adapter" / "gist_adapter.safetensors").is_file()
 
 
+# TRL 1.16 sets an argument by a name that transformers 5.23 deprecates.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
 def test_trl_trains_with_the_collator_alone(
     demo_checkpoint: Path, tmp_path: Path, run_example: Callable[..., str]
 ) -> None:
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="needs trl, which is not a dependency: pip install trl")
     out = run_example("04_trl_sft_trainer.py", demo_checkpoint)
     first, last = map(float, re.findall(r"^loss ([\d.]+) -> ([\d.]+)$", out, re.M)[0])
     assert last < first / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from typer.testing import CliRunner
 
 import gisting
-from gisting import GistCollator, GistError, GistTokenizer, Record, visibility
+from gisting import GistCollator, GistError, GistTokenizer, Record, doctor, visibility
 from gisting._compat import cache_argument
 from gisting.errors import CacheMismatchError
 from gisting.models import adapters
@@ -445,6 +446,46 @@ def test_training_goes_on_from_a_loaded_adapter(tmp_path: Path) -> None:
         finetune(loaded, tokenizer, RECORDS, arguments(tmp_path / "c", max_steps=3))
 
 
+def test_the_base_is_identified_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gist of an adapter is checked against the base model, which is identified again only once it has changed."""
+    from gisting.generation import checks
+
+    calls = []
+    identify = checks.base_fingerprint
+    monkeypatch.setattr(checks, "base_fingerprint", lambda model: calls.append(model) or identify(model))
+    model, tokenizer = adapted("llama", "gist-lora")
+    cache = gisting.compress(model, tokenizer, ["w1 w2"], 2)
+    base, _ = tiny.patched("llama")
+    for _ in range(3):
+        gisting.generate(model, tokenizer, ["w3"], cache=cache, max_new_tokens=2)
+        gisting.generate(base, tokenizer, ["w3"], cache=cache, max_new_tokens=2)
+    assert len(calls) == 2, "once for each model"
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    for _ in range(2):
+        with pytest.raises(CacheMismatchError, match="cache was made for"):
+            gisting.generate(base, tokenizer, ["w3"], cache=cache, max_new_tokens=2)
+    assert len(calls) == 3
+
+
+def test_rows_that_another_patch_replaces_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spare row is not part of the patched model's fingerprint, and is part of its base's."""
+    from gisting.generation import checks
+
+    tokenizer = GistTokenizer(tiny.word_tokenizer(), "plain")
+    model: Any = tiny.model("llama", vocab_size=len(tiny.VOCABULARY) + 4)
+    found = []
+    for _ in range(2):
+        gisting.patch(model, tokenizer)
+        assert model._gist_undo.replaced_rows is not None
+        found.append((fingerprint(model), checks._base(model, fingerprint(model))))
+        gisting.unpatch(model)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokenizer.gist_token_id].add_(1.0)
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -493,18 +534,43 @@ def test_plain_peft_reads_rows_as_trained_tokens(tmp_path: Path) -> None:
 
 
 @peft_alone
-def test_plain_peft_applies_gist_only_lora_everywhere(tmp_path: Path) -> None:
-    """That is not the model that was trained; the files say so, and gisting loads them correctly."""
-    from peft import PeftModel
+def test_plain_peft_does_not_read_gist_only_lora(tmp_path: Path) -> None:
+    """It would apply it at all tokens, without a word, as it does with the same weights under its own names."""
+    from peft import LoraConfig, PeftModel
 
     model, tokenizer, out = trained(tmp_path, "gist-lora")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     stock.resize_token_embeddings(tokenizer.gist_token_id + 1, mean_resizing=False)
-    assert not torch.allclose(logits(PeftModel.from_pretrained(stock, str(out))), logits(model))
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at"):
+        PeftModel.from_pretrained(stock, str(out))
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        AutoModelForCausalLM.from_pretrained(out)
     assert "plain peft would apply it at all tokens" in (out / "README.md").read_text()
-    assert json.loads((out / "gist_adapter.json").read_text())["adapter"]["kind"] == "gist-lora"
     with pytest.raises(GistError, match="gist-only LoRA cannot be merged"):
         guarded_stack(model).layers[0].self_attn.q_proj.merge()
+
+    shutil.copy(out / "gist_adapter.safetensors", out / "adapter_model.safetensors")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    row: Any = {"embed_tokens": [tokenizer.gist_token_id]}
+    LoraConfig(r=2, lora_alpha=4, target_modules=targets, trainable_token_indices=row).save_pretrained(str(out))
+    everywhere = PeftModel.from_pretrained(stock, str(out))
+    size = tokenizer.gist_token_id
+    assert not torch.allclose(logits(everywhere)[..., :size], logits(model)[..., :size], atol=1e-3)
+
+
+def test_gist_only_lora_of_earlier_versions_is_read(tmp_path: Path) -> None:
+    """Its files had peft's names. Saving it again removes them."""
+    model, tokenizer, out = trained(tmp_path, "gist-lora")
+    (out / "gist_adapter.safetensors").rename(out / "adapter_model.safetensors")
+    (out / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    about = json.loads((out / "gist_adapter.json").read_text())
+    (out / "gist_adapter.json").write_text(json.dumps({**about, "format": 1}))
+    loaded, _ = gisting.load(out)
+    assert fingerprint(loaded) == fingerprint(model)
+    assert not [one for one in doctor.examine_path(out) if one.is_fault]
+    gisting.save_pretrained(loaded, tokenizer, out)
+    assert {path.name for path in out.glob("*adapter*")} == {"gist_adapter.json", "gist_adapter.safetensors"}
+    assert fingerprint(gisting.load(out)[0]) == fingerprint(model)
 
 
 def test_peft_switches_an_adapter_off_and_on(tmp_path: Path) -> None:
@@ -598,7 +664,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     assert not any("lora" in key for key in other.state_dict())
     about = json.loads((out / "gist_adapter.json").read_text())
     for change, message in (
-        ({"format": 9}, "has format 9, this version reads 1"),
+        ({"format": 9}, "has format 9, this version reads 1 and 2"),
         ({"base": ""}, "does not name its base model"),
     ):
         (out / "gist_adapter.json").write_text(json.dumps({**about, **change}))

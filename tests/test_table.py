@@ -89,7 +89,9 @@ def test_what_it_says_about_itself() -> None:
     assert table.origin == made_up().origin
     assert table.dtype == torch.float32
     assert table.device == torch.device("cpu")
-    assert repr(table) == "GistTable(3 prompts, 3 layers, 3600 bytes, torch.float32, cpu, model llama/0123456789ab)"
+    assert repr(table) == (
+        "GistTable(3 prompts ('a', 'b', 'c'), 3 layers, 3600 bytes, torch.float32, cpu, made for llama/0123456789ab)"
+    )
     assert GistTable(made_up()).names == ["0", "1", "2"]
     assert table.rows_of(["c", "a"]).tolist() == [2, 0]
 
@@ -306,7 +308,7 @@ def test_everything_can_be_removed() -> None:
             GistCache(made_up((1,)).keys[:2], made_up((1,)).values[:2], torch.tensor([1]), made_up().origin),
             ["x"],
             CacheMismatchError,
-            "^caches differ in layers, heads or sizes from the table of llama/0123456789ab; compress the prompts a",
+            "^caches differ in layers, heads or sizes from the table, which was made for llama/0123456789ab; compr",
         ),
     ],
     ids=["taken", "too-few", "twice", "text", "number", "origin", "dtype", "encoder", "layers"],

@@ -497,11 +497,10 @@ def store_list(
 
     held = open_store(folder)
     entries = held.list()
-    checkpoints = {entry.key: held.checkpoint(entry.key) for entry in entries}
     about = {entry.key: held.about(entry.key) for entry in entries}
     if as_json:
         for entry in entries:
-            print_json({**asdict(entry), "checkpoint": checkpoints[entry.key], "about": about[entry.key]})
+            print_json({**asdict(entry), "about": about[entry.key]})
         return
     kept = {key: kept_share(one) for key, one in about.items()}
     is_measured = any(share is not None for share in kept.values())
@@ -515,7 +514,7 @@ def store_list(
         table.add_row(
             entry.key[:12] if entry.name is None else plain(entry.name),
             entry.created[:10],
-            plain(f"{checkpoints[entry.key]} {entry.model}".strip()),
+            plain(f"{entry.checkpoint} {entry.model}".strip()),
             str(entry.num_gist_tokens),
             "" if entry.num_prompt_tokens is None else str(entry.num_prompt_tokens),
             f"{entry.num_bytes:,}",

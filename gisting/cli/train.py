@@ -20,7 +20,9 @@ __all__ = ["train"]
 @takes_settings
 def train(
     settings: Recipe,
-    output: Annotated[Path, typer.Option(help="Directory for the trained checkpoint.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory for the trained checkpoint: a new or empty one, unless --resume is given.")
+    ],
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint in the output directory.")
     ] = False,
@@ -30,7 +32,8 @@ def train(
 ) -> None:
     """Finetune a model to gist, with the published hyper-parameters unless others are given.
 
-    The settings of a run are saved with its checkpoint, as recipe.yaml. For several processes: accelerate launch
+    The settings of a run are saved with its checkpoint, as recipe.yaml, and with its results in its card, README.md. A
+    directory that holds something else is refused. For several processes: accelerate launch
     --config_file recipes/accelerate/fsdp2.yaml "$(command -v gisting)" train ...
 
     Example: gisting train ./llama --data alpaca.jsonl --eval unseen.jsonl --output runs/llama-gist -k 1:10
@@ -46,6 +49,7 @@ def train(
     from gisting.measure.progress import progress_bar
     from gisting.measure.training import ShownTraining
     from gisting.models.load import load_tokenizer
+    from gisting.train.output import write_card
     from gisting.train.recipe import train_recipe
 
     chat = functools.cache(functools.partial(load_tokenizer, settings.model or "", settings.template))
@@ -75,6 +79,9 @@ def train(
     scored = {
         path: evaluate_split(trained.model, trained.tokenizer, held_out, **how) for path, held_out in evals.items()
     }
+    if scored:
+        summaries = {path: [result.summary() for result in results] for path, results in scored.items()}
+        write_card(output, settings, trained.model, trained.tokenizer, trained.metrics, summaries)
     if as_json:
         rows = [{"data": path, **result.summary()} for path, results in scored.items() for result in results]
         print_json({"directory": str(output), "metrics": trained.metrics, "evaluations": rows})

@@ -30,6 +30,9 @@ __all__ = ["check_condition", "check_count", "check_num_rows", "check_origin", "
 _log = logging.getLogger(__name__)
 # The numbers of gist tokens, other than the trained ones, that were reported for a model.
 _reported: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+# For a model, the fingerprint and the replaced rows for which its base fingerprint was computed, which takes as long as
+# the fingerprint itself.
+_bases: weakref.WeakKeyDictionary[Any, tuple[str, Any, str]] = weakref.WeakKeyDictionary()
 
 
 def chosen_k(model: PreTrainedModel, num_gist_tokens: int | Sequence[int] | None) -> int | Sequence[int]:
@@ -115,12 +118,24 @@ def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCa
         )
     found = fingerprint(model)
     # A gist of an adapter that acts at gist tokens only is for the stock model, with which this one may share all else.
-    if origin.model != found and origin.model != base_fingerprint(model):
+    if origin.model != found and origin.model != _base(model, found):
         name = checkpoint_name(model)
         raise CacheMismatchError(
             f"{what} was made {origin.maker}, this model is {f'{name} ({found})' if name else found}; compress the "
             "prompt again"
         )
+
+
+def _base(model: PreTrainedModel, found: str) -> str:
+    """Return the base fingerprint of ``model``, whose own is ``found``, and remember it for as long as that stays so.
+
+    Beside what ``found`` covers, it depends on the rows that ``patch`` replaced, which another ``patch`` keeps anew.
+    """
+    replaced = getattr(getattr(model, "_gist_undo", None), "replaced_rows", None)
+    known = _bases.get(model)
+    if known is None or known[0] != found or known[1] is not replaced:
+        _bases[model] = known = (found, replaced, base_fingerprint(model))
+    return known[2]
 
 
 def check_condition(condition: str) -> None:

@@ -2,15 +2,16 @@
 
 Place in the flow: patch -> **adapters** -> training, or what ``load`` finds in a directory. A model with an adapter is
 still the ``PreTrainedModel`` that was patched, so it works everywhere: ``compress``, ``generate``, ``fingerprint``,
-``unpatch``. Files are ordinary peft files, and peft implements LoRA; ``gist_lora`` finds the gist tokens. Training is
-elsewhere.
+``unpatch``. peft implements LoRA, and reads the files of the kinds that it can apply; ``gist_lora`` finds the gist
+tokens. Training is elsewhere.
 
 There are three kinds. Each has its own embedding rows for gist tokens, because an untrained row carries no information:
 
 - ``lora``: LoRA (arXiv 2106.09685) on every linear layer except the head, at every token; one row. Plain peft reads it
   completely. The adapted model also answers text without gist tokens.
 - ``gist-lora``: LoRA on every linear layer of the stack that reads the prompt, with its update added at gist tokens
-  only; one row. If plain peft loads it, it acts at all tokens, which is a different model from the trained one.
+  only; one row. Its files do not have peft's names, because plain peft, and all that loads peft's files (transformers,
+  servers), would apply it at every token without a word, which is a different model from the trained one.
 - ``embeddings``: a row for each position in a gist, and nothing else. Plain peft reads them as trained tokens.
 
 The rows act through a hook, so the model's embedding table keeps its bits and no output logit changes.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,17 @@ __all__ = [
     "read_about",
     "reader_fingerprint",
     "save",
+    "weights_name",
 ]
 
 #: The kinds of adapter, by name.
 KINDS = ("lora", "gist-lora", "embeddings")
 
-_FORMAT = 1
-_FILE, _CONFIG, _WEIGHTS = "gist_adapter.json", "adapter_config.json", "adapter_model.safetensors"
+# Format 2 is that of gist-lora, whose weights are in no file of peft's name. Format 1, that of the other kinds and of
+# gist-lora in earlier versions, has peft's names.
+_FORMATS = (1, 2)
+_FILE, _OWN_WEIGHTS = "gist_adapter.json", "gist_adapter.safetensors"
+_PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
 _PREFIX = "base_model.model."
 
@@ -280,10 +286,11 @@ def check_num_gist_tokens(model: Any, num_gist_tokens: int) -> None:
 
 
 def save(model: Any, tokenizer: GistTokenizer, directory: str | Path) -> None:
-    """Write the adapter as peft's files, and ``gist_adapter.json``, which describes them.
+    """Write the adapter, and ``gist_adapter.json``, which describes it: as files that peft reads, except gist-lora.
 
-    In peft's file the rows are trained tokens: the first has the gist token's id, any others have ids after all ids of
-    the tokenizer. An embedding table that takes them must have enough rows.
+    In peft's files the rows are trained tokens: the first has the gist token's id, any others have ids after all ids of
+    the tokenizer. An embedding table that takes them must have enough rows. The weights of gist-lora have the same
+    names in ``gist_adapter.safetensors``; files of an earlier version in peft's names are removed.
 
     Args:
         model: a model with an adapter.
@@ -318,10 +325,15 @@ def save(model: Any, tokenizer: GistTokenizer, directory: str | Path) -> None:
     tensors = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in held.items()}
     tensors[_PREFIX + name] = gist_rows(model).cpu().contiguous()
     directory.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(directory))
-    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+    is_for_peft = adapter.kind != "gist-lora"
+    stale = (_OWN_WEIGHTS,) if is_for_peft else (_PEFT_CONFIG, _PEFT_WEIGHTS)
+    for file in stale:
+        (directory / file).unlink(missing_ok=True)
+    if is_for_peft:
+        config.save_pretrained(str(directory))
+    save_file(tensors, directory / (_PEFT_WEIGHTS if is_for_peft else _OWN_WEIGHTS), metadata={"format": "pt"})
     about = {
-        "format": _FORMAT,
+        "format": 1 if is_for_peft else 2,
         "base": base,
         "rows": _PREFIX + name,
         "num_gist_tokens": model.config.gist.get("num_gist_tokens"),
@@ -344,9 +356,9 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
     about = read_about(name_or_path, **source)
     if about is None:
         raise GistError(f"{name_or_path} holds no gisting adapter: it has no {_FILE}")
-    weights = find_file(name_or_path, _WEIGHTS, **source)
+    weights = find_file(name_or_path, weights_name(about), **source)
     if weights is None:
-        raise GistError(f"{name_or_path} has {_FILE} but no {_WEIGHTS}; fetch it again")
+        raise GistError(f"{name_or_path} has {_FILE} but no {weights_name(about)}; fetch it again")
     tensors = load_file(weights)
     attach(model, Adapter(**about["adapter"]))
     own = {re.sub(rf"\.{_NAME}(?=\.|$)", "", name): tensor for name, tensor in _trained(model).items()}
@@ -390,12 +402,21 @@ def read_about(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None
         raise GistError(f"{found} is damaged ({error}); get the adapter again") from error
     if not isinstance(about, dict) or not isinstance(about.get("base", ""), str):
         raise GistError(f"{found} is damaged: it names no base model; get the adapter again")
-    if about.get("format") != _FORMAT:
+    if about.get("format") not in _FORMATS:
         raise GistError(
-            f"{found} has format {about.get('format')}, this version reads {_FORMAT}; upgrade gisting: pip install -U "
-            "gist-tokens"
+            f"{found} has format {about.get('format')}, this version reads {' and '.join(map(str, _FORMATS))}; upgrade "
+            "gisting: pip install -U gist-tokens"
         )
     return about
+
+
+def weights_name(about: Mapping[str, Any]) -> str:
+    """Return the name of the file with an adapter's weights.
+
+    Args:
+        about: what :func:`read_about` returned.
+    """
+    return _OWN_WEIGHTS if about["format"] == 2 else _PEFT_WEIGHTS
 
 
 def check_directory(directory: str | Path) -> None:

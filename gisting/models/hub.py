@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
     from gisting.tokens import GistTokenizer
 
-__all__ = ["check_complete", "push_to_hub", "save_pretrained", "upload"]
+__all__ = ["check_complete", "checkpoint_card", "push_to_hub", "save_pretrained", "upload"]
 
 # Weight files of an earlier upload are deleted, because the new checkpoint may be split into other files.
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 # What the card says about an adapter.
 _ADAPTERS = {
-    "lora": "These files are a LoRA adapter in peft's layout, with the gist token's embedding row.",
+    "lora": "These files are a LoRA adapter with the gist token's embedding row. peft reads them, on the base model "
+    "with one more embedding row.",
     "gist-lora": "These files are a gist-only LoRA adapter: its update acts at gist tokens only, and text without "
-    "gist tokens gets exactly the base model's answers. The layout is peft's, but plain peft would apply it at all "
-    "tokens: load it with gisting.",
+    "gist tokens gets exactly the base model's answers. Load it with gisting: the files do not have peft's names, "
+    "because plain peft would apply it at all tokens.",
     "embeddings": "These files are an adapter of embeddings, a row for each token of a gist, in peft's layout of "
     "trained tokens.",
 }
@@ -48,8 +49,9 @@ def save_pretrained(
         tokenizer: the tokenizer it was patched for.
         directory: where to write; created if it does not exist. A checkpoint in it is replaced.
         title: the title of the card, ``README.md``; None for the directory's name.
-        **card: ``data``, ``metrics``, ``license``, ``base_model`` and ``extra`` of :func:`gisting.card.card`. The card
-            leaves out what is not given, or says that it is not stated.
+        **card: ``data``, ``metrics``, ``license``, ``base_model``, ``facts``, ``settings``, ``evaluations`` and
+            ``extra`` of :func:`gisting.card.card`. The card leaves out what is not given, or says that it is not
+            stated.
 
     Raises:
         GistError: the model is not patched for this tokenizer, it has unmerged adapters that are not this library's,
@@ -58,7 +60,6 @@ def save_pretrained(
     """
     # Load transformers, which uploading a store does without.
     from gisting.models import adapters
-    from gisting.models.load import trained_num_gist_tokens
     from gisting.models.state import end_with, require_patched
 
     require_patched(model, tokenizer)
@@ -68,19 +69,10 @@ def save_pretrained(
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise GistError(f"directory must be a directory, but {directory} is a file; give another path")
-    trained = trained_num_gist_tokens(model)
     if adapter is not None:
         adapters.check_directory(directory)
-        card = {**card, "extra": "\n\n".join(filter(None, [_ADAPTERS[adapter.kind], card.get("extra", "")]))}
     # Made first, so that nothing is written if an argument of the card is wrong.
-    readme = make_card(
-        "checkpoint",
-        title=directory.resolve().name if title is None else title,
-        num_gist_tokens=None if trained is None else range(trained[0], trained[1] + 1),
-        template=tokenizer.template.name,
-        model=f"{type(model).__name__}, {model.num_parameters():,} parameters, {adapters.reader_fingerprint(model)}",
-        **card,
-    )
+    readme = checkpoint_card(model, tokenizer, directory.resolve().name if title is None else title, **card)
     if adapter is None:
         end_with(model.generation_config, tokenizer)  # Other settings may have replaced those that patch made.
         model.save_pretrained(directory)
@@ -88,6 +80,37 @@ def save_pretrained(
         adapters.save(model, tokenizer, directory)
     tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(readme, encoding="utf-8")
+
+
+def checkpoint_card(model: PreTrainedModel, tokenizer: GistTokenizer, title: str, **card: Any) -> str:
+    """Make the card of a checkpoint: what the model itself says, and what else is given.
+
+    Args:
+        model: a patched model.
+        tokenizer: the tokenizer it was patched for.
+        title: as for :func:`gisting.card.card`.
+        **card: as for :func:`save_pretrained`.
+
+    Returns:
+        The text of a README.md.
+
+    Raises:
+        GistError: as for :func:`gisting.card.card`.
+    """
+    from gisting.models import adapters
+    from gisting.models.load import trained_num_gist_tokens
+
+    adapter, trained = adapters.adapter_of(model), trained_num_gist_tokens(model)
+    if adapter is not None:
+        card = {**card, "extra": "\n\n".join(filter(None, [_ADAPTERS[adapter.kind], card.get("extra", "")]))}
+    return make_card(
+        "checkpoint",
+        title=title,
+        num_gist_tokens=None if trained is None else range(trained[0], trained[1] + 1),
+        template=tokenizer.template.name,
+        model=f"{type(model).__name__}, {model.num_parameters():,} parameters, {adapters.reader_fingerprint(model)}",
+        **card,
+    )
 
 
 def push_to_hub(

@@ -23,7 +23,14 @@ from gisting.models.weight_difference import looks_like_difference, refusal
 from gisting.source import SOURCE_ARGUMENTS, find_file, local
 from gisting.tokens import GistTokenizer, Template, read_tokenizer
 
-__all__ = ["describe_missing", "load", "load_tokenizer", "trained_chunk_length", "trained_num_gist_tokens"]
+__all__ = [
+    "describe_missing",
+    "load",
+    "load_tokenizer",
+    "saved_dtype",
+    "trained_chunk_length",
+    "trained_num_gist_tokens",
+]
 
 
 _PEFT = "adapter_config.json"
@@ -219,6 +226,21 @@ def describe_missing(about: Mapping[str, Any]) -> str | None:
         f"{len(missing)} of the model's weights are in none of its files, {missing[0]} among them, and would be "
         f"random; {advice}"
     )
+
+
+def saved_dtype(name_or_path: str | Path) -> str | None:
+    """Return the dtype of a checkpoint's weights as its config names it, such as ``"bfloat16"``.
+
+    None if it names none, and for an adapter.
+
+    Args:
+        name_or_path: a directory, or a repository on the hub.
+    """
+    try:
+        found = read_config(local(name_or_path)).dtype
+    except GistError:
+        return None
+    return None if found is None else str(found).removeprefix("torch.")
 
 
 def trained_num_gist_tokens(model: PreTrainedModel) -> tuple[int, int] | None:

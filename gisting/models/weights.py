@@ -1,4 +1,4 @@
-"""Read a model's input embedding as a plain tensor, whose dtype and device represent the model's.
+"""Read a model's input embedding as a plain tensor, whose dtype and device represent the model's, and change the dtype.
 
 Place in the flow: below everything that needs the dtype or device of a model, or its tables with a row for each token.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["input_weight", "row_tensors"]
+__all__ = ["input_weight", "row_tensors", "to_dtype"]
 
 
 def input_weight(model: PreTrainedModel) -> Tensor:
@@ -35,3 +36,20 @@ def row_tensors(model: PreTrainedModel) -> list[Tensor]:
     if getattr(head, "bias", None) is not None:
         tensors.append(head.bias)
     return [tensor.detach() for tensor in tensors]
+
+
+def to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the dtype of a model's floating-point parameters, in place; gradients are dropped.
+
+    Buffers stay as they are: rotary frequencies lose precision in 16 bits. Sharded parameters (``DTensor``) are changed
+    in every process.
+
+    Args:
+        model: any model.
+        dtype: the new dtype.
+    """
+    model.zero_grad(set_to_none=True)
+    # Unlike an assignment to ``parameter.data``, this also reaches the shards of FSDP2.
+    model._apply(
+        lambda tensor: tensor.to(dtype) if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else tensor
+    )

@@ -19,7 +19,7 @@ from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, GistError, StoreError
 from gisting.store.index import Index, StoreEntry, canonical, prompt_digest
 from gisting.store.objects import Objects
-from gisting.store.reading import about_of, checkpoint_of, load_entry
+from gisting.store.reading import about_of, load_entry
 from gisting.tokens import GistTokenizer, read_tokenizer
 
 __all__ = [
@@ -159,7 +159,7 @@ class StoredGists:
         return about.get("prompt_sha256") == prompt_digest(prompt)
 
     def _maker(self, entry: StoreEntry) -> str:
-        checkpoint = checkpoint_of(self._objects.path(entry.key))
+        checkpoint = entry.checkpoint
         return CacheOrigin(entry.model, entry.tokenizer, entry.template, entry.condition, checkpoint).maker
 
     def entries(self) -> list[StoreEntry]:

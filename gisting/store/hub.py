@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gisting.card import is_repository_id
 from gisting.errors import CacheFormatError, StoreError
 from gisting.storage import write_atomically
 from gisting.store.index import NewEntry, StoreEntry, entry_of
-from gisting.store.objects import OBJECTS, SUFFIX, Objects
+from gisting.store.objects import OBJECTS, SUFFIX, Objects, checkpoint_of
 from gisting.store.reading import about_of, check_entry
 
 __all__ = ["DELETED", "PATTERNS", "Source", "write_folder"]
@@ -32,7 +32,8 @@ FORMAT = 1
 PATTERNS = [LINES, "README.md", f"{OBJECTS}/*/*{SUFFIX}"]
 DELETED = [f"{OBJECTS}/*"]
 _MAX_LINE = 2**16
-_COLUMNS = [field.name for field in fields(StoreEntry)]
+# The name of the checkpoint is in the file itself.
+_COLUMNS = [field.name for field in fields(StoreEntry) if field.name != "checkpoint"]
 
 
 def write_folder(
@@ -79,7 +80,10 @@ def write_folder(
                 f"{objects.path(key)} was removed while the store was being saved; save it again"
             ) from error
     lines = [
-        json.dumps({"format": FORMAT, "file": objects.name(entry.key), **asdict(entry)}, ensure_ascii=False)
+        json.dumps(
+            {"format": FORMAT, "file": objects.name(entry.key), **{name: getattr(entry, name) for name in _COLUMNS}},
+            ensure_ascii=False,
+        )
         for entry in sorted(entries, key=lambda entry: (entry.name is None, entry.name, entry.key))
     ]
     write_atomically(folder / "README.md", readme.encode())
@@ -165,7 +169,7 @@ class Source:
                 raise CacheFormatError(f"{where}: {entry.name!r} is the name of two entries")
             name, unnamed = Objects.name(entry.key), replace(entry, name=None)
             if entry.key in made:
-                if made[entry.key].entry != unnamed:
+                if replace(made[entry.key].entry, checkpoint="") != unnamed:
                     raise CacheFormatError(f"{where}: contradicts what an earlier line says about {name}")
                 continue
             copy = target / entry.key
@@ -178,7 +182,7 @@ class Source:
                 raise CacheFormatError(f"{where}: {name} does not match the line: {error}") from error
             with copy.open("rb") as file:
                 os.fsync(file.fileno())
-            made[entry.key] = NewEntry(unnamed, copy, is_forced=False)
+            made[entry.key] = NewEntry(replace(unnamed, checkpoint=checkpoint_of(copy)), copy, is_forced=False)
         if not made:
             raise CacheFormatError(f"{self.folder / LINES} has no entries")
         return [*made.values()], key_of_name

@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 from gisting.errors import CacheFormatError, StoreError
 from gisting.store.forks import ForkLock
-from gisting.store.objects import locked
+from gisting.store.objects import Objects, checkpoint_of, locked
 
 __all__ = [
     "FORMAT",
@@ -49,14 +49,14 @@ __all__ = [
 ]
 
 INDEX = "index.sqlite"
-FORMAT = 1
+FORMAT = 2
 _APPLICATION = 0x47495354  # "GIST"
 _TIMEOUT_S = 60.0
 _PER_QUERY = 500  # SQLite before 3.32 takes 999 variables
 _MAX_NAME = 200
 _NUM_SHOWN = 5  # names in a message
 _KEY = re.compile("[0-9a-f]{64}")
-_SCHEMA = (
+_FIRST_SCHEMA = (
     """CREATE TABLE entries (
     key TEXT PRIMARY KEY,
     is_keyed_by_text INTEGER NOT NULL,
@@ -74,6 +74,8 @@ _SCHEMA = (
     "CREATE TABLE names (name TEXT PRIMARY KEY, key TEXT NOT NULL REFERENCES entries (key)) WITHOUT ROWID",
     "CREATE INDEX names_of_key ON names (key)",
 )
+# Since format 2, an entry also has the name of the checkpoint that made it.
+_SCHEMA = (_FIRST_SCHEMA[0].replace("\n) W", ",\n    checkpoint TEXT NOT NULL\n) W"), *_FIRST_SCHEMA[1:])
 # Connections that a forked child inherited. A child must neither use nor close them, so they are kept.
 _inherited: list[sqlite3.Connection] = []
 # Connections of stores that were never closed. They are closed later, while holding the lock that blocks forks.
@@ -98,6 +100,7 @@ class StoreEntry:
         template: name of the template.
         condition: ``"gist"``, ``"positive"`` or ``"negative"``.
         created: when the file was written, UTC, ``2026-01-31T12:00:00Z``.
+        checkpoint: the name of the checkpoint that made it, for people; "" if it had none.
     """
 
     name: str | None
@@ -113,8 +116,10 @@ class StoreEntry:
     template: str
     condition: str
     created: str
+    checkpoint: str = ""
 
 
+_TEXTS = ("storage", "model", "tokenizer", "template", "condition", "created", "checkpoint")
 _COLUMNS = ", ".join(f"entries.{field.name}" for field in fields(StoreEntry)[1:])
 _INSERT = f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(_COLUMNS.split()))})"
 
@@ -184,6 +189,7 @@ class _Connection(sqlite3.Connection):
     """
 
     file: os.stat_result  # which file was opened
+    columns = _COLUMNS  # what is read of an entry; an index of format 1 that cannot be changed lacks the last
     # What the files looked like when SQLite was told that they never change; None if SQLite itself notices changes.
     frozen: tuple[tuple[int, int, int] | None, ...] | None = None
 
@@ -205,6 +211,7 @@ class Index:
 
     def __init__(self, root: Path, *, is_read_only: bool) -> None:
         self.path = root / INDEX
+        self._objects = Objects(root)
         self._is_read_only = is_read_only
         # Reading has its own connection, so that a thread that waits to write does not block reads.
         self._reader: _Connection | None = None
@@ -223,7 +230,7 @@ class Index:
             self._writer = _closed(self._writer)
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator[_Connection]:
         """Read one consistent state of the index. Nothing that takes a lock may run inside the block."""
         with self._read_lock, self._errors_in_words():
             if self._reader is None or self._is_elsewhere(self._reader) or self._has_changed(self._reader):
@@ -237,7 +244,7 @@ class Index:
                     connection.execute("ROLLBACK")
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[_Connection]:
         """Write to the index, as the only writer of all processes.
 
         The changes become visible to everyone when the block ends, or are undone if it raises. Nothing that takes a
@@ -254,13 +261,8 @@ class Index:
             if self._writer is None or self._is_elsewhere(self._writer):
                 self._writer = _closed(self._writer) or self._connect()
             connection = self._writer
-            connection.execute("BEGIN IMMEDIATE")
-            try:
+            with _transaction(connection):
                 yield connection
-                connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
 
     def find(self, names: Sequence[str]) -> dict[str, StoreEntry]:
         """Return the entries that exist among ``names``, which are keys and names as :func:`check_name` returns them.
@@ -278,11 +280,15 @@ class Index:
             CacheFormatError: a row is not one that a store writes.
         """
         with self.reading() as connection:
+            columns = connection.columns
             rows = connection.execute(
-                f"SELECT names.name, {_COLUMNS} FROM entries LEFT JOIN names USING (key) "
+                f"SELECT names.name, {columns} FROM entries LEFT JOIN names USING (key) "
                 "ORDER BY names.name IS NULL, names.name, entries.created, entries.key"
             ).fetchall()
-        return [entry_of(row, str(self.path)) for row in rows]
+        found = [entry_of(row, str(self.path)) for row in rows]
+        if columns == _COLUMNS:
+            return found
+        return [replace(entry, checkpoint=checkpoint_of(self._objects.path(entry.key))) for entry in found]
 
     def count(self) -> int:
         """Return the number of entries that :meth:`all` lists."""
@@ -374,7 +380,7 @@ class Index:
             raise
         return connection
 
-    def _check_format(self, connection: sqlite3.Connection) -> None:
+    def _check_format(self, connection: _Connection) -> None:
         def number(pragma: str) -> int:
             return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
 
@@ -390,29 +396,52 @@ class Index:
                 f"{self.path} has format {number('user_version')}, this version reads up to {FORMAT}; upgrade gisting: "
                 "pip install -U gist-tokens"
             )
+        if number("user_version") < FORMAT and not self._is_read_only:
+            self._upgrade(connection)
+        is_first = number("user_version") < FORMAT
+        self._check_tables(connection, _FIRST_SCHEMA if is_first else _SCHEMA)
+        if is_first:
+            connection.columns = _COLUMNS.replace("entries.checkpoint", "''")
+
+    def _check_tables(self, connection: sqlite3.Connection, schema: Sequence[str]) -> None:
         found = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")}
-        if found != {*_SCHEMA}:
+        if found != {*schema}:
             raise CacheFormatError(
                 f"{self.path} is altered: its tables are not the tables of a store; copy the files to keep, and make "
                 "the store again"
             )
+
+    def _upgrade(self, connection: sqlite3.Connection) -> None:
+        """Bring an index of format 1 to this format, completely or not at all. Checkpoints' names are in the files."""
+        with _transaction(connection):
+            if connection.execute("PRAGMA user_version").fetchone()[0] >= FORMAT:  # by another process, meanwhile
+                return
+            self._check_tables(connection, _FIRST_SCHEMA)
+            columns = _COLUMNS.replace("entries.checkpoint", "''")
+            rows = connection.execute(f"SELECT NULL, {columns} FROM entries").fetchall()
+            entries = [entry_of(row, str(self.path)) for row in rows]
+            names = connection.execute("SELECT name, key FROM names").fetchall()
+            # SQLite would write a column that is added to a table in its own words, which are not the schema's.
+            connection.execute("DROP TABLE names")
+            connection.execute("DROP TABLE entries")
+            for statement in _SCHEMA:
+                connection.execute(statement)
+            for entry in entries:
+                put_entry(connection, replace(entry, checkpoint=checkpoint_of(self._objects.path(entry.key))))
+            connection.executemany("INSERT INTO names VALUES (?, ?)", names)
+            connection.execute(f"PRAGMA user_version={FORMAT}")
 
     def _create(self, connection: sqlite3.Connection) -> None:
         # SQLite does not wait to change the journal mode, so processes that make the same store take turns.
         with locked(self.path.parent):
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("BEGIN IMMEDIATE")
-            try:
+            with _transaction(connection):
                 if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
                     for statement in _SCHEMA:
                         connection.execute(statement)
                     connection.execute(f"PRAGMA application_id={_APPLICATION}")
                     connection.execute(f"PRAGMA user_version={FORMAT}")
-                connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
 
     @contextmanager
     def _errors_in_words(self) -> Iterator[None]:
@@ -454,7 +483,19 @@ class Index:
             self._writer = None
 
 
-def find_in(connection: sqlite3.Connection, names: Sequence[str], where: str) -> dict[str, StoreEntry]:
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Write in one transaction, as the only writer; it is undone if the block raises."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def find_in(connection: _Connection, names: Sequence[str], where: str) -> dict[str, StoreEntry]:
     """Do what :meth:`Index.find` does, on a connection inside a block of reading or writing.
 
     Args:
@@ -470,7 +511,8 @@ def find_in(connection: sqlite3.Connection, names: Sequence[str], where: str) ->
         for start in range(0, len(values), _PER_QUERY):
             part = values[start : start + _PER_QUERY]
             marks = ", ".join("?" * len(part))
-            rows += connection.execute(f"SELECT {name}, {_COLUMNS} FROM {source} WHERE {column} IN ({marks})", part)
+            query = f"SELECT {name}, {connection.columns} FROM {source} WHERE {column} IN ({marks})"
+            rows += connection.execute(query, part)
     found = (entry_of(row, where) for row in rows)
     return {entry.key if entry.name is None else entry.name: entry for entry in found}
 
@@ -506,7 +548,7 @@ def entry_of(row: Sequence[Any], where: str) -> StoreEntry:
         CacheFormatError: it is not one that a store writes.
     """
     found = StoreEntry(*row)
-    texts = (found.storage, found.model, found.tokenizer, found.template, found.condition, found.created)
+    texts = [getattr(found, name) for name in _TEXTS]
     counts = [found.num_gist_tokens, found.num_bytes]
     counts += [] if found.num_prompt_tokens is None else [found.num_prompt_tokens]
     is_good = (

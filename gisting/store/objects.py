@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gisting.errors import StoreError
+from gisting.errors import CacheFormatError, StoreError
+from gisting.storage import inspect
 
-__all__ = ["OBJECTS", "SUFFIX", "TEMPORARY", "Objects", "locked"]
+__all__ = ["OBJECTS", "SUFFIX", "TEMPORARY", "Objects", "checkpoint_of", "locked"]
 
 OBJECTS = "objects"
 TEMPORARY = "tmp"
 SUFFIX = ".gist.safetensors"
+_MAX_NAME = 1000  # characters of a checkpoint's name
 
 
 class Objects:
@@ -189,3 +191,16 @@ def _lock(folder: Path, *, is_waiting: bool = True) -> int | None:
         pass
     os.close(handle)
     return None
+
+
+def checkpoint_of(path: Path) -> str:
+    """Return the name of the checkpoint that made a file, "" if the file does not say it or cannot be read.
+
+    Args:
+        path: the file of an entry, of which only the header is read.
+    """
+    try:
+        name = inspect(path)["manifest"].get("checkpoint", "")
+    except (OSError, CacheFormatError):
+        return ""
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= _MAX_NAME else ""

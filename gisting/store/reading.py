@@ -19,7 +19,7 @@ from gisting.store.index import Index, StoreEntry, content_key, find_all, some_o
 from gisting.store.lru import BoundedLRU
 from gisting.store.objects import Objects
 
-__all__ = ["ATTEMPTS", "Reader", "about_of", "check_entry", "checkpoint_of", "load_entry"]
+__all__ = ["ATTEMPTS", "Reader", "about_of", "check_entry", "load_entry"]
 
 # How often to look up an entry, or to make it, while another process keeps removing it.
 ATTEMPTS = 3
@@ -94,19 +94,6 @@ class Reader:
             num_bytes = cache.num_bytes + 2 * len(cache.keys) * _TENSOR_BYTES + _CACHE_BYTES
             self.open_caches.put(entry.key, (entry.sha256, cache), num_bytes)
         return cache
-
-
-def checkpoint_of(path: Path) -> str:
-    """Return the name of the checkpoint that made a file, "" if the file does not say it or cannot be read.
-
-    Args:
-        path: the file of an entry, of which only the header is read.
-    """
-    try:
-        name = inspect(path)["manifest"].get("checkpoint", "")
-    except (OSError, CacheFormatError):
-        return ""
-    return name if isinstance(name, str) and name.isprintable() else ""
 
 
 def about_of(path: Path) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ from gisting.store.index import (
     some_of,
 )
 from gisting.store.objects import OBJECTS, TEMPORARY, Objects
-from gisting.store.reading import ATTEMPTS, Reader, about_of, checkpoint_of, load_entry
+from gisting.store.reading import ATTEMPTS, Reader, about_of, load_entry
 from gisting.store.writing import commit, drop_unnamed, sweep, write_caches
 from gisting.table import GistTable
 
@@ -161,14 +161,6 @@ class GistStore:
         wanted = canonical(name)
         return find_all(self._index, [wanted])[wanted]
 
-    def checkpoint(self, name: str) -> str:
-        """Return the name of the checkpoint that made the entry of one ``name`` or key, "" if it had none.
-
-        Raises:
-            StoreError: there is no such entry, or it is neither a name nor a key.
-        """
-        return checkpoint_of(self._objects.path(self.entry(name).key))
-
     def about(self, name: str) -> dict[str, Any] | None:
         """Return how the gist of one ``name`` or key was made and how good it is, as :attr:`GistCache.about` says it.
 
@@ -203,7 +195,13 @@ class GistStore:
         """
         wanted = _as_list(self._all_names("to make a table of") if names is None else names)
         # Each is read once and copied into the table, so it must not push out an opened cache that is in use.
-        return GistTable(self._reader.read(wanted, is_kept=False), names=wanted, device=device)
+        caches = self._reader.read(wanted, is_kept=False)
+        found = self._index.find(wanted)
+        named = [
+            replace(cache, origin=replace(cache.origin, name=_dated(name, found.get(name))))
+            for name, cache in zip(wanted, caches, strict=True)
+        ]
+        return GistTable(named, names=wanted, device=device)
 
     # -- making --------------------------------------------------------------------------------------------------------
 
@@ -572,10 +570,7 @@ class GistStore:
         """Write names with the days on which they were compressed."""
         found = self._index.find(wanted)
         names = [*dict.fromkeys(wanted)]
-        shown = [
-            f"{name[:12] if is_key(name) else name!r}{f' of {found[name].created[:10]}' if name in found else ''}"
-            for name in names[:4]
-        ]
+        shown = [_dated(name, found.get(name)) for name in names[:4]]
         return ", ".join([*shown, *(["..."] if len(names) > 4 else [])])
 
     def _check_writable(self, reason: str) -> None:
@@ -587,6 +582,11 @@ class GistStore:
         if not names:
             raise StoreError(f"{self.path} has no names {purpose}; give keys, or add an entry")
         return names
+
+
+def _dated(name: str, entry: StoreEntry | None) -> str:
+    """Write a name or key with the day on which its prompt was compressed, if that is known."""
+    return f"{name[:12] if is_key(name) else name!r}{'' if entry is None else f' of {entry.created[:10]}'}"
 
 
 def _as_list(names: str | Collection[str]) -> list[str]:

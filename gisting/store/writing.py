@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gisting.cache import GistCache
 from gisting.errors import StoreError
 from gisting.store.index import Index, NewEntry, StoreEntry, content_key, find_in, put_entry
-from gisting.store.objects import Objects
+from gisting.store.objects import Objects, checkpoint_of
 
 if TYPE_CHECKING:
     import sqlite3
@@ -61,6 +61,7 @@ def write_caches(folder: Path, caches: Sequence[GistCache], storage: str | None)
             storage=storage or str(cache.dtype).removeprefix("torch."),
             **cache.origin.identity(),
             created=created,
+            checkpoint=checkpoint_of(file),
         )
         # The same key means the same bytes: writing them again does no harm, and repairs a damaged file.
         return NewEntry(entry, file, is_forced=True)

@@ -24,12 +24,14 @@ from gisting.models.adapters import adapter_of, check_directory
 from gisting.models.hub import check_complete, save_pretrained
 from gisting.models.registry import is_length_dependent, sliding_windows
 from gisting.models.state import require_patched
+from gisting.models.weights import to_dtype
 from gisting.settings import keywords_for, takes_keywords_of
 from gisting.tokens import GistTokenizer
 from gisting.train.arguments import BY_LENGTH, PUBLISHED, default_num_workers, published_arguments
 from gisting.train.batches import is_data_parallel, step_batches
 from gisting.train.methods import Method, checkpointing_what_learns, prepare
 from gisting.train.objective import Objective, ObjectiveTrainer
+from gisting.train.output import check_same_run
 from gisting.train.repeat import (
     CountEpochs,
     RepeatableDraws,
@@ -56,6 +58,7 @@ def finetune(
     objective: Objective = Objective(),  # noqa: B008
     eval_records: Iterable[Record | Mapping[str, Any]] | None = None,
     resume: bool | str = False,
+    save_dtype: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
 ) -> dict[str, float]:
@@ -72,8 +75,8 @@ def finetune(
             ``train_sampling_strategy="group_by_length"`` groups records by their number of tokens, and needs
             ``datasets``.
         method: what is trained: ``"full"``, ``"lora"``, ``"gist-lora"`` or ``"embeddings"``
-            (:mod:`gisting.train.methods`). With an adapter, only the adapter is saved, for ``gisting.load`` and for
-            peft.
+            (:mod:`gisting.train.methods`). With an adapter, only the adapter is saved, for ``gisting.load``, and
+            except gist-lora for peft.
         objective: weights of additional losses: distillation from the same model with the prompt visible, and
             reconstruction of the prompt, which needs ``pack_length``.
         eval_records: records for the evaluation loss, if ``arguments.eval_strategy`` asks for one. The log says how
@@ -81,6 +84,9 @@ def finetune(
         resume: continue from the last whole checkpoint in the output directory, or from the checkpoint at this path.
             Incomplete checkpoints of a killed process are skipped, and the run ends with the same weights as an
             uninterrupted one.
+        save_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: the dtype in which a whole model is written, and
+            which its parameters have afterwards; None for the dtype that was trained. DeepSpeed writes what its
+            configuration says.
         callbacks: for ``Trainer``; if there are any, ``Trainer`` does not print its logs.
         **settings: how records become batches (:class:`gisting.train.settings.BatchSettings`): ``num_gist_tokens``,
             ``conditions``, ``max_length`` and others. With ``pack_length``, a batch of ``arguments`` counts groups of
@@ -94,9 +100,10 @@ def finetune(
     Raises:
         GistError: the model is not patched; there are no records; a stream is given without ``max_steps`` or would have
             to be sorted; packed rows or chunked prompts are longer than a sliding window of the model; reconstruction
-            is requested without ``pack_length``; there is nothing to resume from; ``fsdp`` is requested, but weights
-            would not be sharded; an adapter would be sharded, or saved into the directory of a whole checkpoint; or
-            the model has adapters of peft, which could not be read back.
+            is requested without ``pack_length``; there is nothing to resume from, or the run to resume has another
+            method, template or k; ``fsdp`` is requested, but weights would not be sharded; an adapter would be
+            sharded, saved in ``save_dtype``, or saved into the directory of a whole checkpoint; or the model has
+            adapters of peft, which could not be read back.
     """
     require_patched(model, tokenizer)
     check_workers(arguments)
@@ -129,9 +136,15 @@ def finetune(
         items = _with_lengths(items, collator, arguments.length_column_name)
     set_seed(arguments.seed)  # as Trainer does, which is made after a new adapter is initialised
     count = prepare(model, method, collator.num_gist_tokens[1])
+    about = {"num_gist_tokens": list(collator.num_gist_tokens), "chunk_length": collator.chunk_length}
+    gist = {**model.config.gist, **{name: value for name, value in about.items() if value is not None}}
+    if checkpoint is not None:
+        check_same_run(gist, checkpoint)
     has_adapter = adapter_of(model) is not None
     if has_adapter:
         check_directory(str(arguments.output_dir))
+        if save_dtype is not None:
+            raise GistError(f"save_dtype must be None for an adapter, which is float32 on disk, got {save_dtype!r}")
         if _is_to_be_sharded(arguments):
             raise GistError(
                 "an adapter cannot be trained with fsdp, which would shard it; leave fsdp out: a frozen model has no "
@@ -158,8 +171,7 @@ def finetune(
         trainer.remove_callback(PrinterCallback)  # With callbacks of the caller's own, they report progress.
     if _is_to_be_sharded(arguments) and not trainer.is_fsdp_enabled:  # ignored silently by accelerate
         raise GistError("fsdp was requested, but accelerate only shards on accelerators; leave it out on a CPU")
-    about = {"num_gist_tokens": list(collator.num_gist_tokens), "chunk_length": collator.chunk_length}
-    model.config.gist = {**model.config.gist, **{name: value for name, value in about.items() if value is not None}}
+    model.config.gist = gist
     with checkpointing_what_learns(model), without_parallel_tokenizers(arguments.dataloader_num_workers > 0):
         if checkpoint is not None and 0 < arguments.max_steps <= num_steps_in(checkpoint):
             # If the last step is in the middle of an epoch, Trainer would take one more.
@@ -168,6 +180,8 @@ def finetune(
         else:
             measured = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if not has_adapter:
+        if save_dtype is not None and not trainer.is_deepspeed_enabled:
+            to_dtype(model, getattr(torch, save_dtype))
         trainer.save_model()  # in every process, because sharded weights are gathered; the first one writes
     if trainer.is_world_process_zero():
         if has_adapter:

@@ -8,6 +8,7 @@ with the checkpoint.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,21 +19,18 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from gisting.data.prompts import load_inputs, load_prompts
 from gisting.data.records import Record, load_records, say_shared
 from gisting.errors import GistError
-from gisting.models.load import load, load_tokenizer
+from gisting.models.load import load, load_tokenizer, saved_dtype
 from gisting.settings import keywords_for
 from gisting.tokens import GistTokenizer
 from gisting.train.finetune import finetune
 from gisting.train.methods import Method
 from gisting.train.objective import Objective
+from gisting.train.output import ANSWERS_NAME, RECIPE_NAME, check_output, write_card
 from gisting.train.repeat import checkpoint_to_resume
 from gisting.train.self_distil import pair_up, self_distil
 from gisting.train.settings import BatchSettings, Recipe
 
 __all__ = ["Recipe", "TrainedModel", "load_recipe", "train_recipe"]
-
-RECIPE_NAME = "recipe.yaml"
-#: Where the answers are kept that the model gave to a recipe's prompts and inputs.
-ANSWERS_NAME = "answers.jsonl"
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -55,7 +53,7 @@ class TrainedModel(NamedTuple):
     """The result of a run.
 
     Args:
-        model: the trained model, patched.
+        model: the trained model, patched, with the weights that were written.
         tokenizer: the tokenizer that it is patched for.
         metrics: what ``Trainer`` measured.
         arguments: the arguments that it was trained with.
@@ -76,16 +74,16 @@ def train_recipe(
     held_out: Mapping[str, Sequence[Record]] = {},
     sampling: Callable[[int], AbstractContextManager[Callable[[int], Any]]] | None = None,
 ) -> TrainedModel:
-    """Train the model of a recipe, and save the checkpoint together with the effective recipe (``recipe.yaml``).
+    """Train the model of a recipe, and save the checkpoint with the effective recipe (``recipe.yaml``) and a card.
 
     With prompts and inputs instead of records, the model first answers with each prompt in view. The answers are kept
-    as ``answers.jsonl`` in ``output_dir``, and another run with the same settings of them does not sample again.
+    as ``answers.jsonl`` in ``output_dir``, and a run that is resumed does not sample them again.
 
     When ``torchrun`` or ``accelerate launch`` calls this in several processes, they train together.
 
     Args:
         recipe: a recipe with ``model``, and ``data`` or ``prompts`` and ``inputs``.
-        output_dir: directory for checkpoint and recipe.
+        output_dir: directory for checkpoint and recipe, which must not exist or be empty, unless the run is resumed.
         resume: continue from the last whole checkpoint in ``output_dir``.
         callbacks: as for :func:`gisting.train.finetune.finetune`; with any, ``Trainer`` shows no progress bar.
         held_out: records that will be evaluated, by name; the log says how many of them are also trained on.
@@ -96,8 +94,9 @@ def train_recipe(
         Model, tokenizer, metrics and arguments.
 
     Raises:
-        GistError: the recipe lacks model or data, or as ``load``, ``load_records``, ``load_prompts``, ``self_distil``
-            and ``finetune`` do.
+        GistError: the recipe lacks model or data; ``output_dir`` holds something else, or the run to resume has other
+            settings (:func:`gisting.train.output.check_output`); or as ``load``, ``load_records``, ``load_prompts``,
+            ``self_distil`` and ``finetune`` do.
     """
     if recipe.model is None or (recipe.data is None and recipe.prompts is None):
         has = {"model": recipe.model, "data": recipe.data or recipe.prompts}
@@ -106,7 +105,11 @@ def train_recipe(
         raise GistError(
             f"there is no {missing} to train with; name it in the recipe or on the command line{or_prompts}"
         )
-    checkpoint_to_resume(output_dir, resume)  # fails before a large model is loaded and the directory is written to
+    # These fail before a large model is loaded and the directory is written to. Only the first process looks at what is
+    # there, because it may soon write.
+    if os.environ.get("RANK", "0") == "0":
+        check_output(output_dir, recipe, resume=resume)
+    checkpoint_to_resume(output_dir, resume)
     tokenizer_of_data = functools.cache(functools.partial(load_tokenizer, recipe.model, recipe.template))
     pairs = None if recipe.prompts is None else _pairs(recipe, recipe.prompts)
     records = (
@@ -137,14 +140,20 @@ def train_recipe(
                 progress=progress,
             )
         set_seed(recipe.seed)  # whether answers were sampled or read
+    save_dtype: str | None = recipe.save_dtype
+    if save_dtype == "base":
+        save_dtype = saved_dtype(recipe.model) if recipe.method == "full" else None
     settings = {
         **keywords_for(BatchSettings, recipe),
         "method": Method(recipe.method, recipe.lora_rank, recipe.lora_alpha),
+        "save_dtype": save_dtype,
         "objective": Objective(top_k=recipe.distillation_top_k, **recipe.weights),
     }
     if tokenizer.is_encoder_decoder:
         settings.setdefault("max_length", 128)
     metrics = finetune(model, tokenizer, records, arguments, resume=resume, callbacks=callbacks, **settings)
+    if arguments.process_index == 0:
+        write_card(output_dir, recipe, model, tokenizer, metrics)
     return TrainedModel(model, tokenizer, metrics, arguments)
 
 

@@ -39,7 +39,7 @@ from gisting.settings import (
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["BatchSettings", "Recipe", "TrainerSettings"]
+__all__ = ["BatchSettings", "Recipe", "TrainerSettings", "versions"]
 
 
 def _methods() -> Collection[str]:
@@ -154,6 +154,12 @@ class TrainerSettings(Settings):
         "float32",
         "Type of the trained weights: auto, float32, bfloat16 or float16. Small steps are rounded away in half "
         "precision.",
+    )
+    save_dtype: str = setting(
+        choice("base", "float32", "bfloat16", "float16"),
+        "base",
+        "Type of the weights that are written at the end: base (the type of the model's own files), float32, bfloat16 "
+        "or float16. Adapters are float32.",
     )
     bf16: bool | None = setting(FLAG, None, "Calculate in bfloat16.", shown_default="where a GPU supports it")
     gradient_checkpointing: bool = setting(FLAG, False, "Use less memory and more time.")
@@ -375,12 +381,16 @@ class Recipe(TrainerSettings, BatchSettings, _WhatIsTrained):
         Args:
             path: the file, which is YAML.
         """
-        import torch
-        import transformers
         import yaml
 
-        # Versions are recorded for the reader, not branched on.
-        libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"  # noqa: TID251
-        versions = f"gisting {__version__}, {libraries}"
         text = yaml.safe_dump(self.written({"num_gist_tokens"}), sort_keys=False, allow_unicode=True)
-        Path(path).write_text(f"# {versions}\n{text}", encoding="utf-8")
+        Path(path).write_text(f"# {versions()}\n{text}", encoding="utf-8")
+
+
+def versions() -> str:
+    """Name the versions of this library, torch and transformers, for a reader; nothing branches on them."""
+    import torch
+    import transformers
+
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"  # noqa: TID251
+    return f"gisting {__version__}, {libraries}"

@@ -813,7 +813,7 @@ def spoiled_index(store: GistStore, how: str) -> None:
             path.unlink()
             sql(store, "CREATE TABLE other (a)")
         case "later":
-            sql(store, "PRAGMA user_version=2")
+            sql(store, "PRAGMA user_version=3")
         case "trigger":
             sql(store, "CREATE TRIGGER t AFTER INSERT ON names BEGIN DELETE FROM entries; END")
         case "view":
@@ -836,7 +836,7 @@ def spoiled_index(store: GistStore, how: str) -> None:
         ("empty", "has files but its index.sqlite is missing or empty; restore it, or move the files away"),
         ("no database", "index.sqlite is damaged or not the index of a store"),
         ("another database", "index.sqlite is an SQLite database but not the index of a store"),
-        ("later", "index.sqlite has format 2, this version reads up to 1; upgrade gisting"),
+        ("later", "index.sqlite has format 3, this version reads up to 2; upgrade gisting"),
         ("trigger", "index.sqlite is altered: its tables are not the tables of a store"),
         ("view", "index.sqlite is altered: its tables are not the tables of a store"),
         ("link", "index.sqlite is a link or not a file"),
@@ -1188,3 +1188,18 @@ def test_table_refuses(store: GistStore) -> None:
         store.table(["a", "c"])
     with pytest.raises(GistError, match="'a'"):
         store.table(["a", "a"])
+
+
+def test_a_table_shows_names_before_hashes(store: GistStore) -> None:
+    """Checkpoint, names and days, then the fingerprint; of one prompt they travel with its cache, into errors."""
+    cache = replace(made(1), origin=replace(made(1).origin, checkpoint="runs/mine"))
+    store.put_many(dict.fromkeys(("a", "b", "c", "d", "e"), cache))
+    table = store.table()
+    assert re.search(rf"\(5 prompts \('a' of {DAY}, 'b' of {DAY}, 'c' of {DAY}, 'd' of {DAY}, \.\.\.\), ", repr(table))
+    assert repr(table).endswith(f", made by runs/mine for {ORIGIN.model})")
+    assert re.fullmatch(rf"'b' of {DAY}", table.gather(["b"]).origin.name)
+    assert re.fullmatch(rf"'b' of {DAY}", table.gather(["b", "b"]).origin.name)
+    assert table.gather(["a", "b"]).origin.name == "", "of the first prompt alone"
+    table.remove(["b"])
+    table.add(made(2), ["b"])
+    assert table.gather(["b"]).origin.name == "'b'"

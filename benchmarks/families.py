@@ -137,7 +137,9 @@ def build(kind: str, model_type: str, vocab_size: int, **changes: Any) -> PreTra
         Exception: whatever transformers raises for sizes that do not fit together.
     """
     config = CONFIG_MAPPING[model_type](**{**_sizes(CONFIG_MAPPING[model_type], vocab_size), **changes})
-    if kind == "decoder" and hasattr(config, "is_decoder"):
+    if kind == "encoder-decoder":
+        config.decoder_start_token_id = 0
+    elif hasattr(config, "is_decoder"):
         config.is_decoder = True
     auto = AutoModelForCausalLM if kind == "decoder" else AutoModelForSeq2SeqLM
     with torch.device("meta"):

@@ -14,7 +14,6 @@ from benchmarks.cpu_attention import attention_table
 from benchmarks.demo import demo_table, museum_output
 from benchmarks.distill import distill_table
 from benchmarks.distillation import distillation_table
-from benchmarks.families import families_table
 from benchmarks.inference import highlights_table, inference_table, losses_table
 from benchmarks.internalize import internalize_table, serving_table
 from benchmarks.methods import methods_table
@@ -55,7 +54,6 @@ TABLES: list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]] = [
     ("docs/internalisation.md", "internalize results", "internalize.jsonl", internalize_table),
     ("docs/internalisation.md", "requests results", "internalize.jsonl", serving_table),
     ("docs/internalisation.md", "nl2bash results", "nl2bash.jsonl", nl2bash_table),
-    ("docs/models.md", "families results", "families.jsonl", families_table),
     ("docs/vllm.md", "vllm results", "vllm.jsonl", vllm_table),
 ]
 

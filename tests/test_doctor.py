@@ -254,7 +254,7 @@ def eos_dropped(path: Path) -> None:
         (
             lambda folder: changed(folder / "config.json", model_type="mamba"),
             "family",
-            "mamba cannot be gisted: its config",
+            "mamba has layers of type linear_attention",
         ),
         (lambda folder: changed(folder / "config.json", vocab_size=3), "gist token", "but the model has 3 rows"),
         (lambda folder: other_template(folder / "gist.json"), "tokenizer", "the model was patched for "),

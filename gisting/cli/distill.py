@@ -218,23 +218,25 @@ class _Shown:
 
 def _print(found: Distilled) -> None:
     number = len(found.held_out["gist"].kl)
-    has_loops = any(found.held_out["gist"].is_loop)
-    table = Table(box=SIMPLE_HEAD, title=f"divergence from the full prompt, {number} held-out answers", min_width=60)
-    for name in ("", "KL median", "quartiles", "mean", *(["without loops"] if has_loops else []), "agreement"):
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"KL divergence from the full prompt, nats a token, {number} held-out answers",
+        min_width=70,
+    )
+    for name in ("", "median", "quartiles", "mean", "agreement"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, label in _SOURCES.items():
         one = found.held_out[name]
-        plain = "-" if one.mean_without_loops is None else f"{one.mean_without_loops:.4f}"
         table.add_row(
             label,
             f"{one.median:.4f}",
             " ".join(f"{value:.4f}" for value in one.quartiles),
             f"{one.mean:.4f}",
-            *([plain] if has_loops else []),
             f"{one.mean_agreement:.3f}",
         )
     out.print(table)
-    loops = sum(found.held_out["gist"].is_loop)
+    gist = found.held_out["gist"]
+    loops, plain = sum(gist.is_loop), gist.mean_without_loops
     about = (found.cache.about[0] or {})["distilled"]
     lines = [
         f"{found.num_prompt_tokens} tokens of the prompt in {found.cache.num_slots}; {found.kept:.0%} of the median "
@@ -242,7 +244,11 @@ def _print(found: Distilled) -> None:
         f"learned from {about['answers']} answers to {about['inputs']} inputs"
         + (" that the model wrote itself (self-study)" if about["self_study"] else "")
         + f", {about['steps']} steps, start {about['start']}, seed {about['seed']}",
-        *([f"{loops} of the held-out answers repeat themselves (loops), which the mean counts"] if loops else []),
+        *(
+            [f"{loops} held-out answers repeat themselves (loops); without them the gist's mean is {plain or 0:.4f}"]
+            if loops
+            else []
+        ),
         "time: " + ", ".join(f"{_PHASES[name]} {seconds:.0f} s" for name, seconds in found.seconds.items()),
     ]
     for line in lines:

@@ -7,6 +7,7 @@ but the slots is trained (prefix tuning, arXiv 2101.00190, with context distilla
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -248,13 +249,13 @@ def distill(
         "seed": seed,
         "held_out_inputs": len(measured),
     }
-    kept = found["gist"].kept(found["none"])
     quality = {
-        "kept": kept,
+        "kept": found["gist"].kept(found["none"]),
         **found["gist"].summary(),
         "control": "no prompt",
         "control_kl_median": found["none"].median,
     }
+    quality = {name: _rounded(value) for name, value in quality.items()}
     cache = cache.with_about(distilled=about, quality=quality)
     return Distilled(cache, history, found, held, num_prompt_tokens, clock.seconds)
 
@@ -327,6 +328,15 @@ def _split(inputs: Sequence[str], held_out: Sequence[str] | None, seed: int) -> 
     number = max(1, min(_NUM_HELD_OUT, len(distinct) // 5))
     measured = set(distinct[:number])
     return [input for input in inputs if input not in measured], distinct[:number]
+
+
+def _rounded(value: Any) -> Any:
+    """A number, or numbers in a list, with four decimals; None for what is no number, as JSON has it."""
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    if not isinstance(value, float):
+        return value
+    return round(value, 4) if math.isfinite(value) else None
 
 
 class _Clock:

@@ -121,5 +121,7 @@ def parts_of(prompt: str) -> list[str]:
 def _cleaned(text: str) -> str | None:
     """The first line without quotation marks and numbers; None if nothing can be used."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    line = re.sub(r"^(\d+[.)]|[-*•]|[Qq]uestion:|[Mm]essage:|[Uu]ser:)\s*", "", line).strip("\"'“”„`* ")
+    line = re.sub(r"^(\d+[.)]|[-*•]|([Aa] |[Tt]he )?([Qq]uestion|[Mm]essage|[Uu]ser)( asks)?:)\s*", "", line).strip(
+        "\"'“”„`* "
+    )
     return line if 3 <= len(line) <= _LONGEST else None

@@ -425,6 +425,9 @@ class _Runs:
 
     def greedy(self) -> GenerationConfig:
         """Two new tokens, with what the layers make of them."""
+        start = getattr(self.model.config, "decoder_start_token_id", None)
+        if start is None and self.model.config.is_encoder_decoder:
+            start = self.tokens.pad_token_id
         return GenerationConfig(
             max_new_tokens=2,
             min_new_tokens=2,
@@ -433,7 +436,7 @@ class _Runs:
             output_logits=True,
             output_hidden_states=True,
             pad_token_id=self.tokens.pad_token_id,
-            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
+            decoder_start_token_id=start,
             suppress_tokens=[self.tokens.gist_token_id],
         )
 
@@ -507,24 +510,33 @@ class _Decoder(_Runs):
         self.attend("gist")
         start = self._from_zero()[:1]
 
-        def at(*shifts: int) -> tuple[list[Tensor], Any]:
-            many, cache = len(shifts), DynamicCache()
+        cache = DynamicCache()
+
+        def at(*shifts: int) -> list[list[Tensor]]:
+            many = len(shifts)
             mask = Visibility(self.visibility.first[:1].expand(many, -1), self.visibility.end[:1].expand(many, -1))
             more: Any = {cache_argument(): cache, "use_cache": True}
             shifted = start + torch.tensor(shifts)[:, None]
-            return self.states(self.ids[:1].expand(many, -1), mask.as_attention_mask(), shifted, **more), cache
+            found = self.states(self.ids[:1].expand(many, -1), mask.as_attention_mask(), shifted, **more)
+            return [[part[row] for part in found] for row in range(many)]
 
-        above, cache = at(0, self.shift)
+        try:
+            with _NoNegativeIndex() if self.device.type != "cpu" else contextlib.nullcontext():
+                truth, above, below = at(0, self.shift, -self.below)
+        except (IndexError, RuntimeError):
+            # A table has no entry below 0; those above tell whether it is relative all the same.
+            cache = DynamicCache()
+            truth, above = at(0, self.shift)
+            error, bound = self.worst(above, truth, self.shift * 2**-22)
+            if error > bound:
+                return error, bound, reason
+            raise
         # Angles are float32 in every model: at this distance they are this much coarser.
-        far = self.shift * 2**-22
-        truth = [part[0] for part in above]
-        error, bound = self.worst([part[1] for part in above], truth, far)
-        if not error <= bound:
+        error, bound = self.worst(above, truth, self.shift * 2**-22)
+        if error > bound:
             return error, bound, reason
         self.rotation = _rotation(self.model, cache, self.shift)
-        with _NoNegativeIndex() if self.device.type != "cpu" else contextlib.nullcontext():
-            below, _ = at(-self.below)
-        worst = self.worst([part[0] for part in below], truth)
+        worst = self.worst(below, truth)
         return *max((error, bound), worst, key=lambda one: one[0] / one[1]), f"{reason} (below 0 alone)"
 
     def cache(self) -> tuple[float, float, str]:
@@ -742,7 +754,7 @@ def _rotation(model: PreTrainedModel, cache: Any, by: int) -> tuple[bool, tuple[
         if 2 * len(sets[numbers[layer]]) > part.keys.shape[-1]:
             return None
         errors = [
-            _difference(one.rotate(layer, part.keys[:1], torch.tensor([by])), part.keys[1:]) for one in candidates
+            _difference(one.rotate(layer, part.keys[:1], torch.tensor([by])), part.keys[1:2]) for one in candidates
         ]
         first, second = sorted(errors)[:2]
         if not first < second / 3:

@@ -22,7 +22,8 @@ from tests import tiny
 
 PROMPT = " ".join(f"w{number}" for number in range(3, 15))
 INPUTS = [tiny.words(1 + number % 4, 40 + number) for number in range(10)]
-QUICK = {"num_answers": 16, "max_new_tokens": 6, "steps": 24, "batch_size": 8, "evaluate_every": 8, "value_rate": 0.05}
+QUICK = {"num_answers": 16, "max_new_tokens": 6, "steps": 24, "batch_size": 8, "evaluate_every": 8}
+QUICK |= {"key_rate": 0.01, "value_rate": 0.05}
 FAMILIES = ["llama", "t5", *tiny.slow_but(["qwen2-window", "gemma2", "smollm3", "cohere2", "gpt_neox", "umt5"])]
 
 
@@ -129,7 +130,7 @@ def test_stores_and_storages_keep_it(tmp_path: Path) -> None:
             "seed": 0,
             "held_out_inputs": 2,
         }
-        assert about["quality"]["kept"] == pytest.approx(found.kept)
+        assert about["quality"]["kept"] == pytest.approx(found.kept, abs=1e-4)
 
 
 def test_it_is_not_chained() -> None:

@@ -216,6 +216,7 @@ def _states_dropped(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_planted_fault_is_found(
     name: str, plant: Callable[[Any, pytest.MonkeyPatch], None], failed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(check_module, "_known", {})
     model = tiny.model(name)
     plant(model, monkeypatch)
     found = check_model(model)
@@ -278,7 +279,8 @@ def test_under_no_grad_inference_mode_and_frozen() -> None:
         assert check_model(model).passed
 
 
-def test_what_cannot_be_run_is_skipped() -> None:
+def test_what_cannot_be_run_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "_known", {})
     model = tiny.model("llama").to("meta")
     found = check_model(model)
     assert not found.passed

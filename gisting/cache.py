@@ -26,7 +26,7 @@ from gisting.device import on_each_device
 from gisting.errors import CacheMismatchError, GistError
 from gisting.padding import pad_rows
 from gisting.rotary import Rotary
-from gisting.storage import MAX_BYTES, malformed, read, write
+from gisting.storage import MAX_BYTES, check_place, malformed, read, write
 from gisting.tokens import ChatTemplate
 
 if TYPE_CHECKING:
@@ -470,20 +470,27 @@ class GistCache:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
+    def is_finite(self) -> bool:
+        """Whether every number of the states is finite. Reads from the device once."""
+        found = [tensor.isfinite().all() for tensor in self._named().values() if tensor.numel()]
+        return not found or bool(torch.stack([one.to(found[0].device) for one in found]).all())
+
     def save(self, path: str | Path, storage: str | None = None) -> None:
         """Write one safetensors file, completely or not at all (temporary file, fsync, rename).
 
         Args:
-            path: the file.
+            path: the file. In the folder of a checkpoint its name must not be one of a file of weights, such as
+                ``*.safetensors``, because vLLM and other servers load all of these.
             storage: the type in which numbers are stored, one of ``gisting.storage.STORAGES``: ``"float32"``,
                 ``"bfloat16"``, ``"float16"``, ``"float8_e4m3"`` or ``"int8"`` (the last two with a scale for each
                 prompt and head). None for the states' own dtype, which keeps every bit.
 
         Raises:
-            GistError: the states contain NaN or infinity or exceed the range of the storage, or the parts of this cache
-                are inconsistent.
+            GistError: the states contain NaN or infinity or exceed the range of the storage, the parts of this cache
+                are inconsistent, or the file would lie among the weights of a checkpoint.
             OSError: the file cannot be written.
         """
+        check_place(path)
         try:
             self._check()
         except ValueError as error:

@@ -5,12 +5,23 @@ Place in the flow: below everything that reads a checkpoint.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SOURCE_ARGUMENTS", "explain", "find_file", "kind_of_file", "local", "missing", "weight_files"]
+__all__ = [
+    "SOURCE_ARGUMENTS",
+    "explain",
+    "find_file",
+    "gists_among_weights",
+    "is_among_weights",
+    "kind_of_file",
+    "local",
+    "missing",
+    "weight_files",
+]
 
 #: The arguments of ``from_pretrained`` that say where files come from, and nothing else.
 SOURCE_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"})
@@ -31,6 +42,8 @@ _BEGINNINGS = (
     (b"\x80", "a pickle, which is never opened"),
 )
 _MAX_HEADER = 1 << 20
+# What weight loaders, vLLM's among them, read all files of in a checkpoint's folder.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def local(name_or_path: str | Path) -> str | Path:
@@ -58,6 +71,8 @@ def missing(name_or_path: str | Path) -> str | None:
     Args:
         name_or_path: what should be one of them.
     """
+    if "\0" in str(name_or_path):
+        return f"the name holds a NUL character: {str(name_or_path)!r:.200}"
     path = Path(local(name_or_path))
     if path.is_file():
         with path.open("rb") as file:
@@ -145,3 +160,48 @@ def weight_files(name_or_path: str | Path, **source: Any) -> list[Path]:
             return [Path(file) for file in files or ()]
         return [Path(found)]
     return []
+
+
+def is_among_weights(path: str | Path) -> bool:
+    """Whether a file of this name would be taken for weights: in the folder of a checkpoint, and named like them.
+
+    Args:
+        path: the file, which need not exist.
+    """
+    path = Path(path)
+    if not path.name.endswith(_WEIGHT_SUFFIXES):
+        return False
+    try:
+        with (path.parent / "config.json").open("rb") as file:
+            config = json.loads(file.read(_MAX_HEADER))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and not {"model_type", "architectures"}.isdisjoint(config)
+
+
+def gists_among_weights(directory: str | Path) -> list[Path]:
+    """Return the cache files of compressed prompts that lie where weight loaders look, sorted.
+
+    Args:
+        directory: the folder of a checkpoint. Anything else has none.
+    """
+    try:
+        names = sorted(os.listdir(local(directory)))
+    except OSError:
+        return []
+    paths = [Path(local(directory)) / name for name in names if name.endswith(_WEIGHT_SUFFIXES)]
+    return [path for path in paths if _holds_gists(path)]
+
+
+def _holds_gists(path: Path) -> bool:
+    """Whether the header of a safetensors file says that it holds compressed prompts."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= _MAX_HEADER else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    about = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(about, dict) and "gist" in about

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -43,9 +44,22 @@ import torch
 from torch import Tensor
 
 from gisting.errors import CacheFormatError, GistError
-from gisting.source import kind_of_file
+from gisting.source import is_among_weights, kind_of_file
 
-__all__ = ["FORMAT", "MAX_BYTES", "STORAGES", "inspect", "malformed", "read", "write", "write_atomically"]
+__all__ = [
+    "FORMAT",
+    "MAX_BYTES",
+    "STORAGES",
+    "check_path",
+    "check_place",
+    "inspect",
+    "malformed",
+    "read",
+    "write",
+    "write_atomically",
+]
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 2
 STORAGES = ("float32", "bfloat16", "float16", "float8_e4m3", "int8")
@@ -116,6 +130,32 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             os.close(directory)
 
 
+def check_path(path: str | Path) -> None:
+    """Refuse a ``path`` that no file system takes.
+
+    Raises:
+        GistError: it holds a NUL character.
+    """
+    if "\0" in str(path):
+        raise GistError(f"path must not hold a NUL character, got {str(path)!r:.200}")
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a ``path`` for a cache at which weight loaders would take it for weights.
+
+    Raises:
+        GistError: it is in the folder of a checkpoint and named like its weights.
+    """
+    check_path(path)
+    path = Path(path)
+    if is_among_weights(path):
+        raise GistError(
+            f"path must not be among the weights of a checkpoint, got {path}: vLLM and others load every "
+            f"*{path.suffix} file of {path.parent} as weights; save it in a folder of its own: "
+            f"{path.parent / 'gists' / path.name}"
+        )
+
+
 def write(
     path: str | Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], storage: str | None = None
 ) -> None:
@@ -148,6 +188,7 @@ def write(
     if storage not in {*STORAGES, names[dtype]}:
         raise GistError(f"storage must be None or one of {', '.join(STORAGES)}, got {storage!r}")
     stored: dict[str, Tensor] = {}
+    flattened = False
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         if not _is_finite(tensor):
@@ -164,6 +205,13 @@ def write(
         stored[name] = codes
         if scale is not None:
             stored[name + _SCALE] = scale
+            flattened |= storage == "int8" and _is_flattened(tensor, codes)
+    if flattened:
+        _log.warning(
+            "%s: storage 'int8' turns most numbers of some states into zero, because others are hundreds of times as "
+            "large; float8_e4m3 takes as many bytes and keeps them",
+            path,
+        )
     if len(stored) != len(tensors) * (2 if storage in _LARGEST_CODE else 1):
         raise GistError(f"the name of a tensor must not end with {_SCALE!r}, got {sorted(tensors)}")
     try:
@@ -280,6 +328,7 @@ def _open(path: str | Path) -> tuple[Tensor, dict[str, Any], dict[str, _Place], 
 
 def _map(path: str | Path) -> Tensor:
     """Map the bytes of a file, uint8."""
+    check_path(path)
     if os.path.islink(path):
         raise CacheFormatError(
             f"{path} is a symbolic link, which is not followed; give the file itself: Path({str(path)!r}).resolve()"
@@ -510,6 +559,14 @@ def _encode(tensor: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
     scale = (largest / _LARGEST_CODE[storage]).clamp(min=_SMALLEST_SCALE)
     codes = numbers / scale[..., None, None]
     return (codes.round() if storage == "int8" else codes).to(_STORED[storage]), scale
+
+
+def _is_flattened(tensor: Tensor, codes: Tensor) -> bool:
+    """Whether more than half of the numbers of some matrix have become zero."""
+    if not codes.numel():
+        return False
+    lost = ((codes == 0) & (tensor != 0)).sum((-2, -1))
+    return bool((2 * lost > (tensor != 0).sum((-2, -1))).any())
 
 
 def _decode(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

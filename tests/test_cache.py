@@ -348,6 +348,17 @@ def test_round_trip(counts: tuple[int, ...], dtype: torch.dtype, encoder: bool, 
     assert os.listdir(tmp_path) == ["a.gist.safetensors"]
 
 
+def test_a_file_among_the_weights_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    """vLLM loads every *.safetensors file of a checkpoint's folder as weights."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(
+        GistError, match=r"path must not be among the weights of a checkpoint, got .*gists/a\.safetensors"
+    ):
+        made_up().save(tmp_path / "a.safetensors")
+    assert os.listdir(tmp_path) == ["config.json"]
+    made_up().save(tmp_path / "a.gist")
+
+
 def test_round_trip_of_special_numbers(tmp_path: Path) -> None:
     cache = made_up()
     cache.keys[0][0, 0, -1, :] = torch.tensor([3e38, 1e-38, -0.0, 1e-45])

@@ -49,7 +49,7 @@ def test_what_the_demo_shows_and_leaves(demo_checkpoint: Path) -> None:
         "model.safetensors",
         "config.json",
         "gist.json",
-        "instruction.gist.safetensors",
+        "gists",
         "unseen.jsonl",
     }
 
@@ -607,7 +607,7 @@ def test_alpaca_plus_from_local_sources(run, tmp_path: Path) -> None:
     ("words", "headers"),
     [
         ("compress runs/demo --prompt 'write capitals' --output one.st", "prompt tokens bytes"),
-        ("inspect runs/demo/instruction.gist.safetensors", "model tokenizer sha256"),
+        ("inspect runs/demo/gists/instruction.gist.safetensors", "model tokenizer sha256"),
         ("store list gists", "name, tokens storage"),
         ("cost runs/demo --prompt-tokens 20000 --input-tokens 4", "cached tokens prompts per GB"),
         ("eval runs/demo --data few.jsonl --max-new-tokens 2", "condition ROUGE-L perplexity reference"),

@@ -137,6 +137,7 @@ def test_every_command_has_json(path: tuple[str, ...]) -> None:
         ("store list gists", {"name", "key", "num_gist_tokens"}),
         ("store remove gists plainly", {"removed"}),
         ("store gc gists", {"freed_bytes"}),
+        ("store rebuild gists", {"entries", "faults"}),
         ("show 'a b' c", {"labels", "position_ids", "mask"}),
         ("cost runs/demo --prompt-tokens 8 --input-tokens 4", {"mode", "first_token_flops"}),
         ("doctor", {"topic", "name", "value", "is_fault"}),
@@ -245,6 +246,7 @@ def test_wrong_usage(run, words: str) -> None:
         "store verify runs/nothing",
         "store remove runs/nothing a",
         "store gc runs/nothing",
+        "store rebuild runs/nothing",
         "data alpaca-plus --output o --alpaca runs/nothing --self-instruct runs/nothing --human runs/nothing",
         "demo --from-scratch --steps 1 --output {data}",
         "try runs/nothing --prompt a --input b",
@@ -252,7 +254,7 @@ def test_wrong_usage(run, words: str) -> None:
     ],
 )
 def test_a_missing_file_is_reported_in_one_line(run, workplace: Path, words: str) -> None:
-    cache, data = "runs/demo/instruction.gist.safetensors", "runs/demo/unseen.jsonl"
+    cache, data = "runs/demo/gists/instruction.gist.safetensors", "runs/demo/unseen.jsonl"
     done = run(*words.format(cache=cache, data=data).split())
     assert done.code == 1
     assert re.search(r"^error: .*(runs/nothing|unseen\.jsonl)", done.err, flags=re.MULTILINE), done.err

@@ -300,7 +300,7 @@ def test_a_shard_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_cache_file(demo: Path) -> None:
-    file = demo / "instruction.gist.safetensors"
+    file = demo / "gists" / "instruction.gist.safetensors"
     found = doctor.examine_path(file)
     assert by_name(found, "cache file")["prompts"] == "1, with 2 gist tokens"
     made_by = "model llama/[0-9a-f]{12}, tokenizer [0-9a-f]{12}"

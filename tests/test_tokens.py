@@ -154,7 +154,7 @@ class Kind:
         self, layout: Template | None = None, *, is_encoder_decoder: bool = False, is_own: bool = False
     ) -> GistTokenizer:
         tokenizer = self.with_own() if is_own else self.tokenizer
-        return GistTokenizer(tokenizer, layout, is_encoder_decoder=is_encoder_decoder)
+        return GistTokenizer(tokenizer, layout, is_encoder_decoder=is_encoder_decoder, reads_special_tokens=True)
 
     def ids_of(self, tokens: tuple[str, ...]) -> list[int]:
         return [self.tokenizer.convert_tokens_to_ids(token) for token in tokens]
@@ -613,7 +613,7 @@ def test_a_chat_apart_is_the_chat_together(template: str, prompt: str, input: st
 
 @functools.cache
 def cached_chat(template: str) -> GistTokenizer:
-    return GistTokenizer(chat_tokenizer(template), "chat")
+    return GistTokenizer(chat_tokenizer(template), "chat", reads_special_tokens=True)
 
 
 @pytest.mark.parametrize(

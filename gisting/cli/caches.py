@@ -134,7 +134,7 @@ def compress(
     from gisting.data.prompts import load_prompts
     from gisting.eval.check import check_at_least
     from gisting.models.load import load_tokenizer, trained_chunk_length
-    from gisting.storage import STORAGES
+    from gisting.storage import STORAGES, check_place
 
     records = _named([*(prompt or []), *(read_text(path) for path in prompt_file or [])], name or [])
     chat = functools.cache(functools.partial(load_tokenizer, model, template))
@@ -154,6 +154,8 @@ def compress(
         raise GistError("--at-least finds the number of gist tokens; give no other (-k, num_gist_tokens of a prompt)")
     if at_least is not None and store is not None and not all(record.name for record in records):
         raise GistError("with --at-least, each prompt in a store needs a name")
+    if output is not None:
+        check_place(output)
     asked = None if inputs is None else read_lines(inputs)
     loaded, tokenizer = load_patched(model, template, dtype, device)
     chunk_length = chunk_length or trained_chunk_length(loaded)
@@ -543,6 +545,28 @@ def store_verify(
     if harmful:
         raise StoreError(f"{folder} has {harmful} faults; compress the damaged prompts again to repair them")
     out.print(f"{len(held)} entries, all intact", highlight=False)
+
+
+@store_app.command("rebuild")
+def store_rebuild(
+    folder: StoreArgument, as_json: Annotated[bool, json_option("one object, with the entries and the faults")] = False
+) -> None:
+    """Make the index of a store anew from its files and its list of names, if it is damaged or gone.
+
+    Example: gisting store rebuild gists
+    """
+    from gisting.store import GistStore
+
+    if not folder.is_dir():
+        raise StoreError(f"there is no store in {folder}; give the directory of a store")
+    faults = GistStore.rebuild(folder)
+    entries = len(GistStore(folder, is_read_only=True))
+    if as_json:
+        print_json({"entries": entries, "faults": [str(fault) for fault in faults]})
+        return
+    for fault in faults:
+        out.print(plain(str(fault)), highlight=False, soft_wrap=True)
+    out.print(f"{entries} entries; {len(faults)} files could not be read", highlight=False)
 
 
 @store_app.command("remove")

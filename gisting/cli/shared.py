@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperCommand
 
 from gisting.errors import GistError
+from gisting.tokens.text import plain
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +44,18 @@ __all__ = [
     "wanted_k",
 ]
 
+
+class _PlainConsole(Console):
+    """A console on which texts, also those in cells of tables, are shown and never act: names come from anyone."""
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        parts = re.split(r"([\n\t])", text.replace("\r\n", "\n"))
+        return super().render_str("".join(part if part in "\n\t" else plain(part) for part in parts), **settings)
+
+
 # Without markup, because texts of users and of files may hold [/INST] and the like.
-out = Console(markup=False)
-err = Console(stderr=True, markup=False)
+out = _PlainConsole(markup=False)
+err = _PlainConsole(stderr=True, markup=False)
 
 
 class Commands(typer.Typer):
@@ -221,8 +233,3 @@ def wanted_k(model: Any, wanted: int | None) -> int:
 
     trained = trained_num_gist_tokens(model)
     return wanted if wanted is not None else (1 if trained is None else trained[1])
-
-
-def plain(text: str) -> str:
-    """Return a text with its control characters escaped, so that a terminal shows them and does not act on them."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -170,7 +170,9 @@ def run_demo(
     _print_accuracy(accuracy, console)
 
     console.print("\n[bold]4. A fresh instruction[/], compressed once and used from its cache")
-    cache_path = output_dir / "instruction.gist.safetensors"
+    # Not next to the weights: vLLM loads every *.safetensors file there.
+    cache_path = output_dir / "gists" / "instruction.gist.safetensors"
+    cache_path.parent.mkdir(exist_ok=True)
     correct, total, prompt = _fresh(model, tokenizer, task, cache_path, console)
 
     console.print("\n[bold]5. What a request costs[/] up to its first token (batch 1, median of alternating runs)")
@@ -180,7 +182,7 @@ def run_demo(
     unseen = output_dir / "unseen.jsonl"
     save_records(task.records("unseen", 64, seed + 3), unseen)
     console.print(
-        f"\n[bold]6. Saved[/] in {output_dir}: the checkpoint, {cache_path.name} ({cache_path.stat().st_size} "
+        f"\n[bold]6. Saved[/] in {output_dir}: the checkpoint, gists/{cache_path.name} ({cache_path.stat().st_size} "
         f"bytes), {unseen.name}. "
         "Next:"
     )

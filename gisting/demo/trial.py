@@ -35,7 +35,7 @@ from gisting.models import adapters
 from gisting.models.load import trained_chunk_length, trained_num_gist_tokens
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
-from gisting.tokens.text import escaped
+from gisting.tokens.text import plain
 
 __all__ = ["Question", "TrialResult", "read_questions", "run_trial"]
 
@@ -299,16 +299,16 @@ class _Printer:
         self.title(
             f"The prompt: {num_tokens} tokens, whose keys and values are {format_bytes(num_bytes, 1)} in a prefix cache"
         )
-        for line in escaped(prompt).splitlines() or [""]:
+        for line in plain(prompt, keeps_lines=True).splitlines() or [""]:
             self.line(line)
 
     def answers(self, question: Question, columns: dict[str, Answer]) -> None:
         # A table without a title, because a title is centred and a question may be long.
-        self.line(f"\n{escaped(question.text)}", style="italic")
+        self.line(f"\n{plain(question.text, keeps_lines=True)}", style="italic")
         table = Table(expand=True)
         for name in columns:
             table.add_column(name, ratio=1, overflow="fold")
-        table.add_row(*(escaped(answer.text) for answer in columns.values()))
+        table.add_row(*(plain(answer.text, keeps_lines=True) for answer in columns.values()))
         if question.expects:
             table.add_section()
             table.add_row(*(_verdict(question.is_right(answer.text)) for answer in columns.values()))
@@ -347,9 +347,9 @@ class _Printer:
             self.line("None that the full prompt has right is wrong with the gist this time.")
             return
         one = lost[0]
-        self.line(f"\n{escaped(one['input'])}", style="italic")
+        self.line(f"\n{plain(one['input'], keeps_lines=True)}", style="italic")
         table = Table("full prompt: right", "distilled gist: wrong", expand=True)
-        table.add_row(escaped(one["prompt"]), escaped(one["gist"]))
+        table.add_row(plain(one["prompt"], keeps_lines=True), plain(one["gist"], keeps_lines=True))
         self.console.print(table, markup=False)
 
     def costs(self, answers: list[Comparison]) -> None:

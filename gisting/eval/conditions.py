@@ -415,7 +415,8 @@ class _Run:
         """Ids of the records as text without gist tokens, up to where the answer begins."""
         tokenizer, inputs = self.tokenizer, [record.input for record in records]
         if self.condition == "truncated":
-            before = [ids[: self.k] for ids in tokenizer.encode_texts([record.instruction for record in records])]
+            prompts = [tokenizer.as_text(record.instruction) for record in records]
+            before = [ids[: self.k] for ids in tokenizer.encode_texts(prompts)]
             after = tokenizer.encode_continuations(inputs)
             start = tokenizer.start_ids
             if isinstance(tokenizer.template, ChatTemplate):  # a system message, cut short

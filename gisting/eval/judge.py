@@ -24,6 +24,7 @@ from typing import Any
 from gisting.data.records import Record
 from gisting.errors import GistError
 from gisting.storage import write_atomically
+from gisting.tokens.text import plain
 
 __all__ = ["PROMPT", "Judge"]
 
@@ -56,6 +57,17 @@ Verdict: tie"""
 _VERDICT = re.compile(r"verdict\W*(a|b|tie)\b\W*$", re.IGNORECASE | re.MULTILINE)
 # HTTP statuses of a server that is busy or has a temporary problem.
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+# A reply is a sentence or two. The API is someone else's.
+_MAX_REPLY_BYTES = 2**20
+# The longest wait that a server may ask for; after it the next attempt is made all the same.
+_MAX_WAIT_S = 300.0
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect, which would take the key to another host and turn the request into one without a body."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class Judge:
         timeout_s: seconds to wait for a reply.
         max_attempts: maximum number of attempts per request while the server is busy or does not answer.
         backoff_s: seconds to wait before the second attempt; doubled after each attempt, unless the server says how
-            long to wait.
+            long to wait (at most 300 seconds).
 
     Raises:
         GistError: an argument is out of range.
@@ -120,7 +132,7 @@ class Judge:
 
         Raises:
             GistError: the numbers of answers and records differ, the server refuses a request, or it answers none of
-                the attempts. The replies received so far are kept.
+                the attempts, redirects to another URL, or sends more than 1 MiB. The replies received so far are kept.
         """
         if not len(records) == len(first) == len(second):
             raise GistError(
@@ -155,9 +167,11 @@ class Judge:
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": text}]}
         name = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
         path = Path(self.cache_dir) / name[:2] / f"{name}.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))["reply"]
+        if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8"))["reply"]):
+            return kept
         reply = self._ask(json.dumps(body).encode())
+        if not reply:
+            return reply  # said nothing, which may be different the next time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"request": body, "reply": reply}, ensure_ascii=False).encode())
         return reply
@@ -167,6 +181,7 @@ class Judge:
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
+        opener = urllib.request.build_opener(_NoRedirects)
         wait, trouble = self.backoff_s, ""
         for attempt in range(self.max_attempts):
             if attempt:
@@ -174,20 +189,28 @@ class Judge:
                 wait = self.backoff_s * 2**attempt
             try:
                 request = urllib.request.Request(url, body, headers)
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    answer = response.read()
+                with opener.open(request, timeout=self.timeout_s) as response:
+                    answer = response.read(_MAX_REPLY_BYTES + 1)
             except urllib.error.HTTPError as error:
                 with error:
-                    trouble = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
+                    trouble = f"HTTP {error.code} {plain(error.read(300).decode(errors='replace').strip())}"
+                if 300 <= error.code < 400:
+                    place = plain(error.headers.get("Location", "")[:300])
+                    raise GistError(
+                        f"the judge at {url} redirects to {place or 'another place'}, which is not followed, because "
+                        "the key would go there; give the final URL, if you trust it"
+                    ) from error
                 if error.code not in _AGAIN:
                     raise GistError(
                         f"the judge at {url} refuses the request: {trouble}; check URL, model ({self.model}) and key"
                     ) from error
                 retry_after = error.headers.get("Retry-After", "")
-                wait = float(retry_after) if retry_after.isdecimal() else wait
+                wait = min(float(retry_after), _MAX_WAIT_S) if retry_after.isdecimal() else wait
             except (OSError, http.client.HTTPException) as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
+                if len(answer) > _MAX_REPLY_BYTES:
+                    raise GistError(f"{url} sent more than {_MAX_REPLY_BYTES} bytes as one reply; is it a judge's API?")
                 return _content(answer, url)
         raise GistError(
             f"the judge at {url} did not answer in {self.max_attempts} attempts, the last of which gave {trouble}; the "
@@ -212,7 +235,9 @@ def verdict_of(reply: str) -> str | None:
 def _content(answer: bytes, url: str) -> str:
     try:
         content = json.loads(answer)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError) as error:
+        if not isinstance(content, str | None):
+            raise TypeError("content must be a text")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         start = answer[:300].decode(errors="replace")
         raise GistError(f"{url} returned no chat completion but {start!r}; is it an OpenAI-compatible API?") from error
     return content or ""  # null if the model says nothing

@@ -104,7 +104,7 @@ def compress_encodings(
         One cache of B prompts, in their order.
 
     Raises:
-        GistError: a prompt or its gist does not fit the model.
+        GistError: a prompt or its gist does not fit the model, or the states hold NaN or infinity.
     """
     architecture = architecture_of(family_of(model.config))
     if not architecture.has_prefix_states(origin.condition):
@@ -124,10 +124,15 @@ def compress_encodings(
         for start in range(0, len(order), batch_size):
             batch = [encodings[row] for row in order[start : start + batch_size]]
             parts.append(architecture.prefix_states(model, tokenizer, batch, origin).blanked())
-    if len(parts) == 1 and order == list(range(len(order))):
-        return parts[0]
-    back = sorted(range(len(order)), key=lambda place: order[place])
-    return GistCache.cat(parts).select(back)
+    cache = parts[0] if len(parts) == 1 else GistCache.cat(parts)
+    if order != list(range(len(order))):
+        cache = cache.select(sorted(range(len(order)), key=lambda place: order[place]))
+    if not cache.is_finite():
+        raise GistError(
+            f"the states of {'a prompt' if len(cache) > 1 else 'the prompt'} hold NaN or infinity: the model overflows "
+            f"in {str(cache.dtype).removeprefix('torch.')}, or its weights do; load it in bfloat16 or float32"
+        )
+    return cache
 
 
 def full_prompt_cache(model: PreTrainedModel, tokenizer: GistTokenizer, prompt: str, origin: CacheOrigin) -> GistCache:

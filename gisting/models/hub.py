@@ -6,6 +6,8 @@ tokenizer with its gist token and template, and a card.
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gisting.card import card as make_card
 from gisting.card import is_repository_id
 from gisting.errors import GistError
+from gisting.source import gists_among_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_complete", "checkpoint_card", "push_to_hub", "save_pretrained", "upload"]
 
+_logger = logging.getLogger("gisting")
 # Weight files of an earlier upload are deleted, because the new checkpoint may be split into other files.
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 # What the card says about an adapter.
@@ -47,7 +51,9 @@ def save_pretrained(
     Args:
         model: a patched model.
         tokenizer: the tokenizer it was patched for.
-        directory: where to write; created if it does not exist. A checkpoint in it is replaced.
+        directory: where to write; created if it does not exist. A checkpoint in it is replaced. Caches of compressed
+            prompts that lie in it are moved to its folder ``gists``, because vLLM and other servers load every
+            ``*.safetensors`` file next to a checkpoint as weights.
         title: the title of the card, ``README.md``; None for the directory's name.
         **card: ``data``, ``metrics``, ``license``, ``base_model``, ``facts``, ``settings``, ``evaluations`` and
             ``extra`` of :func:`gisting.card.card`. The card leaves out what is not given, or says that it is not
@@ -80,6 +86,22 @@ def save_pretrained(
         adapters.save(model, tokenizer, directory)
     tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(readme, encoding="utf-8")
+    _move_gists(directory)
+
+
+def _move_gists(directory: Path) -> None:
+    """Move caches of compressed prompts away from the weights of a checkpoint, and say where they are now."""
+    for path in gists_among_weights(directory):
+        target = directory / "gists" / path.name
+        target.parent.mkdir(exist_ok=True)
+        number = 1
+        while target.exists():
+            number += 1
+            target = directory / "gists" / f"{number}.{path.name}"
+        os.replace(path, target)
+        _logger.warning(
+            "%s lay among the weights of a checkpoint, where servers would load it; it is now %s", path, target
+        )
 
 
 def checkpoint_card(model: PreTrainedModel, tokenizer: GistTokenizer, title: str, **card: Any) -> str:

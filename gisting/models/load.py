@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -198,8 +199,17 @@ def _read_weights(auto: Any, name_or_path: str | Path, model_kwargs: dict[str, A
     """Load a model, and refuse files that lack some of its weights, which transformers fills with random numbers."""
     try:
         model, about = auto.from_pretrained(name_or_path, **{**model_kwargs, "output_loading_info": True})
-    except SafetensorError as error:
-        raise GistError(f"{name_or_path}: a weight file is damaged ({error}); fetch the checkpoint again") from error
+    except (
+        *(SafetensorError, UnpicklingError, EOFError),
+        *(AttributeError, LookupError, TypeError, RuntimeError),  # RuntimeError: of RecursionError too
+    ) as error:
+        is_archive = isinstance(error, RecursionError) or "PytorchStreamReader" in str(error)
+        if isinstance(error, RuntimeError) and not is_archive:
+            raise  # out of memory, or weights of other shapes
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise GistError(
+            f"{name_or_path}: a weight file or its index is damaged ({reason:.300}); fetch the checkpoint again"
+        ) from error
     fault = describe_missing(about)
     if fault is not None:
         raise GistError(f"{name_or_path}: {fault}")

@@ -78,7 +78,7 @@ def read_config(name_or_path: str | Path, **source: Any) -> PreTrainedConfig:
         raise GistError(f"{name_or_path} is not a checkpoint: {fault}")
     try:
         config = AutoConfig.from_pretrained(local(name_or_path), **source)
-    except (LookupError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise GistError(
             f"{name_or_path} is not a checkpoint: no such directory with a readable config.json, and the hub did not "
             f"return one ({error})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from gisting.errors import GistError, StoreError
 from gisting.serving.gists import StoredGists, fingerprints
-from gisting.source import find_file
+from gisting.source import find_file, gists_among_weights
 from gisting.tokens import TEMPLATES, GistTokenizer, read_tokenizer
 
 __all__ = ["CONNECTOR", "PROCESSOR", "require_vllm", "serve_command", "served_fingerprints"]
@@ -52,8 +53,8 @@ def serve_command(
         others: further words for vLLM, passed on unchanged.
 
     Raises:
-        GistError: nothing says which gist tokenizer the model has, vLLM cannot serve it as it is, or ``others`` has an
-            option that is written here.
+        GistError: nothing says which gist tokenizer the model has, vLLM cannot serve it as it is (because caches of
+            compressed prompts lie among its weights, for example), or ``others`` has an option that is written here.
         StoreError: the directory is not a store.
     """
     for word in others:
@@ -62,6 +63,13 @@ def serve_command(
     from gisting.models.registry import read_config
 
     served = _base_of(model)
+    if found := gists_among_weights(served):
+        folder = found[0].parent / "gists"
+        move = shlex.join(["mv", *map(str, found), f"{folder}/"])
+        raise GistError(
+            f"{served} holds caches of compressed prompts ({', '.join(path.name for path in found[:5])}), and vLLM "
+            f"would load them as weights; move them: mkdir -p {shlex.quote(str(folder))} && {move}"
+        )
     num_rows = getattr(read_config(served), "vocab_size", None)
     about = _about_tokenizer(model, served, num_rows, StoredGists(store))
     settings: dict[str, Any] = {"store": str(Path(store).absolute()), **about}

@@ -3,21 +3,26 @@
 Place in the flow: HTTP -> **middleware** -> the server. The middleware is an ASGI application around another one. It
 reads the body of a JSON request when the server asks for it, which is after authentication; lets
 :mod:`gisting.serving.requests` put in the ids and the placeholders of the gist tokens; and answers 400 or 404 itself.
-The body of a request that names no gist passes through unchanged, byte for byte. Depends on ASGI, but imports no
-server.
+The body of a request that names no gist passes through unchanged, byte for byte. Nothing is parsed or tokenised that
+:mod:`gisting.serving.limits` refuses, long bodies do not delay short ones, and the work for a client that has hung up
+is dropped. Depends on ASGI, but imports no server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from gisting.errors import GistError
 from gisting.serving.gists import GistRefusedError, Served, StoredGists, read_gist_tokenizer
+from gisting.serving.limits import MAX_BODY_BYTES, MAX_CHECKED_BYTES, Limits
 from gisting.serving.requests import ROUTES, check_extra, check_without_gist, completion_with_ids
 from gisting.tokens import GistTokenizer
 
@@ -34,9 +39,23 @@ _TYPES = {
     413: "RequestEntityTooLargeError",
     500: "InternalServerError",
 }
-#: The limit for a JSON body, which is read completely before the server sees it.
-MAX_BODY_BYTES = 64 * 2**20
+# Every spelling of the name, and every encoding other than UTF-8, shows one of these. Writers of JSON never escape
+# letters, so a body with escapes is not held to be one.
+_NAME = b"kv_transfer_params"
+_ESCAPED = [b"\\u00" + code.encode() for letter in sorted({*_NAME}) for code in {f"{letter:02x}", f"{letter:02X}"}]
+_ENCODINGS = (b"\0", b"\xfe\xff", b"\xff\xfe", b"\xef\xbb\xbf")
+# Bodies up to this size are prepared by other threads than longer ones, so that they need not wait for these.
+_SHORT_BYTES = 64 * 2**10
+_NUM_THREADS = 2
 _logger = logging.getLogger("vllm.gisting")
+
+
+class _Known(NamedTuple):
+    """What requests are prepared with."""
+
+    gists: StoredGists
+    tokenizer: GistTokenizer
+    limits: Limits
 
 
 class GistMiddleware:
@@ -46,16 +65,28 @@ class GistMiddleware:
         app: the server.
         gists: the gists that requests may name; None to load those of the server's configuration when it starts.
         tokenizer: the checkpoint's tokenizer; None to load it likewise.
+        max_tokens: the model's length, if gists and tokenizer are given; None sets no limit.
     """
 
-    def __init__(self, app: _App, gists: StoredGists | None = None, tokenizer: GistTokenizer | None = None) -> None:
+    def __init__(
+        self,
+        app: _App,
+        gists: StoredGists | None = None,
+        tokenizer: GistTokenizer | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
         self._app = app
-        self._ready: asyncio.Future[tuple[StoredGists, GistTokenizer]] | None = None
-        self._given = None if gists is None or tokenizer is None else (gists, tokenizer)
+        self._ready: asyncio.Future[_Known] | None = None
+        self._given: _Known | None = None
+        if gists is not None and tokenizer is not None:
+            self._given = _Known(gists, tokenizer, Limits.of(tokenizer, max_tokens))
         self._has_failed = False
-        # A thread, so that a long text does not hold up other requests' streams; one, because tokenizers are not
-        # thread-safe.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gisting")
+        # Threads, so that a long text does not hold up other requests' streams.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="gisting-load")
+        self._short = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="gisting-short")
+        self._long = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="gisting-long")
+        # Each with a tokenizer of its own, because tokenizers are not thread-safe.
+        self._own = threading.local()
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Serve one ASGI connection."""
@@ -67,18 +98,24 @@ class GistMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         refused: GistRefusedError | None = None
         is_read = has_answered = False
+        next_message: asyncio.Future[MutableMapping[str, Any]] | None = None
 
         async def receive_ready() -> MutableMapping[str, Any]:
             # The server asks for the body after authentication, so nothing is read of requests that it rejects.
-            nonlocal is_read, refused
+            nonlocal is_read, refused, next_message
             if is_read:
-                return await receive()
+                waiting, next_message = next_message, None
+                return await (receive() if waiting is None else waiting)
             is_read = True
             try:
                 body = await _whole(receive)
                 if body is None:
                     return {"type": "http.disconnect"}
-                body = await self._prepare(scope, path, body)
+                # What comes after the body is that the client hangs up.
+                next_message = asyncio.ensure_future(receive())
+                body = await _unless(next_message, self._prepare(scope, path, body))
+                if body is None:
+                    return {"type": "http.disconnect"}
             except GistRefusedError as error:
                 refused = error
             except (GistError, OSError) as error:  # the fault of this server's store or checkpoint
@@ -101,63 +138,108 @@ class GistMiddleware:
         except Exception:
             if refused is None:
                 raise
+        finally:
+            if next_message is not None:
+                next_message.cancel()
         if refused is not None and not has_answered:
             await _answer(refused, send)
 
     async def _prepare(self, scope: _Scope, path: str, body: bytes) -> bytes:
-        # One of these shows in every spelling of the name and in every other encoding; gist tokens come only in a list.
-        marks = (b"kv_transfer_params", b"\\u", b"\0", b"\xfe\xff", b"\xff\xfe", b"\xef\xbb\xbf")
-        is_plain = not any(mark in body for mark in marks)
-        if is_plain and (b"[" not in body or ROUTES.get(path) is not completion_with_ids):
+        route = ROUTES.get(path)
+        is_marked = _is_marked(body)
+        # Gist tokens come only in a list.
+        if not is_marked and (b"[" not in body or route is not completion_with_ids or len(body) > MAX_CHECKED_BYTES):
             return body
-        try:
-            parsed = json.loads(body)
-        except (ValueError, RecursionError):
+        if is_marked:
+            known = await self._known_or_none(scope)
+            (Limits() if known is None else known.limits).check_bytes(body)
+        pool = self._short if len(body) <= _SHORT_BYTES else self._long
+        loop = asyncio.get_running_loop()
+        parsed = await loop.run_in_executor(pool, _parsed, body)
+        if parsed is None:
             return body  # the server reports what is wrong with it
-        if not isinstance(parsed, dict):
-            return body
         check_extra(parsed)
         params = parsed.get("kv_transfer_params")
         if not isinstance(params, dict) or "gist" not in params:
-            if path in ROUTES and (tokenizer := await self._tokenizer(scope, parsed)) is not None:
-                check_without_gist(parsed, tokenizer.gist_token_id)
+            has_ids = isinstance(parsed.get("prompt"), list)
+            has_ids = has_ids or (isinstance(params, dict) and params.get("prompt_token_ids") is not None)
+            if route is not None and has_ids and (known := await self._known_or_none(scope)) is not None:
+                await loop.run_in_executor(pool, check_without_gist, parsed, known.tokenizer.gist_token_id)
             return body
-        route = ROUTES.get(path)
         if route is None:
             raise GistRefusedError(f"{path} does not take gists; send the request to {' or '.join(ROUTES)}", status=400)
-        gists, tokenizer = await self._gists_and_tokenizer(scope)
-        made = await asyncio.get_running_loop().run_in_executor(self._thread, route, parsed, gists, tokenizer)
-        return body if made is None else json.dumps(made).encode()
+        known = await self._known(scope)
 
-    async def _tokenizer(self, scope: _Scope, body: dict[str, Any]) -> GistTokenizer | None:
-        """Return the checkpoint's tokenizer if a request that names no gist has ids to check, and None otherwise."""
-        params = body.get("kv_transfer_params")
-        ids = params.get("prompt_token_ids") if isinstance(params, dict) else None
-        if not isinstance(body.get("prompt"), list) and ids is None:
-            return None
+        def make() -> bytes:
+            known.limits.check(parsed)
+            made = route(parsed, known.gists, self._own_tokenizer(known.tokenizer))
+            return body if made is None else json.dumps(made).encode()
+
+        return await loop.run_in_executor(pool, make)
+
+    def _own_tokenizer(self, tokenizer: GistTokenizer) -> GistTokenizer:
+        """Return this thread's copy of a tokenizer."""
+        if getattr(self._own, "of", None) is not tokenizer:
+            self._own.of, self._own.copy = tokenizer, copy.deepcopy(tokenizer)
+        return self._own.copy
+
+    async def _known_or_none(self, scope: _Scope) -> _Known | None:
+        """Return what is known, or None if it cannot be loaded, for requests that may have nothing to do with gists."""
         if self._given is None and self._has_failed:
             return None  # a request that names a gist tries again; the engine checks this one
         try:
-            return (await self._gists_and_tokenizer(scope))[1]
+            return await self._known(scope)
         except Exception:
             _logger.warning("ids are checked for gist tokens in the engine, not here", exc_info=True)
             return None
 
-    async def _gists_and_tokenizer(self, scope: _Scope) -> tuple[StoredGists, GistTokenizer]:
-        if self._given is None:
-            try:
-                self._given = await asyncio.shield(self._start_loading(scope))
-            except Exception:
-                self._ready, self._has_failed = None, True  # the next request with a gist tries again
-                raise
-        return self._given
+    async def _known(self, scope: _Scope) -> _Known:
+        if self._given is not None:
+            return self._given
+        try:
+            loaded = await asyncio.shield(self._start_loading(scope))
+        except Exception:
+            self._ready, self._has_failed = None, True  # the next request with a gist tries again
+            raise
+        self._given = loaded
+        return loaded
 
-    def _start_loading(self, scope: _Scope) -> asyncio.Future[tuple[StoredGists, GistTokenizer]]:
+    def _start_loading(self, scope: _Scope) -> asyncio.Future[_Known]:
         """Load what the server's configuration names, once, outside the event loop."""
         if self._ready is None:
             config = getattr(scope["app"].state, "vllm_config", None)
-            self._ready = asyncio.get_running_loop().run_in_executor(self._thread, _of_config, config)
+            self._ready = asyncio.get_running_loop().run_in_executor(self._loader, _of_config, config)
         return self._ready
+
+
+async def _unless(event: asyncio.Future[MutableMapping[str, Any]], work: Coroutine[Any, Any, bytes]) -> bytes | None:
+    """Return the result of ``work``, or None if ``event`` comes first; what has not begun by then is not done."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, event}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+def _is_marked(body: bytes) -> bool:
+    """Whether a body may name a gist: False for no body that does."""
+    return (
+        _NAME in body
+        or (b"\\u00" in body and any(letter in body for letter in _ESCAPED))
+        or any(mark in body for mark in _ENCODINGS)
+    )
+
+
+def _parsed(body: bytes) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 async def _whole(receive: _Receive) -> bytes | None:
@@ -188,7 +270,7 @@ async def _answer(error: GistRefusedError, send: _Send) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
-def _of_config(config: Any) -> tuple[StoredGists, GistTokenizer]:
+def _of_config(config: Any) -> _Known:
     """Load the store and tokenizer of a server from vLLM's configuration."""
     transfer: Any = getattr(config, "kv_transfer_config", None)
     extra = getattr(transfer, "kv_connector_extra_config", None) or {}
@@ -203,7 +285,8 @@ def _of_config(config: Any) -> tuple[StoredGists, GistTokenizer]:
         fingerprint=extra.get("fingerprint"),
         tokenizer=tokenizer,
     )
-    return StoredGists(extra["store"], served), tokenizer
+    limits = Limits.of(tokenizer, getattr(model, "max_model_len", None))
+    return _Known(StoredGists(extra["store"], served), tokenizer, limits)
 
 
 def _is_json(scope: _Scope) -> bool:

@@ -176,7 +176,7 @@ def chat_ids(tokenizer: GistTokenizer, messages: Sequence[Mapping[str, Any]]) ->
         return _encode(tokenizer.encode_continuations, [plain])[0]
     ids: list[int] = []
     for place in range(0, len(texts) - 1, 2):
-        asked, said = [texts[place]], [texts[place + 1]]
+        asked, said = [texts[place]], [tokenizer.as_text(texts[place + 1])]  # a client wrote the answer, too
         ids += _encode(tokenizer.encode_continuations, asked)[0] + _encode(tokenizer.encode_completions, asked, said)[0]
     return ids + _encode(tokenizer.encode_continuations, texts[-1:])[0]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gisting.errors import CacheFormatError, GistError, StoreError
 from gisting.store.index import Index, StoreEntry, find_in, some_of
 from gisting.store.objects import Objects
-from gisting.store.reading import check_entry
+from gisting.store.reading import load_entry
 from gisting.store.writing import sweep
 
 __all__ = ["StoreFault", "collect_garbage", "find_faults"]
@@ -112,7 +112,7 @@ def collect_garbage(index: Index, objects: Objects, *, keep_models: Collection[s
 def _damage(objects: Objects, entry: StoreEntry) -> str | None:
     path = objects.path(entry.key)
     try:
-        check_entry(path, entry)
+        load_entry(path, entry)
     except FileNotFoundError:
         return f"{path} is missing"
     except (GistError, OSError) as error:

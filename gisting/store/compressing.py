@@ -66,8 +66,12 @@ class Compressor:
         ]
         # Last, and only if it is set: entries from before chunks existed keep their keys.
         owner += [] if self.chunk_length is None else [self.chunk_length]
-        texts = map(self.tokenizer.template.prompt_text, prompts)
-        return [text_key([text, k, *owner]) for text, k in zip(texts, counts, strict=True)]
+        keys = []
+        for prompt, k in zip(prompts, counts, strict=True):
+            # Likewise: earlier versions read these prompts with special tokens in them, and others did not change.
+            more = ["special tokens as text"] if self.tokenizer.spells_special_tokens(prompt) else []
+            keys.append(text_key([self.tokenizer.template.prompt_text(prompt), k, *owner, *more]))
+        return keys
 
     def compress(self, wanted: Mapping[str, tuple[str, int]]) -> list[Compressed]:
         """Compress prompts.

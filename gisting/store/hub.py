@@ -19,10 +19,10 @@ from gisting.cache import kept_share
 from gisting.card import card as make_card
 from gisting.card import is_repository_id
 from gisting.errors import CacheFormatError, StoreError
-from gisting.storage import write_atomically
+from gisting.storage import inspect, write_atomically
 from gisting.store.index import NewEntry, StoreEntry, entry_of
 from gisting.store.objects import OBJECTS, SUFFIX, Objects, checkpoint_of
-from gisting.store.reading import about_of, check_entry
+from gisting.store.reading import about_of, check_size, load_entry
 
 __all__ = ["DELETED", "PATTERNS", "Source", "write_folder"]
 
@@ -73,8 +73,9 @@ def write_folder(
         target = folder / objects.name(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            check_size(objects.path(key), entry)
             shutil.copyfile(objects.path(key), target)
-            check_entry(target, entry)
+            load_entry(target, entry)
         except FileNotFoundError as error:
             raise StoreError(
                 f"{objects.path(key)} was removed while the store was being saved; save it again"
@@ -174,8 +175,12 @@ class Source:
                 continue
             copy = target / entry.key
             try:
-                shutil.copyfile(self._inside(name), copy)
-                check_entry(copy, entry)
+                source = self._inside(name)
+                # Before it is copied: a file with holes takes no space here, and its whole size in a copy.
+                check_size(source, entry)
+                inspect(source)
+                shutil.copyfile(source, copy)
+                load_entry(copy, entry)
             except FileNotFoundError as error:
                 raise CacheFormatError(f"{where}: {name} is missing; download it again") from error
             except (CacheFormatError, OSError) as error:

@@ -16,6 +16,7 @@ import os
 import re
 import sqlite3
 import stat
+import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,13 @@ from urllib.parse import quote
 
 from gisting.errors import CacheFormatError, StoreError
 from gisting.store.forks import ForkLock
+from gisting.store.journal import Journal
 from gisting.store.objects import Objects, checkpoint_of, locked
 
 __all__ = [
     "FORMAT",
     "INDEX",
+    "DiskFullError",
     "Index",
     "NewEntry",
     "StoreEntry",
@@ -52,6 +55,7 @@ INDEX = "index.sqlite"
 FORMAT = 2
 _APPLICATION = 0x47495354  # "GIST"
 _TIMEOUT_S = 60.0
+_TRY_MS = 20  # how long a thread waits for another process's lock before it lets a fork pass
 _PER_QUERY = 500  # SQLite before 3.32 takes 999 variables
 _MAX_NAME = 200
 _NUM_SHOWN = 5  # names in a message
@@ -182,6 +186,10 @@ def check_name(name: str) -> str:
     )
 
 
+class DiskFullError(StoreError):
+    """The index cannot be written to, because the disk is full."""
+
+
 class _Connection(sqlite3.Connection):
     """A connection that is not closed when it is garbage-collected.
 
@@ -213,6 +221,7 @@ class Index:
         self.path = root / INDEX
         self._objects = Objects(root)
         self._is_read_only = is_read_only
+        self._journal = Journal(root)
         # Reading has its own connection, so that a thread that waits to write does not block reads.
         self._reader: _Connection | None = None
         self._writer: _Connection | None = None
@@ -257,12 +266,42 @@ class Index:
             raise StoreError(
                 f"{self.path.parent} was opened with is_read_only=True and cannot be changed; open it without that"
             )
-        with self._write_lock, self._errors_in_words():
-            if self._writer is None or self._is_elsewhere(self._writer):
-                self._writer = _closed(self._writer) or self._connect()
-            connection = self._writer
-            with _transaction(connection):
-                yield connection
+        deadline = time.monotonic() + _TIMEOUT_S
+        while True:
+            # Let go of between attempts: a fork waits for this lock, and must not wait for another process.
+            with self._write_lock, self._errors_in_words():
+                connection = self._begun(is_last=time.monotonic() > deadline)
+                if connection is not None:
+                    try:
+                        yield connection
+                        self._journal.note(connection)
+                        connection.execute("COMMIT")
+                    finally:
+                        if connection.in_transaction:
+                            connection.execute("ROLLBACK")
+                    return
+            time.sleep(0.001)
+
+    def _begun(self, *, is_last: bool) -> _Connection | None:
+        """Begin to write; None if another process does, and this is not the last attempt."""
+        if self._writer is None or self._is_elsewhere(self._writer):
+            self._writer = _closed(self._writer) or self._connect()
+            self._journal.watch(self._writer)
+        connection = self._writer
+        connection.execute(f"PRAGMA busy_timeout={_TRY_MS}")
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if is_last or error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            return None
+        finally:
+            connection.execute(f"PRAGMA busy_timeout={round(1000 * _TIMEOUT_S)}")
+        # The index may have been rebuilt while this process waited for the lock of the old one.
+        if self._is_elsewhere(connection):
+            connection.execute("ROLLBACK")
+            return None
+        return connection
 
     def find(self, names: Sequence[str]) -> dict[str, StoreEntry]:
         """Return the entries that exist among ``names``, which are keys and names as :func:`check_name` returns them.
@@ -338,7 +377,9 @@ class Index:
     def _connect(self) -> _Connection:
         with suppress(IndexError):
             while True:
-                _dropped.popleft().close()
+                dropped = _dropped.popleft()
+                with suppress(sqlite3.Error):  # of one that was never opened
+                    dropped.close()
         for path in self.path.parent.glob(f"{INDEX}*"):
             try:
                 is_file = stat.S_ISREG(path.lstat().st_mode)
@@ -389,7 +430,8 @@ class Index:
             self._create(connection)
         if number("application_id") != _APPLICATION:
             raise CacheFormatError(
-                f"{self.path} is an SQLite database but not the index of a store; give another directory"
+                f"{self.path} is an SQLite database but not the index of a store; give another directory, or, if it "
+                f"has the files of a store, make the index again from them: gisting store rebuild {self.path.parent}"
             )
         if number("user_version") > FORMAT:
             raise CacheFormatError(
@@ -407,8 +449,8 @@ class Index:
         found = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")}
         if found != {*schema}:
             raise CacheFormatError(
-                f"{self.path} is altered: its tables are not the tables of a store; copy the files to keep, and make "
-                "the store again"
+                f"{self.path} is altered: its tables are not the tables of a store; make the index again from the "
+                f"files: gisting store rebuild {self.path.parent}"
             )
 
     def _upgrade(self, connection: sqlite3.Connection) -> None:
@@ -455,8 +497,8 @@ class Index:
             )
             if is_damaged or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise CacheFormatError(
-                    f"{self.path} is damaged or not the index of a store ({error}); copy the files to keep, and make "
-                    "the store again"
+                    f"{self.path} is damaged or not the index of a store ({error}); make the index again from the "
+                    f"files: gisting store rebuild {self.path.parent}"
                 ) from error
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
                 raise StoreError(
@@ -467,6 +509,11 @@ class Index:
                 raise StoreError(
                     f"{self.path} cannot be opened or written to ({error}); check its permissions, or open the store "
                     "with is_read_only=True"
+                ) from error
+            if code == sqlite3.SQLITE_FULL:
+                raise DiskFullError(
+                    f"{self.path} cannot be written to, because the disk is full; remove entries: gisting store remove "
+                    f"{self.path.parent} NAME"
                 ) from error
             raise StoreError(f"{self.path} cannot be used ({error}); check the disk and the permissions") from error
 
@@ -567,7 +614,7 @@ def entry_of(row: Sequence[Any], where: str) -> StoreEntry:
     if not is_good:
         raise CacheFormatError(
             f"{where} is altered: it has an invalid entry, name {_shortened(found.name)}, key {_shortened(found.key)}; "
-            "copy the files to keep, and make the store again"
+            "make the index again from the files: gisting store rebuild DIR"
         )
     return replace(found, is_keyed_by_text=bool(found.is_keyed_by_text))
 

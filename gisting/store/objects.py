@@ -8,6 +8,7 @@ locked with ``flock`` for as long as the writer lives, to tell what killed write
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from gisting.errors import CacheFormatError, StoreError
 from gisting.storage import inspect
 
 __all__ = ["OBJECTS", "SUFFIX", "TEMPORARY", "Objects", "checkpoint_of", "locked"]
+
+_log = logging.getLogger(__name__)
 
 OBJECTS = "objects"
 TEMPORARY = "tmp"
@@ -99,7 +102,11 @@ class Objects:
         size = self.size(key)
         if size is None:
             return 0
-        self.path(key).unlink()
+        try:
+            self.path(key).unlink()
+        except OSError as error:
+            _log.warning("%s cannot be deleted (%s); it stays until gc can delete it", self.path(key), error)
+            return 0
         return size
 
     def __iter__(self) -> Iterator[str]:
@@ -119,7 +126,11 @@ class Objects:
         while handle is None:
             folder = Path(tempfile.mkdtemp(dir=self.root / TEMPORARY))
             # It is gone if a `stale` in between took it for that of a killed writer and removed it.
-            handle = _lock(folder)
+            try:
+                handle = _lock(folder)
+            except BaseException:  # such as too many open files
+                folder.rmdir()
+                raise
         try:
             yield folder
         finally:
@@ -137,9 +148,17 @@ class Objects:
             if not stat.S_ISDIR(state.st_mode):
                 found[path] = state.st_size
                 if is_removed:
-                    path.unlink(missing_ok=True)
+                    try:
+                        path.unlink(missing_ok=True)
+                    except OSError as error:
+                        _log.warning("%s cannot be deleted (%s)", path, error)
+                        del found[path]
                 continue
-            handle = _lock(path, is_waiting=False)
+            try:
+                handle = _lock(path, is_waiting=False)
+            except OSError as error:
+                _log.warning("%s cannot be opened (%s)", path, error)
+                continue
             if handle is None:
                 continue
             try:
@@ -189,6 +208,9 @@ def _lock(folder: Path, *, is_waiting: bool = True) -> int | None:
             return handle
     except (BlockingIOError, FileNotFoundError):
         pass
+    except BaseException:
+        os.close(handle)
+        raise
     os.close(handle)
     return None
 

@@ -19,7 +19,7 @@ from gisting.store.index import Index, StoreEntry, content_key, find_all, some_o
 from gisting.store.lru import BoundedLRU
 from gisting.store.objects import Objects
 
-__all__ = ["ATTEMPTS", "Reader", "about_of", "check_entry", "load_entry"]
+__all__ = ["ATTEMPTS", "Reader", "about_of", "check_size", "load_entry"]
 
 # How often to look up an entry, or to make it, while another process keeps removing it.
 ATTEMPTS = 3
@@ -109,8 +109,26 @@ def about_of(path: Path) -> dict[str, Any] | None:
     return about[0] if isinstance(about, list) and about and isinstance(about[0], dict) else None
 
 
+def check_size(path: Path, entry: StoreEntry) -> None:
+    """Raise unless a file has the size that its entry says.
+
+    Args:
+        path: the file.
+        entry: what the index says about it.
+
+    Raises:
+        CacheFormatError: it has another size.
+        FileNotFoundError: there is no such file.
+    """
+    size = os.lstat(path).st_size
+    if size != entry.num_bytes:
+        raise CacheFormatError(f"{path} is truncated or altered: it has {size} bytes, its entry says {entry.num_bytes}")
+
+
 def load_entry(path: Path, entry: StoreEntry) -> GistCache:
-    """Load the cache of an entry.
+    """Load the cache of an entry, if the file is exactly the one that the entry describes.
+
+    This is the only check, for everyone who reads: one that let more pass would hand out what others call damaged.
 
     Args:
         path: its file, in the store.
@@ -122,9 +140,7 @@ def load_entry(path: Path, entry: StoreEntry) -> GistCache:
     """
     if path.parent.is_symlink():
         raise CacheFormatError(f"{path.parent} is a link; the files of a store are never reached through one")
-    size = os.lstat(path).st_size
-    if size != entry.num_bytes:
-        raise CacheFormatError(f"{path} is truncated or altered: it has {size} bytes, its entry says {entry.num_bytes}")
+    check_size(path, entry)
     cache = GistCache.load(path)
     origin = CacheOrigin(entry.model, entry.tokenizer, entry.template, entry.condition)
     if cache.origin != origin or cache.num_gist_tokens != [entry.num_gist_tokens]:
@@ -132,23 +148,6 @@ def load_entry(path: Path, entry: StoreEntry) -> GistCache:
             f"{path} is not the file that its entry describes: it holds k={cache.num_gist_tokens} of {cache.origin}, "
             f"the entry says k={entry.num_gist_tokens} of {origin}"
         )
-    return cache
-
-
-def check_entry(path: Path, entry: StoreEntry) -> None:
-    """Raise unless the file is exactly the one that the entry describes.
-
-    In addition to what :func:`load_entry` checks, this compares the storage, the checksum and the key.
-
-    Args:
-        path: its file, in the store.
-        entry: what the index says about it.
-
-    Raises:
-        CacheFormatError: the file is damaged, or is not the one that the entry describes.
-        FileNotFoundError: there is no such file.
-    """
-    load_entry(path, entry)
     if (storage := inspect(path)["storage"]) != entry.storage:
         raise CacheFormatError(f"{path} is stored as {storage}, its entry says {entry.storage!r}")
     with path.open("rb") as file:
@@ -157,3 +156,4 @@ def check_entry(path: Path, entry: StoreEntry) -> None:
         raise CacheFormatError(f"{path} is altered: its checksum is {found}, its entry says {entry.sha256}")
     if not entry.is_keyed_by_text and entry.key != content_key(entry.sha256):
         raise CacheFormatError(f"{path} is altered: its key does not match its content")
+    return cache

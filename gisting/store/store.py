@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from gisting.cache import GistCache
 from gisting.errors import CacheFormatError, CacheMismatchError, GistError, StoreError
-from gisting.storage import STORAGES
+from gisting.storage import STORAGES, check_path
 from gisting.store.checking import StoreFault, collect_garbage, find_faults
 from gisting.store.hub import DELETED, PATTERNS, Source, write_folder
 from gisting.store.index import (
     INDEX,
+    DiskFullError,
     Index,
     StoreEntry,
     canonical,
@@ -33,6 +34,7 @@ from gisting.store.index import (
     not_found,
     some_of,
 )
+from gisting.store.journal import JOURNAL
 from gisting.store.objects import OBJECTS, TEMPORARY, Objects
 from gisting.store.reading import ATTEMPTS, Reader, about_of, load_entry
 from gisting.store.writing import commit, drop_unnamed, sweep, write_caches
@@ -95,6 +97,7 @@ class GistStore:
             raise GistError(f"storage must be None or one of {', '.join(STORAGES)}, got {storage!r}")
         if max_open_bytes < 0:
             raise GistError(f"max_open_bytes must be at least 0, got {max_open_bytes}")
+        check_path(path)
         # Absolute, because a process may change its directory.
         self.path = Path(path).absolute()
         self.storage = storage
@@ -357,12 +360,29 @@ class GistStore:
     def remove(self, names: str | Collection[str]) -> None:
         """Remove ``names``; a key removes the entry with all its names.
 
-        An entry and its file are deleted with its last name.
+        An entry and its file are deleted with its last name. On a full disk, where the index cannot be written to, the
+        files are deleted first.
 
         Raises:
             StoreError: there is no such entry; then nothing is removed.
-        """  # noqa: DOC501
+        """
         wanted = _as_list(names)
+        try:
+            self._remove(wanted)
+        except DiskFullError:
+            self._free(wanted)
+            self._remove(wanted)
+
+    def _free(self, wanted: Sequence[str]) -> None:
+        """Delete the files of entries that lose their last name, before they lose it."""
+        with self._index.writing() as connection:
+            found = find_in(connection, wanted, str(self._index.path))
+            for key in {entry.key for entry in found.values()}:
+                names = {name for (name,) in connection.execute("SELECT name FROM names WHERE key = ?", (key,))}
+                if key in wanted or names <= {*wanted}:
+                    self._objects.remove(key)
+
+    def _remove(self, wanted: Sequence[str]) -> None:
         with self._index.writing() as connection:
             found = find_in(connection, wanted, str(self._index.path))
             if missing := [name for name in wanted if name not in found]:
@@ -402,6 +422,28 @@ class GistStore:
                 it may be the index that is wrong.
         """
         return collect_garbage(self._index, self._objects, keep_models=keep_models, keep_unnamed=keep_unnamed)
+
+    @staticmethod
+    def rebuild(path: str | Path) -> builtins.list[StoreFault]:
+        """Make the index of a store anew, if it is damaged or gone, from the files and the journal of names.
+
+        Nothing is lost: the files hold the states and what they were made for, and ``names.jsonl`` holds the names. The
+        old index stays in the directory as ``index.sqlite.old``. Other processes may have the store open; they find the
+        new index at their next call.
+
+        Args:
+            path: the directory of the store.
+
+        Returns:
+            The files that cannot be read. They stay where they are, without an entry.
+
+        Raises:
+            StoreError: the directory is not that of a store, or another process keeps the index locked.
+            OSError: the new index cannot be written.
+        """
+        from gisting.store.rebuilding import rebuild
+
+        return rebuild(Path(path).absolute())
 
     def close(self) -> None:
         """Close the index and release opened caches. The store opens again when it is used."""
@@ -555,7 +597,9 @@ class GistStore:
             raise StoreError(f"{self.path} is a file; give the directory of a store, or a new one") from error
         if INDEX in held and index.lstat().st_size:
             return
-        if others := [name for name in held if name not in (OBJECTS, TEMPORARY) and not name.startswith(INDEX)]:
+        if others := [
+            name for name in held if name not in (OBJECTS, TEMPORARY, JOURNAL) and not name.startswith(INDEX)
+        ]:
             raise StoreError(
                 f"{self.path} is not a store and not empty (it holds {some_of(others)}); give the directory of a "
                 "store, or a new one"
@@ -563,7 +607,8 @@ class GistStore:
         self._objects.make()
         if next(iter(self._objects), None) is not None and not (INDEX in held and index.lstat().st_size):
             raise CacheFormatError(
-                f"{self.path} has files but its {INDEX} is missing or empty; restore it, or move the files away"
+                f"{self.path} has files but its {INDEX} is missing or empty; make it again from the files: gisting "
+                f"store rebuild {self.path}"
             )
 
     def _dated(self, wanted: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gisting.errors import RecordError
 
-__all__ = ["escaped", "read_text", "text_fault"]
+__all__ = ["plain", "read_text", "text_fault"]
 
 
 def read_text(path: str | Path) -> str:
@@ -36,17 +36,6 @@ def read_text(path: str | Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
-def escaped(text: str) -> str:
-    """Return a text with its control characters escaped, so that a terminal shows them and does not act on them.
-
-    Args:
-        text: the text; its line ends are kept.
-    """
-    return "".join(
-        character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in text
-    )
-
-
 def text_fault(text: str) -> str | None:
     r"""Return what is wrong with a text that cannot be written as UTF-8, or None.
 
@@ -62,3 +51,16 @@ def text_fault(text: str) -> str | None:
         what = ascii(text[error.start])
         return f"has {what} at character {error.start}, half of a character or a byte that is not UTF-8; correct it"
     return None
+
+
+def plain(text: str, *, keeps_lines: bool = False) -> str:
+    """Return a text with its control characters escaped, so that a terminal shows them and does not act on them.
+
+    Args:
+        text: the text, from a file or a server that may be someone else's.
+        keeps_lines: whether line ends stay as they are.
+    """
+    kept = "\n" if keeps_lines else ""
+    return "".join(
+        character if character.isprintable() or character in kept else ascii(character)[1:-1] for character in text
+    )

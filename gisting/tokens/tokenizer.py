@@ -24,6 +24,7 @@ from gisting.errors import GistError, GistTokenError
 from gisting.source import SOURCE_ARGUMENTS, find_file, local, missing
 from gisting.tokens.chat import ChatTemplate, Message, check_messages, read_chat_template, resolve_template
 from gisting.tokens.encoding import GistEncoding, cut_into_chunks, located
+from gisting.tokens.special import SpecialTokens
 from gisting.tokens.template import Template
 from gisting.tokens.text import text_fault
 
@@ -51,6 +52,10 @@ class GistTokenizer:
         gist_token: how the gist token is written when it is shown.
         gist_token_id: its id, or None: the tokenizer's own id if its vocabulary has ``gist_token`` (checkpoints of the
             published code do), else the first free one.
+        reads_special_tokens: whether special tokens that a prompt, an input or a message spells, such as ``</s>`` or
+            ``<|im_start|>``, are read as these tokens, as stock transformers does. By default they are text, so that
+            nobody can write a role or a turn into a conversation. Outputs may hold them, because they are what a model
+            is to write. An attribute of the same name can be set later.
 
     Raises:
         GistError: the template is unknown or cannot be used, or the id belongs to another token.
@@ -64,12 +69,14 @@ class GistTokenizer:
         is_encoder_decoder: bool = False,
         gist_token: str = "<GIST>",
         gist_token_id: int | None = None,
+        reads_special_tokens: bool = False,
     ) -> None:
         if isinstance(tokenizer, GistTokenizer):
             raise GistError("tokenizer is a GistTokenizer already; pass the tokenizer it wraps, .tokenizer")
         self.tokenizer = tokenizer
         self.is_encoder_decoder = is_encoder_decoder
         self.gist_token = gist_token
+        self.reads_special_tokens = reads_special_tokens
         vocabulary = tokenizer.get_vocab()
         own = vocabulary.get(gist_token)
         first_free = max(len(tokenizer), max(vocabulary.values(), default=-1) + 1)
@@ -155,7 +162,7 @@ class GistTokenizer:
         for row, prompt in enumerate(prompts):
             if not prompt.strip():
                 raise GistError(f"prompt {row} is empty; there is nothing to compress, give its text")
-        texts = [self.template.prompt_text(prompt) + self._sentinel for prompt in prompts]
+        texts = [self.template.prompt_text(self.as_text(prompt)) + self._sentinel for prompt in prompts]
         start = self.start_ids if self.template.add_special_tokens else []
         encodings = []
         for ids, count in zip(self.encode_texts(texts), counts, strict=True):
@@ -191,6 +198,31 @@ class GistTokenizer:
                 "pass None"
             )
 
+    def as_text(self, content: Any) -> Any:
+        """Return a content in which special tokens are written so that this tokenizer encodes them as text.
+
+        The methods that take prompts, inputs and messages do this themselves; texts for :meth:`encode_texts` and
+        outputs are read as they are.
+
+        Args:
+            content: a text, or messages.
+
+        Returns:
+            The same, if no special token is in it, or if ``reads_special_tokens`` is set. The private characters that
+            stand for one mean something to this tokenizer alone.
+
+        Raises:
+            GistError: several parts of a message spell a special token together.
+        """
+        if self.reads_special_tokens or getattr(self.tokenizer, "split_special_tokens", False):
+            return content
+        return self._special.hide(content)
+
+    def spells_special_tokens(self, text: str) -> bool:
+        """Whether ``text`` spells special tokens that are encoded as text."""
+        is_read = self.reads_special_tokens or getattr(self.tokenizer, "split_special_tokens", False)
+        return not is_read and self._special.is_spelled(text)
+
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts unchanged: without template, gist tokens, or what the tokenizer puts around a text.
 
@@ -212,8 +244,14 @@ class GistTokenizer:
             )
         if len(texts) == 0:
             return []
-        encoded: Any = self._joint(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        found: list[list[int]] = [list(ids) for ids in encoded]
+        is_hidden = [self._special.is_in(text) for text in texts]
+        plain = [text for text, hidden in zip(texts, is_hidden, strict=True) if not hidden]
+        encoded: Any = self._joint(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else []
+        rest = iter(encoded)
+        found = [
+            self._special.encode(text) if hidden else [*next(rest)]
+            for text, hidden in zip(texts, is_hidden, strict=True)
+        ]
         marker: Any = self._joint.convert_tokens_to_ids(self._sentinel)
         for row, ids in enumerate(found):
             if self.gist_token_id in ids and self.gist_token_id != marker:
@@ -239,7 +277,8 @@ class GistTokenizer:
             GistError: an input is neither, messages contain a system message, or the chat template refuses them.
         """
         self._check_inputs(inputs)
-        return self._after_gist([self.template.continuation_text(input) for input in cast("Sequence[str]", inputs)])
+        contents = [self.as_text(input) for input in cast("Sequence[str]", inputs)]
+        return self._after_gist([self.template.continuation_text(content) for content in contents])
 
     def encode_next_turns(self, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:
         """Encode what follows an earlier answer, up to where the next answer begins.
@@ -261,7 +300,7 @@ class GistTokenizer:
         if not isinstance(template, ChatTemplate):
             return self.encode_continuations(inputs)
         self._check_inputs(inputs)
-        return self._after_gist([template.next_turn_text(input) for input in inputs])
+        return self._after_gist([template.next_turn_text(self.as_text(input)) for input in inputs])
 
     def apply_chat_template(
         self,
@@ -315,9 +354,9 @@ class GistTokenizer:
             messages = messages[messages[0].get("role") == "system" :]
         check_messages("conversation", messages, self.template)
         template = cast("ChatTemplate", self.template)
-        text = template.after_prompt(messages, is_asking=add_generation_prompt)
+        text = template.after_prompt(self.as_text(messages), is_asking=add_generation_prompt)
         if not tokenize:
-            return self.gist_token * count + text
+            return self.gist_token * count + self._special.show(text)
         ids: Any = [self.gist_token_id] * count + self._after_gist([text])[0]
         mask: Any = [1] * len(ids)
         if return_tensors == "pt":
@@ -381,7 +420,7 @@ class GistTokenizer:
         if not isinstance(template, ChatTemplate):
             return [self.start_ids + ids for ids in self.encode_continuations(inputs)]
         self._check_inputs(inputs)
-        return self.encode_texts([template.bare_text(input) for input in inputs])
+        return self.encode_texts([template.bare_text(self.as_text(input)) for input in inputs])
 
     def without_end(self, answer: Sequence[int]) -> list[int]:
         """Return the ids of an answer without what a chat template writes to end it, as the next turn needs them.
@@ -544,6 +583,7 @@ class GistTokenizer:
             "gist_token_id": self.gist_token_id,
             "is_encoder_decoder": self.is_encoder_decoder,
             "template": self.template.to_dict(),
+            **({"reads_special_tokens": True} if self.reads_special_tokens else {}),
         }
         (Path(directory) / _FILE).write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -580,6 +620,7 @@ class GistTokenizer:
                 is_chat = "source" in fields
                 template = None if is_chat else Template(**fields)
                 settings = {key: state[key] for key in ("is_encoder_decoder", "gist_token", "gist_token_id")}
+                settings["reads_special_tokens"] = state.get("reads_special_tokens", False) is True
         except _DAMAGE as error:
             raise GistError(f"{found} is damaged ({_reason(error)}); download the checkpoint again") from error
         if made_as != _FORMAT:
@@ -634,6 +675,12 @@ class GistTokenizer:
         return joint
 
     @cached_property
+    def _special(self) -> SpecialTokens:
+        template = self.template
+        layout = template.prompt + template.continuation + template.completion
+        return SpecialTokens(self._joint, layout, self._sentinel)
+
+    @cached_property
     def _put_before(self) -> tuple[int, ...]:
         ids: Any = self._joint(self._sentinel)["input_ids"]
         return tuple(ids[: ids.index(self._joint.convert_tokens_to_ids(self._sentinel))])
@@ -658,7 +705,7 @@ class GistTokenizer:
             targets = self.encode_texts([self.template.completion_text(text) for text in outputs])
             return [self._ended(ids) for ids in targets]
         pairs = [
-            self.template.answered(input, text)
+            self.template.answered(self.as_text(input), text)
             for input, text in zip(cast("Sequence[str]", inputs), outputs, strict=True)
         ]
         completions = []

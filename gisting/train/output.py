@@ -49,8 +49,8 @@ _KINDS = {
 def check_output(directory: str | Path, recipe: Recipe, *, resume: bool) -> None:
     """Raise unless a run may write to a directory: an empty or new one, or with ``resume`` one with the same run.
 
-    A recipe alone, or with sampled answers, is what a run leaves that ended before its first checkpoint. It is replaced,
-    and so are hidden files.
+    A recipe alone, or with sampled answers, is what a run leaves that ended before its first checkpoint. It is
+    replaced, and so are hidden files.
 
     Args:
         directory: the output directory.

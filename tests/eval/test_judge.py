@@ -176,7 +176,13 @@ def test_a_failing_server_is_asked_again(server: Server, tmp_path: Path, trouble
     assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b'{"choices": []}', b'{"choices": null}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"<html>", b"{}", b'{"choices": []}', b'{"choices": null}', b"[" * 10**5),
+        json.dumps({"choices": [{"message": {"content": ["Verdict: A"]}}]}).encode(),
+    ],
+)
 def test_replies_that_are_not_chat_completions(server: Server, tmp_path: Path, body: bytes) -> None:
     server.answer = lambda _: (200, {}, body)
     with pytest.raises(GistError, match=r"returned no chat completion but '.*'; is it an OpenAI-compatible API\?"):
@@ -210,3 +216,40 @@ def test_judge_errors(tmp_path: Path) -> None:
         Judge("http://localhost", "m", tmp_path, num_workers=0)
     with pytest.raises(GistError, match=r"first and second must have one answer per record \(1\), got 1 and 2"):
         Judge("http://localhost", "m", tmp_path).compare(RECORDS[:1], ["a"], ["b", "c"])
+
+
+def test_a_reply_without_a_text_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    server.answer = lambda body: said(None)
+    assert judge_of(server, tmp_path).compare(RECORDS[:1], ["a"], ["b"]) == [None]
+    (kept,) = [*tmp_path.rglob("*.json")] or [None]
+    assert kept is None
+    server.answer = lambda body: said("Verdict: tie")
+    assert judge_of(server, tmp_path).compare(RECORDS[:1], ["a"], ["b"]) == [0.5]
+    # An earlier version kept it.
+    (kept,) = tmp_path.rglob("*.json")
+    kept.write_text(json.dumps({"reply": ""}), encoding="utf-8")
+    assert judge_of(server, tmp_path).compare(RECORDS[:1], ["a"], ["b"]) == [0.5]
+
+
+def test_a_long_reply_is_not_read_whole(server: Server, tmp_path: Path) -> None:
+    server.answer = lambda body: (200, {}, b" " * (2 * 2**20))
+    with pytest.raises(GistError, match="sent more than 1048576 bytes as one reply"):
+        judge_of(server, tmp_path).compare(RECORDS[:1], ["a"], ["b"])
+
+
+def test_a_long_wait_is_cut(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("gisting.eval.judge.time.sleep", waits.append)
+    answers = iter([(429, {"Retry-After": "31536000"}, b""), (429, {"Retry-After": "7"}, b""), said("Verdict: tie")])
+    server.answer = lambda body: next(answers)
+    assert judge_of(server, tmp_path).compare(RECORDS[:1], ["a"], ["b"]) == [0.5]
+    assert waits == [300.0, 7.0]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_goes_to_no_other_place(server: Server, tmp_path: Path, status: int) -> None:
+    place = f"{server.url.replace('127.0.0.1', 'localhost')}/else\x1b[31m"
+    server.answer = lambda body: (status, {"Location": place}, b"")
+    with pytest.raises(GistError, match=r"redirects to http://localhost:\d+/v1/else\\x1b\[31m, which is not followed"):
+        judge_of(server, tmp_path, api_key="not-a-key").compare(RECORDS[:1], ["a"], ["b"])
+    assert len(server.requests) == 1

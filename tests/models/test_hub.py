@@ -499,3 +499,20 @@ def test_the_real_client_takes_these_arguments() -> None:
         ),
     ):
         assert names <= inspect.signature(getattr(huggingface_hub.HfApi, method)).parameters.keys()
+
+
+def test_gists_are_moved_away_from_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = tiny.patched("llama")
+    cache = gisting.compress(model, tokenizer, ["w1"], 1)
+    path, gists = tmp_path / "one.gist.safetensors", tmp_path / "gists"
+    cache.save(path)
+    cache.save(tmp_path / "not_like_weights.gist")
+    save_pretrained(model, tokenizer, tmp_path)
+    assert not path.exists()
+    assert (tmp_path / "not_like_weights.gist").exists()
+    assert f"it is now {gists / path.name}" in caplog.text
+    assert gisting.GistCache.load(gists / path.name).num_gist_tokens == [1]
+    # Another one of the same name does not replace it.
+    (tmp_path / "not_like_weights.gist").rename(path)
+    save_pretrained(model, tokenizer, tmp_path)
+    assert sorted(file.name for file in gists.iterdir()) == ["2.one.gist.safetensors", "one.gist.safetensors"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 import gisting
 from gisting.cli.serve import SERVE_SETTINGS, serve
 from gisting.errors import GistError, StoreError
+from gisting.generation import compress
 from gisting.models.adapters import Adapter, attach
 from gisting.models.fingerprint import fingerprint
 from gisting.models.hub import save_pretrained
@@ -104,6 +107,22 @@ def test_what_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         serve_command(folder / model, folder / store, others=others)
+
+
+def test_gists_among_the_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    """vLLM loads every file that is named like weights, and fails at one that holds a gist."""
+    place = shutil.copytree(folder / "model", tmp_path / "a model")
+    cache = compress(*tiny.patched("llama"), ["w1"], 1)
+    for name in ("x.gist.safetensors", "y.bin"):
+        cache.save(tmp_path / name)
+        (tmp_path / name).rename(place / name)
+    with pytest.raises(
+        GistError, match=r"holds caches of compressed prompts \(x\.gist\.safetensors, y\.bin\)"
+    ) as error:
+        serve_command(place, folder / "store")
+    subprocess.run(["bash", "-c", str(error.value).rpartition("; move them: ")[2]], check=True)
+    assert serve_command(place, folder / "store")[2] == str(place)
+    assert sorted(path.name for path in (place / "gists").iterdir()) == ["x.gist.safetensors", "y.bin"]
 
 
 def test_a_vllm_without_its_command_is_run_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +85,7 @@ def ask(
 
     async def receive() -> Any:
         assert key == b"right", "nothing is read before authentication"
-        return messages.pop(0) if messages else {"type": "http.disconnect"}
+        return messages.pop(0) if messages else await asyncio.Event().wait()  # the client waits for its answer
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -310,3 +312,148 @@ def test_a_client_that_disconnects(folder: Path) -> None:
 
     asyncio.run(middleware(scope, receive, send))
     assert (app.asked, app.disconnects) == ([], 1)
+
+
+SHORT = {"prompt": "w1 w2", "kv_transfer_params": {"gist": "three"}}
+
+
+def limited(folder: Path, max_tokens: int = 16) -> tuple[App, GistMiddleware]:
+    """A model of 16 tokens, each at most 7 characters long (``<unk>``, a space): 112 characters."""
+    app = App()
+    tokenizer = GistTokenizer.from_pretrained(folder / "model")
+    return app, GistMiddleware(app, StoredGists(folder / "store"), tokenizer, max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "message"),
+    [
+        ("completions", {"prompt": "x" * 5000}, "prompt has 5000 characters, more than"),
+        ("completions", {"prompt": ["w1", "x" * 5000]}, r"prompt\[1\] has 5000 characters"),
+        ("completions", {"prompt": [1] * 17}, "prompt has 17 ids, more than the model's length of 16"),
+        ("completions", {"prompt": [[1], [1] * 17]}, r"prompt\[1\] has 17 ids"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 5000}]}, "messages has 5004 characters"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 2500}] * 2}]},
+            "messages has 50",
+        ),
+    ],
+)
+def test_texts_that_cannot_fit_are_not_tokenised(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, path: str, more: Any, message: str
+) -> None:
+    _, middleware = limited(folder)
+    monkeypatch.setattr(GistTokenizer, "encode_texts", lambda *_: pytest.fail("it was tokenised"))
+    status, error = ask(App(), middleware, {**SHORT, **more}, f"/v1/{path}")
+    assert status == 400
+    assert re.search(message, error["message"])
+
+
+def test_what_can_fit_is_tokenised(folder: Path) -> None:
+    app, middleware = limited(folder)
+    assert ask(app, middleware, {**SHORT, "prompt": "w1 " * 15}) == (200, b"fine")
+    assert ask(app, middleware, {**SHORT, "prompt": ["w1 " * 15] * 50}) == (200, b"fine")
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "body", "message"),
+    [
+        (16, {**SHORT, "prompt": "x" * (2 * 2**20)}, "the body has 20"),
+        (2**20, {**SHORT, "prompt": [[1] * 1000] * 1100}, "the body holds more than 1048576 items"),
+    ],
+    ids=["bytes", "items"],
+)
+def test_large_bodies_are_not_parsed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, max_tokens: int, body: Any, message: str
+) -> None:
+    app, middleware = limited(folder, max_tokens)
+    data = json.dumps(body).encode()
+    monkeypatch.setattr(module, "_parsed", lambda *_: pytest.fail("it was parsed"))
+    status, error = ask(app, middleware, data)
+    assert (status, error["message"].startswith(message)) == (413, True)
+    # Without a gist the same goes on to the server, and so does a long text with escapes.
+    for fine in (
+        data.replace(b"kv_transfer_params", b"others"),
+        json.dumps({"prompt": "\u00e9" * 2**20}).encode(),
+        json.dumps({"prompt": [G] * 2**20}).encode(),
+    ):
+        assert ask(app, middleware, fine) == (200, b"fine")
+        assert app.asked[-1][1] == fine
+
+
+def both(folder: Path, long: Any, short: Any, *, hangs_up: bool = False) -> tuple[list[str], App]:
+    """Send long requests, then a short one; return which are answered, in order."""
+    app, middleware = made(folder)
+    done: list[str] = []
+
+    async def one(name: str, body: Any) -> None:
+        messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            if name == "long" and hangs_up:
+                return {"type": "http.disconnect"}
+            return await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                done.append(name)
+
+        headers = [(b"content-type", b"application/json")]
+        await middleware(
+            {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}, receive, send
+        )
+
+    async def run() -> None:
+        await one("first", SHORT)  # makes the threads
+        waiting = [asyncio.ensure_future(one("long", long)) for _ in range(6)]
+        await asyncio.sleep(0.05)
+        await one("short", short)
+        await asyncio.gather(*waiting)
+
+    asyncio.run(run())
+    return done[1:], app
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let tokenising a long text take 0.3 s, and count such calls."""
+    stock, calls = GistTokenizer.encode_continuations, []
+
+    def encode(self: GistTokenizer, inputs: Any) -> Any:
+        if len(inputs[0]) > 100:
+            calls.append(len(inputs[0]))
+            time.sleep(0.3)
+        return stock(self, inputs)
+
+    monkeypatch.setattr(GistTokenizer, "encode_continuations", encode)
+    return calls
+
+
+def test_a_short_request_does_not_wait_for_long_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = slowly(monkeypatch)
+    done, _ = both(folder, {**SHORT, "prompt": "w1 " * 30000}, SHORT)
+    assert done == ["short"] + ["long"] * 6
+    assert len(calls) == 6
+
+
+def test_work_for_clients_that_hung_up_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = slowly(monkeypatch)
+    done, app = both(folder, {**SHORT, "prompt": "w1 " * 30000}, SHORT, hangs_up=True)
+    assert app.disconnects == 6
+    assert len(calls) <= 2, "only what had begun"
+    assert len(app.asked) == 2
+    assert done.count("short") == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v2/chat"),
+        *("/inference/v1/generate", "/cohere/v2/embed", "/v1/completions/", "//v1/completions", "/V1/completions"),
+    ],
+)
+def test_no_body_is_read_before_the_key_is_checked(folder: Path, path: str) -> None:
+    app, middleware = made(folder)
+    for body in (SHORT, {"prompt": [G]}, {"vllm_xargs": {"kv_transfer_params": 1}}):
+        assert ask(app, middleware, body, path, key=b"wrong") == (401, b"denied")

@@ -24,6 +24,7 @@ import gisting
 from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheFormatError, CacheMismatchError, GistError, GistTokenError, StoreError
 from gisting.models.fingerprint import fingerprint
+from gisting.serving.gists import StoredGists
 from gisting.store import GistStore
 from gisting.store import compressing as compressing_module
 from gisting.store import index as index_module
@@ -445,6 +446,30 @@ def test_the_first_call_returns_what_the_second_does(tmp_path: Path) -> None:
     assert not is_same(first, gisting.compress(model, tokenizer, prompts, 2))
 
 
+def test_a_repair_that_died_halfway_is_made_again(store: GistStore, compressions: Compressions) -> None:
+    """Between renaming the new file into place and the commit: a whole file of the same size, and an old entry."""
+    pair = tiny.patched("llama")
+    wanted = store.get_or_compress(*pair, ["w1 w2"], 2, names=["a"])
+    path, entry = file_of(store, "a"), store.entry("a")
+    other = replace(wanted.to("cpu"), keys=tuple(keys + 1 for keys in wanted.to("cpu").keys))
+    other.save(path)
+    assert path.stat().st_size == entry.num_bytes
+    fresh = GistStore(store.path)
+    assert [fault.kind for fault in fresh.verify()] == ["torn"]
+    for read in (
+        lambda: fresh["a"],
+        lambda: fresh.table(["a"]),
+        lambda: fresh.save_pretrained(store.path.parent / "shared"),
+        lambda: StoredGists(store.path).load(entry),
+    ):
+        with pytest.raises(CacheFormatError, match="its checksum is"):
+            read()
+    assert is_same(fresh.get_or_compress(*pair, ["w1 w2"], 2), wanted)
+    assert len(compressions.calls) == 2
+    assert fresh.verify() == []
+    assert is_same(GistStore(store.path)["a"], wanted)
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "link"])
 def test_a_damaged_entry_is_made_again(store: GistStore, compressions: Compressions, damage: str) -> None:
     model, tokenizer = tiny.patched("llama")
@@ -832,8 +857,14 @@ def spoiled_index(store: GistStore, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", "has files but its index.sqlite is missing or empty; restore it, or move the files away"),
-        ("empty", "has files but its index.sqlite is missing or empty; restore it, or move the files away"),
+        (
+            "missing",
+            "has files but its index.sqlite is missing or empty; make it again from the files: gisting store rebuild",
+        ),
+        (
+            "empty",
+            "has files but its index.sqlite is missing or empty; make it again from the files: gisting store rebuild",
+        ),
         ("no database", "index.sqlite is damaged or not the index of a store"),
         ("another database", "index.sqlite is an SQLite database but not the index of a store"),
         ("later", "index.sqlite has format 3, this version reads up to 2; upgrade gisting"),

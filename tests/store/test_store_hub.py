@@ -343,6 +343,18 @@ def test_a_file_of_another_kind(saved: Path) -> None:
     assert_refused(saved, "line 1: objects/.* does not match the line: ")
 
 
+@pytest.mark.parametrize("claimed", [None, 2**32 - 1], ids=["another size", "its size"])
+def test_a_file_with_holes_is_not_copied(saved: Path, monkeypatch: pytest.MonkeyPatch, claimed: int | None) -> None:
+    """It takes no space where it comes from, and gigabytes in a copy."""
+    first, second = lines_of(saved)
+    with (saved / first["file"]).open("r+b") as file:
+        file.truncate(0)
+        file.truncate(2**32 - 1)
+    write_lines(saved, [{**first, **({} if claimed is None else {"num_bytes": claimed})}, second])
+    monkeypatch.setattr("gisting.store.hub.shutil.copyfile", lambda *_: pytest.fail("it was copied"))
+    assert_refused(saved, "line 1: objects/.* does not match the line: ")
+
+
 def test_files_that_no_line_names_are_left_where_they_are(saved: Path) -> None:
     (saved / "objects" / "01").mkdir(exist_ok=True)
     (saved / "objects" / "01" / "index.sqlite").write_bytes(b"x")

@@ -58,7 +58,7 @@ def measure(
     *,
     max_new_tokens: int = 32,
     seed: int = 1,
-    with_answers: bool = True,
+    answer_with: int | None = None,
     say: Callable[[str], Any] = lambda what: None,
 ) -> list[dict[str, Any]]:
     """Measure the gist of every prompt for each k.
@@ -74,7 +74,7 @@ def measure(
         ks: numbers of gist tokens.
         max_new_tokens: longest answer in tokens.
         seed: seed of the samples.
-        with_answers: whether to generate greedy answers too.
+        answer_with: the k for which greedy answers are generated too, which takes most of the time; None for none.
         say: called with a line for each row.
 
     Returns:
@@ -86,10 +86,11 @@ def measure(
     said = _by_prompt(sampled)
     teachers = {prompt: ask_teacher(model, tokenizer, said[prompt]) for prompt in prompts}
     nothing = [measure_divergence(model, tokenizer, teachers[prompt], None) for prompt in prompts]
-    greedy = sample_answers(model, tokenizer, pairs, max_new_tokens=max_new_tokens, temperature=0)
-    expected = [one.output for one in greedy]
+    expected: list[str] = []
     texts: dict[str, list[str]] = {}
-    if with_answers:
+    if answer_with is not None:
+        greedy = sample_answers(model, tokenizer, pairs, max_new_tokens=max_new_tokens, temperature=0)
+        expected = [one.output for one in greedy]
         records = [Record(*pair, output) for pair, output in zip(pairs, expected, strict=True)]
         (found,) = evaluate(
             model, tokenizer, records, conditions=["no-prompt"], max_new_tokens=max_new_tokens, with_rouge=False
@@ -105,7 +106,7 @@ def measure(
         found = {"none": nothing}
         for source, held in caches.items():
             found[source] = _divergences(model, tokenizer, prompts, teachers, held)
-            if with_answers:
+            if k == answer_with:
                 texts[source] = _answers(model, tokenizer, pairs, prompts, held, max_new_tokens)
         if name == "system prompts":
             first = [FirstTokens(k)] * len(prompts)
@@ -118,7 +119,7 @@ def measure(
             "compress_s": round(seconds, 2),
             **_figures(found),
         }
-        if with_answers:
+        if k == answer_with:
             row["rouge_l"] = {
                 source: statistics.fmean(rouge(answers, expected)["rouge_l"]) for source, answers in texts.items()
             }

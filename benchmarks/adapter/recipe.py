@@ -39,6 +39,7 @@ __all__ = ["BASE", "adapter_table", "main", "ship", "train"]
 
 #: The base model, by its name on the hub.
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_FOLDER = Path(__file__).parent
 #: Of so many prompts, one is left out of the training, for checks while it runs.
 _ONE_IN, _MOST = 33, 24
 _SETTINGS: dict[str, Any] = {
@@ -111,8 +112,11 @@ def ship(trained: Path, directory: Path, base: str = BASE) -> None:
     for name in ("gist.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (trained / name).exists():
             shutil.copyfile(trained / name, directory / name)
+    shutil.copyfile(_FOLDER / "CARD.md", directory / "README.md")
+    shutil.copyfile(_FOLDER / "SOURCES.md", directory / "SOURCES.md")
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(trained / "adapter_model.safetensors").items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    (directory / "adapter_model.safetensors").chmod(0o644)
     config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
     # peft keeps a set, whose order differs from run to run.
     config |= {"base_model_name_or_path": base, "target_modules": sorted(config["target_modules"])}
@@ -151,12 +155,17 @@ def adapter_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 @contextmanager
-def _timed(what: str, times: dict[str, float]) -> Iterator[None]:
+def _timed(what: str, directory: Path) -> Iterator[None]:
+    """Add the seconds of a part to ``times.json``, so that a part which was interrupted has all of them."""
+    path = directory / "times.json"
     start = time.perf_counter()
     say(f"{what} ...")
     yield
-    times[what] = round(time.perf_counter() - start, 1)
-    say(f"{what}: {times[what]:,.0f} s")
+    seconds = time.perf_counter() - start
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before[what] = round(before.get(what, 0.0) + seconds, 1)
+    path.write_text(json.dumps(before, indent=2) + "\n", encoding="utf-8")
+    say(f"{what}: {seconds:,.0f} s")
 
 
 def main(
@@ -179,6 +188,7 @@ def main(
     ship_to: Annotated[Path | None, typer.Option(help="Directory for the adapter in bfloat16.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 840,
     ks: Annotated[str, typer.Option(help="Gist tokens to evaluate with, comma-separated.")] = "4,8,16",
+    answer_with: Annotated[int, typer.Option(min=1, help="Gist tokens with which greedy answers are compared.")] = 8,
     scale: Annotated[float, typer.Option(help="Share of the data and of the evaluation, for a quick run.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Type of the base model.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
@@ -187,16 +197,16 @@ def main(
 
     Example: python -m benchmarks adapter --output docs/results/adapter.jsonl
     """
-    times: dict[str, float] = {}
+    directory.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(*(max(int(scale * size), 2) for size in SIZES[:-1]), inputs=SIZES.inputs)
     loaded, tokenizer = load(model, "chat", dtype=getattr(torch, dtype))
-    with _timed("prompts and inputs", times):
+    with _timed("prompts and inputs", directory):
         held_out = system_prompts()
         exclude = {one.prompt for one in held_out}
         pairs = build_pairs(
             loaded, tokenizer, directory / "pairs.jsonl", sizes=sizes, tasks=tasks, exclude=exclude, seed=seed
         )
-    with _timed("answers", times), progress_bar("answering with the prompt in view", len(pairs)) as progress:
+    with _timed("answers", directory), progress_bar("answering with the prompt in view", len(pairs)) as progress:
         records = self_distil(
             loaded,
             tokenizer,
@@ -209,7 +219,7 @@ def main(
         )
     checked = held_out_for_checks(records)
     trained, shipped = directory / "adapter", ship_to or directory / "adapter-bfloat16"
-    with _timed("training", times):
+    with _timed("training", directory):
         if not (trained / "adapter_model.safetensors").exists():
             train(
                 loaded,
@@ -223,8 +233,8 @@ def main(
         ship(trained, shipped)
     adapters.load(loaded, shipped)
     rows = Rows("adapter", output)
-    number = max(int(scale * 100), 2)
-    with _timed("evaluation", times):
+    number = max(int(scale * 60), 2)
+    with _timed("evaluation", directory):
         sets: dict[str, list[HeldOut]] = {"system prompts": held_out[: max(int(scale * len(held_out)), 2)]}
         for split in ("unseen", "human"):
             path = None if alpaca_plus is None else alpaca_plus / f"alpaca_plus_validation_{split}.json"
@@ -233,11 +243,12 @@ def main(
                 continue
             sets[f"{split} instructions"] = instructions(path, number)
         for name, prompts in sets.items():
-            rows.add(measure(loaded, tokenizer, name, prompts, numbers("--ks", ks), say=say))
+            rows.add(measure(loaded, tokenizer, name, prompts, numbers("--ks", ks), answer_with=answer_with, say=say))
     if answers is not None:
-        shown = side_by_side(loaded, tokenizer, sets["system prompts"], 8)
+        shown = side_by_side(loaded, tokenizer, sets["system prompts"], answer_with)
         answers.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown), encoding="utf-8")
     sizes_of = {"num_prompts": len({one.instruction for one in records}), "num_records": len(records)}
     weights = (shipped / "adapter_model.safetensors").stat().st_size
+    times = json.loads((directory / "times.json").read_text(encoding="utf-8"))
     rows.add([{"set": "run", "steps": steps, "seed": seed, **sizes_of, "num_bytes": weights, "seconds": times}])
     rows.show(adapter_table)

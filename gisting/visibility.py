@@ -21,6 +21,7 @@ them does not depend on which condition made them. The functions here turn tenso
 without a loop over rows, and are independent of text, models and the implementation of attention.
 """
 
+# Over 600 lines because every condition is here, each with the picture of its mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -337,38 +338,22 @@ def negative(
 
 
 def without_gists(
-    visibility: Visibility,
-    is_gist: Tensor,
-    padding: Tensor | None = None,
-    *,
-    documents: Tensor | None = None,
+    visibility: Visibility, is_gist: Tensor, padding: Tensor | None = None, documents: Tensor | None = None
 ) -> tuple[Visibility, Tensor]:
-    """Hide gist tokens from everything else, so that what follows sees the prompt as ordinary text.
-
-    Of the positive control this makes the untouched model that reads the whole prompt, in rows that have gist tokens::
-
-             a  b  G  H  c  d
-          a  1  .  .  .  .  .       position_ids   0  1  2  2  2  3
-          b  1  1  .  .  .  .
-          G  1  1  1  .  .  .
-          H  1  1  1  1  .  .
-          c  1  1  .  .  1  .
-          d  1  1  .  .  1  1
-
-    In an encoder, whose distances count columns, what follows a gist stays as far from the prompt as it was.
+    """Hide gist tokens from everything else: of the positive control this makes the model that reads ordinary text.
 
     Args:
-        visibility: what is seen with the gist tokens in view.
-        is_gist: bool ``(B, K)``, true at gist tokens, and at their copies if they are chained.
-        padding: as for :func:`causal`.
-        documents: as for :func:`gist`.
+        visibility: what is seen with the gist tokens in view; of an encoder, whose distances count columns, too.
+        is_gist: as for :func:`gist`, as ``padding`` and ``documents``; also true at copies of chained gist tokens.
+        padding: see above.
+        documents: see above.
 
     Returns:
-        The intervals and, for a decoder, positions that do not count gist tokens; and how many gist tokens of its
-        document come before each token, int64 ``(B, K)``.
+        Intervals and positions, which do not count gist tokens; and the number of gist tokens before each in its
+        document, int64 ``(B, K)``.
     """
     is_gist, is_token = _check(is_gist, padding, documents=documents)
-    span = torch.where(is_gist, 1, 0)
+    span = is_gist.long()
     first = torch.where(is_gist, torch.maximum(visibility.first, _run_start(span)), visibility.first)
     end = torch.where(is_gist, torch.minimum(visibility.end, _run_end(span)), visibility.end)
     before = span.cumsum(-1) - span

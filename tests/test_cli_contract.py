@@ -248,6 +248,7 @@ def test_wrong_usage(run, words: str) -> None:
         "store gc runs/nothing",
         "store rebuild runs/nothing",
         "data alpaca-plus --output o --alpaca runs/nothing --self-instruct runs/nothing --human runs/nothing",
+        "data self-distil runs/nothing --prompts {data} --inputs {data} --output o",
         "demo --from-scratch --steps 1 --output {data}",
         "try runs/nothing --prompt a --input b",
         "show a b --png runs/nothing/mask.png",

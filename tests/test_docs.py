@@ -53,11 +53,12 @@ def test_stores(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_training(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(ROOT / "recipes", "recipes")
+    Path("prompts.txt").write_text("answer plainly\nreverse the letters\n", encoding="utf-8")
     run_commands("training.md", monkeypatch, capsys)
     names = run_all("training.md", {})
     assert names["metrics"]["train_loss"] > 0
     made = {path.name for path in Path("runs").iterdir()}
-    assert made == {"demo", "any-k", "packed", "distilled", "adapter", "recipe", "more"}
+    assert made == {"demo", "any-k", "packed", "distilled", "adapter", "alone", "recipe", "more"}
 
 
 def test_internalisation(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -313,7 +313,9 @@ def test_tracked_files_are_small_name_no_workplace_and_are_not_generated() -> No
     generated = re.compile(r"(^|/)(\.venv|__pycache__|outputs|runs|\w+\.egg-info)/")
     assert [name for name in tracked_files() if generated.search(name)] == []
     contents = {name: (ROOT / name).read_bytes() for name in tracked_files()}
-    assert {name: len(content) for name, content in contents.items() if len(content) > 2_000_000} == {}
+    sizes = {name: len(content) for name, content in contents.items()}
+    most = {name: 11_000_000 if name.startswith("gisting/adapters/") else 2_000_000 for name in sizes}
+    assert {name: size for name, size in sizes.items() if size > most[name]} == {}
     assert [fault for name, content in contents.items() for fault in workplace_words(name, content)] == []
 
 

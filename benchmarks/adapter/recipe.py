@@ -102,6 +102,8 @@ def train(
 def ship(trained: Path, directory: Path, base: str = BASE) -> None:
     """Copy a trained adapter in bfloat16, with the base model's name on the hub instead of a local directory.
 
+    The tokenizer, which is the base model's, is left out, so the adapter is loaded onto a patched base model.
+
     Args:
         trained: what training wrote.
         directory: where to write; a directory that exists is replaced.
@@ -109,9 +111,7 @@ def ship(trained: Path, directory: Path, base: str = BASE) -> None:
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    for name in ("gist.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (trained / name).exists():
-            shutil.copyfile(trained / name, directory / name)
+    shutil.copyfile(trained / "gist.json", directory / "gist.json")  # The tokenizer itself is the base model's.
     shutil.copyfile(_FOLDER / "CARD.md", directory / "README.md")
     shutil.copyfile(_FOLDER / "SOURCES.md", directory / "SOURCES.md")
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(trained / "adapter_model.safetensors").items()}

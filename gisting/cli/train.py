@@ -41,8 +41,6 @@ def train(
     Example: gisting train ./smollm2 --prompts prompts/ --inputs questions.txt --method gist-lora -k 1:16
     --learning-rate 2e-3 --output runs/gist
 
-    Example: gisting train ./llama --data org/questions --columns instruction=question,output=answer --output runs/q
-
     Example: gisting train --recipe recipes/llama-7b.yaml --output runs/llama-7b --num-gist-tokens 10
     """
     from gisting.data.records import load_records

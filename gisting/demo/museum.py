@@ -121,7 +121,7 @@ def run_museum(
     size = (output_dir / _CACHE).stat().st_size
     line(f"\nSaved: {output_dir / _CACHE} ({size:,} bytes). Next, a conversation, and a prompt of your own:")
     console.print(
-        f"  gisting chat {_from_home(where)} --cache {output_dir / _CACHE}",
+        f"  gisting chat {_short(where, output_dir)} --cache {output_dir / _CACHE}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -140,6 +140,13 @@ def run_museum(
     return MuseumResult(str(where), adapter is not None, trial, seconds, total_s, printed)
 
 
-def _from_home(path: Path) -> str:
-    """Write a path as people do, and the same in every home."""
-    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+def _short(model: Path, output_dir: Path) -> Path:
+    """Return a link to the model beside the gist, which is shorter to type than a path in a cache."""
+    link = output_dir / "model"
+    try:
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(model.resolve(), target_is_directory=True)
+    except OSError:  # a file system without links, or something else of this name
+        return model
+    return link

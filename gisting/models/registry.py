@@ -111,6 +111,10 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(
             f"{model_type} cannot be gisted: its config names no attention heads, and only attention can read a gist"
         )
+    if getattr(text, "vocab_size_per_layer_input", None):
+        raise UnsupportedModelError(
+            f"{model_type} cannot be gisted: it has embeddings for every layer, with no row for a gist token"
+        )
     unknown = set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS
     if unknown:
         raise UnsupportedModelError(

@@ -93,26 +93,35 @@ def _no_writers(root: Path) -> Iterator[None]:
 
 
 def _names(root: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Return the key of each name, and what is known of entries besides their files."""
+    """Return the key of each name, and what is known of entries besides their files.
+
+    What was committed counts, as far as the old index can be read to its end: the journal may be ahead of it by a
+    change that was cut off. Of an index that cannot be read, the journal has everything.
+    """
     found: dict[str, str | None] = {}
     known: dict[str, dict[str, Any]] = {}
+    is_whole = False
     if (root / INDEX).is_file() and not (root / INDEX).is_symlink():
-        # As far as it can be read. A schema of someone else's is not asked for anything but these two tables.
+        # A schema of someone else's is not asked for anything but these two tables.
         with suppress(sqlite3.DatabaseError, UnicodeError), closing(sqlite3.connect(root / INDEX)) as connection:
             connection.execute("PRAGMA trusted_schema=OFF")
             tables = "SELECT name FROM sqlite_master WHERE type = 'table'"
             if {"names", "entries"} <= {name for (name,) in connection.execute(tables)}:
-                for name, key in connection.execute("SELECT name, key FROM names"):
-                    found[name] = key
                 for key, created, count in connection.execute("SELECT key, created, num_prompt_tokens FROM entries"):
                     known[key] = {"created": created, "num_prompt_tokens": count}
+                for name, key in connection.execute("SELECT name, key FROM names"):
+                    found[name] = key
+                is_whole = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
     names, entries = Journal(root).read()
+    if is_whole:
+        # Only names of files that have no entry, because they were damaged or missing when it was rebuilt.
+        names = {name: key for name, key in names.items() if name not in found and key not in known}
     valid: dict[str, str] = {}
     for name, key in {**found, **names}.items():
         with suppress(GistError):
             if isinstance(key, str) and check_name(name) == name:
                 valid[name] = key
-    return valid, {**known, **entries}
+    return valid, {**entries, **known} if is_whole else {**known, **entries}
 
 
 def _entries(objects: Objects, known: dict[str, dict[str, Any]]) -> tuple[dict[str, StoreEntry], list[StoreFault]]:

@@ -1,7 +1,8 @@
 """Records from prompts and inputs alone: the model answers with the whole prompt in view, once.
 
-Place in the flow: prompts, inputs -> **self_distil** -> records -> ``finetune`` with distillation. The answers are kept
-as JSONL that people and :func:`gisting.load_records` read; what is in the file is not sampled again.
+Place in the flow: prompts, inputs -> **self_distil** -> records -> ``finetune`` with distillation (arXiv 2112.00861,
+section 2.3, which also samples from the model with its prompt). The answers are kept as JSONL that people and
+:func:`gisting.load_records` read; what is in the file is not sampled again.
 """
 
 from __future__ import annotations

@@ -69,6 +69,8 @@ def test_museum_without_an_adapter(checkpoint: Path, tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if not line.startswith("  gisting ")]
     assert max(map(len, lines)) <= 80, "all but the commands to copy"
     assert result.printed == text
+    assert f"gisting chat {tmp_path / 'out' / 'model'} --cache" in text
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
     assert "There is no adapter for it here" in text
     assert "Welcome aboard!" in text, "the whole prompt is shown"
     assert "gist, before" not in text

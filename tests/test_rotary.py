@@ -167,7 +167,6 @@ def test_what_is_no_rotary_is_refused(found: Any) -> None:
         ("gemma3_text", {}, (1, 0, 1), (4, 4), False),  # full, then sliding
         ("smollm3", {}, (0, None, 0), (4,), False),
         ("cohere2", {}, (0, None, 0), (4,), True),
-        ("cohere2", {"sliding_window": None}, (None, None, None), (4,), False),  # nothing to pair
         ("gpt_neox", {}, (0, 0, 0), (2,), False),
         ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, (0, 0, 0), (2,), False),
     ],

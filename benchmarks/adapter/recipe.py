@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from benchmarks.adapter.data import SIZES, Sizes, build_pairs
 from benchmarks.adapter.evaluation import HeldOut, instructions, measure, side_by_side, system_prompts
-from benchmarks.command import OutputOption, Rows, numbers, say
+from benchmarks.command import OutputOption, Rows, numbers, say, where
 from gisting.data.records import Record
 from gisting.markdown import markdown_table
 from gisting.measure.progress import progress_bar
@@ -151,7 +151,19 @@ def adapter_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     columns = ("prompts", "k", "KL: no prompt", "swapped", "gist", "kept: of no prompt", "of swapped")
     columns += ("agreement: no prompt", "swapped", "gist", "ROUGE-L: no prompt", "swapped", "gist")
-    return "\n".join(markdown_table(columns, lines))
+    text = [*markdown_table(columns, lines), ""]
+    text.append(
+        "KL from the untouched model with the whole prompt, in nats a token, means over sampled answers; agreement of "
+        f"the likeliest tokens; ROUGE-L of greedy answers with those of the whole prompt ({where(rows[0])})."
+    )
+    for row in rows:
+        if row["set"] == "run":
+            parts = ", ".join(f"{part} {seconds / 60:,.0f} min" for part, seconds in row["seconds"].items())
+            text.append(
+                f"Trained for {row['steps']:,} steps on {row['num_records']:,} answers to {row['num_prompts']:,} "
+                f"prompts, {row['num_bytes'] / 1e6:.1f} MB; {parts}."
+            )
+    return "\n".join(text)
 
 
 @contextmanager

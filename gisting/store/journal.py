@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gisting.errors import StoreError
-from gisting.storage import write_atomically
 
 if TYPE_CHECKING:
     import sqlite3
@@ -91,6 +90,9 @@ class Journal:
         if status is not None and not stat.S_ISREG(status.st_mode):
             raise StoreError(f"{self.path} is a link or not a file; remove it, and names are written down again")
         if status is None or status.st_size > _MAX_BYTES + _BYTES_EACH * (entries + names):
+            # Loads torch, which reading names, as a shell does to complete them, does without.
+            from gisting.storage import write_atomically
+
             found = [("entries", key) for (key,) in connection.execute("SELECT key FROM entries")]
             found += [("names", name) for (name,) in connection.execute("SELECT name FROM names")]
             write_atomically(self.path, _text([line for kind, one in found if (line := _line(connection, kind, one))]))

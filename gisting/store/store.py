@@ -5,6 +5,8 @@ there are (``index.py``), the objects are their files (``objects.py``), the read
 :class:`~gisting.cache.GistCache` knows what is in a file.
 """
 
+# Over 600 lines because every public method says what its arguments are and what it raises.
+
 from __future__ import annotations
 
 import builtins

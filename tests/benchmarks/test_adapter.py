@@ -72,13 +72,21 @@ def row(name: str, k: int, **more: Any) -> dict[str, Any]:
 
 def test_the_table_by_eye() -> None:
     rouge = {"none": 0.3, "swapped": 0.4, "gist": 0.55}
-    rows = [row("system prompts", 8, rouge_l=rouge), row("human instructions", 4), {"set": "run", "seconds": {}}]
+    device = {"device": "d", "threads": 1, "torch": "t", "transformers": "f"}
+    run_row = {"set": "run", "seconds": {"answers": 90.0, "training": 3600}, "num_bytes": 9_820_000, "steps": 840}
+    run_row |= {"num_records": 3470, "num_prompts": 995}
+    rows = [row("system prompts", 8, rouge_l=rouge, **device), row("human instructions", 4), run_row]
     assert adapter_table(rows).splitlines() == [
         "| prompts | k | KL: no prompt | swapped | gist | kept: of no prompt | of swapped | agreement: no prompt | "
         "swapped | gist | ROUGE-L: no prompt | swapped | gist |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         "| 3 system prompts | 8 | 0.200 | 0.100 | 0.040 | 80 % | 60 % | 70 % | 80 % | 90 % | 0.30 | 0.40 | 0.55 |",
         "| 3 human instructions | 4 | 0.200 | 0.100 | 0.040 | 80 % | 60 % | 70 % | 80 % | 90 % | - | - | - |",
+        "",
+        "KL from the untouched model with the whole prompt, in nats a token, means over sampled answers; agreement of "
+        "the likeliest tokens; ROUGE-L of greedy answers with those of the whole prompt (d, 1 threads, torch t, "
+        "transformers f).",
+        "Trained for 840 steps on 3,470 answers to 995 prompts, 9.8 MB; answers 2 min, training 60 min.",
     ]
 
 

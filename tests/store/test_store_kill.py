@@ -82,6 +82,7 @@ def texts_after(log: Path) -> tuple[dict[str, set[str | None]], int]:
     returned.
     """
     meaning: dict[str, set[str | None]] = {}
+    damaged: set[str] = set()  # whose process was killed before it was repaired; rebuilding leaves them out
     acknowledged = 0
     for line in log.read_text(encoding="utf-8").splitlines():
         what, name, other = json.loads(line)
@@ -92,12 +93,15 @@ def texts_after(log: Path) -> tuple[dict[str, set[str | None]], int]:
                 meaning[name] = before | {other}
             case "end":
                 meaning[name] = {other}
+                damaged.discard(name)
             case "damage":
                 meaning[name] = before | {None}
+                damaged.add(name)
             case "begin rename":
                 meaning[name], meaning[other] = before | {None}, before | {None}
             case "end rename":
-                meaning[name], meaning[other] = {None}, before - {None}
+                meaning[name], meaning[other] = {None}, before if name in damaged else before - {None}
+                damaged |= {other} if name in damaged else set()
     return meaning, acknowledged
 
 

@@ -24,7 +24,7 @@ from gisting.errors import GistError, GistTokenError
 from gisting.source import SOURCE_ARGUMENTS, find_file, local, missing
 from gisting.tokens.chat import ChatTemplate, Message, check_messages, read_chat_template, resolve_template
 from gisting.tokens.encoding import GistEncoding, cut_into_chunks, located
-from gisting.tokens.special import SpecialTokens
+from gisting.tokens.special import SpecialTokens, Written
 from gisting.tokens.template import Template
 from gisting.tokens.text import text_fault
 
@@ -380,7 +380,7 @@ class GistTokenizer:
             tools: descriptions of functions: ``{"type": "function", "function": {"name": ..., ...}}``.
 
         Returns:
-            The prompt.
+            The prompt, a ``str`` of a kind whose special tokens are read as such, because the template wrote them.
 
         Raises:
             GistError: the template is not ``"chat"``, there are no tools, or the chat template writes them elsewhere
@@ -398,7 +398,7 @@ class GistTokenizer:
             )
         if prompt is not None:
             _check_texts("prompts", [prompt])
-        return self.template.prompt_with_tools(prompt, tools)
+        return Written(self.template.prompt_with_tools(prompt, tools))
 
     def encode_bare(self, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:
         """Encode each of ``inputs`` as if there were no prompt, up to where the answer begins.

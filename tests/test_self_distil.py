@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -200,19 +201,36 @@ def test_three_prompts_alone_teach_a_gist_to_answer_as_the_prompt_does(
     assert written.weights == {"language_model": 0.0, "distillation": 1.0, "reconstruction": 0.0}
 
 
-def test_a_rerun_reads_its_answers_and_ends_with_the_same_weights(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_ended_after_its_answers_goes_on_with_them(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = ("--max-steps", "3", "--learning-rate", "1e-2")
     assert train(model_dir, "out", *more).exit_code == 0
-    weights = (model_dir / "out" / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr(module, "sample_answers", lambda *args, **kwargs: pytest.fail("sampled again"))
-    assert train(model_dir, "out", *more).exit_code == 0
-    assert (model_dir / "out" / "adapter_model.safetensors").read_bytes() == weights
-    monkeypatch.undo()
+    weights = (model_dir / "out" / "gist_adapter.safetensors").read_bytes()
+    refused = train(model_dir, "out", *more)
+    assert refused.exit_code == 1
+    assert f"another run (gist-lora of {model_dir / 'model'} on {model_dir / 'prompts'})" in str(refused.exception)
+    for path in (model_dir / "out").iterdir():  # what a run leaves that was killed before its first checkpoint
+        if path.name not in ("recipe.yaml", "answers.jsonl", "answers.jsonl.settings.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "sample_answers", lambda *args, **kwargs: pytest.fail("sampled again"))
+        assert train(model_dir, "out", *more).exit_code == 0
+    assert (model_dir / "out" / "gist_adapter.safetensors").read_bytes() == weights
     shutil.rmtree(model_dir / "out")
     assert train(model_dir, "out", *more).exit_code == 0
-    assert (model_dir / "out" / "adapter_model.safetensors").read_bytes() == weights
+    assert (model_dir / "out" / "gist_adapter.safetensors").read_bytes() == weights
+
+
+def test_records_go_to_json_lines(tmp_path: Path) -> None:
+    model, tokenizer = tiny.patched("llama")
+    with pytest.raises(GistError, match=r"must end in one of \.jsonl, \.ndjson, got .*answers\.json; rename it"):
+        self_distil(model, tokenizer, PAIRS, tmp_path / "answers.json", **SHORT)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_answers_that_were_cut_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = tiny.patched("llama")
+    self_distil(model, tokenizer, PAIRS, tmp_path / "answers.jsonl", **SHORT)
+    assert re.search(rf"\d+ of {len(PAIRS)} answers were cut at 5 tokens", caplog.text)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from gisting.errors import GistError
 from gisting.models.hub import checkpoint_card
 from gisting.settings import declared
 from gisting.tokens import GistTokenizer
+from gisting.train.self_distil import SETTINGS_SUFFIX
 from gisting.train.settings import Recipe, versions
 
 __all__ = ["ANSWERS_NAME", "RECIPE_NAME", "check_output", "check_same_run", "write_card"]
@@ -49,8 +50,8 @@ _KINDS = {
 def check_output(directory: str | Path, recipe: Recipe, *, resume: bool) -> None:
     """Raise unless a run may write to a directory: an empty or new one, or with ``resume`` one with the same run.
 
-    A recipe alone, or with sampled answers, is what a run leaves that ended before its first checkpoint. It is
-    replaced, and so are hidden files.
+    A recipe alone, or with sampled answers, is what a run leaves that ended before its first checkpoint. The recipe is
+    replaced, and so are hidden files; the answers are used again.
 
     Args:
         directory: the output directory.
@@ -74,7 +75,7 @@ def check_output(directory: str | Path, recipe: Recipe, *, resume: bool) -> None
             )
         return
     held = sorted(file.name for file in directory.glob("*") if not file.name.startswith("."))
-    if not set(held) - {RECIPE_NAME, ANSWERS_NAME}:
+    if not set(held) - {RECIPE_NAME, ANSWERS_NAME, ANSWERS_NAME + SETTINGS_SUFFIX}:
         return
     advice = "give another output directory, or remove this one first"
     if path.exists():

@@ -115,8 +115,6 @@ def train_recipe(
     records = (
         load_records(str(recipe.data), columns=recipe.columns, tokenizer=tokenizer_of_data) if pairs is None else []
     )
-    for name, rows in held_out.items():
-        say_shared(records, rows, name)
     set_seed(recipe.seed)
     # Loaded before the arguments are made, because with arguments for DeepSpeed stage 3, transformers loads weights in
     # shards, and the gist token's row is a mean over all rows.
@@ -129,6 +127,8 @@ def train_recipe(
         recipe.save(Path(output_dir) / RECIPE_NAME)
     if pairs is not None:
         with arguments.main_process_first(), (sampling or _unseen)(len(pairs)) as progress:
+            if not (arguments.fsdp or arguments.deepspeed):  # which place the weights themselves
+                model.to(arguments.device)
             records = self_distil(
                 model,
                 tokenizer,
@@ -140,6 +140,8 @@ def train_recipe(
                 progress=progress,
             )
         set_seed(recipe.seed)  # whether answers were sampled or read
+    for name, rows in held_out.items():
+        say_shared(records, rows, name)
     save_dtype: str | None = recipe.save_dtype
     if save_dtype == "base":
         save_dtype = saved_dtype(recipe.model) if recipe.method == "full" else None

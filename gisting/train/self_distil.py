@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -18,12 +19,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from gisting.data.records import Record, load_records
+from gisting.data.sources import LINES
 from gisting.errors import GistError
 from gisting.generation.sampling import sample_answers
 from gisting.models.fingerprint import base_fingerprint
 from gisting.tokens import GistTokenizer
 
-__all__ = ["pair_up", "self_distil"]
+__all__ = ["SETTINGS_SUFFIX", "pair_up", "self_distil"]
+
+_log = logging.getLogger(__name__)
+
+#: Added to the name of a file of answers: the file that says what they were sampled from and how.
+SETTINGS_SUFFIX = ".settings.json"
 
 # Batches of answers between two writes.
 _BATCHES = 4
@@ -100,10 +107,13 @@ def self_distil(
         A record for each pair, in their order: prompt, input and answer.
 
     Raises:
-        GistError: the file has answers of another model, other pairs or other settings; or as ``sample_answers``.
+        GistError: the file is not JSONL by its name, or has answers of another model, other pairs or other settings;
+            or as ``sample_answers``.
         OSError: the file cannot be read or written.
     """
     path, pairs = Path(path), list(dict.fromkeys(pairs))
+    if path.suffix.lower() not in LINES:
+        raise GistError(f"the file of answers must end in one of {', '.join(LINES)}, got {path}; rename it")
     own = {
         "model": base_fingerprint(model),
         "tokenizer": tokenizer.fingerprint,
@@ -116,6 +126,7 @@ def self_distil(
     done = _started(path, own)
     if progress is not None and done:
         progress(done)
+    num_cut = 0
     with path.open("a", encoding="utf-8") as file:
         for start in range(done, len(pairs), _BATCHES * batch_size):
             found = sample_answers(
@@ -128,15 +139,24 @@ def self_distil(
                 batch_size=batch_size,
                 progress=progress,
             )
+            num_cut += sum(len(one.token_ids) >= max_new_tokens for one in found)
             records = [Record(one.prompt, one.input, one.output, source) for one in found]
             file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
             file.flush()
+    if num_cut:
+        _log.warning(
+            "%d of %d answers were cut at %d tokens; a language model's loss on them teaches answers that end there: "
+            "raise the limit, or train with distillation alone",
+            num_cut,
+            len(pairs) - done,
+            max_new_tokens,
+        )
     return load_records(path) if pairs else []
 
 
 def _started(path: Path, own: dict[str, Any]) -> int:
     """Return how many answers the file has, after a check that they belong to this run; start the file if it is new."""
-    described = path.with_name(path.name + ".settings.json")
+    described = path.with_name(path.name + SETTINGS_SUFFIX)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         described.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

@@ -24,8 +24,10 @@ prompts = [
 
 # Prompts of different lengths go through the model once, in one batch, and leave two gist tokens each.
 cache = gisting.compress(model, tokenizer, prompts, num_gist_tokens=2)
-cache.save(directory / "three.gist.safetensors")
-cache = gisting.GistCache.load(directory / "three.gist.safetensors")
+file = directory / "gists" / "three.gist.safetensors"  # not among the weights, all of which servers load
+file.parent.mkdir(exist_ok=True)
+cache.save(file)
+cache = gisting.GistCache.load(file)
 print(cache)
 
 # One prompt for each input ...

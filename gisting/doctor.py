@@ -33,6 +33,7 @@ __all__ = ["EXTRAS", "Finding", "examine_here", "examine_path"]
 #: What each extra is for. A test checks that the names are those in the package's metadata.
 EXTRAS = {
     "kernels": "attention on CUDA in fused kernels",
+    "demo": "gisting demo: a model from a GGUF file, and the adapter for it",
     "train": "adapters (such as LoRA), and streamed data",
     "eval": "ROUGE, BLEU, plots and drawings",
     "internalize": "examples chosen by BM25, and LLMLingua-2",

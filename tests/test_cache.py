@@ -497,7 +497,7 @@ def test_a_file_names_the_checkpoint_that_made_it(tmp_path: Path) -> None:
         GistCache.cat([named, other])
 
 
-ABOUT = ({"distilled": {"inputs": 80}}, None, {"quality": {"kept": 0.5, "lost": ["a", "b"]}})
+ABOUT = ({"made": {"inputs": 80}}, None, {"quality": {"kept": 0.5, "lost": ["a", "b"]}})
 
 
 @both_kinds

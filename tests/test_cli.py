@@ -56,13 +56,13 @@ def test_what_the_demo_shows_and_leaves(demo_checkpoint: Path) -> None:
 
 
 def test_the_demo_is_printed_with_its_headings(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from gisting import demo
+    from gisting.demo import letters
 
     def stop(*args: object) -> None:
         raise GistError("far enough")
 
-    monkeypatch.setattr(demo, "_train", stop)
-    result = run("demo", "--output", tmp_path)
+    monkeypatch.setattr(letters, "_train", stop)
+    result = run("demo", "--from-scratch", "--output", tmp_path)
     assert "far enough" in result.err
     assert "1. The task: follow" in result.out
 
@@ -195,7 +195,7 @@ def test_eval_json(run, workplace: Path) -> None:
         "eval", "runs/demo", "--data", "runs/demo/unseen.jsonl", "--limit", "4", "--max-new-tokens", "4", "--json"
     )
     rows = [json.loads(line) for line in result.out.splitlines()]
-    assert [row["condition"] for row in rows] == ["gist", "positive", "negative"]
+    assert [row["condition"] for row in rows] == ["gist", "positive", "prompt", "negative", "swapped"]
     assert all(row["num_records"] == 4 and len(row["predictions"]) == 4 for row in rows)
 
 

@@ -307,8 +307,8 @@ def test_a_cache_file(demo: Path) -> None:
     assert re.fullmatch(made_by, by_name(found, "cache file")["made by"]), "the demo's model was never loaded"
     assert faults(found) == []
     loaded, tokenizer = gisting.load(demo)
-    gisting.compress(loaded, tokenizer, ["answer plainly"], 2).save(demo / "named.safetensors")
-    named = by_name(doctor.examine_path(demo / "named.safetensors"), "cache file")["made by"]
+    gisting.compress(loaded, tokenizer, ["answer plainly"], 2).save(demo / "gists" / "named.safetensors")
+    named = by_name(doctor.examine_path(demo / "gists" / "named.safetensors"), "cache file")["made by"]
     assert re.fullmatch(f"{demo.parent.name}/{demo.name}, {made_by}", named)
     file.write_bytes(file.read_bytes().replace(b"llama/", b"lloma/"))
     ((_, value),) = faults(doctor.examine_path(file))

@@ -1,5 +1,7 @@
 """``gisting compress``, ``generate``, ``inspect`` and ``store``: making, using and storing compressed prompts."""
 
+# Over 600 lines because every option of a command is declared with its help.
+
 from __future__ import annotations
 
 import contextlib

@@ -152,7 +152,7 @@ def full_prompt_cache(model: PreTrainedModel, tokenizer: GistTokenizer, prompt: 
     """
     from transformers import DynamicCache
 
-    if require_patched(model, tokenizer).is_encoder_decoder:
+    if not architecture_of(require_patched(model, tokenizer)).has_prefix_states("positive"):
         raise GistError("full_prompt_cache is for decoders; an encoder-decoder reads prompt and input together")
     ids = tokenizer.encode_prompts([prompt], 1)[0].chunks[0]
     check_positions(model, [len(ids)], "prompt", "nothing after it")

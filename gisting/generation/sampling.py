@@ -24,6 +24,7 @@ from gisting.generation.answers import answer_ends, up_to_end
 from gisting.generation.call import Call, prepare_call
 from gisting.generation.checks import check_count, check_positions, listed
 from gisting.generation.compression import full_prompt_cache
+from gisting.models.architecture import architecture_of
 from gisting.models.mode import evaluating
 from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
@@ -101,7 +102,8 @@ def sample_answers(
         return []
     settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     call = prepare_call(model, tokenizer, [input for _, input in pairs], max_new_tokens, settings, None)
-    run = (_FromText if family.is_encoder_decoder else _FromStates)(model, tokenizer, pairs, call)
+    has_states = architecture_of(family).has_prefix_states("positive")  # of a whole prompt, which a decoder keeps
+    run = (_FromStates if has_states else _FromText)(model, tokenizer, pairs, call)
     draws = None if temperature == 0 else _draws(pairs, seed, max_new_tokens)
     found: dict[int, list[int]] = {}
     with evaluating(model):

@@ -284,6 +284,8 @@ def _why_unreadable(model: PreTrainedModel) -> str:
                 return f"because {name} is on the meta device, without values"
         if hasattr(parameter, "device_mesh"):
             return f"because {name} is sharded over several processes"
+        if parameter.is_inference():
+            return f"because {name} was made in inference mode, so it has no gradients"
     return ""
 
 

@@ -8,6 +8,8 @@ The index may come from an untrusted source: its schema must be exactly the one 
 and each row is checked before it is used.
 """
 
+# Over 600 lines because SQLite's errors, locks, forks and formats are all met here, and nowhere else.
+
 from __future__ import annotations
 
 import hashlib

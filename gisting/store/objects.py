@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gisting.errors import CacheFormatError, StoreError
-from gisting.storage import inspect
 
 __all__ = ["OBJECTS", "SUFFIX", "TEMPORARY", "Objects", "checkpoint_of", "locked"]
 
@@ -221,6 +220,8 @@ def checkpoint_of(path: Path) -> str:
     Args:
         path: the file of an entry, of which only the header is read.
     """
+    from gisting.storage import inspect  # which imports torch; completing a name on the command line does not
+
     try:
         name = inspect(path)["manifest"].get("checkpoint", "")
     except (OSError, CacheFormatError):

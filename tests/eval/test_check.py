@@ -299,7 +299,7 @@ def test_check_of_a_name_in_a_store(checked: Any) -> None:
     assert set(row["controls"]) == {"no prompt", "first tokens", "swapped"}
     assert row["saved_in"] is None
     with gisting.GistStore("gists") as store:
-        assert store.about("plainly") is None
+        assert "quality" not in (store.about("plainly") or {})
         assert checked(*words, "--swapped-name", "capitals").code == 0
         quality = (store.about("plainly") or {})["quality"]
         assert quality["kept_against_swapped"] == pytest.approx(row["kept_against"]["swapped"], rel=1e-3)

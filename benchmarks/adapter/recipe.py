@@ -114,15 +114,12 @@ def ship(trained: Path, directory: Path, base: str = BASE) -> None:
     shutil.copyfile(trained / "gist.json", directory / "gist.json")  # The tokenizer itself is the base model's.
     shutil.copyfile(_FOLDER / "CARD.md", directory / "README.md")
     shutil.copyfile(_FOLDER / "SOURCES.md", directory / "SOURCES.md")
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(trained / "adapter_model.safetensors").items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_model.safetensors").chmod(0o644)
-    config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
-    # peft keeps a set, whose order differs from run to run.
-    config |= {"base_model_name_or_path": base, "target_modules": sorted(config["target_modules"])}
-    about = json.loads((trained / "gist_adapter.json").read_text(encoding="utf-8")) | {"base": base}
-    for name, value in (("adapter_config.json", config), ("gist_adapter.json", about)):
-        (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    about = dict(adapters.read_about(trained) or {})
+    weights = adapters.weights_name(about)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(trained / weights).items()}
+    save_file(tensors, directory / weights, metadata={"format": "pt"})
+    (directory / weights).chmod(0o644)
+    (directory / "gist_adapter.json").write_text(json.dumps(about | {"base": base}, indent=2) + "\n", encoding="utf-8")
 
 
 def held_out_for_checks(records: Sequence[Record]) -> set[str]:
@@ -232,7 +229,7 @@ def main(
     checked = held_out_for_checks(records)
     trained, shipped = directory / "adapter", ship_to or directory / "adapter-bfloat16"
     with _timed("training", directory):
-        if not (trained / "adapter_model.safetensors").exists():
+        if not (trained / "gist_adapter.json").exists():  # which is written last
             train(
                 loaded,
                 tokenizer,
@@ -260,7 +257,7 @@ def main(
         shown = side_by_side(loaded, tokenizer, sets["system prompts"], answer_with)
         answers.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown), encoding="utf-8")
     sizes_of = {"num_prompts": len({one.instruction for one in records}), "num_records": len(records)}
-    weights = (shipped / "adapter_model.safetensors").stat().st_size
+    weights = next(shipped.glob("*.safetensors")).stat().st_size
     times = json.loads((directory / "times.json").read_text(encoding="utf-8"))
     rows.add([{"set": "run", "steps": steps, "seed": seed, **sizes_of, "num_bytes": weights, "seconds": times}])
     rows.show(adapter_table)

@@ -121,15 +121,15 @@ def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.Captu
     side = [json.loads(line) for line in (tmp_path / "side.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(side) == 12
     assert side[0].keys() == {"prompt", "input", "full", "gist", "none"}
-    held = load_file(tmp_path / "shipped" / "adapter_model.safetensors")
+    held = load_file(tmp_path / "shipped" / "gist_adapter.safetensors")
     assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
     assert {"README.md", "SOURCES.md", "gist.json"} <= {path.name for path in (tmp_path / "shipped").iterdir()}
     about = json.loads((tmp_path / "shipped" / "gist_adapter.json").read_text(encoding="utf-8"))
     assert (about["base"], about["num_gist_tokens"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", [1, 16])
     # A second run with the same seed and machine gives the same file, and one in the same directory makes nothing anew.
-    weights = (tmp_path / "shipped" / "adapter_model.safetensors").read_bytes()
+    weights = (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes()
     assert run(words.replace(f"{tmp_path}/run", f"{tmp_path}/again").split()) == 0
-    assert (tmp_path / "shipped" / "adapter_model.safetensors").read_bytes() == weights
+    assert (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes() == weights
     base, tokenizer = gisting.load(tmp_path / "base", "chat")
     gisting.models.adapters.load(base, tmp_path / "shipped")
     assert len(gisting.compress(base, tokenizer, ["You are kind."], 2)) == 1

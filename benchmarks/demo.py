@@ -1,4 +1,4 @@
-"""The table of what ``gisting demo --from-scratch`` measured."""
+"""The table of what ``gisting demo --from-scratch`` measured, and what ``gisting demo`` prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 from benchmarks.command import where
 from gisting.markdown import markdown_table
 
-__all__ = ["demo_table"]
+__all__ = ["demo_table", "museum_excerpt", "museum_output"]
+
+
+def museum_output(rows: list[dict[str, Any]]) -> str:
+    """Return what the last run of ``gisting demo`` printed, as a block of Markdown, and where it ran."""
+    row = rows[-1]
+    return f"```text\n{row['printed'].strip()}\n```\n\n{where(row)}."
 
 
 def demo_table(rows: list[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.card_tables import kernels_table, real_model_table, step_table
 from benchmarks.cpu_attention import attention_table
-from benchmarks.demo import demo_table
+from benchmarks.demo import demo_table, museum_excerpt, museum_output
 from benchmarks.distill import distill_table
 from benchmarks.distillation import distillation_table
 from benchmarks.inference import highlights_table, inference_table, losses_table
@@ -36,6 +36,8 @@ TABLES: list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]] = [
     ("README.md", "demo results", "demo.jsonl", demo_table),
     ("README.md", "inference highlights", "inference.jsonl", highlights_table),
     ("README.md", "vllm highlights", "vllm.jsonl", vllm_highlights),
+    ("README.md", "demo excerpt", "museum.jsonl", museum_excerpt),
+    ("docs/demo.md", "museum output", "museum.jsonl", museum_output),
     ("docs/benchmarks.md", "cpu attention results", "cpu_attention.jsonl", attention_table),
     ("docs/benchmarks.md", "kernels results", "kernels.jsonl", kernels_table),
     ("docs/benchmarks.md", "step results", "kernels.jsonl", step_table),

@@ -563,7 +563,8 @@ def readers_files(workplace: Path) -> None:
         "You are the guide of a small museum by the sea. Answer in one short and friendly sentence, and never shout."
     )
     Path("my-prompt.txt").write_text(words, encoding="utf-8")
-    Path("questions.txt").write_text("\n".join(f"What is in room {room}?" for room in range(6)), encoding="utf-8")
+    for name, rooms in (("questions.txt", range(6)), ("other-questions.txt", range(6, 9))):
+        Path(name).write_text("\n".join(f"What is in room {room}?" for room in rooms), encoding="utf-8")
 
 
 @pytest.mark.usefixtures("readers_files")

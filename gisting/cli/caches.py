@@ -119,7 +119,7 @@ def compress(
     ] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(help="With --at-least: a text file of what users ask, one input per line. By default as `check`."),
+        typer.Option(help="With --at-least: a file of what users ask, as for `check`, with the same default."),
     ] = None,
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
@@ -133,7 +133,7 @@ def compress(
 
     Example: gisting compress runs/demo --prompts prompts.jsonl --store gists --storage bfloat16
     """
-    from gisting.data.prompts import load_prompts
+    from gisting.data.prompts import load_inputs, load_prompts
     from gisting.eval.check import check_at_least
     from gisting.models.load import load_tokenizer, trained_chunk_length
     from gisting.storage import STORAGES, check_place
@@ -158,7 +158,7 @@ def compress(
         raise GistError("with --at-least, each prompt in a store needs a name")
     if output is not None:
         check_place(output)
-    asked = None if inputs is None else read_lines(inputs)
+    asked = None if inputs is None else load_inputs(inputs)
     loaded, tokenizer = load_patched(model, template, dtype, device)
     chunk_length = chunk_length or trained_chunk_length(loaded)
     texts = [record.prompt for record in records]
@@ -206,8 +206,7 @@ def _smallest(
     found: list[tuple[int, GistCache]] = []
     for prompt, encoding in zip(prompts, tokenizer.encode_prompts(prompts, 1), strict=True):
         counts = counts_to_try(model, encoding.num_prompt_tokens)
-        steps = GistChecker.num_steps(prompt, inputs)
-        with progress_bar("checking", steps * (1 + len(counts))) as advance:
+        with progress_bar("checking", GistChecker.num_steps(prompt, inputs, len(counts))) as advance:
             checker = GistChecker(model, tokenizer, prompt, inputs, progress=advance)
             cache, checks = smallest_gist(
                 lambda k, prompt=prompt: run(model, tokenizer, [prompt], k, chunk_length=chunk_length),

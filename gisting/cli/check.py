@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gisting.cli.caches import held_prompts, open_store, read_lines, template_for
+from gisting.cli.caches import held_prompts, open_store, template_for
 from gisting.cli.compare import CacheOption, PromptFileOption, StoreOption, check_text, given_prompt
 from gisting.cli.shared import (
     DeviceOption,
@@ -47,8 +47,8 @@ def check(
     inputs: Annotated[
         Path | None,
         typer.Option(
-            help="A text file of what users ask, one input per line. By default built-in requests and questions about "
-            "the prompt."
+            help="A file of what users ask, as for `gisting distill`: text with one input per line, or data with "
+            "`input`. By default built-in requests and questions about the prompt."
         ),
     ] = None,
     swapped_cache: Annotated[
@@ -88,8 +88,8 @@ def check(
     Example: gisting check ./model --cache system.gist.safetensors --prompt-file system.txt --inputs questions.txt
     --at-least 0.9
     """
-    from gisting.eval.check import GistChecker, check_at_least
-    from gisting.generation import check_origin
+    from gisting.data.prompts import load_inputs
+    from gisting.eval.check import GistChecker, check_at_least, check_caches
 
     check_at_least(at_least)
     text = given_prompt(prompt, prompt_file)
@@ -110,10 +110,9 @@ def check(
     if store is not None and name is not None:
         check_text(tokenizer, text, store, name)
     held = held.to(device)
-    check_origin(loaded, tokenizer, held)
-    asked = None if inputs is None else read_lines(inputs)
-    steps = GistChecker.num_steps(text, asked)
-    with progress_bar("checking", 2 * steps) as advance:
+    check_caches(loaded, tokenizer, held, swapped)
+    asked = None if inputs is None else load_inputs(inputs)
+    with progress_bar("checking", GistChecker.num_steps(text, asked, num_checks=1)) as advance:
         checker = GistChecker(
             loaded,
             tokenizer,
@@ -125,14 +124,19 @@ def check(
             progress=advance,
         )
         found = checker.check(held, swapped)
-    where = _save(found, cache, store, name) if save else None
-    if as_json:
-        print_json({**found.to_row(), "saved_in": where})
-    else:
-        print_check(found, has_inputs=asked is not None, is_swapped_given=swapped is not None)
-        if where is not None:
-            err.print(f"saved in {where}", highlight=False, soft_wrap=True)
+    where = None
+    try:
+        where = _save(found, cache, store, name) if save else None
+    finally:  # a file that cannot be written does not take the figures with it
+        if as_json:
+            print_json({**found.to_row(), "saved_in": where})
+        else:
+            print_check(found, has_inputs=asked is not None, is_swapped_given=swapped is not None)
+    if where is not None and not as_json:
+        err.print(f"saved in {where}", highlight=False, soft_wrap=True)
     if at_least is not None and (found.kept is None or found.kept < at_least):
+        if found.kept is None:
+            raise GistError(f"{_kept_in_words(found)}; give inputs whose answers depend on the prompt")
         raise GistError(f"{_kept_in_words(found)}, less than {at_least:g}; take more gist tokens or the whole prompt")
 
 

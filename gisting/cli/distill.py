@@ -16,6 +16,7 @@ from gisting.cli.shared import (
     DtypeOption,
     ModelArgument,
     TemplateOption,
+    check_new,
     err,
     json_option,
     load_patched,
@@ -117,10 +118,7 @@ def distill(
         raise GistError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
     if at_least is not None and num_gist_tokens is not None:
         raise GistError("--at-least finds the number of gist tokens; leave out -k")
-    if output.exists():
-        raise GistError(f"{output} exists already; remove it, or name another output")
-    if not output.parent.is_dir():
-        raise GistError(f"{output.parent} is not a directory; make it first")
+    check_new(output)
     texts = None if inputs is None else load_inputs(inputs)
     measured = None if held_out is None else load_inputs(held_out)
     prompt = read_text(prompt_file)

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -32,6 +33,7 @@ __all__ = [
     "KOption",
     "ModelArgument",
     "TemplateOption",
+    "check_new",
     "device_errors",
     "err",
     "json_option",
@@ -225,6 +227,21 @@ def read_dtype(dtype: str) -> torch.dtype:
     if dtype not in _DTYPES:
         raise GistError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     return getattr(torch, dtype)
+
+
+def check_new(output: Path) -> None:
+    """Raise unless a new file can be written to ``output``, before the work that makes it.
+
+    Raises:
+        GistError: it exists, its directory does not, or it is among the weights of a checkpoint.
+    """
+    from gisting.storage import check_place
+
+    if output.exists():
+        raise GistError(f"{output} exists already; remove it, or name another output")
+    if not output.parent.is_dir():
+        raise GistError(f"{output.parent} is not a directory; make it first")
+    check_place(output)
 
 
 def wanted_k(model: Any, wanted: int | None) -> int:

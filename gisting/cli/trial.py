@@ -13,6 +13,7 @@ from gisting.cli.shared import (
     DtypeOption,
     ModelArgument,
     TemplateOption,
+    check_new,
     err,
     json_option,
     load_patched,
@@ -126,6 +127,8 @@ def try_prompt(
     if text is None:
         raise GistError("give the prompt: --prompt TEXT or --prompt-file FILE")
     asked, learned = _questions(input or [], inputs)
+    if output is not None:
+        check_new(output)
     _quiet()
     adapter = shipped_adapter(model)
     if model == HUB_NAME:

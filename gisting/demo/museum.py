@@ -143,6 +143,8 @@ def run_museum(
 def _short(model: Path, output_dir: Path) -> Path:
     """Return a link to the model beside the gist, which is shorter to type than a path in a cache."""
     link = output_dir / "model"
+    if not model.is_dir():  # a repository on the hub
+        return model
     try:
         if link.is_symlink():
             link.unlink()

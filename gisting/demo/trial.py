@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from gisting.cache import GistCache
 from gisting.data.records import Record
 from gisting.distillation import Distilled, distill
+from gisting.distillation.distill import check_k
 from gisting.errors import GistError
 from gisting.eval.conditions import evaluate
 from gisting.eval.cost import cache_bytes, format_bytes
@@ -139,7 +140,8 @@ def run_trial(
         prompt: the text.
         questions: what to ask, at least one question that is not about a detail.
         inputs: what to distil on, without the questions; None to let the model write them.
-        num_gist_tokens: k; None for as many as the model or the adapter was trained with, at most 16.
+        num_gist_tokens: k; None for as many as the model or the adapter was trained with, at most 16,
+            and fewer than the prompt's tokens.
         adapter: directory of an adapter for this model, which compresses the prompt.
         steps: optimiser steps of the distillation.
         num_answers: answers that are sampled for it; None for one for each input.
@@ -164,11 +166,11 @@ def run_trial(
         raise GistError(f"{both[0]!r} is a question and one of the inputs; an answer that was learned shows nothing")
     if adapter is not None:
         adapters.load(model, adapter)
-    k = _wanted_k(model, num_gist_tokens)
+    num_prompt_tokens = tokenizer.encode_prompts([prompt], 1)[0].num_prompt_tokens
+    k = _wanted_k(model, num_gist_tokens, num_prompt_tokens)
     clock = _Clock()
     show = _Printer(console, k)
 
-    num_prompt_tokens = tokenizer.encode_prompts([prompt], 1)[0].num_prompt_tokens
     prompt_bytes = cache_bytes(model.config, num_prompt_tokens, input_weight(model).dtype, is_windowed=True)
     show.prompt(prompt, num_prompt_tokens, prompt_bytes)
     texts = [question.text for question in asked]
@@ -227,11 +229,12 @@ def run_trial(
     )
 
 
-def _wanted_k(model: Any, wanted: int | None) -> int:
+def _wanted_k(model: Any, wanted: int | None, num_prompt_tokens: int) -> int:
     trained = trained_num_gist_tokens(model)
-    if wanted is not None:
-        return wanted
-    return NUM_GIST_TOKENS if trained is None else min(NUM_GIST_TOKENS, trained[1])
+    if wanted is None:
+        wanted = min(NUM_GIST_TOKENS, max(1, num_prompt_tokens - 1), *(() if trained is None else trained[1:]))
+    check_k(wanted, num_prompt_tokens)
+    return wanted
 
 
 def _answer_again(

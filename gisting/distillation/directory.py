@@ -94,13 +94,19 @@ class Directory:
         """Keep ``inputs`` that the model wrote."""
         self._write(_QUESTIONS, [{"input": input} for input in inputs])
 
-    def read_answers(self, prompt: str) -> list[SampledAnswer] | None:
-        """Return the sampled answers to inputs after ``prompt``, or None."""
+    def read_answers(self, pairs: Sequence[tuple[str, str]]) -> list[SampledAnswer] | None:
+        """Return the sampled answers to ``pairs`` of the prompt and an input, or None."""
         lines = self._read(_ANSWERS)
         if lines is None:
             return None
         with _reading(self._at(_ANSWERS)):
-            return [SampledAnswer(prompt, line["input"], line["output"], line["token_ids"]) for line in lines]
+            if [line["input"] for line in lines] != [input for _, input in pairs]:
+                raise GistError(
+                    f"{self._at(_ANSWERS)} holds answers to other inputs; remove its directory to start again"
+                )
+            return [
+                SampledAnswer(*pair, line["output"], line["token_ids"]) for pair, line in zip(pairs, lines, strict=True)
+            ]
 
     def write_answers(self, answers: Sequence[SampledAnswer], num_held_out: int) -> None:
         """Keep ``answers``, of which the first ``num_held_out`` are to measure with."""

@@ -34,7 +34,7 @@ from gisting.tokens import GistTokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Distilled", "Progress", "distill"]
+__all__ = ["Distilled", "Progress", "check_k", "distill"]
 
 _NUM_HELD_OUT = 20
 _FEWEST_ANSWERS = 200
@@ -139,9 +139,10 @@ def distill(
         start: what the slots start from, one of ``STARTS``: ``"first"``, ``"attended"`` or ``"gist"``. None for
             ``"gist"`` if the model was trained to gist, else ``"attended"`` for a decoder and ``"first"`` for an
             encoder-decoder.
-        held_out: inputs to measure with; None to keep a fifth of the inputs for this, at most 20.
-        num_answers: answers to learn from; inputs are repeated, each time with another answer. None for as many as
-            there are inputs, and at least 200.
+        held_out: inputs to measure with, which are not learned from; None to keep a fifth of the inputs for this, at
+            most 20.
+        num_answers: answers to learn from. If there are fewer inputs they are repeated, each time with another answer;
+            if there are more, a random choice is answered. None for as many as there are inputs, and at least 200.
         max_new_tokens: the largest number of tokens in a sampled answer.
         temperature: for sampling answers.
         top_k: tokens whose probabilities are compared one by one; all others count as one outcome.
@@ -162,12 +163,11 @@ def distill(
         The gist, and how it compares with the full prompt on held-out inputs.
 
     Raises:
-        GistError: the model is not patched; the prompt or ``inputs`` is empty; k is not in 1 to the prompt's length; a
-            text with its answer exceeds the model's positions; a setting is out of range; or the directory belongs to
-            another distillation.
+        GistError: the model is not patched; the prompt or ``inputs`` is empty, or ``held_out`` holds all of them; k is
+            not in 1 to the prompt's length; a text with its answer exceeds the model's positions; a setting is out of
+            range; or the directory belongs to another distillation.
     """
     family = require_patched(model, tokenizer)
-    check_count("num_gist_tokens", num_gist_tokens)
     num_prompt_tokens = _num_prompt_tokens(tokenizer, prompt, num_gist_tokens)
     if start is None:
         is_trained = trained_num_gist_tokens(model) is not None
@@ -208,9 +208,11 @@ def distill(
     learned, measured = _split(inputs, held_out, seed)
     number = max(len(learned), _FEWEST_ANSWERS) if num_answers is None else num_answers
     pairs = [(prompt, input) for input in measured]
+    if number < len(learned):
+        learned = random.Random(f"{seed} order").sample(learned, number)
     pairs += [(prompt, learned[row % len(learned)]) for row in range(number)]
 
-    answers = folder.read_answers(prompt)
+    answers = folder.read_answers(pairs)
     if answers is None:
         with clock.phase("answers", len(pairs)) as advance:
             answers = sample_answers(model, tokenizer, pairs, batch_size=64, progress=advance, **sampling)
@@ -250,7 +252,7 @@ def distill(
         "held_out_inputs": len(measured),
     }
     quality = {
-        "kept": found["gist"].kept(found["none"]),
+        "kept_against_no_prompt": found["gist"].kept(found["none"]),
         **found["gist"].summary(),
         "control": "no prompt",
         "control_kl_median": found["none"].median,
@@ -264,12 +266,26 @@ def _num_prompt_tokens(tokenizer: GistTokenizer, prompt: str, num_gist_tokens: i
     if not isinstance(prompt, str):
         raise GistError(f"prompt must be one text, got {type(prompt).__name__}")
     number = tokenizer.encode_prompts([prompt], 1)[0].num_prompt_tokens
-    if num_gist_tokens >= number:
-        raise GistError(
-            f"num_gist_tokens must be less than the prompt's {number} tokens, got {num_gist_tokens}; a prompt this "
-            "short need not be compressed"
-        )
+    check_k(num_gist_tokens, number)
     return number
+
+
+def check_k(num_gist_tokens: int, num_prompt_tokens: int) -> None:
+    """Raise unless a gist is shorter than its prompt.
+
+    Args:
+        num_gist_tokens: k.
+        num_prompt_tokens: the number of the prompt's tokens.
+
+    Raises:
+        GistError: k is no number of tokens, or not less than the prompt's.
+    """
+    check_count("num_gist_tokens", num_gist_tokens)
+    if num_gist_tokens >= num_prompt_tokens:
+        raise GistError(
+            f"num_gist_tokens must be less than the prompt's {num_prompt_tokens} tokens, got {num_gist_tokens}; a "
+            "prompt this short need not be compressed"
+        )
 
 
 def _texts(name: str, texts: Sequence[str], fewest: int) -> list[str]:
@@ -320,9 +336,15 @@ def _self_study(
 
 
 def _split(inputs: Sequence[str], held_out: Sequence[str] | None, seed: int) -> tuple[list[str], list[str]]:
-    """Inputs to learn from, and inputs to measure with; the same text is never in both."""
+    """Inputs to learn from, and different inputs to measure with; the same text is never in both."""
     if held_out is not None:
-        return list(inputs), list(held_out)
+        measured = list(dict.fromkeys(held_out))
+        learned = [input for input in inputs if input not in measured]
+        if not learned:
+            raise GistError(
+                "held_out holds every one of the inputs, so none is left to learn from; leave some of them out"
+            )
+        return learned, measured
     distinct = list(dict.fromkeys(inputs))
     random.Random(seed).shuffle(distinct)
     number = max(1, min(_NUM_HELD_OUT, len(distinct) // 5))

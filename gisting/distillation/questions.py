@@ -6,7 +6,10 @@ learning from such conversations self-study.
 
 from __future__ import annotations
 
+import itertools
+import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +67,16 @@ def write_questions(
         GistError: the model wrote fewer than 8 that can be used, or a part of the prompt exceeds its positions.
     """
     parts = parts_of(prompt)
-    about = [form.format(part=part) for form in _ABOUT for part in parts]
     ordinary = [_ORDINARY.format(kind=kind, topic=topic) for kind in _KINDS for topic in _TOPICS]
+    # A long prompt has more parts than questions are wanted: a random choice of them is asked about.
+    draw = random.Random(seed)
+    draw.shuffle(parts)
+    draw.shuffle(ordinary)
+    about = [
+        _ABOUT[(turn + place) % len(_ABOUT)].format(part=part)
+        for turn in range(len(_ABOUT))
+        for place, part in enumerate(parts)
+    ]
     wanted = {"about": number - number // 3, "ordinary": number // 3}
     requests = [
         about[row % len(about)] if kind == "about" else ordinary[row % len(ordinary)]
@@ -82,22 +93,26 @@ def write_questions(
         batch_size=batch_size,
         progress=progress,
     )
-    found: dict[str, str] = {}
-    first = 0
-    for count in wanted.values():
-        kept = 0
-        for answer in written[first : first + _MARGIN * count]:
+    found: list[str] = []
+    seen: set[str] = set()
+    answers = iter(written)
+    for count, period in zip(wanted.values(), (len(parts), len(ordinary)), strict=True):
+        usable: list[tuple[int, str]] = []  # questions, with how many of the same part come before
+        turns: Counter[int] = Counter()
+        for row, answer in enumerate(itertools.islice(answers, _MARGIN * count)):
             text = _cleaned(answer.output)
-            if text is not None and kept < count and text.lower() not in found:
-                found[text.lower()] = text
-                kept += 1
-        first += _MARGIN * count
+            if text is not None and text.lower() not in seen:
+                seen.add(text.lower())
+                usable.append((turns[row % period], text))
+                turns[row % period] += 1
+        usable.sort(key=lambda one: one[0])  # one of each part first
+        found += [text for _, text in usable[:count]]
     if len(found) < min(_FEWEST, number):
         raise GistError(
             f"the model wrote {len(found)} questions that can be used, which are too few: it may not follow "
             "instructions; give inputs"
         )
-    return list(found.values())
+    return found
 
 
 def parts_of(prompt: str) -> list[str]:

@@ -115,8 +115,8 @@ def train_slots(
         report: called with the number of steps done, and after a measurement with it.
 
     Returns:
-        The slots, and all measurements; the first is that of the start. If training stopped early, the slots are those
-        of the lowest median divergence.
+        The slots, and all measurements; the first is that of the start. If the last measurements, ``patience`` of
+        them, did not lower the median divergence, the slots are those of the lowest; else those of the last step.
 
     Raises:
         GistError: the divergence is not finite.
@@ -242,7 +242,7 @@ class _Run:
 
     def result(self) -> GistCache:
         with torch.no_grad():
-            return self.slots(self.best) if self.is_over and self.step < self.schedule.steps else self.cache()
+            return self.slots(self.best) if self.is_over else self.cache()
 
     def save(self, path: Path) -> None:
         state = {

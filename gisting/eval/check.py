@@ -23,8 +23,8 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from gisting.cache import GistCache
-from gisting.errors import GistError
-from gisting.eval.divergence import Divergence, FirstTokens, Source, ask_teacher, measure_divergence
+from gisting.errors import CacheMismatchError, GistError
+from gisting.eval.divergence import Divergence, FirstTokens, Source, ask_teacher, check_source, measure_divergence
 from gisting.eval.spans import Span, find_spans
 from gisting.generation import check_origin, compress, generate
 from gisting.generation.checks import listed
@@ -44,6 +44,7 @@ __all__ = [
     "GistCheck",
     "GistChecker",
     "check_at_least",
+    "check_caches",
     "check_gist",
     "counts_to_try",
     "smallest_gist",
@@ -228,8 +229,7 @@ class GistChecker:
         temperature: of the sampled answers; 1 is the model's own distribution.
         seed: of the sampled answers.
         batch_size: how many answers to run at once.
-        progress: called with the number of answers run since the last call; in all :attr:`num_steps`, and
-            :attr:`num_steps_each` in each check.
+        progress: called with the number of answers run since the last call; in all :meth:`num_steps`.
 
     Raises:
         GistError: the prompt is empty, there are too few inputs, or the texts do not fit the model.
@@ -276,20 +276,17 @@ class GistChecker:
         self._controls: dict[Any, Divergence] = {}
 
     @staticmethod
-    def num_steps(prompt: str, inputs: Sequence[str] | None) -> int:
-        """Return how many answers are run before the first check.
+    def num_steps(prompt: str, inputs: Sequence[str] | None, num_checks: int = 0) -> int:
+        """Return how many answers are run before the first check, and in checks.
 
         Args:
             prompt: the text of the prompt.
             inputs: as for the class.
+            num_checks: the number of checks, of gists of different k. No prompt is measured in the first alone.
         """
         spans = len(find_spans(prompt))
-        return 4 * (len(INPUTS) + spans if inputs is None else len(inputs)) + spans
-
-    @property
-    def num_steps_each(self) -> int:
-        """How many answers a check runs."""
-        return 5 * len(self.inputs) + len(self.spans)
+        number = len(INPUTS) + spans if inputs is None else len(inputs)
+        return (1 + num_checks) * (4 * number + spans) + (number if num_checks else 0)
 
     def check(self, cache: GistCache, swapped: GistCache | str | None = None) -> GistCheck:
         """Check one gist of the prompt.
@@ -306,10 +303,7 @@ class GistChecker:
             GistError: a cache holds several prompts, a conversation or nothing.
             CacheMismatchError: a cache belongs to another model, tokenizer or template.
         """
-        for name, given in (("cache", cache), ("swapped", swapped)):
-            if isinstance(given, GistCache) and len(given) != 1:
-                raise GistError(f"{name} must hold one prompt, got {len(given)}; select it: cache[0]")
-        check_origin(self.model, self.tokenizer, cache)
+        check_caches(self.model, self.tokenizer, cache, swapped)
         k = cache.num_gist_tokens[0]
         other = OTHER_PROMPT if swapped is None else swapped
         if isinstance(other, str):
@@ -346,6 +340,31 @@ class GistChecker:
         return measure_divergence(self.model, self.tokenizer, teacher, source, **run)
 
 
+def check_caches(
+    model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCache, swapped: GistCache | str | None = None
+) -> None:
+    """Raise unless :meth:`GistChecker.check` can check ``cache`` beside ``swapped``.
+
+    Args:
+        model: a patched model.
+        tokenizer: the tokenizer it was patched for.
+        cache: the gist.
+        swapped: the gist of another prompt; a text or None is not checked.
+
+    Raises:
+        GistError: a cache holds several prompts, a conversation or nothing.
+        CacheMismatchError: a cache belongs to another model, tokenizer or template, or has another dtype or device.
+    """
+    for name, given in (("cache", cache), ("swapped", swapped)):
+        if not isinstance(given, GistCache):
+            continue
+        check_source(given, name)
+        try:
+            check_origin(model, tokenizer, given)
+        except CacheMismatchError as error:
+            raise error if name == "cache" else CacheMismatchError(f"{name}: {error}") from error
+
+
 def check_gist(
     model: PreTrainedModel,
     tokenizer: GistTokenizer,
@@ -379,7 +398,7 @@ def check_gist(
         CacheMismatchError: the cache belongs to another model, tokenizer or template.
     """
     # Before answers are sampled, which takes time.
-    check_origin(model, tokenizer, cache)
+    check_caches(model, tokenizer, cache, swapped)
     return GistChecker(model, tokenizer, prompt, inputs, **settings).check(cache, swapped)
 
 

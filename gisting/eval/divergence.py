@@ -38,7 +38,17 @@ from gisting.tokens import GistTokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Divergence", "FirstTokens", "Source", "Teacher", "ask_teacher", "is_loop", "lay_out", "measure_divergence"]
+__all__ = [
+    "Divergence",
+    "FirstTokens",
+    "Source",
+    "Teacher",
+    "ask_teacher",
+    "check_source",
+    "is_loop",
+    "lay_out",
+    "measure_divergence",
+]
 
 # The caller never sees these states, and the fingerprint of a large model takes time.
 _NOBODY = CacheOrigin("", "", "", "prompt")
@@ -134,7 +144,8 @@ class Divergence:
 
     Args:
         kl: the mean KL divergence from the full prompt over the tokens of each answer, in nats a token.
-        agreement: the share of each answer's tokens at which the likeliest token is that of the full prompt, in 0..1.
+        agreement: the share of each answer's tokens at which the likeliest token of the full prompt is the likeliest
+            here too, or as likely as it, in 0..1.
         parts_at: the place, from 0, of the first token of each answer at which it is not; None if there is none.
         num_tokens: the number of tokens of each answer.
         is_loop: whether each answer repeats itself (:func:`is_loop`).
@@ -288,7 +299,8 @@ def measure_divergence(
             expected = Likeliest(*(tensor.to(part.device) for tensor in teacher.likeliest[row]))
             expected = expected._replace(tokens=expected.tokens.long())
             kl[row] = kl_from(part, expected).mean().item()
-            agrees[row] = (part.argmax(-1) == expected.tokens[:, 0]).tolist()
+            # Not argmax, because in 16 bits several tokens are often the likeliest, and each function takes its own.
+            agrees[row] = (part.gather(-1, expected.tokens[:, :1])[:, 0] >= part.amax(-1)).tolist()
         if progress is not None:
             progress(len(rows))
     order = range(len(teacher))
@@ -299,6 +311,23 @@ def measure_divergence(
         [len(answer.token_ids) for answer in teacher.answers],
         [is_loop(answer.token_ids) for answer in teacher.answers],
     )
+
+
+def check_source(source: GistCache, name: str = "source") -> None:
+    """Raise unless a cache can stand for a prompt.
+
+    Args:
+        source: the cache.
+        name: what errors call it.
+
+    Raises:
+        GistError: it has several prompts, holds a conversation or is of the condition ``"negative"``.
+    """
+    if len(source) != 1:
+        raise GistError(f"{name} must hold one prompt, got {len(source)}; select it: cache[0]")
+    if source.has_answers or source.origin.condition == "negative":
+        what = "a conversation" if source.has_answers else "no prompt"
+        raise GistError(f"{name} must be a compressed prompt, got a cache of {what}; compress the prompt")
 
 
 def lay_out(
@@ -324,11 +353,7 @@ def lay_out(
         return None, plain_sources(tokenizer, [""] * len(inputs), inputs)
     after = tokenizer.encode_continuations(inputs)
     if isinstance(source, GistCache):
-        if len(source) != 1:
-            raise GistError(f"source must hold one prompt, got {len(source)}; select it: cache[0]")
-        if source.has_answers or source.origin.condition == "negative":
-            what = "a conversation" if source.has_answers else "no prompt"
-            raise GistError(f"source must be a compressed prompt, got a cache of {what}; compress the prompt")
+        check_source(source)
         return source, after
     ids = tokenizer.encode_prompts([prompt], 1)[0].chunks[0]
     k = source.num_tokens

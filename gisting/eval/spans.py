@@ -19,8 +19,9 @@ _QUESTION = 'Which exact words of your instructions belong in the gap "____" her
 _SPAN = re.compile(
     r"(?:https?://|www\.)[^\s<>\"'()\[\]]*[^\s<>\"'()\[\].,;:!?]"  # web addresses
     r"|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"  # mail addresses
+    r"|(?<![\w.])[+(]?\d[\d ()-]{6,}\d(?!\w|[:.,/]\d)"  # telephone numbers
     r"|[$€£]?(?<![\w.])\d+(?:[.,:/-]\d+)*(?:\s?%|\s?[ap]m\b)?"  # numbers, times, dates, prices
-    r"|[A-Z][\w'-]+(?: (?:(?:&|of|the|de|van) )*[A-Z][\w'-]+)+"  # names of several words
+    r"|(?<!\w)[A-Z][\w'-]+(?: (?:(?:&|of|the|de|van) )*[A-Z][\w'-]+)+"  # names of several words
     r"|(?<=[a-z,;:\"] )[A-Z][\w'-]+"  # a name within a sentence
 )
 _LIST_MARKER = re.compile(r"^[ \t]*(?:\d+[.)]|[-*])[ \t]+", flags=re.MULTILINE)
@@ -78,6 +79,7 @@ def _spans(prompt: str) -> Iterator[Span]:
             shown = sentence[start : match.end() + _LONGEST // 2]
             gapped = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", _GAP, shown)
             span = Span(text, _QUESTION.format(text=gapped.strip()))
-            # What the question says elsewhere needs no prompt, and a few words do not say what is asked for.
-            if not span.is_in(gapped) and len(gapped.split()) > _FEWEST_WORDS:
+            # What the question says elsewhere needs no prompt, and a few words do not say what is asked for. There is
+            # no gap for a part of a word, such as the number in 24h.
+            if _GAP in gapped and not span.is_in(gapped) and len(gapped.split()) > _FEWEST_WORDS:
                 yield span

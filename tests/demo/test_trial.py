@@ -101,6 +101,17 @@ def test_museum_with_an_adapter(
     assert result.trial.divergence["start"]["kl_median"] > 0
 
 
+def test_a_model_of_the_hub_has_no_directory_to_link_to(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = museum.load
+    monkeypatch.setattr(museum, "load", lambda name, *arguments, **options: load(checkpoint, *arguments, **options))
+    shown = io.StringIO()
+    run_museum(tmp_path, model="org/name", console=Console(file=shown, width=80), **QUICK)
+    assert "gisting chat org/name --cache" in shown.getvalue()
+    assert not (tmp_path / "model").is_symlink()
+
+
 def test_verdicts_are_printed_for_every_column(checkpoint: Path) -> None:
     model, tokenizer = gisting.load(checkpoint, "chat")
     shown = io.StringIO()
@@ -154,6 +165,24 @@ def test_what_cannot_be_tried(checkpoint: Path, questions: list[Question], input
         run_trial(model, tokenizer, "a b c d e f", questions, inputs=inputs, **QUICK)
 
 
+def test_a_short_prompt_takes_fewer_tokens_than_it_has(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a k that is no less is refused before anything is answered."""
+    model, tokenizer = gisting.load(checkpoint, "chat")
+    number = tokenizer.encode_prompts(["a b"], 1)[0].num_prompt_tokens
+    assert 2 < number <= 16
+    settings = {name: value for name, value in QUICK.items() if name != "num_gist_tokens"}
+    console, asked = Console(file=io.StringIO()), {"questions": [Question("hello")], "inputs": ["one", "two"]}
+    found = run_trial(model, tokenizer, "a b", **asked, console=console, **settings)
+    assert found.num_gist_tokens == found.cache.num_slots == number - 1
+    monkeypatch.setattr("gisting.demo.trial.distill", None)
+    monkeypatch.setattr("gisting.demo.trial.compress", None)
+    monkeypatch.setattr("gisting.demo.trial.trained_num_gist_tokens", lambda model: (1, 16))
+    with pytest.raises(
+        GistError, match=f"num_gist_tokens must be less than the prompt's {number} tokens, got {number}"
+    ):
+        run_trial(model, tokenizer, "a b", **asked, num_gist_tokens=number, console=console, **settings)
+
+
 def test_the_adapter_is_for_its_base_model_only(
     checkpoint: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -205,6 +234,8 @@ def test_try_on_a_model_without_a_gist(run, checkpoint: Path, tmp_path: Path, mo
         ("--prompt a --input a --inputs few.txt", "few.txt must hold at least two different questions"),
         ("--prompt a --inputs few.txt", "few.txt must hold at least two different questions"),
         ("--prompt a --inputs none.txt", "none.txt"),
+        ("--prompt a --input a --output missing/x.st", "missing is not a directory; make it first"),
+        ("--prompt a --input a --output few.txt", "few.txt exists already; remove it, or name another output"),
     ],
 )
 def test_mistakes_in_try(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:

@@ -47,7 +47,7 @@ def test_from_files_to_a_gist(run, folder: Path) -> None:
     about = cache.about[0]
     assert about is not None
     assert about["distilled"]["answers"] == 8
-    assert set(about["quality"]) >= {"kept", "kl_median", "agreement"}
+    assert set(about["quality"]) >= {"kept_against_no_prompt", "kl_median", "agreement"}
     model, tokenizer = gisting.load("model", "plain")
     assert gisting.generate(model, tokenizer, ["w1"], cache=cache, max_new_tokens=2)
     assert len((folder / "x.gist.safetensors.distill" / "answers.jsonl").read_text().splitlines()) == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import gisting
 from gisting import GistCache, GistError
+from gisting.cache import kept_share
 from gisting.distillation import Distilled, Progress, distill, slots
 from gisting.distillation.starts import STARTS, make_start
 from gisting.eval.divergence import ask_teacher
@@ -20,6 +22,7 @@ from gisting.models.adapters import Adapter, attach
 from gisting.models.fingerprint import base_fingerprint
 from tests import tiny
 
+distill_module = importlib.import_module("gisting.distillation.distill")  # the package has a function of this name
 PROMPT = " ".join(f"w{number}" for number in range(3, 15))
 INPUTS = [tiny.words(1 + number % 4, 40 + number) for number in range(10)]
 QUICK = {"num_answers": 16, "max_new_tokens": 6, "steps": 24, "batch_size": 8, "evaluate_every": 8}
@@ -29,7 +32,8 @@ FAMILIES = ["llama", "t5", *tiny.slow_but(["qwen2-window", "gemma2", "smollm3", 
 
 def made(name: str = "llama", k: int = 4, **settings: Any) -> tuple[Distilled, Any, Any]:
     model, tokenizer = tiny.patched(name)
-    return distill(model, tokenizer, PROMPT, INPUTS, k, **{**QUICK, **settings}), model, tokenizer
+    settings = {"inputs": INPUTS, **QUICK, **settings}
+    return distill(model, tokenizer, PROMPT, num_gist_tokens=k, **settings), model, tokenizer
 
 
 def same(a: GistCache, b: GistCache) -> bool:
@@ -37,11 +41,12 @@ def same(a: GistCache, b: GistCache) -> bool:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_divergence_falls(name: str) -> None:
+def test_the_divergence_falls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below the start's, below the prompt's first tokens, and below no prompt. Random models do not generalise, so it
     is measured with other answers to the inputs that were learned.
     """
-    found, _, _ = made(name, steps=60, evaluate_every=20, patience=9, held_out=INPUTS)
+    monkeypatch.setattr(distill_module, "_split", lambda inputs, held_out, seed: (inputs, inputs))
+    found, _, _ = made(name, steps=60, evaluate_every=20, patience=9)
     gist = found.held_out["gist"]
     assert gist.mean < 0.7 * found.history[0].held_out.mean
     assert gist.mean < 0.7 * found.held_out["first"].mean
@@ -130,7 +135,8 @@ def test_stores_and_storages_keep_it(tmp_path: Path) -> None:
             "seed": 0,
             "held_out_inputs": 2,
         }
-        assert about["quality"]["kept"] == pytest.approx(found.kept, abs=1e-4)
+        assert about["quality"]["kept_against_no_prompt"] == pytest.approx(found.kept, abs=1e-4)
+        assert kept_share(about) is None, "which `gisting check` measures, against the gist of another prompt too"
 
 
 def test_it_is_not_chained() -> None:
@@ -224,6 +230,41 @@ def test_training_that_does_not_help_stops_at_the_best() -> None:
     assert [one.step for one in found.history] == [0, 4]
     start = made(steps=1, key_rate=0.0, value_rate=0.0)[0].cache
     assert all(torch.allclose(a, b) for a, b in zip(found.cache.values, start.values, strict=True))
+    last, _, _ = made(key_rate=1.0, value_rate=1.0, patience=1, evaluate_every=4, average=0, steps=4)
+    assert [one.step for one in last.history] == [0, 4], "the last step is where patience ends"
+    assert same(last.cache, found.cache)
+    assert last.held_out["gist"].median == pytest.approx(last.history[0].held_out.median, rel=1e-4)
+
+
+def test_held_out_inputs_are_not_learned(tmp_path: Path) -> None:
+    """Nor measured twice."""
+    made(held_out=[*INPUTS[:3], INPUTS[1], "w1 w2"], directory=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    used = {use: [line["input"] for line in lines if line["use"] == use] for use in ("held-out", "training")}
+    assert used["held-out"] == [*INPUTS[:3], "w1 w2"]
+    assert set(used["training"]) == set(INPUTS[3:])
+    with pytest.raises(GistError, match=r"held_out holds every one of the inputs.*leave some of them out"):
+        made(held_out=[*INPUTS, "w1"])
+
+
+def test_fewer_answers_than_inputs_are_spread_over_the_inputs(tmp_path: Path) -> None:
+    """A random few, not the first of a file that may be sorted."""
+    inputs = [tiny.words(3, number) for number in range(100)]
+    found, _, _ = made(num_answers=10, steps=1, directory=tmp_path, inputs=inputs)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    places = [inputs.index(line["input"]) for line in lines if line["use"] == "training"]
+    assert len(set(places)) == len(places) == 10
+    assert max(places) > 50
+    assert found.to_row()["inputs"] == 10
+
+
+def test_answers_of_other_inputs_are_named(tmp_path: Path) -> None:
+    """Such as those of a version that took other inputs with the same settings."""
+    made(directory=tmp_path)
+    path = tmp_path / "answers.jsonl"
+    path.write_text(path.read_text().replace(f'"input": "{INPUTS[4]}"', '"input": "w1"'))
+    with pytest.raises(GistError, match=r"holds answers to other inputs; remove it"):
+        made(directory=tmp_path)
 
 
 # -- starts ------------------------------------------------------------------------------------------------------------

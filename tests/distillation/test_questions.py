@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -52,6 +54,31 @@ def test_two_thirds_are_about_the_parts(monkeypatch: pytest.MonkeyPatch) -> None
     for part in parts_of(PROMPT):
         assert sum(part in request for request in requests) >= 8
     assert sum("an assistant" in request and '"' not in request for request in requests) == 8
+
+
+@pytest.mark.parametrize("num_parts", [5, 100])
+def test_no_part_of_the_prompt_is_left_out(num_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long prompt, parts from everywhere are asked about; of a short one all, and equally often."""
+    writer = Written(["Is it #?", "", "Is it # again?", "What is #?", "Why #?", "How #?", "Who #?"])
+    monkeypatch.setattr(questions, "sample_answers", writer)
+    prompt = " ".join(f"Part {number:03} is {'a word ' * 15}long." for number in range(num_parts))
+    found = write_questions(*tiny.patched("llama"), prompt, 96)
+    assert len(found) == 96
+    rows = [int(re.findall(r"\d+", text)[0]) for text in found]
+    requests = [writer.pairs[row][1] for row in rows[:64]]
+    places = Counter(int(re.findall(r"Part (\d+)", request)[0]) for request in requests)
+    if num_parts == 100:
+        assert len(places) == 64
+        assert max(places) > 80
+    else:
+        assert set(places) == set(range(5))
+        assert max(places.values()) - min(places.values()) <= 1
+    assert all(20 < sum(words in request for request in requests) < 44 for words in ("question", "request"))
+    ordinary = " ".join(writer.pairs[row][1] for row in rows[64:])
+    assert all(f"short {kind} about" in ordinary for kind in ("question", "request", "message"))
+    requests, writer.pairs = writer.pairs, []
+    write_questions(*tiny.patched("llama"), prompt, 96)
+    assert writer.pairs == requests, "the seed decides"
 
 
 def test_too_few_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,18 @@ def test_another_template_or_model_is_refused_before_anything_is_sampled(
     cache = gisting.compress(gisting.patch(tiny.model("llama"), tokens), tokens, [PROMPT], 3)
     with pytest.raises(CacheMismatchError, match="template"):
         check_gist(*made, cache, PROMPT, INPUTS, **FEW)
+    own = gisting.compress(*made, [PROMPT], 3)
+    with pytest.raises(CacheMismatchError, match=r"swapped: cache.*template"):
+        check_gist(*made, own, PROMPT, INPUTS, swapped=cache, **FEW)
+    with pytest.raises(CacheMismatchError, match=r"swapped: cache has dtype torch\.bfloat16"):
+        check_gist(*made, own, PROMPT, INPUTS, swapped=own.to(dtype=torch.bfloat16), **FEW)
+    two = gisting.compress(*made, [PROMPT, OTHER], 3)
+    for caches, name in (((two, None), "cache"), ((own, two), "swapped")):
+        with pytest.raises(GistError, match=rf"{name} must hold one prompt, got 2"):
+            check_gist(*made, caches[0], PROMPT, INPUTS, swapped=caches[1], **FEW)
+    none = gisting.compress(*made, [PROMPT], 1, condition="negative")
+    with pytest.raises(GistError, match="swapped must be a compressed prompt, got a cache of no prompt"):
+        check_gist(*made, own, PROMPT, INPUTS, swapped=none, **FEW)
 
 
 @pytest.mark.parametrize("name", ["t5", "qwen2-window"])
@@ -113,7 +126,7 @@ def test_other_models(name: str) -> None:
 def test_the_same_seed_gives_the_same_and_every_step_is_counted(made: tuple[Any, Any]) -> None:
     cache, steps = gisting.compress(*made, [PROMPT], 3), []
     one = check_gist(*made, cache, PROMPT, INPUTS, swapped=OTHER, progress=steps.append, **FEW)
-    assert sum(steps) == GistChecker.num_steps(PROMPT, INPUTS) + 5 * len(INPUTS)
+    assert sum(steps) == GistChecker.num_steps(PROMPT, INPUTS, 1) == 9 * len(INPUTS)
     assert check_gist(*made, cache, PROMPT, INPUTS, swapped=OTHER, **FEW) == one
     assert check_gist(*made, cache, PROMPT, INPUTS, swapped=OTHER, seed=1, **FEW).gist.kl != one.gist.kl
 
@@ -339,6 +352,92 @@ def test_check_refuses_in_one_line(checked: Any, words: tuple[str, ...], message
     assert done.code == 1
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--cache", "two.st"), "cache must hold one prompt, got 2"),
+        (("--cache", "one.st", "--swapped-cache", "two.st"), "swapped must hold one prompt, got 2"),
+        (("--cache", "one.st", "--swapped-cache", "half.st"), "swapped: cache has dtype torch.bfloat16"),
+    ],
+)
+def test_check_refuses_caches_before_anything_is_sampled(
+    checked: Any, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    two = GistCache.cat([GistCache.load("one.st")] * 2)
+    two.save("two.st")
+    two[0].to(dtype=torch.bfloat16).save("half.st")
+    monkeypatch.setattr(check_module, "sample_answers", None)
+    done = checked(*CHECK, *words)
+    assert done.code == 1
+    assert message in done.err
+
+
+def test_inputs_are_read_as_distil_reads_them(checked: Any) -> None:
+    """Blank and repeated lines are no inputs; JSONL is taken."""
+    lines = ["a b c", "d e", "f g h", "h g"]
+    Path("blank.txt").write_text("\n\n".join([*lines, lines[0]]) + "\n\n")
+    Path("rows.jsonl").write_text("".join(json.dumps({"input": line, "output": "x"}) + "\n" for line in lines))
+    rows = []
+    for name in ("blank.txt", "rows.jsonl"):
+        done = checked(*CHECK, "--cache", "one.st", "--no-save", "--json", "--inputs", name)
+        assert done.code == 0, done.err
+        rows.append(json.loads(done.out))
+    assert rows[0] == rows[1]
+    assert rows[0]["gist"]["num_answers"] == 4
+    words = ("compress", "runs/demo", "--prompt", "write capitals", "--output", "x.st", "--at-least", "0.01")
+    done = checked(*words, "--inputs", "empty.jsonl")
+    assert "empty.jsonl" in done.err
+
+
+def test_the_bars_count_every_answer(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[list[int]] = []
+
+    @contextmanager
+    def bar(name: str, total: int) -> Any:
+        bars.append([total, 0])
+
+        def advance(count: int) -> None:
+            bars[-1][1] += count
+
+        yield advance
+
+    monkeypatch.setattr("gisting.cli.check.progress_bar", bar)
+    monkeypatch.setattr("gisting.cli.caches.progress_bar", bar)
+    monkeypatch.setattr(check_module, "counts_to_try", lambda model, num_tokens: [1, 2])
+    monkeypatch.setattr(check_module, "find_spans", lambda prompt: [Span("a", "b c"), Span("d", "e")])
+    assert checked(*CHECK, "--cache", "one.st", "--inputs", "inputs.txt").code == 0
+    words = ("compress", "runs/demo", "--prompt", "write capitals", "--inputs", "inputs.txt", "--at-least", "1")
+    assert checked(*words, "--output", "two.st").code == 1
+    assert bars[0] == [4 * 4 + 2 + 5 * 4 + 2] * 2
+    assert bars[1] == [4 * 4 + 2 + 2 * (4 * 4 + 2) + 4] * 2, "no prompt is measured once for all k"
+
+
+def test_a_prompt_without_effect_is_told_in_a_sentence(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GistCheck, "kept_against", lambda found, control: None)
+    failed = checked(*CHECK, "--cache", "one.st", "--inputs", "inputs.txt", "--at-least", "0.9")
+    assert failed.code == 1
+    expected = (
+        "error: these inputs show no effect of the prompt, so nothing can be kept of it; give inputs whose answers "
+        "depend on the prompt"
+    )
+    assert expected in " ".join(failed.err.split())
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_figures_that_cannot_be_saved_are_printed(
+    checked: Any, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(GistCache, "save", full)
+    done = checked(*CHECK, "--cache", "one.st", "--inputs", "inputs.txt", *more)
+    assert done.code == 1
+    assert "no space left" in done.err
+    assert "saved in" not in done.err
+    assert json.loads(done.out)["saved_in"] is None if more else "of what the prompt does" in done.out
 
 
 def test_compress_at_least(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div
 import gisting
 from gisting import GistError
 from gisting.errors import CacheMismatchError
+from gisting.eval import divergence
 from gisting.eval.divergence import (
     Divergence,
     FirstTokens,
@@ -102,6 +103,24 @@ def test_the_full_prompt_has_no_divergence() -> None:
     none = measure_divergence(model, tokenizer, teacher, None)
     assert found.kept(none) == pytest.approx(1, abs=1e-3)
     assert none.kept(none) == 0
+
+
+def test_ties_are_not_disagreements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits many logits are equal, and topk and argmax take different ones of them for the first."""
+    runs = divergence._runs
+
+    def tied(*arguments: Any) -> Any:
+        yield from ((rows, logits.mul(2).round().bfloat16()) for rows, logits in runs(*arguments))
+
+    monkeypatch.setattr(divergence, "_runs", tied)
+    model, tokenizer = tiny.patched("llama")
+    teacher = ask_teacher(model, tokenizer, answers(60))
+    tops = torch.cat([one.log_probs for one in teacher.likeliest])
+    assert (tops[:, 0] == tops[:, 1]).sum() > 20
+    prompt = full_prompt_cache(model, tokenizer, PROMPT, gisting.compress(model, tokenizer, [PROMPT], 1).origin)
+    found = measure_divergence(model, tokenizer, teacher, prompt)
+    assert found.mean_agreement == found.share_identical == 1
+    assert measure_divergence(model, tokenizer, teacher, None).mean_agreement < 1
 
 
 def test_the_teacher_survives_a_file(tmp_path: Path) -> None:

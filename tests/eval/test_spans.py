@@ -42,6 +42,26 @@ def test_nothing_to_ask_for(prompt: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "spans"),
+    [
+        ("We sell what eBay Inc sold to us before.", ["Inc"]),
+        ("The desk is open for 24h on all of the days.", []),
+        ("It starts on 2026-05-31 10:30 and everybody may come.", ["2026-05-31", "10:30"]),
+        ("Write to McDonald Smith before you do it.", ["McDonald Smith"]),
+        ("Call us at +44 117 496 0123 on all of the days.", ["+44 117 496 0123"]),
+        ("Call us at (0117) 496-0123 or come to the shop.", ["(0117) 496-0123"]),
+        ("The shop opens at 9:30 and closes at 12 on these days.", ["9:30", "12"]),
+        ("Open since 2026-05-31, and until 100 people came.", ["2026-05-31", "100"]),
+    ],
+)
+def test_spans_are_whole(prompt: str, spans: list[str]) -> None:
+    """No parts of words or telephone numbers, and a gap in every question."""
+    found = find_spans(prompt)
+    assert [span.text for span in found] == spans
+    assert all(f'"{span.question.split(chr(34))[3]}'.count("____") == 1 for span in found)
+
+
+@pytest.mark.parametrize(
     ("text", "answer", "is_found"),
     [
         ("30", "Within 30 days.", True),

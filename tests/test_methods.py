@@ -558,7 +558,7 @@ def test_plain_peft_does_not_read_gist_only_lora(tmp_path: Path) -> None:
     assert not torch.allclose(logits(everywhere)[..., :size], logits(model)[..., :size], atol=1e-3)
 
 
-def test_gist_only_lora_of_earlier_versions_is_read(tmp_path: Path) -> None:
+def test_gist_only_lora_of_earlier_versions_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files had peft's names. Saving it again removes them."""
     model, tokenizer, out = trained(tmp_path, "gist-lora")
     (out / "gist_adapter.safetensors").rename(out / "adapter_model.safetensors")
@@ -568,6 +568,15 @@ def test_gist_only_lora_of_earlier_versions_is_read(tmp_path: Path) -> None:
     loaded, _ = gisting.load(out)
     assert fingerprint(loaded) == fingerprint(model)
     assert not [one for one in doctor.examine_path(out) if one.is_fault]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gisting.models.adapters.save_file", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            gisting.save_pretrained(loaded, tokenizer, out)
+    assert fingerprint(gisting.load(out)[0]) == fingerprint(model)
     gisting.save_pretrained(loaded, tokenizer, out)
     assert {path.name for path in out.glob("*adapter*")} == {"gist_adapter.json", "gist_adapter.safetensors"}
     assert fingerprint(gisting.load(out)[0]) == fingerprint(model)

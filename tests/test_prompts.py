@@ -73,6 +73,8 @@ def test_prompts_of_conversations_and_with_tools(tmp_path: Path) -> None:
         {"prompt": "be brief", "tools": [WEATHER], "name": "b"},
         {"messages": [system], "tools": json.dumps([WEATHER])},
         {"tools": [WEATHER]},
+        {"prompt": None, "messages": None, "conversations": [system], "name": None, "tools": None},
+        {"prompt": "c", "messages": None},
     ]
     path = written(tmp_path, "\n".join(map(json.dumps, items)))
     both, alone = tokenizer.prompt_with_tools("be brief", [WEATHER]), tokenizer.prompt_with_tools(None, [WEATHER])
@@ -82,6 +84,8 @@ def test_prompts_of_conversations_and_with_tools(tmp_path: Path) -> None:
         PromptRecord(both, "b"),
         PromptRecord(both),
         PromptRecord(alone),
+        PromptRecord("be brief"),
+        PromptRecord("c"),
     ]
     with pytest.raises(RecordError, match=r"line 3 has tools or other parts of messages that a chat template lays out"):
         load_prompts(path)
@@ -103,7 +107,7 @@ def test_prompts_of_conversations_and_with_tools(tmp_path: Path) -> None:
         ),
         ('{"messages": ["a"]}', "line 1, message 0 must be an object with role and content, got str"),
         ('{"prompt": 3}', "line 1 must be an object with a non-empty string 'prompt'"),
-        ('{"prompt": "a", "k": 3}', "line 1 has unknown keys k; known are prompt, name and num_gist_tokens"),
+        ('{"prompt": "a", "k": 3}', "line 1 has unknown keys k; known are prompt, messages, tools, name and num"),
         ('{"prompt": "a", "name": 3}', "line 1: 'name' must be a string, got 3"),
         ('{"prompt": "a", "num_gist_tokens": 0}', "'num_gist_tokens' must be a whole number of at least 1, got 0"),
         ('{"prompt": "a", "num_gist_tokens": true}', "must be a whole number of at least 1, got True"),

@@ -21,6 +21,7 @@ from gisting.data.records import records_of, save_records, say_shared, to_record
 from gisting.errors import RecordError
 from gisting.eval.conditions import evaluate
 from gisting.eval.results import evaluate_splits
+from gisting.serving.requests import chat_ids
 from gisting.tokens.text import read_text
 from gisting.train.finetune import finetune, published_arguments
 from tests import tiny
@@ -220,6 +221,10 @@ SYSTEM, USER, ASSISTANT = (
         ),
         ({"instruction": "a", "output": "b", "messages": [USER]}, Record("a", "", "b")),
         ({"messages": [SYSTEM, USER, ASSISTANT], "tools": None}, Record("be brief", "hi", "yo")),
+        ({"messages": None, "conversations": [SYSTEM, USER, ASSISTANT]}, Record("be brief", "hi", "yo")),
+        ({"output": None, "conversations": [SYSTEM, USER, ASSISTANT]}, Record("be brief", "hi", "yo")),
+        ({"instruction": "a", "output": "b", "messages": None, "tools": []}, Record("a", "", "b")),
+        ({"messages": [SYSTEM, {**USER, "weight": 0}, {**ASSISTANT, "weight": 1}]}, Record("be brief", "hi", "yo")),
     ],
 )
 def test_conversations_of_one_question(item: dict, record: Record) -> None:
@@ -264,6 +269,29 @@ def test_a_conversation_is_kept_in_a_file(tmp_path: Path) -> None:
     rows = records_of({"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]})
     save_records(rows, tmp_path / "a.jsonl")
     assert load_records(tmp_path / "a.jsonl") == rows
+
+
+def test_tools_beside_any_layout_are_a_part_of_the_prompt() -> None:
+    tokenizer = GistTokenizer(CHATS["qwen2.5"].tokenizer(), "chat")
+    both, alone = tokenizer.prompt_with_tools("be brief", [WEATHER]), tokenizer.prompt_with_tools(None, [WEATHER])
+    for item in ({"instruction": "be brief", "output": "yo"}, {"prompt": "be brief", "completion": "yo"}):
+        given = {**item, "tools": [WEATHER]}
+        assert records_of(given, tokenizer=tokenizer) == [Record(both, "", "yo")]
+        with pytest.raises(RecordError, match="has tools or other parts of messages"):
+            records_of(given)
+    item = {"prompt": "hi", "completion": "yo", "tools": [WEATHER]}
+    assert records_of(item, needs_instruction=False, tokenizer=tokenizer) == [Record(alone, "hi", "yo")]
+    item = {"input": "hi", "output": "yo", "tools": [WEATHER]}
+    assert records_of(item, tokenizer=tokenizer) == [Record(alone, "hi", "yo")]
+
+
+def test_parts_are_joined_as_a_server_joins_them() -> None:
+    parts = [{"type": "text", "text": text} for text in ("be", "brief")]
+    item = {"messages": [{"role": "system", "content": parts}, USER, ASSISTANT]}
+    tokenizer = GistTokenizer(CHATS["qwen2.5"].tokenizer(), "chat")
+    (record,) = records_of(item)
+    assert record.instruction == "be\nbrief"
+    assert chat_ids(tokenizer, [{"role": "user", "content": parts}]) == tokenizer.encode_continuations(["be\nbrief"])[0]
 
 
 def test_a_column_of_tools_may_have_another_name(tmp_path: Path) -> None:

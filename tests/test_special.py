@@ -218,13 +218,14 @@ def test_a_token_in_parts_is_refused() -> None:
     )
     wrapped = GistTokenizer(tokenizer, "chat")
 
-    def parts(*texts: str) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": [{"text": text} for text in texts]}]
+    def parts(more: dict[str, str], *texts: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{**more, "text": text} for text in texts]}]
 
-    for texts in (("<|im_", "end|>"), ("<|im_ ", " end|>")):
-        with pytest.raises(GistError, match=r"messages spell the special token '<\|im_end\|>' in parts"):
-            wrapped.encode_continuations([parts(*texts)])
-    assert wrapped.encode_continuations([parts("a <|im_end|>", "b")])
+    for more in ({}, {"type": "text"}):
+        for texts in (("<|im_", "end|>"), ("<|im_ ", " end|>")):
+            with pytest.raises(GistError, match=r"messages spell the special token '<\|im_end\|>' in parts"):
+                wrapped.encode_continuations([parts(more, *texts)])
+        assert wrapped.encode_continuations([parts(more, "a <|im_end|>", "b")])
 
 
 # -- everywhere, and the switch ----------------------------------------------------------------------------------------
@@ -281,6 +282,21 @@ def test_what_a_template_wrote_is_read() -> None:
     tokenizer = tiny.tokenizer()
     eos: Any = tokenizer.tokenizer.eos_token_id
     assert tokenizer.encode_continuations([Written(ATTACK)])[0].count(eos) == 1
+
+
+def test_tools_and_system_messages_that_spell_a_token_are_refused() -> None:
+    """What the template writes around them is read as tokens, so what the user wrote would be, too."""
+    tokenizer = GistTokenizer(CHATS["qwen2.5"].tokenizer(), "chat")
+
+    def tools(text: str) -> list[dict[str, Any]]:
+        return [{"type": "function", "function": {"name": "f", "description": text, "parameters": {}}}]
+
+    assert tokenizer.prompt_with_tools("Be brief.", tools("Does it."))
+    for system, text, where in ((ROLE, "", "the system message"), (None, f"It {ROLE}", "a tool")):
+        with pytest.raises(GistError, match=rf"^{where} spells a special token, which would be read as one; remove"):
+            tokenizer.prompt_with_tools(system, tools(text))
+    tokenizer.reads_special_tokens = True
+    assert ROLE in tokenizer.prompt_with_tools(ROLE, tools(""))
 
 
 def test_markers_of_the_template_stay() -> None:

@@ -38,13 +38,14 @@ from gisting.tokens.text import read_text
 if TYPE_CHECKING:
     from gisting.cache import GistCache
     from gisting.data.prompts import PromptRecord
-    from gisting.store import GistStore
+    from gisting.store import GistStore, StoreEntry
     from gisting.tokens import GistTokenizer
 from gisting.measure.progress import progress_bar
 
 __all__ = [
     "compress",
     "generate",
+    "held_entry",
     "held_prompts",
     "inspect",
     "open_store",
@@ -401,6 +402,12 @@ def held_prompts(cache: Path | None, store: Path | None, names: list[str]) -> Gi
         raise GistError("--store needs --name NAME; `gisting store list DIR` shows the names")
     held = open_store(store)
     return held.get([_whole(held, name) for name in names])
+
+
+def held_entry(store: Path, name: str) -> StoreEntry:
+    """Return what a store says about a name, or about a key, of which the beginning is enough."""
+    held = open_store(store)
+    return held.entry(_whole(held, name))
 
 
 def inspect(

@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gisting.cli.caches import held_prompts, open_store, template_for
+from gisting.cli.caches import held_entry, held_prompts, open_store, read_lines, template_for
 from gisting.cli.compare import CacheOption, PromptFileOption, StoreOption, check_text, given_prompt
 from gisting.cli.shared import (
     DeviceOption,
@@ -29,6 +29,7 @@ from gisting.tokens.text import read_text
 
 if TYPE_CHECKING:
     from gisting.eval.check import GistCheck
+    from gisting.store import StoreEntry
 
 __all__ = ["check", "print_check"]
 
@@ -101,6 +102,8 @@ def check(
         raise GistError("give one of --swapped-cache, --swapped-name and --swapped-prompt-file")
     if swapped_name is not None and store is None:
         raise GistError("--swapped-name needs --store; a cache file has no names")
+    # Before it is read: what replaces it meanwhile is not what the figures are about.
+    entry = held_entry(store, name) if store is not None and name is not None and cache is None else None
     held = held_prompts(cache, store, [] if name is None else [name])
     swapped = None if swapped_prompt_file is None else read_text(swapped_prompt_file)
     if swapped_cache is not None or swapped_name is not None:
@@ -126,7 +129,7 @@ def check(
         found = checker.check(held, swapped)
     where = None
     try:
-        where = _save(found, cache, store, name) if save else None
+        where = _save(found, cache, store, entry) if save else None
     finally:  # a file that cannot be written does not take the figures with it
         if as_json:
             print_json({**found.to_row(), "saved_in": where})
@@ -140,7 +143,7 @@ def check(
         raise GistError(f"{_kept_in_words(found)}, less than {at_least:g}; take more gist tokens or the whole prompt")
 
 
-def _save(found: GistCheck, cache: Path | None, store: Path | None, name: str | None) -> str:
+def _save(found: GistCheck, cache: Path | None, store: Path | None, entry: StoreEntry | None) -> str:
     """Write the figures into the file or the store, and return which."""
     from gisting import storage
     from gisting.cache import GistCache
@@ -150,7 +153,9 @@ def _save(found: GistCheck, cache: Path | None, store: Path | None, name: str | 
         kept_as = storage.inspect(cache)["storage"]
         GistCache.load(cache).with_about(quality=quality).save(cache, kept_as)
         return str(cache)
-    open_store(store, is_read_only=False).note(str(name), quality=quality)
+    if entry is not None:
+        held = open_store(store, is_read_only=False)
+        held.note(entry.name or entry.key, expected_sha256=entry.sha256, quality=quality)
     return str(store)
 
 

@@ -13,7 +13,16 @@ from typing import Any
 from gisting.errors import GistError, RecordError
 from gisting.tokens import ChatTemplate, GistTokenizer, Message
 
-__all__ = ["LAYOUTS", "Messages", "TokenizerSource", "as_instructions", "is_messages", "prompt_of", "read_calls"]
+__all__ = [
+    "LAYOUTS",
+    "Messages",
+    "TokenizerSource",
+    "as_instructions",
+    "is_messages",
+    "prompt_of",
+    "read_calls",
+    "text_of",
+]
 
 #: A tokenizer, or a function that loads it when it is needed.
 TokenizerSource = GistTokenizer | Callable[[], GistTokenizer]
@@ -74,9 +83,11 @@ def as_instructions(
     :class:`Messages`. The output is what the model writes, which for a call of a tool is the template's text. Of
     ``prompt`` and ``completion``, only the answers in the completion count. Messages after the last answer are left
     out, and so are keys whose value is None, with which data sets fill their columns. Arguments of calls may be JSON.
+    Other items may have ``tools``, too, which then are a part of their instruction.
 
     Args:
-        item: a conversation; an item that has ``output``, or is not a conversation, is returned unchanged.
+        item: a conversation; an item that has ``output``, or is not a conversation, is returned as it is, except for
+            tools.
         where: how errors refer to it.
         needs_instruction: whether there must be a system message or tools. Without, a prompt that is a text is the
             input.
@@ -86,9 +97,12 @@ def as_instructions(
         RecordError: a message is not of one of these layouts, there is no answer or no system message, or tools cannot
             be laid out.
     """
-    layout = next((name for name in LAYOUTS if name in item), None)
-    if layout is None or "output" in item:
-        return [item]
+    layout = _layout(item)
+    if layout is None or item.get("output") is not None:
+        if not _tools(item.get("tools"), where):
+            return [item]
+        prompt = _prompt(item.get("instruction") or None, item["tools"], where, tokenizer)
+        return [{**{name: value for name, value in item.items() if name != "tools"}, "instruction": prompt}]
     rest = {name: value for name, value in item.items() if name not in (*LAYOUTS, "prompt", "tools")}
     num_given = 0
     if layout != "completion":
@@ -96,7 +110,11 @@ def as_instructions(
     else:
         prompt, completion = item.get("prompt"), item["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            return [{**rest, "instruction" if needs_instruction else "input": prompt, "output": completion}]
+            row = (
+                {**rest, "output": completion} if needs_instruction else {**rest, "input": prompt, "output": completion}
+            )
+            laid_out = _prompt(prompt if needs_instruction else None, item.get("tools"), where, tokenizer)
+            return [row if laid_out is None else {**row, "instruction": laid_out}]
         is_chat = isinstance(prompt, list) and isinstance(completion, list)
         messages, num_given = ([*item["prompt"], *completion], len(item["prompt"])) if is_chat else (None, 0)
     if not isinstance(messages, Sequence) or isinstance(messages, str):
@@ -121,7 +139,7 @@ def as_instructions(
     rows = []
     for place in answers:
         asked = Messages(turns[start:place])
-        is_text = len(asked) == 1 and asked[0].keys() == {"role", "content"} and asked[0]["role"] == "user"
+        is_text = len(asked) == 1 and _is_plain(asked[0]) and asked[0]["role"] == "user"
         input = asked[0]["content"] if is_text else asked or ""
         rows.append({**rest, **found, "input": input, "output": _written(turns[place], input, tokenizer, where)})
     return rows
@@ -139,7 +157,8 @@ def prompt_of(item: Mapping[str, Any], where: str, tokenizer: TokenizerSource | 
     Raises:
         RecordError: there is neither a system message nor tools, or as :func:`as_instructions`.
     """
-    messages = next((item[name] for name in LAYOUTS if name in item), ())
+    layout = _layout(item)
+    messages = () if layout is None else item[layout]
     system = item.get("prompt")
     if isinstance(messages, list | tuple) and messages and system is None:
         first = _message(messages[0], f"{where}, message 0")
@@ -152,6 +171,25 @@ def prompt_of(item: Mapping[str, Any], where: str, tokenizer: TokenizerSource | 
     return prompt
 
 
+def _layout(item: Mapping[str, Any]) -> str | None:
+    """Return the key of a conversation's messages, None if there is none. Data sets fill their columns with None."""
+    return next((name for name in LAYOUTS if item.get(name) is not None), None)
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether a message is its content alone. Numbers, such as a weight for the loss, are not a part of a text."""
+    return all(name in ("role", "content") or isinstance(value, int | float) for name, value in message.items())
+
+
+def text_of(content: Any) -> str | None:
+    """Return a content that is a text, or a list of parts that are texts, as vLLM reads them; None for any other."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) and content else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    return "\n".join(str(text) for text in texts) if all(isinstance(text, str) for text in texts) else None
+
+
 def _prompt(system: str | None, given: Any, where: str, tokenizer: TokenizerSource | None) -> str | None:
     """Return what stands for a system message and tools, None if there are neither."""
     tools = _tools(given, where)
@@ -159,7 +197,7 @@ def _prompt(system: str | None, given: Any, where: str, tokenizer: TokenizerSour
 
 
 def _written(message: Message, input: str | Messages, tokenizer: TokenizerSource | None, where: str) -> str:
-    if message.keys() == {"role", "content"}:
+    if _is_plain(message):
         return message["content"]
 
     def write(chat: GistTokenizer) -> str:
@@ -206,11 +244,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     content = message.get("content", message.get("value"))
     if role not in _ROLES:
         raise RecordError(f"{where} is of an unknown role, {role!r}; known are {', '.join(_ROLES)}")
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    ):
-        content = "".join(part["text"] for part in content)
+    text = text_of(content)
+    content = "" if content == [] else content if text is None else text
     others = {name: value for name, value in message.items() if name not in ("role", "from", "content", "value")}
     calls = others.pop("tool_calls", None)
     if calls:

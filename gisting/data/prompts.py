@@ -126,6 +126,8 @@ def _items(path: Path, what: str = "prompt") -> list[tuple[str, Any]]:
 
 
 def _from_object(item: Any, where: str, tokenizer: TokenizerSource | None) -> PromptRecord:
+    if isinstance(item, dict):  # data sets fill their columns with None
+        item = {name: value for name, value in item.items() if value is not None}
     if isinstance(item, dict) and ("tools" in item or ("prompt" not in item and any(name in item for name in LAYOUTS))):
         others = {name: value for name, value in item.items() if name not in (*LAYOUTS, "tools")}
         item = {**others, "prompt": prompt_of(item, where, tokenizer)}
@@ -136,7 +138,8 @@ def _from_object(item: Any, where: str, tokenizer: TokenizerSource | None) -> Pr
     unknown = item.keys() - {"prompt", "name", "num_gist_tokens"}
     if unknown:
         raise RecordError(
-            f"{where} has unknown keys {', '.join(sorted(unknown))}; known are prompt, name and num_gist_tokens"
+            f"{where} has unknown keys {', '.join(sorted(unknown))}; known are prompt, messages, tools, name and "
+            "num_gist_tokens"
         )
     name, k = item.get("name"), item.get("num_gist_tokens")
     if name is not None and not isinstance(name, str):

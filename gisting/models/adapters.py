@@ -326,9 +326,6 @@ def save(model: Any, tokenizer: GistTokenizer, directory: str | Path) -> None:
     tensors[_PREFIX + name] = gist_rows(model).cpu().contiguous()
     directory.mkdir(parents=True, exist_ok=True)
     is_for_peft = adapter.kind != "gist-lora"
-    stale = (_OWN_WEIGHTS,) if is_for_peft else (_PEFT_CONFIG, _PEFT_WEIGHTS)
-    for file in stale:
-        (directory / file).unlink(missing_ok=True)
     if is_for_peft:
         config.save_pretrained(str(directory))
     save_file(tensors, directory / (_PEFT_WEIGHTS if is_for_peft else _OWN_WEIGHTS), metadata={"format": "pt"})
@@ -340,6 +337,10 @@ def save(model: Any, tokenizer: GistTokenizer, directory: str | Path) -> None:
         "adapter": asdict(adapter),
     }
     (directory / _FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    # Last, so that a save that fails leaves the earlier adapter as it was.
+    stale = (_OWN_WEIGHTS,) if is_for_peft else (_PEFT_CONFIG, _PEFT_WEIGHTS)
+    for file in stale:
+        (directory / file).unlink(missing_ok=True)
 
 
 def load(model: Any, name_or_path: str | Path, **source: Any) -> None:

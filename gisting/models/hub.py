@@ -27,7 +27,8 @@ __all__ = ["check_complete", "checkpoint_card", "push_to_hub", "save_pretrained"
 
 _logger = logging.getLogger("gisting")
 # Weight files of an earlier upload are deleted, because the new checkpoint may be split into other files.
-_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+# Of an earlier upload; the last would have peft apply a gist-only adapter at all tokens.
+_STALE = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
 # What the card says about an adapter.
 _ADAPTERS = {
     "lora": "These files are a LoRA adapter with the gist token's embedding row. peft reads them, on the base model "
@@ -177,7 +178,7 @@ def push_to_hub(
             revision=revision,
             token=token,
             commit_message=commit_message,
-            delete_patterns=_WEIGHTS,
+            delete_patterns=_STALE,
             api=api,
         )
 

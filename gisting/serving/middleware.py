@@ -230,7 +230,7 @@ def _is_marked(body: bytes) -> bool:
     return (
         _NAME in body
         or (b"\\u00" in body and any(letter in body for letter in _ESCAPED))
-        or any(mark in body for mark in _ENCODINGS)
+        or any(mark in body[:4] for mark in _ENCODINGS)  # the bytes by which json tells encodings apart
     )
 
 

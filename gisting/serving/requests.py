@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gisting.data.messages import read_calls
+from gisting.data.messages import read_calls, text_of
 from gisting.errors import GistError
 from gisting.serving.gists import GistRefusedError, StoredGists, gist_name, with_placeholders
 from gisting.store.index import StoreEntry
@@ -360,10 +360,7 @@ def _is_ids(value: Any) -> bool:
 
 
 def _text(content: Any, place: int) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    text = text_of(content)
+    if text is None:
         raise GistRefusedError(f"messages[{place}] must be text; images and audio cannot follow a gist")
-    return "\n".join(str(text) for text in texts)
+    return text

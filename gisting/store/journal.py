@@ -95,7 +95,16 @@ class Journal:
 
             found = [("entries", key) for (key,) in connection.execute("SELECT key FROM entries")]
             found += [("names", name) for (name,) in connection.execute("SELECT name FROM names")]
-            write_atomically(self.path, _text([line for kind, one in found if (line := _line(connection, kind, one))]))
+            made = [line for kind, one in found if (line := _line(connection, kind, one))]
+            # Names of files that could not be read when the index was rebuilt come back with these.
+            keys = {one for kind, one in found if kind == "entries"}
+            known = {one for kind, one in found if kind == "names"} | {line["name"] for line in lines if "name" in line}
+            made += [
+                {"name": name, "key": key}
+                for name, key in self.read()[0].items()
+                if key is not None and key not in keys and name not in known
+            ]
+            write_atomically(self.path, _text(made))
         else:
             self.add(lines)
 

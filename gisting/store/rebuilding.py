@@ -11,7 +11,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from gisting.storage import inspect
 from gisting.store.checking import StoreFault
 from gisting.store.index import INDEX, Index, StoreEntry, check_name, content_key, entry_of, put_entry
 from gisting.store.journal import Journal
-from gisting.store.objects import OBJECTS, Objects, checkpoint_of, locked, sync_directory
+from gisting.store.objects import OBJECTS, TEMPORARY, Objects, checkpoint_of, locked, sync_directory
 
 __all__ = ["rebuild"]
 
@@ -58,14 +58,21 @@ def rebuild(root: Path) -> list[StoreFault]:
             kept = [(name, key) for name, key in names.items() if key in entries]
             connection.executemany("INSERT INTO names VALUES (?, ?)", kept)
         made.close()
+        if (folder / f"{INDEX}-wal").exists():
+            raise StoreError(
+                f"{root}: SQLite did not finish the new index, so nothing was replaced; look for a process that reads "
+                f"{root / TEMPORARY}, and run it again"
+            )
         # Names of files that cannot be read stay in the journal, in case the files are restored.
         Journal(folder).add([{"name": name, "key": key} for name, key in names.items() if key not in entries])
+        # First, because it has all names: until the new index is in place, they may be nowhere else.
+        os.replace(Journal(folder).path, Journal(root).path)
+        sync_directory(root)
         # The log of the old index must not be left next to the new one, which SQLite would apply it to. If this process
         # dies in between there is no index, and rebuilding it again finds the same.
         for end in ("", "-wal", "-shm"):
             with suppress(FileNotFoundError):
                 os.replace(root / f"{INDEX}{end}", root / f"{INDEX}.old{end}")
-        os.replace(Journal(folder).path, Journal(root).path)
         os.replace(folder / INDEX, root / INDEX)
         sync_directory(root)
     return faults
@@ -137,24 +144,32 @@ def _entries(objects: Objects, known: dict[str, dict[str, Any]]) -> tuple[dict[s
 
 
 def _entry(path: Path, key: str, known: dict[str, Any]) -> StoreEntry:
-    """Describe a file."""
+    """Describe a file, with what is ``known`` besides it, as far as that is valid."""
     cache, about = GistCache.load(path), inspect(path)
     if len(cache) != 1:
         raise CacheFormatError(f"{path} holds {len(cache)} prompts, files of a store hold one")
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     status = os.stat(path)
-    values = {
+    day = datetime.fromtimestamp(status.st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    values: dict[str, Any] = {
         "name": None,
         "key": key,
         "is_keyed_by_text": key != content_key(sha256),
         "num_gist_tokens": cache.num_gist_tokens[0],
-        "num_prompt_tokens": known.get("num_prompt_tokens"),
+        "num_prompt_tokens": None,
         "num_bytes": status.st_size,
         "sha256": sha256,
         "storage": about["storage"],
         **cache.origin.identity(),
         "checkpoint": checkpoint_of(path),
-        "created": known.get("created") or datetime.fromtimestamp(status.st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "created": day,
     }
-    return entry_of([values[field.name] for field in fields(StoreEntry)], str(path))
+    names = [field.name for field in fields(StoreEntry)]
+    found = entry_of([values[name] for name in names], str(path))
+    # Each by itself, so that a damaged value costs neither the file nor the other.
+    for name in ("created", "num_prompt_tokens"):
+        if known.get(name):
+            with suppress(CacheFormatError):
+                found = entry_of([{**asdict(found), name: known[name]}[one] for one in names], str(path))
+    return found

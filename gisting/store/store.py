@@ -39,7 +39,7 @@ from gisting.store.index import (
 from gisting.store.journal import JOURNAL
 from gisting.store.objects import OBJECTS, TEMPORARY, Objects
 from gisting.store.reading import ATTEMPTS, Reader, about_of, load_entry
-from gisting.store.writing import commit, drop_unnamed, sweep, write_caches
+from gisting.store.writing import commit, commit_in_place, drop_unnamed, sweep, write_caches
 from gisting.table import GistTable
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class GistStore:
             key_of_name = {name: new.entry.key for name, new in zip(named, made, strict=True)}
             commit(self._index, self._objects, made, key_of_name)
 
-    def note(self, name: str, **facts: Any) -> None:
+    def note(self, name: str, *, expected_sha256: str | None = None, **facts: Any) -> None:
         """Add facts to what is known about the gist of a name or key; the states stay as they are, bit by bit.
 
         The entry stays where its text finds it. An entry that was put in gets another key, which all its names follow,
@@ -326,23 +326,42 @@ class GistStore:
 
         Args:
             name: the name or key.
+            expected_sha256: the checksum of the file that the facts are about, :attr:`StoreEntry.sha256` of when it was
+                read; None for whatever has the name now.
             **facts: as for :meth:`GistCache.with_about`.
 
         Raises:
-            StoreError: there is no such entry, or the store is read-only.
+            StoreError: there is no such entry, it has another checksum than expected, another process changed it on
+                every attempt, or the store is read-only.
             GistError: the facts are not JSON.
             CacheFormatError: the file of the entry is damaged.
+            FileNotFoundError: it is gone.
         """
         self._check_writable(f"nothing can be noted about {name!r}")
-        entry = self.entry(name)
-        cache = load_entry(self._objects.path(entry.key), entry).with_about(**facts)
-        with self._objects.writing() as folder:
-            (new,) = write_caches(folder, [cache], entry.storage)
-            kept = replace(new.entry, created=entry.created, num_prompt_tokens=entry.num_prompt_tokens)
-            if entry.is_keyed_by_text:
-                kept = replace(kept, key=entry.key, is_keyed_by_text=True)
-            names = [one.name for one in self._index.all() if one.key == entry.key and one.name is not None]
-            commit(self._index, self._objects, [replace(new, entry=kept)], dict.fromkeys(names, kept.key))
+        for _ in range(ATTEMPTS):
+            entry = self.entry(name)
+            if expected_sha256 is not None and entry.sha256 != expected_sha256:
+                raise StoreError(
+                    f"{name!r:.100} was replaced or noted about after it was read, so the facts may be about another "
+                    "gist; read it again"
+                )
+            try:
+                cache = load_entry(self._objects.path(entry.key), entry).with_about(**facts)
+            except (FileNotFoundError, CacheFormatError):
+                if self._index.find([canonical(name)]) == {canonical(name): entry}:
+                    raise
+                continue  # it was removed or replaced after it was looked up
+            with self._objects.writing() as folder:
+                (new,) = write_caches(folder, [cache], entry.storage)
+                kept = replace(new.entry, created=entry.created, num_prompt_tokens=entry.num_prompt_tokens)
+                if entry.is_keyed_by_text:
+                    kept = replace(kept, key=entry.key, is_keyed_by_text=True)
+                if commit_in_place(self._index, self._objects, canonical(name), entry, replace(new, entry=kept)):
+                    return
+        raise StoreError(
+            f"{self.path}: {name!r:.100} changed {ATTEMPTS} times while facts were noted about it; find out what "
+            "replaces it"
+        )
 
     # -- maintaining ---------------------------------------------------------------------------------------------------
 
@@ -431,7 +450,8 @@ class GistStore:
 
         Nothing is lost: the files hold the states and what they were made for, and ``names.jsonl`` holds the names. The
         old index stays in the directory as ``index.sqlite.old``. Other processes may have the store open; they find the
-        new index at their next call.
+        new index at their next call. A call between the moves of the two indexes, which follow each other at once,
+        fails with a :class:`StoreError` that says the index was moved or deleted; it can be repeated.
 
         Args:
             path: the directory of the store.

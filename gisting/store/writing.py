@@ -21,7 +21,7 @@ from gisting.store.objects import Objects, checkpoint_of
 if TYPE_CHECKING:
     import sqlite3
 
-__all__ = ["commit", "drop_unnamed", "sweep", "write_caches"]
+__all__ = ["commit", "commit_in_place", "drop_unnamed", "sweep", "write_caches"]
 
 # Writing is half Python and half waiting for the disk; measured with 1 to 16 threads on a disk with short waits.
 _NUM_THREADS = 4
@@ -99,6 +99,31 @@ def commit(index: Index, objects: Objects, entries: Sequence[NewEntry], key_of_n
         dropped = drop_unnamed(connection, earlier - {*key_of_name.values()}, keeps_texts=True)
     if dropped:
         sweep(index, objects, dropped)
+
+
+def commit_in_place(index: Index, objects: Objects, name: str, old: StoreEntry, new: NewEntry) -> bool:
+    """Put a finished file in the place of an entry, with all the names that it has then.
+
+    Args:
+        index: the index of the store.
+        objects: the files of the store.
+        name: the name or key by which ``old`` was found.
+        old: the entry.
+        new: the finished file with its entry.
+
+    Returns:
+        Whether it was done; False if ``name`` is no longer that entry, with that file.
+    """
+    with index.writing() as connection:
+        if find_in(connection, [name], str(index.path)).get(name) != old:
+            return False
+        objects.place({new.entry.key: new.file})
+        put_entry(connection, new.entry)
+        connection.execute("UPDATE names SET key = ? WHERE key = ?", (new.entry.key, old.key))
+        dropped = drop_unnamed(connection, {old.key} - {new.entry.key})
+    if dropped:
+        sweep(index, objects, dropped)
+    return True
 
 
 def drop_unnamed(connection: sqlite3.Connection, keys: Collection[str], *, keeps_texts: bool = False) -> list[str]:

@@ -137,7 +137,11 @@ class SpecialTokens:
             texts.append(self._hide(value))
             return texts[-1]
         if isinstance(value, Mapping):
-            return {self._hide_in(name, []): self._hide_in(one, texts) for name, one in value.items()}
+            # The type of a part is no text of it, and would come between the texts of two parts.
+            return {
+                self._hide_in(name, []): self._hide_in(one, [] if name == "type" else texts)
+                for name, one in value.items()
+            }
         if isinstance(value, list | tuple):
             return [self._hide_in(one, texts) for one in value]
         return value

@@ -380,11 +380,13 @@ class GistTokenizer:
             tools: descriptions of functions: ``{"type": "function", "function": {"name": ..., ...}}``.
 
         Returns:
-            The prompt, a ``str`` of a kind whose special tokens are read as such, because the template wrote them.
+            The prompt, a ``str`` of a kind whose special tokens are read as such, because the template wrote them. A
+            copy of the text in a file of records or prompts is an ordinary text again, in which they are text: keep
+            the system message and the tools, and lay them out anew.
 
         Raises:
-            GistError: the template is not ``"chat"``, there are no tools, or the chat template writes them elsewhere
-                than in the system message, or not at all.
+            GistError: the template is not ``"chat"``, there are no tools, the system message or the tools spell a
+                special token, or the chat template writes tools elsewhere than in the system message, or not at all.
         """
         if not isinstance(tools, list | tuple) or not tools or not all(isinstance(tool, Mapping) for tool in tools):
             raise GistError(
@@ -398,6 +400,11 @@ class GistTokenizer:
             )
         if prompt is not None:
             _check_texts("prompts", [prompt])
+        if not self.reads_special_tokens:
+            written = json.dumps(tools, ensure_ascii=False, default=str)
+            for name, text in (("the system message", prompt or ""), ("a tool", written)):
+                if self._special.is_spelled(text):
+                    raise GistError(f"{name} spells a special token, which would be read as one; remove it")
         return Written(self.template.prompt_with_tools(prompt, tools))
 
     def encode_bare(self, inputs: Sequence[str | Sequence[Message]]) -> list[list[int]]:

@@ -320,6 +320,21 @@ def test_check_of_a_name_in_a_store(checked: Any) -> None:
         assert store.verify() == []
 
 
+def test_figures_are_not_kept_with_a_gist_that_came_later(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: GistChecker, cache: GistCache, swapped: Any) -> GistCheck:
+        with gisting.GistStore("gists") as store:
+            store.put("capitals", store["plainly"])
+        return by_hand()
+
+    monkeypatch.setattr(GistChecker, "check", check)
+    words = (*CHECK[:-1], "write capitals", "--store", "gists", "--name", "capitals", "--inputs", "inputs.txt")
+    done = checked(*words)
+    assert done.code == 1
+    assert "'capitals' was replaced or noted about after it was read" in done.err
+    with gisting.GistStore("gists") as store:
+        assert "quality" not in (store.about("capitals") or {})
+
+
 def test_check_is_an_exit_code(checked: Any) -> None:
     """The demo checkpoint of the tests has hardly learned, so its gists keep little; the whole prompt keeps all."""
     words = (*CHECK, "--cache", "one.st", "--inputs", "inputs.txt", "--at-least")

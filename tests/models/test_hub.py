@@ -390,7 +390,7 @@ def test_pushed_and_loaded_by_name(name: str, hub: FakeHub) -> None:
     assert url == f"https://hub/owner/name/commit/{2:040x}"
     create, commit = hub.calls
     assert create == {"repo_id": REPOSITORY, "private": True, "token": "secret", "exist_ok": True}
-    assert commit.pop("delete_patterns") == ["*.safetensors", "*.safetensors.index.json"]
+    assert commit.pop("delete_patterns") == ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
     assert commit == {
         "repo_id": REPOSITORY,
         "revision": None,

@@ -206,6 +206,18 @@ def test_a_name_is_found_however_it_is_written(folder: Path, body: bytes) -> Non
     assert ask(app, middleware, body)[0] == 404
 
 
+def test_texts_without_a_gist_may_have_any_character(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only at the start of a body do these bytes say how it is encoded; elsewhere no limit of ours applies."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the body was measured")
+
+    monkeypatch.setattr("gisting.serving.limits.Limits.check_bytes", refuse)
+    app, middleware = made(folder)
+    body = json.dumps({"messages": [{"role": "user", "content": "a\ufeffb"}]}, ensure_ascii=False).encode()
+    assert ask(app, middleware, body, "/v1/chat/completions") == (200, b"fine")
+
+
 @pytest.mark.parametrize("ids", ["[6.4e1, 1]", "[64.0, 1]", "[1, 640e-1]"])
 def test_gist_tokens_are_found_however_they_are_written(folder: Path, ids: str) -> None:
     app, middleware = made(folder)

@@ -95,6 +95,67 @@ def test_a_store_of_an_earlier_version_writes_its_names_down_at_the_next_write(s
     assert sorted(GistStore(store.path).list(), key=str) == wanted
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_names_survive_a_kill_while_files_are_moved(
+    store: GistStore, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Also those of a store of an earlier version, which has no journal yet."""
+    before = store.list()
+    store.close()
+    (store.path / JOURNAL).unlink()
+    (store.path / f"{INDEX}-wal").write_bytes(b"")
+    moved: list[object] = []
+    replace_file = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).parent == store.path:
+            if len(moved) == number:
+                raise KeyboardInterrupt
+            moved.append(target)
+        replace_file(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            GistStore.rebuild(store.path)
+    assert GistStore.rebuild(store.path) == []
+    assert GistStore(store.path).list() == before
+
+
+def test_an_index_that_is_not_finished_is_not_put_in_place(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = store.list()
+    with monkeypatch.context() as patched:
+        patched.setattr("gisting.store.rebuilding.Index.close", lambda index: None)
+        with pytest.raises(StoreError, match="SQLite did not finish the new index, so nothing was replaced"):
+            GistStore.rebuild(store.path)
+    assert GistStore(store.path).list() == before
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_damaged_days_and_lengths_do_not_cost_the_file(store: GistStore, is_whole: bool) -> None:
+    wanted = {entry.name: entry.num_prompt_tokens for entry in store.list()}
+    key, other = store.entry("prompt").key, store.entry("a").key
+    store.close()
+    changes = [(key, "x\n", wanted["prompt"]), (other, "2026-01-31T12:00:00Z", -5)]
+    if is_whole:
+        with sqlite3.connect(store.path / INDEX) as connection:
+            for one, created, count in changes:
+                connection.execute(
+                    "UPDATE entries SET created = ?, num_prompt_tokens = ? WHERE key = ?", (created, count, one)
+                )
+        connection.close()
+    else:
+        (store.path / INDEX).unlink()
+        with (store.path / JOURNAL).open("a") as file:
+            for one, created, count in changes:
+                file.write(json.dumps({"entry": one, "created": created, "num_prompt_tokens": count}) + "\n")
+    assert GistStore.rebuild(store.path) == []
+    found = GistStore(store.path)
+    assert {entry.name: entry.num_prompt_tokens for entry in found.list()} == wanted
+    assert found.entry("a").created == "2026-01-31T12:00:00Z"
+    assert found.verify() == []
+
+
 def test_what_was_committed_counts(store: GistStore) -> None:
     """A process that dies between the journal and the commit leaves a change there that the index does not have."""
     before, key = store.list(), store.entry("a").key
@@ -105,7 +166,7 @@ def test_what_was_committed_counts(store: GistStore) -> None:
     assert GistStore(store.path).list() == before
 
 
-def test_damaged_files_and_lines_are_left_out(store: GistStore) -> None:
+def test_damaged_files_and_lines_are_left_out(store: GistStore, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {entry.name for entry in store.list()}
     damaged = store.path / "objects" / (key := store.entry("b").key)[:2] / f"{key}.gist.safetensors"
     whole = damaged.read_bytes()
@@ -125,6 +186,13 @@ def test_damaged_files_and_lines_are_left_out(store: GistStore) -> None:
     assert (fault.kind, fault.key) == ("torn", key)
     found = GistStore(store.path)
     assert {entry.name for entry in found.list()} == wanted - {"b", "again"}
+    # Also when the journal is written anew.
+    size = (store.path / JOURNAL).stat().st_size
+    monkeypatch.setattr("gisting.store.journal._MAX_BYTES", 0)
+    monkeypatch.setattr("gisting.store.journal._BYTES_EACH", 0)
+    found.rename("a", "A")
+    found.rename("A", "a")
+    assert (store.path / JOURNAL).stat().st_size <= size
     # If the file comes back, so do its names.
     damaged.write_bytes(whole)
     GistStore.rebuild(store.path)

@@ -32,6 +32,7 @@ from gisting.store import reading as reading_module
 from gisting.store import store as store_module
 from gisting.store.index import INDEX, StoreEntry
 from gisting.store.objects import Objects
+from gisting.store.writing import write_caches
 from tests import tiny
 from tests.store.made import ORIGIN, is_same, made
 
@@ -175,6 +176,49 @@ def test_what_is_known_about_a_gist_is_kept_and_can_be_added_to(tmp_path: Path, 
     assert before.key not in store
     assert len(files(store)) == 2
     assert store.verify() == []
+
+
+@pytest.mark.parametrize("change", ["put", "remove", "rename", "alias"])
+def test_a_note_undoes_nothing_that_another_process_does(
+    store: GistStore, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Between the look-up of the entry and the write."""
+    store.put("a", made(1))
+    other = GistStore(store.path)
+    changes: dict[str, Callable[[], None]] = {
+        "put": lambda: other.put("a", made(2)),
+        "remove": lambda: other.remove("a"),
+        "rename": lambda: other.rename("a", "b"),
+        "alias": lambda: other.put("b", made(1)),
+    }
+    todo = [changes[change]]
+
+    def write_then_change(*arguments: Any) -> Any:
+        found = write_caches(*arguments)
+        if todo:
+            todo.pop()()
+        return found
+
+    monkeypatch.setattr("gisting.store.store.write_caches", write_then_change)
+    if change in ("remove", "rename"):
+        with pytest.raises(StoreError, match="has no entry 'a'"):
+            store.note("a", quality={"kept": 1})
+        assert [entry.name for entry in store.list()] == ([] if change == "remove" else ["b"])
+    else:
+        store.note("a", quality={"kept": 1})
+        assert is_same(store["a"], made(2 if change == "put" else 1))
+        assert [entry.name for entry in store.list()] == (["a"] if change == "put" else ["a", "b"])
+        assert all(store.about(str(entry.name)) == {"quality": {"kept": 1}} for entry in store.list())
+    assert store.verify() == []
+
+
+def test_a_note_about_another_gist_is_refused(store: GistStore) -> None:
+    store.put("a", made(1))
+    read = store.entry("a")
+    store.note("a", expected_sha256=read.sha256, quality={"kept": 1})
+    with pytest.raises(StoreError, match="'a' was replaced or noted about after it was read, so the facts may be"):
+        store.note("a", expected_sha256=read.sha256, quality={"kept": 0})
+    assert store.about("a") == {"quality": {"kept": 1}}
 
 
 def test_a_note_refuses(store: GistStore) -> None:

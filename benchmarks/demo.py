@@ -10,6 +10,13 @@ from gisting.markdown import markdown_table
 __all__ = ["demo_table", "museum_excerpt", "museum_output"]
 
 
+def museum_excerpt(rows: list[dict[str, Any]]) -> str:
+    """Return the part of what the last run of ``gisting demo`` printed that shows the distilled gist's answers."""
+    printed = rows[-1]["printed"].strip()
+    after = printed[printed.index("\n3. ") + 1 :] if rows[-1]["adapter"] else printed[printed.index("\n2. ") + 1 :]
+    return f"```text\n{after.strip()}\n```\n\n{where(rows[-1])}."
+
+
 def museum_output(rows: list[dict[str, Any]]) -> str:
     """Return what the last run of ``gisting demo`` printed, as a block of Markdown, and where it ran."""
     row = rows[-1]

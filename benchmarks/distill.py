@@ -29,6 +29,7 @@ from gisting.markdown import markdown_table
 from gisting.measure.models import random_llama
 from gisting.measure.rows import read_rows
 from gisting.models.load import load
+from gisting.models.weights import input_weight
 from gisting.storage import write_atomically
 from gisting.tokens import GistTokenizer
 
@@ -43,13 +44,16 @@ PROMPTS = {
     "extractor": "JSON extractor",
     "persona": "persona",
 }
+#: The columns of a row that say what it is about.
+_KEY = ("model", "dtype", "wanted_steps", "prompt", "num_gist_tokens", "seed")
 
 
 @dataclass(frozen=True)
 class DistillRow:
     """One gist. Divergences are ``Divergence.summary()`` by source, in nats a token; ``seconds`` by phase.
 
-    ``seconds`` has no sampling where the answers were there already: all k of a prompt and seed share them.
+    ``steps`` were done, of ``wanted_steps`` or, if that is None, of as many as ``distill`` does. ``seconds`` has no
+    sampling where the answers were there already: all k of a prompt and seed share them.
     """
 
     model: str
@@ -62,6 +66,7 @@ class DistillRow:
     inputs: int
     answers: int
     steps: int
+    wanted_steps: int | None
     kept: float
     kept_of_swapped: float
     held_out: dict[str, Any]
@@ -109,12 +114,13 @@ def measure(
         add: called with each row as soon as it is measured.
         progress: called with a line for each gist.
     """
-    there = {(row["prompt"], row["num_gist_tokens"], row["seed"]) for row in done}
+    dtype = str(input_weight(model).dtype).removeprefix("torch.")
+    there = {tuple(row.get(column) for column in _KEY) for row in done}
     folder, order = Path(directory), list(prompts)
     for k in sizes:
         for place, name in enumerate(order):
             for seed in seeds[name]:
-                if (name, k, seed) in there:
+                if (model_name, dtype, settings.get("steps"), name, k, seed) in there:
                     continue
                 begin = time.perf_counter()
                 found, seconds = _distilled(model, tokenizer, folder, name, prompts[name], k, seed, settings)
@@ -127,7 +133,8 @@ def measure(
                 about = found.to_row()
                 row = DistillRow(
                     model=model_name,
-                    dtype=str(found.cache.dtype).removeprefix("torch."),
+                    dtype=dtype,
+                    wanted_steps=settings.get("steps"),
                     prompt=name,
                     num_prompt_tokens=found.num_prompt_tokens,
                     num_gist_tokens=k,
@@ -165,7 +172,17 @@ def _distilled(
 
 
 def distill_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows of the JSONL file as Markdown: one line for each prompt and k, the mean over its seeds."""
+    """Format rows of the JSONL file as Markdown: one line for each prompt and k, the mean over its seeds.
+
+    Rows of another model, dtype or number of steps have a table of their own.
+    """
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(column) for column in _KEY[:3]), []).append(row)
+    return "\n\n".join(map(_table, groups.values()))
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for name in dict.fromkeys(row["prompt"] for row in rows):
         for k in sorted({row["num_gist_tokens"] for row in rows if row["prompt"] == name}):

@@ -133,6 +133,8 @@ def adapter_table(rows: Sequence[dict[str, Any]]) -> str:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.0f} %"
 
+    measured = [row for row in rows if "kl" in row]
+    sets = list(dict.fromkeys(row["set"] for row in measured))
     lines = [
         [
             f"{row['num_prompts']} {row['set']}",
@@ -143,8 +145,7 @@ def adapter_table(rows: Sequence[dict[str, Any]]) -> str:
             *(share(row["agreement"][source]) for source in ("none", "swapped", "gist")),
             *(f"{row['rouge_l'][source]:.2f}" if "rouge_l" in row else "-" for source in ("none", "swapped", "gist")),
         ]
-        for row in rows
-        if "kl" in row
+        for row in sorted(measured, key=lambda row: (sets.index(row["set"]), row["num_gist_tokens"]))
     ]
     columns = ("prompts", "k", "KL: no prompt", "swapped", "gist", "kept: of no prompt", "of swapped")
     columns += ("agreement: no prompt", "swapped", "gist", "ROUGE-L: no prompt", "swapped", "gist")

@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gisting.cli.caches import held_entry, held_prompts, open_store, read_lines, template_for
+from gisting.cli.caches import held_entry, held_prompts, open_store, template_for
 from gisting.cli.compare import CacheOption, PromptFileOption, StoreOption, check_text, given_prompt
 from gisting.cli.shared import (
     DeviceOption,

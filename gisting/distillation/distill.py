@@ -70,7 +70,8 @@ class Distilled:
             k tokens of the prompt as they are) and of ``"none"`` (no prompt).
         teacher: what the model says at the held-out answers with the whole prompt in view, to measure other sources.
         num_prompt_tokens: the number of the prompt's tokens.
-        seconds: time spent in each phase, by its name; nothing for what was found in the directory.
+        seconds: time spent in each phase, by its name. Training has that of earlier runs too, up to the state from
+            which it went on; other phases have nothing for what was found in the directory.
     """
 
     cache: GistCache
@@ -227,7 +228,7 @@ def distill(
     part = folder.claim({"start": start, **vars(schedule)}, f"k-{num_gist_tokens}")
     slots = make_start(model, tokenizer, taught, num_gist_tokens, start, origin)
     with clock.phase("training", steps):
-        cache, history = train_slots(
+        cache, history, seconds = train_slots(
             model,
             tokenizer,
             slots,
@@ -237,6 +238,7 @@ def distill(
             state_path=None if part is None else part / "state.pt",
             report=lambda done, found: clock.tell("training", done, steps, found),
         )
+    clock.seconds["training"] = seconds
     found = {
         "gist": measure_divergence(model, tokenizer, held, cache),
         "first": measure_divergence(model, tokenizer, held, FirstTokens(num_gist_tokens)),

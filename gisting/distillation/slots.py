@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -100,7 +101,7 @@ def train_slots(
     *,
     state_path: Path | None = None,
     report: Callable[[int, Measured | None], Any] | None = None,
-) -> tuple[GistCache, list[Measured]]:
+) -> tuple[GistCache, list[Measured], float]:
     """Train the slots of one prompt.
 
     Args:
@@ -115,15 +116,18 @@ def train_slots(
         report: called with the number of steps done, and after a measurement with it.
 
     Returns:
-        The slots, and all measurements; the first is that of the start. If the last measurements, ``patience`` of
+        The slots; all measurements; and the seconds that it took, with those up to the state that it went on from. The
+        first measurement is that of the start. If the last measurements, ``patience`` of
         them, did not lower the median divergence, the slots are those of the lowest; else those of the last step.
 
     Raises:
         GistError: the divergence is not finite.
     """
+    begin = time.perf_counter()
     run = _Run(model, tokenizer, start, schedule)
     if state_path is not None and state_path.exists():
         run.restore(state_path)
+        begin -= run.seconds
     architecture = architecture_of(family_of(model.config))
     inputs = [answer.input for answer in teacher.answers]
     _, befores = lay_out(model, tokenizer, teacher.prompt, inputs, start)
@@ -132,6 +136,7 @@ def train_slots(
     def measure(loss: float | None) -> None:
         found = measure_divergence(model, tokenizer, held_out, run.cache())
         run.note(Measured(run.step, loss, found))
+        run.seconds = time.perf_counter() - begin
         if state_path is not None:
             run.save(state_path)
         if report is not None:
@@ -156,7 +161,7 @@ def train_slots(
                 measure(run.taken_loss())
             elif report is not None:
                 report(run.step, None)
-    return run.result(), run.history
+    return run.result(), run.history, run.seconds
 
 
 @dataclass
@@ -170,6 +175,7 @@ class _Run:
     step: int = 0
     history: list[Measured] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         start = self.start
@@ -247,6 +253,7 @@ class _Run:
     def save(self, path: Path) -> None:
         state = {
             "step": self.step,
+            "seconds": self.seconds,
             "parameters": self.parameters,
             "optimiser": self.optimiser.state_dict(),
             "averages": self.averages,
@@ -268,7 +275,7 @@ class _Run:
                 one.copy_(saved)
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.averages, self.num_averaged = state["step"], state["averages"], state["num_averaged"]
-        self.best = state["best"]
+        self.best, self.seconds = state["best"], state.get("seconds", 0.0)
         self.history = [Measured(one["step"], one["loss"], Divergence(**one["held_out"])) for one in state["history"]]
 
 

@@ -168,7 +168,7 @@ def check_model(model: PreTrainedModel) -> ModelCheck:
 
     Raises:
         UnsupportedModelError: the config already rules the model out; the message says why.
-        GistError: ``model`` is not a transformers model.
+        GistError: ``model`` is not a transformers model, or there is not enough memory to run it.
     """
     if not isinstance(model, PreTrainedModel):
         raise GistError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
@@ -348,6 +348,11 @@ class _Runs:
         """Add a comparison; ``run`` returns its error, its bound, and what a larger error means."""
         try:
             error, bound, problem = run()
+        except torch.OutOfMemoryError as fault:  # says nothing about the model
+            raise GistError(
+                f"not enough memory to try the model ({str(fault).strip().partition(chr(10))[0]}); patch(check=False) "
+                "skips the check"
+            ) from fault
         except Exception as fault:  # noqa: BLE001 - whatever a model's code raises is the finding
             lines = str(fault).strip().splitlines() or [""]
             problem = f"{type(fault).__name__}: {lines[0]}"

@@ -43,7 +43,8 @@ class GistRefusedError(GistError):
 
     Args:
         message: why not.
-        status: the HTTP status to answer with: 404 if there is no such gist, otherwise 400.
+        status: the HTTP status to answer with: 404 if there is no such gist, 413 if the request is too large, 500 if
+            the fault is the server's, otherwise 400.
     """
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -153,9 +154,19 @@ class StoredGists:
         return entry
 
     def is_made_of(self, entry: StoreEntry, prompt: str) -> bool:
-        """Return whether ``entry`` was compressed from this text; False if its file does not say of which."""
-        about = about_of(self._objects.path(entry.key)) or {}
-        return about.get("prompt_sha256") == prompt_digest(prompt)
+        """Return whether ``entry`` was compressed from this text.
+
+        Raises:
+            GistRefusedError: its file does not say of which.
+        """
+        made_of = (about_of(self._objects.path(entry.key)) or {}).get("prompt_sha256")
+        if made_of is None:
+            raise GistRefusedError(
+                f"gist {entry.name or entry.key!r:.100} does not say what it was made of, so it cannot be told whether "
+                "it was made of these tools; compress it again with get_or_compress or `gisting compress --store`, or "
+                "send the request without tools"
+            )
+        return made_of == prompt_digest(prompt)
 
     def _maker(self, entry: StoreEntry) -> str:
         checkpoint = entry.checkpoint

@@ -2,8 +2,8 @@
 
 Place in the flow: HTTP -> **limits** -> requests. A text is measured before it is tokenised and a body before it is
 parsed, because both take time and memory in proportion, in the process that answers everyone. A text that is longer
-than the model's length times its longest token cannot fit, so nothing that a model could read is refused here. Does not
-depend on vLLM or HTTP.
+than the model's length times its longest token cannot fit, unless the tokenizer drops characters, as some do that
+collapse spaces; so no other text that a model could read is refused here. Does not depend on vLLM or HTTP.
 """
 
 from __future__ import annotations

@@ -217,10 +217,9 @@ def _after_prompt(
     has_system = first.get("role") in ("system", "developer")
     try:
         prompt = tokenizer.prompt_with_tools(_text(first.get("content"), 0) if has_system else None, tools)
-        is_same = gists.is_made_of(entry, prompt)
     except (GistError, UnicodeError) as error:
         raise GistRefusedError(f"tools cannot come with a gist: {error}") from error
-    if not is_same:
+    if not gists.is_made_of(entry, prompt):
         functions = [tool.get("function", tool) for tool in tools]
         names = ", ".join(str(one.get("name")) if isinstance(one, Mapping) else "?" for one in functions)
         raise GistRefusedError(

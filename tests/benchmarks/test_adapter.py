@@ -18,6 +18,7 @@ from benchmarks.adapter.prompts import compose, compose_instruction, ordinary, p
 from benchmarks.adapter.recipe import adapter_table
 from gisting.data.records import Record, save_records
 from gisting.measure.rows import read_rows
+from gisting.models import adapters
 from tests import chats, tiny
 
 
@@ -131,5 +132,21 @@ def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.Captu
     assert run(words.replace(f"{tmp_path}/run", f"{tmp_path}/again").split()) == 0
     assert (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes() == weights
     base, tokenizer = gisting.load(tmp_path / "base", "chat")
-    gisting.models.adapters.load(base, tmp_path / "shipped")
+    adapters.load(base, tmp_path / "shipped")
     assert len(gisting.compress(base, tokenizer, ["You are kind."], 2)) == 1
+
+
+def test_the_adapter_in_the_package() -> None:
+    folder = Path(gisting.__file__).parent / "adapters" / "smollm2-135m-instruct"
+    about = adapters.read_about(folder)
+    assert about is not None
+    assert (about["base"], about["num_gist_tokens"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", [1, 16])
+    assert (about["adapter"]["kind"], about["adapter"]["rank"]) == ("gist-lora", 16)
+    file = folder / adapters.weights_name(about)
+    assert file.stat().st_size <= 11_000_000
+    held = load_file(file)
+    assert len(held) == 30 * 7 * 2 + 1
+    assert all(tensor.dtype == torch.bfloat16 and tensor.isfinite().all() for tensor in held.values())
+    for name in ("README.md", "SOURCES.md"):
+        source = Path(__file__).resolve().parents[2] / "benchmarks" / "adapter" / name.replace("README", "CARD")
+        assert (folder / name).read_text(encoding="utf-8") == source.read_text(encoding="utf-8")

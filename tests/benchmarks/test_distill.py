@@ -29,6 +29,11 @@ def test_the_benchmark_of_distilling(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(read_rows(output)) == 3
     assert run([*command, "--sizes", "2,3"]) == 0
     assert len(read_rows(output)) == 6
+    assert run([*command, "--sizes", "2,3", "--name", "other"]) == 0
+    assert [row["model"] for row in read_rows(output)] == ["random"] * 6 + ["other"] * 6
+    assert distill_table(read_rows(output)) == "\n\n".join(
+        distill_table(read_rows(output)[part]) for part in (slice(6), slice(6, None))
+    )
     shown = capsys.readouterr().out
     assert "sql, k = 2, seed 1: " in shown
     assert re.search(r"^\| persona \(\d+\) \| 3 \|", distill_table(read_rows(output)), re.MULTILINE)

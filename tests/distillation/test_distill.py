@@ -202,6 +202,31 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name: str, phase: str, tmp_path:
     assert same(whole.cache, memory.cache)
 
 
+def test_seconds_of_training_are_those_of_all_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def tick() -> float:
+        nonlocal now
+        now += 1
+        return now
+
+    monkeypatch.setattr(slots.time, "perf_counter", tick)
+
+    def stop(progress: Progress) -> None:
+        nonlocal now
+        if progress.phase == "training":
+            now += 100  # a step
+            if progress.done == 17:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        made(directory=tmp_path, progress=stop)
+    parts, _, _ = made(directory=tmp_path, progress=lambda found: None)
+    assert 1600 < parts.seconds["training"] < 1700, "up to the measurement at step 16"
+    again, _, _ = made(directory=tmp_path)
+    assert again.seconds["training"] == pytest.approx(parts.seconds["training"], abs=20)
+
+
 def test_another_k_takes_the_same_answers(tmp_path: Path) -> None:
     made(directory=tmp_path)
     phases: set[str] = set()

@@ -289,6 +289,17 @@ def test_what_cannot_be_run_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "checked" not in gisting.patch(model, tiny.tokenizer()).config.gist
 
 
+def test_too_little_memory_is_not_a_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+
+    def forward(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(GistError, match=r"^not enough memory to try the model \(CUDA out of memory\.\); patch\(check="):
+        check_model(model)
+
+
 def test_arguments() -> None:
     with pytest.raises(GistError, match=r"^model must be a transformers PreTrainedModel, got Linear$"):
         check_model(nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gisting.data.messages import prompt_of
 from gisting.errors import GistError
 from gisting.models.patch import patch
 from gisting.serving.gists import GistRefusedError, Served, StoredGists
 from gisting.serving.requests import chat_ids, chat_with_ids, completion_with_ids, request
 from gisting.store import GistStore
+from gisting.store.index import prompt_digest
 from gisting.tokens import GistTokenizer
 from tests import tiny
 from tests.chats import CALL, CALLED, CHATS, WEATHER
@@ -214,6 +217,23 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory, chat: GistTokenizer) ->
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_a_gist_that_does_not_say_what_it_was_made_of(with_tools: StoredGists, chat: GistTokenizer) -> None:
+    with GistStore(with_tools.path) as store:
+        store.put("silent", replace(store["both"], about=(None,)))
+    with pytest.raises(GistRefusedError, match=r"gist 'silent' does not say what it was made of.* compress it again"):
+        chat_with_ids(asked("silent", [SYSTEM, *MESSAGES[:1]], tools=[WEATHER]), with_tools, chat)
+
+
+def test_a_system_message_in_parts_is_that_of_its_gist(with_tools: StoredGists, chat: GistTokenizer) -> None:
+    """As a file of prompts reads them."""
+    parts = [{"type": "text", "text": text} for text in ("Be", "brief.")]
+    system = {**SYSTEM, "content": parts}
+    prompt = prompt_of({"messages": [system], "tools": [WEATHER]}, "item", chat)
+    with GistStore(with_tools.path) as store:
+        store.put("parts", replace(store["both"], about=({"prompt_sha256": prompt_digest(prompt)},)))
+    assert chat_with_ids(asked("parts", [system, *MESSAGES[:1]], tools=[WEATHER]), with_tools, chat) is not None
 
 
 def asked(name: str, messages: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

@@ -551,6 +551,10 @@ def test_wrong_usage_is_exit_code_2(run) -> None:
 # -- the README as written ---------------------------------------------------------------------------------------------
 
 
+# So that distilling a tiny model takes no minute; what is learned is tested elsewhere.
+QUICKLY = {"distill": "--steps 2 --num-answers 8", "try": "--steps 2", "check": "--max-new-tokens 8"}
+
+
 def readme(language: str) -> list[str]:
     fences = fences_in((ROOT / "README.md").read_text(encoding="utf-8"))
     return [fence.text for fence in fences if fence.language == language]
@@ -563,7 +567,7 @@ def readers_files(workplace: Path) -> None:
         "You are the guide of a small museum by the sea. Answer in one short and friendly sentence, and never shout."
     )
     Path("my-prompt.txt").write_text(words, encoding="utf-8")
-    for name, rooms in (("questions.txt", range(6)), ("other-questions.txt", range(6, 9))):
+    for name, rooms in (("questions.txt", range(6)), ("other-questions.txt", range(6, 12))):
         Path(name).write_text("\n".join(f"What is in room {room}?" for room in rooms), encoding="utf-8")
 
 
@@ -572,7 +576,8 @@ def test_the_readmes_commands_run_in_their_order(run, workplace: Path, chat_chec
     lines = [line for text in readme("bash") for line in text.splitlines() if line.startswith("gisting ")]
     assert len(lines) >= 5
     for line in lines:
-        result = run(*shlex.split(line.replace(HUB_NAME, str(chat_checkpoint)))[1:])
+        few = QUICKLY.get(line.split()[1], "")
+        result = run(*shlex.split(f"{line.replace(HUB_NAME, str(chat_checkpoint))} {few}")[1:])
         assert result.code == 0, f"{line}\n{result.err}"
 
 
@@ -580,6 +585,9 @@ def test_the_readmes_commands_run_in_their_order(run, workplace: Path, chat_chec
 def test_the_readmes_python_runs_as_pasted(workplace: Path, chat_checkpoint: Path) -> None:
     """Each with its own globals, in one new process, because importing torch takes longer than the rest."""
     fences = [text.replace(HUB_NAME, str(chat_checkpoint)) for text in readme("python")]
+    quick = [text.replace("splitlines(), 16)", "splitlines(), 16, steps=2, num_answers=8)") for text in fences]
+    assert sum(one != other for one, other in zip(fences, quick, strict=True)) == 1
+    fences = quick
     assert len(fences) >= 2
     Path("fences.json").write_text(json.dumps(fences), encoding="utf-8")
     code = "import json\nfor text in json.load(open('fences.json')): exec(text, {'__name__': '__main__'})"

@@ -128,7 +128,7 @@ def train_recipe(
     if pairs is not None:
         with arguments.main_process_first(), (sampling or _unseen)(len(pairs)) as progress:
             if not (arguments.fsdp or arguments.deepspeed):  # which place the weights themselves
-                model.to(arguments.device)
+                model.to(arguments.device)  # pyright: ignore[reportArgumentType]
             records = self_distil(
                 model,
                 tokenizer,

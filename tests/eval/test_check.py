@@ -328,8 +328,9 @@ def test_figures_are_not_kept_with_a_gist_that_came_later(checked: Any, monkeypa
 
     monkeypatch.setattr(GistChecker, "check", check)
     words = (*CHECK[:-1], "write capitals", "--store", "gists", "--name", "capitals", "--inputs", "inputs.txt")
-    done = checked(*words)
+    done = checked(*words, "--json")
     assert done.code == 1
+    assert json.loads(done.out)["saved_in"] is None, "the figures are printed all the same"
     assert "'capitals' was replaced or noted about after it was read" in done.err
     with gisting.GistStore("gists") as store:
         assert "quality" not in (store.about("capitals") or {})

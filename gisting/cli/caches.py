@@ -559,7 +559,7 @@ def store_verify(
 def store_rebuild(
     folder: StoreArgument, as_json: Annotated[bool, json_option("one object, with the entries and the faults")] = False
 ) -> None:
-    """Make the index of a store anew from its files and its list of names, if it is damaged or gone.
+    """Make the index of a store again from its files and its list of names, if it is damaged or gone.
 
     Example: gisting store rebuild gists
     """

@@ -129,7 +129,7 @@ def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCa
 def _base(model: PreTrainedModel, found: str) -> str:
     """Return the base fingerprint of ``model``, whose own is ``found``, and remember it for as long as that stays so.
 
-    Beside what ``found`` covers, it depends on the rows that ``patch`` replaced, which another ``patch`` keeps anew.
+    Beside what ``found`` covers, it depends on the rows that ``patch`` replaced, which another ``patch`` keeps again.
     """
     replaced = getattr(getattr(model, "_gist_undo", None), "replaced_rows", None)
     known = _bases.get(model)

@@ -1,4 +1,4 @@
-"""Make the index of a store anew, from its files and its journal.
+"""Make the index of a store again, from its files and its journal.
 
 Place in the flow: below the store. For an index that is damaged, altered or gone. Every file is read with the checks of
 a cache file; names come from the journal, and from what can still be read of the old index.

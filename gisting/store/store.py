@@ -446,7 +446,7 @@ class GistStore:
 
     @staticmethod
     def rebuild(path: str | Path) -> builtins.list[StoreFault]:
-        """Make the index of a store anew, if it is damaged or gone, from the files and the journal of names.
+        """Make the index of a store again, if it is damaged or gone, from the files and the journal of names.
 
         Nothing is lost: the files hold the states and what they were made for, and ``names.jsonl`` holds the names. The
         old index stays in the directory as ``index.sqlite.old``. Other processes may have the store open; they find the

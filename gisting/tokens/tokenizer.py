@@ -382,7 +382,7 @@ class GistTokenizer:
         Returns:
             The prompt, a ``str`` of a kind whose special tokens are read as such, because the template wrote them. A
             copy of the text in a file of records or prompts is an ordinary text again, in which they are text: keep
-            the system message and the tools, and lay them out anew.
+            the system message and the tools, and lay them out again.
 
         Raises:
             GistError: the template is not ``"chat"``, there are no tools, the system message or the tools spell a

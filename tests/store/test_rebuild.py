@@ -186,7 +186,7 @@ def test_damaged_files_and_lines_are_left_out(store: GistStore, monkeypatch: pyt
     assert (fault.kind, fault.key) == ("torn", key)
     found = GistStore(store.path)
     assert {entry.name for entry in found.list()} == wanted - {"b", "again"}
-    # Also when the journal is written anew.
+    # Also when the journal is written again.
     size = (store.path / JOURNAL).stat().st_size
     monkeypatch.setattr("gisting.store.journal._MAX_BYTES", 0)
     monkeypatch.setattr("gisting.store.journal._BYTES_EACH", 0)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gisting.cli.caches import held_prompts
-from gisting.cli.compare import CacheOption, StoreOption, check_text, given_prompt
+from gisting.cli.compare import CacheOption, PromptFileOption, StoreOption, check_text, given_prompt
 from gisting.cli.shared import (
     DeviceOption,
     DtypeOption,
@@ -44,9 +43,7 @@ def chat(
         str | None,
         typer.Option(help="The prompt's text, for /compare; neither a cache file nor a store keeps it."),
     ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="A text file that is the prompt, instead of --prompt.")
-    ] = None,
+    prompt_file: PromptFileOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 256,
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",

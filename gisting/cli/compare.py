@@ -44,9 +44,7 @@ def compare(
             "compressed first."
         ),
     ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="A text file that is the prompt, instead of --prompt.")
-    ] = None,
+    prompt_file: PromptFileOption = None,
     num_gist_tokens: KOption = None,
     input: Annotated[list[str] | None, typer.Option(help="An input; may be repeated. By default an empty one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 64,

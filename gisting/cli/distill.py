@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -24,7 +26,7 @@ from gisting.cli.shared import (
     print_json,
 )
 from gisting.errors import GistError
-from gisting.measure.progress import progress_bar
+from gisting.measure.progress import phase_bars
 from gisting.tokens.text import read_text
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ _PHASES = {
     "teacher": "reading them with the whole prompt",
     "training": "training the slots",
 }
-_SIZES = (4, 8, 16, 32)  # that --at-least tries
 _SOURCES = {"none": "no prompt", "first": "first k tokens", "gist": "the gist"}
 
 
@@ -112,6 +113,7 @@ def distill(
     """
     from gisting.data.prompts import load_inputs
     from gisting.distillation import distill as run
+    from gisting.eval.check import COUNTS
     from gisting.storage import STORAGES
 
     if storage is not None and storage not in STORAGES:
@@ -130,11 +132,11 @@ def distill(
     counts = (
         [16 if num_gist_tokens is None else num_gist_tokens]
         if at_least is None
-        else [k for k in _SIZES if k < number] or [_SIZES[0]]
+        else [k for k in COUNTS if k < number] or [COUNTS[0]]
     )
     told = []
     for k in counts:
-        with _Shown() as shown:
+        with _shown() as shown:
             found = run(
                 loaded,
                 tokenizer,
@@ -174,44 +176,28 @@ def distill(
     )
 
 
-class _Shown:
-    """Shows a bar for each phase, and a line for each measurement."""
+@contextmanager
+def _shown() -> Iterator[Callable[[Progress], None]]:
+    """Show a bar for each phase, and a line for each measurement."""
+    begun: dict[str, tuple[float, int]] = {}
+    with phase_bars(_PHASES) as bars:
 
-    def __init__(self) -> None:
-        self.phase: str | None = None
-        self.bar: Any = None
-        self.done = 0
+        def show(progress: Progress) -> None:
+            bars(progress.phase, progress.done, progress.total)
+            begin, first = begun.setdefault(progress.phase, (time.perf_counter(), progress.done))
+            if progress.measured is not None:
+                one = progress.measured.held_out
+                seconds = time.perf_counter() - begin
+                done = progress.done - first
+                left = f", {seconds / done * (progress.total - progress.done):.0f} s left" if done else ""
+                err.print(
+                    f"step {progress.measured.step} of {progress.total}: held out, KL median {one.median:.4f}, mean "
+                    f"{one.mean:.4f} nats a token, agreement {one.mean_agreement:.3f}{left}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
-    def __enter__(self) -> _Shown:
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self.bar is not None:
-            self.bar.__exit__(None, None, None)
-            self.bar = None
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.phase != self.phase:
-            self._end()
-            self.phase, self.done, self.begin, self.first = progress.phase, 0, time.perf_counter(), progress.done
-            self.bar = progress_bar(_PHASES[progress.phase], progress.total)
-            self.advance = self.bar.__enter__()
-        self.advance(progress.done - self.done)
-        self.done = progress.done
-        if progress.measured is not None:
-            one = progress.measured.held_out
-            seconds = time.perf_counter() - self.begin
-            done = progress.done - self.first
-            left = f", {seconds / done * (progress.total - progress.done):.0f} s left" if done else ""
-            err.print(
-                f"step {progress.measured.step} of {progress.total}: held out, KL median {one.median:.4f}, mean "
-                f"{one.mean:.4f} nats a token, agreement {one.mean_agreement:.3f}{left}",
-                highlight=False,
-                soft_wrap=True,
-            )
+        yield show
 
 
 def _print(found: Distilled) -> None:

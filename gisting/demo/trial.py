@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from gisting.eval.conditions import evaluate
 from gisting.eval.cost import cache_bytes, format_bytes
 from gisting.generation import compress, generate
 from gisting.measure.compare import Answer, Comparison, answer_from_gist, compare
-from gisting.measure.progress import progress_bar
+from gisting.measure.progress import phase_bars
 from gisting.models import adapters
 from gisting.models.load import trained_chunk_length, trained_num_gist_tokens
 from gisting.models.weights import input_weight
@@ -43,10 +43,10 @@ __all__ = ["Question", "TrialResult", "read_questions", "run_trial"]
 #: Tokens of a gist, where neither the caller nor training says how many.
 NUM_GIST_TOKENS = 16
 _PHASES = {
-    "questions": "the model writes questions",
-    "answers": "answers with the full prompt",
-    "teacher": "reading them with the full prompt",
-    "training": "distilling",
+    "questions": "   the model writes questions",
+    "answers": "   answers with the full prompt",
+    "teacher": "   reading them with the full prompt",
+    "training": "   distilling",
 }
 
 
@@ -185,7 +185,7 @@ def run_trial(
             show.answers(question, {"full prompt": one.prompt, "gist": one.gist, "no prompt": one.no_prompt})
 
     show.title(f"Distilled: only these {k} slots learn, the model stays as it is")
-    with clock.part("distil"), _bars() as progress:
+    with clock.part("distil"), phase_bars(_PHASES) as bars:
         distilled = distill(
             model,
             tokenizer,
@@ -199,7 +199,7 @@ def run_trial(
             evaluate_every=max(1, steps // 3),
             seed=seed,
             directory=directory,
-            progress=progress,
+            progress=lambda one: bars(one.phase, one.done, one.total),
         )
     gist = distilled.cache
     show.distilled(distilled, clock.seconds["distil"])
@@ -393,28 +393,3 @@ class _Clock:
         begin = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - begin, 2)
-
-
-@contextmanager
-def _bars() -> Iterator[Callable[..., None]]:
-    """Yield a function that takes the progress of a distillation, and shows a bar for each of its phases."""
-    shown: Any = None
-    phase, done, advance = "", 0, lambda number: None
-
-    def show(progress: Any) -> None:
-        nonlocal shown, phase, done, advance
-        if progress.phase != phase:
-            close()
-            shown = progress_bar(f"   {_PHASES[progress.phase]}", progress.total)
-            advance, phase, done = shown.__enter__(), progress.phase, 0
-        advance(progress.done - done)
-        done = progress.done
-
-    def close() -> None:
-        if shown is not None:
-            shown.__exit__(None, None, None)
-
-    try:
-        yield show
-    finally:
-        close()

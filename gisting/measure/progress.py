@@ -5,14 +5,14 @@ Place in the flow: below everything that takes long. Depends only on amounts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["progress_bar", "tracked"]
+__all__ = ["phase_bars", "progress_bar", "tracked"]
 
 _T = TypeVar("_T")
 
@@ -49,6 +49,30 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[..., None]]:
                 progress.update(bar, note=note)
 
         yield advance
+
+
+@contextmanager
+def phase_bars(labels: Mapping[str, str]) -> Iterator[Callable[[str, int, int], None]]:
+    """Show one bar after another while the block runs, one for each phase of the work.
+
+    Args:
+        labels: the text before each phase's bar, by its name.
+
+    Yields:
+        A function to call with the name of a phase, the amount of it that is done so far, and how much there is to do.
+    """
+    phase, before, advance = "", 0, lambda done: None
+    with ExitStack() as bars:
+
+        def show(name: str, done: int, total: int) -> None:
+            nonlocal phase, before, advance
+            if name != phase:
+                bars.close()
+                phase, before, advance = name, 0, bars.enter_context(progress_bar(labels[name], total))
+            advance(done - before)
+            before = done
+
+        yield show
 
 
 def tracked(items: Iterable[_T], what: str) -> Iterator[_T]:

@@ -127,7 +127,7 @@ def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.Captu
     assert {"README.md", "SOURCES.md", "gist.json"} <= {path.name for path in (tmp_path / "shipped").iterdir()}
     about = json.loads((tmp_path / "shipped" / "gist_adapter.json").read_text(encoding="utf-8"))
     assert (about["base"], about["num_gist_tokens"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", [1, 16])
-    # A second run with the same seed and machine gives the same file, and one in the same directory makes nothing again.
+    # A second run with the same seed and machine gives the same file; one in the same directory finds everything made.
     weights = (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes()
     assert run(words.replace(f"{tmp_path}/run", f"{tmp_path}/again").split()) == 0
     assert (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes() == weights

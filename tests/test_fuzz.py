@@ -114,7 +114,7 @@ def test_indexes_and_journals(tmp_path: Path, attempts: int) -> None:
 
 @MANY
 def test_bodies(tmp_path: Path, attempts: int) -> None:
-    """Whatever a body holds, it is passed on or answered with 400, 404 or 413; no gist is used that it does not name."""
+    """Whatever a body holds, it is passed on or answered 400, 404 or 413; no gist is used that it does not name."""
     model, tokenizer = tiny.patched("llama")
     save_pretrained(model, tokenizer, tmp_path / "model")
     with GistStore(tmp_path / "store") as store:

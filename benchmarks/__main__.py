@@ -30,6 +30,7 @@ BENCHMARKS = {
     "distill": "benchmarks.distill",
     "distillation": "benchmarks.distillation",
     "families": "benchmarks.families",
+    "flood": "benchmarks.flood",
     "internalize": "benchmarks.internalize",
     "kernels": "benchmarks.kernels.attention",
     "methods": "benchmarks.methods",

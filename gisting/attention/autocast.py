@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_autocast", "autocast_dtype"]
+__all__ = ["as_autocast", "autocast_dtype", "has_autocast"]
+
+# torch is not asked about these: torch.compile of torch 2.11 cannot trace the question.
+_WITH_AUTOCAST = ("cpu", "cuda")
+
+
+def has_autocast(device_type: str) -> bool:
+    """Return whether torch has autocast for a type of device, such as ``"cuda"``."""
+    return device_type in _WITH_AUTOCAST or torch.amp.is_autocast_available(device_type)
 
 
 def as_autocast(tensor: Tensor) -> Tensor:
@@ -23,6 +31,6 @@ def as_autocast(tensor: Tensor) -> Tensor:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype of autocast on the device of ``tensor``, of any shape, or None if autocast is off there."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

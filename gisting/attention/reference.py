@@ -13,6 +13,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from gisting.attention.autocast import has_autocast
 from gisting.visibility import Visibility
 
 __all__ = ["reference_attention"]
@@ -32,7 +33,7 @@ def reference_attention(
     """Compute attention densely. Arguments and result as for :func:`gisting.attention.interval_attention`."""
     # Autocast would compute the products in half precision.
     device_type = q.device.type
-    can_autocast = torch.amp.is_autocast_available(device_type)
+    can_autocast = has_autocast(device_type)
     with torch.autocast(device_type, enabled=False) if can_autocast else contextlib.nullcontext():
         return _attend(q, k, v, visibility, bias, scale, softcap, dropout)
 

@@ -531,6 +531,18 @@ def test_compiles_as_one_graph(impl: str, bias_shape: tuple[int, int] | None) ->
         ), name
 
 
+@every_torch_implementation
+def test_torch_is_not_asked_whether_a_cpu_has_autocast(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile of torch 2.11, the oldest that is supported, cannot trace the question."""
+
+    def asked(device_type: str) -> bool:
+        raise AssertionError(device_type)
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+    given = inputs(4, 2, 7)
+    assert ours(masks(7), impl)(given.q, given.k, given.v, None).shape[:3] == given.q.shape[:3]
+
+
 @pytest.mark.parametrize("builder", [vis.gist, slow(vis.positive), slow(vis.negative), slow(vis.encoder_gist)])
 def test_masks_are_built_inside_the_graph(builder: Callable[..., Visibility]) -> None:
     """A compiled training step may make the intervals itself."""

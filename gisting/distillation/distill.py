@@ -225,7 +225,7 @@ def distill(
         teacher = folder.write_teacher(teacher)
     held, taught = teacher.select(range(len(measured))), teacher.select(range(len(measured), len(answers)))
 
-    part = folder.claim({"start": start, **vars(schedule)}, f"k-{num_gist_tokens}")
+    part = folder.claim(vars(schedule), f"k-{num_gist_tokens}-{start}")
     slots = make_start(model, tokenizer, taught, num_gist_tokens, start, origin)
     with clock.phase("training", steps):
         cache, history, seconds = train_slots(

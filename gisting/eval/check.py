@@ -43,6 +43,7 @@ __all__ = [
     "CheckedSpan",
     "GistCheck",
     "GistChecker",
+    "ask_for_spans",
     "check_at_least",
     "check_caches",
     "check_gist",
@@ -316,13 +317,8 @@ class GistChecker:
             controls["first tokens"] = self._remembered(FirstTokens(k))
         controls["swapped"] = self._measure(self.sampled, other)
         greedy = self._measure(self.greedy, cache)
-        answers: list[str] = []
-        for start in range(0, len(self.spans), self.batch_size):
-            part = [span.question for span in self.spans[start : start + self.batch_size]]
-            answers += generate(
-                self.model, self.tokenizer, part, cache=cache, max_new_tokens=self.max_new_tokens, do_sample=False
-            )
-            self.progress(len(part))
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        answers = ask_for_spans(self.model, self.tokenizer, self.spans, cache, progress=self.progress, **how)
         spans = [
             CheckedSpan(span.text, span.question, known, answer)
             for span, known, answer in zip(self.spans, self.known, answers, strict=True)
@@ -338,6 +334,39 @@ class GistChecker:
     def _measure(self, teacher: Any, source: Source) -> Divergence:
         run = {"batch_size": self.batch_size, "progress": self.progress}
         return measure_divergence(self.model, self.tokenizer, teacher, source, **run)
+
+
+def ask_for_spans(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    spans: Sequence[Span],
+    cache: GistCache,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: Callable[[int], Any] | None = None,
+) -> list[str]:
+    """Ask for exact spans of a prompt, and answer greedily from its gist.
+
+    Args:
+        model: a patched model.
+        tokenizer: the tokenizer it was patched for.
+        spans: the spans of the prompt.
+        cache: the gist, a cache of one prompt.
+        max_new_tokens: maximum length of an answer.
+        batch_size: how many answers to run at once.
+        progress: called with the number of answers run since the last call.
+
+    Returns:
+        The answer to each span's question.
+    """
+    answers: list[str] = []
+    for start in range(0, len(spans), batch_size):
+        part = [span.question for span in spans[start : start + batch_size]]
+        answers += generate(model, tokenizer, part, cache=cache, max_new_tokens=max_new_tokens, do_sample=False)
+        if progress is not None:
+            progress(len(part))
+    return answers
 
 
 def check_caches(

@@ -400,7 +400,7 @@ def test_what_a_model_cannot_do_is_refused() -> None:
         ({"prompt": PROMPT + " w1"}, "belongs to another distillation .prompt was [0-9a-f]+, is [0-9a-f]+.; use those"),
         ({"inputs": INPUTS[1:]}, "inputs was"),
         ({"seed": 3}, "seed was 0, is 3"),
-        ({"steps": 8}, "k-4 belongs to another distillation .steps was 24, is 8"),
+        ({"steps": 8}, "k-4-attended belongs to another distillation .steps was 24, is 8"),
         ({"model": "mistral"}, "model was llama/[0-9a-f]+, is mistral/"),
     ],
 )
@@ -414,7 +414,7 @@ def test_a_directory_of_another_run_is_refused(changes: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(
-    ("file", "message"), [("answers.jsonl", "cannot be read"), ("k-4/state.pt", "remove it to train again")]
+    ("file", "message"), [("answers.jsonl", "cannot be read"), ("k-4-attended/state.pt", "remove it to train again")]
 )
 def test_damaged_files_are_named(file: str, message: str, tmp_path: Path) -> None:
     made(directory=tmp_path)

@@ -297,7 +297,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         "(swapped), from the first k tokens of the prompt, and from its gist. Gone: of the median without a prompt. "
         "Agreement: tokens at which gist and full prompt have the same first choice. Details: names and numbers of the "
         "prompt that were asked for and are in the gist's answers, of those in the full prompt's (in brackets: in "
-        f"answers without a prompt); {_asked(rows)} were asked for. Seeds {', '.join(map(str, seeds))}; {where(first)}.",
+        f"answers without a prompt); {_asked(rows)} were asked for. Seeds {', '.join(map(str, seeds))}; "
+        f"{where(first)}.",
     ]
     return "\n".join(text)
 
@@ -374,7 +375,8 @@ def main(
         Path | None, typer.Option(help="An adapter of the model, whose gist --start gist starts from.")
     ] = None,
     part: Annotated[
-        str, typer.Option(help="Which part of the prompts and seeds this process takes, such as 2/5 beside four others.")
+        str,
+        typer.Option(help="The part of the prompts and seeds that this process takes, such as 2/5 beside four others."),
     ] = "1/1",
     smoke: Annotated[bool, typer.Option("--smoke", help="Run a random tiny model; measures nothing.")] = False,
 ) -> int | None:

@@ -1,4 +1,4 @@
-"""How long ``gisting distill`` takes as a user runs it: from the start of the command to the file, sampling included."""
+"""How long ``gisting distill`` takes as a user runs it: from the start of the command to the file, with sampling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def main(
     prompt: Annotated[str, typer.Option(help=f"One of {', '.join(PROMPTS)}.")] = "persona",
     num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens.")] = 16,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; by default those of distill.")] = None,
-    num_answers: Annotated[int | None, typer.Option(min=1, help="Answers; by default as many as distill takes.")] = None,
+    num_answers: Annotated[
+        int | None, typer.Option(min=1, help="Answers; by default as many as distill takes.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Floating point type of the weights.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Device to run on.")] = "cpu",
 ) -> int | None:
@@ -95,7 +97,7 @@ def distill_time_table(rows: Sequence[dict[str, Any]]) -> str:
         *markdown_table(columns, lines),
         "",
         f"`gisting distill` on {first['model']} ({first['dtype']}), KL in nats a token over "
-        f"{first['held_out']['gist']['num_answers']} held-out answers, without a prompt and from the gist. From start to "
-        "file: with the start of Python, loading of the model, and the measurements at the end.",
+        f"{first['held_out']['gist']['num_answers']} held-out answers, without a prompt and from the gist. From start "
+        "to file: with the start of Python, loading of the model, and the measurements at the end.",
     ]
     return "\n".join(text)

@@ -287,7 +287,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             )
     first = rows[0]
     columns = ("prompt (tokens)", "k", "no prompt", "swapped", "first k", "gist", "gist, mean", "gone", "agreement")
-    seeds = sorted({row["seed"] for row in rows})
+    several = {name: len({row["seed"] for row in rows if row["prompt"] == name}) for name in _in_order(rows)}
+    seeds = f"{first['seed']}" + "".join(
+        f", {PROMPTS[name]} {count} seeds" for name, count in several.items() if count > 1
+    )
     text = [
         *markdown_table((*columns, "details", "training"), lines),
         "",
@@ -297,10 +300,19 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         "(swapped), from the first k tokens of the prompt, and from its gist. Gone: of the median without a prompt. "
         "Agreement: tokens at which gist and full prompt have the same first choice. Details: names and numbers of the "
         "prompt that were asked for and are in the gist's answers, of those in the full prompt's (in brackets: in "
-        f"answers without a prompt); {_asked(rows)} were asked for. Seeds {', '.join(map(str, seeds))}; "
-        f"{where(first)}.",
+        f"answers without a prompt); {_asked(rows)} were asked for. Seed {seeds}; {_places(rows)}.",
     ]
     return "\n".join(text)
+
+
+def _places(rows: Sequence[dict[str, Any]]) -> str:
+    """Where the rows were measured, with the k of each place if there are several."""
+    sizes: dict[str, set[int]] = {}
+    for row in rows:
+        sizes.setdefault(where(row), set()).add(row["num_gist_tokens"])
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    return "; ".join(f"k = {', '.join(map(str, sorted(found)))}: {place}" for place, found in sizes.items())
 
 
 def _asked(rows: Sequence[dict[str, Any]]) -> str:

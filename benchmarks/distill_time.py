@@ -75,7 +75,9 @@ def main(
 
 
 def distill_time_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows of the JSONL file as Markdown, one line each."""
+    """Format rows of the JSONL file as Markdown, one line each; no rows say so."""
+    if not rows:
+        return "Not measured yet."
     lines = [
         [
             f"{PROMPTS[row['prompt']]} ({row['num_prompt_tokens']})",

@@ -14,6 +14,8 @@ from benchmarks.distill_time import distill_time_table
 from gisting.measure.rows import read_rows
 from tests import tiny
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_the_benchmark_of_distilling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows with every control; a second run measures nothing again, and a third goes on with another k."""
@@ -44,6 +46,26 @@ def test_the_benchmark_of_distilling(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert "sql, k = 2, seed 1: " in shown
     assert re.search(r"^\| persona \(\d+\) \| 3 \|", distill_table(read_rows(output)), re.MULTILINE)
+
+
+def test_the_table_says_where_each_k_was_measured() -> None:
+    """The committed rows, some of them as if from another device."""
+    rows = read_rows(ROOT / "docs" / "results" / "distill.jsonl")
+    moved = [{**row, "num_gist_tokens": 64, "device": "another card"} for row in rows[:2]]
+    text = distill_table([*rows, *moved])
+    assert "; k = 64: another card, 1 threads, " in text
+    assert "another card" not in distill_table(rows)
+
+
+def test_what_the_committed_rows_hold() -> None:
+    """At every k, every prompt: more than two thirds of the divergence are gone, and more than from each control."""
+    rows = read_rows(ROOT / "docs" / "results" / "distill.jsonl")
+    assert {row["prompt"] for row in rows} == set(PROMPTS)
+    assert {row["seed"] for row in rows if row["prompt"] == "support"} == {0, 1, 2}
+    for row in rows:
+        median = {source: one["kl_median"] for source, one in row["held_out"].items()}
+        assert median["gist"] < min(median["none"], median["swapped"], median["first"]) / 3
+        assert median["gist"] < row["start_median"]
 
 
 def test_several_processes_share_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +109,7 @@ def test_the_time_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (row["steps"], row["answers"], row["num_gist_tokens"], row["prompt"]) == (2, 4, 2, "persona")
     assert sum(row["seconds"].values()) < row["total_s"]
     assert f"| {row['total_s']:.0f} s |" in distill_time_table([row])
+    assert distill_time_table([]) == "Not measured yet."
     capsys.readouterr()
     assert run(["distill-time", "--model", str(tmp_path / "nothing")]) == 1
     assert "ended with status 1; see its message above" in " ".join(capsys.readouterr().err.split())

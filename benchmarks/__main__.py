@@ -28,6 +28,7 @@ BENCHMARKS = {
     "card": "benchmarks.card",
     "cpu-attention": "benchmarks.cpu_attention",
     "distill": "benchmarks.distill",
+    "distill-time": "benchmarks.distill_time",
     "distillation": "benchmarks.distillation",
     "families": "benchmarks.families",
     "flood": "benchmarks.flood",

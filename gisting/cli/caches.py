@@ -8,7 +8,7 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +38,7 @@ from gisting.tokens.text import read_text
 if TYPE_CHECKING:
     from gisting.cache import GistCache
     from gisting.data.prompts import PromptRecord
+    from gisting.eval.check import GistCheck
     from gisting.store import GistStore, StoreEntry
     from gisting.tokens import GistTokenizer
 from gisting.measure.progress import progress_bar
@@ -50,6 +51,7 @@ __all__ = [
     "inspect",
     "open_store",
     "read_lines",
+    "shares_told",
     "store_app",
     "template_for",
 ]
@@ -215,13 +217,7 @@ def _smallest(
                 at_least,
                 counts,
             )
-        shares = [
-            (k, "nothing to measure" if one.kept is None else f"{one.kept:.2f}")
-            for k, one in zip(counts, checks, strict=False)
-        ]
-        told = (
-            ", ".join(f"{share} with k = {k}" for k, share in shares) or "it has no more tokens than the smallest gist"
-        )
+        told = shares_told(counts, checks) or "it has no more tokens than the smallest gist"
         if cache is None:
             raise GistError(
                 f"keep the whole prompt: no gist of {excerpt(prompt)} keeps {at_least:g} of what it does ({told}); "
@@ -230,6 +226,17 @@ def _smallest(
         out.print(f"{excerpt(prompt)} keeps {told}", highlight=False, markup=False, soft_wrap=True)
         found.append((counts[len(checks) - 1], cache))
     return found
+
+
+def shares_told(counts: Sequence[int], checks: Sequence[GistCheck]) -> str:
+    """Return in words how much the gists of one prompt keep: ``0.52 with k = 4, 0.91 with k = 8``.
+
+    Args:
+        counts: the k of each.
+        checks: what was found out, of some of them or of all.
+    """
+    shares = ["nothing to measure" if one.kept is None else f"{one.kept:.2f}" for one in checks]
+    return ", ".join(f"{share} with k = {k}" for k, share in zip(counts, shares, strict=False))
 
 
 def _say_other_prompts(model: str, texts: list[str]) -> None:

@@ -221,8 +221,8 @@ def _notes(found: GistCheck, *, is_swapped_given: bool) -> list[str]:
         lines.append(line)
     if not is_swapped_given:
         lines.append(
-            "Swapped is the gist of a built-in prompt, compressed by this model; give one that was made as this one "
-            "was with --swapped-cache or --swapped-name."
+            "Swapped is the gist of a built-in prompt, compressed by this model (that whole prompt, if the model was "
+            "not trained to gist); give one that was made as this one was with --swapped-cache or --swapped-name."
         )
     lines.append(f"{_kept_in_words(found).capitalize()} (against no prompt or swapped, whichever is less).")
     return lines

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gisting.cli.caches import StorageOption
+from gisting.cli.caches import StorageOption, shares_told
 from gisting.cli.shared import (
     DeviceOption,
     DtypeOption,
@@ -26,11 +27,14 @@ from gisting.cli.shared import (
     print_json,
 )
 from gisting.errors import GistError
-from gisting.measure.progress import phase_bars
+from gisting.measure.progress import phase_bars, progress_bar
 from gisting.tokens.text import read_text
 
 if TYPE_CHECKING:
+    from gisting.cache import GistCache
     from gisting.distillation import Distilled, Progress
+    from gisting.eval.check import GistCheck, GistChecker
+    from gisting.tokens import GistTokenizer
 
 __all__ = ["distill"]
 
@@ -63,10 +67,9 @@ def distill(
     at_least: Annotated[
         float | None,
         typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Take the smallest k of 4, 8, 16 and 32 with which this share of the held-out median divergence "
-            "without a prompt is gone, instead of -k. If there is none, exit with 1.",
+            help="Instead of -k: take the smallest of 4, 8, 16 and 32 gist tokens with which a gist keeps this share "
+            "of what the prompt does, such as 0.8, as `gisting check` measures it on the held-out inputs; exit with "
+            "code 1 if none does."
         ),
     ] = None,
     start: Annotated[
@@ -99,7 +102,10 @@ def distill(
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
-    as_json: Annotated[bool, json_option("one object, with the measurements and the seconds of each phase")] = False,
+    as_json: Annotated[
+        bool,
+        json_option("one object, with the measurements and the seconds of each phase; quality is what the file keeps"),
+    ] = False,
 ) -> None:
     """Press one prompt into a gist file by gradient descent, without training the model.
 
@@ -113,11 +119,12 @@ def distill(
     """
     from gisting.data.prompts import load_inputs
     from gisting.distillation import distill as run
-    from gisting.eval.check import COUNTS
+    from gisting.eval.check import COUNTS, check_at_least, smallest_gist
     from gisting.storage import STORAGES
 
     if storage is not None and storage not in STORAGES:
         raise GistError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+    check_at_least(at_least)
     if at_least is not None and num_gist_tokens is not None:
         raise GistError("--at-least finds the number of gist tokens; leave out -k")
     check_new(output)
@@ -128,16 +135,11 @@ def distill(
     loaded, tokenizer = load_patched(model, template, dtype, device, is_to_be_trained=True)
     if texts is None:
         err.print("note: without --inputs, the model writes the questions itself (self-study)", soft_wrap=True)
-    number = tokenizer.encode_prompts([prompt], 1)[0].num_prompt_tokens
-    counts = (
-        [16 if num_gist_tokens is None else num_gist_tokens]
-        if at_least is None
-        else [k for k in COUNTS if k < number] or [COUNTS[0]]
-    )
-    told = []
-    for k in counts:
+    made: dict[int, Distilled] = {}
+
+    def make(k: int) -> GistCache:
         with _shown() as shown:
-            found = run(
+            made[k] = run(
                 loaded,
                 tokenizer,
                 prompt,
@@ -157,23 +159,58 @@ def distill(
                 directory=folder,
                 progress=shown,
             )
-        told.append(f"{found.kept:.2f} with k = {k}")
-        if at_least is None or found.kept >= at_least:
-            break
+        return made[k].cache
+
+    told = ""
+    if at_least is None:
+        cache = make(16 if num_gist_tokens is None else num_gist_tokens)
     else:
-        raise GistError(f"keep the whole prompt: no gist keeps {at_least:g} ({', '.join(told)}); nothing was written")
+        number = tokenizer.encode_prompts([prompt], 1)[0].num_prompt_tokens
+        counts = [k for k in COUNTS if k < number] or [COUNTS[0]]
+        check = _Check(loaded, tokenizer, prompt, made, seed)
+        cache, checks = smallest_gist(make, check, at_least, counts)
+        told = shares_told(counts, checks)
+        if cache is None:
+            raise GistError(
+                f"keep the whole prompt: no gist keeps {at_least:g} of what it does ({told}); nothing was written"
+            )
+    found = replace(made[cache.num_slots], cache=cache)
     found.cache.to("cpu").save(output, storage)
     if as_json:
-        print_json({"output": str(output), **found.to_row()})
+        print_json({"output": str(output), "quality": (cache.about[0] or {})["quality"], **found.to_row()})
         return
-    if at_least is not None:
-        out.print(f"share of the divergence that is gone: {', '.join(told)}", highlight=False, soft_wrap=True)
     _print(found)
+    if told:
+        out.print(f"as `gisting check` measures it, the gist keeps {told}", highlight=False, soft_wrap=True)
     out.print(
         f"saved in {output} ({output.stat().st_size} bytes); answers and state in {folder}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+class _Check:
+    """Checks gists on the inputs that they were not taught; the full prompt's answers are sampled once for all k."""
+
+    def __init__(
+        self, model: Any, tokenizer: GistTokenizer, prompt: str, made: dict[int, Distilled], seed: int
+    ) -> None:
+        self.model, self.tokenizer, self.prompt, self.made, self.seed = model, tokenizer, prompt, made, seed
+        self.checker: GistChecker | None = None
+
+    def __call__(self, cache: GistCache) -> GistCheck:
+        from gisting.eval.check import FEWEST_INPUTS, GistChecker
+
+        inputs = [answer.input for answer in self.made[cache.num_slots].teacher.answers]
+        # Of fewer, no figure can be relied on; the built-in ones are taken.
+        asked = inputs if len(inputs) >= FEWEST_INPUTS else None
+        with progress_bar("checking", GistChecker.num_steps(self.prompt, asked, num_checks=1)) as advance:
+            if self.checker is None:
+                self.checker = GistChecker(
+                    self.model, self.tokenizer, self.prompt, asked, seed=self.seed, progress=advance
+                )
+            self.checker.progress = advance
+            return self.checker.check(cache)
 
 
 @contextmanager

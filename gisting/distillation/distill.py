@@ -130,8 +130,8 @@ def distill(
     change, so it need not have been trained to gist. Answers, and what the model said at them, are made once for all k.
 
     Args:
-        model: a patched model, trained to gist or not, on any device, in any floating dtype. 16 bits are quicker; the
-            slots are float32 while they learn.
+        model: a patched model, trained to gist or not, on any device, in any floating dtype, quantised or not, by
+            itself or inside a ``PeftModel`` with LoRA. 16 bits are quicker; the slots are float32 while they learn.
         tokenizer: the tokenizer it was patched for.
         prompt: the text.
         inputs: what users say, at least two different texts; None to let the model write questions about the prompt and
@@ -168,6 +168,9 @@ def distill(
             not in 1 to the prompt's length; a text with its answer exceeds the model's positions; a setting is out of
             range; or the directory belongs to another distillation.
     """
+    # peft's wrapper; its adapter is in the layers of the model inside.
+    inside: Any = getattr(model, "get_base_model", None)
+    model = model if inside is None else inside()
     family = require_patched(model, tokenizer)
     num_prompt_tokens = _num_prompt_tokens(tokenizer, prompt, num_gist_tokens)
     if start is None:
@@ -225,7 +228,7 @@ def distill(
         teacher = folder.write_teacher(teacher)
     held, taught = teacher.select(range(len(measured))), teacher.select(range(len(measured), len(answers)))
 
-    part = folder.claim({"start": start, **vars(schedule)}, f"k-{num_gist_tokens}")
+    part = folder.claim(vars(schedule), f"k-{num_gist_tokens}-{start}")
     slots = make_start(model, tokenizer, taught, num_gist_tokens, start, origin)
     with clock.phase("training", steps):
         cache, history, seconds = train_slots(

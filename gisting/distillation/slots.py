@@ -267,15 +267,18 @@ class _Run:
 
     def restore(self, path: Path) -> None:
         try:
-            state = torch.load(path, weights_only=True, map_location=self.start.device)
+            # Not to the device: Adam counts its steps on the CPU, and load_state_dict moves the rest.
+            state = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # torch names no errors for a damaged file
             raise GistError(f"{path} cannot be read ({type(error).__name__}); remove it to train again") from error
         with torch.no_grad():
             for one, saved in zip(self.parameters, state["parameters"], strict=True):
                 one.copy_(saved)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.averages, self.num_averaged = state["step"], state["averages"], state["num_averaged"]
-        self.best, self.seconds = state["best"], state.get("seconds", 0.0)
+        device = self.start.device
+        self.averages, self.best = ([one.to(device) for one in state[name]] for name in ("averages", "best"))
+        self.step, self.num_averaged = state["step"], state["num_averaged"]
+        self.seconds = state.get("seconds", 0.0)
         self.history = [Measured(one["step"], one["loss"], Divergence(**one["held_out"])) for one in state["history"]]
 
 

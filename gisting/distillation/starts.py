@@ -18,8 +18,7 @@ from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import GistError
 from gisting.eval.divergence import Teacher
 from gisting.generation import compress
-from gisting.generation.compression import full_prompt_cache
-from gisting.models.encoder_decoder import text_states
+from gisting.generation.compression import whole_prompt
 from gisting.models.mode import evaluating
 from gisting.models.prefix import PrefixStates
 from gisting.models.registry import attention_name
@@ -68,17 +67,12 @@ def make_start(
         raise GistError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if start == "gist":
         return replace(compress(model, tokenizer, [teacher.prompt], num_gist_tokens), origin=origin)
-    ids = tokenizer.encode_prompts([teacher.prompt], 1)[0].chunks[0]
-    if tokenizer.is_encoder_decoder:
-        if start == "attended":
-            raise GistError(
-                "start='attended' is for decoders: the states of an encoder's tokens depend on all others; use "
-                "start='first'"
-            )
-        with evaluating(model):
-            whole = text_states(model, ids, origin)
-    else:
-        whole = full_prompt_cache(model, tokenizer, teacher.prompt, origin)
+    if tokenizer.is_encoder_decoder and start == "attended":
+        raise GistError(
+            "start='attended' is for decoders: the states of an encoder's tokens depend on all others; use "
+            "start='first'"
+        )
+    whole = whole_prompt(model, tokenizer, teacher.prompt, origin)
     k = num_gist_tokens
     if start == "first":
         return replace(

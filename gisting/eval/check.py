@@ -4,7 +4,8 @@ Place in the flow: a prompt, inputs and a model -> what the model says with the 
 gist beside three controls. The answers are the model's own, so nobody has to write references:
 
 * *sampled* answers, at whose tokens the distributions are compared (:mod:`gisting.eval.divergence`), for the gist, for
-  no prompt, for the first k tokens of the prompt, and for the gist of another prompt (*swapped*);
+  no prompt, for the first k tokens of the prompt, and for the gist of another prompt (*swapped*; a model that was never
+  trained to gist makes none that can be read, so it takes the whole of that prompt);
 * *greedy* answers, which show where an answer from the gist would part from that of the full prompt;
 * greedy answers to questions about exact spans of the prompt (:mod:`gisting.eval.spans`), which the full prompt and the
   gist may or may not know.
@@ -22,12 +23,13 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from gisting.cache import GistCache
+from gisting.cache import CacheOrigin, GistCache
 from gisting.errors import CacheMismatchError, GistError
 from gisting.eval.divergence import Divergence, FirstTokens, Source, ask_teacher, check_source, measure_divergence
 from gisting.eval.spans import Span, find_spans
 from gisting.generation import check_origin, compress, generate
 from gisting.generation.checks import listed
+from gisting.generation.compression import whole_prompt
 from gisting.generation.sampling import sample_answers
 from gisting.models.load import trained_num_gist_tokens
 from gisting.models.state import require_patched
@@ -38,11 +40,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COUNTS",
+    "FEWEST_INPUTS",
     "INPUTS",
     "OTHER_PROMPT",
     "CheckedSpan",
     "GistCheck",
     "GistChecker",
+    "ask_for_spans",
     "check_at_least",
     "check_caches",
     "check_gist",
@@ -52,6 +56,8 @@ __all__ = [
 
 #: The numbers of gist tokens that ``--at-least`` tries.
 COUNTS = (4, 8, 16, 32)
+#: How many inputs a check needs; 20 or more make a figure that can be relied on.
+FEWEST_INPUTS = 4
 #: The prompt whose gist is the swapped control, if no other is given.
 OTHER_PROMPT = (
     "You are the night porter of a small hotel by the sea. Speak slowly and formally, in whole sentences, and address "
@@ -255,7 +261,7 @@ class GistChecker:
         self.spans = find_spans(prompt)
         questions = [span.question for span in self.spans]
         self.inputs = [*INPUTS, *questions] if inputs is None else listed("inputs", inputs)
-        if len(self.inputs) < 4 or not all(isinstance(text, str) for text in self.inputs):
+        if len(self.inputs) < FEWEST_INPUTS or not all(isinstance(text, str) for text in self.inputs):
             raise GistError(
                 f"inputs must be at least four texts, got {self.inputs!r:.100}; 20 or more make a figure that can be "
                 "relied on"
@@ -294,7 +300,8 @@ class GistChecker:
         Args:
             cache: the gist, a cache of one prompt on the model's device.
             swapped: the gist of another prompt, best one that was made in the same way; or the text of another prompt,
-                which the model compresses to as many tokens as ``cache`` has; None for ``OTHER_PROMPT``.
+                which the model compresses to as many tokens as ``cache`` has, or which is taken whole if the model was
+                not trained to gist; None for ``OTHER_PROMPT``.
 
         Returns:
             What was found out.
@@ -307,8 +314,7 @@ class GistChecker:
         k = cache.num_gist_tokens[0]
         other = OTHER_PROMPT if swapped is None else swapped
         if isinstance(other, str):
-            condition = cache.origin.condition
-            other = compress(self.model, self.tokenizer, [other], k if condition == "gist" else 1, condition=condition)
+            other = self._states_of(other, cache.origin, k)
         gist = self._measure(self.sampled, cache)
         num_prompt_tokens = self.tokenizer.encode_prompts([self.prompt], 1)[0].num_prompt_tokens
         controls = {"no prompt": self._remembered(None)}
@@ -316,18 +322,20 @@ class GistChecker:
             controls["first tokens"] = self._remembered(FirstTokens(k))
         controls["swapped"] = self._measure(self.sampled, other)
         greedy = self._measure(self.greedy, cache)
-        answers: list[str] = []
-        for start in range(0, len(self.spans), self.batch_size):
-            part = [span.question for span in self.spans[start : start + self.batch_size]]
-            answers += generate(
-                self.model, self.tokenizer, part, cache=cache, max_new_tokens=self.max_new_tokens, do_sample=False
-            )
-            self.progress(len(part))
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        answers = ask_for_spans(self.model, self.tokenizer, self.spans, cache, progress=self.progress, **how)
         spans = [
             CheckedSpan(span.text, span.question, known, answer)
             for span, known, answer in zip(self.spans, self.known, answers, strict=True)
         ]
         return GistCheck(num_prompt_tokens, k, gist, controls, greedy, spans, self.settings)
+
+    def _states_of(self, prompt: str, origin: CacheOrigin, k: int) -> GistCache:
+        """The gist of another prompt; whole where the model makes none that can be read."""
+        if origin.condition == "gist" and trained_num_gist_tokens(self.model) is None:
+            return whole_prompt(self.model, self.tokenizer, prompt, origin)
+        size = k if origin.condition == "gist" else 1
+        return compress(self.model, self.tokenizer, [prompt], size, condition=origin.condition)
 
     def _remembered(self, source: FirstTokens | None) -> Divergence:
         """The divergence of a control that is the same for every gist of k tokens."""
@@ -338,6 +346,39 @@ class GistChecker:
     def _measure(self, teacher: Any, source: Source) -> Divergence:
         run = {"batch_size": self.batch_size, "progress": self.progress}
         return measure_divergence(self.model, self.tokenizer, teacher, source, **run)
+
+
+def ask_for_spans(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    spans: Sequence[Span],
+    cache: GistCache,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: Callable[[int], Any] | None = None,
+) -> list[str]:
+    """Ask for exact spans of a prompt, and answer greedily from its gist.
+
+    Args:
+        model: a patched model.
+        tokenizer: the tokenizer it was patched for.
+        spans: the spans of the prompt.
+        cache: the gist, a cache of one prompt.
+        max_new_tokens: maximum length of an answer.
+        batch_size: how many answers to run at once.
+        progress: called with the number of answers run since the last call.
+
+    Returns:
+        The answer to each span's question.
+    """
+    answers: list[str] = []
+    for start in range(0, len(spans), batch_size):
+        part = [span.question for span in spans[start : start + batch_size]]
+        answers += generate(model, tokenizer, part, cache=cache, max_new_tokens=max_new_tokens, do_sample=False)
+        if progress is not None:
+            progress(len(part))
+    return answers
 
 
 def check_caches(
@@ -386,7 +427,8 @@ def check_gist(
         prompt: the text of the prompt.
         inputs: what users ask, at least four texts; None for built-in ordinary requests and questions about the prompt.
         swapped: the gist of another prompt, best one that was made in the same way; or the text of another prompt,
-            which the model compresses; None for a built-in one.
+            which the model compresses, or which is taken whole if the model was not trained to gist; None for a
+            built-in one.
         **settings: ``max_new_tokens``, ``temperature``, ``seed``, ``batch_size`` and ``progress`` of
             :class:`gisting.eval.check.GistChecker`.
 

@@ -17,6 +17,7 @@ from gisting.errors import GistError
 from gisting.generation.checks import check_condition, check_count, check_positions, chosen_k, listed
 from gisting.models.adapters import check_num_gist_tokens, checkpoint_name, reader_fingerprint
 from gisting.models.architecture import architecture_of
+from gisting.models.encoder_decoder import text_states
 from gisting.models.mode import evaluating
 from gisting.models.registry import family_of, is_length_dependent, sliding_windows
 from gisting.models.rotary import rotary_of
@@ -27,7 +28,7 @@ from gisting.tokens import GistEncoding, GistTokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["compress", "compress_encodings", "full_prompt_cache"]
+__all__ = ["compress", "compress_encodings", "full_prompt_cache", "whole_prompt"]
 
 
 def compress(
@@ -167,6 +168,27 @@ def full_prompt_cache(model: PreTrainedModel, tokenizer: GistTokenizer, prompt: 
         replace(origin, condition="prompt"),
         rotary=rotary_of(model),
     )
+
+
+def whole_prompt(model: PreTrainedModel, tokenizer: GistTokenizer, prompt: str, origin: CacheOrigin) -> GistCache:
+    """Return the states of the full prompt as ordinary text, of any kind of model.
+
+    Args:
+        model: a patched model.
+        tokenizer: the tokenizer it was patched for.
+        prompt: the text.
+        origin: what the states belong to; of a decoder, their condition becomes ``"prompt"``.
+
+    Returns:
+        A cache of one prompt, with a slot for each of its tokens.
+
+    Raises:
+        GistError: the prompt is empty or exceeds the model's positions.
+    """
+    if not require_patched(model, tokenizer).is_encoder_decoder:
+        return full_prompt_cache(model, tokenizer, prompt, origin)
+    with evaluating(model):
+        return text_states(model, tokenizer.encode_prompts([prompt], 1)[0].chunks[0], origin)
 
 
 def _num_positions(model: PreTrainedModel, encoding: GistEncoding, condition: str) -> int:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.__main__ import run
-from benchmarks.distill import PROMPTS, distill_table, read_prompt
+from benchmarks.distill import PROMPTS, distill_table, read_prompt, starts_table
+from benchmarks.distill_time import distill_time_table
 from gisting.measure.rows import read_rows
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_benchmark_of_distilling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +29,10 @@ def test_the_benchmark_of_distilling(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert set(row["held_out"]) == {"gist", "first", "none", "swapped"}
         assert row["held_out"]["gist"] != row["held_out"]["swapped"]
         assert row["steps"] == 2
+        assert row["start"] == "attended"
+        counts = row["details"]
+        assert set(counts) == {"asked", "prompt", "gist", "none", "lost"}
+        assert max(counts["prompt"], counts["gist"], counts["none"]) <= counts["asked"]
         assert row["kept"] == 1 - row["held_out"]["gist"]["kl_median"] / row["held_out"]["none"]["kl_median"]
     assert run([*command, "--sizes", "2"]) == 0
     assert len(read_rows(output)) == 3
@@ -37,6 +46,75 @@ def test_the_benchmark_of_distilling(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert "sql, k = 2, seed 1: " in shown
     assert re.search(r"^\| persona \(\d+\) \| 3 \|", distill_table(read_rows(output)), re.MULTILINE)
+
+
+def test_the_table_says_where_each_k_was_measured() -> None:
+    """The committed rows, some of them as if from another device."""
+    rows = read_rows(ROOT / "docs" / "results" / "distill.jsonl")
+    moved = [{**row, "num_gist_tokens": 64, "device": "another card"} for row in rows[:2]]
+    text = distill_table([*rows, *moved])
+    assert "; k = 64: another card, 1 threads, " in text
+    assert "another card" not in distill_table(rows)
+
+
+def test_what_the_committed_rows_hold() -> None:
+    """At every k, every prompt: more than two thirds of the divergence are gone, and more than from each control."""
+    rows = read_rows(ROOT / "docs" / "results" / "distill.jsonl")
+    assert {row["prompt"] for row in rows} == set(PROMPTS)
+    assert {row["seed"] for row in rows if row["prompt"] == "support"} == {0, 1, 2}
+    for row in rows:
+        median = {source: one["kl_median"] for source, one in row["held_out"].items()}
+        assert median["gist"] < min(median["none"], median["swapped"], median["first"]) / 3
+        assert median["gist"] < row["start_median"]
+
+
+def test_several_processes_share_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two parts are the rows of one run, in any order, and another start has its own rows and table."""
+    command = ["distill", "--smoke", "--prompts", "sql,persona", "--seeds", "0,1", "--sizes", "2"]
+
+    def rows_of(name: str, *options: str) -> list[dict[str, Any]]:
+        place = ["--output", str(tmp_path / f"{name}.jsonl"), "--directory", str(tmp_path / name)]
+        assert run([*command, *place, *options]) == 0
+        return [{**row, "seconds": None} for row in read_rows(tmp_path / f"{name}.jsonl")]
+
+    whole = rows_of("whole")
+    assert [row["seed"] for row in rows_of("shared", "--part", "2/2")] == [1]
+    shared = rows_of("shared", "--part", "1/2")
+    assert sorted(shared, key=str) == sorted(whole, key=str)
+    assert starts_table(shared) == ""
+    both = rows_of("shared", "--start", "first")
+    assert [row["start"] for row in both] == ["attended"] * 3 + ["first"] * 3
+    rows = read_rows(tmp_path / "shared.jsonl")
+    assert distill_table(rows) == distill_table(rows[:3])
+    first, attended = rows[4], rows[0]
+    assert (first["prompt"], first["seed"]) == (attended["prompt"], attended["seed"])
+    shown = [f"{row['start_median']:.3f}, {row['held_out']['gist']['kl_median']:.3f}" for row in (first, attended)]
+    assert f"| 2 | {' | '.join(shown)} |" in starts_table(rows)
+    assert starts_table(rows) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b", "-1/2"])
+def test_a_part_that_is_none(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["distill", "--smoke", "--part", part]) == 1
+    assert f"such as 2/5, got '{part}'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_time_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = tiny.model("llama", max_position_embeddings=512), tiny.word_tokenizer()
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    command = ["distill-time", "--model", str(tmp_path / "chat"), "--output", str(tmp_path / "rows.jsonl"), "-k", "2"]
+    assert run([*command, "--num-answers", "4", "--steps", "2", "--dtype", "float32"]) == 0
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert (row["steps"], row["answers"], row["num_gist_tokens"], row["prompt"]) == (2, 4, 2, "persona")
+    assert sum(row["seconds"].values()) < row["total_s"]
+    assert f"| {row['total_s']:.0f} s |" in distill_time_table([row])
+    assert distill_time_table([]) == "Not measured yet."
+    capsys.readouterr()
+    assert run(["distill-time", "--model", str(tmp_path / "nothing")]) == 1
+    assert "ended with status 1; see its message above" in " ".join(capsys.readouterr().err.split())
+    assert run(["distill-time", "--model", "x", "--prompt", "poem"]) == 1
+    assert "--prompt must be one of" in capsys.readouterr().err
 
 
 def test_a_model_or_a_smoke_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import gisting
 from gisting import GistCache
-from gisting.distillation import Distilled
+from gisting.eval.check import GistCheck
 from tests import tiny
 
 PROMPT = " ".join(f"w{number}" for number in range(3, 15))
@@ -19,7 +19,7 @@ QUICK = "--num-answers 8 --max-new-tokens 4 --steps 4 --batch-size 4".split()
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a model that was never trained to gist, a prompt and questions."""
-    model, tokenizer = tiny.model("llama"), tiny.word_tokenizer()
+    model, tokenizer = tiny.model("llama", max_position_embeddings=512), tiny.word_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "system.txt").write_text(PROMPT + "\n")
@@ -72,21 +72,46 @@ def test_json_alone(run, folder: Path) -> None:
     assert set(row["seconds"]) == {"answers", "teacher", "training"}
 
 
+def without_k(*more: str) -> list[str]:
+    command = words("--inputs", "questions.txt", *more)
+    del command[command.index("-k") : command.index("-k") + 2]
+    return command
+
+
 def test_at_least_takes_the_smallest_that_keeps_enough(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 4 and 8, because the prompt has 12 tokens; and none is written where none keeps enough."""
     kept = {4: 0.3, 8: 0.8}
-    monkeypatch.setattr(Distilled, "kept", property(lambda found: kept[found.cache.num_slots]))
-    command = words("--inputs", "questions.txt")
-    del command[command.index("-k") : command.index("-k") + 2]
-    done = run(*command, "--at-least", "0.9")
+    monkeypatch.setattr(GistCheck, "kept", property(lambda found: kept[found.num_gist_tokens]))
+    done = run(*without_k("--at-least", "0.9"))
     assert done.code == 1
-    error = "error: keep the whole prompt: no gist keeps 0.9 (0.30 with k = 4, 0.80 with k = 8); nothing was written"
-    assert error in " ".join(done.err.split())
+    assert (
+        "error: keep the whole prompt: no gist keeps 0.9 of what it does (0.30 with k = 4, 0.80 with k = 8); nothing "
+        "was written" in " ".join(done.err.split())
+    )
     assert not Path("x.gist.safetensors").exists()
-    done = run(*command, "--at-least", "0.5")
+    done = run(*without_k("--at-least", "0.5"))
     assert done.code == 0
-    assert "gone: 0.30 with k = 4, 0.80 with k = 8" in done.out
-    assert GistCache.load("x.gist.safetensors").num_gist_tokens == [8]
+    assert "as `gisting check` measures it, the gist keeps 0.30 with k = 4, 0.80 with k = 8" in done.out
+    cache = GistCache.load("x.gist.safetensors")
+    assert cache.num_gist_tokens == [8]
+    assert cache.about[0] is not None
+    assert cache.about[0]["quality"]["kept"] == 0.8
+    assert cache.about[0]["distilled"]["answers"] == 8
+
+
+def test_at_least_measures_as_check_does(run, folder: Path) -> None:
+    """On the inputs that were held out, if there are enough of them."""
+    (folder / "more.txt").write_text("w9 w8\nw7 w6\nw5 w4\nw3 w2\n")
+    done = run(*without_k("--held-out", "more.txt", "--at-least", "0.001", "--json"))
+    assert done.code == 0, done.err
+    cache = GistCache.load("x.gist.safetensors")
+    assert cache.about[0] is not None
+    quality = cache.about[0]["quality"]
+    assert json.loads(done.out)["quality"] == quality
+    assert {"kept", "num_spans", "num_lost_spans"} <= set(quality)
+    model, tokenizer = gisting.load("model", "plain")
+    inputs = (folder / "more.txt").read_text().split("\n")[:4]
+    assert quality == gisting.check_gist(model, tokenizer, cache, PROMPT, inputs).quality()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +125,7 @@ def test_at_least_takes_the_smallest_that_keeps_enough(run, folder: Path, monkey
             ["--inputs", "questions.txt", "--at-least", "0.9"],
             "--at-least finds the number of gist tokens; leave out -k",
         ),
+        (["--inputs", "questions.txt", "--at-least", "1.5"], "at_least must be a share above 0 and up to 1"),
         (["--inputs", "questions.txt", "--start", "end"], "start must be one of first, attended, gist, got 'end'"),
         (["--inputs", "questions.txt", "--storage", "int4"], "storage must be one of"),
         (["--inputs", "questions.txt", "--output", "none/x.st"], "none is not a directory; make it first"),

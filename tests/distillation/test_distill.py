@@ -165,6 +165,67 @@ def test_a_model_with_an_adapter(kind: str) -> None:
     assert gisting.generate(model, tokenizer, ["w1"], cache=found.cache, max_new_tokens=2)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft reads
+def test_a_model_in_peft() -> None:
+    """The wrapper and the model inside give the same gist, which is that of the model with its LoRA."""
+    peft = pytest.importorskip("peft")
+    model, tokenizer = tiny.patched("llama")
+    plain = distill(model, tokenizer, PROMPT, INPUTS, 4, **QUICK)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    before = [parameter.requires_grad for parameter in wrapped.parameters()]
+    found = distill(wrapped, tokenizer, PROMPT, INPUTS, 4, **QUICK)
+    assert found.held_out["gist"].mean < found.history[0].held_out.mean
+    assert same(found.cache, distill(model, tokenizer, PROMPT, INPUTS, 4, **QUICK).cache)
+    assert found.cache.origin.model != plain.cache.origin.model
+    assert [parameter.requires_grad for parameter in wrapped.parameters()] == before
+
+
+class Int8Linear(torch.nn.Module):
+    """A layer as quantisers make them: whole numbers and a scale for each row; no gradient for either."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((layer.weight.detach() / self.scale).round().to(torch.int8), False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype) * self.scale)
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_a_quantised_model(with_lora: bool) -> None:
+    """Gradients reach the slots through layers that have none themselves, and through LoRA on top of them (QLoRA)."""
+    model, tokenizer = tiny.model("llama"), tiny.patched("llama")[1]
+    for module in list(model.model.layers.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                setattr(module, name, Int8Linear(layer))
+    gisting.patch(model, tokenizer)
+    if with_lora:
+        for layer in model.model.layers:
+            layer.mlp.down_proj = WithLora(layer.mlp.down_proj)
+    many = distill(model, tokenizer, PROMPT, INPUTS, 4, **QUICK)
+    assert many.held_out["gist"].mean < many.history[0].held_out.mean
+    one = distill(model, tokenizer, PROMPT, INPUTS, 4, **{**QUICK, "steps": 1}).cache
+    for first, then in zip((*one.keys, *one.values), (*many.cache.keys, *many.cache.values), strict=True):
+        assert (first != then).any(dim=-1).all(), "slots that do not learn"
+    assert gisting.generate(model, tokenizer, ["w1"], cache=many.cache, max_new_tokens=2)
+
+
+class WithLora(torch.nn.Module):
+    """A frozen layer with trained low-rank matrices beside it."""
+
+    def __init__(self, base: Int8Linear) -> None:
+        super().__init__()
+        self.base = base
+        rows, columns = base.weight.shape
+        self.down, self.up = (torch.nn.Parameter(torch.randn(size) / 8) for size in ((columns, 2), (2, rows)))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.base(hidden) + hidden @ self.down @ self.up
+
+
 def test_a_trained_model_starts_from_its_own_gist() -> None:
     model, tokenizer = tiny.patched("llama")
     model.config.gist = {**model.config.gist, "num_gist_tokens": [1, 4]}
@@ -400,7 +461,7 @@ def test_what_a_model_cannot_do_is_refused() -> None:
         ({"prompt": PROMPT + " w1"}, "belongs to another distillation .prompt was [0-9a-f]+, is [0-9a-f]+.; use those"),
         ({"inputs": INPUTS[1:]}, "inputs was"),
         ({"seed": 3}, "seed was 0, is 3"),
-        ({"steps": 8}, "k-4 belongs to another distillation .steps was 24, is 8"),
+        ({"steps": 8}, "k-4-attended belongs to another distillation .steps was 24, is 8"),
         ({"model": "mistral"}, "model was llama/[0-9a-f]+, is mistral/"),
     ],
 )
@@ -414,7 +475,7 @@ def test_a_directory_of_another_run_is_refused(changes: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(
-    ("file", "message"), [("answers.jsonl", "cannot be read"), ("k-4/state.pt", "remove it to train again")]
+    ("file", "message"), [("answers.jsonl", "cannot be read"), ("k-4-attended/state.pt", "remove it to train again")]
 )
 def test_damaged_files_are_named(file: str, message: str, tmp_path: Path) -> None:
     made(directory=tmp_path)

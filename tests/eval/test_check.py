@@ -24,9 +24,9 @@ from gisting.eval.check import (
     counts_to_try,
     smallest_gist,
 )
-from gisting.eval.divergence import Divergence
+from gisting.eval.divergence import Divergence, measure_divergence
 from gisting.eval.spans import Span
-from gisting.generation.compression import full_prompt_cache
+from gisting.generation.compression import full_prompt_cache, whole_prompt
 from tests import tiny
 
 PROMPT, OTHER = tiny.words(12, 1), tiny.words(10, 2)
@@ -51,6 +51,24 @@ def checker(made: tuple[Any, Any]) -> GistChecker:
 
 
 # -- what is caught ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_swapped_is_a_gist_only_where_the_model_makes_some(name: str) -> None:
+    """The whole of another prompt in view, for a model that was not trained to gist; else the gist it makes of it."""
+    model, tokenizer = tiny.patched(name)
+    checker = GistChecker(model, tokenizer, PROMPT, INPUTS, **FEW)
+    cache = gisting.compress(model, tokenizer, [PROMPT], 3)
+    states = whole_prompt(model, tokenizer, OTHER, cache.origin)
+    assert states.num_gist_tokens == [10]
+
+    def measured(source: GistCache) -> Divergence:
+        return measure_divergence(model, tokenizer, checker.sampled, source, batch_size=4)
+
+    assert checker.check(cache, OTHER).controls["swapped"] == measured(states)
+    model.config.gist = {**model.config.gist, "num_gist_tokens": [1, 4]}
+    found = checker.check(cache, OTHER).controls["swapped"]
+    assert found == measured(gisting.compress(model, tokenizer, [OTHER], 3)) != measured(states)
 
 
 def test_the_best_gist_keeps_everything(made: tuple[Any, Any], checker: GistChecker) -> None:

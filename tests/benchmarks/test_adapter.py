@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 
 import gisting
 from benchmarks.__main__ import run
-from benchmarks.adapter import values
+from benchmarks.adapter import recipe, values
 from benchmarks.adapter.evaluation import instructions, system_prompts
 from benchmarks.adapter.prompts import compose, compose_instruction, ordinary, passages
 from benchmarks.adapter.recipe import adapter_table
@@ -109,7 +111,7 @@ def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.Captu
         f"adapter --model {tmp_path}/base --directory {tmp_path}/run --output {tmp_path}/rows.jsonl --dtype float32 "
     )
     words += f"--tasks {tmp_path}/tasks.jsonl --alpaca-plus {tmp_path} --answers {tmp_path}/side.jsonl "
-    words += f"--ship-to {tmp_path}/shipped --steps 2 --scale 0.02 --ks 1,2 --answer-with 2"
+    words += f"--ship-to {tmp_path}/shipped --steps 2 --scale 0.004 --ks 1,2 --answer-with 2"
     assert run(words.split()) == 0
     printed = capsys.readouterr().out
     assert "human instructions are skipped: there is no" in printed
@@ -150,3 +152,43 @@ def test_the_adapter_in_the_package() -> None:
     for name in ("README.md", "SOURCES.md"):
         source = Path(__file__).resolve().parents[2] / "benchmarks" / "adapter" / name.replace("README", "CARD")
         assert (folder / name).read_text(encoding="utf-8") == source.read_text(encoding="utf-8")
+
+
+def test_processes_share_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answers its own pieces and waits for the others'; when the time is over, what is there is taken."""
+    wrapped = chats.CHATS["chatml"].tokenizer()
+    model = tiny.model("llama", vocab_size=len(wrapped), max_position_embeddings=8192)
+    tokenizer = gisting.GistTokenizer(wrapped, "chat")
+    gisting.patch(model, tokenizer)
+    monkeypatch.setattr(recipe, "_PIECE", 2)
+    pairs = [Record(f"say {n}", "now", "") for n in range(5)]
+
+    def answer(number: int, end: float | None) -> list[str]:
+        found = recipe.answered(
+            model, tokenizer, pairs, tmp_path, batch_size=2, seed=0, shard=(number, 2), end=end and time.time() + end
+        )
+        return [one.instruction for one in found]
+
+    assert answer(0, 5.0) == ["say 0", "say 1", "say 4"]
+    assert answer(1, None) == [f"say {n}" for n in range(5)]
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [f"answers-00{n}.jsonl" for n in range(3)]
+
+
+def test_the_rate_falls_by_the_clock_and_the_training_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(recipe.time, "time", lambda: now)
+    clock, control = recipe.ByTheClock(200.0), SimpleNamespace(should_training_stop=False)
+    optimizer, arguments = SimpleNamespace(param_groups=[{"lr": 1.0}]), SimpleNamespace(learning_rate=2.0)
+    clock.on_train_begin(arguments, None, control)
+    rates = []
+    for step, at in enumerate((100.0, 150.0, 199.9), 20):
+        now = at
+        clock.on_step_begin(arguments, SimpleNamespace(global_step=step), control, optimizer)
+        clock.on_step_end(arguments, None, control)
+        rates.append(round(optimizer.param_groups[0]["lr"], 3))
+    assert rates == [2.0, 1.0, 0.0]
+    assert not control.should_training_stop
+    clock.on_step_begin(arguments, SimpleNamespace(global_step=0), control, optimizer)
+    now = 200.0
+    clock.on_step_end(arguments, None, control)
+    assert control.should_training_stop

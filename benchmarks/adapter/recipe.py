@@ -351,7 +351,7 @@ def main(
     own, of = (int(part) for part in shard.split("/"))
     low, _, high = trained_k.partition(":")
     loaded, tokenizer = load(model, "chat", dtype=getattr(torch, dtype))
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     trained = directory / name
     trained.mkdir(exist_ok=True)
     with _timed("prompts and inputs", trained):

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 import gisting
 from benchmarks.__main__ import run
-from benchmarks.adapter import recipe, values
+from benchmarks.adapter import on_top, recipe, values
 from benchmarks.adapter.evaluation import instructions, system_prompts
 from benchmarks.adapter.prompts import compose, compose_instruction, ordinary, passages
 from benchmarks.adapter.recipe import adapter_table
 from gisting.data.records import Record, save_records
+from gisting.distillation import distill
 from gisting.measure.rows import read_rows
 from gisting.models import adapters
 from tests import chats, tiny
@@ -192,3 +193,33 @@ def test_the_rate_falls_by_the_clock_and_the_training_ends(monkeypatch: pytest.M
     now = 200.0
     clock.on_step_end(arguments, None, control)
     assert control.should_training_stop
+
+
+def test_distilling_on_top_with_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = chats.CHATS["chatml"].tokenizer()
+    model = tiny.model("llama", vocab_size=len(wrapped), max_position_embeddings=8192)
+    model.save_pretrained(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "base")
+    loaded, tokenizer = gisting.load(tmp_path / "base", "chat")
+    adapters.attach(loaded, adapters.Adapter("gist-lora", 2, rank=2))
+    adapters.save(loaded, tokenizer, tmp_path / "adapter")
+
+    def with_questions(model: Any, tokenizer: Any, prompt: str, inputs: None, *more: Any, **settings: Any) -> Any:
+        return distill(model, tokenizer, prompt, ordinary(False)[:4], *more, **settings)  # It cannot write its own.
+
+    monkeypatch.setattr(on_top, "distill", with_questions)
+    words = f"adapter-distil --model {tmp_path}/base --adapter {tmp_path}/adapter --output {tmp_path}/rows.jsonl -k 2 "
+    words += "--prompts 2 --steps 2 --num-answers 4 --dtype float32"
+    assert run(words.split()) == 0
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(one["prompt"], one["start"]) for one in rows] == [
+        (1, "gist"), (1, "attended"), (0, "gist"), (0, "attended"),
+    ]  # fmt: skip
+    for one in rows:
+        assert one["kl_mean"].keys() == {"none", "first", "adapter", "adapter_swapped", "swapped", "gist"}
+        assert one["kl_mean"]["adapter"] != one["kl_mean"]["adapter_swapped"]
+    assert rows[0]["kl_mean"]["adapter"] == rows[1]["kl_mean"]["adapter"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:4] for line in printed if line.startswith("| gist")] == [[" gist ", " 2 ", " 2 "]]

@@ -187,11 +187,11 @@ def test_three_prompts_alone_teach_a_gist_to_answer_as_the_prompt_does(
         "log",
         lambda self, logs_, *args: (right(self, logs_, *args), logs.append(self.state.log_history[-1]))[0],
     )
-    more = ("--max-steps", "60", "--learning-rate", "3e-2", "--logging-steps", "10", "--lr-scheduler-type", "constant")
+    more = ("--max-steps", "60", "--learning-rate", "1e-2", "--logging-steps", "10", "--lr-scheduler-type", "constant")
     done = train(model_dir, "out", *more)
     assert done.exit_code == 0, done.output
     losses = [row["distillation_loss"] for row in logs if "distillation_loss" in row]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     assert [row["loss"] for row in logs if "loss" in row] == pytest.approx(losses, rel=1e-3)
     records = load_records(model_dir / "out" / "answers.jsonl")
     assert len(records) == len(PAIRS)

@@ -23,6 +23,7 @@ from benchmarks.command import OutputOption, Rows, names, say, where
 from gisting.cache import GistCache
 from gisting.distillation import Distilled, distill
 from gisting.distillation.starts import STARTS
+from gisting.errors import GistError
 from gisting.eval.divergence import Divergence, measure_divergence
 from gisting.generation import compress
 from gisting.markdown import markdown_table
@@ -114,7 +115,9 @@ def main(
     model: Annotated[str, typer.Option(help="The base model: a directory, or a repository on the hub.")] = BASE,
     output: OutputOption = None,
     adapter: Annotated[Path, typer.Option(help="Directory of the adapter.")] = _ADAPTER,
-    prompts: Annotated[int, typer.Option(min=2, help="How many of the held-out prompts, evenly from all.")] = 30,
+    part: Annotated[
+        str, typer.Option(help="A part of the held-out prompts, such as 2/10: every tenth from the second on.")
+    ] = "1/1",
     num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="k.")] = 8,
     starts: Annotated[str, typer.Option(help=f"Some of {', '.join(STARTS)}.")] = "gist,attended",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 60,
@@ -128,16 +131,19 @@ def main(
     """
     chosen = names("--starts", starts, STARTS)
     held_out = system_prompts()
-    held_out = held_out[:: max(len(held_out) // prompts, 1)][:prompts]
+    first, _, step = part.partition("/")
+    numbers = range(int(first) - 1, len(held_out), int(step or 1))
     loaded, tokenizer = load(model, "chat", dtype=getattr(torch, dtype))
     loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     adapters.load(loaded, adapter)
     rows = Rows("adapter-distil", output)
     settings: dict[str, Any] = {"steps": steps, "num_answers": num_answers, "seed": seed}
     made: list[_Made] = []
-    for place, one in enumerate(held_out):
-        made.append(_make(loaded, tokenizer, one, num_gist_tokens, chosen, settings))
-        if place:
-            rows.add(_rows(loaded, tokenizer, place, made[-1], made[-2]))
-    rows.add(_rows(loaded, tokenizer, 0, made[0], made[-1]))
+    for number in numbers:
+        made.append(_make(loaded, tokenizer, held_out[number], num_gist_tokens, chosen, settings))
+        if len(made) > 1:
+            rows.add(_rows(loaded, tokenizer, number, made[-1], made[-2]))
+    if len(made) < 2:
+        raise GistError(f"--part must leave at least two prompts, for the swapped control, got {part}")
+    rows.add(_rows(loaded, tokenizer, numbers[0], made[0], made[-1]))
     rows.show(on_top_table)

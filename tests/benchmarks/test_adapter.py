@@ -211,11 +211,11 @@ def test_distilling_on_top_with_a_tiny_model(
 
     monkeypatch.setattr(on_top, "distill", with_questions)
     words = f"adapter-distil --model {tmp_path}/base --adapter {tmp_path}/adapter --output {tmp_path}/rows.jsonl -k 2 "
-    words += "--prompts 2 --steps 2 --num-answers 4 --dtype float32"
+    words += "--part 3/15 --steps 2 --num-answers 4 --dtype float32"
     assert run(words.split()) == 0
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [(one["prompt"], one["start"]) for one in rows] == [
-        (1, "gist"), (1, "attended"), (0, "gist"), (0, "attended"),
+        (17, "gist"), (17, "attended"), (2, "gist"), (2, "attended"),
     ]  # fmt: skip
     for one in rows:
         assert one["kl_mean"].keys() == {"none", "first", "adapter", "adapter_swapped", "swapped", "gist"}

@@ -285,6 +285,14 @@ def adapter_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def _two_numbers(option: str, text: str, between: str, example: str) -> tuple[int, int]:
+    try:
+        first, second = map(int, text.split(between))
+    except ValueError:
+        raise typer.BadParameter(f"{option} must be two whole numbers such as {example}, got {text!r}") from None
+    return first, second
+
+
 @contextmanager
 def _timed(what: str, directory: Path) -> Iterator[None]:
     """Add the seconds of a part to ``times.json``, so that a part which was interrupted has all of them."""
@@ -341,6 +349,9 @@ def main(
     train_until: Annotated[
         float | None, typer.Option(help="When the training ends, in seconds since the epoch, instead of --steps.")
     ] = None,
+    evaluated: Annotated[
+        Path | None, typer.Option("--evaluate", help="Directory of an adapter to evaluate, instead of making one.")
+    ] = None,
 ) -> None:
     """The adapter that comes with the library: data, answers, training, evaluation.
 
@@ -348,14 +359,37 @@ def main(
     """
     directory.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(*(max(int(scale * size), 2) for size in SIZES[:-1]), inputs=SIZES.inputs)
-    own, of = (int(part) for part in shard.split("/"))
-    low, _, high = trained_k.partition(":")
+    own, of = _two_numbers("--shard", shard, "/", "0/3")
+    low, high = _two_numbers("--trained-k", trained_k if ":" in trained_k else f"{trained_k}:{trained_k}", ":", "1:16")
+    rows, held_out = Rows("adapter", output), system_prompts()
     loaded, tokenizer = load(model, "chat", dtype=getattr(torch, dtype))
     loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
+    everywhere: dict[str, list[HeldOut]] = {"system prompts": held_out[:: max(round(1 / scale), 1)]}
+    for split in ("unseen", "human"):
+        path = None if alpaca_plus is None else alpaca_plus / f"alpaca_plus_validation_{split}.json"
+        if path is None or not path.exists():
+            say(f"{split} instructions are skipped: there is no {path or '--alpaca-plus'}")
+            continue
+        everywhere[f"{split} instructions"] = instructions(path, max(int(scale * 60), 2))
+
+    def evaluate(path: Path) -> None:
+        adapters.load(loaded, path)
+        for kind, prompts in everywhere.items():
+            found = measure(
+                loaded, tokenizer, kind, prompts, numbers("--ks", ks), answer_with=answer_with or None, say=say
+            )
+            rows.add({**row, "adapter": name} for row in found)
+        if answers is not None:
+            shown = side_by_side(loaded, tokenizer, everywhere["system prompts"], answer_with or 8)
+            answers.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown), encoding="utf-8")
+
+    if evaluated is not None:
+        evaluate(evaluated)
+        rows.show(adapter_table)
+        return
     trained = directory / name
     trained.mkdir(exist_ok=True)
     with _timed("prompts and inputs", trained):
-        held_out = system_prompts()
         exclude = {one.prompt for one in held_out}
         while own and not (directory / "pairs.jsonl").exists():
             time.sleep(0.5)  # The first process makes them.
@@ -400,7 +434,7 @@ def main(
                 steps=steps if train_until is None else 1_000_000,
                 seed=seed,
                 batch_size=batch_size,
-                num_gist_tokens=(int(low), int(high or low)),
+                num_gist_tokens=(low, high),
                 learning_rate=learning_rate,
                 end=train_until,
             )
@@ -409,24 +443,8 @@ def main(
             adapters.detach(loaded)
         ship(trained, shipped)
     settings = json.loads((trained / "settings.json").read_text(encoding="utf-8"))
-    adapters.load(loaded, shipped)
-    rows = Rows("adapter", output)
-    number = max(int(scale * 60), 2)
     with _timed("evaluation", trained):
-        sets: dict[str, list[HeldOut]] = {"system prompts": held_out[: max(int(scale * len(held_out)), 2)]}
-        for split in ("unseen", "human"):
-            path = None if alpaca_plus is None else alpaca_plus / f"alpaca_plus_validation_{split}.json"
-            if path is None or not path.exists():
-                say(f"{split} instructions are skipped: there is no {path or '--alpaca-plus'}")
-                continue
-            sets[f"{split} instructions"] = instructions(path, number)
-        for kind, prompts in sets.items():
-            rows.add(
-                measure(loaded, tokenizer, kind, prompts, numbers("--ks", ks), answer_with=answer_with or None, say=say)
-            )
-    if answers is not None:
-        shown = side_by_side(loaded, tokenizer, sets["system prompts"], answer_with or 8)
-        answers.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown), encoding="utf-8")
+        evaluate(shipped)
     sizes_of = {"num_prompts": len({one.instruction for one in records}), "num_records": len(records)}
     weights = next(shipped.glob("*.safetensors")).stat().st_size
     times = json.loads((trained / "times.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import gisting
 from benchmarks.__main__ import run
-from benchmarks.adapter import on_top, recipe, values
+from benchmarks.adapter import data, on_top, recipe, values
 from benchmarks.adapter.evaluation import instructions, system_prompts
 from benchmarks.adapter.prompts import compose, compose_instruction, ordinary, passages
 from benchmarks.adapter.recipe import adapter_table
@@ -94,7 +94,9 @@ def test_the_table_by_eye() -> None:
     ]
 
 
-def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_recipe_with_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrapped = chats.CHATS["chatml"].tokenizer()
     torch.manual_seed(0)
     model = tiny.model("llama", vocab_size=len(wrapped), max_position_embeddings=8192)
@@ -112,7 +114,8 @@ def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.Captu
         f"adapter --model {tmp_path}/base --directory {tmp_path}/run --output {tmp_path}/rows.jsonl --dtype float32 "
     )
     words += f"--tasks {tmp_path}/tasks.jsonl --alpaca-plus {tmp_path} --answers {tmp_path}/side.jsonl "
-    words += f"--ship-to {tmp_path}/shipped --steps 2 --scale 0.004 --ks 1,2 --answer-with 2"
+    words += f"--ship-to {tmp_path}/shipped --steps 2 --scale 0.06 --ks 1,2 --answer-with 2"
+    monkeypatch.setattr(recipe, "SIZES", data.Sizes(20, 5, 10, 5, 2))
     assert run(words.split()) == 0
     printed = capsys.readouterr().out
     assert "human instructions are skipped: there is no" in printed
@@ -134,9 +137,26 @@ def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.Captu
     weights = (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes()
     assert run(words.replace(f"{tmp_path}/run", f"{tmp_path}/again").split()) == 0
     assert (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes() == weights
+    # An adapter that is there is evaluated alike.
+    again = (
+        f"adapter --model {tmp_path}/base --directory {tmp_path}/run --output {tmp_path}/again.jsonl --dtype float32"
+    )
+    assert run(f"{again} --evaluate {tmp_path}/shipped --scale 0.06 --ks 1,2 --answer-with 0".split()) == 0
+    for one, other in zip(read_rows(tmp_path / "again.jsonl"), rows, strict=False):
+        assert one["kl"] == pytest.approx(other["kl"])
     base, tokenizer = gisting.load(tmp_path / "base", "chat")
     adapters.load(base, tmp_path / "shipped")
     assert len(gisting.compress(base, tokenizer, ["You are kind."], 2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [("--shard 1", "two whole numbers such as 0/3"), ("--trained-k x", "such as 1:16")]
+)
+def test_options_that_cannot_be_read(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["adapter", "--directory", str(tmp_path), "--model", str(tmp_path), *words.split()]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_adapter_in_the_package() -> None:

@@ -24,6 +24,7 @@ from gisting.models.adapters import KINDS, Adapter, adapter_of, attach, detach, 
 from gisting.models.fingerprint import fingerprint
 from gisting.models.gist_lora import gist_places
 from gisting.models.state import guarded_stack
+from gisting.models.weights import input_weight
 from gisting.train.finetune import finetune
 from gisting.train.methods import METHODS, Method, count_parameters, prepare
 from tests import tiny
@@ -96,8 +97,8 @@ def test_the_tokens_of_a_gist_have_rows_of_their_own_which_start_apart() -> None
     """Tokens with one row under one LoRA would learn to hold the same, whatever their number."""
     model, tokenizer = tiny.patched("llama")
     prepare(model, "gist-lora", 3)
-    rows = gist_rows(model)
-    assert torch.equal(rows[0], model.get_input_embeddings().weight[tokenizer.gist_token_id])
+    rows, table = gist_rows(model), input_weight(model)
+    assert torch.equal(rows[0], table[tokenizer.gist_token_id])
     assert torch.pdist(rows).min() > 0.1
     values = gisting.compress(model, tokenizer, ["w1 w2 w3"], 3).values[0][0, 0]
     assert torch.pdist(values).min() > 0.01

@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
     inputs: int = 4
 
 
-#: What the shipped adapter was trained on.
+#: What the recipe makes. The shipped adapter was trained on an earlier, smaller set, which SOURCES.md describes.
 SIZES = Sizes()
 # What the model is asked to write prompts about.
 _SUBJECTS = (

@@ -25,6 +25,7 @@ __all__ = ["BENCHMARKS", "run"]
 #: The module of each benchmark. Only the module that runs is imported.
 BENCHMARKS = {
     "adapter": "benchmarks.adapter.recipe",
+    "adapter-distil": "benchmarks.adapter.on_top",
     "card": "benchmarks.card",
     "cpu-attention": "benchmarks.cpu_attention",
     "distill": "benchmarks.distill",

@@ -24,6 +24,7 @@ from gisting.models.adapters import KINDS, Adapter, adapter_of, attach, detach, 
 from gisting.models.fingerprint import fingerprint
 from gisting.models.gist_lora import gist_places
 from gisting.models.state import guarded_stack
+from gisting.models.weights import input_weight
 from gisting.train.finetune import finetune
 from gisting.train.methods import METHODS, Method, count_parameters, prepare
 from tests import tiny
@@ -39,7 +40,7 @@ GIST_ONLY = ["gist-lora", "embeddings"]
 def adapted(name: str, kind: str, num_gist_tokens: int = 2) -> tuple[Any, GistTokenizer]:
     """A patched model with an adapter whose parameters are all random, so that none is zero."""
     model, tokenizer = tiny.patched(name)
-    attach(model, Adapter(kind, num_gist_tokens if kind == "embeddings" else 1, rank=2))
+    attach(model, Adapter(kind, num_gist_tokens if kind in GIST_ONLY else 1, rank=2))
     draw(model)
     return model, tokenizer
 
@@ -92,6 +93,32 @@ def test_every_family(name: str, kind: str) -> None:
     assert torch.equal(logits(model, batch), behind_gist)
 
 
+def test_the_tokens_of_a_gist_have_rows_of_their_own_which_start_apart() -> None:
+    """Tokens with one row under one LoRA would learn to hold the same, whatever their number."""
+    model, tokenizer = tiny.patched("llama")
+    prepare(model, "gist-lora", 3)
+    rows, table = gist_rows(model), input_weight(model)
+    assert torch.equal(rows[0], table[tokenizer.gist_token_id])
+    assert torch.pdist(rows).min() > 0.1
+    values = gisting.compress(model, tokenizer, ["w1 w2 w3"], 3).values[0][0, 0]
+    assert torch.pdist(values).min() > 0.01
+    with pytest.raises(GistError, match=r"^num_gist_tokens must be at most 3, got 4: the adapter has 3 rows"):
+        gisting.compress(model, tokenizer, ["w1"], 4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_gist_only_lora_is_read_back_with_its_rows(num_rows: int, tmp_path: Path) -> None:
+    model, tokenizer = tiny.patched("llama")
+    attach(model, Adapter("gist-lora", num_rows, rank=2))
+    draw(model)
+    adapters.save(model, tokenizer, tmp_path)
+    twin, _ = tiny.patched("llama")
+    adapters.load(twin, tmp_path)
+    expected, found = (gisting.compress(one, tokenizer, ["w1 w2 w3"], 3) for one in (model, twin))
+    assert gist_rows(twin).shape[0] == num_rows
+    assert all(map(torch.equal, expected.values, found.values))
+
+
 @pytest.mark.parametrize("kind", GIST_ONLY)
 @pytest.mark.parametrize("name", few(THREE, "llama", "gemma3_text"))
 def test_text_in_one_batch_with_gists_keeps_its_bits(name: str, kind: str) -> None:
@@ -113,7 +140,7 @@ def test_text_in_one_batch_with_gists_keeps_its_bits(name: str, kind: str) -> No
 @pytest.mark.parametrize("name", few([*THREE, "t5"], "llama", "t5"))
 def test_gist_only_lora_is_the_masked_update_of_its_definition(name: str) -> None:
     """The oracle is the frozen model with hooks that add ``B A x`` times its scale at gist tokens, in every layer."""
-    model, tokenizer = adapted(name, "gist-lora")
+    model, tokenizer = adapted(name, "gist-lora", 1)
     batch = GistCollator(tokenizer, 2)(RAGGED)
     found = logits(model, batch)
     stack = guarded_stack(model)
@@ -540,7 +567,8 @@ def test_plain_peft_does_not_read_gist_only_lora(tmp_path: Path) -> None:
 
     model, tokenizer, out = trained(tmp_path, "gist-lora")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    stock.resize_token_embeddings(tokenizer.gist_token_id + 1, mean_resizing=False)
+    ids = [tokenizer.gist_token_id, tokenizer.gist_token_id + 1]
+    stock.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
     with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at"):
         PeftModel.from_pretrained(stock, str(out))
     with pytest.raises(ValueError, match="Unrecognized model"):
@@ -551,8 +579,8 @@ def test_plain_peft_does_not_read_gist_only_lora(tmp_path: Path) -> None:
 
     shutil.copy(out / "gist_adapter.safetensors", out / "adapter_model.safetensors")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    row: Any = {"embed_tokens": [tokenizer.gist_token_id]}
-    LoraConfig(r=2, lora_alpha=4, target_modules=targets, trainable_token_indices=row).save_pretrained(str(out))
+    rows: Any = {"embed_tokens": ids}
+    LoraConfig(r=2, lora_alpha=4, target_modules=targets, trainable_token_indices=rows).save_pretrained(str(out))
     everywhere = PeftModel.from_pretrained(stock, str(out))
     size = tokenizer.gist_token_id
     assert not torch.allclose(logits(everywhere)[..., :size], logits(model)[..., :size], atol=1e-3)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from gisting import GistError
+from gisting.cache import CacheOrigin
 from gisting.data.plain import plain_sources
+from gisting.generation.compression import full_prompt_cache, full_prompt_caches
 from gisting.generation.sampling import sample_answers
 from tests import tiny
 
@@ -94,13 +96,27 @@ def test_each_prompt_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model, tokenizer = tiny.patched("llama")
     run: list[str] = []
-    right = sampling.full_prompt_cache
-    monkeypatch.setattr(sampling, "full_prompt_cache", lambda *args: run.append(args[2]) or right(*args))
+    right = sampling.full_prompt_caches
+    monkeypatch.setattr(sampling, "full_prompt_caches", lambda *args: run.extend(args[2]) or right(*args))
     done: list[int] = []
     sample_answers(model, tokenizer, PAIRS, max_new_tokens=2, batch_size=2, progress=done.append)
     assert sorted(run) == sorted(PROMPTS)
     assert sum(done) == len(PAIRS)
     assert max(done) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3_text"])
+def test_states_of_prompts_in_one_pass_are_those_of_each(name: str) -> None:
+    model, tokenizer = tiny.patched(name)
+    origin = CacheOrigin("", "", "", "prompt")
+    found = full_prompt_caches(model, tokenizer, PROMPTS, origin)
+    assert found.num_slots == max(found.num_gist_tokens)
+    for row, prompt in enumerate(PROMPTS):
+        alone, own = full_prompt_cache(model, tokenizer, prompt, origin), found[row]
+        assert own.num_gist_tokens == alone.num_gist_tokens
+        for one, other in zip((*own.keys, *own.values), (*alone.keys, *alone.values), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert all((layer[1, :, : found.num_slots - found.num_gist_tokens[1]] == 0).all() for layer in found.keys)
 
 
 def test_no_pairs_give_no_answers() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gisting import GistError
+from gisting import GistError, GistTokenizer
 from gisting.cli import app
 from gisting.data.prompts import load_inputs, load_prompts
 from gisting.data.records import load_records
@@ -24,6 +24,7 @@ from gisting.train.recipe import load_recipe
 from gisting.train.self_distil import pair_up, self_distil
 from gisting.train.settings import Recipe
 from tests import tiny
+from tests.chats import CHATS, WEATHER
 
 PROMPTS = [tiny.words(9, 1), tiny.words(4, 2), tiny.words(13, 3)]
 INPUTS = ["w1 w2", "w3 w4 w5", "w7", "w8 w9"]
@@ -186,11 +187,11 @@ def test_three_prompts_alone_teach_a_gist_to_answer_as_the_prompt_does(
         "log",
         lambda self, logs_, *args: (right(self, logs_, *args), logs.append(self.state.log_history[-1]))[0],
     )
-    more = ("--max-steps", "60", "--learning-rate", "3e-2", "--logging-steps", "10", "--lr-scheduler-type", "constant")
+    more = ("--max-steps", "60", "--learning-rate", "1e-2", "--logging-steps", "10", "--lr-scheduler-type", "constant")
     done = train(model_dir, "out", *more)
     assert done.exit_code == 0, done.output
     losses = [row["distillation_loss"] for row in logs if "distillation_loss" in row]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     assert [row["loss"] for row in logs if "loss" in row] == pytest.approx(losses, rel=1e-3)
     records = load_records(model_dir / "out" / "answers.jsonl")
     assert len(records) == len(PAIRS)
@@ -284,3 +285,21 @@ def test_the_command_writes_records_once(model_dir: Path, run: Any) -> None:
     done = run(*command.split(), "--seed", "1")
     assert done.code == 1
     assert "has answers of another run" in done.err
+
+
+def test_prompts_with_tools_are_answered_and_trained_on(tmp_path: Path, run: Any) -> None:
+    """Both commands lay tools out as the tokenizer's chat template does, as `compress --prompts` does."""
+    wrapped = CHATS["qwen2.5"].tokenizer()
+    tiny.model("llama", vocab_size=len(wrapped), max_position_embeddings=4096).save_pretrained(tmp_path / "model")
+    wrapped.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "be brief", "tools": [WEATHER]}), encoding="utf-8")
+    (tmp_path / "inputs.txt").write_text("is it cold\nis it warm", encoding="utf-8")
+    expected = {GistTokenizer(wrapped, "chat").prompt_with_tools("be brief", [WEATHER])}
+    files = f"{tmp_path}/model --prompts {tmp_path}/prompts.jsonl --inputs {tmp_path}/inputs.txt"
+    done = run(*f"data self-distil {files} --output {tmp_path}/records.jsonl --max-new-tokens 3".split())
+    assert done.code == 0, done.err
+    assert {one.instruction for one in load_records(tmp_path / "records.jsonl")} == expected
+    words = f"train {files} --output {tmp_path}/out --method gist-lora --max-steps 1 --batch-size 2 --answer-tokens 3"
+    done = run(*words.split(), "--max-length", "4096")
+    assert done.code == 0, done.err
+    assert {one.instruction for one in load_records(tmp_path / "out" / "answers.jsonl")} == expected

@@ -33,15 +33,15 @@ class Sizes(NamedTuple):
         inputs: inputs of each prompt.
     """
 
-    composed: int = 520
-    instructions: int = 130
+    composed: int = 6400
+    instructions: int = 600
     seeds: int = 170
-    templates: int = 80
+    templates: int = 300
     written: int = 96
     inputs: int = 4
 
 
-#: What the shipped adapter was trained on.
+#: What the recipe makes. The shipped adapter was trained on an earlier, smaller set, which SOURCES.md describes.
 SIZES = Sizes()
 # What the model is asked to write prompts about.
 _SUBJECTS = (
@@ -66,6 +66,7 @@ def build_pairs(
     tasks: Path | None = None,
     exclude: Collection[str] = (),
     seed: int = 0,
+    batch_size: int = 32,
 ) -> list[Record]:
     """Build the pairs of prompts and inputs, or read them if they were built before.
 
@@ -78,6 +79,7 @@ def build_pairs(
             both out.
         exclude: prompts that are held out.
         seed: seed of everything that is drawn.
+        batch_size: how many texts the model writes together.
 
     Returns:
         Records without outputs, whose source names where the prompt is from.
@@ -87,20 +89,22 @@ def build_pairs(
     random = Random(f"pairs {seed}")
     found = [*compose(sizes.composed, seed), *compose_instruction(sizes.instructions, seed)]
     found += _tasks(tasks, sizes, random) if tasks is not None else []
-    found += _written(model, tokenizer, sizes.written, seed)
+    found += _written(model, tokenizer, sizes.written, seed, batch_size)
     random.shuffle(found)  # so that the first part of the answers is a mixture too
     pairs = []
     for kind, prompt, inputs in found:
         if prompt in exclude:
             continue
         about = random.sample(inputs, min(len(inputs), sizes.inputs))
-        # Instructions come with their own inputs; system prompts also get questions that have nothing to do with them.
+        # Instructions come with their own inputs; system prompts also get a question that has nothing to do with them.
         if kind not in ("instruction", "seed", "template"):
-            about = about[: (sizes.inputs + 1) // 2]
+            about = about[: max(sizes.inputs - 1, 1)]
             about += random.sample(ordinary(False), sizes.inputs - len(about))
         pairs += [Record(prompt, text, "", kind) for text in about]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_records(pairs, path)
+    whole = path.with_name(f"whole-{path.name}")
+    save_records(pairs, whole)
+    whole.rename(path)  # so that whoever waits for the file finds all of it
     return pairs
 
 
@@ -125,21 +129,20 @@ def _tasks(path: Path, sizes: Sizes, random: Random) -> list[Composed]:
     ]
 
 
-def _written(model: Any, tokenizer: GistTokenizer, number: int, seed: int) -> list[Composed]:
+def _written(model: Any, tokenizer: GistTokenizer, number: int, seed: int, batch_size: int) -> list[Composed]:
     """Prompts and questions that the model writes about given subjects."""
     subjects = [(form.format(subject), subject) for form in _ASKED for subject in _SUBJECTS][:number]
     if not subjects:
         return []
     system = "You are a helpful writer. You write exactly what you are asked for, without a comment."
-    said = sample_answers(
-        model, tokenizer, [(system, asked) for asked, _ in subjects], max_new_tokens=140, temperature=0.8, seed=seed
-    )
+    how: dict[str, Any] = {"temperature": 0.8, "seed": seed, "batch_size": batch_size}
+    said = sample_answers(model, tokenizer, [(system, asked) for asked, _ in subjects], max_new_tokens=140, **how)
     wanted = [
         (system, f"Write one short question that a visitor would ask an expert on {subject}. Number {place}.")
         for _, subject in subjects
         for place in (1, 2, 3)
     ]
-    asked = sample_answers(model, tokenizer, wanted, max_new_tokens=32, temperature=0.8, seed=seed)
+    asked = sample_answers(model, tokenizer, wanted, max_new_tokens=32, **how)
     found = []
     for place, one in enumerate(said):
         end = max(one.output.rfind(mark) for mark in ".!?\n")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ def measure(
     seed: int = 1,
     answer_with: int | None = None,
     say: Callable[[str], Any] = lambda what: None,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Measure the gist of every prompt for each k.
 
     Answers are sampled with the whole prompt in view, and all sources are compared at their tokens. Greedy answers are
@@ -77,7 +77,7 @@ def measure(
         answer_with: the k for which greedy answers are generated too, which takes most of the time; None for none.
         say: called with a line for each row.
 
-    Returns:
+    Yields:
         A row for each k.
     """
     prompts = [one.prompt for one in held_out]
@@ -96,7 +96,6 @@ def measure(
             model, tokenizer, records, conditions=["no-prompt"], max_new_tokens=max_new_tokens, with_rouge=False
         )
         texts["none"] = found.predictions
-    rows = []
     for k in ks:
         start = time.perf_counter()
         cache = compress(model, tokenizer, prompts, k)
@@ -127,12 +126,11 @@ def measure(
                 source: statistics.fmean(a == b for a, b in zip(answers, expected, strict=True))
                 for source, answers in texts.items()
             }
-        rows.append(row)
         say(
             f"{name}, k = {k}: kept {100 * row['kept']['none']:.1f} % of the gap to no prompt, "
             f"{100 * row['kept']['swapped']:.1f} % of that to another prompt's gist"
         )
-    return rows
+        yield row
 
 
 def side_by_side(

@@ -372,12 +372,12 @@ def _several(draw: Values) -> Composed:
 
 _KINDS: tuple[Callable[[Values], Composed], ...] = (
     _support, _service, _sql, _glossary, _persona, _extract, _style, _tutor, _staff, _handbook,
-    _several,
+    _several, _support, _service, _staff, _handbook, _several,
 )  # fmt: skip
 
 
 def compose(number: int, seed: int, *, is_held_out: bool = False) -> list[Composed]:
-    """Compose ``number`` different system prompts, the kinds in turn.
+    """Compose ``number`` different system prompts, the kinds in turn; those that are full of facts come twice as often.
 
     Args:
         number: how many.

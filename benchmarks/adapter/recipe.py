@@ -8,6 +8,7 @@ with the whole prompt in view, and the gist learns to give the same distribution
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,12 +19,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from safetensors.torch import load_file, save_file
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from benchmarks.adapter.data import SIZES, Sizes, build_pairs
 from benchmarks.adapter.evaluation import HeldOut, instructions, measure, side_by_side, system_prompts
 from benchmarks.command import OutputOption, Rows, numbers, say, where
-from gisting.data.records import Record
+from gisting.data.records import Record, load_records
 from gisting.markdown import markdown_table
 from gisting.measure.progress import progress_bar
 from gisting.measure.training import ShownTraining
@@ -35,7 +36,7 @@ from gisting.train.methods import Method
 from gisting.train.objective import Objective
 from gisting.train.self_distil import self_distil
 
-__all__ = ["BASE", "adapter_table", "main", "ship", "train"]
+__all__ = ["BASE", "ByTheClock", "adapter_table", "answered", "main", "ship", "train"]
 
 #: The base model, by its name on the hub.
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -45,13 +46,42 @@ _ONE_IN, _MOST = 33, 24
 _SETTINGS: dict[str, Any] = {
     "method": Method("gist-lora", rank=16),
     "objective": Objective(language_model=0.0, distillation=1.0, top_k=64),
-    "num_gist_tokens": (1, 16),
     "max_length": 700,
     "pack_length": 1024,
     "max_per_group": 4,
 }
-#: The settings of the answers that the adapter is trained on.
-ANSWER_TOKENS, ANSWER_BATCH = 32, 48
+#: The longest answer that the adapter is trained on, in tokens.
+ANSWER_TOKENS = 32
+# Pairs that are answered at a time, with a file for each.
+_PIECE = 2048
+# Steps in which the learning rate rises to its peak, in a training by the clock.
+_WARMUP = 20
+
+
+class ByTheClock(TrainerCallback):
+    """Let the learning rate fall along a cosine by the clock, and end the training when the time is over.
+
+    Args:
+        end: when the training ends, in seconds since the epoch.
+    """
+
+    def __init__(self, end: float) -> None:
+        self.end, self.start = end, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.start = time.time()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Set the rate of the step."""
+        share = min((time.time() - self.start) / max(self.end - self.start, 1e-9), 1.0)
+        rate = args.learning_rate * min((state.global_step + 1) / _WARMUP, 1.0) * (1 + math.cos(math.pi * share)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the training in time."""
+        control.should_training_stop = control.should_training_stop or time.time() >= self.end
 
 
 def train(
@@ -63,6 +93,9 @@ def train(
     steps: int,
     seed: int,
     batch_size: int = 4,
+    num_gist_tokens: tuple[int, int] = (1, 16),
+    learning_rate: float = 3e-3,
+    end: float | None = None,
 ) -> dict[str, float]:
     """Train the adapter on self-distilled records, from its last checkpoint if there is one.
 
@@ -71,32 +104,120 @@ def train(
         tokenizer: its tokenizer.
         records: the records.
         directory: for checkpoints and the adapter.
-        steps: optimiser steps.
+        steps: optimiser steps; with ``end`` the most that are taken.
         seed: seed of the weights, the order and the draws.
         batch_size: prompts of each step, with up to four inputs each.
+        num_gist_tokens: the smallest and the largest k that is drawn.
+        learning_rate: its peak.
+        end: when the training ends, in seconds since the epoch, instead of after ``steps``. Such a run keeps no
+            checkpoints.
 
     Returns:
-        What ``Trainer`` measured.
+        What ``Trainer`` measured, and the number of steps, ``steps``.
     """
     set_seed(seed)
+    on_gpu = model.device.type == "cuda"
     arguments = published_arguments(
         directory,
         batch_size=batch_size,
         per_device_batch_size=batch_size,
-        learning_rate=3e-3,
+        learning_rate=learning_rate,
         max_steps=steps,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,
+        lr_scheduler_type="cosine" if end is None else "constant",
+        warmup_steps=0.03 if end is None else 0,
         save_steps=40,
+        save_strategy="steps" if end is None else "no",
         save_total_limit=1,
         logging_steps=10,
         seed=seed,
         report_to="none",
+        dataloader_num_workers=2 if on_gpu else 0,
     )
     arguments.disable_tqdm = True
     has_checkpoint = any(directory.glob("checkpoint-*"))
+    counted = _Steps()
     with ShownTraining() as shown:
-        return finetune(model, tokenizer, records, arguments, resume=has_checkpoint, callbacks=[shown], **_SETTINGS)
+        callbacks = [shown, counted, *([] if end is None else [ByTheClock(end)])]
+        measured = finetune(
+            model,
+            tokenizer,
+            records,
+            arguments,
+            resume=has_checkpoint,
+            callbacks=callbacks,
+            num_gist_tokens=num_gist_tokens,
+            **_SETTINGS,
+        )
+    return {**measured, "steps": counted.number}
+
+
+class _Steps(TrainerCallback):
+    """Count the steps of a run, with those before it was resumed."""
+
+    number = 0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.number = state.global_step
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[Record],
+    directory: Path,
+    *,
+    batch_size: int,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    end: float | None = None,
+) -> list[Record]:
+    """Sample the answers to all pairs, piece by piece, together with the other processes of the run.
+
+    Args:
+        model: the patched base model.
+        tokenizer: its tokenizer.
+        pairs: the pairs.
+        directory: for the files, one for each piece.
+        batch_size: how many answers to sample together.
+        seed: seed of the answers.
+        shard: the number of this process, from 0, and how many there are. Each does its own pieces and waits for those
+            of the others.
+        end: when to stop, in seconds since the epoch, with what is there by then, at least one piece; None for all.
+
+    Returns:
+        The records of all complete pieces, in the order of the pairs.
+    """
+    parts = [pairs[start : start + _PIECE] for start in range(0, len(pairs), _PIECE)]
+    paths = [directory / f"answers-{place:03}.jsonl" for place in range(len(parts))]
+
+    def is_late() -> bool:
+        return end is not None and time.time() >= end
+
+    mine = [place for place in range(len(parts)) if place % shard[1] == shard[0]]
+    with progress_bar("answering with the prompt in view", sum(len(parts[place]) for place in mine)) as progress:
+        for place in mine:
+            if is_late():
+                break
+            self_distil(
+                model,
+                tokenizer,
+                [(pair.instruction, str(pair.input)) for pair in parts[place]],
+                paths[place],
+                max_new_tokens=ANSWER_TOKENS,
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+            )
+
+    def is_complete(place: int) -> bool:
+        wanted = len({(pair.instruction, pair.input) for pair in parts[place]})
+        return paths[place].exists() and paths[place].read_bytes().count(b"\n") == wanted
+
+    complete = [is_complete(place) for place in range(len(parts))]
+    while not (all(complete) or (is_late() and any(complete))):
+        time.sleep(0.5)
+        complete = [is_complete(place) for place in range(len(parts))]
+    return [one for place in range(len(parts)) if complete[place] for one in load_records(paths[place])]
 
 
 def ship(trained: Path, directory: Path, base: str = BASE) -> None:
@@ -164,6 +285,14 @@ def adapter_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def _two_numbers(option: str, text: str, between: str, example: str) -> tuple[int, int]:
+    try:
+        first, second = map(int, text.split(between))
+    except ValueError:
+        raise typer.BadParameter(f"{option} must be two whole numbers such as {example}, got {text!r}") from None
+    return first, second
+
+
 @contextmanager
 def _timed(what: str, directory: Path) -> Iterator[None]:
     """Add the seconds of a part to ``times.json``, so that a part which was interrupted has all of them."""
@@ -196,12 +325,33 @@ def main(
     ] = None,
     answers: Annotated[Path | None, typer.Option(help="JSONL file for the 20 answers side by side.")] = None,
     ship_to: Annotated[Path | None, typer.Option(help="Directory for the adapter in bfloat16.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 840,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of each step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    trained_k: Annotated[str, typer.Option(help="Gist tokens in training, a range from which each row draws.")] = (
+        "1:16"
+    ),
+    answer_batch: Annotated[int, typer.Option(min=1, help="Answers that are sampled together.")] = 48,
     ks: Annotated[str, typer.Option(help="Gist tokens to evaluate with, comma-separated.")] = "4,8,16",
-    answer_with: Annotated[int, typer.Option(min=1, help="Gist tokens with which greedy answers are compared.")] = 8,
+    answer_with: Annotated[
+        int, typer.Option(min=0, help="Gist tokens with which greedy answers are compared; 0 to leave that out.")
+    ] = 8,
     scale: Annotated[float, typer.Option(help="Share of the data and of the evaluation, for a quick run.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Type of the base model.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    name: Annotated[str, typer.Option(help="Name of the training, for several with the same answers.")] = "adapter",
+    shard: Annotated[
+        str, typer.Option(help="Number of this process and how many share the answers, such as 0/3, at the same time.")
+    ] = "0/1",
+    answer_until: Annotated[
+        float | None, typer.Option(help="When to stop answering, in seconds since the epoch; all are answered without.")
+    ] = None,
+    train_until: Annotated[
+        float | None, typer.Option(help="When the training ends, in seconds since the epoch, instead of --steps.")
+    ] = None,
+    evaluated: Annotated[
+        Path | None, typer.Option("--evaluate", help="Directory of an adapter to evaluate, instead of making one.")
+    ] = None,
 ) -> None:
     """The adapter that comes with the library: data, answers, training, evaluation.
 
@@ -209,56 +359,94 @@ def main(
     """
     directory.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(*(max(int(scale * size), 2) for size in SIZES[:-1]), inputs=SIZES.inputs)
+    own, of = _two_numbers("--shard", shard, "/", "0/3")
+    low, high = _two_numbers("--trained-k", trained_k if ":" in trained_k else f"{trained_k}:{trained_k}", ":", "1:16")
+    rows, held_out = Rows("adapter", output), system_prompts()
     loaded, tokenizer = load(model, "chat", dtype=getattr(torch, dtype))
-    with _timed("prompts and inputs", directory):
-        held_out = system_prompts()
+    loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
+    everywhere: dict[str, list[HeldOut]] = {"system prompts": held_out[:: max(round(1 / scale), 1)]}
+    for split in ("unseen", "human"):
+        path = None if alpaca_plus is None else alpaca_plus / f"alpaca_plus_validation_{split}.json"
+        if path is None or not path.exists():
+            say(f"{split} instructions are skipped: there is no {path or '--alpaca-plus'}")
+            continue
+        everywhere[f"{split} instructions"] = instructions(path, max(int(scale * 60), 2))
+
+    def evaluate(path: Path) -> None:
+        adapters.load(loaded, path)
+        for kind, prompts in everywhere.items():
+            found = measure(
+                loaded, tokenizer, kind, prompts, numbers("--ks", ks), answer_with=answer_with or None, say=say
+            )
+            rows.add({**row, "adapter": name} for row in found)
+        if answers is not None:
+            shown = side_by_side(loaded, tokenizer, everywhere["system prompts"], answer_with or 8)
+            answers.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown), encoding="utf-8")
+
+    if evaluated is not None:
+        evaluate(evaluated)
+        rows.show(adapter_table)
+        return
+    trained = directory / name
+    trained.mkdir(exist_ok=True)
+    with _timed("prompts and inputs", trained):
         exclude = {one.prompt for one in held_out}
+        while own and not (directory / "pairs.jsonl").exists():
+            time.sleep(0.5)  # The first process makes them.
         pairs = build_pairs(
-            loaded, tokenizer, directory / "pairs.jsonl", sizes=sizes, tasks=tasks, exclude=exclude, seed=seed
-        )
-    with _timed("answers", directory), progress_bar("answering with the prompt in view", len(pairs)) as progress:
-        records = self_distil(
             loaded,
             tokenizer,
-            [(pair.instruction, str(pair.input)) for pair in pairs],
-            directory / "answers.jsonl",
-            max_new_tokens=ANSWER_TOKENS,
-            batch_size=ANSWER_BATCH,
+            directory / "pairs.jsonl",
+            sizes=sizes,
+            tasks=tasks,
+            exclude=exclude,
             seed=seed,
-            progress=progress,
+            batch_size=answer_batch,
         )
-    checked = held_out_for_checks(records)
-    trained, shipped = directory / "adapter", ship_to or directory / "adapter-bfloat16"
-    with _timed("training", directory):
+    with _timed("answers", trained):
+        records = answered(
+            loaded,
+            tokenizer,
+            pairs,
+            directory,
+            batch_size=answer_batch,
+            seed=seed,
+            shard=(own, of),
+            end=answer_until,
+        )
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()  # The states of many prompts at once are no longer needed.
+    checked, shipped = held_out_for_checks(records), ship_to or directory / f"{name}-bfloat16"
+    settings = {
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "trained_k": trained_k,
+        "rank": _SETTINGS["method"].rank,
+        "seed": seed,
+    }
+    with _timed("training", trained):
         if not (trained / "gist_adapter.json").exists():  # which is written last
-            train(
+            measured = train(
                 loaded,
                 tokenizer,
                 [one for one in records if one.instruction not in checked],
                 trained,
-                steps=steps,
+                steps=steps if train_until is None else 1_000_000,
                 seed=seed,
+                batch_size=batch_size,
+                num_gist_tokens=(low, high),
+                learning_rate=learning_rate,
+                end=train_until,
             )
+            settings["steps"] = int(measured["steps"])
+            (trained / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             adapters.detach(loaded)
         ship(trained, shipped)
-    adapters.load(loaded, shipped)
-    rows = Rows("adapter", output)
-    number = max(int(scale * 60), 2)
-    with _timed("evaluation", directory):
-        sets: dict[str, list[HeldOut]] = {"system prompts": held_out[: max(int(scale * len(held_out)), 2)]}
-        for split in ("unseen", "human"):
-            path = None if alpaca_plus is None else alpaca_plus / f"alpaca_plus_validation_{split}.json"
-            if path is None or not path.exists():
-                say(f"{split} instructions are skipped: there is no {path or '--alpaca-plus'}")
-                continue
-            sets[f"{split} instructions"] = instructions(path, number)
-        for name, prompts in sets.items():
-            rows.add(measure(loaded, tokenizer, name, prompts, numbers("--ks", ks), answer_with=answer_with, say=say))
-    if answers is not None:
-        shown = side_by_side(loaded, tokenizer, sets["system prompts"], answer_with)
-        answers.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in shown), encoding="utf-8")
+    settings = json.loads((trained / "settings.json").read_text(encoding="utf-8"))
+    with _timed("evaluation", trained):
+        evaluate(shipped)
     sizes_of = {"num_prompts": len({one.instruction for one in records}), "num_records": len(records)}
     weights = next(shipped.glob("*.safetensors")).stat().st_size
-    times = json.loads((directory / "times.json").read_text(encoding="utf-8"))
-    rows.add([{"set": "run", "steps": steps, "seed": seed, **sizes_of, "num_bytes": weights, "seconds": times}])
+    times = json.loads((trained / "times.json").read_text(encoding="utf-8"))
+    rows.add([{"set": "run", "name": name, **settings, **sizes_of, "num_bytes": weights, "seconds": times}])
     rows.show(adapter_table)

@@ -13,6 +13,12 @@ __all__ = ["Values"]
 
 _T = TypeVar("_T")
 
+# Of the names in training prompts, so many are made up, from these parts.
+_MADE_UP = 0.5
+_ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pr qu r s sh sk st t th tr v w y z".split()
+_VOWELS = "a e i o u ai ea ie oa ou".split()
+_ENDS = "n r l s t nd rth ll m ck ne ria ton by field ler sen ski va".split()
+
 FIRST_NAMES = (
     "Amara Bjorn Carla Dmitri Elif Farid Greta Hiro Ines Jonas Keiko Luca Mila Nadia Omar Priya Quentin Rosa Sven "
     "Tariq Uma Viktor Wanda Ximena Yusuf Zofia Alba Bruno Chloe Daan Emeka Fiona Goran Hana Ivo Jana Karim Leila "
@@ -234,8 +240,21 @@ class Values:
         return values[cut:] if self.is_held_out else values[:cut]
 
     def one(self, values: Sequence[_T]) -> _T:
-        """Draw one value."""
+        """Draw one value; in place of a name, training prompts often have one that is made up."""
+        is_name = any(values is names for names in (FIRST_NAMES, LAST_NAMES, CITIES))
+        if is_name and not self.is_held_out and self.random.random() < _MADE_UP:
+            return self.made_up()  # pyright: ignore[reportReturnType]
         return self.random.choice(self.part(values))
+
+    def made_up(self) -> str:
+        """Make up a name that is on no list, so that a gist must carry its letters."""
+        while True:
+            parts = [
+                self.random.choice(_ONSETS) + self.random.choice(_VOWELS) for _ in range(self.random.randint(1, 3))
+            ]
+            name = ("".join(parts) + self.random.choice(_ENDS)).capitalize()
+            if len(name) > 3 and name not in (*FIRST_NAMES, *LAST_NAMES, *CITIES):
+                return name
 
     def some(self, values: Sequence[_T], low: int, high: int) -> list[_T]:
         """Draw between ``low`` and ``high`` different values."""

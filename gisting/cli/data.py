@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -99,9 +100,11 @@ def data_self_distil(
     """
     from gisting.data.prompts import load_inputs, load_prompts
     from gisting.measure.progress import progress_bar
+    from gisting.models.load import load_tokenizer
     from gisting.train.self_distil import pair_up, self_distil
 
-    texts = [one.prompt for one in load_prompts(prompts)]
+    chat = functools.cache(functools.partial(load_tokenizer, model, template))
+    texts = [one.prompt for one in load_prompts(prompts, chat)]
     pairs = pair_up(texts, load_inputs(inputs), inputs_per_prompt=inputs_per_prompt, seed=seed)
     loaded, tokenizer = load_patched(model, template, dtype, device, is_to_be_trained=True)
     with progress_bar("answering with the prompt in view", len(pairs)) as progress:

@@ -13,6 +13,7 @@ import torch
 
 from gisting._compat import cache_argument
 from gisting.cache import CacheOrigin, GistCache
+from gisting.device import on_each_device
 from gisting.errors import GistError
 from gisting.generation.checks import check_condition, check_count, check_positions, chosen_k, listed
 from gisting.models.adapters import check_num_gist_tokens, checkpoint_name, reader_fingerprint
@@ -23,12 +24,13 @@ from gisting.models.registry import family_of, is_length_dependent, sliding_wind
 from gisting.models.rotary import rotary_of
 from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
+from gisting.padding import pad_rows
 from gisting.tokens import GistEncoding, GistTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["compress", "compress_encodings", "full_prompt_cache", "whole_prompt"]
+__all__ = ["compress", "compress_encodings", "full_prompt_cache", "full_prompt_caches", "whole_prompt"]
 
 
 def compress(
@@ -151,23 +153,54 @@ def full_prompt_cache(model: PreTrainedModel, tokenizer: GistTokenizer, prompt: 
     Raises:
         GistError: the model is an encoder-decoder, or the prompt is empty or exceeds the model's positions.
     """
+    return full_prompt_caches(model, tokenizer, [prompt], origin)
+
+
+def full_prompt_caches(
+    model: PreTrainedModel, tokenizer: GistTokenizer, prompts: Sequence[str], origin: CacheOrigin
+) -> GistCache:
+    """Return the states of several prompts as :func:`full_prompt_cache` does, from one forward pass.
+
+    Rows are padded on the right, where causal attention hides the padding.
+
+    Args:
+        model: a patched decoder.
+        tokenizer: the tokenizer it was patched for.
+        prompts: B texts.
+        origin: as for :func:`full_prompt_cache`.
+
+    Returns:
+        A cache of B prompts, with a slot for each token of the longest.
+
+    Raises:
+        GistError: as :func:`full_prompt_cache`.
+    """
     from transformers import DynamicCache
 
     if not architecture_of(require_patched(model, tokenizer)).has_prefix_states("positive"):
         raise GistError("full_prompt_cache is for decoders; an encoder-decoder reads prompt and input together")
-    ids = tokenizer.encode_prompts([prompt], 1)[0].chunks[0]
-    check_positions(model, [len(ids)], "prompt", "nothing after it")
+    rows = [encoding.chunks[0] for encoding in tokenizer.encode_prompts(list(prompts), 1)]
+    lengths = torch.tensor([len(row) for row in rows])
+    check_positions(model, lengths.tolist(), "prompt", "nothing after it")
+    ids, is_token = pad_rows(rows, tokenizer.pad_token_id, left=False)
     past: Any = DynamicCache()  # without a config, so that every layer keeps all keys
     with evaluating(model), torch.no_grad():
         device = input_weight(model).device
-        model.base_model(input_ids=torch.tensor([ids], device=device), **{cache_argument(): past}, use_cache=True)
+        model.base_model(input_ids=ids.to(device), **{cache_argument(): past}, use_cache=True)
+    # The slots of a cache are aligned on the right.
+    order = (torch.arange(ids.shape[1]) - (ids.shape[1] - lengths)[:, None]).clamp(min=0)
+    order_on = on_each_device(order[:, None, :, None])
+
+    def aligned(states: torch.Tensor) -> torch.Tensor:
+        return states if bool(is_token.all()) else states.take_along_dim(order_on(states.device), dim=2)
+
     return GistCache(
-        tuple(layer.keys for layer in past.layers),
-        tuple(layer.values for layer in past.layers),
-        torch.tensor([len(ids)]),
+        tuple(aligned(layer.keys) for layer in past.layers),
+        tuple(aligned(layer.values) for layer in past.layers),
+        lengths,
         replace(origin, condition="prompt"),
         rotary=rotary_of(model),
-    )
+    ).blanked()
 
 
 def whole_prompt(model: PreTrainedModel, tokenizer: GistTokenizer, prompt: str, origin: CacheOrigin) -> GistCache:

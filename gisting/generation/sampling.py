@@ -23,7 +23,7 @@ from gisting.errors import GistError
 from gisting.generation.answers import answer_ends, up_to_end
 from gisting.generation.call import Call, prepare_call
 from gisting.generation.checks import check_count, check_positions, listed
-from gisting.generation.compression import full_prompt_cache
+from gisting.generation.compression import full_prompt_caches
 from gisting.models.architecture import architecture_of
 from gisting.models.mode import evaluating
 from gisting.models.state import require_patched
@@ -140,7 +140,8 @@ class _FromStates:
         self.order = sorted(
             range(len(pairs)), key=lambda row: (heads[pairs[row][0]], number[pairs[row][0]], len(self.rest[row]))
         )
-        self.kept: dict[str, GistCache] = {}
+        self.kept: Any = None  # the states of the last batch's prompts
+        self.place: dict[str, int] = {}  # the number of each of them
 
     def groups(self, rows: list[int]) -> list[list[int]]:
         """Rows to run in one batch each: all, except where padding would change an answer."""
@@ -166,14 +167,15 @@ class _FromStates:
     def _states(self, rows: list[int]) -> GistCache:
         wanted = list(dict.fromkeys(self.pairs[row][0] for row in rows))
         # Batches are sorted by prompt, so a prompt that is not in this batch has had its last input.
-        self.kept = {prompt: cache for prompt, cache in self.kept.items() if prompt in wanted}
-        for prompt in wanted:
-            if prompt not in self.kept:
-                origin = CacheOrigin("", "", "", "prompt")
-                self.kept[prompt] = full_prompt_cache(self.model, self.tokenizer, prompt, origin)
-        place = {prompt: number for number, prompt in enumerate(wanted)}
-        caches = GistCache.cat([self.kept[prompt] for prompt in wanted])
-        return caches.select([place[self.pairs[row][0]] for row in rows])
+        kept = [prompt for prompt in wanted if prompt in self.place]
+        new = [prompt for prompt in wanted if prompt not in self.place]
+        if new:
+            origin = CacheOrigin("", "", "", "prompt")
+            states = full_prompt_caches(self.model, self.tokenizer, new, origin)
+            if kept:
+                states = GistCache.cat([self.kept.select([self.place[prompt] for prompt in kept]), states])
+            self.kept, self.place = states, {prompt: number for number, prompt in enumerate([*kept, *new])}
+        return self.kept.select([self.place[self.pairs[row][0]] for row in rows])
 
 
 class _FromText:

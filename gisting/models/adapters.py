@@ -10,8 +10,9 @@ There are three kinds. Each has its own embedding rows for gist tokens, because 
 - ``lora``: LoRA (arXiv 2106.09685) on every linear layer except the head, at every token; one row. Plain peft reads it
   completely. The adapted model also answers text without gist tokens.
 - ``gist-lora``: LoRA on every linear layer of the stack that reads the prompt, with its update added at gist tokens
-  only; one row. Its files do not have peft's names, because plain peft, and all that loads peft's files (transformers,
-  servers), would apply it at every token without a word, which is a different model from the trained one.
+  only; a row for each position in a gist (one for all in adapters of earlier versions). Its files do not have peft's
+  names, because plain peft, and all that loads peft's files (transformers, servers), would apply it at every token
+  without a word, which is a different model from the trained one.
 - ``embeddings``: a row for each position in a gist, and nothing else. Plain peft reads them as trained tokens.
 
 The rows act through a hook, so the model's embedding table keeps its bits and no output logit changes.
@@ -78,8 +79,8 @@ class Adapter:
 
     Args:
         kind: one of :data:`KINDS`.
-        num_rows: number of embedding rows: for ``"embeddings"`` one for each position in a gist, so the largest k; 1
-            for the other kinds.
+        num_rows: number of embedding rows: for ``"embeddings"`` and ``"gist-lora"`` one for each position in a gist, so
+            the largest k, or 1 for all positions; for ``"lora"`` 1.
         rank: rank of LoRA's two matrices.
         alpha: LoRA's scale times ``rank``; None for twice the rank.
         dropout: the dropout on LoRA's input during training.
@@ -99,8 +100,10 @@ class Adapter:
             raise GistError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.num_rows < 1 or self.rank < 1:
             raise GistError(f"num_rows and rank must be at least 1, got {self.num_rows} and {self.rank}")
-        if self.num_rows > 1 and self.kind != "embeddings":
-            raise GistError(f"num_rows must be 1 for {self.kind}, got {self.num_rows}; only embeddings take more")
+        if self.num_rows > 1 and not self.is_gist_only:
+            raise GistError(
+                f"num_rows must be 1 for {self.kind}, got {self.num_rows}; only embeddings and gist-lora take more"
+            )
 
     @property
     def has_lora(self) -> bool:
@@ -117,7 +120,9 @@ def attach(model: Any, adapter: Adapter) -> None:
     """Freeze a patched model and attach a new adapter, in place. :func:`detach` undoes it.
 
     A new adapter changes nothing: its rows start as copies of the gist token's row, and LoRA's second matrix as zeros.
-    Trained tensors are float32 even if the model is in 16 bits.
+    Only the further rows of ``gist-lora`` start apart from it, by noise of the spread of the embedding table: tokens
+    with equal rows under the same LoRA learn to hold the same, so that a longer gist would carry no more than a short
+    one. Trained tensors are float32 even if the model is in 16 bits.
 
     Args:
         model: a patched model without adapters.
@@ -152,6 +157,10 @@ def attach(model: Any, adapter: Adapter) -> None:
             if hasattr(module, "lora_variant"):
                 module.lora_variant[_NAME] = gist_lora.GistOnlyLora()
     rows = nn.Parameter(_at_least_float32(row).repeat(adapter.num_rows, 1))
+    if adapter.kind == "gist-lora" and adapter.num_rows > 1:
+        spread = input_weight(model).detach().float().std(0).to(rows)
+        with torch.no_grad():
+            rows[1:] += torch.randn(rows[1:].shape).to(rows) * spread  # drawn on the CPU: the same on every device
     gist_lora.install(model, stack, rows, has_lora=adapter.kind == "gist-lora")
     model.config.gist = {**gist, "adapter": asdict(adapter)}
 
@@ -268,7 +277,7 @@ def for_base_model(model: Any, cache: GistCache) -> GistCache:
 
 
 def check_num_gist_tokens(model: Any, num_gist_tokens: int) -> None:
-    """Check that an adapter of kind ``"embeddings"`` has a row for each token of a gist. Other kinds take any length.
+    """Check that an adapter with a row for each token of a gist has enough. One with a single row takes any length.
 
     Args:
         model: any model.
@@ -278,7 +287,9 @@ def check_num_gist_tokens(model: Any, num_gist_tokens: int) -> None:
         GistError: the gist is longer than the number of rows.
     """
     adapter = adapter_of(model)
-    if adapter is not None and adapter.kind == "embeddings" and num_gist_tokens > adapter.num_rows:
+    if adapter is None or (adapter.kind != "embeddings" and adapter.num_rows == 1):
+        return
+    if num_gist_tokens > adapter.num_rows:
         raise GistError(
             f"num_gist_tokens must be at most {adapter.num_rows}, got {num_gist_tokens}: the adapter has "
             f"{adapter.num_rows} rows, one for each token of a gist; train it with more"

@@ -9,8 +9,8 @@ method          what is trained                          ordinary text        us
 =============== ======================================== ==================== ====================================
 ``full``        every weight                             changes              the published recipe
 ``lora``        LoRA everywhere, the gist token's row    changes              large models on one device
-``gist-lora``   LoRA at gist tokens, the gist token's    same bits as before  many adapters with one base model
-                row
+``gist-lora``   LoRA at gist tokens, one embedding row   same bits as before  many adapters with one base model
+                per token of a gist
 ``embeddings``  one embedding row per token of a gist    same bits as before  the fewest trained parameters
 =============== ======================================== ==================== ====================================
 
@@ -88,7 +88,7 @@ def prepare(model: Any, method: str | Method, num_gist_tokens: int) -> Trainable
     Args:
         model: a patched model.
         method: a name of :data:`METHODS`, or a :class:`Method`.
-        num_gist_tokens: the largest k that is trained; for ``"embeddings"`` the number of rows.
+        num_gist_tokens: the largest k that is trained; for ``"gist-lora"`` and ``"embeddings"`` the number of rows.
 
     Returns:
         The number of trained parameters.
@@ -101,7 +101,7 @@ def prepare(model: Any, method: str | Method, num_gist_tokens: int) -> Trainable
     found = adapter_of(model)
     kind = "full" if found is None else found.kind
     if found is None and wanted.name != "full":
-        rows = num_gist_tokens if wanted.name == "embeddings" else 1
+        rows = 1 if wanted.name == "lora" else num_gist_tokens
         attach(model, Adapter(wanted.name, rows, wanted.rank, wanted.alpha, wanted.dropout))
     elif kind != wanted.name:
         raise GistError(

@@ -111,7 +111,7 @@ def train_recipe(
         check_output(output_dir, recipe, resume=resume)
     checkpoint_to_resume(output_dir, resume)
     tokenizer_of_data = functools.cache(functools.partial(load_tokenizer, recipe.model, recipe.template))
-    pairs = None if recipe.prompts is None else _pairs(recipe, recipe.prompts)
+    pairs = None if recipe.prompts is None else _pairs(recipe, recipe.prompts, tokenizer_of_data)
     records = (
         load_records(str(recipe.data), columns=recipe.columns, tokenizer=tokenizer_of_data) if pairs is None else []
     )
@@ -159,10 +159,10 @@ def train_recipe(
     return TrainedModel(model, tokenizer, metrics, arguments)
 
 
-def _pairs(recipe: Recipe, prompts: str) -> list[tuple[str, str]]:
+def _pairs(recipe: Recipe, prompts: str, tokenizer: Callable[[], GistTokenizer]) -> list[tuple[str, str]]:
     """The pairs of prompts and inputs of a recipe that has no records."""
     return pair_up(
-        [one.prompt for one in load_prompts(prompts)],
+        [one.prompt for one in load_prompts(prompts, tokenizer)],
         load_inputs(str(recipe.inputs)),
         inputs_per_prompt=recipe.inputs_per_prompt,
         seed=recipe.seed,

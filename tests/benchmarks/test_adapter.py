@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,12 @@ from safetensors.torch import load_file
 
 import gisting
 from benchmarks.__main__ import run
-from benchmarks.adapter import values
+from benchmarks.adapter import data, on_top, recipe, values
 from benchmarks.adapter.evaluation import instructions, system_prompts
 from benchmarks.adapter.prompts import compose, compose_instruction, ordinary, passages
 from benchmarks.adapter.recipe import adapter_table
 from gisting.data.records import Record, save_records
+from gisting.distillation import distill
 from gisting.measure.rows import read_rows
 from gisting.models import adapters
 from tests import chats, tiny
@@ -91,7 +94,9 @@ def test_the_table_by_eye() -> None:
     ]
 
 
-def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_recipe_with_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrapped = chats.CHATS["chatml"].tokenizer()
     torch.manual_seed(0)
     model = tiny.model("llama", vocab_size=len(wrapped), max_position_embeddings=8192)
@@ -109,7 +114,8 @@ def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.Captu
         f"adapter --model {tmp_path}/base --directory {tmp_path}/run --output {tmp_path}/rows.jsonl --dtype float32 "
     )
     words += f"--tasks {tmp_path}/tasks.jsonl --alpaca-plus {tmp_path} --answers {tmp_path}/side.jsonl "
-    words += f"--ship-to {tmp_path}/shipped --steps 2 --scale 0.02 --ks 1,2 --answer-with 2"
+    words += f"--ship-to {tmp_path}/shipped --steps 2 --scale 0.06 --ks 1,2 --answer-with 2"
+    monkeypatch.setattr(recipe, "SIZES", data.Sizes(20, 5, 10, 5, 2))
     assert run(words.split()) == 0
     printed = capsys.readouterr().out
     assert "human instructions are skipped: there is no" in printed
@@ -131,9 +137,26 @@ def test_the_whole_recipe_with_a_tiny_model(tmp_path: Path, capsys: pytest.Captu
     weights = (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes()
     assert run(words.replace(f"{tmp_path}/run", f"{tmp_path}/again").split()) == 0
     assert (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes() == weights
+    # An adapter that is there is evaluated alike.
+    again = (
+        f"adapter --model {tmp_path}/base --directory {tmp_path}/run --output {tmp_path}/again.jsonl --dtype float32"
+    )
+    assert run(f"{again} --evaluate {tmp_path}/shipped --scale 0.06 --ks 1,2 --answer-with 0".split()) == 0
+    for one, other in zip(read_rows(tmp_path / "again.jsonl"), rows, strict=False):
+        assert one["kl"] == pytest.approx(other["kl"])
     base, tokenizer = gisting.load(tmp_path / "base", "chat")
     adapters.load(base, tmp_path / "shipped")
     assert len(gisting.compress(base, tokenizer, ["You are kind."], 2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [("--shard 1", "two whole numbers such as 0/3"), ("--trained-k x", "such as 1:16")]
+)
+def test_options_that_cannot_be_read(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["adapter", "--directory", str(tmp_path), "--model", str(tmp_path), *words.split()]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_adapter_in_the_package() -> None:
@@ -150,3 +173,73 @@ def test_the_adapter_in_the_package() -> None:
     for name in ("README.md", "SOURCES.md"):
         source = Path(__file__).resolve().parents[2] / "benchmarks" / "adapter" / name.replace("README", "CARD")
         assert (folder / name).read_text(encoding="utf-8") == source.read_text(encoding="utf-8")
+
+
+def test_processes_share_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answers its own pieces and waits for the others'; when the time is over, what is there is taken."""
+    wrapped = chats.CHATS["chatml"].tokenizer()
+    model = tiny.model("llama", vocab_size=len(wrapped), max_position_embeddings=8192)
+    tokenizer = gisting.GistTokenizer(wrapped, "chat")
+    gisting.patch(model, tokenizer)
+    monkeypatch.setattr(recipe, "_PIECE", 2)
+    pairs = [Record(f"say {n}", "now", "") for n in range(5)]
+
+    def answer(number: int, end: float | None) -> list[str]:
+        found = recipe.answered(
+            model, tokenizer, pairs, tmp_path, batch_size=2, seed=0, shard=(number, 2), end=end and time.time() + end
+        )
+        return [one.instruction for one in found]
+
+    assert answer(0, 5.0) == ["say 0", "say 1", "say 4"]
+    assert answer(1, None) == [f"say {n}" for n in range(5)]
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [f"answers-00{n}.jsonl" for n in range(3)]
+
+
+def test_the_rate_falls_by_the_clock_and_the_training_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(recipe.time, "time", lambda: now)
+    clock, control = recipe.ByTheClock(200.0), SimpleNamespace(should_training_stop=False)
+    optimizer, arguments = SimpleNamespace(param_groups=[{"lr": 1.0}]), SimpleNamespace(learning_rate=2.0)
+    clock.on_train_begin(arguments, None, control)
+    rates = []
+    for step, at in enumerate((100.0, 150.0, 199.9), 20):
+        now = at
+        clock.on_step_begin(arguments, SimpleNamespace(global_step=step), control, optimizer)
+        clock.on_step_end(arguments, None, control)
+        rates.append(round(optimizer.param_groups[0]["lr"], 3))
+    assert rates == [2.0, 1.0, 0.0]
+    assert not control.should_training_stop
+    clock.on_step_begin(arguments, SimpleNamespace(global_step=0), control, optimizer)
+    now = 200.0
+    clock.on_step_end(arguments, None, control)
+    assert control.should_training_stop
+
+
+def test_distilling_on_top_with_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = chats.CHATS["chatml"].tokenizer()
+    model = tiny.model("llama", vocab_size=len(wrapped), max_position_embeddings=8192)
+    model.save_pretrained(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "base")
+    loaded, tokenizer = gisting.load(tmp_path / "base", "chat")
+    adapters.attach(loaded, adapters.Adapter("gist-lora", 2, rank=2))
+    adapters.save(loaded, tokenizer, tmp_path / "adapter")
+
+    def with_questions(model: Any, tokenizer: Any, prompt: str, inputs: None, *more: Any, **settings: Any) -> Any:
+        return distill(model, tokenizer, prompt, ordinary(False)[:4], *more, **settings)  # It cannot write its own.
+
+    monkeypatch.setattr(on_top, "distill", with_questions)
+    words = f"adapter-distil --model {tmp_path}/base --adapter {tmp_path}/adapter --output {tmp_path}/rows.jsonl -k 2 "
+    words += "--part 3/15 --steps 2 --num-answers 4 --dtype float32"
+    assert run(words.split()) == 0
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(one["prompt"], one["start"]) for one in rows] == [
+        (17, "gist"), (17, "attended"), (2, "gist"), (2, "attended"),
+    ]  # fmt: skip
+    for one in rows:
+        assert one["kl_mean"].keys() == {"none", "first", "adapter", "adapter_swapped", "swapped", "gist"}
+        assert one["kl_mean"]["adapter"] != one["kl_mean"]["adapter_swapped"]
+    assert rows[0]["kl_mean"]["adapter"] == rows[1]["kl_mean"]["adapter"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:4] for line in printed if line.startswith("| gist")] == [[" gist ", " 2 ", " 2 "]]

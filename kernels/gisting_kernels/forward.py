@@ -78,6 +78,12 @@ def load_tile(p_base, o_row, o_dim, s_row, s_dim, num_rows, D: tl.constexpr, BD:
 
 
 @triton.jit
+def load_block(descriptor, i_b, i_h, i_row, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Load a tile (ROWS, BD) of one head by the tensor copy unit. What is beyond the tensor is 0."""
+    return descriptor.load([i_b, i_h, i_row, 0]).reshape(ROWS, BD)
+
+
+@triton.jit
 def _walk(
     b_acc, b_sum, b_max, b_q, p_k, p_v, p_first, p_end, p_list, i_begin, i_masked, i_end,
     o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,

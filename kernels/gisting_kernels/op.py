@@ -417,7 +417,8 @@ def _backward_op(
     launch(key_kernel, num_tiles * k.shape[0] * k.shape[1], size)(
         q, k, v, grad, lse, delta, dk, dv, plan[_FIRST], plan[_END], bounds, order, launch.table, launch.seed,
         *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(), *dv.stride(),
-        *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, **shared,
+        *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, DESCRIPTORS=False,
+        STAGES=size.stages, **shared,
     )  # fmt: skip
 
     size = TileSizes(*sizes[4:8])
@@ -428,7 +429,7 @@ def _backward_op(
         q, k, v, grad, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
         *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dq.stride(),
         *launch.numbers(num_tiles, num_key_tiles), BIAS=launch.has_bias, TABLE_GRADIENT=needs_table,
-        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, **shared,
+        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, DESCRIPTORS=False, **shared,
     )  # fmt: skip
     if needs_table:
         size = TileSizes(*sizes[12:16])

@@ -288,11 +288,12 @@ def key_kernel(
         if BIAS:
             if DESCRIPTORS:
                 i_right = i_tile * BN - (row_start + i_query)
+                b_bias = tl.zeros([BN, BM], tl.float32)
                 if (i_right - (BM - 1) < WIDTH) & (i_right + (BN - 1) > -WIDTH):
                     b_bias = bias_tile(p_table, i_h, o_row[None, :], o_key[:, None], s_table, WIDTH)
                 else:
                     i_entry = tl.where(i_right > 0, 2 * WIDTH, 0)
-                    b_bias = tl.zeros([BN, BM], tl.float32) + tl.load(p_table + i_h * s_table + i_entry)
+                    b_bias += tl.load(p_table + i_h * s_table + i_entry)
             else:
                 b_bias = bias_tile(p_table, i_h, o_row[None, :], o_key[:, None], s_table, WIDTH)
         if DROPOUT:

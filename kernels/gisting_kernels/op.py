@@ -465,13 +465,15 @@ def _backward_op(
         "GROUP": launch.group, "SOFTCAP": softcap > 0, "DROPOUT": dropout > 0, "D": q.shape[3], "BD": launch.padded,
         "PRECISION": launch.precision,
     }  # fmt: skip
+    given = _Tiles(launch.padded, q, k, v, grad)
     size = TileSizes.from_numbers(sizes, 2)
     bounds, order = plan[_BOUNDS], plan[_KEY_ORDER]
     num_tiles = bounds.shape[1]
+    tensors, has_descriptors = given.of(size)
     launch(key_kernel, num_tiles * k.shape[0] * k.shape[1], size)(
-        q, k, v, grad, lse, delta, dk, dv, plan[_FIRST], plan[_END], bounds, order, launch.table, launch.seed,
+        *tensors, lse, delta, dk, dv, plan[_FIRST], plan[_END], bounds, order, launch.table, launch.seed,
         *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(), *dv.stride(),
-        *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, DESCRIPTORS=False,
+        *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, DESCRIPTORS=has_descriptors,
         STAGES=size.stages, **shared,
     )  # fmt: skip
 
@@ -479,11 +481,12 @@ def _backward_op(
     tiles, counts, order = plan[_QUERY : _QUERY + 3]
     num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
     far = torch.empty((*lse.shape, 2) if needs_table else (1,), dtype=torch.float32, device=q.device)
+    tensors, has_descriptors = given.of(size)
     launch(query_kernel, num_tiles * q.shape[0] * heads, size)(
-        q, k, v, grad, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
+        *tensors, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
         *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dq.stride(),
         *launch.numbers(num_tiles, num_key_tiles), BIAS=launch.has_bias, TABLE_GRADIENT=needs_table,
-        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, DESCRIPTORS=False, **shared,
+        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, DESCRIPTORS=has_descriptors, **shared,
     )  # fmt: skip
     if needs_table:
         size = TileSizes.from_numbers(sizes, 3)
@@ -577,6 +580,27 @@ def _precision(dtype: torch.dtype, wanted: str) -> str:
 def _must_upcast(q: Tensor) -> bool:
     """The interpreter multiplies the bit patterns of bfloat16 (Triton 3.9) and truncates when it rounds to bfloat16."""
     return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+class _Tiles:
+    """q, k, v and the gradient of the output as the backward kernels take them."""
+
+    def __init__(self, padded: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
+        self._padded = padded
+        self._tensors = (q, k, v, grad)
+        # Described for tiles of some rows and keys: dQ and dK/dV often have the same.
+        self._described: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+    def of(self, size: TileSizes) -> tuple[tuple[Any, ...], bool]:
+        """Return the tensors or, where ``size`` says so and all of them allow it, their descriptors, and which it is."""
+        if size.path == "pointers" or not can_describe(*self._tensors):
+            return self._tensors, False
+        if size.shape not in self._described:
+            rows = (size.rows, size.keys, size.keys, size.rows)
+            self._described[size.shape] = tuple(
+                describe(*pair, self._padded) for pair in zip(self._tensors, rows, strict=True)
+            )
+        return self._described[size.shape], True
 
 
 class _Launch:

@@ -592,7 +592,7 @@ class _Tiles:
         self._described: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     def of(self, size: TileSizes) -> tuple[tuple[Any, ...], bool]:
-        """Return the tensors or, where ``size`` says so and all of them allow it, their descriptors, and which it is."""
+        """Return the tensors and False or, if ``size`` says so and all of them allow it, their descriptors and True."""
         if size.path == "pointers" or not can_describe(*self._tensors):
             return self._tensors, False
         if size.shape not in self._described:

@@ -1,11 +1,11 @@
 """dQ and dK/dV for cards of compute capability 9.0, in Gluon, Triton's lower-level language.
 
-Place in the flow: plan, forward -> **pingpong_backward** -> op, where the table of tile sizes says so. They compute what
-``backward.query_kernel`` and ``backward.key_kernel`` do without bias, softcap and dropout. As in ``pingpong``, one group
-of warps loads and two consume, each with half of the tile that stays: of the rows for dQ, of the keys for dK/dV.
+Place in the flow: plan, forward -> **pingpong_backward** -> op, where the table of tile sizes says so. They compute
+what ``backward.query_kernel`` and ``backward.key_kernel`` do without bias, softcap and dropout. As in ``pingpong``, one
+group of warps loads and two consume, each with half of the tile that stays: of the rows for dQ, of the keys for dK/dV.
 
-A consumer starts two products, S and dP, computes P while dP runs, and dS while P^T g (for dK/dV) or the next S (for dQ)
-runs. The consumers drift apart, so that one computes while the other's products run.
+A consumer starts two products, S and dP, computes P while dP runs, and for dK/dV computes dS while P^T g runs. The
+consumers drift apart, so that one computes while the products of the other run.
 
 Names are those of ``backward``. ``b_`` also names blocks in shared memory, ``bar_`` names barriers.
 """

@@ -94,12 +94,15 @@ def _score_gradient(
 def _query_walk(
     b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, i_begin, i_masked, i_end,
     o_row, o_dim, i_b, i_g, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
-    p_table, i_h, s_table, seed, i_bh, softcap, dropout,
+    p_table, far_left, far_right, i_h, s_table, seed, i_bh, softcap, dropout,
     NEAR: tl.constexpr, BIAS: tl.constexpr, WIDTH, TABLE_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Walk the tiles ``i_begin <= i < i_end`` of the list. Tiles before ``i_masked`` are partial."""
+    """Walk the tiles ``i_begin <= i < i_end`` of the list. Tiles before ``i_masked`` are partial.
+
+    With NEAR, the bias is gathered; otherwise the bias of a tile is one scalar, ``far_left`` or ``far_right``.
+    """
     i_next = tl.load(p_list + i_begin)
     for i in tl.range(i_begin, i_end):  # pyright: ignore
         i_tile = i_next
@@ -114,21 +117,21 @@ def _query_walk(
             b_v = load_tile(p_v, o_key.to(tl.int64), o_dim, s_vk, s_vd, num_keys, D, BD, EVEN_K)
         b_first = tl.load(p_first + o_key, mask=o_key < num_keys, other=0)
         b_end = tl.load(p_end + o_key, mask=o_key < num_keys, other=0)
-        b_bias, is_right, m_keep = 0.0, True, True
+        b_bias, b_minus, is_right, m_keep = 0.0, b_lse, True, True
         if BIAS:
             if NEAR:
                 b_bias = bias_tile(p_table, i_h, o_row[:, None], o_key[None, :], s_table, WIDTH)
             else:
                 is_right = i_tile * BN > tl.min(o_row, 0)
-                b_bias = tl.load(p_table + i_h * s_table + tl.where(is_right, 2 * WIDTH, 0))
+                b_minus = b_lse - tl.where(is_right, far_right, far_left) * LOG2E
         if DROPOUT:
             m_keep = keep_tile(seed, i_bh, o_row[:, None], o_key[None, :], num_keys, dropout)
         # (BM, BN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         _, b_ds, b_du = _score_gradient(
-            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_row[:, None], b_first[None, :], b_end[None, :], i < i_masked,
-            b_bias, m_keep, scale, softcap, dropout, BIAS, SOFTCAP, DROPOUT, DESCRIPTORS,
+            b_s, b_dp, b_minus[:, None], b_delta[:, None], o_row[:, None], b_first[None, :], b_end[None, :], i < i_masked,
+            b_bias, m_keep, scale, softcap, dropout, NEAR, SOFTCAP, DROPOUT, DESCRIPTORS,
         )  # fmt: skip
         if TABLE_GRADIENT:
             if NEAR:
@@ -198,17 +201,20 @@ def query_kernel(
     b_dq = tl.zeros([BM, BD], tl.float32)
     b_left = tl.zeros([BM], tl.float32)
     b_right = tl.zeros([BM], tl.float32)
+    far_left, far_right = 0.0, 0.0
     if BIAS:
+        far_left = tl.load(p_table + i_h * s_table)
+        far_right = tl.load(p_table + i_h * s_table + 2 * WIDTH)
         b_dq, b_left, b_right = _query_walk(
             b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, 0, i_near,
             i_near, o_row, o_dim, i_b, i_g, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
-            p_table, i_h, s_table, seed, i_bh, softcap, dropout,
+            p_table, far_left, far_right, i_h, s_table, seed, i_bh, softcap, dropout,
             True, BIAS, WIDTH, TABLE_GRADIENT, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     b_dq, b_left, b_right = _query_walk(
         b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, i_near,
         i_partial, i_full, o_row, o_dim, i_b, i_g, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
-        p_table, i_h, s_table, seed, i_bh, softcap, dropout,
+        p_table, far_left, far_right, i_h, s_table, seed, i_bh, softcap, dropout,
         False, BIAS, WIDTH, TABLE_GRADIENT, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION, DESCRIPTORS,
     )  # fmt: skip
     p_dq += i_b.to(tl.int64) * s_db + i_h.to(tl.int64) * s_dh

@@ -130,8 +130,8 @@ def _query_walk(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         _, b_ds, b_du = _score_gradient(
-            b_s, b_dp, b_minus[:, None], b_delta[:, None], o_row[:, None], b_first[None, :], b_end[None, :], i < i_masked,
-            b_bias, m_keep, scale, softcap, dropout, NEAR, SOFTCAP, DROPOUT, DESCRIPTORS,
+            b_s, b_dp, b_minus[:, None], b_delta[:, None], o_row[:, None], b_first[None, :], b_end[None, :],
+            i < i_masked, b_bias, m_keep, scale, softcap, dropout, NEAR, SOFTCAP, DROPOUT, DESCRIPTORS,
         )  # fmt: skip
         if TABLE_GRADIENT:
             if NEAR:

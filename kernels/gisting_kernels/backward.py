@@ -12,8 +12,13 @@ P Z / (1 - r) and dP becomes dP Z / (1 - r), while delta = g . out is unchanged.
 score before the cap is dS (1 - (s / c)^2), where s is the score after it.
 
 The dQ kernel walks the lists of the plan, as the forward does. The dK/dV kernel keeps a tile of keys and walks the rows
-that see any of them, which are one contiguous range. It has a single flat loop over (head of the group, tile of rows)
-and always tests the mask, because nested loops and unmasked variants spill registers.
+that see any of them, which are one contiguous range. It has a single flat loop over (head of the group, tile of rows),
+because nested loops spill registers. Its products start at -lse and -delta instead of 0: rows are columns of its tiles,
+so a thread would hold 32 of these numbers beside the products.
+
+With DESCRIPTORS, tiles are loaded by the tensor copy unit (``descriptors.py``) and only partial tiles test the mask. By
+pointers, the mask is always tested, because the branch makes the compiler for older cards spill most registers. Two
+small programs on a processor are faster than one large: while one waits for its products, the other computes.
 
 For dbias (of a bias like T5's, arXiv 1910.10683), all distances of W or more share one entry on each side. The dQ
 kernel sums these as it goes, two numbers per row. For smaller distances, the table kernel visits the near tiles once

@@ -41,7 +41,7 @@ VARIANTS = (
     (128, False, (128, 128, 8, 2), "pingpong"),
 )
 # Kernels that multiply no matrices, so there is nothing to load ahead.
-SMALL_KERNELS = ("delta", "merge", "bounds", "list", "range", "order")
+SMALL_KERNELS = ("merge", "bounds", "list", "range", "order")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,6 @@ def compile_case(case: Case) -> Resources:
         "key": backward.key_kernel,
         "table": backward.table_kernel,
         "decode": decode.decode_kernel,
-        "delta": backward.delta_kernel,
         "merge": decode.merge_kernel,
         "bounds": plan_kernels.bounds_kernel,
         "list": plan_kernels.list_kernel,

@@ -11,7 +11,7 @@ P is recomputed from q, k and the log-sum-exp of the forward. Under dropout with
 P Z / (1 - r) and dP becomes dP Z / (1 - r), while delta = g . out is unchanged. Under a softcap c, the gradient of the
 score before the cap is dS (1 - (s / c)^2), where s is the score after it.
 
-The dQ kernel walks the lists of the plan, as the forward does. The dK/dV kernel keeps a tile of keys and walks the rows
+The dQ kernel computes delta and walks the lists of the plan, as the forward does. It runs first. The dK/dV kernel keeps a tile of keys and walks the rows
 that see any of them, which are one contiguous range. It has a single flat loop over (head of the group, tile of rows),
 because nested loops spill registers. Its products start at -lse and -delta instead of 0: rows are columns of its tiles,
 so a thread would hold 32 of these numbers beside the products.
@@ -37,25 +37,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from .forward import LOG2E, bias_tile, cap, keep_tile, load_block, load_tile
 
-__all__ = ["delta_kernel", "key_kernel", "query_kernel", "table_kernel"]
-
-
-@triton.jit
-def delta_kernel(
-    p_out, p_grad, p_delta, s_ob, s_oh, s_ot, s_od, s_gb, s_gh, s_gt, s_gd, num_heads, num_rows, num_row_tiles,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Compute delta = g . out, float32 ``(B, H, T)``. One program handles BM rows of one head."""
-    i_program = tl.program_id(0)
-    i_tile, i_bh = i_program % num_row_tiles, (i_program // num_row_tiles).to(tl.int64)
-    i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    o_query = i_tile * BM + tl.arange(0, BM)
-    o_dim = tl.arange(0, BD)
-    o_wide = o_query.to(tl.int64)
-    b_out = load_tile(p_out + i_b * s_ob + i_h * s_oh, o_wide, o_dim, s_ot, s_od, num_rows, D, BD, False)
-    b_grad = load_tile(p_grad + i_b * s_gb + i_h * s_gh, o_wide, o_dim, s_gt, s_gd, num_rows, D, BD, False)
-    b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
-    tl.store(p_delta + i_bh * num_rows + o_query, b_delta, mask=o_query < num_rows)
+__all__ = ["key_kernel", "query_kernel", "table_kernel"]
 
 
 @triton.jit
@@ -154,16 +136,20 @@ def _query_walk(
 
 @triton.jit
 def query_kernel(
-    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_dq, p_far, p_first, p_end, p_tiles, p_counts, p_order, p_table, p_seed,
+    p_q, p_k, p_v, p_grad, p_out, p_lse, p_delta, p_dq, p_far, p_first, p_end, p_tiles, p_counts, p_order, p_table,
+    p_seed,
     s_qb, s_qh, s_qt, s_qd, s_kb, s_kh, s_kk, s_kd, s_vb, s_vh, s_vk, s_vd, s_gb, s_gh, s_gt, s_gd,
-    s_db, s_dh, s_dt, s_dd,
+    s_ob, s_oh, s_ot, s_od, s_db, s_dh, s_dt, s_dd,
     s_mask, s_table, num_heads, num_rows, num_keys, row_start, num_row_tiles, num_key_tiles, scale, softcap, dropout,
     WIDTH,
     GROUP: tl.constexpr, BIAS: tl.constexpr, TABLE_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of BM rows of a query head, and dbias of distances from W on, left and right: ``(B, H, T, 2)``."""
+    """Compute delta and dq of BM rows of a query head, and dbias of distances from W on, left and right.
+
+    delta is float32 ``(B, H, T)`` and read by the other kernels, these two entries of dbias ``(B, H, T, 2)``.
+    """
     i_program = tl.program_id(0)
     i_group = i_program % GROUP
     i_rank = (i_program // GROUP) % num_row_tiles
@@ -201,8 +187,11 @@ def query_kernel(
         p_grad += i_b.to(tl.int64) * s_gb + i_h.to(tl.int64) * s_gh
         b_q = load_tile(p_q, o_wide, o_dim, s_qt, s_qd, num_rows, D, BD, False)
         b_grad = load_tile(p_grad, o_wide, o_dim, s_gt, s_gd, num_rows, D, BD, False)
+    p_out += i_b.to(tl.int64) * s_ob + i_h.to(tl.int64) * s_oh
+    b_out = load_tile(p_out, o_wide, o_dim, s_ot, s_od, num_rows, D, BD, False)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
+    tl.store(p_delta + o_flat, b_delta, mask=m_row)
     b_lse = tl.load(p_lse + o_flat, mask=m_row, other=float("inf"))
-    b_delta = tl.load(p_delta + o_flat, mask=m_row, other=0.0)
     b_dq = tl.zeros([BM, BD], tl.float32)
     b_left = tl.zeros([BM], tl.float32)
     b_right = tl.zeros([BM], tl.float32)

@@ -440,7 +440,7 @@ def _run_backward(
     needs_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and of the table, float32 ``(H, 2 W + 1)`` (empty unless ``needs_table``)."""
-    from .backward import delta_kernel, key_kernel, query_kernel, table_kernel
+    from .backward import key_kernel, query_kernel, table_kernel
 
     heads = q.shape[1]
     d_table = torch.zeros((heads, 2 * width + 1) if needs_table else (0, 0), dtype=torch.float32, device=q.device)
@@ -457,18 +457,23 @@ def _run_backward(
     launch = _Launch(q, k, plan, table, seed, scale, softcap, dropout, width, precision)
     num_keys = k.shape[2]
     delta = torch.empty_like(lse)
-    rows = 64
-    num_tiles = -(-q.shape[2] // rows)
-    launch(delta_kernel, num_tiles * q.shape[0] * heads, TileSizes(rows, 16, 4, 1))(
-        out, grad, delta, *out.stride(), *grad.stride(), heads, q.shape[2], num_tiles,
-        D=q.shape[3], BD=launch.padded, BM=rows,
-    )  # fmt: skip
-
     shared: dict[str, Any] = {
         "GROUP": launch.group, "SOFTCAP": softcap > 0, "DROPOUT": dropout > 0, "D": q.shape[3], "BD": launch.padded,
         "PRECISION": launch.precision,
     }  # fmt: skip
     given = _Tiles(launch.padded, q, k, v, grad)
+    size = TileSizes.from_numbers(sizes, 1)
+    tiles, counts, order = plan[_QUERY : _QUERY + 3]
+    num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
+    far = torch.empty((*lse.shape, 2) if needs_table else (1,), dtype=torch.float32, device=q.device)
+    tensors, has_descriptors = given.of(size)
+    launch(query_kernel, num_tiles * q.shape[0] * heads, size)(
+        *tensors, out, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
+        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *out.stride(), *dq.stride(),
+        *launch.numbers(num_tiles, num_key_tiles), BIAS=launch.has_bias, TABLE_GRADIENT=needs_table,
+        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, DESCRIPTORS=has_descriptors, **shared,
+    )  # fmt: skip
+
     size = TileSizes.from_numbers(sizes, 2)
     bounds, order = plan[_BOUNDS], plan[_KEY_ORDER]
     num_tiles = bounds.shape[1]
@@ -480,17 +485,6 @@ def _run_backward(
         STAGES=size.stages, **shared,
     )  # fmt: skip
 
-    size = TileSizes.from_numbers(sizes, 1)
-    tiles, counts, order = plan[_QUERY : _QUERY + 3]
-    num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
-    far = torch.empty((*lse.shape, 2) if needs_table else (1,), dtype=torch.float32, device=q.device)
-    tensors, has_descriptors = given.of(size)
-    launch(query_kernel, num_tiles * q.shape[0] * heads, size)(
-        *tensors, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
-        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dq.stride(),
-        *launch.numbers(num_tiles, num_key_tiles), BIAS=launch.has_bias, TABLE_GRADIENT=needs_table,
-        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, DESCRIPTORS=has_descriptors, **shared,
-    )  # fmt: skip
     if needs_table:
         size = TileSizes.from_numbers(sizes, 3)
         tiles, counts, _ = plan[_TABLE : _TABLE + 3]

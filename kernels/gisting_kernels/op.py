@@ -9,6 +9,7 @@ On a machine without a GPU the kernels run, slowly, under ``TRITON_INTERPRET=1``
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from ._ops import add_op_namespace_prefix, ops
 from .configs import has_little_shared_memory, tile_sizes
+from .descriptors import can_describe, describe
 from .plan import Plan, TileSizes, make_plan, mean_segment_length
 
 __all__ = ["decode_attention", "interval_attention", "is_interpreting", "keep_attention", "plan_tiles", "why_not"]
@@ -345,17 +347,69 @@ def _forward_op(
         )
         return out.copy_(wide), lse
     launch = _Launch(q, k, plan, table, seed, scale, softcap, dropout, width, precision)
-    size = TileSizes(*sizes[0:4])
+    size = TileSizes.from_numbers(sizes, 0)
     tiles, counts, order = plan[_FORWARD : _FORWARD + 3]
     num_tiles = counts.shape[1]
+    has_descriptors = size.path != "pointers" and can_describe(q, k, v, out)
+    if has_descriptors and size.path == "pingpong" and _can_take_turns(q, launch, size, softcap, dropout):
+        _take_turns(q, k, v, out, lse, plan, launch, size, scale)
+        return out, lse
+    given = (q, k, v)
+    if has_descriptors:
+        rows = size.rows, size.keys, size.keys
+        given = tuple(describe(*pair, launch.padded) for pair in zip(given, rows, strict=True))
     launch(forward_kernel, num_tiles * q.shape[0] * q.shape[1], size)(
-        q, k, v, out, lse, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
+        *given, out, lse, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         *launch.numbers(num_tiles, tiles.shape[2] - 1), GROUP=launch.group, BIAS=launch.has_bias,
         SOFTCAP=softcap > 0, DROPOUT=dropout > 0, D=q.shape[3], BD=launch.padded, BM=size.rows, BN=size.keys,
-        EVEN_K=k.shape[2] % size.keys == 0, PRECISION=launch.precision,
+        EVEN_K=k.shape[2] % size.keys == 0, PRECISION=launch.precision, DESCRIPTORS=has_descriptors,
     )  # fmt: skip
     return out, lse
+
+
+def _can_take_turns(q: Tensor, launch: _Launch, size: TileSizes, softcap: float, dropout: float) -> bool:
+    """Return whether the kernel of ``pingpong`` can serve a call whose tensors can be described."""
+    return (
+        q.is_cuda
+        and q.element_size() == 2
+        and launch.padded in (64, 128)
+        and size.rows % 128 == 0
+        and not (launch.has_bias or softcap > 0 or dropout > 0)
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+    )
+
+
+def _take_turns(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Sequence[Tensor],
+    launch: _Launch,
+    size: TileSizes,
+    scale: float,
+) -> None:
+    """Launch the kernel of ``pingpong``, with one program for each processor."""
+    from .pingpong import pingpong_kernel
+
+    tiles, counts, order = plan[_FORWARD : _FORWARD + 3]
+    num_tiles = counts.shape[1]
+    num_work = num_tiles * q.shape[0] * q.shape[1]
+    half = size.rows // 2
+    given = [
+        describe(tensor, rows, launch.padded, is_gluon=True)
+        for tensor, rows in ((q, half), (k, size.keys), (v, size.keys), (out, half))
+    ]
+    mask_stride, _, *numbers = launch.numbers(num_tiles, tiles.shape[2] - 1)[:8]
+    # Each consumer has four warps, as many as the program that starts them.
+    own = dataclasses.replace(size, warps=4)
+    launch(pingpong_kernel, min(num_work, _card(q.device)[0]), own)(
+        *given, lse, plan[_FIRST], plan[_END], tiles, counts, order,
+        mask_stride, *numbers, num_work, scale,
+        GROUP=launch.group, HALF=half, BN=size.keys, BD=launch.padded, STAGES=size.stages,
+    )  # fmt: skip
 
 
 @_forward_op.register_fake
@@ -411,7 +465,7 @@ def _backward_op(
         "GROUP": launch.group, "SOFTCAP": softcap > 0, "DROPOUT": dropout > 0, "D": q.shape[3], "BD": launch.padded,
         "PRECISION": launch.precision,
     }  # fmt: skip
-    size = TileSizes(*sizes[8:12])
+    size = TileSizes.from_numbers(sizes, 2)
     bounds, order = plan[_BOUNDS], plan[_KEY_ORDER]
     num_tiles = bounds.shape[1]
     launch(key_kernel, num_tiles * k.shape[0] * k.shape[1], size)(
@@ -420,7 +474,7 @@ def _backward_op(
         *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, **shared,
     )  # fmt: skip
 
-    size = TileSizes(*sizes[4:8])
+    size = TileSizes.from_numbers(sizes, 1)
     tiles, counts, order = plan[_QUERY : _QUERY + 3]
     num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
     far = torch.empty((*lse.shape, 2) if needs_table else (1,), dtype=torch.float32, device=q.device)
@@ -431,7 +485,7 @@ def _backward_op(
         BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, **shared,
     )  # fmt: skip
     if needs_table:
-        size = TileSizes(*sizes[12:16])
+        size = TileSizes.from_numbers(sizes, 3)
         tiles, counts, _ = plan[_TABLE : _TABLE + 3]
         num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
         partial = torch.zeros((*q.shape[:2], num_tiles, 2 * width + 1), dtype=torch.float32, device=q.device)

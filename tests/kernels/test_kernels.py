@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ from tests.kernels.conftest import (
     Given,
     Sizes,
     check,
+    chosen,
     differentiate,
     each_dtype,
     exact,
@@ -49,6 +50,14 @@ pytestmark = [
     # exp2 of a masked score, in the interpreter's NumPy
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["pointers", "descriptors"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run every test with tiles loaded through pointers, and through descriptors."""
+    before, chosen["path"] = chosen["path"], request.param
+    yield request.param
+    chosen["path"] = before
 
 
 # -- every builder of visibility ---------------------------------------------------------------------------------------

@@ -97,7 +97,8 @@ def spots_of(
 def candidates(row: dict[str, Any]) -> list[TileSizes]:
     """List the row's own tile, then the tiles that should fit into registers and shared memory and keep warps busy.
 
-    See ``DESCRIBED`` and ``PINGPONG`` for the paths they are tried with.
+    See ``DESCRIBED`` and ``PINGPONG`` for the paths they are tried with. A row whose own tile is not for the kernel
+    that takes turns is for the other cards of its class, too, so it stays without.
 
     The estimate of registers counts the sums that a kernel keeps (rows x D forward and for dQ, twice keys x D for
     dK/dV) and the tile of scores (two tiles backward), in float32, divided by the threads. The limits exclude the tiles
@@ -129,7 +130,7 @@ def candidates(row: dict[str, Any]) -> list[TileSizes]:
                 found.append(tile)
     if row["arch"] >= 90 and not is_wide and kernel in DESCRIBED:
         found += [replace(tile, path="descriptors") for tile in found if tile.path == "pointers"]
-        if kernel == "forward" and size <= 128 and not row.get("bias", True):
+        if own.path == "pingpong":
             found += [TileSizes(*tile, "pingpong") for tile in PINGPONG]
     return list(dict.fromkeys(found))
 

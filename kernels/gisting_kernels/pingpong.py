@@ -181,9 +181,8 @@ def _consume(
                 )
             b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, factor)
             b_new = gl.convert_layout(b_p.to(dtype), WEIGHTS)
-            # The compiler would compute the softmax after the wait for the product instead of beside it. As an argument
-            # of a wait that is over, the weights are computed here, and they stay before the next wait, a loop.
-            b_new = warpgroup_mma_wait(1, deps=[b_new])
+            # Without this wait, which is a loop, between the softmax and the wait for the product, the compiler would
+            # compute the softmax after the product instead of beside it.
             mbarrier.wait(bar_v.index(stage), ((i_load + 1) // STAGES) & 1)
             b_acc, b_w = warpgroup_mma_wait(0, deps=[b_out, b_w])
             mbarrier.arrive(bar_v_free.index(i_load % STAGES), count=1)

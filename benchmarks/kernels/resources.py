@@ -181,7 +181,7 @@ def compile_case(case: Case) -> Resources:
         "GROUP": 4, "BIAS": case.bias, "TABLE_GRADIENT": case.bias, "SOFTCAP": case.softcap, "DROPOUT": case.dropout,
         "D": case.head_size, "BD": 1 << (case.head_size - 1).bit_length(), "BM": rows, "BN": keys,
         "EVEN_K": case.even, "PRECISION": "ieee" if case.bits == 16 else "tf32x3", "HAS_NEAR": True, "CHUNK": 128,
-        "BLOCK": 32, "BS": 64, "DESCRIPTORS": case.path == "descriptors",
+        "BLOCK": 32, "BS": 64, "DESCRIPTORS": case.path == "descriptors", "STAGES": stages,
     }  # fmt: skip
     element = "*bf16" if case.bits == 16 else "*fp32"
     signature, constexprs, attributes = {}, {}, {}
@@ -189,8 +189,9 @@ def compile_case(case: Case) -> Resources:
         if name in constants:
             signature[name] = "constexpr"
             constexprs[(position,)] = constants[name]
-        elif case.path == "descriptors" and name in ("p_q", "p_k", "p_v"):
-            signature[name] = f"tensordesc<{element[1:]}[1, 1, {rows if name == 'p_q' else keys}, {constants['BD']}]>"
+        elif case.path == "descriptors" and name in ("p_q", "p_k", "p_v", "p_grad"):
+            height = rows if name in ("p_q", "p_grad") else keys
+            signature[name] = f"tensordesc<{element[1:]}[1, 1, {height}, {constants['BD']}]>"
         elif name.startswith("p_"):
             integers = ("p_first", "p_end", "p_tiles", "p_counts", "p_order", "p_bounds", "p_ranges", "p_lengths")
             floats = ("p_lse", "p_delta", "p_table", "p_far", "p_partial", "p_parts")

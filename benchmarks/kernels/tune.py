@@ -40,7 +40,7 @@ TABLE = Path(__file__).resolve().parents[2] / "kernels" / "gisting_kernels" / "c
 # Three TF32 products keep 21 bits of each factor, and the order of their sums depends on the tile.
 EPS_FLOAT32 = 2.0**-20
 # The kernels that can take descriptors.
-DESCRIBED = ("forward",)
+DESCRIBED = ("forward", "query", "key")
 # Tiles of the forward kernel that takes turns.
 PINGPONG = ((128, 128, 8, 2), (128, 64, 8, 4))
 # A tile replaces the row's own only if its time is below this share of the own time.
@@ -113,7 +113,7 @@ def candidates(row: dict[str, Any]) -> list[TileSizes]:
         "table": ((32, 64), (32, 64)),
     }[kernel]
     limit = (64 if is_wide else 160) * (1.25 if kernel == "key" else 1.0)
-    own = TileSizes(*row["tile"], row.get("path", "pointers"))
+    own = TileSizes(*row["tile"], path=row.get("path", "pointers"))
     found = [own]
     for rows, keys, warps in itertools.product(some_rows, some_keys, (4, 8)):
         threads, area = 32 * warps, rows * keys
@@ -131,7 +131,7 @@ def candidates(row: dict[str, Any]) -> list[TileSizes]:
     if row["arch"] >= 90 and not is_wide and kernel in DESCRIBED:
         found += [replace(tile, path="descriptors") for tile in found if tile.path == "pointers"]
         if own.path == "pingpong":
-            found += [TileSizes(*tile, "pingpong") for tile in PINGPONG]
+            found += [TileSizes(*tile, path="pingpong") for tile in PINGPONG]
     return list(dict.fromkeys(found))
 
 

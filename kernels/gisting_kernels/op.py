@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ._ops import add_op_namespace_prefix, ops
@@ -178,7 +179,8 @@ def interval_attention(
     if dropout > 0 and seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
     softcap = 0.0 if softcap is None else float(softcap)
-    out, _ = ops.interval_attention(
+    run = ops.interval_attention if _is_watched(q, k, v) else _Direct.apply
+    out, _ = run(
         q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, plan.numbers(), precision or ""
     )
     return out
@@ -317,8 +319,7 @@ def _check_decode(
 # -- the custom op -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("interval_attention"), mutates_args=())
-def _forward_op(
+def _run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -342,7 +343,7 @@ def _forward_op(
     if k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("inf"))
     if _must_upcast(q):
-        wide, lse = _forward_op(
+        wide, lse = _run_forward(
             q.float(), k.float(), v.float(), plan, table, seed, scale, softcap, dropout, width, sizes, precision
         )
         return out.copy_(wide), lse
@@ -412,13 +413,15 @@ def _take_turns(
     )  # fmt: skip
 
 
+_forward_op = torch.library.custom_op(add_op_namespace_prefix("interval_attention"), mutates_args=())(_run_forward)
+
+
 @_forward_op.register_fake
 def _(q, k, v, plan, table, seed, scale, softcap, dropout, width, sizes, precision):  # type: ignore[no-untyped-def]
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("interval_attention_backward"), mutates_args=())
-def _backward_op(
+def _run_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -445,7 +448,7 @@ def _backward_op(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), d_table
     if _must_upcast(q):
-        wide = _backward_op(
+        wide = _run_backward(
             grad.float(), q.float(), k.float(), v.float(), out.float(), lse, plan, table, seed, scale, softcap, dropout,
             width, sizes, precision, needs_table,
         )  # fmt: skip
@@ -465,24 +468,28 @@ def _backward_op(
         "GROUP": launch.group, "SOFTCAP": softcap > 0, "DROPOUT": dropout > 0, "D": q.shape[3], "BD": launch.padded,
         "PRECISION": launch.precision,
     }  # fmt: skip
+    given = _Tiles(launch.padded, q, k, v, grad)
     size = TileSizes.from_numbers(sizes, 2)
     bounds, order = plan[_BOUNDS], plan[_KEY_ORDER]
     num_tiles = bounds.shape[1]
+    tensors, has_descriptors = given.of(size)
     launch(key_kernel, num_tiles * k.shape[0] * k.shape[1], size)(
-        q, k, v, grad, lse, delta, dk, dv, plan[_FIRST], plan[_END], bounds, order, launch.table, launch.seed,
+        *tensors, lse, delta, dk, dv, plan[_FIRST], plan[_END], bounds, order, launch.table, launch.seed,
         *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(), *dv.stride(),
-        *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, **shared,
+        *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, DESCRIPTORS=has_descriptors,
+        STAGES=size.stages, **shared,
     )  # fmt: skip
 
     size = TileSizes.from_numbers(sizes, 1)
     tiles, counts, order = plan[_QUERY : _QUERY + 3]
     num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
     far = torch.empty((*lse.shape, 2) if needs_table else (1,), dtype=torch.float32, device=q.device)
+    tensors, has_descriptors = given.of(size)
     launch(query_kernel, num_tiles * q.shape[0] * heads, size)(
-        q, k, v, grad, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
+        *tensors, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
         *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dq.stride(),
         *launch.numbers(num_tiles, num_key_tiles), BIAS=launch.has_bias, TABLE_GRADIENT=needs_table,
-        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, **shared,
+        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, DESCRIPTORS=has_descriptors, **shared,
     )  # fmt: skip
     if needs_table:
         size = TileSizes.from_numbers(sizes, 3)
@@ -502,6 +509,11 @@ def _backward_op(
     return dq, dk, dv, d_table
 
 
+_backward_op = torch.library.custom_op(add_op_namespace_prefix("interval_attention_backward"), mutates_args=())(
+    _run_backward
+)
+
+
 @_backward_op.register_fake
 def _(grad, q, k, v, out, lse, plan, table, seed, scale, softcap, dropout, width, sizes, precision, needs_table):  # type: ignore[no-untyped-def]
     shape = (q.shape[1], 2 * width + 1) if needs_table else (0, 0)
@@ -518,18 +530,48 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    dq, dk, dv, d_table = _gradients(ops.interval_attention_backward, ctx, grad)
+    return dq, dk, dv, [None] * ctx.num_plan, d_table, None, *[None] * len(ctx.numbers)
+
+
+def _gradients(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     q, k, v, out, lse, *rest = ctx.saved_tensors
     plan, rest = list(rest[: ctx.num_plan]), rest[ctx.num_plan :]
     table = rest[0] if ctx.has_table else None
     seed = rest[-1] if ctx.has_seed else None
     needs_table = ctx.has_table and ctx.needs_input_grad[4]
-    dq, dk, dv, d_table = ops.interval_attention_backward(
-        grad, q, k, v, out, lse, plan, table, seed, *ctx.numbers, needs_table
-    )
-    return dq, dk, dv, [None] * ctx.num_plan, d_table if needs_table else None, None, *[None] * len(ctx.numbers)
+    dq, dk, dv, d_table = run(grad, q, k, v, out, lse, plan, table, seed, *ctx.numbers, needs_table)
+    return dq, dk, dv, d_table if needs_table else None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without torch's dispatcher, which takes several times as long as all else on the host."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        output = _run_forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dq, dk, dv, d_table = _gradients(_run_backward, ctx, grad)
+        return dq, dk, dv, None, d_table, None, *[None] * len(ctx.numbers)
+
+
+def _is_watched(*tensors: Tensor) -> bool:
+    """Return whether something must see the operator: a compiler, a mode or subclass that dispatches, or torch.func."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
 
 
 @torch.library.custom_op(add_op_namespace_prefix("decode_attention"), mutates_args=())
@@ -576,6 +618,31 @@ def _precision(dtype: torch.dtype, wanted: str) -> str:
 def _must_upcast(q: Tensor) -> bool:
     """The interpreter multiplies the bit patterns of bfloat16 (Triton 3.9) and truncates when it rounds to bfloat16."""
     return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+class _Tiles:
+    """q, k, v and the gradient of the output as the backward kernels take them."""
+
+    def __init__(self, padded: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
+        self._padded = padded
+        self._tensors = (q, k, v, grad)
+        # Described for tiles of some rows and keys: dQ and dK/dV often have the same.
+        self._described: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+    @functools.cached_property
+    def _can_describe(self) -> bool:
+        return can_describe(*self._tensors)
+
+    def of(self, size: TileSizes) -> tuple[tuple[Any, ...], bool]:
+        """Return the tensors and False or, if ``size`` says so and all of them allow it, their descriptors and True."""
+        if size.path == "pointers" or not self._can_describe:
+            return self._tensors, False
+        if size.shape not in self._described:
+            rows = (size.rows, size.keys, size.keys, size.rows)
+            self._described[size.shape] = tuple(
+                describe(*pair, self._padded) for pair in zip(self._tensors, rows, strict=True)
+            )
+        return self._described[size.shape], True
 
 
 class _Launch:

@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist
 
 from gisting import visibility as vis
 from gisting.visibility import FOREVER, Visibility
+from gisting_kernels import backward
 from gisting_kernels.plan import Plan, RowRanges, TileLists
 from tests.kernels.conftest import (
     DEVICE,
@@ -39,6 +40,7 @@ from tests.kernels.conftest import (
     fused,
     intervals,
     make,
+    on_path,
     plain,
     plan_for,
     tiles,
@@ -58,6 +60,44 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     before, chosen["path"] = chosen["path"], request.param
     yield request.param
     chosen["path"] = before
+
+
+# -- which kernels run -------------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """A kernel that records whether it is launched with descriptors."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.seen: list[bool] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            assert [isinstance(arg, Tensor) for arg in args[:4]] == [not kwargs["DESCRIPTORS"]] * 4
+            self.seen.append(kwargs["DESCRIPTORS"])
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded"])
+def test_dq_and_dkdv_take_the_path_of_the_plan(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a path of its own. A gradient that the tensor copy unit cannot read, like that of a sum, decides."""
+    spies = {name: Spy(getattr(backward, name)) for name in ("query_kernel", "key_kernel")}
+    for name, spy in spies.items():
+        monkeypatch.setattr(backward, name, spy)
+    given, visibility = make(33, batch=2, heads=4, groups=2), gist_in_the_middle(33, 2)
+    if layout == "expanded":
+        given = given._replace(upstream=torch.ones((), device=DEVICE).expand(given.q.shape))
+    for query, key in itertools.product(("pointers", "descriptors"), repeat=2):
+        forward, dq, dkdv, table = MIXED
+        sizes = (forward, dataclasses.replace(dq, path=query), dataclasses.replace(dkdv, path=key), table)
+        plan = plan_for(given, visibility, sizes)
+        assert not failures(given, visibility, differentiate(lambda it, plan=plan: fused(it, plan), given))
+    can = layout == "contiguous"
+    assert spies["query_kernel"].seen == [False, False, can, can]
+    assert spies["key_kernel"].seen == [False, can, False, can]
 
 
 # -- every builder of visibility ---------------------------------------------------------------------------------------
@@ -787,6 +827,18 @@ def test_a_planted_bug_is_found(
 
 # Padding, a gist and keys up to the last row make partial and full tiles in every kernel.
 BUILDERS_ONE = Visibility(BUILDERS["gist-branches"].first[1:], BUILDERS["gist-branches"].end[1:])
+
+
+def test_partial_tiles_taken_for_full_in_dq_are_found() -> None:
+    """By descriptors, the mask of full tiles is not tested; by pointers, it always is."""
+    given, visibility = make(45, heads=1), BUILDERS_ONE
+    for path, wrong in (("descriptors", {"dq"}), ("pointers", set())):
+        plan = plan_for(given, visibility, on_path(path, SMALL))
+        plan = recounted(plan, "backward_query", 1, lambda c: c[..., 0])
+        # The forward pass shares its lists with dQ.
+        plan = dataclasses.replace(plan, forward=plan_for(given, visibility).forward)
+        have = differentiate(lambda it, plan=plan: fused(it, plan), given)
+        assert failures(given, visibility, have).keys() == wrong, path
 
 
 @pytest.mark.parametrize(("change", "wrong"), BIAS_PLANTED)

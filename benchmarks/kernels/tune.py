@@ -40,7 +40,7 @@ TABLE = Path(__file__).resolve().parents[2] / "kernels" / "gisting_kernels" / "c
 # Three TF32 products keep 21 bits of each factor, and the order of their sums depends on the tile.
 EPS_FLOAT32 = 2.0**-20
 # The kernels that can take descriptors.
-DESCRIBED = ("forward",)
+DESCRIBED = ("forward", "query", "key")
 # Tiles of the forward kernel that takes turns.
 PINGPONG = ((128, 128, 8, 2), (128, 64, 8, 4))
 # A tile replaces the row's own only if its time is below this share of the own time.
@@ -97,7 +97,8 @@ def spots_of(
 def candidates(row: dict[str, Any]) -> list[TileSizes]:
     """List the row's own tile, then the tiles that should fit into registers and shared memory and keep warps busy.
 
-    See ``DESCRIBED`` and ``PINGPONG`` for the paths they are tried with.
+    See ``DESCRIBED`` and ``PINGPONG`` for the paths they are tried with. A row whose own tile is not for the kernel
+    that takes turns is for the other cards of its class, too, so it stays without.
 
     The estimate of registers counts the sums that a kernel keeps (rows x D forward and for dQ, twice keys x D for
     dK/dV) and the tile of scores (two tiles backward), in float32, divided by the threads. The limits exclude the tiles
@@ -112,7 +113,7 @@ def candidates(row: dict[str, Any]) -> list[TileSizes]:
         "table": ((32, 64), (32, 64)),
     }[kernel]
     limit = (64 if is_wide else 160) * (1.25 if kernel == "key" else 1.0)
-    own = TileSizes(*row["tile"], row.get("path", "pointers"))
+    own = TileSizes(*row["tile"], path=row.get("path", "pointers"))
     found = [own]
     for rows, keys, warps in itertools.product(some_rows, some_keys, (4, 8)):
         threads, area = 32 * warps, rows * keys
@@ -129,8 +130,8 @@ def candidates(row: dict[str, Any]) -> list[TileSizes]:
                 found.append(tile)
     if row["arch"] >= 90 and not is_wide and kernel in DESCRIBED:
         found += [replace(tile, path="descriptors") for tile in found if tile.path == "pointers"]
-        if kernel == "forward" and size <= 128 and not row.get("bias", True):
-            found += [TileSizes(*tile, "pingpong") for tile in PINGPONG]
+        if own.path == "pingpong":
+            found += [TileSizes(*tile, path="pingpong") for tile in PINGPONG]
     return list(dict.fromkeys(found))
 
 

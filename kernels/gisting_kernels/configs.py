@@ -21,6 +21,7 @@ __all__ = [
     "CLASSES",
     "ENVIRONMENT_VARIABLE",
     "HEAD_SIZES",
+    "HOPPER",
     "KERNELS",
     "has_little_shared_memory",
     "read_table",
@@ -34,6 +35,8 @@ SHORT = 384
 # Beyond this length, a row of the table for the longest segments is used if there is one. With half of the tokens in
 # the prompt, that is at 8,192 tokens.
 LONG = 2048
+# The only cards with the instructions of the kernel that takes turns. Others of their class skip its rows.
+HOPPER = (9, 0)
 # The lowest compute capability of each class of the table, and the shared memory for its tiles, in bytes.
 CLASSES = {80: 166_912, 90: 232_448}
 ENVIRONMENT_VARIABLE = "GISTING_KERNEL_CONFIG"
@@ -83,6 +86,7 @@ def tile_sizes(
             if row["kernel"] == kernel
             and all(row.get(key, value) == value for key, value in wanted.items())
             and row.get("segment", segments[-1]) in segments
+            and (row.get("path") != "pingpong" or capability == HOPPER)
         ]
         if not rows:
             raise ValueError(f"there are no tile sizes for head size {head_size} with {bits} bits")

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ._ops import add_op_namespace_prefix, ops
-from .configs import has_little_shared_memory, tile_sizes
+from .configs import HOPPER, has_little_shared_memory, tile_sizes
 from .descriptors import can_describe, describe
 from .plan import Plan, TileSizes, make_plan, mean_segment_length
 
@@ -377,7 +377,7 @@ def _can_take_turns(q: Tensor, launch: _Launch, size: TileSizes, softcap: float,
         and launch.padded in (64, 128)
         and size.rows % 128 == 0
         and not (launch.has_bias or softcap > 0 or dropout > 0)
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and torch.cuda.get_device_capability(q.device) == HOPPER
     )
 
 

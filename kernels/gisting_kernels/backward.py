@@ -11,10 +11,11 @@ P is recomputed from q, k and the log-sum-exp of the forward. Under dropout with
 P Z / (1 - r) and dP becomes dP Z / (1 - r), while delta = g . out is unchanged. Under a softcap c, the gradient of the
 score before the cap is dS (1 - (s / c)^2), where s is the score after it.
 
-The dQ kernel computes delta and walks the lists of the plan, as the forward does. It runs first. The dK/dV kernel keeps a tile of keys and walks the rows
-that see any of them, which are one contiguous range. It has a single flat loop over (head of the group, tile of rows),
-because nested loops spill registers. Its products start at -lse and -delta instead of 0: rows are columns of its tiles,
-so a thread would hold 32 of these numbers beside the products.
+The dQ kernel runs first. It computes delta and walks the lists of the plan, as the forward does. The dK/dV kernel keeps
+a tile of keys and walks the rows that see any of them, which are one contiguous range. It has a single flat loop over
+(head of the group, tile of rows), because nested loops spill registers. Its products start at -lse and -delta instead
+of 0, if neither a softcap nor dropout comes in between: rows are columns of its tiles, so a thread would hold 32 of
+these numbers beside the products.
 
 With DESCRIPTORS, tiles are loaded by the tensor copy unit (``descriptors.py``) and only partial tiles test the mask. By
 pointers, the mask is always tested, because the branch makes the compiler for older cards spill most registers. Two

@@ -8,7 +8,6 @@ against float64, with a small floor. By default each path runs at one odd size i
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from torch import Tensor
 import gisting_kernels as kernels
 from gisting.attention import interval_attention
 from gisting.visibility import Visibility
-from gisting_kernels.descriptors import can_describe
 from gisting_kernels.plan import Plan, TileSizes
 from tests.attention.test_interval_attention import tolerance, worst
 from tests.slow import slow
@@ -61,12 +59,6 @@ def tiles(*shapes: tuple[int, int]) -> Sizes:
     """Make the tiles of the forward, dQ, dK/dV and table-gradient kernels; a single (rows, keys) serves all four."""
     sizes = [TileSizes(rows, keys, 4, 2) for rows, keys in (shapes if len(shapes) == 4 else shapes * 4)]
     return (sizes[0], sizes[1], sizes[2], sizes[3])
-
-
-def on_path(path: str, sizes: Sizes) -> Sizes:
-    """Return the sizes with another path for the kernels that have several."""
-    forward, query, key, table = (dataclasses.replace(size, path=path) for size in sizes)
-    return forward, query, key, table
 
 
 SMALL = tiles((16, 16))
@@ -266,12 +258,9 @@ def failures(
 
 
 def check(given: Given, visibility: Visibility, sizes: Sizes = SMALL, **options: Any) -> None:
-    """Assert that the output and all gradients agree with float64 within the tolerance, on each path that can run."""
+    """Assert that the output and all gradients of the kernels agree with float64 within the tolerance."""
     only_here = {name: options.pop(name) for name in ("keep", "factor") if name in options}
     seed = options.pop("seed", None)
-    for path in ("pointers", "descriptors"):
-        if path == "descriptors" and not can_describe(given.q, given.k, given.v):
-            continue
-        plan = plan_for(given, visibility, on_path(path, sizes))
-        have = differentiate(lambda it, plan=plan: fused(it, plan, seed=seed, **options), given)
-        assert not failures(given, visibility, have, **only_here, **options), path
+    plan = plan_for(given, visibility, sizes)
+    have = differentiate(lambda it: fused(it, plan, seed=seed, **options), given)
+    assert not failures(given, visibility, have, **only_here, **options)

@@ -40,7 +40,6 @@ from tests.kernels.conftest import (
     fused,
     intervals,
     make,
-    on_path,
     plain,
     plan_for,
     tiles,
@@ -82,7 +81,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "expanded"])
-def test_dq_and_dkdv_take_the_path_of_the_plan(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dq_and_dkdv_take_the_path_of_the_plan(layout: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a path of its own. A gradient that the tensor copy unit cannot read, like that of a sum, decides."""
     spies = {name: Spy(getattr(backward, name)) for name in ("query_kernel", "key_kernel")}
     for name, spy in spies.items():
@@ -90,14 +89,14 @@ def test_dq_and_dkdv_take_the_path_of_the_plan(layout: str, monkeypatch: pytest.
     given, visibility = make(33, batch=2, heads=4, groups=2), gist_in_the_middle(33, 2)
     if layout == "expanded":
         given = given._replace(upstream=torch.ones((), device=DEVICE).expand(given.q.shape))
-    for query, key in itertools.product(("pointers", "descriptors"), repeat=2):
-        forward, dq, dkdv, table = MIXED
-        sizes = (forward, dataclasses.replace(dq, path=query), dataclasses.replace(dkdv, path=key), table)
-        plan = plan_for(given, visibility, sizes)
-        assert not failures(given, visibility, differentiate(lambda it, plan=plan: fused(it, plan), given))
+    plan = plan_for(given, visibility, MIXED)
+    for other in ("pointers", "descriptors"):
+        forward, query, key, table = plan.sizes
+        mixed = dataclasses.replace(plan, sizes=(forward, query, dataclasses.replace(key, path=other), table))
+        assert not failures(given, visibility, differentiate(lambda it, plan=mixed: fused(it, plan), given))
     can = layout == "contiguous"
-    assert spies["query_kernel"].seen == [False, False, can, can]
-    assert spies["key_kernel"].seen == [False, can, False, can]
+    assert spies["query_kernel"].seen == [can and path == "descriptors"] * 2
+    assert spies["key_kernel"].seen == [False, can]
 
 
 # -- every builder of visibility ---------------------------------------------------------------------------------------
@@ -829,16 +828,13 @@ def test_a_planted_bug_is_found(
 BUILDERS_ONE = Visibility(BUILDERS["gist-branches"].first[1:], BUILDERS["gist-branches"].end[1:])
 
 
-def test_partial_tiles_taken_for_full_in_dq_are_found() -> None:
+def test_partial_tiles_taken_for_full_in_dq_are_found(path: str) -> None:
     """By descriptors, the mask of full tiles is not tested; by pointers, it always is."""
     given, visibility = make(45, heads=1), BUILDERS_ONE
-    for path, wrong in (("descriptors", {"dq"}), ("pointers", set())):
-        plan = plan_for(given, visibility, on_path(path, SMALL))
-        plan = recounted(plan, "backward_query", 1, lambda c: c[..., 0])
-        # The forward pass shares its lists with dQ.
-        plan = dataclasses.replace(plan, forward=plan_for(given, visibility).forward)
-        have = differentiate(lambda it, plan=plan: fused(it, plan), given)
-        assert failures(given, visibility, have).keys() == wrong, path
+    plan = plan_for(given, visibility)
+    wrong = recounted(plan, "backward_query", 1, lambda c: c[..., 0])
+    have = differentiate(lambda it: fused(it, wrong), given)
+    assert failures(given, visibility, have).keys() == ({"dq"} if path == "descriptors" else set())
 
 
 @pytest.mark.parametrize(("change", "wrong"), BIAS_PLANTED)

@@ -4,7 +4,9 @@ Place in the flow: ``configs.json`` and the kernels -> **resources** -> ``docs/k
 registers, stack (spills) and shared memory per program, whether the loop loads ahead (asynchronous copies in the IR),
 and whether it uses tensor-core instructions. A row is faulty if its stack exceeds 64 bytes, if ptxas falls back to 32
 registers, if it needs more shared memory than the card has, if a loop does not load ahead, or if there is no
-tensor-core instruction. The loop of the table-gradient kernel need not load ahead, because it contains a barrier.
+tensor-core instruction, or if a kernel that takes descriptors has no bulk copies. The loop of the table-gradient kernel
+need not load ahead, because it contains a barrier. The loop of the kernel that takes turns does not load at all; others
+of its warps do.
 """
 
 from __future__ import annotations
@@ -28,8 +30,18 @@ from gisting_kernels.configs import CLASSES, HEAD_SIZES, read_table
 from gisting_kernels.op import MAX_HEAD_SIZE_FLOAT32
 
 MAX_STACK = 64
+# Compiled besides the rows of the table, which do not have them until a card has measured them: head size, bias, tile.
+VARIANTS = (
+    (64, False, (128, 64, 4, 3), "descriptors"),
+    (64, True, (128, 64, 8, 3), "descriptors"),
+    (64, False, (128, 128, 8, 2), "pingpong"),
+    (128, False, (64, 64, 4, 3), "descriptors"),
+    (128, False, (128, 128, 8, 3), "descriptors"),
+    (128, True, (128, 64, 8, 3), "descriptors"),
+    (128, False, (128, 128, 8, 2), "pingpong"),
+)
 # Kernels that multiply no matrices, so there is nothing to load ahead.
-SMALL_KERNELS = ("delta", "merge", "bounds", "list", "range", "order")
+SMALL_KERNELS = ("merge", "bounds", "list", "range", "order")
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,14 @@ class Case:
     softcap: bool = False
     dropout: bool = False
     even: bool = False
+    path: str = "pointers"
 
     @property
     def options(self) -> str:
-        """The options that are compiled in, in words."""
+        """The options that are compiled in, in words, and the path if it is not pointers."""
         names = [name for name in ("bias", "softcap", "dropout", "even") if getattr(self, name)]
+        if self.path != "pointers":
+            names.append(self.path)
         return ", ".join(names) or "no"
 
 
@@ -64,6 +79,7 @@ class Resources:
     num_loops: int
     num_loops_ahead: int
     tensor_instruction: str
+    num_bulk_copies: int = 0
 
     def faults(self, case: Case, shared_limit: int) -> list[str]:
         """Describe the limits that the case breaks."""
@@ -81,6 +97,8 @@ class Resources:
             found.append(f"{self.num_loops - self.num_loops_ahead} of {self.num_loops} loops do not load ahead")
         if not self.tensor_instruction:
             found.append("no tensor-core instruction")
+        if case.path != "pointers" and self.num_bulk_copies == 0:
+            found.append("no bulk copy")
         return found
 
 
@@ -104,9 +122,16 @@ def cases_of_table() -> list[Case]:
                 row.get("segment", "any"),
                 tuple(row["tile"]),
                 bias,
+                path=row.get("path", "pointers"),
             )
             for bias in biases
         ]
+    known = {(case.head_size, case.bias, case.tile, case.path) for case in cases if case.kernel == "forward"}
+    cases += [
+        Case(90, "forward", 16, size, "any", tile, bias, path=path)
+        for size, bias, tile, path in VARIANTS
+        if (size, bias, tile, path) not in known
+    ]
     for arch, bits, head_size, packed in itertools.product(CLASSES, (16, 32), HEAD_SIZES, (16, 64)):
         if bits == 16 or head_size <= MAX_HEAD_SIZE_FLOAT32:
             size = decode_size(packed, head_size, bits)
@@ -134,13 +159,15 @@ def compile_case(case: Case) -> Resources:
 
     from gisting_kernels import backward, decode, forward, plan_kernels
 
+    if case.path == "pingpong":
+        return _compile_pingpong(case)
+
     functions: dict[str, Any] = {
         "forward": forward.forward_kernel,
         "query": backward.query_kernel,
         "key": backward.key_kernel,
         "table": backward.table_kernel,
         "decode": decode.decode_kernel,
-        "delta": backward.delta_kernel,
         "merge": decode.merge_kernel,
         "bounds": plan_kernels.bounds_kernel,
         "list": plan_kernels.list_kernel,
@@ -153,7 +180,7 @@ def compile_case(case: Case) -> Resources:
         "GROUP": 4, "BIAS": case.bias, "TABLE_GRADIENT": case.bias, "SOFTCAP": case.softcap, "DROPOUT": case.dropout,
         "D": case.head_size, "BD": 1 << (case.head_size - 1).bit_length(), "BM": rows, "BN": keys,
         "EVEN_K": case.even, "PRECISION": "ieee" if case.bits == 16 else "tf32x3", "HAS_NEAR": True, "CHUNK": 128,
-        "BLOCK": 32, "BS": 64,
+        "BLOCK": 32, "BS": 64, "DESCRIPTORS": case.path == "descriptors", "STAGES": stages,
     }  # fmt: skip
     element = "*bf16" if case.bits == 16 else "*fp32"
     signature, constexprs, attributes = {}, {}, {}
@@ -161,6 +188,9 @@ def compile_case(case: Case) -> Resources:
         if name in constants:
             signature[name] = "constexpr"
             constexprs[(position,)] = constants[name]
+        elif case.path == "descriptors" and name in ("p_q", "p_k", "p_v", "p_grad"):
+            height = rows if name in ("p_q", "p_grad") else keys
+            signature[name] = f"tensordesc<{element[1:]}[1, 1, {height}, {constants['BD']}]>"
         elif name.startswith("p_"):
             integers = ("p_first", "p_end", "p_tiles", "p_counts", "p_order", "p_bounds", "p_ranges", "p_lengths")
             floats = ("p_lse", "p_delta", "p_table", "p_far", "p_partial", "p_parts")
@@ -187,9 +217,47 @@ def compile_case(case: Case) -> Resources:
         target=GPUTarget("cuda", case.arch, 32),
         options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
     )
+    return _read(compiled, hot_loops(compiled.asm["ttgir"]))
+
+
+def _compile_pingpong(case: Case) -> Resources:
+    """Compile the kernel that takes turns. Its one loop that loads is the loader's."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from gisting_kernels.descriptors import layout_of
+    from gisting_kernels.pingpong import pingpong_kernel
+
+    rows, keys, _, stages = case.tile
+    padded = 1 << (case.head_size - 1).bit_length()
+    constants = {"GROUP": 4, "HALF": rows // 2, "BN": keys, "BD": padded, "STAGES": stages, "s_mask": 1}
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(pingpong_kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            constexprs[(position,)] = constants[name]
+        elif name in ("q", "k", "v", "out"):
+            block = (keys if name in ("k", "v") else rows // 2, padded)
+            signature[name] = f"tensordesc<bf16[1, 1, {block[0]}, {block[1]}],{layout_of(*block, torch.bfloat16)!r}>"
+        elif name.startswith("p_"):
+            signature[name] = "*fp32" if name == "p_lse" else "*i32"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    compiled = triton.compile(
+        GluonASTSource(fn=pingpong_kernel, signature=signature, constexprs=constexprs, attrs=attributes),
+        target=GPUTarget("cuda", case.arch, 32),
+        options={"num_warps": 4, "enable_fp_fusion": True},
+    )
+    loops = [loop for loop in loops_of(compiled.asm["ttgir"]) if "async_tma_copy_global_to_local" in loop]
+    return _read(compiled, loops[:1])
+
+
+def _read(compiled: Any, loops: list[str]) -> Resources:
+    """Read what a compiled kernel uses; ``loops`` are those that should load ahead."""
     usage = _resource_usage(compiled.asm["cubin"])
-    ir, ptx = compiled.asm["ttgir"], compiled.asm["ptx"]
-    loops = hot_loops(ir)
+    ptx = compiled.asm["ptx"]
     found = re.search(r"\b(wgmma\.mma_async|mma\.sync)\b[\w.]*", ptx)
     return Resources(
         registers=usage["REG"],
@@ -198,20 +266,24 @@ def compile_case(case: Case) -> Resources:
         num_loops=len(loops),
         num_loops_ahead=sum("async_copy_global_to_local" in loop or "async_tma_copy" in loop for loop in loops),
         tensor_instruction="" if found is None else found.group(1),
+        num_bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
     )
 
 
 def hot_loops(ir: str) -> list[str]:
     """Return the text of each loop in Triton's GPU IR that multiplies matrices. These kernels have no nested loops."""
+    return [loop for loop in loops_of(ir) if re.search(r"\btt\.dot\b|warp_group_dot\b", loop)]
+
+
+def loops_of(ir: str) -> list[str]:
+    """Return the text of each loop in Triton's GPU IR."""
     loops, lines = [], ir.splitlines()
     for number, line in enumerate(lines):
         if "scf.for" not in line:
             continue
         indent = len(line) - len(line.lstrip())
         stop = next(at for at in range(number + 1, len(lines)) if lines[at].startswith(" " * indent + "}"))
-        body = "\n".join(lines[number:stop])
-        if re.search(r"\btt\.dot\b|warp_group_dot\b", body):
-            loops.append(body)
+        loops.append("\n".join(lines[number:stop]))
     return loops
 
 
@@ -239,7 +311,7 @@ def write_markdown(results: Sequence[tuple[Case, Resources | str]], versions: st
     """Make the page ``docs/kernel_resources.md``."""
     columns = (
         "card", "kernel", "bits", "D", "segments", "options", "tile", "registers", "stack", "shared", "ahead",
-        "instruction",
+        "copies", "instruction",
     )  # fmt: skip
     lines = []
     for case, used in results:
@@ -247,10 +319,11 @@ def write_markdown(results: Sequence[tuple[Case, Resources | str]], versions: st
         line = [f"sm_{case.arch}", case.kernel, str(case.bits), str(case.head_size), case.segment, case.options]
         line.append(f"{rows} x {keys}, {warps}, {stages}")
         if isinstance(used, str):
-            line += [f"failed: {used}", "", "", "", ""]
+            line += [f"failed: {used}", "", "", "", "", ""]
         else:
             ahead = f"{used.num_loops_ahead} of {used.num_loops}"
-            line += [str(used.registers), str(used.stack), f"{used.shared:,}", ahead, used.tensor_instruction]
+            copies = str(used.num_bulk_copies or "")
+            line += [str(used.registers), str(used.stack), f"{used.shared:,}", ahead, copies, used.tensor_instruction]
         lines.append(line)
     return "\n".join(
         [
@@ -262,7 +335,8 @@ def write_markdown(results: Sequence[tuple[Case, Resources | str]], versions: st
             "- tile: rows x keys, warps, stages",
             "- stack: bytes that a thread spills (the limit is 64)",
             "- shared: bytes of shared memory per program",
-            "- ahead: how many of the loops that multiply matrices load ahead",
+            "- ahead: how many of the loops that multiply matrices load ahead; with pingpong, of the loops that load",
+            "- copies: bulk copies by the tensor copy unit (descriptors, pingpong)",
             "",
             "Four query heads share a key head, and no length is a multiple of a tile. 16 bits are bfloat16; 32 bits",
             "are float32, by three TF32 products. Rows with dropout or softcap show what these options cost; tile",

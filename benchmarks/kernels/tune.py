@@ -8,6 +8,9 @@ forward pass, another kernel by the backward pass, in which only that kernel cha
 another takes less than 0.98 of its time. If the row's own tile could not be timed, the row stays unchanged. The file is
 written after each row, and rows that were not reached are listed. Long segments are timed with a gist mask over 4,096
 tokens, the longest over 16,384, short ones with packed documents of 256, and rows with a bias with the T5 encoder.
+
+On cards with a tensor copy unit, each tile of a kernel in ``DESCRIBED`` is also a candidate with descriptors, and the
+forward kernel that takes turns is one too, so that a run compares all ways to run a kernel.
 """
 
 from __future__ import annotations
@@ -36,6 +39,10 @@ from gisting_kernels.configs import CLASSES, ENVIRONMENT_VARIABLE, HEAD_SIZES, K
 TABLE = Path(__file__).resolve().parents[2] / "kernels" / "gisting_kernels" / "configs.json"
 # Three TF32 products keep 21 bits of each factor, and the order of their sums depends on the tile.
 EPS_FLOAT32 = 2.0**-20
+# The kernels that can take descriptors.
+DESCRIBED = ("forward", "query", "key")
+# Tiles of the forward kernel that takes turns.
+PINGPONG = ((128, 128, 8, 2), (128, 64, 8, 4))
 # A tile replaces the row's own only if its time is below this share of the own time.
 GAIN = 0.98
 # The largest share of the time for compiling; timing takes about half as long.
@@ -90,6 +97,9 @@ def spots_of(
 def candidates(row: dict[str, Any]) -> list[TileSizes]:
     """List the row's own tile, then the tiles that should fit into registers and shared memory and keep warps busy.
 
+    See ``DESCRIBED`` and ``PINGPONG`` for the paths they are tried with. A row whose own tile is not for the kernel
+    that takes turns is for the other cards of its class, too, so it stays without.
+
     The estimate of registers counts the sums that a kernel keeps (rows x D forward and for dQ, twice keys x D for
     dK/dV) and the tile of scores (two tiles backward), in float32, divided by the threads. The limits exclude the tiles
     that spilled when compiled. Shared memory holds the tiles that stay, and those loaded ahead in every stage.
@@ -103,7 +113,8 @@ def candidates(row: dict[str, Any]) -> list[TileSizes]:
         "table": ((32, 64), (32, 64)),
     }[kernel]
     limit = (64 if is_wide else 160) * (1.25 if kernel == "key" else 1.0)
-    found = [TileSizes(*row["tile"])]
+    own = TileSizes(*row["tile"], path=row.get("path", "pointers"))
+    found = [own]
     for rows, keys, warps in itertools.product(some_rows, some_keys, (4, 8)):
         threads, area = 32 * warps, rows * keys
         registers, held, streamed = {
@@ -117,7 +128,11 @@ def candidates(row: dict[str, Any]) -> list[TileSizes]:
             tile = TileSizes(rows, keys, warps, stages)
             if registers <= limit and area >= 8 * threads and shared <= CLASSES[row["arch"]] and tile not in found:
                 found.append(tile)
-    return found
+    if row["arch"] >= 90 and not is_wide and kernel in DESCRIBED:
+        found += [replace(tile, path="descriptors") for tile in found if tile.path == "pointers"]
+        if own.path == "pingpong":
+            found += [TileSizes(*tile, path="pingpong") for tile in PINGPONG]
+    return list(dict.fromkeys(found))
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -338,8 +353,9 @@ def pick(current: TileSizes, medians: dict[TileSizes, float]) -> TileSizes | Non
 
 
 def show(tile: TileSizes) -> str:
-    """Write a tile as rows, keys, warps, stages."""
-    return f"{tile.rows},{tile.keys},{tile.warps},{tile.stages}"
+    """Write a tile as rows, keys, warps, stages, and the path if it is not pointers."""
+    path = "" if tile.path == "pointers" else f",{tile.path}"
+    return f"{tile.rows},{tile.keys},{tile.warps},{tile.stages}{path}"
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -347,9 +363,11 @@ def show(tile: TileSizes) -> str:
 
 def with_tile(row: dict[str, Any], tile: TileSizes, device: str) -> dict[str, Any]:
     """Put a tile that was measured on a device into a row, keeping the order of its entries."""
+    path = {} if tile.path == "pointers" else {"path": tile.path}
     return {
-        **{name: value for name, value in row.items() if name != "device"},
+        **{name: value for name, value in row.items() if name not in ("path", "measured", "device")},
         "tile": [tile.rows, tile.keys, tile.warps, tile.stages],
+        **path,
         "measured": True,
         "device": device,
     }

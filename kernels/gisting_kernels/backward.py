@@ -11,9 +11,15 @@ P is recomputed from q, k and the log-sum-exp of the forward. Under dropout with
 P Z / (1 - r) and dP becomes dP Z / (1 - r), while delta = g . out is unchanged. Under a softcap c, the gradient of the
 score before the cap is dS (1 - (s / c)^2), where s is the score after it.
 
-The dQ kernel walks the lists of the plan, as the forward does. The dK/dV kernel keeps a tile of keys and walks the rows
-that see any of them, which are one contiguous range. It has a single flat loop over (head of the group, tile of rows)
-and always tests the mask, because nested loops and unmasked variants spill registers.
+The dQ kernel runs first. It computes delta and walks the lists of the plan, as the forward does. The dK/dV kernel keeps
+a tile of keys and walks the rows that see any of them, which are one contiguous range. It has a single flat loop over
+(head of the group, tile of rows), because nested loops spill registers. Its products start at -lse and -delta instead
+of 0, if neither a softcap nor dropout comes in between: rows are columns of its tiles, so a thread would hold 32 of
+these numbers beside the products.
+
+With DESCRIPTORS, tiles are loaded by the tensor copy unit (``descriptors.py``) and only partial tiles test the mask. By
+pointers, the mask is always tested, because the branch makes the compiler for older cards spill most registers. Two
+small programs on a processor are faster than one large: while one waits for its products, the other computes.
 
 For dbias (of a bias like T5's, arXiv 1910.10683), all distances of W or more share one entry on each side. The dQ
 kernel sums these as it goes, two numbers per row. For smaller distances, the table kernel visits the near tiles once
@@ -30,37 +36,21 @@ from __future__ import annotations
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from .forward import LOG2E, bias_tile, cap, keep_tile, load_tile
+from .forward import LOG2E, bias_tile, cap, keep_tile, load_block, load_tile
 
-__all__ = ["delta_kernel", "key_kernel", "query_kernel", "table_kernel"]
-
-
-@triton.jit
-def delta_kernel(
-    p_out, p_grad, p_delta, s_ob, s_oh, s_ot, s_od, s_gb, s_gh, s_gt, s_gd, num_heads, num_rows, num_row_tiles,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Compute delta = g . out, float32 ``(B, H, T)``. One program handles BM rows of one head."""
-    i_program = tl.program_id(0)
-    i_tile, i_bh = i_program % num_row_tiles, (i_program // num_row_tiles).to(tl.int64)
-    i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    o_query = i_tile * BM + tl.arange(0, BM)
-    o_dim = tl.arange(0, BD)
-    o_wide = o_query.to(tl.int64)
-    b_out = load_tile(p_out + i_b * s_ob + i_h * s_oh, o_wide, o_dim, s_ot, s_od, num_rows, D, BD, False)
-    b_grad = load_tile(p_grad + i_b * s_gb + i_h * s_gh, o_wide, o_dim, s_gt, s_gd, num_rows, D, BD, False)
-    b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
-    tl.store(p_delta + i_bh * num_rows + o_query, b_delta, mask=o_query < num_rows)
+__all__ = ["key_kernel", "query_kernel", "table_kernel"]
 
 
 @triton.jit
 def _score_gradient(
-    b_s, b_dp, b_lse, b_delta, m_seen, b_bias, m_keep, scale, softcap, dropout,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    b_s, b_dp, b_lse, b_delta, o_row, b_first, b_end, is_partial, b_bias, m_keep, scale, softcap, dropout,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """From q k^T and g v^T of a tile, compute P (after dropout), dS of the final score, and dS before the softcap.
 
-    The tile may be (rows, keys) or (keys, rows); ``b_lse``, ``b_delta`` and ``m_seen`` broadcast to it.
+    The tile may be (rows, keys) or (keys, rows); ``b_lse``, ``b_delta``, ``o_row``, ``b_first`` and ``b_end`` broadcast
+    to it. With BRANCH, the mask is tested only if ``is_partial``; otherwise it is always tested, because the compiler
+    for older cards spills most registers at the branch.
     """
     if SOFTCAP:
         b_s = cap(b_s, scale, softcap)
@@ -70,8 +60,13 @@ def _score_gradient(
         b_s = b_s * (scale * LOG2E)
     if BIAS:
         b_s += b_bias * LOG2E
-    # The exponent of a hidden pair may have any value; set it to 0, because infinity times zero is NaN.
-    b_p = tl.where(m_seen, tl.math.exp2(tl.where(m_seen, b_s - b_lse, 0.0)), 0.0)
+    # The weight of a hidden pair may be infinite before the mask replaces it. Nothing may be multiplied in between.
+    b_p = tl.math.exp2(b_s - b_lse)
+    if BRANCH:
+        if is_partial:
+            b_p = tl.where((o_row >= b_first) & (o_row < b_end), b_p, 0.0)
+    else:
+        b_p = tl.where((o_row >= b_first) & (o_row < b_end), b_p, 0.0)
     b_dropped = b_p
     if DROPOUT:
         b_dropped = tl.where(m_keep, b_p / (1.0 - dropout), 0.0)
@@ -85,39 +80,46 @@ def _score_gradient(
 
 @triton.jit
 def _query_walk(
-    b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, i_begin, i_end,
-    o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
-    p_table, i_h, s_table, seed, i_bh, softcap, dropout,
+    b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, i_begin, i_masked, i_end,
+    o_row, o_dim, i_b, i_g, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
+    p_table, far_left, far_right, i_h, s_table, seed, i_bh, softcap, dropout,
     NEAR: tl.constexpr, BIAS: tl.constexpr, WIDTH, TABLE_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
+    """Walk the tiles ``i_begin <= i < i_end`` of the list. Tiles before ``i_masked`` are partial.
+
+    With NEAR, the bias is gathered; otherwise the bias of a tile is one scalar, ``far_left`` or ``far_right``.
+    """
     i_next = tl.load(p_list + i_begin)
     for i in tl.range(i_begin, i_end):  # pyright: ignore
         i_tile = i_next
         i_next = tl.load(p_list + i + 1)
         o_key = i_tile * BN + tl.arange(0, BN)
         # (BN, BD)
-        b_k = load_tile(p_k, o_key.to(tl.int64), o_dim, s_kk, s_kd, num_keys, D, BD, EVEN_K)
-        b_v = load_tile(p_v, o_key.to(tl.int64), o_dim, s_vk, s_vd, num_keys, D, BD, EVEN_K)
+        if DESCRIPTORS:
+            b_k = load_block(p_k, i_b, i_g, i_tile * BN, BN, BD)
+            b_v = load_block(p_v, i_b, i_g, i_tile * BN, BN, BD)
+        else:
+            b_k = load_tile(p_k, o_key.to(tl.int64), o_dim, s_kk, s_kd, num_keys, D, BD, EVEN_K)
+            b_v = load_tile(p_v, o_key.to(tl.int64), o_dim, s_vk, s_vd, num_keys, D, BD, EVEN_K)
         b_first = tl.load(p_first + o_key, mask=o_key < num_keys, other=0)
         b_end = tl.load(p_end + o_key, mask=o_key < num_keys, other=0)
-        m_seen = (o_row[:, None] >= b_first[None, :]) & (o_row[:, None] < b_end[None, :])
-        b_bias, is_right, m_keep = 0.0, True, True
+        b_bias, b_minus, is_right, m_keep = 0.0, b_lse, True, True
         if BIAS:
             if NEAR:
                 b_bias = bias_tile(p_table, i_h, o_row[:, None], o_key[None, :], s_table, WIDTH)
             else:
                 is_right = i_tile * BN > tl.min(o_row, 0)
-                b_bias = tl.load(p_table + i_h * s_table + tl.where(is_right, 2 * WIDTH, 0))
+                b_minus = b_lse - tl.where(is_right, far_right, far_left) * LOG2E
         if DROPOUT:
             m_keep = keep_tile(seed, i_bh, o_row[:, None], o_key[None, :], num_keys, dropout)
         # (BM, BN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         _, b_ds, b_du = _score_gradient(
-            b_s, b_dp, b_lse[:, None], b_delta[:, None], m_seen, b_bias, m_keep, scale, softcap, dropout,
-            BIAS, SOFTCAP, DROPOUT,
+            b_s, b_dp, b_minus[:, None], b_delta[:, None], o_row[:, None], b_first[None, :], b_end[None, :],
+            i < i_masked, b_bias, m_keep, scale, softcap, dropout, NEAR, SOFTCAP, DROPOUT, DESCRIPTORS,
         )  # fmt: skip
         if TABLE_GRADIENT:
             if NEAR:
@@ -135,16 +137,20 @@ def _query_walk(
 
 @triton.jit
 def query_kernel(
-    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_dq, p_far, p_first, p_end, p_tiles, p_counts, p_order, p_table, p_seed,
+    p_q, p_k, p_v, p_grad, p_out, p_lse, p_delta, p_dq, p_far, p_first, p_end, p_tiles, p_counts, p_order, p_table,
+    p_seed,
     s_qb, s_qh, s_qt, s_qd, s_kb, s_kh, s_kk, s_kd, s_vb, s_vh, s_vk, s_vd, s_gb, s_gh, s_gt, s_gd,
-    s_db, s_dh, s_dt, s_dd,
+    s_ob, s_oh, s_ot, s_od, s_db, s_dh, s_dt, s_dd,
     s_mask, s_table, num_heads, num_rows, num_keys, row_start, num_row_tiles, num_key_tiles, scale, softcap, dropout,
     WIDTH,
     GROUP: tl.constexpr, BIAS: tl.constexpr, TABLE_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of BM rows of a query head, and dbias of distances from W on, left and right: ``(B, H, T, 2)``."""
+    """Compute delta and dq of BM rows of a query head, and dbias of distances from W on, left and right.
+
+    delta is float32 ``(B, H, T)`` and read by the other kernels, these two entries of dbias ``(B, H, T, 2)``.
+    """
     i_program = tl.program_id(0)
     i_group = i_program % GROUP
     i_rank = (i_program // GROUP) % num_row_tiles
@@ -162,38 +168,49 @@ def query_kernel(
     o_dim = tl.arange(0, BD)
     o_wide = o_query.to(tl.int64)
     m_row = o_query < num_rows
-    p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
-    p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
     p_first += i_mask * num_keys
     p_end += i_mask * num_keys
     p_list = p_tiles + i_list * (num_key_tiles + 1)
     i_near = tl.load(p_counts + i_list * 3)
+    i_partial = tl.load(p_counts + i_list * 3 + 1)
     i_full = tl.load(p_counts + i_list * 3 + 2)
     seed = tl.load(p_seed) if DROPOUT else 0
-    p_q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
-    p_grad += i_b.to(tl.int64) * s_gb + i_h.to(tl.int64) * s_gh
     o_flat = i_bh.to(tl.int64) * num_rows + o_query
 
     # (BM, BD)
-    b_q = load_tile(p_q, o_wide, o_dim, s_qt, s_qd, num_rows, D, BD, False)
-    b_grad = load_tile(p_grad, o_wide, o_dim, s_gt, s_gd, num_rows, D, BD, False)
+    if DESCRIPTORS:
+        b_q = load_block(p_q, i_b, i_h, i_tile * BM, BM, BD)
+        b_grad = load_block(p_grad, i_b, i_h, i_tile * BM, BM, BD)
+    else:
+        p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
+        p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
+        p_q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
+        p_grad += i_b.to(tl.int64) * s_gb + i_h.to(tl.int64) * s_gh
+        b_q = load_tile(p_q, o_wide, o_dim, s_qt, s_qd, num_rows, D, BD, False)
+        b_grad = load_tile(p_grad, o_wide, o_dim, s_gt, s_gd, num_rows, D, BD, False)
+    p_out += i_b.to(tl.int64) * s_ob + i_h.to(tl.int64) * s_oh
+    b_out = load_tile(p_out, o_wide, o_dim, s_ot, s_od, num_rows, D, BD, False)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
+    tl.store(p_delta + o_flat, b_delta, mask=m_row)
     b_lse = tl.load(p_lse + o_flat, mask=m_row, other=float("inf"))
-    b_delta = tl.load(p_delta + o_flat, mask=m_row, other=0.0)
     b_dq = tl.zeros([BM, BD], tl.float32)
     b_left = tl.zeros([BM], tl.float32)
     b_right = tl.zeros([BM], tl.float32)
+    far_left, far_right = 0.0, 0.0
     if BIAS:
+        far_left = tl.load(p_table + i_h * s_table)
+        far_right = tl.load(p_table + i_h * s_table + 2 * WIDTH)
         b_dq, b_left, b_right = _query_walk(
             b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, 0, i_near,
-            o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
-            p_table, i_h, s_table, seed, i_bh, softcap, dropout,
-            True, BIAS, WIDTH, TABLE_GRADIENT, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION,
+            i_near, o_row, o_dim, i_b, i_g, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
+            p_table, far_left, far_right, i_h, s_table, seed, i_bh, softcap, dropout,
+            True, BIAS, WIDTH, TABLE_GRADIENT, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     b_dq, b_left, b_right = _query_walk(
-        b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, i_near, i_full,
-        o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
-        p_table, i_h, s_table, seed, i_bh, softcap, dropout,
-        False, BIAS, WIDTH, TABLE_GRADIENT, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION,
+        b_dq, b_left, b_right, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_first, p_end, p_list, i_near,
+        i_partial, i_full, o_row, o_dim, i_b, i_g, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
+        p_table, far_left, far_right, i_h, s_table, seed, i_bh, softcap, dropout,
+        False, BIAS, WIDTH, TABLE_GRADIENT, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION, DESCRIPTORS,
     )  # fmt: skip
     p_dq += i_b.to(tl.int64) * s_db + i_h.to(tl.int64) * s_dh
     p_tile = p_dq + o_wide[:, None] * s_dt + o_dim[None, :] * s_dd
@@ -210,7 +227,8 @@ def key_kernel(
     s_xb, s_xh, s_xk, s_xd, s_yb, s_yh, s_yk, s_yd,
     s_mask, s_table, num_heads, num_rows, num_keys, row_start, num_key_tiles, scale, softcap, dropout, WIDTH,
     GROUP: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dk (strides s_x) and dv (s_y) of BN keys of one key head, summed over the query heads of its group."""
     i_program = tl.program_id(0)
@@ -228,44 +246,76 @@ def key_kernel(
     o_dim = tl.arange(0, BD)
     o_wide = o_key.to(tl.int64)
     m_key = o_key < num_keys
-    p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
-    p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
     # (BN, BD)
-    b_k = load_tile(p_k, o_wide, o_dim, s_kk, s_kd, num_keys, D, BD, False)
-    b_v = load_tile(p_v, o_wide, o_dim, s_vk, s_vd, num_keys, D, BD, False)
+    if DESCRIPTORS:
+        b_k = load_block(p_k, i_b, i_g, i_tile * BN, BN, BD)
+        b_v = load_block(p_v, i_b, i_g, i_tile * BN, BN, BD)
+    else:
+        p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
+        p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
+        b_k = load_tile(p_k, o_wide, o_dim, s_kk, s_kd, num_keys, D, BD, False)
+        b_v = load_tile(p_v, o_wide, o_dim, s_vk, s_vd, num_keys, D, BD, False)
     b_first = tl.load(p_first + i_mask * num_keys + o_key, mask=m_key, other=0)
     b_end = tl.load(p_end + i_mask * num_keys + o_key, mask=m_key, other=0)
+    # Rows that see every key of the tile.
+    i_first, i_end = tl.max(b_first, 0), tl.min(b_end, 0)
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
 
     num_tiles = i_high - i_low
-    for i in tl.range(0, GROUP * num_tiles):  # pyright: ignore
+    # The stages are given here, too, so that all loads run ahead, not only those of matrices.
+    for i in tl.range(0, GROUP * num_tiles, num_stages=STAGES):  # pyright: ignore
         # At least 1, because a loop that loads ahead also computes this for keys that no row sees.
         i_h = i_g * GROUP + i // tl.maximum(num_tiles, 1)
         i_bh = (i_b * num_heads + i_h).to(tl.int64)
-        o_query = (i_low + i % tl.maximum(num_tiles, 1)) * BM + tl.arange(0, BM)
+        i_query = (i_low + i % tl.maximum(num_tiles, 1)) * BM
+        o_query = i_query + tl.arange(0, BM)
         o_row = row_start + o_query
         m_row = o_query < num_rows
-        o_far = o_query.to(tl.int64)
-        p_qh = p_q + i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
-        p_gh = p_grad + i_b.to(tl.int64) * s_gb + i_h.to(tl.int64) * s_gh
         # (BM, BD)
-        b_q = load_tile(p_qh, o_far, o_dim, s_qt, s_qd, num_rows, D, BD, False)
-        b_grad = load_tile(p_gh, o_far, o_dim, s_gt, s_gd, num_rows, D, BD, False)
+        if DESCRIPTORS:
+            b_q = load_block(p_q, i_b, i_h, i_query, BM, BD)
+            b_grad = load_block(p_grad, i_b, i_h, i_query, BM, BD)
+        else:
+            o_far = o_query.to(tl.int64)
+            p_qh = p_q + i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
+            p_gh = p_grad + i_b.to(tl.int64) * s_gb + i_h.to(tl.int64) * s_gh
+            b_q = load_tile(p_qh, o_far, o_dim, s_qt, s_qd, num_rows, D, BD, False)
+            b_grad = load_tile(p_gh, o_far, o_dim, s_gt, s_gd, num_rows, D, BD, False)
+        # Rows beyond the last have P = 2^-infinity = 0, so the mask need not test for them.
         b_lse = tl.load(p_lse + i_bh * num_rows + o_query, mask=m_row, other=float("inf"))
         b_delta = tl.load(p_delta + i_bh * num_rows + o_query, mask=m_row, other=0.0)
-        m_seen = (o_row[None, :] >= b_first[:, None]) & (o_row[None, :] < b_end[:, None]) & m_row[None, :]
         b_bias, m_keep = 0.0, True
         if BIAS:
-            b_bias = bias_tile(p_table, i_h, o_row[None, :], o_key[:, None], s_table, WIDTH)
+            if DESCRIPTORS:
+                i_right = i_tile * BN - (row_start + i_query)
+                b_bias = tl.zeros([BN, BM], tl.float32)
+                if (i_right - (BM - 1) < WIDTH) & (i_right + (BN - 1) > -WIDTH):
+                    b_bias = bias_tile(p_table, i_h, o_row[None, :], o_key[:, None], s_table, WIDTH)
+                else:
+                    i_entry = tl.where(i_right > 0, 2 * WIDTH, 0)
+                    b_bias += tl.load(p_table + i_h * s_table + i_entry)
+            else:
+                b_bias = bias_tile(p_table, i_h, o_row[None, :], o_key[:, None], s_table, WIDTH)
         if DROPOUT:
             m_keep = keep_tile(seed, i_b * num_heads + i_h, o_row[None, :], o_key[:, None], num_keys, dropout)
-        # (BN, BM): transposed, so that both sums below are plain products
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)
+        # (BN, BM): transposed, so that both sums below are plain products. What is subtracted from a product is where
+        # its sum starts, if nothing comes in between: it then takes no registers beside the product.
+        b_minus, b_less = b_lse[None, :], b_delta[None, :]
+        b_dp = tl.zeros([BN, BM], tl.float32)
+        if not DROPOUT:
+            b_dp -= b_less
+            b_less = 0.0
+        b_s = tl.zeros([BN, BM], tl.float32)
+        if not SOFTCAP:
+            b_s -= b_minus / (scale * LOG2E)
+            b_minus = 0.0
+        b_dp = tl.dot(b_v, tl.trans(b_grad), b_dp, input_precision=PRECISION)
+        b_s = tl.dot(b_k, tl.trans(b_q), b_s, input_precision=PRECISION)
+        is_partial = (row_start + i_query < i_first) | (row_start + i_query + BM > i_end)
         b_p, _, b_du = _score_gradient(
-            b_s, b_dp, b_lse[None, :], b_delta[None, :], m_seen, b_bias, m_keep, scale, softcap, dropout,
-            BIAS, SOFTCAP, DROPOUT,
+            b_s, b_dp, b_minus, b_less, o_row[None, :], b_first[:, None], b_end[:, None], is_partial, b_bias, m_keep,
+            scale, softcap, dropout, BIAS, SOFTCAP, DROPOUT, DESCRIPTORS,
         )  # fmt: skip
         b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(b_du.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
@@ -326,7 +376,6 @@ def table_kernel(
         b_v = load_tile(p_v, o_key.to(tl.int64), o_dim, s_vk, s_vd, num_keys, D, BD, EVEN_K)
         b_first = tl.load(p_first + o_key, mask=o_key < num_keys, other=0)
         b_end = tl.load(p_end + o_key, mask=o_key < num_keys, other=0)
-        m_seen = (o_row[:, None] >= b_first[None, :]) & (o_row[:, None] < b_end[None, :])
         b_bias = bias_tile(p_table, i_h, o_row[:, None], o_key[None, :], s_table, WIDTH)
         m_keep = True
         if DROPOUT:
@@ -334,8 +383,8 @@ def table_kernel(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         _, b_ds, _ = _score_gradient(
-            b_s, b_dp, b_lse[:, None], b_delta[:, None], m_seen, b_bias, m_keep, scale, softcap, dropout,
-            True, SOFTCAP, DROPOUT,
+            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_row[:, None], b_first[None, :], b_end[None, :], True,
+            b_bias, m_keep, scale, softcap, dropout, True, SOFTCAP, DROPOUT, False,
         )  # fmt: skip
         b_ds = tl.where(m_row[:, None], b_ds, 0.0)
         b_sheared = tl.gather(b_ds, o_shear % BN, axis=1)

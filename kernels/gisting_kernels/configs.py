@@ -2,8 +2,8 @@
 
 Nothing is timed at run time, so the same input on the same card always runs the same code. ``python -m benchmarks
 tune`` writes ``configs.json`` on a card. Rows that no card has timed yet say ``"measured": false``. The environment
-variable ``GISTING_KERNEL_CONFIG`` forces sizes, for instance ``forward=128,64,8,3;key=64,64,4,2`` (rows, keys, warps,
-stages; the kernels are forward, query, key and table).
+variable ``GISTING_KERNEL_CONFIG`` forces sizes, for instance ``forward=128,64,8,3,descriptors;key=64,64,4,2`` (rows,
+keys, warps, stages and optionally the path; the kernels are forward, query, key and table).
 
 Place in the flow: a card, a shape -> **configs** -> op, which plans with these sizes.
 """
@@ -15,12 +15,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .plan import TileSizes
+from .plan import PATHS, TileSizes
 
 __all__ = [
     "CLASSES",
     "ENVIRONMENT_VARIABLE",
     "HEAD_SIZES",
+    "HOPPER",
     "KERNELS",
     "has_little_shared_memory",
     "read_table",
@@ -34,6 +35,8 @@ SHORT = 384
 # Beyond this length, a row of the table for the longest segments is used if there is one. With half of the tokens in
 # the prompt, that is at 8,192 tokens.
 LONG = 2048
+# The only cards with the instructions of the kernel that takes turns. Others of their class skip its rows.
+HOPPER = (9, 0)
 # The lowest compute capability of each class of the table, and the shared memory for its tiles, in bytes.
 CLASSES = {80: 166_912, 90: 232_448}
 ENVIRONMENT_VARIABLE = "GISTING_KERNEL_CONFIG"
@@ -83,11 +86,12 @@ def tile_sizes(
             if row["kernel"] == kernel
             and all(row.get(key, value) == value for key, value in wanted.items())
             and row.get("segment", segments[-1]) in segments
+            and (row.get("path") != "pingpong" or capability == HOPPER)
         ]
         if not rows:
             raise ValueError(f"there are no tile sizes for head size {head_size} with {bits} bits")
         row = min(rows, key=lambda row: segments.index(row.get("segment", segments[-1])))
-        size = forced.get(kernel, TileSizes(*row["tile"]))
+        size = forced.get(kernel, TileSizes(*row["tile"], path=row.get("path", "pointers")))
         if is_small and kernel not in forced:
             most = 32 if head_size > 128 else 128
             size = TileSizes(min(size.rows, most), min(size.keys, most), size.warps, 1)
@@ -109,13 +113,21 @@ def _forced(text: str) -> dict[str, TileSizes]:
         if not part:
             continue
         kernel, _, numbers = part.partition("=")
-        values = numbers.split(",")
-        if kernel not in KERNELS or len(values) != 4 or not all(value.isdigit() for value in values):
+        *values, path = numbers.split(",")
+        if path.isdigit():
+            values, path = [*values, path], PATHS[0]
+        if (
+            kernel not in KERNELS
+            or path not in PATHS
+            or len(values) != 4
+            or not all(value.isdigit() for value in values)
+        ):
             raise ValueError(
-                f"{ENVIRONMENT_VARIABLE}: expected KERNEL=ROWS,KEYS,WARPS,STAGES, separated by ';', where KERNEL is "
-                f"one of {', '.join(KERNELS)}, got {part!r}"
+                f"{ENVIRONMENT_VARIABLE}: expected KERNEL=ROWS,KEYS,WARPS,STAGES or "
+                "KERNEL=ROWS,KEYS,WARPS,STAGES,PATH, separated by ';', where KERNEL is one of "
+                f"{', '.join(KERNELS)} and PATH one of {', '.join(PATHS)}, got {part!r}"
             )
-        size = TileSizes(*(int(value) for value in values))
+        size = TileSizes(*(int(value) for value in values), path=path)
         for name in ("rows", "keys", "warps"):
             value = getattr(size, name)
             at_least = "" if name == "warps" else " of at least 16"

@@ -78,12 +78,19 @@ def load_tile(p_base, o_row, o_dim, s_row, s_dim, num_rows, D: tl.constexpr, BD:
 
 
 @triton.jit
+def load_block(descriptor, i_b, i_h, i_row, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Load a tile (ROWS, BD) of one head by the tensor copy unit. What is beyond the tensor is 0."""
+    return descriptor.load([i_b, i_h, i_row, 0]).reshape(ROWS, BD)
+
+
+@triton.jit
 def _walk(
     b_acc, b_sum, b_max, b_q, p_k, p_v, p_first, p_end, p_list, i_begin, i_masked, i_end,
-    o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
+    o_row, o_dim, i_b, i_g, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
     p_table, i_h, s_table, seed, i_bh, softcap, dropout,
     NEAR: tl.constexpr, BIAS: tl.constexpr, WIDTH, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Walk the tiles ``i_begin <= i < i_end`` of the list. Tiles before ``i_masked`` are partial.
 
@@ -95,7 +102,10 @@ def _walk(
         i_next = tl.load(p_list + i + 1)
         o_key = i_tile * BN + tl.arange(0, BN)
         # (BN, BD)
-        b_k = load_tile(p_k, o_key.to(tl.int64), o_dim, s_kk, s_kd, num_keys, D, BD, EVEN_K)
+        if DESCRIPTORS:
+            b_k = load_block(p_k, i_b, i_g, i_tile * BN, BN, BD)
+        else:
+            b_k = load_tile(p_k, o_key.to(tl.int64), o_dim, s_kk, s_kd, num_keys, D, BD, EVEN_K)
         b_first = tl.load(p_first + o_key, mask=o_key < num_keys, other=0)
         b_end = tl.load(p_end + o_key, mask=o_key < num_keys, other=0)
         # (BM, BN)
@@ -125,7 +135,10 @@ def _walk(
         if DROPOUT:
             m_keep = keep_tile(seed, i_bh, o_row[:, None], o_key[None, :], num_keys, dropout)
             b_p = tl.where(m_keep, b_p / (1.0 - dropout), 0.0)
-        b_v = load_tile(p_v, o_key.to(tl.int64), o_dim, s_vk, s_vd, num_keys, D, BD, EVEN_K)
+        if DESCRIPTORS:
+            b_v = load_block(p_v, i_b, i_g, i_tile * BN, BN, BD)
+        else:
+            b_v = load_tile(p_v, o_key.to(tl.int64), o_dim, s_vk, s_vd, num_keys, D, BD, EVEN_K)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new
     return b_acc, b_sum, b_max
@@ -139,6 +152,7 @@ def forward_kernel(
     WIDTH,
     GROUP: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Attend with BM rows of one query head. ``s_mask`` is 1, or 0 if one mask serves every sequence.
 
@@ -160,9 +174,10 @@ def forward_kernel(
     o_query = i_tile * BM + tl.arange(0, BM)
     o_row = row_start + o_query
     o_dim = tl.arange(0, BD)
-    p_q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
-    p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
-    p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
+    if not DESCRIPTORS:
+        p_q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
+        p_k += i_b.to(tl.int64) * s_kb + i_g.to(tl.int64) * s_kh
+        p_v += i_b.to(tl.int64) * s_vb + i_g.to(tl.int64) * s_vh
     p_out += i_b.to(tl.int64) * s_ob + i_h.to(tl.int64) * s_oh
     p_first += i_mask * num_keys
     p_end += i_mask * num_keys
@@ -173,22 +188,25 @@ def forward_kernel(
     seed = tl.load(p_seed) if DROPOUT else 0
 
     # (BM, BD)
-    b_q = load_tile(p_q, o_query.to(tl.int64), o_dim, s_qt, s_qd, num_rows, D, BD, False)
+    if DESCRIPTORS:
+        b_q = load_block(p_q, i_b, i_h, i_tile * BM, BM, BD)
+    else:
+        b_q = load_tile(p_q, o_query.to(tl.int64), o_dim, s_qt, s_qd, num_rows, D, BD, False)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BD], tl.float32)
     if BIAS:
         b_acc, b_sum, b_max = _walk(
             b_acc, b_sum, b_max, b_q, p_k, p_v, p_first, p_end, p_list, 0, i_near, i_near,
-            o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
+            o_row, o_dim, i_b, i_g, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
             p_table, i_h, s_table, seed, i_bh, softcap, dropout,
-            True, BIAS, WIDTH, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION,
+            True, BIAS, WIDTH, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     b_acc, b_sum, b_max = _walk(
         b_acc, b_sum, b_max, b_q, p_k, p_v, p_first, p_end, p_list, i_near, i_partial, i_full,
-        o_row, o_dim, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
+        o_row, o_dim, i_b, i_g, s_kk, s_kd, s_vk, s_vd, num_keys, scale,
         p_table, i_h, s_table, seed, i_bh, softcap, dropout,
-        False, BIAS, WIDTH, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION,
+        False, BIAS, WIDTH, SOFTCAP, DROPOUT, BN, D, BD, EVEN_K, PRECISION, DESCRIPTORS,
     )  # fmt: skip
 
     m_empty = b_sum == 0.0

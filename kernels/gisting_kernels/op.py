@@ -9,6 +9,7 @@ On a machine without a GPU the kernels run, slowly, under ``TRITON_INTERPRET=1``
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ._ops import add_op_namespace_prefix, ops
-from .configs import has_little_shared_memory, tile_sizes
+from .configs import HOPPER, has_little_shared_memory, tile_sizes
+from .descriptors import can_describe, describe
 from .plan import Plan, TileSizes, make_plan, mean_segment_length
 
 __all__ = ["decode_attention", "interval_attention", "is_interpreting", "keep_attention", "plan_tiles", "why_not"]
@@ -176,7 +179,8 @@ def interval_attention(
     if dropout > 0 and seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
     softcap = 0.0 if softcap is None else float(softcap)
-    out, _ = ops.interval_attention(
+    run = ops.interval_attention if _is_watched(q, k, v) else _Direct.apply
+    out, _ = run(
         q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, plan.numbers(), precision or ""
     )
     return out
@@ -315,8 +319,7 @@ def _check_decode(
 # -- the custom op -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("interval_attention"), mutates_args=())
-def _forward_op(
+def _run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -340,22 +343,77 @@ def _forward_op(
     if k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("inf"))
     if _must_upcast(q):
-        wide, lse = _forward_op(
+        wide, lse = _run_forward(
             q.float(), k.float(), v.float(), plan, table, seed, scale, softcap, dropout, width, sizes, precision
         )
         return out.copy_(wide), lse
     launch = _Launch(q, k, plan, table, seed, scale, softcap, dropout, width, precision)
-    size = TileSizes(*sizes[0:4])
+    size = TileSizes.from_numbers(sizes, 0)
     tiles, counts, order = plan[_FORWARD : _FORWARD + 3]
     num_tiles = counts.shape[1]
+    has_descriptors = size.path != "pointers" and can_describe(q, k, v, out)
+    if has_descriptors and size.path == "pingpong" and _can_take_turns(q, launch, size, softcap, dropout):
+        _take_turns(q, k, v, out, lse, plan, launch, size, scale)
+        return out, lse
+    given = (q, k, v)
+    if has_descriptors:
+        rows = size.rows, size.keys, size.keys
+        given = tuple(describe(*pair, launch.padded) for pair in zip(given, rows, strict=True))
     launch(forward_kernel, num_tiles * q.shape[0] * q.shape[1], size)(
-        q, k, v, out, lse, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
+        *given, out, lse, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         *launch.numbers(num_tiles, tiles.shape[2] - 1), GROUP=launch.group, BIAS=launch.has_bias,
         SOFTCAP=softcap > 0, DROPOUT=dropout > 0, D=q.shape[3], BD=launch.padded, BM=size.rows, BN=size.keys,
-        EVEN_K=k.shape[2] % size.keys == 0, PRECISION=launch.precision,
+        EVEN_K=k.shape[2] % size.keys == 0, PRECISION=launch.precision, DESCRIPTORS=has_descriptors,
     )  # fmt: skip
     return out, lse
+
+
+def _can_take_turns(q: Tensor, launch: _Launch, size: TileSizes, softcap: float, dropout: float) -> bool:
+    """Return whether the kernel of ``pingpong`` can serve a call whose tensors can be described."""
+    return (
+        q.is_cuda
+        and q.element_size() == 2
+        and launch.padded in (64, 128)
+        and size.rows % 128 == 0
+        and not (launch.has_bias or softcap > 0 or dropout > 0)
+        and torch.cuda.get_device_capability(q.device) == HOPPER
+    )
+
+
+def _take_turns(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Sequence[Tensor],
+    launch: _Launch,
+    size: TileSizes,
+    scale: float,
+) -> None:
+    """Launch the kernel of ``pingpong``, with one program for each processor."""
+    from .pingpong import pingpong_kernel
+
+    tiles, counts, order = plan[_FORWARD : _FORWARD + 3]
+    num_tiles = counts.shape[1]
+    num_work = num_tiles * q.shape[0] * q.shape[1]
+    half = size.rows // 2
+    given = [
+        describe(tensor, rows, launch.padded, is_gluon=True)
+        for tensor, rows in ((q, half), (k, size.keys), (v, size.keys), (out, half))
+    ]
+    mask_stride, _, *numbers = launch.numbers(num_tiles, tiles.shape[2] - 1)[:8]
+    # Each consumer has four warps, as many as the program that starts them.
+    own = dataclasses.replace(size, warps=4)
+    launch(pingpong_kernel, min(num_work, _card(q.device)[0]), own)(
+        *given, lse, plan[_FIRST], plan[_END], tiles, counts, order,
+        mask_stride, *numbers, num_work, scale,
+        GROUP=launch.group, HALF=half, BN=size.keys, BD=launch.padded, STAGES=size.stages,
+    )  # fmt: skip
+
+
+_forward_op = torch.library.custom_op(add_op_namespace_prefix("interval_attention"), mutates_args=())(_run_forward)
 
 
 @_forward_op.register_fake
@@ -363,8 +421,7 @@ def _(q, k, v, plan, table, seed, scale, softcap, dropout, width, sizes, precisi
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("interval_attention_backward"), mutates_args=())
-def _backward_op(
+def _run_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -383,7 +440,7 @@ def _backward_op(
     needs_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and of the table, float32 ``(H, 2 W + 1)`` (empty unless ``needs_table``)."""
-    from .backward import delta_kernel, key_kernel, query_kernel, table_kernel
+    from .backward import key_kernel, query_kernel, table_kernel
 
     heads = q.shape[1]
     d_table = torch.zeros((heads, 2 * width + 1) if needs_table else (0, 0), dtype=torch.float32, device=q.device)
@@ -391,7 +448,7 @@ def _backward_op(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), d_table
     if _must_upcast(q):
-        wide = _backward_op(
+        wide = _run_backward(
             grad.float(), q.float(), k.float(), v.float(), out.float(), lse, plan, table, seed, scale, softcap, dropout,
             width, sizes, precision, needs_table,
         )  # fmt: skip
@@ -400,38 +457,36 @@ def _backward_op(
     launch = _Launch(q, k, plan, table, seed, scale, softcap, dropout, width, precision)
     num_keys = k.shape[2]
     delta = torch.empty_like(lse)
-    rows = 64
-    num_tiles = -(-q.shape[2] // rows)
-    launch(delta_kernel, num_tiles * q.shape[0] * heads, TileSizes(rows, 16, 4, 1))(
-        out, grad, delta, *out.stride(), *grad.stride(), heads, q.shape[2], num_tiles,
-        D=q.shape[3], BD=launch.padded, BM=rows,
-    )  # fmt: skip
-
     shared: dict[str, Any] = {
         "GROUP": launch.group, "SOFTCAP": softcap > 0, "DROPOUT": dropout > 0, "D": q.shape[3], "BD": launch.padded,
         "PRECISION": launch.precision,
     }  # fmt: skip
-    size = TileSizes(*sizes[8:12])
-    bounds, order = plan[_BOUNDS], plan[_KEY_ORDER]
-    num_tiles = bounds.shape[1]
-    launch(key_kernel, num_tiles * k.shape[0] * k.shape[1], size)(
-        q, k, v, grad, lse, delta, dk, dv, plan[_FIRST], plan[_END], bounds, order, launch.table, launch.seed,
-        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(), *dv.stride(),
-        *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, **shared,
-    )  # fmt: skip
-
-    size = TileSizes(*sizes[4:8])
+    given = _Tiles(launch.padded, q, k, v, grad)
+    size = TileSizes.from_numbers(sizes, 1)
     tiles, counts, order = plan[_QUERY : _QUERY + 3]
     num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
     far = torch.empty((*lse.shape, 2) if needs_table else (1,), dtype=torch.float32, device=q.device)
+    tensors, has_descriptors = given.of(size)
     launch(query_kernel, num_tiles * q.shape[0] * heads, size)(
-        q, k, v, grad, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
-        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dq.stride(),
+        *tensors, out, lse, delta, dq, far, plan[_FIRST], plan[_END], tiles, counts, order, launch.table, launch.seed,
+        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *out.stride(), *dq.stride(),
         *launch.numbers(num_tiles, num_key_tiles), BIAS=launch.has_bias, TABLE_GRADIENT=needs_table,
-        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, **shared,
+        BM=size.rows, BN=size.keys, EVEN_K=num_keys % size.keys == 0, DESCRIPTORS=has_descriptors, **shared,
     )  # fmt: skip
+
+    size = TileSizes.from_numbers(sizes, 2)
+    bounds, order = plan[_BOUNDS], plan[_KEY_ORDER]
+    num_tiles = bounds.shape[1]
+    tensors, has_descriptors = given.of(size)
+    launch(key_kernel, num_tiles * k.shape[0] * k.shape[1], size)(
+        *tensors, lse, delta, dk, dv, plan[_FIRST], plan[_END], bounds, order, launch.table, launch.seed,
+        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(), *dv.stride(),
+        *launch.numbers(num_tiles), BIAS=launch.has_bias, BM=size.rows, BN=size.keys, DESCRIPTORS=has_descriptors,
+        STAGES=size.stages, **shared,
+    )  # fmt: skip
+
     if needs_table:
-        size = TileSizes(*sizes[12:16])
+        size = TileSizes.from_numbers(sizes, 3)
         tiles, counts, _ = plan[_TABLE : _TABLE + 3]
         num_tiles, num_key_tiles = counts.shape[1], tiles.shape[2] - 1
         partial = torch.zeros((*q.shape[:2], num_tiles, 2 * width + 1), dtype=torch.float32, device=q.device)
@@ -446,6 +501,11 @@ def _backward_op(
         d_table[:, 0] += sides[:, 0]
         d_table[:, -1] += sides[:, 1]
     return dq, dk, dv, d_table
+
+
+_backward_op = torch.library.custom_op(add_op_namespace_prefix("interval_attention_backward"), mutates_args=())(
+    _run_backward
+)
 
 
 @_backward_op.register_fake
@@ -464,18 +524,48 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    dq, dk, dv, d_table = _gradients(ops.interval_attention_backward, ctx, grad)
+    return dq, dk, dv, [None] * ctx.num_plan, d_table, None, *[None] * len(ctx.numbers)
+
+
+def _gradients(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     q, k, v, out, lse, *rest = ctx.saved_tensors
     plan, rest = list(rest[: ctx.num_plan]), rest[ctx.num_plan :]
     table = rest[0] if ctx.has_table else None
     seed = rest[-1] if ctx.has_seed else None
     needs_table = ctx.has_table and ctx.needs_input_grad[4]
-    dq, dk, dv, d_table = ops.interval_attention_backward(
-        grad, q, k, v, out, lse, plan, table, seed, *ctx.numbers, needs_table
-    )
-    return dq, dk, dv, [None] * ctx.num_plan, d_table if needs_table else None, None, *[None] * len(ctx.numbers)
+    dq, dk, dv, d_table = run(grad, q, k, v, out, lse, plan, table, seed, *ctx.numbers, needs_table)
+    return dq, dk, dv, d_table if needs_table else None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without torch's dispatcher, which takes several times as long as all else on the host."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        output = _run_forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dq, dk, dv, d_table = _gradients(_run_backward, ctx, grad)
+        return dq, dk, dv, None, d_table, None, *[None] * len(ctx.numbers)
+
+
+def _is_watched(*tensors: Tensor) -> bool:
+    """Return whether something must see the operator: a compiler, a mode or subclass that dispatches, or torch.func."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
 
 
 @torch.library.custom_op(add_op_namespace_prefix("decode_attention"), mutates_args=())
@@ -522,6 +612,31 @@ def _precision(dtype: torch.dtype, wanted: str) -> str:
 def _must_upcast(q: Tensor) -> bool:
     """The interpreter multiplies the bit patterns of bfloat16 (Triton 3.9) and truncates when it rounds to bfloat16."""
     return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+class _Tiles:
+    """q, k, v and the gradient of the output as the backward kernels take them."""
+
+    def __init__(self, padded: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
+        self._padded = padded
+        self._tensors = (q, k, v, grad)
+        # Described for tiles of some rows and keys: dQ and dK/dV often have the same.
+        self._described: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+    @functools.cached_property
+    def _can_describe(self) -> bool:
+        return can_describe(*self._tensors)
+
+    def of(self, size: TileSizes) -> tuple[tuple[Any, ...], bool]:
+        """Return the tensors and False or, if ``size`` says so and all of them allow it, their descriptors and True."""
+        if size.path == "pointers" or not self._can_describe:
+            return self._tensors, False
+        if size.shape not in self._described:
+            rows = (size.rows, size.keys, size.keys, size.rows)
+            self._described[size.shape] = tuple(
+                describe(*pair, self._padded) for pair in zip(self._tensors, rows, strict=True)
+            )
+        return self._described[size.shape], True
 
 
 class _Launch:

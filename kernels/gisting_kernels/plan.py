@@ -22,6 +22,7 @@ no list: the rows that see any key of the tile lie between two bounds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 __all__ = [
+    "PATHS",
     "Plan",
     "RowRanges",
     "TileLists",
@@ -39,6 +41,9 @@ __all__ = [
     "range_rows",
 ]
 
+# The ways to run a kernel: tiles loaded through pointers; by the tensor copy unit of newer cards (TMA), through
+# descriptors; or by groups of warps that load and compute in turns.
+PATHS = ("pointers", "descriptors", "pingpong")
 _INT_MAX = torch.iinfo(torch.int32).max
 
 
@@ -51,12 +56,25 @@ class TileSizes:
         keys: keys in a tile.
         warps: warps per program.
         stages: stages of the software pipeline.
+        path: one of ``PATHS``. Where a call does not fit it, the kernel uses pointers.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    path: str = "pointers"
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int], index: int) -> TileSizes:
+        """Read the ``index``-th kernel's configuration from :meth:`Plan.numbers`."""
+        rows, keys, warps, stages, path = numbers[5 * index : 5 * index + 5]
+        return cls(rows, keys, warps, stages, PATHS[path])
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        """Rows, keys, warps, stages and the index of the path in ``PATHS``."""
+        return self.rows, self.keys, self.warps, self.stages, PATHS.index(self.path)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -133,7 +151,7 @@ class Plan:
             self.backward_key.bounds,
             self.backward_key.order,
         ]
-        numbers = [number for size in self.sizes for number in (size.rows, size.keys, size.warps, size.stages)]
+        numbers = [number for size in self.sizes for number in size.numbers]
         object.__setattr__(self, "_tensors", tensors)
         object.__setattr__(self, "_numbers", numbers)
 
@@ -145,7 +163,7 @@ class Plan:
         return self._tensors
 
     def numbers(self) -> list[int]:
-        """Return rows, keys, warps and stages of each of ``sizes``, as the custom op takes them.
+        """Return the numbers of each of ``sizes``, as the custom op takes them.
 
         The list is shared: do not change it.
         """

@@ -491,6 +491,9 @@ def test_with_tile_changes_only_the_measurement(tmp_path: Path) -> None:
     again = tune.with_tile({**row, "device": "old card"}, TileSizes(16, 32, 4, 2), "card")
     assert changed == again == {**row, "tile": [16, 32, 4, 2], "measured": True, "device": "card"}
     assert list(changed)[:-1] == [name for name in row if name != "device"]
+    other = tune.with_tile(row, TileSizes(16, 32, 4, 2, "descriptors"), "card")
+    assert other == {**changed, "path": "descriptors"}
+    assert tune.with_tile(other, TileSizes(16, 32, 4, 2), "card") == changed
     path = tmp_path / "configs.json"
     before = tune.layout(document).splitlines()
     tune.write(path, {**document, "rows": [*document["rows"][:3], changed, *document["rows"][4:]]})
@@ -504,9 +507,15 @@ def test_candidates_are_valid_and_few(arch: int) -> None:
     assert {spot.row["kernel"] for spot in spots} == set(tune.KERNELS)
     for spot in spots:
         tiles = tune.candidates(spot.row)
-        assert tiles[0] == TileSizes(*spot.row["tile"])
+        assert tiles[0] == TileSizes(*spot.row["tile"], spot.row.get("path", "pointers"))
         assert len(tiles) == len(set(tiles))
-        assert 4 <= len(tiles) <= 32, spot.label()
+        assert 4 <= len(tiles) <= 64, spot.label()
+        paths = {"pointers"}
+        if arch == 90 and spot.row["bits"] == 16 and spot.row["kernel"] in tune.DESCRIBED:
+            paths.add("descriptors")
+            if spot.row.get("path") == "pingpong":
+                paths.add("pingpong")
+        assert {tile.path for tile in tiles} == paths
         for tile in tiles:
             assert tile.rows in (16, 32, 64, 128)
             assert tile.keys in (16, 32, 64, 128)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist
 
 from gisting import visibility as vis
 from gisting.visibility import FOREVER, Visibility
+from gisting_kernels import backward
 from gisting_kernels.plan import Plan, RowRanges, TileLists
 from tests.kernels.conftest import (
     DEVICE,
@@ -31,6 +32,7 @@ from tests.kernels.conftest import (
     Given,
     Sizes,
     check,
+    chosen,
     differentiate,
     each_dtype,
     exact,
@@ -49,6 +51,52 @@ pytestmark = [
     # exp2 of a masked score, in the interpreter's NumPy
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["pointers", "descriptors"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run every test with tiles loaded through pointers, and through descriptors."""
+    before, chosen["path"] = chosen["path"], request.param
+    yield request.param
+    chosen["path"] = before
+
+
+# -- which kernels run -------------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """A kernel that records whether it is launched with descriptors."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.seen: list[bool] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            assert [isinstance(arg, Tensor) for arg in args[:4]] == [not kwargs["DESCRIPTORS"]] * 4
+            self.seen.append(kwargs["DESCRIPTORS"])
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded"])
+def test_dq_and_dkdv_take_the_path_of_the_plan(layout: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a path of its own. A gradient that the tensor copy unit cannot read, like that of a sum, decides."""
+    spies = {name: Spy(getattr(backward, name)) for name in ("query_kernel", "key_kernel")}
+    for name, spy in spies.items():
+        monkeypatch.setattr(backward, name, spy)
+    given, visibility = make(33, batch=2, heads=4, groups=2), gist_in_the_middle(33, 2)
+    if layout == "expanded":
+        given = given._replace(upstream=torch.ones((), device=DEVICE).expand(given.q.shape))
+    plan = plan_for(given, visibility, MIXED)
+    for other in ("pointers", "descriptors"):
+        forward, query, key, table = plan.sizes
+        mixed = dataclasses.replace(plan, sizes=(forward, query, dataclasses.replace(key, path=other), table))
+        assert not failures(given, visibility, differentiate(lambda it, plan=mixed: fused(it, plan), given))
+    can = layout == "contiguous"
+    assert spies["query_kernel"].seen == [can and path == "descriptors"] * 2
+    assert spies["key_kernel"].seen == [False, can]
 
 
 # -- every builder of visibility ---------------------------------------------------------------------------------------
@@ -778,6 +826,15 @@ def test_a_planted_bug_is_found(
 
 # Padding, a gist and keys up to the last row make partial and full tiles in every kernel.
 BUILDERS_ONE = Visibility(BUILDERS["gist-branches"].first[1:], BUILDERS["gist-branches"].end[1:])
+
+
+def test_partial_tiles_taken_for_full_in_dq_are_found(path: str) -> None:
+    """By descriptors, the mask of full tiles is not tested; by pointers, it always is."""
+    given, visibility = make(45, heads=1), BUILDERS_ONE
+    plan = plan_for(given, visibility)
+    wrong = recounted(plan, "backward_query", 1, lambda c: c[..., 0])
+    have = differentiate(lambda it: fused(it, wrong), given)
+    assert failures(given, visibility, have).keys() == ({"dq"} if path == "descriptors" else set())
 
 
 @pytest.mark.parametrize(("change", "wrong"), BIAS_PLANTED)

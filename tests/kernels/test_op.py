@@ -96,7 +96,7 @@ def arguments(given: Given, *, softcap: float = 0.0, dropout: float = 0.0) -> tu
     plan = plan_for(given, gist_in_the_middle(given.k.shape[2]))
     seed = torch.tensor([3], device=DEVICE) if dropout else None
     width = 0 if given.near is None else given.near
-    sizes = [number for size in plan.sizes for number in (size.rows, size.keys, size.warps, size.stages)]
+    sizes = plan.numbers()
     return (*given[:3], plan.tensors(), given.table, seed, 0.25, softcap, dropout, width, sizes, "ieee")
 
 

@@ -230,7 +230,7 @@ def test_the_plan_holds_the_lists_of_each_kernel() -> None:
     same(plan.backward_key, range_rows(visibility.first, visibility.end, 50, 20, (16, 64)))
     assert [tuple(t.shape) for t in plan.tensors()][:2] == [(1, 70), (1, 70)]
     assert len(plan.tensors()) == 13
-    assert plan.numbers() == [16, 32, 4, 2, 32, 16, 4, 2, 16, 64, 4, 2, 32, 16, 4, 2]
+    assert plan.numbers() == [16, 32, 4, 2, 0, 32, 16, 4, 2, 0, 16, 64, 4, 2, 0, 32, 16, 4, 2, 0]
     assert plan.tensors() is plan.tensors()
     assert plan.numbers() is plan.numbers()
     other = dataclasses.replace(plan, first=plan.first + 1)
@@ -430,20 +430,45 @@ def test_short_segments_have_smaller_tiles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("segment_length", "has_bias", "tile"),
+    ("capability", "segment_length", "has_bias", "tile"),
     [
-        pytest.param(SHORT, False, (64, 64, 4, 3), id="short"),
-        pytest.param(1030.0, False, (64, 64, 4, 3), id="4,096-tokens"),
-        pytest.param(LONG, False, (64, 64, 4, 3), id="at-the-limit"),
-        pytest.param(4100.0, False, (128, 128, 8, 3), id="16,384-tokens"),
-        pytest.param(4100.0, True, (128, 64, 8, 3), id="no-row-for-the-longest"),
+        pytest.param((9, 0), SHORT, False, TileSizes(64, 64, 4, 2, "descriptors"), id="short"),
+        pytest.param((9, 0), 1030.0, False, TileSizes(128, 128, 8, 2, "pingpong"), id="4,096-tokens"),
+        pytest.param((9, 0), 4100.0, False, TileSizes(128, 128, 8, 2, "pingpong"), id="16,384-tokens"),
+        pytest.param((10, 0), 1030.0, False, TileSizes(64, 64, 4, 3), id="newer-card"),
+        pytest.param((9, 0), 4100.0, True, TileSizes(128, 64, 8, 3), id="bias"),
     ],
 )
-def test_the_longest_segments_may_have_their_own_row(
-    segment_length: float, has_bias: bool, tile: tuple[int, int, int, int]
+def test_the_forward_kernel_of_a_hopper_card(
+    capability: tuple[int, int], segment_length: float, has_bias: bool, tile: TileSizes
 ) -> None:
-    """The forward kernel with head size 128, as measured on an H100."""
-    assert tile_sizes((9, 0), 128, 16, segment_length, has_bias=has_bias)[0] == TileSizes(*tile)
+    """With head size 128, as measured on an H200."""
+    assert tile_sizes(capability, 128, 16, segment_length, has_bias=has_bias)[0] == tile
+
+
+def test_the_longest_segments_may_have_their_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"arch": 90, "kernel": "forward", "bits": 16, "head_size": 64, "segment": "long", "tile": [64, 64, 4, 3]}
+    longest = row | {"segment": "longest", "tile": [128, 64, 4, 3]}
+    others = [other for other in read_table() if other["kernel"] != "forward"]
+    monkeypatch.setattr("gisting_kernels.configs._ROWS", (row, longest, *others))
+    found = [tile_sizes((9, 0), 64, 16, length, has_bias=False)[0] for length in (1030.0, LONG, 4100.0)]
+    assert found == [TileSizes(64, 64, 4, 3), TileSizes(64, 64, 4, 3), TileSizes(128, 64, 4, 3)]
+
+
+def test_a_row_may_name_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only cards with all of the shared memory take it; the others have the tile in a single stage."""
+    row = {"arch": 90, "kernel": "forward", "bits": 16, "head_size": 64, "tile": [128, 64, 4, 3], "path": "descriptors"}
+    others = [other for other in read_table() if other["kernel"] != "forward"]
+    old = row | {"arch": 80}
+    monkeypatch.setattr("gisting_kernels.configs._ROWS", (row, old, *others))
+    assert tile_sizes((9, 0), 64, 16, 1.0, has_bias=False)[0] == TileSizes(128, 64, 4, 3, "descriptors")
+    assert tile_sizes((12, 0), 64, 16, 1.0, has_bias=False)[0] == TileSizes(128, 64, 4, 1)
+
+
+def test_numbers_and_sizes() -> None:
+    sizes = (TileSizes(16, 32, 4, 2), TileSizes(64, 16, 8, 1, "pingpong"))
+    numbers = [number for size in sizes for number in size.numbers]
+    assert [TileSizes.from_numbers(numbers, index) for index in (0, 1)] == list(sizes)
 
 
 def test_measured_rows_name_their_device() -> None:
@@ -457,6 +482,8 @@ def test_every_row_of_the_table_can_match() -> None:
     keys = ("arch", "kernel", "bits", "head_size", "segment", "bias")
     for place, row in enumerate(read_table()):
         for earlier in read_table()[:place]:
+            if earlier.get("path") == "pingpong" != row.get("path"):
+                continue  # for other cards of the class
             assert any(key in earlier and earlier[key] != row.get(key) for key in keys), row
 
 
@@ -465,8 +492,10 @@ def test_sizes_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, " forward=32,16,2,1; key=16,64,8,4 ;")
     forced = tile_sizes((9, 0), 64, 16, 1.0, has_bias=False)
     assert forced == (TileSizes(32, 16, 2, 1), usual[1], TileSizes(16, 64, 8, 4), usual[3])
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "forward=32,16,2,1,descriptors")
+    assert tile_sizes((9, 0), 64, 16, 1.0, has_bias=False)[0] == TileSizes(32, 16, 2, 1, "descriptors")
     # Forced sizes are used unchanged, even on a small card.
-    assert tile_sizes((8, 6), 64, 16, 1.0, has_bias=False)[0] == TileSizes(32, 16, 2, 1)
+    assert tile_sizes((8, 6), 64, 16, 1.0, has_bias=False)[0] == TileSizes(32, 16, 2, 1, "descriptors")
 
 
 def test_the_plan_takes_the_forced_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,8 +505,8 @@ def test_the_plan_takes_the_forced_sizes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 EXPECTED = (
-    "GISTING_KERNEL_CONFIG: expected KERNEL=ROWS,KEYS,WARPS,STAGES, separated by ';', where KERNEL is one of forward, "
-    "query, key, table, got "
+    "GISTING_KERNEL_CONFIG: expected KERNEL=ROWS,KEYS,WARPS,STAGES or KERNEL=ROWS,KEYS,WARPS,STAGES,PATH, separated by "
+    "';', where KERNEL is one of forward, query, key, table and PATH one of pointers, descriptors, pingpong, got "
 )
 POWER = "must be a power of two of at least 16, got "
 WARPS = "must be a power of two, got "
@@ -490,6 +519,7 @@ WARPS = "must be a power of two, got "
         pytest.param("dq=16,16,4,1", f"{EXPECTED}'dq=16,16,4,1'", id="unknown-kernel"),
         pytest.param("key=16,16,4", f"{EXPECTED}'key=16,16,4'", id="three-numbers"),
         pytest.param("key=16,16,4,1,1", f"{EXPECTED}'key=16,16,4,1,1'", id="five-numbers"),
+        pytest.param("key=16,16,4,1,tma", f"{EXPECTED}'key=16,16,4,1,tma'", id="unknown-path"),
         pytest.param("key=16,-16,4,1", f"{EXPECTED}'key=16,-16,4,1'", id="negative"),
         pytest.param("key=16,16.0,4,1", f"{EXPECTED}'key=16,16.0,4,1'", id="no-integer"),
         pytest.param("key=16,16,4,1,table=16,16,4,1", f"{EXPECTED}'key=16,16,4,1,table=16,16,4,1'", id="comma"),

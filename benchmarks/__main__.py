@@ -26,6 +26,7 @@ __all__ = ["BENCHMARKS", "run"]
 BENCHMARKS = {
     "adapter": "benchmarks.adapter.recipe",
     "card": "benchmarks.card",
+    "check": "benchmarks.check",
     "cpu-attention": "benchmarks.cpu_attention",
     "distill": "benchmarks.distill",
     "distillation": "benchmarks.distillation",

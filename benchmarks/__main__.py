@@ -33,6 +33,7 @@ BENCHMARKS = {
     "families": "benchmarks.families",
     "internalize": "benchmarks.internalize",
     "kernels": "benchmarks.kernels.attention",
+    "memory": "benchmarks.memory",
     "methods": "benchmarks.methods",
     "nl2bash": "benchmarks.nl2bash",
     "objective": "benchmarks.objective",

@@ -27,7 +27,13 @@ __all__ = ["SIZES", "CheckRow", "check_table", "main", "measure"]
 
 #: Sizes of the random models, those of Llama 3.2 1B and Llama 3.1 8B.
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128},
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 128,
+    },
     "1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -148,7 +154,7 @@ def main(
 
     if checkpoint is not None:
         for dtype in names("--dtypes", dtypes, ("bfloat16", "float32", "float16")):
-            loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+            loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
             add(loaded.to(place), checkpoint.name)
     for size in names("--sizes", sizes, list(SIZES)) if sizes else ():
         torch.manual_seed(0)

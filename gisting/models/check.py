@@ -566,7 +566,8 @@ class _Decoder(_Runs):
     def positions(self) -> tuple[float, float, str]:
         reason = "its results depend on where positions start: they are absolute, learned, scaled or in a table"
         self.attend("gist")
-        from_zero, anchored = self._from_zero()[:1], self.visibility.position_ids
+        from_zero = self._from_zero()[:1]
+        anchored: Any = self.visibility.position_ids
         is_token = self.is_token
         first = [part[:1] for part in self._states]  # of row 0, which has no padding
 

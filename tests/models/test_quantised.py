@@ -13,11 +13,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig,
 
 import gisting
 from gisting import GistCollator, Record
+from gisting.data.records import save_records
 from gisting.errors import GistError, UnsupportedModelError
 from gisting.models import registry
 from gisting.models.adapters import Adapter, attach, detach
 from gisting.models.fingerprint import base_fingerprint, fingerprint
+from gisting.train.recipe import load_recipe, train_recipe
 from tests import tiny
+from tests.repository import fences_in
 
 RECORDS = [Record("w1 w2 w3", "w7 w8", "w3"), Record("w4 w5", "w5 w6 w1", "w6 w2")]
 # Multiples of the blocks in which weights are quantised.
@@ -201,3 +204,37 @@ def test_quantised_embeddings_are_refused(checkpoint: Path) -> None:
     message = "^llama cannot be gisted: its embeddings or its head are quantised, so no row can be added"
     with pytest.raises(UnsupportedModelError, match=message):
         gisting.patch(model, tiny.tokenizer())
+
+
+@pytest.mark.parametrize("method", ["lora", "gist-lora"])
+def test_the_page_and_its_recipe(
+    method: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny model in the place of the 8B one."""
+    _need("bitsandbytes")
+    root = Path(__file__).resolve().parents[2]
+    recipe = load_recipe(root / "recipes" / "lora-8b-4bit-1x16gb.yaml")
+    page = (root / "docs" / "how_to_quantised.md").read_text(encoding="utf-8")
+    (code,) = (fence.text for fence in fences_in(page) if fence.language == "python")
+    assert recipe.model is not None
+    assert f'save_pretrained("{recipe.model}")' in code
+    monkeypatch.chdir(tmp_path)
+    save_records(RECORDS, tmp_path / "records.jsonl")
+    exec(compile(code.replace("meta-llama/Llama-3.1-8B", str(checkpoint)), "how_to_quantised.md", "exec"), {})
+    changed = recipe.updated(
+        data="records.jsonl",
+        eval=[],
+        method=method,
+        max_steps=2,
+        batch_size=4,
+        num_workers=0,
+        bf16=False,
+        template="plain",
+    )
+    train_recipe(changed, "runs/out")
+    model, tokenizer = gisting.load("runs/out")
+    assert model.config.quantization_config.load_in_4bit
+    assert (tmp_path / "runs" / "out" / "adapter_model.safetensors").exists() is (method == "lora")
+    assert not list((tmp_path / "runs" / "out").glob("model*.safetensors"))
+    cache = gisting.compress(model, tokenizer, ["w1 w2 w3"], 3)
+    assert gisting.generate(model, tokenizer, ["w4"], cache=cache, max_new_tokens=3)

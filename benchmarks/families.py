@@ -13,6 +13,7 @@ with a dense mask, windows applied by hand, and positions that count from the fi
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import random
 import signal
@@ -25,7 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -106,7 +107,42 @@ _OTHER = {
     "decoder_start_token_id": 0,
 }
 _SETTINGS = {**_LAYERS, **_WIDTH, **_HEADS, **_FEEDFORWARD, **_EXPERTS, **_LATENT, **_OTHER}
-_MOST_PARAMETERS = 3_000_000
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_n_groups": 1}
+# What single types need besides: sizes that must fit together, and tables that are large whatever the other sizes are.
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA,
+    "granitemoehybrid": _MAMBA,
+    "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": None,
+        }
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}},
+    "gpt_neo": {
+        "num_hidden_layers": 2,
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "moshi": {"audio_vocab_size": 64},
+    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_hidden_layers": None},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16], "attention_head_size": 8},
+    "roc_bert": {"shape_vocab_size": 64, "pronunciation_vocab_size": 64},
+    "xlnet": {"max_position_embeddings": None},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+}
+_MOST_PARAMETERS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -157,20 +193,33 @@ def build(kind: str, model_type: str, vocab_size: int, **changes: Any) -> PreTra
 
 def _sizes(config_class: Any, vocab_size: int, depth: int = 0) -> dict[str, Any]:
     default = config_class()
-    sizes = {key: value for key, value in _SETTINGS.items() if hasattr(default, key)}
+    sizes = {key: value for key, value in _SETTINGS.items() if _is_setting(default, key)}
     sizes["vocab_size"] = vocab_size
     if "kv_lora_rank" in sizes:  # Every head has keys of its own, whose size is a sum.
         sizes.pop("head_dim", None)
         sizes["num_key_value_heads"] = 4
     if sizes.get("num_experts_per_tok") and getattr(default, "num_experts_per_tok", 0) == 1:
         sizes["num_experts_per_tok"] = 1
-    if isinstance(getattr(config_class, "head_dim", None), property):
-        sizes.pop("head_dim", None)
     if depth < 3:
-        for key, inner in (getattr(config_class, "sub_configs", None) or {}).items():
-            if getattr(inner, "model_type", None) in CONFIG_MAPPING:
+        for key in getattr(config_class, "sub_configs", None) or {}:
+            # Its class may be AutoConfig; what it is by default says which one is meant.
+            inner = type(getattr(default, key, None))
+            if issubclass(inner, PreTrainedConfig):
                 sizes[key] = _sizes(inner, vocab_size, depth + 1)
-    return sizes
+    for key, value in _OF_TYPE.get(config_class.model_type, {}).items():
+        sizes[key] = {**sizes.get(key, {}), **value} if isinstance(value, dict) else value
+    return {key: value for key, value in sizes.items() if value is not None}
+
+
+def _is_setting(default: Any, key: str) -> bool:
+    """Whether a config has a size of this name that can be given, and not one that it computes from others."""
+    computed = inspect.getattr_static(type(default), key, None)
+    if isinstance(computed, property) and computed.fset is None:
+        return False
+    try:
+        return hasattr(default, key)
+    except Exception:  # noqa: BLE001 - a size that is given for each layer by itself cannot be read for all
+        return True
 
 
 def examine(kind: str, model_type: str) -> FamilyRow:

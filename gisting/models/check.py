@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from gisting._compat import cache_argument, library_versions
@@ -45,7 +45,7 @@ from gisting.models.registry import (
 from gisting.models.rotary import layer_frequencies
 from gisting.models.stacks import attention_of, set_attention, stacks
 from gisting.models.state import is_patched
-from gisting.models.weights import input_weight, row_tensors
+from gisting.models.weights import input_weight, is_quantised, keep_form, row_tensors
 from gisting.padding import pad_rows
 from gisting.rotary import Rotary
 from gisting.tokens import GistEncoding
@@ -53,14 +53,17 @@ from gisting.visibility import Visibility, bidirectional, causal, encoder_gist, 
 
 __all__ = ["Comparison", "ModelCheck", "check_model", "kept_proof", "prove"]
 
-# The rows of the batch: numbers of prompt tokens, gist tokens and tokens after them. Ragged in every part.
+# The rows of the batch: numbers of prompt tokens, gist tokens and tokens after them. Ragged in every part, the first
+# row the longest. On a CPU the check takes as long as these tokens do, in about ten passes.
 #       prompt  k  rest
-_ROWS = ((6, 2, 4), (3, 1, 5))
+_ROWS = ((4, 2, 4), (2, 1, 5))
 # A window that hides something in a sequence of a dozen tokens.
 _WINDOW = 4
 # How many tokens further the second run of the positions is, at most. In half precision, the effect of a scale that
 # grows with the position must exceed more rounding, and angles at float32 precision matter less.
 _SHIFT, _SHIFT_IN_HALF = 1_000, 100_000
+# The columns of text without gist tokens; the second row begins with padding.
+_ORDINARY = slice(1, 7)
 # How many tokens a decoder reads behind an encoder, and how far padding moves what the encoder reads.
 _TARGETS, _PADDING = 3, 5
 _SEED = 20
@@ -192,6 +195,7 @@ def check_model(model: PreTrainedModel) -> ModelCheck:
             f"{family.model_type} cannot be gisted: its embeddings or its head are quantised, so no row can be added "
             "for the gist token; quantise the other layers alone"
         )
+    keep_form(model)
     register_attention()
     fixed = [stack for _, stack in stacks(model) if not stack._can_set_attn_implementation()]
     if fixed:
@@ -325,6 +329,10 @@ class _Runs:
         self.device = input_weight(model).device
         self.base = {name: base_name(found) for name, found in attention_of(model).items()}
         self.dtype = model.dtype if model.dtype.is_floating_point else torch.float32
+        # Kernels of quantised layers may round to 16 bits, whatever the dtype of their input is.
+        self.is_quantised = is_quantised(model)
+        self.is_half = self.dtype.itemsize <= 2 or self.is_quantised
+        self.eps = torch.finfo(torch.bfloat16 if self.is_half and self.dtype.itemsize > 2 else self.dtype).eps
         pad, gist_token, *others = _draw_ids(model)
         self.tokens: Any = SimpleNamespace(pad_token_id=pad, gist_token_id=gist_token)
         drawn = itertools.cycle(others)
@@ -338,6 +346,9 @@ class _Runs:
         self.targets = torch.tensor([[next(drawn) for _ in range(_TARGETS)] for _ in _ROWS], device=self.device)
         self.ids, self.is_token = pad_rows(self.full, self.tokens.pad_token_id, left=True)
         self.is_gist = self.ids == self.tokens.gist_token_id
+        # What eager attention reads in one batch: every row, row 0 from rounded embeddings, and, in half precision,
+        # row 0 under a mask that hides nothing.
+        self.repeated = [*range(len(_ROWS)), 0, *([0] if self.is_half else [])]
         self.rows = f"{len(_ROWS)} rows of prompt, gist and rest, {int(self.is_token.sum())} tokens"
         self.comparisons: list[Comparison] = []
         #: The largest error of the states of each layer, and of the logits, that rounding explains.
@@ -382,56 +393,79 @@ class _Runs:
             if found != names[name]:
                 raise GistError(f"{name or 'the model'} runs {found} attention and cannot be set to {names[name]}")
 
-    def set_bounds(self, found: Sequence[Tensor], thrice: Sequence[Tensor], known: Tensor) -> tuple[float, float, str]:
+    def repeat(self, rows: Tensor, blind: Tensor | None = None) -> Tensor:
+        """Return the rows that eager attention reads, the last one from ``blind`` if it reads it."""
+        repeated = rows[self.repeated]
+        if blind is not None and self.is_half:
+            repeated[-1] = blind[0]
+        return repeated
+
+    def set_bounds(
+        self, found: Sequence[Tensor], repeated: Sequence[Tensor], is_masked: Tensor
+    ) -> tuple[float, float, str]:
         """Compare runs under the gist mask, and note how far one rounding moves the states of each layer.
 
         Args:
             found: states of each layer and logits, from interval attention.
-            thrice: the same from eager attention, three times as many rows: the truth, the truth from rounded
-                embeddings, and what the model says if the mask hides nothing, which must be further away.
-            known: bool, the tokens to compare.
+            repeated: the same from eager attention, of the rows in ``self.repeated``.
+            is_masked: bool ``(B, N)``, the tokens from which the mask hides something.
         """
-        truth, rounded, blind = zip(*(part.chunk(3) for part in thrice), strict=True)
+        many = len(_ROWS)
 
-        def at(parts: Sequence[Tensor]) -> list[Tensor]:
+        def at(parts: Sequence[Tensor], known: Tensor) -> list[Tensor]:
             # Logits may be at other tokens, those of a decoder.
             return [part[known] if part.shape[:2] == known.shape else part.flatten(0, 1) for part in parts]
 
-        truth, rounded, blind = at(truth), at(rounded), at(blind)
-        roundings = [_difference(one, two) for one, two in zip(rounded, truth, strict=True)]
+        truth, first = at([part[:many] for part in repeated], self.is_token), [part[:1] for part in repeated]
+        known = self.is_token[:1]
+        rounded = at([part[many : many + 1] for part in repeated], known)
+        roundings = [self.difference(one, two) for one, two in zip(rounded, at(first, known), strict=True)]
         self.bounds = [max(_ROUNDINGS * rounding, self.floor()) for rounding in roundings]
-        error, bound = self.worst(at(found), truth)
+        error, bound = self.worst(at(found, self.is_token), truth)
         # In float32 this is a model whose attention adds nothing. A mask that every layer ignores fails "cache".
-        if self.dtype.itemsize <= 2 and error <= bound and not self.exceeds(blind, truth):
-            return math.inf, bound, "rounding hides what the mask does; load the model in float32"
+        if self.is_half and error <= bound:
+            known = is_masked[:1]
+            blind = at([part[many + 1 :] for part in repeated], known)
+            if not self.exceeds(blind, at(first, known)):
+                advice = "in float32, not quantised" if self.is_quantised else "in float32"
+                return math.inf, bound, f"rounding hides what the mask does; load the model {advice}"
         return error, bound, _about_masks(self.model)
 
     def compare_gradients(
-        self, found: Sequence[Tensor | None], thrice: Sequence[Tensor | None], per_layer: int
+        self, found: Sequence[Tensor | None], repeated: Sequence[Tensor | None], per_layer: int
     ) -> tuple[float, float, str]:
         """Compare gradients ``(B, N, ...)`` at the gists, ``per_layer`` of them in each layer."""
         error = rounding = 0.0
-        for number, (one, three) in enumerate(zip(found, thrice, strict=True)):
+        many = len(_ROWS)
+        for number, (one, more) in enumerate(zip(found, repeated, strict=True)):
             missing = f"no gradient reaches the states of the gist in layer {number // per_layer}"
-            if one is None or three is None:
+            if one is None or more is None:
                 return math.inf, 0.0, missing
             is_gist = self.is_gist.to(one.device)
-            truth, rounded, _ = (part[is_gist].flatten() for part in three.chunk(3))
-            here = one[is_gist].flatten()
             # Of all tokens together: the gradient of one token's keys may be close to zero.
-            error = max(error, _difference(here, truth))
-            rounding = max(rounding, _difference(rounded, truth))
+            error = max(error, self.difference(one[is_gist].flatten(), more[:many][is_gist].flatten()))
+            rounded = more[many : many + 1][is_gist[:1]].flatten()
+            rounding = max(rounding, self.difference(rounded, more[:1][is_gist[:1]].flatten()))
         return error, max(_ROUNDINGS * rounding, self.floor()), "a layer works on scores outside the attention function"
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """A random weight for each logit, so that no gradient is small by symmetry; a repeated row has the same."""
+        weights = torch.randn((len(_ROWS), *logits.shape[1:]), generator=torch.Generator().manual_seed(_SEED))
+        return (weights if len(logits) == len(_ROWS) else weights[self.repeated]).to(logits.device)
+
+    def difference(self, found: Tensor, truth: Tensor) -> float:
+        """As :func:`_difference`, for this model."""
+        return _difference(found, truth, self.is_half)
 
     def floor(self) -> float:
         """The smallest bound: a few roundings, for a model that happens to repeat itself to the bit."""
         # Rotary frequencies are float32 in float64 models too.
-        return 16 * torch.finfo(torch.float32).eps if self.dtype.itemsize > 2 else torch.finfo(self.dtype).eps
+        return self.eps if self.is_half else 16 * torch.finfo(torch.float32).eps
 
     def worst(self, found: Sequence[Tensor], truth: Sequence[Tensor], more: float = 0.0) -> tuple[float, float]:
         """The error and the bound where the error is largest in units of the bound."""
         pairs = [
-            (_difference(one, two), bound + more) for one, two, bound in zip(found, truth, self.bounds, strict=True)
+            (self.difference(one, two), bound + more) for one, two, bound in zip(found, truth, self.bounds, strict=True)
         ]
         return max(pairs, key=lambda pair: pair[0] / pair[1])
 
@@ -440,9 +474,9 @@ class _Runs:
         error, bound = self.worst(found, truth)
         return error > bound
 
-    def as_scores(self, *masks: Visibility) -> Tensor:
-        """Masks to add to scores; a row of padding sees itself, for a row that sees nothing may be NaN."""
-        seen = torch.cat([mask.to_dense() | torch.diag_embed(~self.is_token) for mask in masks])
+    def as_scores(self, seen: Tensor) -> Tensor:
+        """Return a mask to add to scores; a row of padding sees itself, for a row that sees nothing may be NaN."""
+        seen = seen | torch.diag_embed(~self.is_token)
         return torch.zeros(seen.shape, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)[:, None]
 
     def greedy(self) -> GenerationConfig:
@@ -470,7 +504,7 @@ class _Decoder(_Runs):
         super().__init__(model)
         self.visibility = gist(self.is_gist, self.is_token)
         limit = position_limit(model.config)
-        shift = _SHIFT if self.dtype.itemsize > 2 else _SHIFT_IN_HALF
+        shift = _SHIFT_IN_HALF if self.is_half else _SHIFT
         self.shift = shift if limit is None else max(0, min(shift, limit - self.ids.shape[1]))
         #: How far below 0 the positions of a row's prompt begin; those of the gist and the rest are above.
         self.below = _ROWS[0][0]
@@ -487,7 +521,7 @@ class _Decoder(_Runs):
             )
             is_right = is_right and self.compare(
                 "positions",
-                f"states and logits of a row at positions from 0, from {self.shift} and from {-self.below}",
+                f"states and logits at positions from 0, from {self.shift} and from {-self.below}",
                 self.positions,
             )
             is_right = is_right and self.compare(
@@ -513,16 +547,18 @@ class _Decoder(_Runs):
     # -- the comparisons -----------------------------------------------------------------------------------------------
 
     def mask(self) -> tuple[float, float, str]:
-        positions, is_token = self._from_zero(), self.is_token
+        positions = self._from_zero()
         self.attend("gist")
-        found, self._found = self._with_gradients(self.ids, self.visibility.as_attention_mask(), positions)
+        intervals = self.visibility.as_attention_mask()
+        self._states, self._found, self._keys = self._with_gradients(self.ids, intervals, positions)
         # One run for three things: the truth, how far one rounding moves it, and what the model says if the mask hides
         # nothing, which must be further away.
         self.attend("eager")
-        masks = self.as_scores(self.visibility, self.visibility, causal(is_token))
-        with _rounded(self.model, slice(len(_ROWS), 2 * len(_ROWS))):
-            thrice, self._true = self._with_gradients(self.ids.repeat(3, 1), masks, positions.repeat(3, 1))
-        return self.set_bounds(found, thrice, is_token)
+        seen, blind = self.visibility.to_dense(), causal(self.is_token).to_dense()
+        masks = self.repeat(self.as_scores(seen), self.as_scores(blind))
+        with _rounded(self.model, len(_ROWS), self.eps):
+            repeated, self._true, _ = self._with_gradients(self.repeat(self.ids), masks, self.repeat(positions))
+        return self.set_bounds(self._states, repeated, (seen != blind).any(-1))
 
     def gradient(self) -> tuple[float, float, str]:
         return self.compare_gradients(self._found, self._true, 2)
@@ -530,51 +566,52 @@ class _Decoder(_Runs):
     def positions(self) -> tuple[float, float, str]:
         reason = "its results depend on where positions start: they are absolute, learned, scaled or in a table"
         self.attend("gist")
-        start = self._from_zero()[:1]
+        from_zero = self._from_zero()[:1]
+        anchored: Any = self.visibility.position_ids
+        is_token = self.is_token
+        first = [part[:1] for part in self._states]  # of row 0, which has no padding
 
-        cache = DynamicCache()
-
-        def at(*shifts: int) -> list[list[Tensor]]:
-            many = len(shifts)
-            mask = Visibility(self.visibility.first[:1].expand(many, -1), self.visibility.end[:1].expand(many, -1))
+        def at(positions: Tensor, *rows: int) -> tuple[list[Tensor], DynamicCache]:
+            cache = DynamicCache()
+            mask = Visibility(self.visibility.first[[*rows]], self.visibility.end[[*rows]])
             more: Any = {cache_argument(): cache, "use_cache": True}
-            shifted = start + torch.tensor(shifts)[:, None]
-            found = self.states(self.ids[:1].expand(many, -1), mask.as_attention_mask(), shifted, **more)
-            return [[part[row] for part in found] for row in range(many)]
+            return self.states(self.ids[[*rows]], mask.as_attention_mask(), positions, **more), cache
 
+        above = from_zero + self.shift
         try:
             with _NoNegativeIndex() if self.device.type != "cpu" else contextlib.nullcontext():
-                truth, above, below = at(0, self.shift, -self.below)
+                found, cache = at(torch.cat([above, anchored]), 0, *range(len(_ROWS)))
         except (IndexError, RuntimeError):
             # A table has no entry below 0; those above tell whether it is relative all the same.
-            cache = DynamicCache()
-            truth, above = at(0, self.shift)
-            error, bound = self.worst(above, truth, self.shift * 2**-22)
+            found, _ = at(above, 0)
+            error, bound = self.worst(found, first, self.shift * 2**-22)
             if error > bound:
                 return error, bound, reason
             raise
         # Angles are float32 in every model: at this distance they are this much coarser.
-        error, bound = self.worst(above, truth, self.shift * 2**-22)
+        error, bound = self.worst([part[:1] for part in found], first, self.shift * 2**-22)
         if error > bound:
             return error, bound, reason
-        self.rotation = _rotation(self.model, cache, self.shift)
-        worst = self.worst(below, truth)
+        moved: list[Any] = list(cache.layers)
+        self.rotation = _rotation(self.model, self._keys, [layer.keys[:1] for layer in moved], self.shift)
+        self._anchored = [part[1:] for part in found]
+        worst = self.worst([part[is_token] for part in self._anchored], [part[is_token] for part in self._states])
         return *max((error, bound), worst, key=lambda one: one[0] / one[1]), f"{reason} (below 0 alone)"
 
     def cache(self) -> tuple[float, float, str]:
         self.attend("gist")
         cache: GistCache = decoder.prefix_states(self.model, self.tokens, self.prompts, CacheOrigin("", "", "", "gist"))
-        arguments, given = decoder.prepare_generation(self.model, self.tokens, cache, self.rests)
+        # The last token is generated: whatever the model would say, it is the one that was read before.
+        given, last = [rest[:-1] for rest in self.rests], torch.tensor([rest[-1] for rest in self.rests])
+        arguments, _ = decoder.prepare_generation(self.model, self.tokens, cache, given)
         arguments[cache_argument()].gist_mask = None  # A patched model would look for its own gist token.
-        out = self.model.generate(**arguments, generation_config=self.greedy())
+        forced: Any = [_Forced(last.to(self.device))]
+        out = self.model.generate(**arguments, generation_config=self.greedy(), logits_processor=forced)
         # (B, 2, d_model) for each layer, and (B, 2, V)
         steps = [_layers(step, step[0].shape[:2]) for step in out.hidden_states or ()]
         found = [torch.stack([step[:, -1] for step in layer], 1) for layer in zip(*steps, strict=True)]
         found.append(torch.stack(out.logits, 1))
-        ids = torch.cat([self.ids, out.sequences[:, given : given + 1].cpu()], dim=1)
-        visibility = gist(ids == self.tokens.gist_token_id, torch.nn.functional.pad(self.is_token, (0, 1), value=True))
-        full = self.states(ids, visibility.as_attention_mask(), visibility.position_ids)
-        return *self.worst(found, [part[:, -2:] for part in full]), (
+        return *self.worst(found, [part[:, -2:] for part in self._anchored]), (
             "something besides the gists' keys and values carries the prompt on, or a layer ignores the mask, or does "
             "not read them from the cache"
         )
@@ -597,13 +634,14 @@ class _Decoder(_Runs):
 
     def ordinary(self) -> tuple[float, float, str]:
         error = 0.0
-        for ids, mask in ((self.ids, self.is_token.long()), (self.ids[:1], None)):
-            known = self.is_token if mask is not None else torch.ones_like(ids, dtype=torch.bool)
+        short, is_token = self.ids[:, _ORDINARY], self.is_token[:, _ORDINARY]
+        for ids, mask in ((short, is_token.long()), (short[:1], None)):
+            known = is_token if mask is not None else torch.ones_like(ids, dtype=torch.bool)
             found = []
             for kind in ("base", "gist"):
                 self.attend(kind)
                 found.append(self.states(ids, mask, None)[-1][known])
-            error = max(error, _difference(found[1], found[0]))
+            error = max(error, self.difference(found[1], found[0]))
         return error, 0.0, "a layer does not leave the choice of attention to its config"
 
     # -- what they need ------------------------------------------------------------------------------------------------
@@ -613,8 +651,14 @@ class _Decoder(_Runs):
         lowest = torch.where(self.is_token, positions, positions.amax()).amin(-1, keepdim=True)
         return (positions - lowest).clamp(min=0)
 
-    def _with_gradients(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Run with a loss on the rest, and return the gradients of every layer's keys and values with the states."""
+    def _with_gradients(
+        self, ids: Tensor, mask: Tensor, positions: Tensor
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+        """Run with a loss on the rest.
+
+        Returns:
+            The states, the gradients of every layer's keys and values, and the keys of row 0.
+        """
         cache = DynamicCache()
         more: Any = {cache_argument(): cache, "use_cache": True}
         with _hooked(self.model, _require_gradient), torch.enable_grad():
@@ -622,10 +666,17 @@ class _Decoder(_Runs):
             rest = states[-1][:, -min(rest for _, _, rest in _ROWS) :].float()
             layers: list[Any] = list(cache.layers)
             parts = [part for layer in layers for part in (layer.keys, layer.values)]
-            gradients = torch.autograd.grad((rest * _weights(rest)).sum(), parts, allow_unused=True)
+            # Layers whose activations are quantised may have no gradient at all.
+            known = [part for part in parts if part.requires_grad]
+            loss = (rest * self.weights(rest)).sum()
+            gradients = iter(torch.autograd.grad(loss, known, allow_unused=True) if known else ())
         return (
             [part.detach() for part in states],
-            [None if part is None else part.transpose(1, 2) for part in gradients],
+            [
+                None if gradient is None else gradient.transpose(1, 2)
+                for gradient in (next(gradients) if part.requires_grad else None for part in parts)
+            ],
+            [layer.keys[:1].detach() for layer in layers],
         )
 
 
@@ -682,32 +733,35 @@ class _EncoderDecoder(_Runs):
         return [*_layers(encoded.hidden_states, ids.shape), logits]
 
     def mask(self) -> tuple[float, float, str]:
-        intervals, is_token = self.visibility.as_attention_mask(), self.is_token
+        intervals = self.visibility.as_attention_mask()
         self.attend("gist")
-        found, self._found = self._with_gradients(self.ids, intervals, intervals, self.targets)
+        self._states, self._found = self._with_gradients(self.ids, intervals, intervals, self.targets)
         self.attend("eager")
-        masks = self.as_scores(self.visibility, self.visibility, bidirectional(is_token))
-        survivors = self.visibility.survivors().long()
-        seen = torch.cat([survivors, survivors, is_token.long()])
-        with _rounded(self.model, slice(len(_ROWS), 2 * len(_ROWS))):
-            thrice, self._true = self._with_gradients(self.ids.repeat(3, 1), masks, seen, self.targets.repeat(3, 1))
-        return self.set_bounds(found, thrice, is_token)
+        seen, blind = self.visibility.to_dense(), bidirectional(self.is_token).to_dense()
+        masks = self.repeat(self.as_scores(seen), self.as_scores(blind))
+        survivors = self.repeat(self.visibility.survivors().long(), self.is_token.long())
+        with _rounded(self.model, len(_ROWS), self.eps):
+            repeated, self._true = self._with_gradients(
+                self.repeat(self.ids), masks, survivors, self.repeat(self.targets)
+            )
+        return self.set_bounds(self._states, repeated, (seen != blind).any(-1))
 
     def gradient(self) -> tuple[float, float, str]:
         return self.compare_gradients(self._found, self._true, 1)
 
     def positions(self) -> tuple[float, float, str]:
         self.attend("gist")
-        found = []
-        for columns in (0, _PADDING):
-            ids = torch.nn.functional.pad(self.ids, (columns, 0), value=self.tokens.pad_token_id)
-            is_token = torch.nn.functional.pad(self.is_token, (columns, 0), value=False)
-            mask = encoder_gist(ids == self.tokens.gist_token_id, is_token).as_attention_mask()
-            *layers, logits = self.states(ids, mask, mask, self.targets)
-            found.append([*(layer[is_token] for layer in layers), logits.flatten(0, 1)])
-        return *self.worst(
-            found[1], found[0]
-        ), "its results depend on where positions start: they are absolute or learned"
+        ids = torch.nn.functional.pad(self.ids, (_PADDING, 0), value=self.tokens.pad_token_id)
+        is_token = torch.nn.functional.pad(self.is_token, (_PADDING, 0), value=False)
+        mask = encoder_gist(ids == self.tokens.gist_token_id, is_token).as_attention_mask()
+        found, truth = (
+            [*(layer[known] for layer in layers), logits.flatten(0, 1)]
+            for known, (*layers, logits) in (
+                (is_token, self.states(ids, mask, mask, self.targets)),
+                (self.is_token, self._states),
+            )
+        )
+        return *self.worst(found, truth), "its results depend on where positions start: they are absolute or learned"
 
     def cache(self) -> tuple[float, float, str]:
         self.attend("gist")
@@ -721,17 +775,18 @@ class _EncoderDecoder(_Runs):
         ]
         full = encoder_decoder.prepare_full_generation(self.model, self.tokens, encodings, "gist")
         truth = self.model(**full, decoder_input_ids=out.sequences[:, :2]).logits
-        error = _difference(torch.stack(out.logits, 1), truth)
+        error = self.difference(torch.stack(out.logits, 1), truth)
         return error, self.bounds[-1], "its encoder does not take the gists' keys and values, or ignores the mask"
 
     def ordinary(self) -> tuple[float, float, str]:
         error = 0.0
-        for mask in (self.is_token.long(), None):
+        ids = self.ids[:, _ORDINARY]
+        for mask in (self.is_token[:, _ORDINARY].long(), None):
             found = []
             for kind in ("base", "gist"):
                 self.attend(kind)
-                found.append(self.states(self.ids, mask, mask, self.targets)[-1])
-            error = max(error, _difference(found[1], found[0]))
+                found.append(self.states(ids, mask, mask, self.targets)[-1])
+            error = max(error, self.difference(found[1], found[0]))
         return error, 0.0, "a layer does not leave the choice of attention to its config"
 
     def _with_gradients(
@@ -740,15 +795,9 @@ class _EncoderDecoder(_Runs):
         """Run with a loss on the targets, and return the gradients of every layer's states with them."""
         with _hooked(self.model, _require_gradient), torch.enable_grad():
             states = self.states(ids, mask, seen, targets)
-            loss = (states[-1].float() * _weights(states[-1])).sum()
+            loss = (states[-1].float() * self.weights(states[-1])).sum()
             gradients = torch.autograd.grad(loss, states[:-1], allow_unused=True)
         return [part.detach() for part in states], list(gradients)
-
-
-def _weights(logits: Tensor) -> Tensor:
-    """A random weight for each logit, so that no gradient is small by symmetry; the same for every repetition."""
-    weights = torch.randn(logits[: len(_ROWS)].shape, generator=torch.Generator().manual_seed(_SEED))
-    return weights.repeat(len(logits) // len(_ROWS), 1, 1).to(logits.device)
 
 
 def _require_gradient(module: Any, args: Any, out: Tensor) -> Tensor:
@@ -760,23 +809,26 @@ def _layers(states: Sequence[Tensor] | None, shape: Sequence[int]) -> list[Tenso
     return [part for part in (states or ())[1:] if part.dim() == 3 and part.shape[:2] == tuple(shape)]
 
 
-def _rotation(model: PreTrainedModel, cache: Any, by: int) -> tuple[bool, tuple[bool, ...]] | None:
-    """Find how keys are rotated: from the same tokens' keys in row 1, which is ``by`` positions after row 0.
+def _rotation(
+    model: PreTrainedModel, keys: Sequence[Tensor], moved: Sequence[Tensor], by: int
+) -> tuple[bool, tuple[bool, ...]] | None:
+    """Find how keys are rotated: from every layer's ``keys``, and the same tokens' keys ``by`` positions later.
 
     Returns:
         Whether pairs are neighbours, and for each layer whether it rotates; None if neither pairing explains the keys.
     """
     frequencies = layer_frequencies(model)
-    if frequencies is None or len(frequencies[1]) != len(cache.layers):
+    if frequencies is None or len(frequencies[1]) != len(keys):
         return None
     sets, numbers = frequencies
     candidates = [Rotary(sets, (None,) * len(numbers))] + [Rotary(sets, numbers, pairs) for pairs in (False, True)]
     found: list[int] = []
-    for layer, part in enumerate(cache.layers):
-        if 2 * len(sets[numbers[layer]]) > part.keys.shape[-1]:
+    for layer, (first_keys, moved_keys) in enumerate(zip(keys, moved, strict=True)):
+        if 2 * len(sets[numbers[layer]]) > first_keys.shape[-1]:
             return None
         errors = [
-            _difference(one.rotate(layer, part.keys[:1], torch.tensor([by])), part.keys[1:2]) for one in candidates
+            _difference(one.rotate(layer, first_keys, torch.tensor([by])), moved_keys, first_keys.dtype.itemsize <= 2)
+            for one in candidates
         ]
         first, second = sorted(errors)[:2]
         if not first < second / 3:
@@ -787,7 +839,7 @@ def _rotation(model: PreTrainedModel, cache: Any, by: int) -> tuple[bool, tuple[
     return 2 in found, tuple(number > 0 for number in found)
 
 
-def _difference(found: Tensor, truth: Tensor) -> float:
+def _difference(found: Tensor, truth: Tensor, is_half: bool) -> float:
     """The largest difference of a token, in units of its own size; infinite if a value is not finite.
 
     In half precision, the largest of the lower three quarters: there rounding may send a token to other experts.
@@ -795,8 +847,8 @@ def _difference(found: Tensor, truth: Tensor) -> float:
     Args:
         found: ``(..., n)``, with a token's numbers in the last dimension.
         truth: the same shape.
+        is_half: whether the model computes in half precision, or may.
     """
-    is_half = truth.dtype.itemsize <= 2
     dtype = torch.promote_types(truth.dtype, torch.float32)
     found, truth = found.detach().to(dtype), truth.detach().to(dtype)
     errors = (found - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-30)
@@ -841,13 +893,13 @@ def _windows(model: PreTrainedModel, window: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _rounded(model: Any, rows: slice) -> Iterator[None]:
-    """Change every embedding of some ``rows`` by one rounding for a block, up or down at random."""
+def _rounded(model: Any, row: int, eps: float) -> Iterator[None]:
+    """Change every embedding of a ``row`` by one rounding for a block, up or down at random."""
 
     def rounded(module: Any, args: Any, out: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, out[rows].shape, generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
+        signs = torch.randint(0, 2, out[row].shape, generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
         factors = torch.ones(out.shape, dtype=out.dtype, device=out.device)
-        factors[rows] += (signs * torch.finfo(out.dtype).eps).to(out)
+        factors[row] += (signs * eps).to(out)
         return out * factors
 
     with _hooked(model, rounded):
@@ -866,6 +918,20 @@ def _hooked(model: PreTrainedModel, hook: Callable[..., Tensor]) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Forced(LogitsProcessor):
+    """Let every row generate a token of its own choice.
+
+    Args:
+        ids: int64 ``(B,)``.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -math.inf).scatter(1, self.ids[:, None], 0.0)
 
 
 class _NoNegativeIndex(TorchDispatchMode):

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gisting.errors import GistError
 from gisting.models.registry import is_length_dependent
-from gisting.models.weights import input_weight, row_tensors
+from gisting.models.weights import input_weight, keep_form, row_tensors
 
 __all__ = ["base_fingerprint", "fingerprint", "is_peft_layer", "walk"]
 
@@ -72,8 +72,10 @@ def fingerprint(model: PreTrainedModel) -> str:
         model: a loaded model.
 
     Raises:
-        GistError: a tensor is on the meta device, so there are no values to read.
+        GistError: a tensor is on the meta device, so there are no values to read; or 4-bit weights are no longer in the
+            form that they were loaded in (:func:`~gisting.models.weights.keep_form`).
     """
+    keep_form(model)
     gist = getattr(model.config, "gist", None)
     row = [] if gist is None else _plain("gist", input_weight(model).detach()[gist["gist_token_id"]])
     tensors = [*_tensors(model, model.state_dict()), *row]
@@ -92,11 +94,13 @@ def base_fingerprint(model: PreTrainedModel) -> str:
         model: a loaded model, patched or not.
 
     Raises:
-        GistError: a tensor is on the meta device, so there are no values to read.
+        GistError: a tensor is on the meta device, so there are no values to read; or 4-bit weights are no longer in the
+            form that they were loaded in (:func:`~gisting.models.weights.keep_form`).
     """
     gist = getattr(model.config, "gist", None)
     if gist is None:
         return fingerprint(model)
+    keep_form(model)
     config, state, adapters = lasting_config(model.config), model.state_dict(), _adapter_state(model)
     if hasattr(model, "_gist_trained_before") and gist["adapter"]["kind"] != "lora":
         adapters = {}

@@ -258,7 +258,7 @@ def check_complete(model: Any) -> None:
         model: the model to write.
 
     Raises:
-        GistError: it has adapters, or is no model of transformers.
+        GistError: it has adapters, is no model of transformers, or is quantised in a way that no file keeps.
     """
     from transformers import PreTrainedModel
 
@@ -275,4 +275,10 @@ def check_complete(model: Any) -> None:
         raise GistError(
             f"model has adapters of peft{where}, which gisting.load could not read back; merge them first, with "
             "peft's PeftModel.merge_and_unload(), and save the model that it returns"
+        )
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not quantiser.is_serializable():
+        raise GistError(
+            f"transformers cannot save weights quantised with {quantiser.quantization_config.quant_method.value}; "
+            "train an adapter (lora or gist-lora), which is saved without them, or quantise in another way"
         )

@@ -41,7 +41,7 @@ from gisting.models.state import (
     is_patched,
     require_patched,
 )
-from gisting.models.weights import input_weight, row_tensors
+from gisting.models.weights import input_weight, keep_form, row_tensors
 from gisting.tokens import GistTokenizer
 from gisting.visibility import is_interval_mask
 
@@ -132,6 +132,7 @@ def patch(model: Model, tokenizer: GistTokenizer, *, check: bool = True) -> Mode
             f"this version of transformers does not mark the decoder of {model.config.model_type} as causal; upgrade "
             "it: pip install 'transformers>=5.18'"
         )
+    keep_form(model)
     if check:
         proof = prove(model)
     else:

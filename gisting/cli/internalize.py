@@ -100,9 +100,11 @@ def internalize(
             method=Method(settings.method, rank=settings.lora_rank),
             resume=resume,
             callbacks=[shown],
-            on_stage=_report,
+            on_stage=_report if arguments.process_index == 0 else None,
             **{each.name: getattr(settings, each.name) for each in fields(StageSettings)},
         )
+    if arguments.process_index > 0:
+        return
     text = yaml.safe_dump(settings.written(), sort_keys=False, allow_unicode=True)
     (output / "recipe.yaml").write_text(text, encoding="utf-8")
     if as_json:

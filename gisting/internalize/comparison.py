@@ -42,6 +42,7 @@ __all__ = [
     "FULL_PROMPT",
     "PREFIX_CACHE",
     "Comparison",
+    "FinishedRun",
     "RequestRow",
     "StageRow",
     "Times",
@@ -104,18 +105,25 @@ def num_rows_read(num_records: int, num_steps: int, batch_size: int, drop_last: 
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A finished run in its directory."""
+class FinishedRun:
+    """A finished run in its directory, whose requests and tokens can be counted.
+
+    Args:
+        directory: the output directory.
+        result: what :func:`gisting.internalize.result.load_internalized` reads from it.
+    """
 
     directory: Path
     result: Internalized
 
     @property
     def control(self) -> str | None:
+        """The control that the run is, or None for the stages."""
         return self.result.settings.get("control")
 
     @cached_property
     def tokenizer(self) -> GistTokenizer:
+        """The tokenizer that the run was trained with."""
         return GistTokenizer.from_pretrained(self.directory)
 
     def records(self, number: int, name: str) -> list[Record]:
@@ -335,7 +343,7 @@ def compare(
         GistError: a directory holds no finished run, or one without evaluation records; the runs have different
             evaluation records, prompts or tokenizers, or no metric in common; or no run read the full prompt.
     """
-    runs = [_Run(Path(directory), load_internalized(directory)) for directory in directories]
+    runs = [FinishedRun(Path(directory), load_internalized(directory)) for directory in directories]
     if not runs:
         raise GistError("directories is empty; pass at least one finished internalisation")
     names = _names(runs)
@@ -382,7 +390,7 @@ def compare(
     )
 
 
-def _names(runs: Sequence[_Run]) -> list[str]:
+def _names(runs: Sequence[FinishedRun]) -> list[str]:
     """Name runs after their directories, by the last part of the path if that is unique."""
     paths = [run.directory.resolve() for run in runs]
     for place, path in enumerate(paths):
@@ -392,7 +400,7 @@ def _names(runs: Sequence[_Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.directory) for run in runs]
 
 
-def _check_same(runs: Sequence[_Run], names: Sequence[str]) -> None:
+def _check_same(runs: Sequence[FinishedRun], names: Sequence[str]) -> None:
     for run, name in zip(runs, names, strict=True):
         if run.result.settings.get("eval_records") is None or not run.result.metrics:
             raise GistError(f"{name} was trained without evaluation records, so it has no score; run it with --eval")
@@ -407,7 +415,7 @@ def _check_same(runs: Sequence[_Run], names: Sequence[str]) -> None:
             )
 
 
-def _notes(runs: Sequence[_Run], names: Sequence[str]) -> list[str]:
+def _notes(runs: Sequence[FinishedRun], names: Sequence[str]) -> list[str]:
     """Note the settings in which runs differ although they should be the same."""
     notes = []
     first = runs[0].result.settings
@@ -427,7 +435,7 @@ def _notes(runs: Sequence[_Run], names: Sequence[str]) -> list[str]:
     return notes
 
 
-def _metric(runs: Sequence[_Run], names: Sequence[str], wanted: str | None) -> str:
+def _metric(runs: Sequence[FinishedRun], names: Sequence[str], wanted: str | None) -> str:
     common = [metric for metric in runs[0].result.metrics if all(metric in run.result.metrics for run in runs)]
     if wanted is None and common:
         return common[0]
@@ -437,7 +445,7 @@ def _metric(runs: Sequence[_Run], names: Sequence[str], wanted: str | None) -> s
     return wanted
 
 
-def _full_prompts(runs: Sequence[_Run]) -> tuple[str, list[Record]]:
+def _full_prompts(runs: Sequence[FinishedRun]) -> tuple[str, list[Record]]:
     """Take the full prompts from the control that is run on them, or else from the first run with a stage of them."""
     for run in sorted(runs, key=lambda run: run.control != "full"):
         found = run.full_prompts()
@@ -449,7 +457,7 @@ def _full_prompts(runs: Sequence[_Run]) -> tuple[str, list[Record]]:
 
 
 def _run_row(
-    run: _Run, name: str, metric: str, full_tokens: float, output_tokens: float, prices: Prices | None
+    run: FinishedRun, name: str, metric: str, full_tokens: float, output_tokens: float, prices: Prices | None
 ) -> RequestRow:
     result, last = run.result, run.result.stages[-1]
     records = run.records(last.number, EVAL_NAME)
@@ -510,7 +518,7 @@ def _priced(rows: Sequence[RequestRow], prices: Prices) -> list[RequestRow]:
     ]
 
 
-def _stage_rows(run: _Run, name: str, metric: str) -> list[StageRow]:
+def _stage_rows(run: FinishedRun, name: str, metric: str) -> list[StageRow]:
     if run.control is not None:
         return []
     rows = []

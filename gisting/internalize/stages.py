@@ -16,6 +16,9 @@ rewrite, is found before hours of training, and so that a model that shortens it
 weights. Each stage has its own learning rate schedule, optimiser and seed (for the order of the data), because its data
 differ from the previous stage's. With one schedule for all, the last stage, the bare query, would get what is left of a
 decayed rate.
+
+Several processes (``torchrun``) train each stage together and share its evaluation requests. The first one makes the
+data and writes everything; the directory must be one that all of them can read.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from gisting._deprecated import renamed_arguments
@@ -184,7 +188,7 @@ def internalize(
         "num_gist_tokens": chosen.num_gist_tokens if chosen.tail == "gist" else None,
         "stages": [asdict(stage) for stage in plan.stages],
         "steps": list(steps),
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps,
+        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         "control": chosen.control,
         "max_length": chosen.max_length,
         "max_target_length": chosen.max_target_length if tokenizer.is_encoder_decoder else None,
@@ -197,7 +201,8 @@ def internalize(
     }
     output = Path(str(arguments.output_dir))
     is_adapter = way.name != "full" or adapters.adapter_of(model) is not None
-    check_directory(output, about, resume, is_adapter=is_adapter)
+    if arguments.process_index == 0 or resume:  # to the others, files that the first one makes would look like a run
+        check_directory(output, about, resume, is_adapter=is_adapter)
     if (output / RESULT_NAME).exists():
         done = load_internalized(output)
         restore_model(model, output)
@@ -224,10 +229,11 @@ def internalize(
         output=output,
     )
     numbers = range(1, len(plan.stages) + 1)
-    if not resume:
+    if run.is_first and not resume:
         for number in numbers:
             run.build(number)
         write_json(output / SETTINGS_NAME, about)
+    run.wait()
     results = []
     last_trained = 0  # the stage whose weights are in memory
     for number in numbers:
@@ -239,14 +245,16 @@ def internalize(
             prepare(model, way, chosen.num_gist_tokens)
             result = run.stage(number)
             last_trained = number
-            shutil.rmtree(run.directory(number - 1) / _MODEL, ignore_errors=True)
+            if run.is_first:
+                shutil.rmtree(run.directory(number - 1) / _MODEL, ignore_errors=True)
         results.append(result)
         if on_stage is not None:
             on_stage(result)
     if last_trained != len(plan.stages):
         restore_model(model, run.directory(len(plan.stages)) / _MODEL)
     count = prepare(model, way, chosen.num_gist_tokens)
-    save_model(model, tokenizer, output)
+    if run.is_first:
+        save_model(model, tokenizer, output)
     done = Internalized(
         tuple(results),
         plan.condition,
@@ -256,9 +264,11 @@ def internalize(
         count.total,
         sum(result.seconds for result in results),
     )
-    done.save(output)
-    for number in numbers:
-        shutil.rmtree(run.directory(number) / _MODEL, ignore_errors=True)
+    run.wait()  # another process may still be reading the weights of a stage
+    if run.is_first:
+        done.save(output)
+        for number in numbers:
+            shutil.rmtree(run.directory(number) / _MODEL, ignore_errors=True)
     return done
 
 
@@ -281,6 +291,16 @@ class _Run:
     settings: StageSettings
     callbacks: tuple[TrainerCallback, ...]
     output: Path
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.arguments.process_index == 0
+
+    def wait(self) -> None:
+        """Wait until all processes are here, so that what the first one has written is there."""
+        if self.arguments.world_size > 1:
+            torch.distributed.barrier()
 
     def directory(self, number: int) -> Path:
         return self.output / f"stage-{number}"
@@ -319,7 +339,9 @@ class _Run:
             restore_model(self.model, directory / _MODEL)
         else:
             loss = self._train(number, stage, read_records(directory / DATA_NAME))
-            save_model(self.model, self.tokenizer, directory / _MODEL, {"train_loss": loss})
+            if self.is_first:
+                save_model(self.model, self.tokenizer, directory / _MODEL, {"train_loss": loss})
+            self.wait()
         about = {**_read_json(directory / STAGE_NAME), **_read_json(directory / _MODEL / TRAINING_NAME)}
         asking = read_records(directory / EVAL_NAME)
         for text in ("prompt", "template"):  # the latter in runs of format 1
@@ -329,9 +351,11 @@ class _Run:
             metrics={} if asking is None else self._evaluate(stage, asking, directory),
             seconds=time.perf_counter() - start,
         )
-        write_json(directory / _RESULT, asdict(result))
-        for checkpoint in directory.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        if self.is_first:
+            write_json(directory / _RESULT, asdict(result))
+            for checkpoint in directory.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        self.wait()
         return result
 
     def _requests(self, stage: Stage, text: str, records: list[Record], known: list[Record]) -> Requests:
@@ -387,31 +411,47 @@ class _Run:
         own.warmup_steps = warmup_of(self.arguments, own.max_steps)
         own.seed += number
         own.data_seed = None if own.data_seed is None else own.data_seed + number
+        if own.ddp_find_unused_parameters is None and adapters.adapter_of(self.model) is not None:
+            own.ddp_find_unused_parameters = True  # the adapter's gist token, in a stage that reads none
         return own
 
     def _evaluate(self, stage: Stage, records: list[Record], directory: Path) -> dict[str, dict[str, float]]:
-        """Score the answers to the bare query and to the stage's own requests, and write them to a file."""
-        results = evaluate(
-            self.model,
-            self.tokenizer,
-            records,
-            stage.num_gist_tokens or 1,
-            conditions=list(dict.fromkeys(("no-prompt", stage.condition))),
-            max_new_tokens=self.settings.max_new_tokens,
-            batch_size=self.arguments.per_device_eval_batch_size,
-            with_rouge=False,
-        )
-        references = [record.output for record in records]
-        lines: list[dict[str, Any]] = [{"input": one.input, "output": one.output} for one in records]
-        for result in results:
-            for line, prediction in zip(lines, result.predictions, strict=True):
-                line[result.condition] = prediction
-        write_lines(directory / ANSWERS_NAME, lines)
-        return {
-            result.condition: {
-                name: float(score(result.predictions, references)) for name, score in self.metrics.items()
+        """Score the answers to the bare query and to the stage's own requests, and write them to a file.
+
+        Each process answers its share of the requests.
+        """
+        conditions = list(dict.fromkeys(("no-prompt", stage.condition)))
+        first, step = self.arguments.process_index, self.arguments.world_size
+        answers: dict[str, list[str]] = {condition: [] for condition in conditions}
+        if own := records[first::step]:
+            results = evaluate(
+                self.model,
+                self.tokenizer,
+                own,
+                stage.num_gist_tokens or 1,
+                conditions=conditions,
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_size=self.arguments.per_device_eval_batch_size,
+                with_rouge=False,
+            )
+            answers = {result.condition: result.predictions for result in results}
+        if step > 1:
+            shares: list[Any] = [None] * step
+            torch.distributed.all_gather_object(shares, answers)
+            answers = {
+                condition: [shares[row % step][condition][row // step] for row in range(len(records))]
+                for condition in conditions
             }
-            for result in results
+        lines = [
+            {"input": one.input, "output": one.output, **{name: found[row] for name, found in answers.items()}}
+            for row, one in enumerate(records)
+        ]
+        if self.is_first:
+            write_lines(directory / ANSWERS_NAME, lines)
+        references = [record.output for record in records]
+        return {
+            condition: {name: float(score(found, references)) for name, score in self.metrics.items()}
+            for condition, found in answers.items()
         }
 
 
@@ -456,9 +496,9 @@ def _check(
         raise GistError(
             f"method must be one of {', '.join(_METHODS)}, got {method.name!r}, which has no effect without gist tokens"
         )
-    if arguments.world_size > 1 or arguments.fsdp or arguments.deepspeed:
+    if arguments.fsdp or arguments.deepspeed:
         raise GistError(
-            "stages are trained by a single process; run without torchrun, accelerate launch, fsdp and deepspeed"
+            "stages are trained by processes that hold the whole model each (torchrun); run without fsdp and deepspeed"
         )
     if arguments.train_sampling_strategy in BY_LENGTH:
         raise GistError(

@@ -396,9 +396,7 @@ def _arguments(folder: Path, steps: int, rate: float, seed: int) -> TrainingArgu
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         weight_decay=0.05,
-        # Small models are bound by the host: no worker processes, no casts of mixed precision.
-        bf16=False,
-        dataloader_num_workers=0,
+        dataloader_num_workers=0,  # batches are made in no time
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,

@@ -876,7 +876,14 @@ def test_a_gist_learns_which_version_it_is_of(tmp_path: Path) -> None:
     edits = [Record(prompt, "w1", answer) for prompt, answer in answers.items()]
     model, tokenizer = fresh()
     settings: dict[str, Any] = {"schedule": Schedule((1.0, 0.0)), "tail": "gist", "edits": edits, "max_length": 64}
-    internalize(model, tokenizer, "w59 w60", [Record("", "w1", "w39")], arguments(tmp_path, max_steps=240, batch_size=5, per_device_batch_size=5), **settings)
+    internalize(
+        model,
+        tokenizer,
+        "w59 w60",
+        [Record("", "w1", "w39")],
+        arguments(tmp_path, max_steps=240, batch_size=5, per_device_batch_size=5),
+        **settings,
+    )
     said = gisting.generate(model, tokenizer, ["w1"] * 4, prompts=[*answers], num_gist_tokens=1, max_new_tokens=1)
     assert said == [*answers.values()]
 

@@ -501,7 +501,7 @@ def measure(
                     ),
                     schedule=Schedule.linear(4),
                     shortener=Rewrites(_SHORTER),
-                    method=weights,
+                    weights=weights,
                     max_examples=MAX_EXAMPLES,
                     pool=task.pool,
                     prompt_format=_FORMAT,

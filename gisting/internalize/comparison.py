@@ -29,6 +29,7 @@ from gisting.internalize.directory import (
     DATA_NAME,
     EVAL_NAME,
     STAGE_NAME,
+    STUDY_NAME,
     read_answers,
     read_prompt,
     read_records,
@@ -60,7 +61,7 @@ PREFIX_CACHE = "prefix cache"
 BARE_QUERY = "bare query"
 # Settings that runs must have in common to be compared, and settings that they should have in common.
 _SAME = {"prompt_sha256": "prompt", "eval_records": "evaluation records", "tokenizer": "tokenizer"}
-_ALIKE = ("model", "records", "method", "arguments")
+_ALIKE = ("model", "records", "weights", "arguments")
 _ALIKE_WITH_PROMPTS = (*_ALIKE, "max_examples", "pool", "prompt_format", "max_length")
 # Settings in which repeated runs differ on purpose.
 _DRAWS = ("seed", "data_seed")
@@ -121,6 +122,11 @@ class FinishedRun:
         """The control that the run is, or None for the stages."""
         return self.result.settings.get("control")
 
+    @property
+    def method(self) -> str:
+        """How the prompt was taught: in stages, or another way."""
+        return self.result.settings.get("method", "stages")
+
     @cached_property
     def tokenizer(self) -> GistTokenizer:
         """The tokenizer that the run was trained with."""
@@ -135,15 +141,21 @@ class FinishedRun:
         return found
 
     def full_prompts(self) -> tuple[str, list[Record]] | None:
-        """Return the whole prompt, and the evaluation requests with it; None if no stage of the run read it."""
+        """Return the whole prompt, and the evaluation requests with it; None if no stage and no teacher read it."""
+        if self.method != "stages":
+            prompt = self._whole_prompt(self.directory / STUDY_NAME)
+            return prompt, [replace(record, instruction=prompt) for record in self.records(1, EVAL_NAME)]
         for stage in self.result.stages:
             if stage.share == 1 and stage.num_gist_tokens is None:
-                directory = self.directory / f"stage-{stage.number}"
-                prompt = read_prompt(directory)
-                if prompt_hash(prompt) != self.result.prompt_sha256:
-                    raise GistError(f"{directory / STAGE_NAME} has another prompt than the one the run was trained on")
+                prompt = self._whole_prompt(self.directory / f"stage-{stage.number}")
                 return prompt, self.records(stage.number, EVAL_NAME)
         return None
+
+    def _whole_prompt(self, directory: Path) -> str:
+        prompt = read_prompt(directory)
+        if prompt_hash(prompt) != self.result.prompt_sha256:
+            raise GistError(f"{directory / STAGE_NAME} has another prompt than the one the run was trained on")
+        return prompt
 
     def tokens(self, records: Sequence[Record], condition: str, stage: StageResult) -> float:
         """Mean tokens of requests under a condition."""
@@ -163,13 +175,18 @@ class FinishedRun:
         return sum(map(len, answers)) / len(answers)
 
     def training_tokens(self) -> float:
-        """Count the tokens of the training: prompts, gist tokens, queries and answers of all steps."""
+        """Count the tokens of the training: prompts, gist tokens, queries and answers of all steps.
+
+        What a teacher reads, and what is sampled to learn from, is not trained on and not counted.
+        """
         settings = self.result.settings
         total = 0.0
         for stage, num_steps in zip(self.result.stages, settings["steps"], strict=True):
             records = self.records(stage.number, DATA_NAME)
             prompted = self.tokens(records, "no-prompt" if stage.condition == "no-prompt" else "prompt", stage)
-            each = prompted + (stage.num_gist_tokens or 0) + self.output_tokens(records)
+            # On-policy, the answers are other ones in every step; they are taken to be as long as the references.
+            answered = self.records(stage.number, EVAL_NAME) if self.method == "on-policy" else records
+            each = prompted + (stage.num_gist_tokens or 0) + self.output_tokens(answered)
             drop_last = settings["arguments"]["dataloader_drop_last"]
             total += num_rows_read(len(records), num_steps, settings["batch_size"], drop_last) * each
         return total
@@ -432,6 +449,11 @@ def _notes(runs: Sequence[FinishedRun], names: Sequence[str]) -> list[str]:
                 differ.append(f"{key} ({was} and {now})" if is_short else key)
         if differ:
             notes.append(f"{names[0]} and {name} were trained differently: they differ in {', '.join(differ)}.")
+    if taught := [name for run, name in zip(runs, names, strict=True) if run.method != "stages"]:
+        notes.append(
+            f"The cost of training {' and '.join(taught)} lacks what was sampled to learn from, and what the teacher "
+            "read with the full prompt."
+        )
     return notes
 
 
@@ -463,7 +485,8 @@ def _run_row(
     records = run.records(last.number, EVAL_NAME)
     tokens = run.tokens(records, result.condition, last)
     score, low, high = run.score(metric, result.condition)
-    trained = {None: f"in {len(result.stages)} stages", "bare": BARE_QUERY, "full": FULL_PROMPT}
+    by_method = f"in {len(result.stages)} stages" if run.method == "stages" else run.method
+    trained = {None: by_method, "bare": BARE_QUERY, "full": FULL_PROMPT}
     trained |= {"full-run-bare": FULL_PROMPT, "shortened": "shortened prompt"}
     run_on, mode, cached = "shortened prompt", f"shortened prompt of {name}", 0.0
     if result.condition == "no-prompt":
@@ -519,7 +542,7 @@ def _priced(rows: Sequence[RequestRow], prices: Prices) -> list[RequestRow]:
 
 
 def _stage_rows(run: FinishedRun, name: str, metric: str) -> list[StageRow]:
-    if run.control is not None:
+    if run.control is not None or run.method != "stages":
         return []
     rows = []
     for stage in run.result.stages:

@@ -10,6 +10,7 @@ method is PromptIntern's (arXiv 2407.02211); its public code contains neither sc
     stage-1/answers.jsonl  the answers to them
     stage-1/result.json    the scores; present when the stage is finished
     internalized.json      all results, next to the finished checkpoint
+    study/                 for methods without stages, what was written and sampled (``teaching``)
 
 The data of all stages are made before the first one is trained, so that a request that does not fit, or a missing
 rewrite, is found before hours of training, and so that a model that shortens its own prompt does it with its original
@@ -24,9 +25,11 @@ data and writes everything; the directory must be one that all of them can read.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -72,6 +75,7 @@ from gisting.internalize.result import (
 from gisting.internalize.schedule import Schedule
 from gisting.internalize.settings import StageSettings
 from gisting.internalize.shorteners import NoShortening, Shortener, realised_share, shorten
+from gisting.internalize.teaching import TaughtTrainer, Teaching, check_teaching, num_questions_of
 from gisting.models import adapters
 from gisting.models.fingerprint import fingerprint
 from gisting.models.state import require_patched
@@ -85,7 +89,7 @@ from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume, without_
 
 __all__ = ["internalize"]
 
-_METHODS = ("full", "lora")
+_WEIGHTS = ("full", "lora")
 # A stage's result and its weights, which are kept until the next stage is finished.
 _RESULT, _MODEL = "result.json", "model"
 # Attributes that accelerate sets on a model.
@@ -111,10 +115,11 @@ def internalize(
     schedule: Schedule = Schedule.linear(),  # noqa: B008
     shortener: Shortener = NoShortening(),  # noqa: B008
     pool: ExamplePool | None = None,
+    edits: Sequence[Record] | None = None,
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008
     eval_records: Sequence[Record] | None = None,
     metrics: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] | None = None,
-    method: str | Method = "full",
+    weights: str | Method = "full",
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     on_stage: Callable[[StageResult], Any] | None = None,
@@ -126,7 +131,8 @@ def internalize(
         model: a patched model; trained in place.
         tokenizer: the tokenizer it was patched for; its template, the same in all stages, formats query and answer.
         prompt: the text with which every request would begin.
-        records: queries (``input``) and answers (``output``); their instructions are ignored.
+        records: queries (``input``) and answers (``output``); their instructions are ignored. On-policy and self-study
+            read the queries alone, and need none if the model writes questions.
         arguments: arguments of stock ``Trainer`` for all stages together: ``max_steps``, or the steps of
             ``num_train_epochs`` in one stage, are split over the stages as evenly as whole numbers allow. The learning
             rate schedule and the warm-up apply to each stage; a warm-up that is a share of the steps is rounded down to
@@ -134,17 +140,23 @@ def internalize(
         schedule: the kept share of the prompt in each stage.
         shortener: shortens the prompt to a share of it; called once for each stage, before any training.
         pool: the pool of examples; None for ``records``.
+        edits: records for the stages that read a gist, in addition to ``records``: each with another version of the
+            prompt as its instruction, and the answer that this version asks for. The gist then carries what differs
+            between versions, so that a new version needs no training. None for one version.
         prompt_format: how prompt and examples become one text.
         eval_records: queries that are answered after each stage, bare and as the stage's own requests. Examples for
             them are chosen by the query alone, as in use.
         metrics: scores of answers by name: functions of predictions and references; None for exact match.
-        method: what is trained, ``"full"`` or ``"lora"`` (:mod:`gisting.train.methods`); for the latter, only the
+        weights: what is trained, ``"full"`` or ``"lora"`` (:mod:`gisting.train.methods`); for the latter, only the
             adapter is saved.
         resume: continue a killed run where it stopped, between stages or within one; ``model`` must be the model that
             it started with. The final weights equal those of an uninterrupted run.
         callbacks: callbacks for ``Trainer``, the same in all stages; with any, its own printing of logs is disabled.
         on_stage: called with the result of each stage, including those that were finished before.
-        **settings: settings of :class:`gisting.internalize.settings.StageSettings`: ``max_examples``, the number of
+        **settings: settings of :class:`gisting.internalize.settings.StageSettings`: ``method``, ``"stages"`` or one of
+            the methods of :mod:`gisting.internalize.teaching`, ``"on-policy"`` and ``"self-study"``, which train the
+            bare query in a single stage, with ``num_questions`` that the model writes and the ``temperature`` of the
+            answers; ``max_examples``, the number of
             examples in a full prompt, which falls with the share; ``tail`` with ``num_gist_tokens`` and
             ``num_gist_stages``, for stages that read the whole prompt through a gist; ``control`` with
             ``control_share``, for a control instead of the schedule (:mod:`gisting.internalize.plan`); ``max_length``
@@ -154,24 +166,40 @@ def internalize(
         The results, stage by stage, as they are in the output directory.
 
     Raises:
-        GistError: an argument is out of range, the output directory holds another run, or there is nothing to resume.
+        GistError: an argument is out of range, edits are given without a gist to read them, the output directory holds
+            another run, or there is nothing to resume.
         RecordError: a record has no query, or does not fit without examples.
         OSError: a file cannot be written.
     """
     require_patched(model, tokenizer)
+    if isinstance(method := settings.get("method"), Method) or method in _WEIGHTS:
+        warnings.warn(
+            "internalize: method as what is trained will be removed in the next release; use weights",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        weights = settings.pop("method")
     chosen = StageSettings(**settings)
-    way = Method(method) if isinstance(method, str) else method
+    way = Method(weights) if isinstance(weights, str) else weights
     rows = _queries(records)
     asked = None if eval_records is None else _queries(eval_records)
-    _check(prompt, rows, asked, way, arguments)
-    plan = make_plan(schedule, **keywords_for(make_plan, chosen))
+    num_questions = num_questions_of(chosen, len(rows))
+    versions = _versions(edits, chosen)
+    _check(prompt, rows, asked, way, arguments, num_questions)
+    check_teaching(
+        chosen, arguments, has_stages=schedule != Schedule.linear() or not isinstance(shortener, NoShortening)
+    )
+    if chosen.method == "stages":
+        plan = make_plan(schedule, **keywords_for(make_plan, chosen))
+    else:
+        plan = make_plan(schedule, control="bare")
     if chosen.control == "shortened" and isinstance(shortener, NoShortening):
         raise GistError(
             "control 'shortened' with a shortener that keeps the whole prompt is control 'full'; use rewrites or "
             "another shortener"
         )
     metrics = {"exact_match": exact_match} if metrics is None else dict(metrics)
-    steps = split_steps(num_steps(arguments, len(rows)), len(plan.stages))
+    steps = split_steps(num_steps(arguments, len(rows) + num_questions), len(plan.stages))
     for count in steps:
         warmup_of(arguments, count)  # raises before any work is done
     about = {
@@ -179,7 +207,10 @@ def internalize(
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_template": tokenizer.template.name,
         "prompt_sha256": prompt_hash(prompt),
-        "schedule": None if chosen.control else list(schedule.shares),
+        "method": chosen.method,
+        "num_questions": None if chosen.method == "stages" else num_questions,
+        "temperature": None if chosen.method == "stages" else chosen.temperature,
+        "schedule": None if chosen.control or chosen.method != "stages" else list(schedule.shares),
         "shortener": shortener.name,
         "max_examples": chosen.max_examples,
         "pool": None if pool is None else [records_hash(pool.records), pool.near_duplicate, pool.min_answer_words],
@@ -192,8 +223,9 @@ def internalize(
         "control": chosen.control,
         "max_length": chosen.max_length,
         "max_target_length": chosen.max_target_length if tokenizer.is_encoder_decoder else None,
-        "method": asdict(way),
+        "weights": asdict(way),
         "records": records_hash(rows),
+        "edits": None if edits is None else records_hash(versions, with_instructions=True),
         "eval_records": None if asked is None else records_hash(asked),
         "metrics": sorted(metrics),
         "max_new_tokens": chosen.max_new_tokens,
@@ -209,6 +241,8 @@ def internalize(
         for result in done.stages if on_stage is not None else ():
             on_stage(result)  # pyright: ignore[reportOptionalCall]
         return done
+    if chosen.method != "stages":
+        model.to(arguments.device)  # pyright: ignore[reportArgumentType]  # as Trainer does, which comes after sampling
     if pool is None and not resume and any(stage.num_examples for stage in plan.stages):
         pool = ExamplePool(rows)
     run = _Run(
@@ -227,6 +261,22 @@ def internalize(
         settings=chosen,
         callbacks=tuple(callbacks),
         output=output,
+        edits=versions,
+        teaching=None
+        if chosen.method == "stages"
+        else Teaching(
+            model=model,
+            tokenizer=tokenizer,
+            prompt=prompt,
+            method=chosen.method,
+            num_questions=num_questions,
+            queries=[row.input for row in rows],
+            max_new_tokens=chosen.max_new_tokens,
+            temperature=chosen.temperature,
+            seed=arguments.seed,
+            directory=output,
+            has_new_adapter=way.name == "lora" and adapters.adapter_of(model) is None,
+        ),
     )
     numbers = range(1, len(plan.stages) + 1)
     if run.is_first and not resume:
@@ -291,6 +341,8 @@ class _Run:
     settings: StageSettings
     callbacks: tuple[TrainerCallback, ...]
     output: Path
+    edits: list[Record]
+    teaching: Teaching | None
 
     @property
     def is_first(self) -> bool:
@@ -309,7 +361,13 @@ class _Run:
         """Write the data of a stage."""
         stage, directory = self.plan.stages[number - 1], self.directory(number)
         text = shorten(self.shortener, self.prompt, stage.share)
-        training = self._requests(stage, text, self.records, self.records)
+        records = self.records if self.teaching is None else self.teaching.prepare()
+        training = self._requests(stage, text, records, records)
+        if stage.num_gist_tokens is not None:
+            for version, own in itertools.groupby(self.edits, key=lambda record: record.instruction):
+                own = [*own]
+                more = vars(self._requests(stage, version, own, own))
+                training = Requests(**{name: rows + more[name] for name, rows in vars(training).items()})
         about = {
             "number": number,
             "condition": stage.condition,
@@ -376,6 +434,20 @@ class _Run:
 
     def _train(self, number: int, stage: Stage, records: Any) -> float:
         """Train a stage, from its last checkpoint if there is one, and return Trainer's loss."""
+        arguments = self._arguments(number)
+        if self.teaching is not None:
+            with self.teaching.lessons([record.input for record in records]) as lessons:
+                return self._fit(
+                    number,
+                    TaughtTrainer(
+                        model=self.model,
+                        args=arguments,
+                        train_dataset=range(len(records)),
+                        callbacks=[*self.callbacks, _NoLastCheckpoint()],
+                        tokenizer=self.tokenizer,
+                        lessons=lessons,
+                    ),
+                )
         lengths = {name: getattr(self.settings, name) for name in ("max_length", "max_target_length")}
         if stage.num_gist_tokens is None:
             collator = PlainCollator(self.tokenizer, **lengths)
@@ -384,7 +456,6 @@ class _Run:
             collator = GistCollator(self.tokenizer, k, **lengths)
             collator.encode_ahead(records)
             self.model.config.gist = {**self.model.config.gist, "num_gist_tokens": [k, k]}
-        arguments = self._arguments(number)
         batches = step_batches(collator, self.tokenizer, arguments)
         trainer = ObjectiveTrainer(
             model=self.model,
@@ -393,13 +464,17 @@ class _Run:
             data_collator=RepeatableDraws(batches, arguments.seed),
             callbacks=[*self.callbacks, _NoLastCheckpoint()],
         )
+        return self._fit(number, trainer)
+
+    def _fit(self, number: int, trainer: ObjectiveTrainer) -> float:
+        """Train with a stage's ``trainer``, from its last checkpoint if there is one, and return Trainer's loss."""
         if self.callbacks:
             trainer.remove_callback(PrinterCallback)  # With callbacks of the caller's own, they report progress.
         try:
             checkpoint = checkpoint_to_resume(self.directory(number), True)
         except GistError:  # the stage has not started, or was killed before its first complete checkpoint
             checkpoint = None
-        quiet = without_parallel_tokenizers(arguments.dataloader_num_workers > 0)
+        quiet = without_parallel_tokenizers(trainer.args.dataloader_num_workers > 0)
         with checkpointing_what_learns(self.model), _own_forward(self.model), quiet:
             return trainer.train(resume_from_checkpoint=checkpoint).training_loss
 
@@ -479,22 +554,40 @@ def _queries(records: Iterable[Record | Mapping[str, Any]]) -> list[Record]:
     return rows
 
 
+def _versions(edits: Sequence[Record] | None, settings: StageSettings) -> list[Record]:
+    """The records with an edited prompt, those of one version together."""
+    if edits is None:
+        return []
+    if settings.tail != "gist":
+        raise GistError(
+            f"edits are read by the stages of tail 'gist', got tail {settings.tail!r}; choose it: --tail gist"
+        )
+    rows = _queries(edits)
+    if not rows:
+        raise GistError("edits is empty; pass at least one record with an edited prompt, or None")
+    if empty := [number for number, row in enumerate(rows, start=1) if not row.instruction.strip()]:
+        raise RecordError(f"record {empty[0]} of edits has no instruction; it is the edited prompt")
+    return sorted(rows, key=lambda record: record.instruction)
+
+
 def _check(
     prompt: str,
     records: list[Record],
     eval_records: list[Record] | None,
-    method: Method,
+    weights: Method,
     arguments: TrainingArguments,
+    num_questions: int,
 ) -> None:
     if not prompt.strip():
         raise GistError("prompt is empty, so there is nothing to internalise; pass its text")
-    if not records:
+    if not records and not num_questions:
         raise GistError("records is empty; pass at least one")
     if eval_records is not None and not eval_records:
         raise GistError("eval_records is empty; pass at least one, or None")
-    if method.name not in _METHODS:
+    if weights.name not in _WEIGHTS:
         raise GistError(
-            f"method must be one of {', '.join(_METHODS)}, got {method.name!r}, which has no effect without gist tokens"
+            f"weights must be one of {', '.join(_WEIGHTS)}, got {weights.name!r}, which has no effect without gist "
+            "tokens"
         )
     if arguments.fsdp or arguments.deepspeed:
         raise GistError(

@@ -23,7 +23,9 @@ import typer
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from benchmarks.cells import interval_cell, spread_cell
-from benchmarks.command import CheckpointsOption, OutputOption, Rows, numbers, say, where
+from benchmarks.codes import RUNS as CODES
+from benchmarks.codes import codes_table, measure_codes
+from benchmarks.command import CheckpointsOption, OutputOption, Rows, names, numbers, say, where
 from gisting.data.plain import PlainCollator
 from gisting.data.records import Record
 from gisting.data.tasks import CodeTask, code_tokenizer
@@ -354,15 +356,42 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each way.")] = 200,
     records: Annotated[int, typer.Option(min=1, help="Held-out queries.")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds of requests.")] = 30,
-    part: Annotated[str, typer.Option(help="What to measure: both, training or requests.")] = "both",
+    part: Annotated[str, typer.Option(help="What to measure: both, training, requests or codes.")] = "both",
+    model: Annotated[Path | None, typer.Option(help="With codes: a pretrained chat model to start from.")] = None,
+    runs: Annotated[str | None, typer.Option(help="With codes: its ways to train, separated by semicolons.")] = None,
+    edits: Annotated[int, typer.Option(min=1, help="With codes: versions of the prompt to learn from.")] = 2000,
+    questions: Annotated[int, typer.Option(min=8, help="With codes: queries that the model writes itself.")] = 256,
+    seconds: Annotated[float, typer.Option(help="With codes: start no further way after this time.")] = float("inf"),
 ) -> None:
-    """Internalisation on the built-in task next to its controls, and requests served.
+    """Internalisation on the built-in task next to its controls, and requests served; codes that only a prompt has.
 
     Example: python -m benchmarks internalize --output docs/results/internalize.jsonl
+
+    Example: python -m benchmarks internalize --part codes --output docs/results/codes.jsonl
     """
-    if part not in ("both", "training", "requests"):
-        raise typer.BadParameter(f"--part must be both, training or requests, got {part!r}")
+    if part not in ("both", "training", "requests", "codes"):
+        raise typer.BadParameter(f"--part must be both, training, requests or codes, got {part!r}")
     rows, all_seeds = Rows("internalize", output), numbers("--seeds", seeds)
+    if part == "codes":
+        until = time.time() + seconds
+        for seed in all_seeds:
+            measure_codes(
+                # All seeds start from one pretrained base; the small model's base has a seed of its own.
+                checkpoints / ("codes" if model is not None else f"codes-{seed}"),
+                model=model,
+                seed=seed,
+                base_steps=base_steps,
+                steps=steps,
+                num_edits=edits,
+                num_queries=records,
+                num_questions=questions,
+                runs=names("--runs", runs, tuple(CODES)),
+                until=until,
+                add=lambda row: rows.add([row]),
+                progress=lambda what, seed=seed: say(f"seed {seed}, {what}"),
+            )
+        rows.show(codes_table)
+        return
     for seed in all_seeds if part != "requests" else ():
         rows.add(
             measure(

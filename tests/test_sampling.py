@@ -11,7 +11,7 @@ from gisting import GistError
 from gisting.cache import CacheOrigin
 from gisting.data.plain import plain_sources
 from gisting.generation.compression import full_prompt_cache, full_prompt_caches
-from gisting.generation.sampling import sample_answers
+from gisting.generation.sampling import sample_answers, sample_bare_answers
 from tests import tiny
 
 PROMPTS = [tiny.words(9, 1), tiny.words(4, 2), tiny.words(13, 3)]
@@ -149,3 +149,42 @@ def test_an_unpatched_model_is_refused() -> None:
     _, tokenizer = tiny.patched("llama")
     with pytest.raises(GistError, match="is not patched"):
         sample_answers(tiny.model("llama"), tokenizer, PAIRS)
+
+
+# -- the bare query ----------------------------------------------------------------------------------------------------
+
+INPUTS = ["w1 w2", "w3 w4 w5 w6", "w7"]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3_text", "t5"])
+def test_bare_answers_are_those_of_the_stock_model_to_the_input_alone(name: str) -> None:
+    model, tokenizer = tiny.patched(name)
+    found = sample_bare_answers(model, tokenizer, INPUTS, max_new_tokens=6, temperature=0, batch_size=2)
+    assert [(one.prompt, one.input) for one in found] == [("", text) for text in INPUTS]
+    for one in found:
+        assert one.token_ids == stock_ids(name, model, tokenizer, ("", one.input), 6)
+        assert one.output == tokenizer.decode(one.token_ids).strip()
+
+
+def test_bare_samples_depend_on_their_input_and_the_seed_alone() -> None:
+    model, tokenizer = tiny.patched("llama")
+    found = sample_bare_answers(model, tokenizer, [*INPUTS, "w7"], max_new_tokens=6, seed=3, batch_size=3)
+    assert sample_bare_answers(model, tokenizer, INPUTS[::-1], max_new_tokens=6, seed=3)[::-1] == found[:3]
+    assert sample_bare_answers(model, tokenizer, INPUTS, max_new_tokens=6, seed=4) != found[:3]
+    assert found[3] != found[2], "another answer to a repeated input"
+    assert sample_bare_answers(model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "settings", "message"),
+    [
+        (["w1", 3], {}, r"inputs\[1\] must be a text, got int"),
+        (["w1"], {"temperature": -1}, "temperature must be a number of at least 0, got -1"),
+        (["w1"], {"max_new_tokens": 0}, "max_new_tokens must be"),
+        (["w1"], {"seed": 0.5}, "seed must be a whole number, got 0.5"),
+    ],
+)
+def test_bare_inputs_that_are_refused(inputs: Any, settings: dict[str, Any], message: str) -> None:
+    model, tokenizer = tiny.patched("llama")
+    with pytest.raises(GistError, match=message):
+        sample_bare_answers(model, tokenizer, inputs, **settings)

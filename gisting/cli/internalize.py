@@ -56,6 +56,9 @@ def internalize(
     --output runs/internalized
 
     Example: gisting internalize ./llama --prompt-file prompt.txt --data train.jsonl --control full --output runs/full
+
+    Example: gisting internalize ./llama --prompt-file prompt.txt --method self-study --eval held-out.jsonl
+    --output runs/studied
     """
     import yaml
 
@@ -69,7 +72,8 @@ def internalize(
         if value is not None:
             warnings.warn(f"--{old} is now called --{new}", DeprecationWarning, stacklevel=2)
             settings = settings.updated(**{new: value})
-    required = {name: getattr(settings, name) for name in ("model", "prompt_file", "data", "output")}
+    needed = ("model", "prompt_file", *(("data",) if settings.method == "stages" else ()), "output")
+    required = {name: getattr(settings, name) for name in needed}
     missing = [name for name, value in required.items() if value is None]
     if missing:
         raise GistError(f"{' and '.join(missing)} must be given, on the command line or in a recipe")
@@ -80,7 +84,7 @@ def internalize(
         raise GistError("--control shortened needs --share, the kept share of the prompt, such as --share 0.5")
     prompt = read_text(Path(required["prompt_file"]))
     how: dict[str, Any] = {"needs_instruction": False, "columns": settings.columns}
-    records = load_records(required["data"], **how)
+    records = [] if settings.data is None else load_records(settings.data, **how)
     asked = None if settings.eval is None else load_records(settings.eval, **how)
     model, tokenizer = load_patched(required["model"], settings.template, settings.dtype, is_to_be_trained=True)
     arguments = settings.arguments(output, is_encoder_decoder=tokenizer.is_encoder_decoder)
@@ -96,13 +100,16 @@ def internalize(
             shortener=_shortener(settings.shortener, settings.rewrites, model, tokenizer),
             pool=ExamplePool(records, min_answer_words=settings.min_answer_words) if settings.max_examples else None,
             eval_records=asked,
+            edits=None if settings.edits is None else load_records(settings.edits, columns=settings.columns),
             metrics=scores,
-            method=Method(settings.method, rank=settings.lora_rank),
+            weights=Method(settings.weights, rank=settings.lora_rank),
             resume=resume,
             callbacks=[shown],
-            on_stage=_report,
+            on_stage=_report if arguments.process_index == 0 else None,
             **{each.name: getattr(settings, each.name) for each in fields(StageSettings)},
         )
+    if arguments.process_index > 0:
+        return
     text = yaml.safe_dump(settings.written(), sort_keys=False, allow_unicode=True)
     (output / "recipe.yaml").write_text(text, encoding="utf-8")
     if as_json:

@@ -10,7 +10,7 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gisting.errors import GistError
@@ -20,9 +20,10 @@ from gisting.tokens import GistTokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["parts_of", "write_questions"]
+__all__ = ["WRITER", "parts_of", "requests_about", "write_questions"]
 
-_WRITER = "You write messages that people send to an assistant. Answer with the message alone."
+#: The prompt with which a model writes questions.
+WRITER = "You write messages that people send to an assistant. Answer with the message alone."
 _ABOUT = (
     'An assistant has these instructions:\n"{part}"\nWrite one short question that a user asks it about them.',
     'An assistant has these instructions:\n"{part}"\nWrite one short request of a user to which they apply.',
@@ -66,17 +67,13 @@ def write_questions(
     Raises:
         GistError: the model wrote fewer than 8 that can be used, or a part of the prompt exceeds its positions.
     """
-    parts = parts_of(prompt)
     ordinary = [_ORDINARY.format(kind=kind, topic=topic) for kind in _KINDS for topic in _TOPICS]
     # A long prompt has more parts than questions are wanted: a random choice of them is asked about.
     draw = random.Random(seed)
+    parts = parts_of(prompt)
     draw.shuffle(parts)
     draw.shuffle(ordinary)
-    about = [
-        _ABOUT[(turn + place) % len(_ABOUT)].format(part=part)
-        for turn in range(len(_ABOUT))
-        for place, part in enumerate(parts)
-    ]
+    about = requests_about(parts)
     wanted = {"about": number - number // 3, "ordinary": number // 3}
     requests = [
         about[row % len(about)] if kind == "about" else ordinary[row % len(ordinary)]
@@ -86,7 +83,7 @@ def write_questions(
     written = sample_answers(
         model,
         tokenizer,
-        [(_WRITER, request) for request in requests],
+        [(WRITER, request) for request in requests],
         max_new_tokens=40,
         temperature=0.8,
         seed=seed,
@@ -113,6 +110,15 @@ def write_questions(
             "instructions; give inputs"
         )
     return found
+
+
+def requests_about(parts: Sequence[str]) -> list[str]:
+    """Return what a model is asked for, after :data:`WRITER`, to write questions: all ``parts`` of a prompt in turn."""
+    return [
+        _ABOUT[(turn + place) % len(_ABOUT)].format(part=part)
+        for turn in range(len(_ABOUT))
+        for place, part in enumerate(parts)
+    ]
 
 
 def parts_of(prompt: str) -> list[str]:

@@ -1,13 +1,15 @@
-"""Sample answers with the whole prompt in view, as training from prompts alone and measures of a gist need them.
+"""Sample answers with the whole prompt in view, or without any, as training from prompts and measures of a gist need.
 
 Place in the flow: prompts and inputs -> **sampling** -> answers, which a gist is then compared with or trained on. The
 model answers ordinary text without gist tokens, as it did before it was patched (the condition ``"prompt"`` of
 :mod:`gisting.eval.conditions`). The states of each prompt are computed once, whatever the number of its inputs.
+A student that learns from its own answers has no prompt: it answers the bare query (the condition ``"no-prompt"``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gisting.cache import CacheOrigin, GistCache
+from gisting.data.plain import plain_sources
 from gisting.errors import GistError
 from gisting.generation.answers import answer_ends, up_to_end
 from gisting.generation.call import Call, prepare_call
@@ -34,7 +37,7 @@ from gisting.tokens import GistTokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SampledAnswer", "sample_answers"]
+__all__ = ["SampledAnswer", "sample_answers", "sample_bare_answers"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class SampledAnswer:
     """An answer of the model with the whole prompt in view.
 
     Args:
-        prompt: the prompt.
+        prompt: the prompt; of an answer to the bare query, the one that it is to be compared with, or "".
         input: the input.
         output: the text of the answer.
         token_ids: the ids that were sampled, with the id that ended the answer if it was reached.
@@ -92,30 +95,90 @@ def sample_answers(
     """
     family = require_patched(model, tokenizer)
     pairs = _checked(pairs)
+    _check_settings(max_new_tokens, batch_size, temperature, seed)
+    if not pairs:
+        return []
+    has_states = architecture_of(family).has_prefix_states("positive")  # of a whole prompt, which a decoder keeps
+    kind = _FromStates if has_states else _FromText
+    run = kind(model, tokenizer, pairs, _call(model, tokenizer, pairs, max_new_tokens))
+    return _sampled(run, pairs, max_new_tokens, float(temperature), seed, batch_size, progress)
+
+
+def sample_bare_answers(
+    model: PreTrainedModel,
+    tokenizer: GistTokenizer,
+    inputs: Iterable[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Callable[[int], Any] | None = None,
+) -> list[SampledAnswer]:
+    """Answer inputs without any prompt, as a model does that has internalised one.
+
+    Args:
+        model: a patched model.
+        tokenizer: the tokenizer it was patched for.
+        inputs: the texts; one that is repeated gets another answer.
+        max_new_tokens: as for :func:`sample_answers`; likewise the other settings.
+        temperature: see there.
+        seed: see there.
+        batch_size: see there.
+        progress: see there.
+
+    Returns:
+        An answer for each input, in their order, whose ``prompt`` is "".
+
+    Raises:
+        GistError: as for :func:`sample_answers`.
+    """
+    require_patched(model, tokenizer)
+    pairs = [("", input) for input in listed("inputs", inputs)]
+    if others := [row for row, (_, input) in enumerate(pairs) if not isinstance(input, str)]:
+        raise GistError(f"inputs[{others[0]}] must be a text, got {type(pairs[others[0]][1]).__name__}")
+    _check_settings(max_new_tokens, batch_size, temperature, seed)
+    if not pairs:
+        return []
+    run = _FromText(model, tokenizer, pairs, _call(model, tokenizer, pairs, max_new_tokens))
+    return _sampled(run, pairs, max_new_tokens, float(temperature), seed, batch_size, progress)
+
+
+def _check_settings(max_new_tokens: int, batch_size: int, temperature: float, seed: int) -> None:
     check_count("max_new_tokens", max_new_tokens)
     check_count("batch_size", batch_size)
     if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
         raise GistError(f"temperature must be a number of at least 0, got {temperature!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise GistError(f"seed must be a whole number, got {seed!r}")
-    if not pairs:
-        return []
+
+
+def _call(model: Any, tokenizer: GistTokenizer, pairs: Sequence[tuple[str, str]], max_new_tokens: int) -> Call:
     settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    call = prepare_call(model, tokenizer, [input for _, input in pairs], max_new_tokens, settings, None)
-    has_states = architecture_of(family).has_prefix_states("positive")  # of a whole prompt, which a decoder keeps
-    run = (_FromStates if has_states else _FromText)(model, tokenizer, pairs, call)
+    return prepare_call(model, tokenizer, [input for _, input in pairs], max_new_tokens, settings, None)
+
+
+def _sampled(
+    run: _FromStates | _FromText,
+    pairs: Sequence[tuple[str, str]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int], Any] | None,
+) -> list[SampledAnswer]:
     draws = None if temperature == 0 else _draws(pairs, seed, max_new_tokens)
     found: dict[int, list[int]] = {}
-    with evaluating(model):
+    with evaluating(run.model):
         for start in range(0, len(pairs), batch_size):
             for rows in run.groups(run.order[start : start + batch_size]):
-                pick = None if draws is None else [_Pick(draws[rows], float(temperature))]
+                pick = None if draws is None else [_Pick(draws[rows], temperature)]
                 found.update(zip(rows, run.answers(rows, pick), strict=True))
                 if progress is not None:
                     progress(len(rows))
     answers = [found[row] for row in range(len(pairs))]
     return [
-        SampledAnswer(prompt, input, tokenizer.decode(ids).strip(), ids)
+        SampledAnswer(prompt, input, run.tokenizer.decode(ids).strip(), ids)
         for (prompt, input), ids in zip(pairs, answers, strict=True)
     ]
 
@@ -179,24 +242,27 @@ class _FromStates:
 
 
 class _FromText:
-    """Read prompt and input together, in an encoder-decoder."""
+    """Read prompt and input together, in an encoder-decoder; or the input alone, where there is no prompt."""
 
     def __init__(self, model: Any, tokenizer: GistTokenizer, pairs: Sequence[tuple[str, str]], call: Call) -> None:
         self.model, self.tokenizer, self.call = model, tokenizer, call
-        heads = tokenizer.encode_prompts([prompt for prompt, _ in pairs], 1)
-        rest = tokenizer.encode_continuations([input for _, input in pairs])
-        self.sources = [head.chunks[0] + ids for head, ids in zip(heads, rest, strict=True)]
-        check_positions(model, [len(source) for source in self.sources], "input", "its prompt")
+        self.sources = plain_sources(tokenizer, [prompt for prompt, _ in pairs], [input for _, input in pairs])
+        if empty := [row for row, source in enumerate(self.sources) if not source]:
+            raise GistError(f"inputs[{empty[0]}] leaves no text for the model to continue; give it some text")
+        new = 0 if tokenizer.is_encoder_decoder else call.config.max_new_tokens
+        check_positions(model, [len(source) + new for source in self.sources], "input", "its prompt and answer")
         self.order = sorted(range(len(pairs)), key=lambda row: len(self.sources[row]))
 
     def groups(self, rows: list[int]) -> list[list[int]]:
-        """All rows in one batch."""
-        return [rows]
+        """All rows in one batch, or those of equal lengths where padding would change an answer."""
+        if self.tokenizer.is_encoder_decoder or self.call.takes_padding:
+            return [rows]
+        return [[*group] for _, group in itertools.groupby(rows, key=lambda row: len(self.sources[row]))]
 
     def answers(self, rows: list[int], pick: list[_Pick] | None) -> list[list[int]]:
         """The ids of the answers to a group of rows."""
-        device = input_weight(self.model).device
-        ids, is_token = pad_rows([self.sources[row] for row in rows], self.tokenizer.pad_token_id, left=False)
+        device, is_decoder = input_weight(self.model).device, not self.tokenizer.is_encoder_decoder
+        ids, is_token = pad_rows([self.sources[row] for row in rows], self.tokenizer.pad_token_id, left=is_decoder)
         said = self.model.generate(
             input_ids=ids.to(device),
             attention_mask=is_token.long().to(device),
@@ -204,7 +270,8 @@ class _FromText:
             logits_processor=pick,
         )
         ends = answer_ends(self.call.config, self.model)
-        return [up_to_end(answer, ends) for answer in said[:, 1:].tolist()]  # The first starts the decoder.
+        given = ids.shape[1] if is_decoder else 1  # the token that starts the decoder
+        return [up_to_end(answer, ends) for answer in said[:, given:].tolist()]
 
 
 class _Pick:

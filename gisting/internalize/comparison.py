@@ -29,6 +29,7 @@ from gisting.internalize.directory import (
     DATA_NAME,
     EVAL_NAME,
     STAGE_NAME,
+    STUDY_NAME,
     read_answers,
     read_prompt,
     read_records,
@@ -42,6 +43,7 @@ __all__ = [
     "FULL_PROMPT",
     "PREFIX_CACHE",
     "Comparison",
+    "FinishedRun",
     "RequestRow",
     "StageRow",
     "Times",
@@ -59,7 +61,7 @@ PREFIX_CACHE = "prefix cache"
 BARE_QUERY = "bare query"
 # Settings that runs must have in common to be compared, and settings that they should have in common.
 _SAME = {"prompt_sha256": "prompt", "eval_records": "evaluation records", "tokenizer": "tokenizer"}
-_ALIKE = ("model", "records", "method", "arguments")
+_ALIKE = ("model", "records", "weights", "arguments")
 _ALIKE_WITH_PROMPTS = (*_ALIKE, "max_examples", "pool", "prompt_format", "max_length")
 # Settings in which repeated runs differ on purpose.
 _DRAWS = ("seed", "data_seed")
@@ -104,18 +106,30 @@ def num_rows_read(num_records: int, num_steps: int, batch_size: int, drop_last: 
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A finished run in its directory."""
+class FinishedRun:
+    """A finished run in its directory, whose requests and tokens can be counted.
+
+    Args:
+        directory: the output directory.
+        result: what :func:`gisting.internalize.result.load_internalized` reads from it.
+    """
 
     directory: Path
     result: Internalized
 
     @property
     def control(self) -> str | None:
+        """The control that the run is, or None for the stages."""
         return self.result.settings.get("control")
+
+    @property
+    def method(self) -> str:
+        """How the prompt was taught: in stages, or another way."""
+        return self.result.settings.get("method", "stages")
 
     @cached_property
     def tokenizer(self) -> GistTokenizer:
+        """The tokenizer that the run was trained with."""
         return GistTokenizer.from_pretrained(self.directory)
 
     def records(self, number: int, name: str) -> list[Record]:
@@ -127,15 +141,21 @@ class _Run:
         return found
 
     def full_prompts(self) -> tuple[str, list[Record]] | None:
-        """Return the whole prompt, and the evaluation requests with it; None if no stage of the run read it."""
+        """Return the whole prompt, and the evaluation requests with it; None if no stage and no teacher read it."""
+        if self.method != "stages":
+            prompt = self._whole_prompt(self.directory / STUDY_NAME)
+            return prompt, [replace(record, instruction=prompt) for record in self.records(1, EVAL_NAME)]
         for stage in self.result.stages:
             if stage.share == 1 and stage.num_gist_tokens is None:
-                directory = self.directory / f"stage-{stage.number}"
-                prompt = read_prompt(directory)
-                if prompt_hash(prompt) != self.result.prompt_sha256:
-                    raise GistError(f"{directory / STAGE_NAME} has another prompt than the one the run was trained on")
+                prompt = self._whole_prompt(self.directory / f"stage-{stage.number}")
                 return prompt, self.records(stage.number, EVAL_NAME)
         return None
+
+    def _whole_prompt(self, directory: Path) -> str:
+        prompt = read_prompt(directory)
+        if prompt_hash(prompt) != self.result.prompt_sha256:
+            raise GistError(f"{directory / STAGE_NAME} has another prompt than the one the run was trained on")
+        return prompt
 
     def tokens(self, records: Sequence[Record], condition: str, stage: StageResult) -> float:
         """Mean tokens of requests under a condition."""
@@ -155,13 +175,18 @@ class _Run:
         return sum(map(len, answers)) / len(answers)
 
     def training_tokens(self) -> float:
-        """Count the tokens of the training: prompts, gist tokens, queries and answers of all steps."""
+        """Count the tokens of the training: prompts, gist tokens, queries and answers of all steps.
+
+        What a teacher reads, and what is sampled to learn from, is not trained on and not counted.
+        """
         settings = self.result.settings
         total = 0.0
         for stage, num_steps in zip(self.result.stages, settings["steps"], strict=True):
             records = self.records(stage.number, DATA_NAME)
             prompted = self.tokens(records, "no-prompt" if stage.condition == "no-prompt" else "prompt", stage)
-            each = prompted + (stage.num_gist_tokens or 0) + self.output_tokens(records)
+            # On-policy, the answers are other ones in every step; they are taken to be as long as the references.
+            answered = self.records(stage.number, EVAL_NAME) if self.method == "on-policy" else records
+            each = prompted + (stage.num_gist_tokens or 0) + self.output_tokens(answered)
             drop_last = settings["arguments"]["dataloader_drop_last"]
             total += num_rows_read(len(records), num_steps, settings["batch_size"], drop_last) * each
         return total
@@ -335,7 +360,7 @@ def compare(
         GistError: a directory holds no finished run, or one without evaluation records; the runs have different
             evaluation records, prompts or tokenizers, or no metric in common; or no run read the full prompt.
     """
-    runs = [_Run(Path(directory), load_internalized(directory)) for directory in directories]
+    runs = [FinishedRun(Path(directory), load_internalized(directory)) for directory in directories]
     if not runs:
         raise GistError("directories is empty; pass at least one finished internalisation")
     names = _names(runs)
@@ -382,7 +407,7 @@ def compare(
     )
 
 
-def _names(runs: Sequence[_Run]) -> list[str]:
+def _names(runs: Sequence[FinishedRun]) -> list[str]:
     """Name runs after their directories, by the last part of the path if that is unique."""
     paths = [run.directory.resolve() for run in runs]
     for place, path in enumerate(paths):
@@ -392,7 +417,7 @@ def _names(runs: Sequence[_Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.directory) for run in runs]
 
 
-def _check_same(runs: Sequence[_Run], names: Sequence[str]) -> None:
+def _check_same(runs: Sequence[FinishedRun], names: Sequence[str]) -> None:
     for run, name in zip(runs, names, strict=True):
         if run.result.settings.get("eval_records") is None or not run.result.metrics:
             raise GistError(f"{name} was trained without evaluation records, so it has no score; run it with --eval")
@@ -407,7 +432,7 @@ def _check_same(runs: Sequence[_Run], names: Sequence[str]) -> None:
             )
 
 
-def _notes(runs: Sequence[_Run], names: Sequence[str]) -> list[str]:
+def _notes(runs: Sequence[FinishedRun], names: Sequence[str]) -> list[str]:
     """Note the settings in which runs differ although they should be the same."""
     notes = []
     first = runs[0].result.settings
@@ -424,10 +449,15 @@ def _notes(runs: Sequence[_Run], names: Sequence[str]) -> list[str]:
                 differ.append(f"{key} ({was} and {now})" if is_short else key)
         if differ:
             notes.append(f"{names[0]} and {name} were trained differently: they differ in {', '.join(differ)}.")
+    if taught := [name for run, name in zip(runs, names, strict=True) if run.method != "stages"]:
+        notes.append(
+            f"The cost of training {' and '.join(taught)} lacks what was sampled to learn from, and what the teacher "
+            "read with the full prompt."
+        )
     return notes
 
 
-def _metric(runs: Sequence[_Run], names: Sequence[str], wanted: str | None) -> str:
+def _metric(runs: Sequence[FinishedRun], names: Sequence[str], wanted: str | None) -> str:
     common = [metric for metric in runs[0].result.metrics if all(metric in run.result.metrics for run in runs)]
     if wanted is None and common:
         return common[0]
@@ -437,7 +467,7 @@ def _metric(runs: Sequence[_Run], names: Sequence[str], wanted: str | None) -> s
     return wanted
 
 
-def _full_prompts(runs: Sequence[_Run]) -> tuple[str, list[Record]]:
+def _full_prompts(runs: Sequence[FinishedRun]) -> tuple[str, list[Record]]:
     """Take the full prompts from the control that is run on them, or else from the first run with a stage of them."""
     for run in sorted(runs, key=lambda run: run.control != "full"):
         found = run.full_prompts()
@@ -449,13 +479,14 @@ def _full_prompts(runs: Sequence[_Run]) -> tuple[str, list[Record]]:
 
 
 def _run_row(
-    run: _Run, name: str, metric: str, full_tokens: float, output_tokens: float, prices: Prices | None
+    run: FinishedRun, name: str, metric: str, full_tokens: float, output_tokens: float, prices: Prices | None
 ) -> RequestRow:
     result, last = run.result, run.result.stages[-1]
     records = run.records(last.number, EVAL_NAME)
     tokens = run.tokens(records, result.condition, last)
     score, low, high = run.score(metric, result.condition)
-    trained = {None: f"in {len(result.stages)} stages", "bare": BARE_QUERY, "full": FULL_PROMPT}
+    by_method = f"in {len(result.stages)} stages" if run.method == "stages" else run.method
+    trained = {None: by_method, "bare": BARE_QUERY, "full": FULL_PROMPT}
     trained |= {"full-run-bare": FULL_PROMPT, "shortened": "shortened prompt"}
     run_on, mode, cached = "shortened prompt", f"shortened prompt of {name}", 0.0
     if result.condition == "no-prompt":
@@ -510,8 +541,8 @@ def _priced(rows: Sequence[RequestRow], prices: Prices) -> list[RequestRow]:
     ]
 
 
-def _stage_rows(run: _Run, name: str, metric: str) -> list[StageRow]:
-    if run.control is not None:
+def _stage_rows(run: FinishedRun, name: str, metric: str) -> list[StageRow]:
+    if run.control is not None or run.method != "stages":
         return []
     rows = []
     for stage in run.result.stages:

@@ -29,6 +29,7 @@ __all__ = [
     "EVAL_NAME",
     "SETTINGS_NAME",
     "STAGE_NAME",
+    "STUDY_NAME",
     "TRAINING_NAME",
     "check_directory",
     "read_answers",
@@ -45,6 +46,8 @@ SETTINGS_NAME = "settings.json"
 TRAINING_NAME = "training.json"  # next to the weights of a stage
 # The prompt and the lines of a stage, in its directory.
 STAGE_NAME, DATA_NAME, EVAL_NAME, ANSWERS_NAME = "stage.json", "data.jsonl", "eval.jsonl", "answers.jsonl"
+# Directory of what was written and sampled for a method without stages; its STAGE_NAME has the whole prompt.
+STUDY_NAME = "study"
 _FIELDS = ("instruction", "input", "output")
 
 
@@ -192,7 +195,7 @@ def write_lines(path: Path, items: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, text.encode())
 
 
-def records_hash(records: Sequence[Record]) -> str:
-    """Compute the SHA-256 of the queries and answers of ``records``, in hex."""
-    rows = [[record.input, record.output] for record in records]
+def records_hash(records: Sequence[Record], *, with_instructions: bool = False) -> str:
+    """Compute the SHA-256 of the queries and answers of ``records``, in hex; with their instructions if these count."""
+    rows = [[*([one.instruction] if with_instructions else []), one.input, one.output] for one in records]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()

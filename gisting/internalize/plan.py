@@ -135,12 +135,12 @@ def num_steps(arguments: TrainingArguments, num_records: int) -> int:
     """Count the optimiser steps of a training in one stage: ``max_steps``, or its epochs as ``Trainer`` counts them.
 
     Args:
-        arguments: batch sizes, epochs and steps are read from them.
+        arguments: batch sizes, epochs, steps and the number of processes are read from them.
         num_records: number of records in an epoch.
     """
     if arguments.max_steps > 0:
         return arguments.max_steps
-    whole, rest = divmod(num_records, arguments.train_batch_size)
+    whole, rest = divmod(num_records, arguments.train_batch_size * arguments.world_size)
     num_batches = max(whole + bool(rest and not arguments.dataloader_drop_last), 1)
     return math.ceil(arguments.num_train_epochs * -(-num_batches // arguments.gradient_accumulation_steps))
 

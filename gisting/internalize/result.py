@@ -164,6 +164,8 @@ def load_internalized(directory: str | Path) -> Internalized:
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the ``settings`` that a run of format 1 wrote; others are unchanged."""
     renamed = {_NAMES_OF_FORMAT_1.get(name, name): value for name, value in settings.items()}
+    if isinstance(renamed.get("method"), dict):  # what is trained; there was no way to teach but stages
+        renamed = {**renamed, "weights": renamed["method"], "method": "stages"}
     return {**renamed, "control": "shortened"} if renamed.get("control") == "compressed" else renamed
 
 

@@ -9,6 +9,7 @@ imports neither torch nor transformers, because ``gisting --help`` must stay qui
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,12 @@ from gisting.settings import (
 from gisting.tokens import TEMPLATES
 from gisting.train.settings import COLUMNS, TrainerSettings
 
-__all__ = ["SHORTENERS", "InternalizeSettings", "StageSettings"]
+__all__ = ["METHODS", "SHORTENERS", "WEIGHTS", "InternalizeSettings", "StageSettings"]
 
+#: Ways to teach a model its prompt.
+METHODS = ("stages", "on-policy", "self-study")
+#: What can be trained.
+WEIGHTS = ("full", "lora")
 #: Names of shorteners in settings.
 SHORTENERS = ("none", "self-information", "llmlingua2", "rewrites")
 _METRICS = ("exact_match", "bleu", "rouge_l")
@@ -76,6 +81,22 @@ class StageSettings(Settings):
         GistError: a value is not of its setting's kind.
     """
 
+    method: str = setting(
+        choice(*METHODS),
+        "stages",
+        "How the prompt is taught: stages; on-policy (the model answers bare queries, and is corrected by itself with "
+        "the prompt in view); or self-study (it asks itself about the prompt).",
+    )
+    num_questions: int | None = setting(
+        WHOLE,
+        None,
+        "Questions about the prompt that the model writes itself, for on-policy and self-study.",
+        "--questions",
+        shown_default="256, or 0 for on-policy with --data",
+    )
+    temperature: float = setting(
+        NOT_NEGATIVE, 1.0, "Temperature of the answers that are sampled to learn from, for on-policy and self-study."
+    )
     max_examples: int = setting(
         WHOLE, 0, "Most similar training records in a full prompt; fewer with each stage.", "--examples"
     )
@@ -92,7 +113,7 @@ class StageSettings(Settings):
         COUNT, 512, "Longest request with its answer, in tokens; examples are dropped until it fits."
     )
     max_target_length: int = setting(COUNT, 256, "Longest answer of an encoder-decoder, in tokens.")
-    max_new_tokens: int = setting(COUNT, 128, "Longest answer in the evaluation, in tokens.")
+    max_new_tokens: int = setting(COUNT, 128, "Longest sampled answer, in the evaluation and to learn from, in tokens.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +130,11 @@ class _WhatIsInternalized(Settings):
     )
     columns: Mapping[str, str] | None = setting(
         COLUMNS, None, "What columns of the records are called, such as input=question,output=answer."
+    )
+    edits: str | None = setting(
+        PATH,
+        None,
+        "Records with edited versions of the prompt as instructions, for --tail gist, whose gist carries what differs.",
     )
     eval: str | None = setting(PATH, None, "Records to answer after each stage, bare and with the stage's prompt.")
     output: str | None = setting(PATH, None, "Directory for the checkpoint and the files of each stage.")
@@ -139,8 +165,8 @@ class _WhatIsInternalized(Settings):
         "Examples never have nearly the same answer as the record, unless the answer has fewer words than this. Use 1 "
         "for short texts such as commands, as opposed to labels.",
     )
-    method: str = setting(choice("full", "lora"), "full", "What is trained: full or lora.")
-    lora_rank: int = setting(COUNT, 16, "Rank of the adapter, with --method lora.")
+    weights: str = setting(choice(*WEIGHTS), "full", "What is trained: full (every weight) or lora (an adapter).")
+    lora_rank: int = setting(COUNT, 16, "Rank of the adapter, with --weights lora.")
     metric: str = setting(choice(*_METRICS), "exact_match", "Score of the answers: exact_match, bleu or rouge_l.")
 
 
@@ -162,6 +188,13 @@ class InternalizeSettings(TrainerSettings, StageSettings, _WhatIsInternalized):
         "gist_stages": "num_gist_stages",
         "share": "control_share",
     }
+
+    def __post_init__(self) -> None:
+        if self.method in WEIGHTS:  # in earlier versions, method was the setting that is called weights now
+            warnings.warn(f"method {self.method} is now called weights {self.method}", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "weights", self.method)
+            object.__setattr__(self, "method", "stages")
+        super().__post_init__()
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -10,26 +10,33 @@ method is PromptIntern's (arXiv 2407.02211); its public code contains neither sc
     stage-1/answers.jsonl  the answers to them
     stage-1/result.json    the scores; present when the stage is finished
     internalized.json      all results, next to the finished checkpoint
+    study/                 for methods without stages, what was written and sampled (``teaching``)
 
 The data of all stages are made before the first one is trained, so that a request that does not fit, or a missing
 rewrite, is found before hours of training, and so that a model that shortens its own prompt does it with its original
 weights. Each stage has its own learning rate schedule, optimiser and seed (for the order of the data), because its data
 differ from the previous stage's. With one schedule for all, the last stage, the bare query, would get what is left of a
 decayed rate.
+
+Several processes (``torchrun``) train each stage together and share its evaluation requests. The first one makes the
+data and writes everything; the directory must be one that all of them can read.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from gisting._deprecated import renamed_arguments
@@ -68,6 +75,7 @@ from gisting.internalize.result import (
 from gisting.internalize.schedule import Schedule
 from gisting.internalize.settings import StageSettings
 from gisting.internalize.shorteners import NoShortening, Shortener, realised_share, shorten
+from gisting.internalize.teaching import TaughtTrainer, Teaching, check_teaching, num_questions_of
 from gisting.models import adapters
 from gisting.models.fingerprint import fingerprint
 from gisting.models.state import require_patched
@@ -81,7 +89,7 @@ from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume, without_
 
 __all__ = ["internalize"]
 
-_METHODS = ("full", "lora")
+_WEIGHTS = ("full", "lora")
 # A stage's result and its weights, which are kept until the next stage is finished.
 _RESULT, _MODEL = "result.json", "model"
 # Attributes that accelerate sets on a model.
@@ -107,10 +115,11 @@ def internalize(
     schedule: Schedule = Schedule.linear(),  # noqa: B008
     shortener: Shortener = NoShortening(),  # noqa: B008
     pool: ExamplePool | None = None,
+    edits: Sequence[Record] | None = None,
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008
     eval_records: Sequence[Record] | None = None,
     metrics: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] | None = None,
-    method: str | Method = "full",
+    weights: str | Method = "full",
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     on_stage: Callable[[StageResult], Any] | None = None,
@@ -122,7 +131,8 @@ def internalize(
         model: a patched model; trained in place.
         tokenizer: the tokenizer it was patched for; its template, the same in all stages, formats query and answer.
         prompt: the text with which every request would begin.
-        records: queries (``input``) and answers (``output``); their instructions are ignored.
+        records: queries (``input``) and answers (``output``); their instructions are ignored. On-policy and self-study
+            read the queries alone, and need none if the model writes questions.
         arguments: arguments of stock ``Trainer`` for all stages together: ``max_steps``, or the steps of
             ``num_train_epochs`` in one stage, are split over the stages as evenly as whole numbers allow. The learning
             rate schedule and the warm-up apply to each stage; a warm-up that is a share of the steps is rounded down to
@@ -130,17 +140,23 @@ def internalize(
         schedule: the kept share of the prompt in each stage.
         shortener: shortens the prompt to a share of it; called once for each stage, before any training.
         pool: the pool of examples; None for ``records``.
+        edits: records for the stages that read a gist, in addition to ``records``: each with another version of the
+            prompt as its instruction, and the answer that this version asks for. The gist then carries what differs
+            between versions, so that a new version needs no training. None for one version.
         prompt_format: how prompt and examples become one text.
         eval_records: queries that are answered after each stage, bare and as the stage's own requests. Examples for
             them are chosen by the query alone, as in use.
         metrics: scores of answers by name: functions of predictions and references; None for exact match.
-        method: what is trained, ``"full"`` or ``"lora"`` (:mod:`gisting.train.methods`); for the latter, only the
+        weights: what is trained, ``"full"`` or ``"lora"`` (:mod:`gisting.train.methods`); for the latter, only the
             adapter is saved.
         resume: continue a killed run where it stopped, between stages or within one; ``model`` must be the model that
             it started with. The final weights equal those of an uninterrupted run.
         callbacks: callbacks for ``Trainer``, the same in all stages; with any, its own printing of logs is disabled.
         on_stage: called with the result of each stage, including those that were finished before.
-        **settings: settings of :class:`gisting.internalize.settings.StageSettings`: ``max_examples``, the number of
+        **settings: settings of :class:`gisting.internalize.settings.StageSettings`: ``method``, ``"stages"`` or one of
+            the methods of :mod:`gisting.internalize.teaching`, ``"on-policy"`` and ``"self-study"``, which train the
+            bare query in a single stage, with ``num_questions`` that the model writes and the ``temperature`` of the
+            answers; ``max_examples``, the number of
             examples in a full prompt, which falls with the share; ``tail`` with ``num_gist_tokens`` and
             ``num_gist_stages``, for stages that read the whole prompt through a gist; ``control`` with
             ``control_share``, for a control instead of the schedule (:mod:`gisting.internalize.plan`); ``max_length``
@@ -150,24 +166,40 @@ def internalize(
         The results, stage by stage, as they are in the output directory.
 
     Raises:
-        GistError: an argument is out of range, the output directory holds another run, or there is nothing to resume.
+        GistError: an argument is out of range, edits are given without a gist to read them, the output directory holds
+            another run, or there is nothing to resume.
         RecordError: a record has no query, or does not fit without examples.
         OSError: a file cannot be written.
     """
     require_patched(model, tokenizer)
+    if isinstance(method := settings.get("method"), Method) or method in _WEIGHTS:
+        warnings.warn(
+            "internalize: method as what is trained will be removed in the next release; use weights",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        weights = settings.pop("method")
     chosen = StageSettings(**settings)
-    way = Method(method) if isinstance(method, str) else method
+    way = Method(weights) if isinstance(weights, str) else weights
     rows = _queries(records)
     asked = None if eval_records is None else _queries(eval_records)
-    _check(prompt, rows, asked, way, arguments)
-    plan = make_plan(schedule, **keywords_for(make_plan, chosen))
+    num_questions = num_questions_of(chosen, len(rows))
+    versions = _versions(edits, chosen)
+    _check(prompt, rows, asked, way, arguments, num_questions)
+    check_teaching(
+        chosen, arguments, has_stages=schedule != Schedule.linear() or not isinstance(shortener, NoShortening)
+    )
+    if chosen.method == "stages":
+        plan = make_plan(schedule, **keywords_for(make_plan, chosen))
+    else:
+        plan = make_plan(schedule, control="bare")
     if chosen.control == "shortened" and isinstance(shortener, NoShortening):
         raise GistError(
             "control 'shortened' with a shortener that keeps the whole prompt is control 'full'; use rewrites or "
             "another shortener"
         )
     metrics = {"exact_match": exact_match} if metrics is None else dict(metrics)
-    steps = split_steps(num_steps(arguments, len(rows)), len(plan.stages))
+    steps = split_steps(num_steps(arguments, len(rows) + num_questions), len(plan.stages))
     for count in steps:
         warmup_of(arguments, count)  # raises before any work is done
     about = {
@@ -175,7 +207,10 @@ def internalize(
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_template": tokenizer.template.name,
         "prompt_sha256": prompt_hash(prompt),
-        "schedule": None if chosen.control else list(schedule.shares),
+        "method": chosen.method,
+        "num_questions": None if chosen.method == "stages" else num_questions,
+        "temperature": None if chosen.method == "stages" else chosen.temperature,
+        "schedule": None if chosen.control or chosen.method != "stages" else list(schedule.shares),
         "shortener": shortener.name,
         "max_examples": chosen.max_examples,
         "pool": None if pool is None else [records_hash(pool.records), pool.near_duplicate, pool.min_answer_words],
@@ -184,12 +219,13 @@ def internalize(
         "num_gist_tokens": chosen.num_gist_tokens if chosen.tail == "gist" else None,
         "stages": [asdict(stage) for stage in plan.stages],
         "steps": list(steps),
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps,
+        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         "control": chosen.control,
         "max_length": chosen.max_length,
         "max_target_length": chosen.max_target_length if tokenizer.is_encoder_decoder else None,
-        "method": asdict(way),
+        "weights": asdict(way),
         "records": records_hash(rows),
+        "edits": None if edits is None else records_hash(versions, with_instructions=True),
         "eval_records": None if asked is None else records_hash(asked),
         "metrics": sorted(metrics),
         "max_new_tokens": chosen.max_new_tokens,
@@ -197,13 +233,16 @@ def internalize(
     }
     output = Path(str(arguments.output_dir))
     is_adapter = way.name != "full" or adapters.adapter_of(model) is not None
-    check_directory(output, about, resume, is_adapter=is_adapter)
+    if arguments.process_index == 0 or resume:  # to the others, files that the first one makes would look like a run
+        check_directory(output, about, resume, is_adapter=is_adapter)
     if (output / RESULT_NAME).exists():
         done = load_internalized(output)
         restore_model(model, output)
         for result in done.stages if on_stage is not None else ():
             on_stage(result)  # pyright: ignore[reportOptionalCall]
         return done
+    if chosen.method != "stages":
+        model.to(arguments.device)  # pyright: ignore[reportArgumentType]  # as Trainer does, which comes after sampling
     if pool is None and not resume and any(stage.num_examples for stage in plan.stages):
         pool = ExamplePool(rows)
     run = _Run(
@@ -222,12 +261,29 @@ def internalize(
         settings=chosen,
         callbacks=tuple(callbacks),
         output=output,
+        edits=versions,
+        teaching=None
+        if chosen.method == "stages"
+        else Teaching(
+            model=model,
+            tokenizer=tokenizer,
+            prompt=prompt,
+            method=chosen.method,
+            num_questions=num_questions,
+            queries=[row.input for row in rows],
+            max_new_tokens=chosen.max_new_tokens,
+            temperature=chosen.temperature,
+            seed=arguments.seed,
+            directory=output,
+            has_new_adapter=way.name == "lora" and adapters.adapter_of(model) is None,
+        ),
     )
     numbers = range(1, len(plan.stages) + 1)
-    if not resume:
+    if run.is_first and not resume:
         for number in numbers:
             run.build(number)
         write_json(output / SETTINGS_NAME, about)
+    run.wait()
     results = []
     last_trained = 0  # the stage whose weights are in memory
     for number in numbers:
@@ -239,14 +295,16 @@ def internalize(
             prepare(model, way, chosen.num_gist_tokens)
             result = run.stage(number)
             last_trained = number
-            shutil.rmtree(run.directory(number - 1) / _MODEL, ignore_errors=True)
+            if run.is_first:
+                shutil.rmtree(run.directory(number - 1) / _MODEL, ignore_errors=True)
         results.append(result)
         if on_stage is not None:
             on_stage(result)
     if last_trained != len(plan.stages):
         restore_model(model, run.directory(len(plan.stages)) / _MODEL)
     count = prepare(model, way, chosen.num_gist_tokens)
-    save_model(model, tokenizer, output)
+    if run.is_first:
+        save_model(model, tokenizer, output)
     done = Internalized(
         tuple(results),
         plan.condition,
@@ -256,9 +314,11 @@ def internalize(
         count.total,
         sum(result.seconds for result in results),
     )
-    done.save(output)
-    for number in numbers:
-        shutil.rmtree(run.directory(number) / _MODEL, ignore_errors=True)
+    run.wait()  # another process may still be reading the weights of a stage
+    if run.is_first:
+        done.save(output)
+        for number in numbers:
+            shutil.rmtree(run.directory(number) / _MODEL, ignore_errors=True)
     return done
 
 
@@ -281,6 +341,18 @@ class _Run:
     settings: StageSettings
     callbacks: tuple[TrainerCallback, ...]
     output: Path
+    edits: list[Record]
+    teaching: Teaching | None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.arguments.process_index == 0
+
+    def wait(self) -> None:
+        """Wait until all processes are here, so that what the first one has written is there."""
+        if self.arguments.world_size > 1:
+            torch.distributed.barrier()
 
     def directory(self, number: int) -> Path:
         return self.output / f"stage-{number}"
@@ -289,7 +361,13 @@ class _Run:
         """Write the data of a stage."""
         stage, directory = self.plan.stages[number - 1], self.directory(number)
         text = shorten(self.shortener, self.prompt, stage.share)
-        training = self._requests(stage, text, self.records, self.records)
+        records = self.records if self.teaching is None else self.teaching.prepare()
+        training = self._requests(stage, text, records, records)
+        if stage.num_gist_tokens is not None:
+            for version, own in itertools.groupby(self.edits, key=lambda record: record.instruction):
+                own = [*own]
+                more = vars(self._requests(stage, version, own, own))
+                training = Requests(**{name: rows + more[name] for name, rows in vars(training).items()})
         about = {
             "number": number,
             "condition": stage.condition,
@@ -319,7 +397,9 @@ class _Run:
             restore_model(self.model, directory / _MODEL)
         else:
             loss = self._train(number, stage, read_records(directory / DATA_NAME))
-            save_model(self.model, self.tokenizer, directory / _MODEL, {"train_loss": loss})
+            if self.is_first:
+                save_model(self.model, self.tokenizer, directory / _MODEL, {"train_loss": loss})
+            self.wait()
         about = {**_read_json(directory / STAGE_NAME), **_read_json(directory / _MODEL / TRAINING_NAME)}
         asking = read_records(directory / EVAL_NAME)
         for text in ("prompt", "template"):  # the latter in runs of format 1
@@ -329,9 +409,11 @@ class _Run:
             metrics={} if asking is None else self._evaluate(stage, asking, directory),
             seconds=time.perf_counter() - start,
         )
-        write_json(directory / _RESULT, asdict(result))
-        for checkpoint in directory.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        if self.is_first:
+            write_json(directory / _RESULT, asdict(result))
+            for checkpoint in directory.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        self.wait()
         return result
 
     def _requests(self, stage: Stage, text: str, records: list[Record], known: list[Record]) -> Requests:
@@ -352,6 +434,20 @@ class _Run:
 
     def _train(self, number: int, stage: Stage, records: Any) -> float:
         """Train a stage, from its last checkpoint if there is one, and return Trainer's loss."""
+        arguments = self._arguments(number)
+        if self.teaching is not None:
+            with self.teaching.lessons([record.input for record in records]) as lessons:
+                return self._fit(
+                    number,
+                    TaughtTrainer(
+                        model=self.model,
+                        args=arguments,
+                        train_dataset=range(len(records)),
+                        callbacks=[*self.callbacks, _NoLastCheckpoint()],
+                        tokenizer=self.tokenizer,
+                        lessons=lessons,
+                    ),
+                )
         lengths = {name: getattr(self.settings, name) for name in ("max_length", "max_target_length")}
         if stage.num_gist_tokens is None:
             collator = PlainCollator(self.tokenizer, **lengths)
@@ -360,7 +456,6 @@ class _Run:
             collator = GistCollator(self.tokenizer, k, **lengths)
             collator.encode_ahead(records)
             self.model.config.gist = {**self.model.config.gist, "num_gist_tokens": [k, k]}
-        arguments = self._arguments(number)
         batches = step_batches(collator, self.tokenizer, arguments)
         trainer = ObjectiveTrainer(
             model=self.model,
@@ -369,13 +464,17 @@ class _Run:
             data_collator=RepeatableDraws(batches, arguments.seed),
             callbacks=[*self.callbacks, _NoLastCheckpoint()],
         )
+        return self._fit(number, trainer)
+
+    def _fit(self, number: int, trainer: ObjectiveTrainer) -> float:
+        """Train with a stage's ``trainer``, from its last checkpoint if there is one, and return Trainer's loss."""
         if self.callbacks:
             trainer.remove_callback(PrinterCallback)  # With callbacks of the caller's own, they report progress.
         try:
             checkpoint = checkpoint_to_resume(self.directory(number), True)
         except GistError:  # the stage has not started, or was killed before its first complete checkpoint
             checkpoint = None
-        quiet = without_parallel_tokenizers(arguments.dataloader_num_workers > 0)
+        quiet = without_parallel_tokenizers(trainer.args.dataloader_num_workers > 0)
         with checkpointing_what_learns(self.model), _own_forward(self.model), quiet:
             return trainer.train(resume_from_checkpoint=checkpoint).training_loss
 
@@ -387,31 +486,47 @@ class _Run:
         own.warmup_steps = warmup_of(self.arguments, own.max_steps)
         own.seed += number
         own.data_seed = None if own.data_seed is None else own.data_seed + number
+        if own.ddp_find_unused_parameters is None and adapters.adapter_of(self.model) is not None:
+            own.ddp_find_unused_parameters = True  # the adapter's gist token, in a stage that reads none
         return own
 
     def _evaluate(self, stage: Stage, records: list[Record], directory: Path) -> dict[str, dict[str, float]]:
-        """Score the answers to the bare query and to the stage's own requests, and write them to a file."""
-        results = evaluate(
-            self.model,
-            self.tokenizer,
-            records,
-            stage.num_gist_tokens or 1,
-            conditions=list(dict.fromkeys(("no-prompt", stage.condition))),
-            max_new_tokens=self.settings.max_new_tokens,
-            batch_size=self.arguments.per_device_eval_batch_size,
-            with_rouge=False,
-        )
-        references = [record.output for record in records]
-        lines: list[dict[str, Any]] = [{"input": one.input, "output": one.output} for one in records]
-        for result in results:
-            for line, prediction in zip(lines, result.predictions, strict=True):
-                line[result.condition] = prediction
-        write_lines(directory / ANSWERS_NAME, lines)
-        return {
-            result.condition: {
-                name: float(score(result.predictions, references)) for name, score in self.metrics.items()
+        """Score the answers to the bare query and to the stage's own requests, and write them to a file.
+
+        Each process answers its share of the requests.
+        """
+        conditions = list(dict.fromkeys(("no-prompt", stage.condition)))
+        first, step = self.arguments.process_index, self.arguments.world_size
+        answers: dict[str, list[str]] = {condition: [] for condition in conditions}
+        if own := records[first::step]:
+            results = evaluate(
+                self.model,
+                self.tokenizer,
+                own,
+                stage.num_gist_tokens or 1,
+                conditions=conditions,
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_size=self.arguments.per_device_eval_batch_size,
+                with_rouge=False,
+            )
+            answers = {result.condition: result.predictions for result in results}
+        if step > 1:
+            shares: list[Any] = [None] * step
+            torch.distributed.all_gather_object(shares, answers)
+            answers = {
+                condition: [shares[row % step][condition][row // step] for row in range(len(records))]
+                for condition in conditions
             }
-            for result in results
+        lines = [
+            {"input": one.input, "output": one.output, **{name: found[row] for name, found in answers.items()}}
+            for row, one in enumerate(records)
+        ]
+        if self.is_first:
+            write_lines(directory / ANSWERS_NAME, lines)
+        references = [record.output for record in records]
+        return {
+            condition: {name: float(score(found, references)) for name, score in self.metrics.items()}
+            for condition, found in answers.items()
         }
 
 
@@ -439,26 +554,44 @@ def _queries(records: Iterable[Record | Mapping[str, Any]]) -> list[Record]:
     return rows
 
 
+def _versions(edits: Sequence[Record] | None, settings: StageSettings) -> list[Record]:
+    """The records with an edited prompt, those of one version together."""
+    if edits is None:
+        return []
+    if settings.tail != "gist":
+        raise GistError(
+            f"edits are read by the stages of tail 'gist', got tail {settings.tail!r}; choose it: --tail gist"
+        )
+    rows = _queries(edits)
+    if not rows:
+        raise GistError("edits is empty; pass at least one record with an edited prompt, or None")
+    if empty := [number for number, row in enumerate(rows, start=1) if not row.instruction.strip()]:
+        raise RecordError(f"record {empty[0]} of edits has no instruction; it is the edited prompt")
+    return sorted(rows, key=lambda record: record.instruction)
+
+
 def _check(
     prompt: str,
     records: list[Record],
     eval_records: list[Record] | None,
-    method: Method,
+    weights: Method,
     arguments: TrainingArguments,
+    num_questions: int,
 ) -> None:
     if not prompt.strip():
         raise GistError("prompt is empty, so there is nothing to internalise; pass its text")
-    if not records:
+    if not records and not num_questions:
         raise GistError("records is empty; pass at least one")
     if eval_records is not None and not eval_records:
         raise GistError("eval_records is empty; pass at least one, or None")
-    if method.name not in _METHODS:
+    if weights.name not in _WEIGHTS:
         raise GistError(
-            f"method must be one of {', '.join(_METHODS)}, got {method.name!r}, which has no effect without gist tokens"
+            f"weights must be one of {', '.join(_WEIGHTS)}, got {weights.name!r}, which has no effect without gist "
+            "tokens"
         )
-    if arguments.world_size > 1 or arguments.fsdp or arguments.deepspeed:
+    if arguments.fsdp or arguments.deepspeed:
         raise GistError(
-            "stages are trained by a single process; run without torchrun, accelerate launch, fsdp and deepspeed"
+            "stages are trained by processes that hold the whole model each (torchrun); run without fsdp and deepspeed"
         )
     if arguments.train_sampling_strategy in BY_LENGTH:
         raise GistError(

@@ -25,7 +25,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ __all__ = [
     "reader_fingerprint",
     "save",
     "weights_name",
+    "without_adapter",
 ]
 
 #: The kinds of adapter, by name.
@@ -190,6 +192,36 @@ def detach(model: Any) -> None:
     del model._gist_trained_before
     vars(model).pop("_gist_adapter_name", None)
     model.config.gist = {key: value for key, value in model.config.gist.items() if key != "adapter"}
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[Any]:
+    """Switch the LoRA of ``model`` off within a block, without detaching it.
+
+    Ordinary text is then read by the frozen base model. Adapters of the other kinds do nothing there anyway.
+
+    Args:
+        model: a model with an adapter. No other thread may use it meanwhile.
+
+    Yields:
+        The model.
+
+    Raises:
+        GistError: the model has no adapter.
+    """
+    if adapter_of(model) is None:
+        raise GistError("model has no gisting adapter that could be switched off")
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_variant")]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in learning:  # peft stops gradients when it switches an adapter off
+            parameter.requires_grad_(True)
 
 
 def adapter_of(model: Any) -> Adapter | None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import internalize
+from benchmarks import codes, internalize
 from benchmarks.__main__ import run
+from benchmarks.codes import codes_table
 from benchmarks.internalize import internalize_table, measure, serving_table
 from gisting import GistError
 from gisting.demo import task_model
@@ -116,3 +117,97 @@ def test_the_command_with_few_steps(
 def test_an_unknown_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GistError, match=r"runs must be names of in stages, .*, got 'by magic'"):
         measure(tmp_path, runs=["by magic"])
+
+
+# -- codes that only the prompt has ------------------------------------------------------------------------------------
+
+
+def scored(run: str, seed: int, value: float, **changes: Any) -> dict[str, Any]:
+    interval = {"value": value, "low": value - 0.1, "high": value + 0.1}
+    row = {
+        "run": run,
+        "model": "m",
+        "seed": seed,
+        "num_steps": 200,
+        "base_steps": 600,
+        "num_edits": 2000,
+        "seconds": 9.6,
+    }
+    row |= {"num_queries": 128, "tokens": 6.0, "asked": interval, "unasked": interval, "changed": None, "kept": None}
+    return {**row, **ABOUT, **changes}
+
+
+def test_the_table_of_codes_by_eye() -> None:
+    read = {"changed": scored("", 0, 0.5)["asked"], "kept": scored("", 0, 0.25)["asked"], "tokens": 14.0}
+    rows = [
+        scored("stages, then a gist", 0, 1.0, **read),
+        scored("self-study", 1, 0.75),
+        scored("self-study", 0, 0.5),
+        scored("not trained, no prompt", 0, 0.0, num_steps=0, tokens=None),
+    ]
+    assert codes_table(rows).splitlines() == [
+        "| m: trained | tokens | asked | unasked | changed code | kept code | seconds |",
+        "|---|---|---|---|---|---|---|",
+        "| not trained, no prompt | - | 0.0 | 0.0 | - | - | 10 |",
+        "| self-study | 6 | 50.0, 75.0 | 50.0, 75.0 | - | - | 10 |",
+        "| stages, then a gist | 14 | 100.0 | 100.0 | 50.0 | 25.0 | 10 |",
+        "",
+        "Right answers in per cent, for seeds 0, 1; the mean 95 % interval of a score is ±10. At most 128 queries for "
+        "each score; 200 steps of 32 requests for each way, from a base of 600 steps on random tables; 2,000 versions "
+        "of the prompt to learn from (d, 2 threads, torch t, transformers f).",
+    ]
+
+
+def test_versions_of_the_table_differ_where_they_say() -> None:
+    problem = codes._BuiltIn()
+    split = problem.split(3, 40, 16)
+    names = {code.partition("-")[0]: code for code in split.prompt.split() if "-" in code}
+    unasked = {name for name in names if not any(name in str(one.input).split() for one in split.training)}
+    assert len(unasked) == 2
+    for record in (*split.edits, *split.changed, *split.kept):
+        assert unasked.isdisjoint(str(record.input).split())
+        own = {code.partition("-")[0]: code for code in record.instruction.split() if "-" in code}
+        assert own.keys() == names.keys()
+        assert 1 <= sum(own[name] != names[name] for name in names) <= 4
+        changed = [name for name in str(record.input).split() if own[name] != names[name]]
+        assert all(own[name] in record.output for name in str(record.input).split())
+        assert record in split.edits or bool(changed) == (record in split.changed)
+    assert all(not unasked.isdisjoint(str(one.input).split()) for one in split.unasked)
+    assert split.prompt not in {one.instruction for one in split.edits}
+    assert not {one.instruction for one in split.changed} & {one.instruction for one in split.edits}
+
+
+def test_rooms_that_no_training_query_asks_for(tmp_path: Path) -> None:
+    problem = object.__new__(codes._Rooms)
+    split = problem.split(1, 10, 6)
+    rooms = {record.output.split()[4] for record in split.training}
+    assert len(rooms) == 12
+    assert {record.output.split()[4] for record in split.asked} == rooms
+    others = {record.output.split()[4] for record in split.unasked}
+    assert len(others) == 4
+    assert others.isdisjoint(rooms)
+    for record in (*split.training, *split.asked, *split.unasked, *split.edits, *split.changed, *split.kept):
+        assert record.output in record.instruction
+    assert not {record.input for record in split.training} & {record.input for record in split.asked}
+    assert all(record.output not in split.prompt for record in split.changed)
+    assert all(record.output in split.prompt for record in split.kept)
+    assert problem.is_right("It is 123.", "The code of room Amber is 123.")
+    assert not problem.is_right("It is 123 or 124.", "The code of room Amber is 123.")
+    asking = [record for record in problem.lookups(60, 0) if record.instruction.startswith("You write")]
+    assert 5 <= len(asking) <= 25
+    assert all(record.output.split(" room ")[-1].rstrip("?.") for record in asking)
+
+
+def test_codes_are_measured_with_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "internalize --part codes --seeds 0 --base-steps 2 --steps 4 --records 4 --edits 6 --questions 8"
+    ways = "not trained, full prompt;on-policy, own questions;self-study;stages, then a gist of edits"
+    output = ["--output", str(tmp_path / "rows.jsonl"), "--checkpoints", str(tmp_path / "runs")]
+    assert run([*words.split(), *output, "--runs", ways]) == 0
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [row["run"] for row in rows] == ways.split(";")
+    assert [row["changed"] is not None for row in rows] == [True, False, False, True]
+    assert "| built-in task: trained | tokens | asked |" in capsys.readouterr().out
+    assert run([*words.split(), *output, "--runs", "bare query", "--seconds", "0"]) == 0
+    assert "bare query: not started, the time is over" in capsys.readouterr().out
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 4
+    assert run([*words.split(), "--runs", "nothing"]) == 2

@@ -17,9 +17,13 @@ from benchmarks import nl2bash
 from benchmarks.__main__ import run
 from benchmarks.nl2bash import (
     PROMPT,
+    RUNS,
+    Task,
     bleu_interval,
     command_tokenizer,
     measure,
+    nl2bash_costs_table,
+    nl2bash_requests_table,
     nl2bash_table,
     read_pairs,
     split_pairs,
@@ -138,8 +142,22 @@ def test_bleu_with_its_interval() -> None:
     found = bleu_interval(predictions, references)
     assert found.value == pytest.approx(bleu(predictions, references))
     assert 20 < found.low < found.value < found.high < 95
+    # No four words in a row are right, and no three.
+    poor = ["find x -name y", "ls -z"], ["find . -name '*.txt'", "ls -l"]
+    assert bleu_interval(*poor).value == pytest.approx(bleu(*poor))
+    assert bleu(*poor) > 0
     same = bleu_interval(references, references)
     assert (same.low, same.value, same.high) == pytest.approx((100, 100, 100))
+
+
+PRICES = {
+    "currency": "EUR",
+    "input_per_million": 2.0,
+    "cached_input_per_million": 1.0,
+    "output_per_million": 10.0,
+    "training_per_million": 5.0,
+    "finetuned_factor": 1.0,
+}
 
 
 def trained(run: str, seed: int, condition: str, stages: list[tuple[float, float, float, float]]) -> dict[str, Any]:
@@ -148,19 +166,28 @@ def trained(run: str, seed: int, condition: str, stages: list[tuple[float, float
         "run": run,
         "seed": seed,
         "model": "from nothing",
+        "template": "plain",
+        "weights": "full",
+        "dtype": "float32",
         "vocabulary": 2000,
         "num_parameters": 1_150_000,
         "num_steps": 400,
         "batch_size": 16,
-        "template_tokens": 117,
+        "prompt_tokens": 117,
         "max_length": 416,
+        "max_answer": 48,
         "num_records": 10_000,
         "num_eval_records": 300,
         "num_dropped": 21,
         "condition": condition,
         "tokens": stages[-1][1] if condition == "prompt" else 20.0,
+        "cached_tokens": 0.0,
         "query_tokens": 20.0,
+        "answer_tokens": 10.0,
         "bleu": {"value": stages[-1][3], "low": stages[-1][3] - 1, "high": stages[-1][3] + 1.5},
+        "exact_match": {"value": 0.125, "low": 0.1, "high": 0.15},
+        "training_tokens": 1e6,
+        "prices": None,
         "stages": [
             {"share": share, "realised_share": share, "mean_examples": 3 * share, "tokens": tokens, "bare": bare}
             | {"as_read": read}
@@ -183,16 +210,18 @@ def test_the_table_by_eye() -> None:
     ]
     lines = nl2bash_table([*rows, {**rows[1], "model": "other"}]).splitlines()
     assert lines[:14] == [
-        "| trained | run on | tokens of a request | saved | BLEU, seed 0 | BLEU, seed 1 | minutes |",
-        "|---|---|---|---|---|---|---|",
-        "| in stages | the bare query | 20.0 | 92 % | 7.0 [6.0, 8.5] | 8.0 [7.0, 9.5] | 2.5 |",
-        "| shortened prompt | its prompt | 100.0 | 60 % | 6.0 [5.0, 7.5] | - | 1.5 |",
+        "| trained | run on | tokens of a request | saved | BLEU, seed 0 | BLEU, seed 1 | exact match, seed 0 "
+        "| exact match, seed 1 | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| in stages | the bare query | 20.0 | 92 % | 7.0 [6.0, 8.5] | 8.0 [7.0, 9.5] | 12.5 [10.0, 15.0] "
+        "| 12.5 [10.0, 15.0] | 2.5 |",
+        "| shortened prompt | its prompt | 100.0 | 60 % | 6.0 [5.0, 7.5] | - | 12.5 [10.0, 15.0] | - | 1.5 |",
         "",
         "| in stages | stage 1 | stage 2 | stage 3 |",
         "|---|---|---|---|",
         "| prompt kept | 100 % | 50 % | 0 % |",
         "| examples, mean | 3.00 | 1.50 | 0.00 |",
-        "| tokens of a request | 250.0 | 125.0 | 20.0 |",
+        "| tokens of a training request | 250.0 | 125.0 | 20.0 |",
         "| saved | 0 % | 50 % | 92 % |",
         "| BLEU of the stage's prompt, seed 0 | 4.0 | 5.0 | 7.0 |",
         "| BLEU of the bare query, seed 0 | 1.5 | 2.5 | 7.0 |",
@@ -200,9 +229,45 @@ def test_the_table_by_eye() -> None:
     ]
     # The other model has no full prompt to compare with.
     (other,) = (line for line in lines[16:] if line.startswith("| shortened prompt"))
-    assert other == "| shortened prompt | its prompt | 100.0 | - | 6.0 [5.0, 7.5] | 1.5 |"
-    assert "21 of both splits were left out" in lines[-1]
-    assert "16 requests from other, 1.15 million parameters" in lines[-1]
+    assert other == "| shortened prompt | its prompt | 100.0 | - | 6.0 [5.0, 7.5] | 12.5 [10.0, 15.0] | 1.5 |"
+    assert "10,000 records to train on; 21 more were left out" in lines[-1]
+    assert "16 requests from other, all weights trained, float32, template plain, 1.15 million parameters" in lines[-1]
+
+
+def test_the_table_of_costs_by_hand() -> None:
+    full = {**trained("full prompt", 0, "prompt", [(1.0, 250.0, 1.5, 4.0)]), "cached_tokens": 150.0}
+    gist = trained("in stages, gist at the end", 0, "gist", [(1.0, 250.0, 1.5, 4.0), (1.0, 28.0, 7.0, 7.0)])
+    rows = [
+        trained("in stages", 0, "no-prompt", [(1.0, 250.0, 1.5, 4.0), (0.0, 20.0, 7.0, 7.0)]),
+        {**gist, "cached_tokens": 8.0, "tokens": 28.0},
+        {**gist, "run": "in stages, gist of another prompt"},
+        full,
+        {**full, "run": "not trained, full prompt", "num_steps": 0, "stages": [], "training_tokens": 0.0},
+        {**full, "seed": 1},
+    ]
+    assert nl2bash_costs_table(rows) == ""  # without prices
+    lines = nl2bash_costs_table([{**row, "prices": PRICES} for row in rows]).splitlines()
+    # A thousand requests: 20 x 2 + 10 x 10 = 140 EUR a million, so 0.140; the full prompt 250 x 2 + 100 = 600; cached
+    # 100 x 2 + 150 + 100 = 450. A million tokens of training cost 5: 5 / 0.00046 = 10,870 requests, 5 / 0.00031.
+    assert lines[:8] == [
+        "| trained | tokens | cached | EUR for 1,000 requests | cheaper | training, EUR | pays after "
+        "| pays after (prefix cache) |",
+        "|---|---|---|---|---|---|---|---|",
+        "| in stages | 20.0 | - | 0.140 | 77 % | 5.00 | 10,870 | 16,130 |",
+        "| in stages, gist at the end | 28.0 | 8 | 0.148 | 75 % | 5.00 | 11,062 | 16,557 |",
+        "| full prompt | 250.0 | - | 0.600 | 0 % | 5.00 | never | never |",
+        "| not trained, full prompt | 250.0 | - | 0.600 | 0 % | - | - | - |",
+        "| not trained, full prompt, prefix cache | 250.0 | 150 | 0.450 | 25 % | - | - | - |",
+        "",
+    ]
+    assert "cost 1 times as much" in lines[-1]
+    dearer = {**PRICES, "finetuned_factor": 3.0}
+    (staged,) = (
+        line
+        for line in nl2bash_costs_table([{**row, "prices": dearer} for row in rows]).splitlines()
+        if line.startswith("| in stages |")
+    )
+    assert staged == "| in stages | 20.0 | - | 0.420 | 30 % | 5.00 | 27,778 | 166,667 |"
 
 
 def test_the_command_with_few_steps(
@@ -215,7 +280,7 @@ def test_the_command_with_few_steps(
     )
     output = tmp_path / "rows.jsonl"
     words = f"--queries {queries} --commands {commands} --output {output} --checkpoints {tmp_path / 'models'}"
-    words += " --steps 4 --batch-size 2 --records 4"
+    words += " --steps 4 --batch-size 2 --records 4 --part training"
     assert run(["nl2bash", *words.split(), "--runs", "in stages;full prompt, run bare"]) == 0
     staged, control = read_rows(output)
     assert [(row["run"], row["condition"], len(row["stages"])) for row in (staged, control)] == [
@@ -230,24 +295,87 @@ def test_the_command_with_few_steps(
     assert 0.5 < stages[1]["realised_share"] < 0.75
     assert 0.2 < stages[2]["realised_share"] < 0.4
     assert stages[0]["tokens"] == control["stages"][0]["tokens"]
-    assert staged["tokens"] == stages[3]["tokens"] == control["tokens"] == control["query_tokens"]
+    assert staged["tokens"] == staged["query_tokens"] == control["tokens"] == control["query_tokens"]
+    assert control["bleu"]["value"] == pytest.approx(control["stages"][0]["bare"])
     assert all(0 <= stage[name] <= 100 for stage in stages for name in ("bare", "as_read"))
     assert staged["command"] == "python -m benchmarks nl2bash --queries made.nl --commands made.cm"
     assert "| in stages | the bare query |" in capsys.readouterr().out
 
 
-def test_all_ways_start_from_the_checkpoint(tmp_path: Path, shared: Path) -> None:
-    (row,) = measure(
-        PAIRS, tmp_path, model=shared / "models" / "stories260K", steps=2, batch_size=2, runs=["bare query"]
+def test_the_ways_start_from_the_checkpoint(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nl2bash, "MAX_ANSWER", 20)
+    task = Task.make(
+        PAIRS,
+        model=shared / "models" / "stories260K",
+        template="plain",
+        dtype="bfloat16",
+        num_train_records=24,
+        num_records=7,
     )
-    assert (row.model, row.vocabulary, row.num_parameters) == ("stories260K", 512, 260_096)
-    assert row.tokens == row.query_tokens == row.stages[0]["tokens"]
+    runs = [name for name, way in RUNS.items() if way.training not in ({}, RUNS["bare query"].training)]
+    runs.remove("shortened prompt")
+    found = measure(task, tmp_path, weights="lora", steps=4, batch_size=2, gradient_checkpointing=True, runs=runs)
+    rows = {row.run: row for row in found}
+    assert list(rows) == runs
+    assert {(row.model, row.vocabulary, row.num_parameters) for row in found} == {("stories260K", 512, 260_096)}
+    assert {(row.weights, row.dtype, row.num_records) for row in found} == {("lora", "bfloat16", 24)}
+    bare, full = rows["not trained, bare query"], rows["not trained, full prompt"]
+    assert (bare.num_steps, bare.stages, bare.training_tokens, bare.cached_tokens) == (0, [], 0, 0)
+    assert bare.tokens == bare.query_tokens == rows["full prompt, run bare"].tokens
+    assert full.tokens == rows["full prompt"].tokens > bare.tokens
+    assert full.cached_tokens == rows["full prompt"].cached_tokens == full.prompt_tokens
+    tail, other = rows["in stages, gist at the end"], rows["in stages, gist of another prompt"]
+    assert (tail.condition, tail.cached_tokens) == ("gist", 8)
+    assert tail.tokens == other.tokens
+    # One training for both ways to ask.
+    assert (tail.training_tokens, tail.stages, tail.seconds) == (other.training_tokens, other.stages, other.seconds)
+    assert rows["full prompt"].training_tokens == rows["full prompt, run bare"].training_tokens > 0
+    assert rows["full prompt"].training_tokens > tail.training_tokens
+
+
+def test_the_gist_of_another_prompt_is_what_is_read(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nl2bash, "MAX_ANSWER", 16)
+    asked = []
+    answers = Task.answers
+
+    def kept(task: Task, model: Any, records: list[Record], condition: str, num_gist_tokens: int = 1) -> list[str]:
+        asked.append((condition, num_gist_tokens, {record.instruction for record in records}))
+        return answers(task, model, records, condition, num_gist_tokens)
+
+    monkeypatch.setattr(Task, "answers", kept)
+    task = Task.make(PAIRS, num_train_records=24, num_records=4)
+    runs = ["in stages, gist of another prompt", "not trained, full prompt", "not trained, bare query"]
+    rows = measure(task, tmp_path, steps=4, batch_size=2, runs=runs)
+    assert [row.run for row in rows] == runs
+    other = RUNS[runs[0]].prompt
+    assert asked[0] == ("gist", 8, {other})
+    assert other != PROMPT
+    assert [condition for condition, _, _ in asked[1:]] == ["prompt", "no-prompt"]
+    assert all(text.startswith(PROMPT) for text in asked[1][2])
+
+
+def test_requests_are_timed(tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [(f"Show the last {number} lines", f"tail -n {number}") for number in range(400)]
+    queries, commands = written(tmp_path, *("\n".join(side) for side in zip(*lines, strict=True)))
+    words = f"--queries {queries} --commands {commands} --model {shared / 'models' / 'stories260K'} --template plain"
+    words += f" --part requests --repeats 2 --output {tmp_path / 'rows.jsonl'}"
+    assert run(["nl2bash", *words.split()]) == 0
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(row["batch_size"], row["mode"]) for row in rows] == [
+        (size, mode) for size in (1, 8) for mode in ("full prompt", "prefix cache", "bare query")
+    ]
+    assert {row["model"] for row in rows} == {"stories260K"}
+    full, cached, bare = rows[:3]
+    assert full["num_new_tokens"] > cached["num_new_tokens"] > bare["num_new_tokens"]
+    assert nl2bash_requests_table(rows) in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GistError, match=r"runs must be names of in stages, .*, got 'by magic'"):
-        measure(PAIRS, tmp_path, runs=["by magic"])
+        measure(Task.make(PAIRS), tmp_path, runs=["by magic"])
     with pytest.raises(
         GistError, match=r"pairs must leave records to train on and records to answer, got 1 and 0 from 1 pairs"
     ):
-        measure(PAIRS[1:2], tmp_path)
+        Task.make(PAIRS[1:2])

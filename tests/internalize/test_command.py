@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+import gisting
 from gisting import GistError
 from gisting.internalize.settings import InternalizeSettings, StageSettings
 from gisting.internalize.stages import internalize
+from tests import tiny
 
 OLD = (
     "model: m\ntemplate: rules.txt\ndata: train.jsonl\noutput: runs/x\ncompressor: rewrites\nexamples: 3\ntail: gist\n"
@@ -115,3 +117,29 @@ def test_old_options_are_not_in_the_help(run: Callable[..., Any]) -> None:
     assert "--shortener" in text
     assert "--compressor" not in text
     assert "--layout" not in text
+
+
+@pytest.mark.parametrize(
+    "words", ["--method on-policy --questions 12", "--method self-study --questions 12 --weights lora"]
+)
+def test_a_method_without_stages_needs_no_records(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gisting.save_pretrained(*tiny.patched("llama"), "base")
+    Path("p.txt").write_text(tiny.words(9, 1), encoding="utf-8")
+    Path("q.jsonl").write_text('{"input": "w1 w2", "output": "w3"}\n', encoding="utf-8")
+    given = (
+        "internalize base --prompt-file p.txt --eval q.jsonl --output o --max-steps 2 --batch-size 4 --max-new-tokens 3"
+    )
+    done = run(*given.split(), *words.split())
+    assert done.code == 0, done.err
+    assert "saved in o; run it on the bare query: " in done.out
+    report = run("report", "o")
+    assert words.split()[1] in report.out
+    assert "m --data d" not in done.err
+
+
+def test_what_is_trained_was_called_method(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = run("internalize", "--method", "lora")
+    assert "note: method lora is now called weights lora" in done.err

@@ -433,7 +433,7 @@ def settings_of(folder: Path, method: str) -> dict[str, Any]:
         "max_examples": 1,
         "eval_records": RECORDS[:2],
         "max_new_tokens": 2,
-        "method": Method(method, rank=4, dropout=0.1) if method == "lora" else method,
+        "weights": Method(method, rank=4, dropout=0.1) if method == "lora" else method,
         "tail": "gist" if method == "lora" else "none",
     }
 
@@ -555,7 +555,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         ({"prompt": "w1"}, "prompt_sha256 was"),
         ({"records": RECORDS[:3]}, "records was"),
         ({"max_length": 100}, "max_length was 512, is 100"),
-        ({"method": "lora"}, "name was full, is lora"),
+        ({"weights": "lora"}, "name was full, is lora"),
         ({"metrics": {"mine": exact_match}}, r"metrics was \['exact_match'\], is \['mine'\]"),
         ({"max_new_tokens": 1}, "max_new_tokens was 128, is 1"),
     ):
@@ -747,7 +747,7 @@ def test_only_the_adapter_is_saved(tmp_path: Path) -> None:
         arguments(tmp_path / "out"),
         schedule=HALF,
         shortener=SHORTER,
-        method=Method("lora", rank=4),
+        weights=Method("lora", rank=4),
     )
     assert result.num_trainable_parameters < result.num_parameters / 2
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -755,7 +755,7 @@ def test_only_the_adapter_is_saved(tmp_path: Path) -> None:
     assert adapter_of(loaded) is not None
     assert same(state(loaded), state(model))
     with pytest.raises(GistError, match="holds a whole checkpoint"):
-        internalize(base, tokenizer, PROMPT, RECORDS, arguments(tmp_path / "base"), method="lora")
+        internalize(base, tokenizer, PROMPT, RECORDS, arguments(tmp_path / "base"), weights="lora")
 
 
 def test_mixed_precision_is_not_wrapped_again_by_each_stage(tmp_path: Path) -> None:
@@ -826,7 +826,7 @@ def test_errors(tmp_path: Path) -> None:
         ({"prompt": " "}, "prompt is empty"),
         ({"records": []}, "records is empty"),
         ({"eval_records": []}, "eval_records is empty"),
-        ({"method": "gist-lora"}, "method must be one of full, lora, got 'gist-lora'"),
+        ({"weights": "gist-lora"}, "weights must be one of full, lora, got 'gist-lora'"),
         ({"arguments": arguments(tmp_path, max_steps=3)}, "max_steps must be at least 4, one for each stage, got 3"),
         ({"arguments": arguments(tmp_path, eval_strategy="epoch")}, "eval_strategy must be 'no'"),
         (
@@ -848,3 +848,70 @@ def test_errors(tmp_path: Path) -> None:
         assert not (tmp_path / "settings.json").exists(), "nothing was started"
     with pytest.raises(GistError, match=r"is not patched; call gisting.patch"):
         internalize(gisting.unpatch(model), tokenizer, PROMPT, RECORDS, arguments(tmp_path))
+
+
+# -- edited prompts ----------------------------------------------------------------------------------------------------
+
+VERSIONS = ["w51 w50 w52 w53 w54 w55", "w50 w51 w52 w53 w54 w56"]
+EDITS = [Record(VERSIONS[row % 2], f"w{row} w{row + 10}", f"w{row + 20}") for row in range(6)]
+
+
+def test_edited_prompts_are_read_by_the_stages_of_a_gist(tmp_path: Path) -> None:
+    model, tokenizer = fresh()
+    settings = {"schedule": HALF, "shortener": SHORTER, "tail": "gist", "num_gist_tokens": 2, "edits": EDITS}
+    result = internalize(model, tokenizer, PROMPT, RECORDS, arguments(tmp_path, max_steps=3), **settings)
+    first, second, third = (lines(tmp_path / f"stage-{number}" / "data.jsonl") for number in (1, 2, 3))
+    assert {row["instruction"] for row in first} == {PROMPT}
+    assert {row["instruction"] for row in second} == {"w50 w52 w54"}
+    assert [row["instruction"] for row in third[:8]] == [PROMPT] * 8
+    written = {(row["instruction"], row["input"], row["output"]) for row in third[8:]}
+    assert written == {(one.instruction, one.input, one.output) for one in EDITS}
+    assert [stage.num_records for stage in result.stages] == [8, 8, 14]
+    assert result.stages[2].prompt_tokens == 2
+
+
+def test_a_gist_learns_which_version_it_is_of(tmp_path: Path) -> None:
+    """One query, and an answer that only the version decides."""
+    answers = {f"w{50 + number} w60": f"w{30 + number}" for number in range(4)}
+    edits = [Record(prompt, "w1", answer) for prompt, answer in answers.items()]
+    model, tokenizer = fresh()
+    settings: dict[str, Any] = {"schedule": Schedule((1.0, 0.0)), "tail": "gist", "edits": edits, "max_length": 64}
+    internalize(
+        model,
+        tokenizer,
+        "w59 w60",
+        [Record("", "w1", "w39")],
+        arguments(tmp_path, max_steps=240, batch_size=5, per_device_batch_size=5),
+        **settings,
+    )
+    said = gisting.generate(model, tokenizer, ["w1"] * 4, prompts=[*answers], num_gist_tokens=1, max_new_tokens=1)
+    assert said == [*answers.values()]
+
+
+@pytest.mark.parametrize(
+    ("edits", "changes", "message"),
+    [
+        (EDITS, {"tail": "none"}, "edits are read by the stages of tail 'gist', got tail 'none'"),
+        ([], {}, "edits is empty; pass at least one record with an edited prompt, or None"),
+        ([Record("", "w1", "w2")], {}, "record 1 of edits has no instruction; it is the edited prompt"),
+        ([Record("w1 " * 40, "w1", "w2")], {"max_length": 30}, "has 4. ids with the prompt"),
+    ],
+)
+def test_edits_that_are_refused(tmp_path: Path, edits: Any, changes: dict[str, Any], message: str) -> None:
+    model, tokenizer = fresh()
+    settings = {"schedule": HALF, "shortener": SHORTER, "tail": "gist", **changes, "edits": edits}
+    with pytest.raises(GistError, match=message):
+        internalize(model, tokenizer, PROMPT, RECORDS, arguments(tmp_path), **settings)
+    assert not (tmp_path / "settings.json").exists()
+
+
+def test_a_run_with_other_edits_is_not_resumed(tmp_path: Path) -> None:
+    model, tokenizer = fresh()
+    settings: dict[str, Any] = {"schedule": HALF, "shortener": SHORTER, "tail": "gist"}
+    internalize(model, tokenizer, PROMPT, RECORDS, arguments(tmp_path, max_steps=3), **settings, edits=EDITS)
+    other = [Record(VERSIONS[0], one.input, one.output) for one in EDITS]
+    again, _ = fresh()
+    settings["resume"] = True
+    for edits in (None, other):
+        with pytest.raises(GistError, match="edits was"):
+            internalize(again, tokenizer, PROMPT, RECORDS, arguments(tmp_path, max_steps=3), **settings, edits=edits)

@@ -109,7 +109,7 @@ class _Split:
 class _BuiltIn:
     """The built-in task and its small LLaMA, which learns from random weights."""
 
-    name, answer, max_length, base_rate, rate = "built-in task", 8, 192, 2e-3, 1e-3
+    name, answer, max_length, rows, base_rate, rate = "built-in task", 8, 192, BATCH_SIZE, 2e-3, 1e-3
 
     def __init__(self) -> None:
         self.tokenizer = code_tokenizer()
@@ -183,7 +183,7 @@ _NUM_ROOMS, _NUM_UNASKED = 16, 4
 class _Rooms:
     """A house whose rooms have codes of three digits, and a pretrained chat model."""
 
-    answer, max_length, base_rate, rate = 16, 320, 1e-4, 1e-4
+    answer, max_length, rows, base_rate, rate = 16, 320, 8, 1.5e-4, 2e-4
 
     def __init__(self, directory: Path) -> None:
         self.name = directory.name
@@ -225,7 +225,8 @@ class _Rooms:
 
         def version() -> tuple[dict[str, int], list[str]]:
             others = chance.sample(names, chance.randint(1, _MOST_CHANGED))
-            edited = {name: chance.randint(100, 999) if name in others else codes[name] for name in codes}
+            new = iter(chance.sample([code for code in range(100, 1000) if code not in codes.values()], len(others)))
+            edited = {name: next(new) if name in others else codes[name] for name in codes}
             return {name: edited[name] for name in chance.sample([*edited], len(edited))}, others
 
         edits, changed, kept = [], [], []
@@ -251,7 +252,7 @@ class _Rooms:
 
     @staticmethod
     def _table(chance: random.Random) -> dict[str, int]:
-        return {name: chance.randint(100, 999) for name in chance.sample(_ROOMS, _NUM_ROOMS)}
+        return dict(zip(chance.sample(_ROOMS, _NUM_ROOMS), chance.sample(range(100, 1000), _NUM_ROOMS), strict=True))
 
     @staticmethod
     def _prompt(codes: dict[str, int]) -> str:
@@ -329,7 +330,8 @@ def _measure_one(
     num_questions: int,
 ) -> CodesRow:
     shutil.rmtree(folder, ignore_errors=True)
-    chosen, trained, tokens, start = RUNS[name], copy.deepcopy(base), None, time.perf_counter()
+    chosen, tokens, start = RUNS[name], None, time.perf_counter()
+    trained = copy.deepcopy(base).to("cuda" if torch.cuda.is_available() else "cpu")
     condition = "prompt" if name.endswith("full prompt") else "no-prompt"
     if chosen is not None:
         more = {key: value for key, value in chosen.items() if key not in ("questions", "edits")}
@@ -346,9 +348,9 @@ def _measure_one(
             problem.tokenizer,
             split.prompt,
             records,
-            _arguments(folder, steps, problem.rate, seed),
-            # Stages shorten with the base itself; methods without stages take neither.
-            **({} if "method" in chosen else {"shortener": SelfInformation(base, problem.tokenizer)}),
+            _arguments(folder, steps, problem.rate, seed, BATCH_SIZE if "method" in chosen else problem.rows),
+            # Methods without stages take no shortener.
+            **({} if "method" in chosen else {"shortener": SelfInformation(trained, problem.tokenizer)}),
             schedule=Schedule.linear(4),
             edits=split.edits if chosen.get("edits") else None,
             max_new_tokens=problem.answer,
@@ -386,11 +388,11 @@ def _score(problem: Any, model: Any, records: Sequence[Record], condition: str) 
     return bootstrap([[float(problem.is_right(said, record.output)) for said, record in pairs]])
 
 
-def _arguments(folder: Path, steps: int, rate: float, seed: int) -> TrainingArguments:
+def _arguments(folder: Path, steps: int, rate: float, seed: int, rows: int) -> TrainingArguments:
     return published_arguments(
         folder,
         batch_size=BATCH_SIZE,
-        per_device_batch_size=BATCH_SIZE,
+        per_device_batch_size=rows,  # of a forward pass
         max_steps=steps,
         learning_rate=rate,
         lr_scheduler_type="cosine",
@@ -422,7 +424,7 @@ def _base(problem: Any, folder: Path, steps: int, seed: int, progress: Callable[
                 model = problem.model()
                 trainer = ObjectiveTrainer(
                     model=model,
-                    args=_arguments(folder, steps, problem.base_rate, seed),
+                    args=_arguments(folder, steps, problem.base_rate, seed, problem.rows),
                     train_dataset=problem.lookups(steps * BATCH_SIZE, seed),
                     data_collator=PlainCollator(problem.tokenizer, problem.max_length),
                 )
@@ -432,8 +434,7 @@ def _base(problem: Any, folder: Path, steps: int, seed: int, progress: Callable[
                 done.touch()
             finally:
                 lock.unlink()
-    model: Any = load(folder, dtype="float32")[0]
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return load(folder, dtype="float32")[0]
 
 
 def codes_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -56,6 +56,7 @@ __all__ = [
     "for_base_model",
     "gist_rows",
     "load",
+    "most_gist_tokens",
     "read_about",
     "reader_fingerprint",
     "save",
@@ -308,6 +309,18 @@ def for_base_model(model: Any, cache: GistCache) -> GistCache:
     return replace(cache, origin=replace(cache.origin, model=base))
 
 
+def most_gist_tokens(model: Any) -> int | None:
+    """Return the most tokens that a gist can have: the rows of an adapter with one for each token; None for any number.
+
+    Args:
+        model: any model.
+    """
+    adapter = adapter_of(model)
+    if adapter is None or (adapter.kind != "embeddings" and adapter.num_rows == 1):
+        return None
+    return adapter.num_rows
+
+
 def check_num_gist_tokens(model: Any, num_gist_tokens: int) -> None:
     """Check that an adapter with a row for each token of a gist has enough. One with a single row takes any length.
 
@@ -318,13 +331,11 @@ def check_num_gist_tokens(model: Any, num_gist_tokens: int) -> None:
     Raises:
         GistError: the gist is longer than the number of rows.
     """
-    adapter = adapter_of(model)
-    if adapter is None or (adapter.kind != "embeddings" and adapter.num_rows == 1):
-        return
-    if num_gist_tokens > adapter.num_rows:
+    most = most_gist_tokens(model)
+    if most is not None and num_gist_tokens > most:
         raise GistError(
-            f"num_gist_tokens must be at most {adapter.num_rows}, got {num_gist_tokens}: the adapter has "
-            f"{adapter.num_rows} rows, one for each token of a gist; train it with more"
+            f"num_gist_tokens must be at most {most}, got {num_gist_tokens}: the adapter has {most} rows, one for each "
+            "token of a gist; train it with more"
         )
 
 

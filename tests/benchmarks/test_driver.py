@@ -40,7 +40,7 @@ def test_help_lists_options(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["speed"], "there is no benchmark 'speed'; choose from adapter, card, check, cpu-attention, "),
+        (["speed"], "there is no benchmark 'speed'; choose from adapter, adapter-distil, card, "),
         (["store", "--speed"], "No such option: --speed"),
         (["store", "--shapes", "huge"], "--shapes must be names of tiny, small, got 'huge'"),
         (["cpu-attention", "--tokens", "512,x"], "--tokens must be comma-separated whole numbers, got '512,x'"),

@@ -234,6 +234,16 @@ def test_a_trained_model_starts_from_its_own_gist() -> None:
     assert about["distilled"]["start"] == "gist"
 
 
+def test_more_tokens_than_an_adapter_has_rows_start_from_the_prompt() -> None:
+    model, tokenizer = tiny.patched("llama")
+    attach(model, Adapter("gist-lora", 2, rank=2))
+    model.config.gist = {**model.config.gist, "num_gist_tokens": [1, 2]}
+    for k, expected in ((2, "gist"), (4, "attended")):
+        about = distill(model, tokenizer, PROMPT, INPUTS, k, **QUICK).cache.about[0]
+        assert about is not None
+        assert about["distilled"]["start"] == expected
+
+
 # -- runs that stop ----------------------------------------------------------------------------------------------------
 
 

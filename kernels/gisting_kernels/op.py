@@ -8,6 +8,8 @@ watches leave out torch's dispatcher.
 On a machine without a GPU the kernels run, slowly, under ``TRITON_INTERPRET=1`` (set before triton is first imported).
 """
 
+# Over 600 lines because an operator, its checks, its gradient and its launches are of no use apart.
+
 from __future__ import annotations
 
 import dataclasses

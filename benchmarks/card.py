@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 #: Each part's share of the time.
 PARTS = {"kernels": 0.5, "training": 0.3, "inference": 0.2}
-ALL_PARTS = {**PARTS, "compiled": 0.3}
+ALL_PARTS = {"tiles": 0.5, **PARTS, "compiled": 0.3}
 #: Exit status of the benchmark ``kernels`` where the kernels are found to be wrong.
 RED_GATE = 3
 NUM_GIST_TOKENS = 4
@@ -301,6 +301,8 @@ def run_part(part: str, directory: Path, seconds: float, *, is_smoke: bool) -> i
     if part == "kernels":
         command += ["kernels", "--quick", "--step", *(["--smoke"] if is_smoke else ["--repeats", "15"])]
         command += ["--output", str(directory / "kernels.jsonl"), "--plot", str(directory / "kernels.png")]
+    elif part == "tiles":
+        command += ["tune", *(["--smoke"] if is_smoke else ["--bits", "16", "--seconds", str(0.9 * seconds)])]
     else:
         command += ["card", "--part", part, "--seconds", str(seconds), "--directory", str(directory)]
         command += ["--smoke"] * is_smoke
@@ -341,10 +343,15 @@ def main(
 
     compiled: plain training under torch.compile; runs only where --only names it.
 
+    tiles: times the tile sizes and paths of the kernels, and writes the winners into their table; runs before the other
+    parts, only where --only names it, and needs some minutes of its own.
+
     Nothing more is timed after a failed gate. After another failure, or a cut-off, the next part runs. Exits with 1
     where a part failed or was cut off, and with 2 where there is no CUDA device.
 
     Example: python -m benchmarks card --only training
+
+    Example: python -m benchmarks card --only tiles,kernels --seconds 700
 
     Example: python -m benchmarks card --smoke
     """

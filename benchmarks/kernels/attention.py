@@ -12,7 +12,7 @@ The implementations:
 
     triton   these kernels, with the plan made beforehand
     flex     torch's FlexAttention, compiled for the lengths of the case, with the block mask made from our lists
-             beforehand
+             beforehand; the row names the back end, torch's Triton kernels or FlashAttention-4
     sdpa     torch's fused operator, with the dense mask made beforehand
     flash    torch's FlashAttention with a causal mask (encoder: none) of the same size: another mask, as an upper bound
 
@@ -233,6 +233,7 @@ def prepare_flex(case: Case, given: Inputs, visibility: Visibility, clock: Clock
     lists = make_lists()
     pairs = visible_pairs(visibility, case.num_rows)
     says: dict[str, Any] = {
+        "back_end": flex.back_end(),
         "plan_ms": clock(lambda: flex.block_mask(visibility, make_lists(), case.num_rows)),
         "visited_over_visible": visited_pairs(lists.counts, size) / pairs,
     }

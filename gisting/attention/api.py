@@ -74,7 +74,9 @@ def interval_attention(
               ``relative_bias`` but no dense ``bias``.
             - ``"sdpa"``: torch's fused operator. On the CPU it runs in pieces without a mask if the intervals allow it,
               otherwise with a dense mask. It has no softcap.
-            - ``"flex"``: torch's FlexAttention. It has no dropout, and on the CPU no gradients for q, k and v.
+            - ``"flex"``: torch's FlexAttention. It has no dropout, and on the CPU no gradients for q, k and v. Its back
+              end is torch's Triton kernels, or FlashAttention-4 with the environment variable
+              ``GISTING_FLEX_BACK_END=flash``.
             - ``"reference"``: dense attention in float32 or better. It supports everything, slowly.
             - ``"auto"``: triton if it can serve the call on a CUDA device, otherwise reference if there is a softcap,
               otherwise sdpa. The logger ``gisting`` logs the choice and its reason once, at level INFO.

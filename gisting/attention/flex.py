@@ -3,11 +3,16 @@
 Place in the flow: visibility, tile lists (from ``api``) -> **flex** -> the caller. The lists say which tiles of 128 x
 128 to visit and which of them need no mask test; in the others, the mask is evaluated for each pair. On the CPU, torch
 runs FlexAttention uncompiled, dense, and without gradients for q, k and v, which is enough for tests only.
+
+torch has two back ends for it on a card: its own Triton kernels, and FlashAttention-4, an experiment that must be asked
+for. Here, the environment variable ``GISTING_FLEX_BACK_END`` asks, with ``triton`` (the default) or ``flash``.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +26,12 @@ from gisting.attention.memo import remembered
 from gisting.errors import GistError
 from gisting.visibility import Visibility
 
-__all__ = ["BLOCK", "block_mask", "flex_attention"]
+__all__ = ["BACK_ENDS", "BLOCK", "ENVIRONMENT_VARIABLE", "back_end", "block_mask", "flex_attention"]
 
 # FlexAttention's default block size, on every card.
 BLOCK = 128
+BACK_ENDS = ("triton", "flash")
+ENVIRONMENT_VARIABLE = "GISTING_FLEX_BACK_END"
 
 
 def flex_attention(
@@ -71,6 +78,8 @@ def flex_attention(
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }
+    if q.device.type != "cpu":
+        options |= _kernel_options()
     if torch.compiler.is_compiling():
         return torch_flex_attention(q, k, v, **options)
     if q.device.type == "cpu":
@@ -78,6 +87,24 @@ def flex_attention(
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile", UserWarning)
             return torch_flex_attention(q, k, v, **options)
     return _compiled()(q, k, v, **options)
+
+
+def back_end() -> str:
+    """Return which of torch's kernels run FlexAttention on a card, one of ``BACK_ENDS``.
+
+    Raises:
+        GistError: ``GISTING_FLEX_BACK_END`` names another, or asks for FlashAttention-4 where it is missing.
+    """
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE, BACK_ENDS[0])
+    if wanted not in BACK_ENDS:
+        raise GistError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACK_ENDS)}, got {wanted!r}")
+    if wanted == "flash" and not all(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn.cute")):
+        raise GistError(f"{ENVIRONMENT_VARIABLE}=flash needs FlashAttention-4: pip install flash-attn-4")
+    return wanted
+
+
+def _kernel_options() -> dict[str, Any]:
+    return {"kernel_options": {"BACKEND": "FLASH"}} if back_end() == "flash" else {}
 
 
 def _attend_to_nothing(q: Tensor, k: Tensor, v: Tensor, relative_bias: Tensor | None) -> Tensor:

@@ -2,10 +2,13 @@
 
 Place in the flow: plan, forward, backward, decode -> **op** -> the caller. ``torch.ops.gisting.interval_attention`` has
 a schema, a fake implementation and a backward, so it works under ``torch.compile(fullgraph=True)``, ``torch.export``
-and gradient checkpointing. A selective checkpoint can keep its result (:func:`keep_attention`).
+and gradient checkpointing. A selective checkpoint can keep its result (:func:`keep_attention`). Calls that nothing
+watches leave out torch's dispatcher.
 
 On a machine without a GPU the kernels run, slowly, under ``TRITON_INTERPRET=1`` (set before triton is first imported).
 """
+
+# Over 600 lines because an operator, its checks, its gradient and its launches are of no use apart.
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ._ops import add_op_namespace_prefix, ops
@@ -552,9 +554,10 @@ class _Direct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dq, dk, dv, d_table = _gradients(_run_backward, ctx, grad)
+        # The operator raises if its gradients are differentiated, which create_graph allows.
+        run = ops.interval_attention_backward if torch.is_grad_enabled() else _run_backward
+        dq, dk, dv, d_table = _gradients(run, ctx, grad)
         return dq, dk, dv, None, d_table, None, *[None] * len(ctx.numbers)
 
 

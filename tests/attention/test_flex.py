@@ -294,6 +294,29 @@ def test_too_many_compilations_are_an_error_and_no_dense_fallback(monkeypatch: p
     torch._dynamo.reset()
 
 
+def test_the_back_end_is_torchs_triton_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GISTING_FLEX_BACK_END", raising=False)
+    assert (flex.back_end(), flex._kernel_options()) == ("triton", {})
+    monkeypatch.setenv("GISTING_FLEX_BACK_END", "flash")
+    monkeypatch.setattr(flex.importlib.util, "find_spec", lambda name: object())
+    assert (flex.back_end(), flex._kernel_options()) == ("flash", {"kernel_options": {"BACKEND": "FLASH"}})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("cuda", "GISTING_FLEX_BACK_END must be one of triton, flash, got 'cuda'"),
+        ("flash", "GISTING_FLEX_BACK_END=flash needs FlashAttention-4: pip install flash-attn-4"),
+    ],
+)
+def test_back_ends_that_are_not_there(wanted: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GISTING_FLEX_BACK_END", wanted)
+    monkeypatch.setattr(flex.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(GistError) as caught:
+        flex.back_end()
+    assert str(caught.value) == message
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_gradients_on_a_cpu_are_refused(name: str) -> None:
     given = {key: torch.randn(1, 2, 9, 8) for key in "qkv"}

@@ -140,6 +140,30 @@ def test_what_runs_after_a_failure(
     assert seconds[-1] == pytest.approx(100, abs=1) or len(seconds) == 1
 
 
+def test_tiles_are_timed_before_the_kernels_and_only_where_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **options: object) -> None:
+            commands.append(command[3:])
+
+        def wait(self, seconds: float) -> int:
+            return 0
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(card.subprocess, "Popen", Process)
+    monkeypatch.setattr(card, "draw", lambda directory: None)
+    assert card.run_parts(["tiles", "kernels"], tmp_path, 100, is_smoke=False) == 0
+    assert [command[0] for command in commands] == ["tune", "kernels"]
+    assert commands[0][1:4] == ["--bits", "16", "--seconds"]
+    assert float(commands[0][4]) == pytest.approx(45, abs=1)
+    assert "tiles" not in card.PARTS
+
+
 def test_the_status_of_a_failed_gate_is_the_one_of_the_benchmark() -> None:
     source = (ROOT / "benchmarks" / "kernels" / "attention.py").read_text()
     assert f"\nRED_GATE = {card.RED_GATE}\n" in source

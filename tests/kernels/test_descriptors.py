@@ -98,9 +98,9 @@ def test_the_path_of_the_plan_is_taken(
     monkeypatch.setattr(forward, "forward_kernel", spy)
     given = make(17, batch=2, heads=3, groups=3)
     # A single tensor decides.
-    k = (LAYOUTS | OTHERS)[layout]()
+    with DEVICE:
+        k = (LAYOUTS | OTHERS)[layout]()
     k.as_strided((k.untyped_storage().nbytes() // k.element_size(),), (1,), 0).normal_()
-    k = k.to(DEVICE)
     plan = plan_for(given, vis.causal(torch.ones(1, 17)))
     plan = type(plan)(**{**vars_of(plan), "sizes": sizes_with(path)})
     expected = fused(given._replace(k=k.clone(memory_format=torch.contiguous_format)), plan)

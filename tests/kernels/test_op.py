@@ -32,6 +32,7 @@ from gisting import visibility as vis
 from gisting.attention import api, interval_attention
 from gisting.errors import GistError
 from gisting.visibility import Visibility
+from gisting_kernels import op
 from gisting_kernels.configs import ENVIRONMENT_VARIABLE
 from gisting_kernels.op import _Launch, _troubles_of
 from tests.kernels.conftest import (
@@ -145,12 +146,49 @@ def test_opcheck_of_decoding() -> None:
     opcheck(DECODE, (q, k, v, visibility.first, visibility.end, 0.25, 0.0))
 
 
-def test_a_second_derivative_raises() -> None:
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_a_second_derivative_raises(is_watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_is_watched", lambda *tensors: is_watched)
     given, visibility = make(17), gist_in_the_middle(17)
     out = fused(given, plan_for(given, visibility))
     (grad,) = torch.autograd.grad(out.sum(), given.q, create_graph=True)
     with pytest.raises(RuntimeError, match="interval_attention_backward"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("width", [None, 3])
+def test_direct_calls_give_the_bits_of_the_operator(width: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients of some of the inputs, too."""
+    given, visibility = make(21, heads=4, groups=2, width=width), gist_in_the_middle(21)
+    plan, seed = plan_for(given, visibility, MIXED), torch.tensor([5], device=DEVICE)
+    results = []
+    for is_watched in (True, False):
+        monkeypatch.setattr(op, "_is_watched", lambda *tensors, answer=is_watched: answer)
+        results.append(differentiate(lambda it: fused(it, plan, dropout=0.2, seed=seed), given))
+        frozen = Given(*(None if t is None else t.detach() for t in given))  # pyright: ignore[reportArgumentType]
+        frozen.v.requires_grad_()
+        out = fused(frozen, plan, dropout=0.2, seed=seed)
+        (results[-1]["dv-alone"],) = torch.autograd.grad(out, frozen.v, frozen.upstream)
+        assert not fused(given._replace(q=given.q.detach()), plan).isnan().any()
+        with torch.no_grad():
+            results[-1]["out-alone"] = fused(given, plan, dropout=0.2, seed=seed)
+            assert not results[-1]["out-alone"].requires_grad
+    assert_same_bits(results[1], results[0])
+    assert torch.equal(results[0]["dv-alone"], results[0]["dv"])
+
+
+def test_what_must_see_the_operator() -> None:
+    class Subclass(Tensor):
+        pass
+
+    q = make(3).q
+    assert not op._is_watched(q, torch.nn.Parameter(q.detach()))
+    assert op._is_watched(q, q.as_subclass(Subclass))
+    with Calls():
+        assert op._is_watched(q)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(op._is_watched(row)) or row)(q)
+    assert seen == [True]
 
 
 def test_one_launch_of_the_operator_for_each_pass() -> None:

@@ -118,6 +118,7 @@ def test_every_kind_of_row_is_among_the_cases() -> None:
     paths = {(case.head_size, case.path) for case in cases if (case.arch, case.kernel) == (90, "forward")}
     assert {(size, path) for size in (64, 128) for path in ("descriptors", "pingpong")} <= paths
     assert all(case.arch == 90 for case in cases if case.path != "pointers")
+    assert not any(case.softcap or case.dropout or case.bias or case.even for case in cases if case.path == "pingpong")
 
 
 def test_markdown_has_a_row_for_each_case() -> None:

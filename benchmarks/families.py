@@ -166,12 +166,16 @@ def model_types(kind: str) -> list[str]:
     return sorted(names)
 
 
-def build(kind: str, model_type: str, vocab_size: int, **changes: Any) -> PreTrainedModel:
+def build(kind: str, model_type: str, vocab_size: int | None = None, **changes: Any) -> PreTrainedModel:
     """Make a tiny random float32 model in eval mode, with weights so large that attention is far from uniform.
+
+    ``vocab_size`` is by default that of the built-in task's tokenizer.
 
     Raises:
         Exception: whatever transformers raises for sizes that do not fit together.
     """
+    if vocab_size is None:
+        vocab_size = len(task_tokenizer().tokenizer)  # pyright: ignore[reportArgumentType]
     config = CONFIG_MAPPING[model_type](**{**_sizes(CONFIG_MAPPING[model_type], vocab_size), **changes})
     if kind == "encoder-decoder":
         config.decoder_start_token_id = 0
@@ -224,10 +228,9 @@ def _is_setting(default: Any, key: str) -> bool:
 
 def examine(kind: str, model_type: str) -> FamilyRow:
     """Build a tiny model of a type, check it, and try what is accepted on longer texts."""
-    tokenizer = _tokenizer(kind)
     with _quiet(), _limited(_SECONDS):
         try:
-            model = build(kind, model_type, len(tokenizer.tokenizer))  # pyright: ignore[reportArgumentType]
+            model = build(kind, model_type)
         except Exception as error:  # noqa: BLE001 - whatever transformers raises is the finding
             return FamilyRow(kind, model_type, "not tried", reason=_first_line(error))
         try:
@@ -250,8 +253,13 @@ def error_of(kind: str, model_type: str) -> float:
     Returns:
         The largest difference of the logits of the new tokens, in units of the largest logit.
     """
-    tokenizer = _tokenizer(kind)
-    model: Any = gisting.patch(build(kind, model_type, len(tokenizer.tokenizer)), tokenizer)  # pyright: ignore[reportArgumentType]
+    model: Any = build(kind, model_type)
+    # transformers lists models that read sound with a decoder alone among its sequence-to-sequence models.
+    runs = encoder_decoder if model.config.is_encoder_decoder else decoder
+    tokenizer = task_tokenizer()
+    if runs is encoder_decoder:
+        tokenizer = GistTokenizer(tokenizer.tokenizer, tokenizer.template, is_encoder_decoder=True)
+    gisting.patch(model, tokenizer)
     stock: Any = build(kind, model_type, int(model.get_input_embeddings().weight.shape[0]))  # pyright: ignore[reportArgumentType]
     stock.load_state_dict(model.state_dict())
     stock.set_attn_implementation("eager")
@@ -264,8 +272,7 @@ def error_of(kind: str, model_type: str) -> float:
     worst = 0.0
     with torch.no_grad():
         for row, rest in enumerate(tokenizer.encode_continuations(inputs)):
-            kind_of = decoder if kind == "decoder" else encoder_decoder
-            arguments, given = kind_of.prepare_generation(model, tokenizer, cache[row], [rest])
+            arguments, given = runs.prepare_generation(model, tokenizer, cache[row], [rest])
             out = model.generate(
                 **copy.deepcopy(arguments),
                 max_new_tokens=NEW_TOKENS,
@@ -276,7 +283,7 @@ def error_of(kind: str, model_type: str) -> float:
             )
             found = torch.stack(out.logits, dim=1)[0]
             ids = torch.tensor([encodings[row].input_ids])
-            if kind == "decoder":
+            if runs is decoder:
                 ids = torch.cat([ids, out.sequences[:, given : given + NEW_TOKENS - 1]], dim=1)
                 seen = gist(ids == tokenizer.gist_token_id).to_dense()
                 truth = stock(
@@ -292,13 +299,6 @@ def error_of(kind: str, model_type: str) -> float:
                 ).logits[0]
             worst = max(worst, ((found - truth).abs().max() / truth.abs().max()).item())
     return worst
-
-
-def _tokenizer(kind: str) -> GistTokenizer:
-    tokenizer = task_tokenizer()
-    if kind == "decoder":
-        return tokenizer
-    return GistTokenizer(tokenizer.tokenizer, tokenizer.template, is_encoder_decoder=True)
 
 
 def _scores(seen: Tensor) -> Tensor:

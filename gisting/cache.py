@@ -87,12 +87,13 @@ class GistCache:
     Args:
         keys: one ``(B, G, P, D)`` for each layer, floating point, rotated at positions ``0 .. lengths[b] - 1``; for an
             encoder-decoder, of each encoder layer.
-        values: one ``(B, G, P, Dv)`` for each layer, in the dtype of the keys.
+        values: one ``(B, G, P, Dv)`` for each layer, in the dtype of the keys. Keys and values are what the model
+            caches: in latent attention (DeepSeek), the latent states and the rotated part of the keys.
         lengths: int64 ``(B,)`` on the CPU: k of each prompt, summed over its chunks if it has several.
         origin: what the states belong to.
         last_hidden: ``(B, P, d_model)`` in the dtype of the keys, an encoder's last hidden states, else None.
-        rotary: how the keys are rotated, which :meth:`chain` needs; None if unknown (files of format 1) and for an
-            encoder-decoder, whose keys are not rotated.
+        rotary: how the keys are rotated, which :meth:`chain` needs; None if unknown (files of format 1), for latent
+            attention, whose values are rotated and whose keys are not, and for an encoder-decoder.
         has_answers: whether what follows is a later turn of a conversation under the template ``"chat"``, which begins
             with the end of the answer that the slots end with.
         about: for each prompt, how its gist was made and how good it was found to be, as a small dictionary of JSON
@@ -287,8 +288,9 @@ class GistCache:
             )
         if rotary is None:
             raise GistError(
-                "caches do not say how their keys are rotated (rotary is None; files of format 1 do not); compress "
-                "the prompts again"
+                "caches do not say how their keys are rotated (rotary is None): their files are of format 1, so "
+                "compress the prompts again, or their model does not rotate keys in a known way, as latent attention "
+                "does not, so compress the joined prompts"
             )
         batch = max(len(cache) for cache in caches)
         if any(len(cache) not in (1, batch) for cache in caches):

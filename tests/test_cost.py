@@ -78,7 +78,7 @@ def plain_model(name: str) -> PreTrainedModel:
     """A model whose products are all matrix products of torch: with eager attention and a loop over experts."""
     model = tiny.model(name)
     model.set_attn_implementation("eager")
-    if "moe" in name or "mixtral" in name:
+    if hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")
     return model
 

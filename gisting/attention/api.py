@@ -47,6 +47,7 @@ def interval_attention(
     scale: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    sinks: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Compute attention in which query row ``i`` sees key ``j`` where ``first[j] <= i < end[j]``.
@@ -67,15 +68,17 @@ def interval_attention(
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: if given, scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2.
         dropout: probability of dropping an attention weight.
+        sinks: ``(H,)``, floating point and finite, or None. With them, the sum of a row's softmax has one more term,
+            ``exp(sinks[h])``, so that its weights sum to less than 1, as in gpt-oss. Differentiable.
         impl: the implementation. An explicit choice never falls back to another: it raises if it cannot serve the call.
 
             - ``"triton"``: the fused kernels of ``gisting_kernels``. They need a CUDA device of compute capability 8.0
               or higher, float16, bfloat16 or float32, D = Dv up to 256, and a positive scale. They support
-              ``relative_bias`` but no dense ``bias``.
+              ``relative_bias`` but no dense ``bias`` and no ``sinks``.
             - ``"sdpa"``: torch's fused operator. On the CPU it runs in pieces without a mask if the intervals allow it,
               otherwise with a dense mask. It has no softcap.
-            - ``"flex"``: torch's FlexAttention. It has no dropout, and on the CPU no gradients for q, k and v. Its back
-              end is torch's Triton kernels, or FlashAttention-4 with the environment variable
+            - ``"flex"``: torch's FlexAttention. It has no dropout and no sinks, and on the CPU no gradients for q, k
+              and v. Its back end is torch's Triton kernels, or FlashAttention-4 with the environment variable
               ``GISTING_FLEX_BACK_END=flash``.
             - ``"reference"``: dense attention in float32 or better. It supports everything, slowly.
             - ``"auto"``: triton if it can serve the call on a CUDA device, otherwise reference if there is a softcap,
@@ -97,16 +100,17 @@ def interval_attention(
         or k.requires_grad
         or v.requires_grad
         or (relative_bias is not None and relative_bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
     )
     # Everything that the checks and the choice depend on. The layers of a model agree in it, so both are done once for
     # each batch.
-    kinds = (_kind(q), _kind(k), _kind(v), _kind(bias), _kind(relative_bias), autocast_dtype(q))
+    kinds = (_kind(q), _kind(k), _kind(v), _kind(bias), _kind(relative_bias), _kind(sinks), autocast_dtype(q))
     attend = remembered(
         visibility,
         ("attend", impl, scale, softcap, dropout, needs_grad, *kinds),
-        lambda: _decide(q, k, v, visibility, bias, relative_bias, scale, softcap, dropout, impl, needs_grad),
+        lambda: _decide(q, k, v, visibility, bias, relative_bias, sinks, scale, softcap, dropout, impl, needs_grad),
     )
-    return attend(q, k, v, visibility, bias, relative_bias)
+    return attend(q, k, v, visibility, bias, relative_bias, sinks)
 
 
 @contextmanager
@@ -135,7 +139,7 @@ def mean_segment_length(visibility: Visibility) -> float:
     return kernels.mean_segment_length(visibility.first, visibility.end, visibility.num_keys)
 
 
-_Attend = Callable[[Tensor, Tensor, Tensor, Visibility, "Tensor | None", "Tensor | None"], Tensor]
+_Attend = Callable[[Tensor, Tensor, Tensor, Visibility, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor]
 _segment_length: ContextVar[float | None] = ContextVar("segment_length", default=None)
 
 
@@ -150,6 +154,7 @@ def _decide(
     visibility: Visibility,
     bias: Tensor | None,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     softcap: float | None,
     dropout: float,
@@ -164,40 +169,63 @@ def _decide(
     Raises:
         GistError: the arguments do not fit each other, or the chosen implementation does not support them.
     """
-    _check(q, k, v, visibility, bias, relative_bias, softcap, dropout)
+    _check(q, k, v, visibility, bias, relative_bias, sinks, softcap, dropout)
     if impl not in IMPLEMENTATIONS:
         raise GistError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto":
         impl, reason = choose_implementation(
-            as_autocast(q), v, scale, has_bias=bias is not None, has_softcap=softcap is not None
+            as_autocast(q),
+            v,
+            scale,
+            has_bias=bias is not None,
+            has_softcap=softcap is not None,
+            has_sinks=sinks is not None,
         )
         if not torch.compiler.is_compiling():
             _log_choice(impl, reason)
     if impl == "triton":
         if bias is not None:
             raise GistError("impl='triton' supports no dense bias; use relative_bias, or impl='auto'")
+        if sinks is not None:
+            raise GistError("impl='triton' has no sinks; use impl='auto' or impl='sdpa'")
         return _by_triton(q, k, v, visibility, relative_bias, scale, softcap, dropout, needs_grad)
     if impl == "flex":
-        if bias is not None or dropout > 0:
-            raise GistError("impl='flex' supports neither dropout nor a dense bias; use impl='auto' or impl='sdpa'")
+        if bias is not None or dropout > 0 or sinks is not None:
+            raise GistError(
+                "impl='flex' supports no dropout, no dense bias and no sinks; use impl='auto' or impl='sdpa'"
+            )
         return _by_flex(q, k, visibility, scale, softcap)
     if impl == "sdpa" and softcap is not None:
         raise GistError("impl='sdpa' supports no softcap; use impl='auto' or impl='reference'")
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visibility: Visibility,
+        bias: Tensor | None,
+        relative_bias: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         if relative_bias is not None:
             bias = dense_bias(relative_bias, q.shape[2], k.shape[2])
         if impl == "reference":
-            return reference_attention(q, k, v, visibility, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
-        return sdpa_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout)
+            return reference_attention(
+                q, k, v, visibility, bias=bias, scale=scale, softcap=softcap, dropout=dropout, sinks=sinks
+            )
+        return sdpa_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout, sinks=sinks)
 
     return attend
 
 
 def choose_implementation(
-    q: Tensor, v: Tensor, scale: float, *, has_bias: bool = False, has_softcap: bool = False
+    q: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    has_bias: bool = False,
+    has_softcap: bool = False,
+    has_sinks: bool = False,
 ) -> tuple[str, str]:
     """Return the implementation that ``impl="auto"`` chooses for a call, and the reason.
 
@@ -209,11 +237,14 @@ def choose_implementation(
         scale: factor of the scores.
         has_bias: whether there is a dense bias.
         has_softcap: whether there is a softcap.
+        has_sinks: whether there are sinks.
 
     Returns:
         One of :data:`IMPLEMENTATIONS`, and the reason in words.
     """
-    reason = kernels.why_not(q, v, scale, has_bias=has_bias) if q.is_cuda else "the tensors are not on a CUDA device"
+    reason = "the tensors are not on a CUDA device"
+    if q.is_cuda:
+        reason = "the kernels have no sinks" if has_sinks else kernels.why_not(q, v, scale, has_bias=has_bias)
     if reason is None:
         return "triton", "the fused kernels apply"
     if has_softcap:
@@ -243,9 +274,7 @@ def _by_triton(
         raise GistError(f"impl='triton' cannot serve this call: {reason}; use impl='auto'")
     if q.shape[2] <= _MAX_DECODE_ROWS and not needs_grad and relative_bias is None and dropout == 0:
 
-        def decode(
-            q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
-        ) -> Tensor:
+        def decode(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *_: Tensor | None) -> Tensor:
             q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
             return kernels.decode_attention(
                 q, k, v, visibility.first, visibility.end, scale=scale, softcap=softcap, is_checked=True
@@ -267,7 +296,13 @@ def _by_triton(
     )
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visibility: Visibility,
+        bias: Tensor | None,
+        relative_bias: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         return kernels.interval_attention(
             as_autocast(q),
@@ -297,7 +332,13 @@ def _by_flex(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap
     )
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: Tensor | None, relative_bias: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visibility: Visibility,
+        bias: Tensor | None,
+        relative_bias: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         return flex_attention(q, k, v, visibility, lists, relative_bias=relative_bias, scale=scale, softcap=softcap)
 
@@ -311,6 +352,7 @@ def _check(
     visibility: Visibility,
     bias: Tensor | None,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     softcap: float | None,
     dropout: float,
 ) -> None:
@@ -363,6 +405,14 @@ def _check(
             raise GistError(f"relative_bias must be floating point, got {relative_bias.dtype}")
         if relative_bias.device != q.device:
             raise GistError(f"relative_bias must be on the device of q, {q.device}, got {relative_bias.device}")
+    if sinks is not None:
+        if sinks.shape != (q.shape[1],) or not sinks.is_floating_point():
+            raise GistError(
+                f"sinks must be floating point of shape ({q.shape[1]},), one for each head of q, got {sinks.dtype} "
+                f"{_show(sinks)}"
+            )
+        if sinks.device != q.device:
+            raise GistError(f"sinks must be on the device of q, {q.device}, got {sinks.device}; move them")
     if softcap is not None and not softcap > 0:
         raise GistError(f"softcap must be positive, got {softcap}")
     if not 0.0 <= dropout < 1.0:

@@ -22,7 +22,8 @@ In the backward (FlashAttention-2, arXiv 2307.08691, algorithm 2), with the scor
     ds_ij   = w_ij (dout_i . v_j - delta_i)
     dq_i    = scale sum_j ds_ij k_j        dk_j = scale sum_i ds_ij q_i        dv_j = sum_i w_ij dout_i
 
-only lse_i and delta_i depend on keys outside the piece. So the fused backward of a piece, called with lse and out of
+and the sink of a head (gpt-oss), one more term exp(sink) in each row's sum, gets -sum_i exp(sink - lse_i) delta_i. Only
+lse_i and delta_i depend on keys outside the piece. So the fused backward of a piece, called with lse and out of
 the *whole* rows, computes that piece's exact share of the gradients: dq is the sum over the pieces, and dk and dv of a
 key come from its only piece. Neither pass makes a tensor of T x K numbers.
 """
@@ -305,7 +306,7 @@ def is_available() -> bool:
     )
 
 
-def attend_pieces(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+def attend_pieces(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, sinks: Tensor | None = None) -> Tensor:
     """Compute attention over the pieces of a plan. Rows in no piece give zeros and have zero gradients.
 
     Args:
@@ -314,12 +315,13 @@ def attend_pieces(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> 
         v: ``(B, G, K, D)``, as k.
         plan: the result of :func:`plan_pieces` for T rows, and for these B sequences or for one.
         scale: factor of the scores; positive, because otherwise the fused operator gives NaN in causal pieces.
+        sinks: ``(H,)``, floating point, or None: one more term of each head's softmax, without a value.
 
     Returns:
         ``(B, H, T, D)`` in the dtype of q, differentiable once.
     """
     # Function.apply has no types.
-    out: Any = _PiecewiseAttention.apply(_rows_whole(q), _rows_whole(k), _rows_whole(v), plan, scale)
+    out: Any = _PiecewiseAttention.apply(_rows_whole(q), _rows_whole(k), _rows_whole(v), plan, scale, sinks)
     return out
 
 
@@ -329,7 +331,7 @@ class _PiecewiseAttention(torch.autograd.Function):
     # backward has no derivative and raises.
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, sinks: Tensor | None) -> Tensor:
         (batch, heads, num_rows, size), wide = q.shape, _wide(q.dtype)
         # In memory, rows come before heads, as the fused operator lays its output out and models expect it.
         out = q.new_zeros(batch, num_rows, heads, size, dtype=wide if plan.is_merged else q.dtype).transpose(1, 2)
@@ -355,14 +357,18 @@ class _PiecewiseAttention(torch.autograd.Function):
                     lse_[:, :, here] = torch.logaddexp(part_lse[:, :, new], lse_[:, :, here])
             if not isinstance(sequences, slice):
                 out[sequences], lse[sequences] = out_, lse_
+        if sinks is not None:
+            # As one more piece: a key whose value is 0.
+            both = torch.logaddexp(lse, sinks.to(wide)[:, None])
+            out, lse = out.to(wide) * torch.exp(lse - both)[..., None], both
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, sinks = ctx.saved_tensors
         plan: Plan = ctx.plan
         dq = torch.zeros_like(q, dtype=_wide(q.dtype) if plan.is_merged else q.dtype)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
@@ -390,7 +396,11 @@ class _PiecewiseAttention(torch.autograd.Function):
                         dq_[:, :, here] += part[:, :, new]
             if not isinstance(sequences, slice):
                 dq[sequences], dk[sequences], dv[sequences] = dq_, dk_, dv_
-        return dq.to(q.dtype), dk, dv, None, None
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[5]:
+            weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+            dsinks = -(weights * (dout.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
+        return dq.to(q.dtype), dk, dv, None, None, dsinks
 
 
 def _stretches(piece: Piece, stretches: tuple[Stretch, ...]) -> list[tuple[slice, slice, bool]]:

@@ -29,13 +29,14 @@ def reference_attention(
     scale: float,
     softcap: float | None,
     dropout: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Compute attention densely. Arguments and result as for :func:`gisting.attention.interval_attention`."""
     # Autocast would compute the products in half precision.
     device_type = q.device.type
     can_autocast = has_autocast(device_type)
     with torch.autocast(device_type, enabled=False) if can_autocast else contextlib.nullcontext():
-        return _attend(q, k, v, visibility, bias, scale, softcap, dropout)
+        return _attend(q, k, v, visibility, bias, scale, softcap, dropout, sinks)
 
 
 def _attend(
@@ -47,6 +48,7 @@ def _attend(
     scale: float,
     softcap: float | None,
     dropout: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     group = q.shape[1] // k.shape[1]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -59,8 +61,11 @@ def _attend(
     if bias is not None:
         scores = scores + bias.to(dtype)
     seen = visibility.to_dense(q.shape[2])[:, None]
+    scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)
     # The finite fill value keeps the softmax of an empty row finite. Multiplying by the mask then sets the weights of
     # such a row, and their gradients, to zero.
-    weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1) * seen
+    weights = scores.softmax(-1)[..., : k.shape[2]] * seen
     weights = torch.nn.functional.dropout(weights, dropout)
     return (weights @ v).to(q.dtype)

@@ -2,7 +2,7 @@
 
 On a CPU, the intervals are cut into rectangles and causal pieces (``pieces.py``) if that is cheaper. Then the time is
 proportional to the visible pairs, and memory to T and K. With a dense mask, memory is O(T K) for each sequence (not for
-each head). torch's operator has no softcap.
+each head), or for each head with a bias or sinks. torch's operator has no softcap.
 
 Place in the flow: ``api`` -> **sdpa** -> torch. Uses no other implementation except the pieces.
 """
@@ -30,6 +30,7 @@ def sdpa_attention(
     bias: Tensor | None,
     scale: float,
     dropout: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Compute attention with torch's operator.
 
@@ -43,8 +44,8 @@ def sdpa_attention(
     """
     pieces = None if bias is not None or dropout else _pieces(q, k, v, visibility, scale)
     if pieces is None:
-        return dense_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout)
-    return attend_pieces(as_autocast(q), as_autocast(k), as_autocast(v), pieces, scale)
+        return dense_attention(q, k, v, visibility, bias=bias, scale=scale, dropout=dropout, sinks=sinks)
+    return attend_pieces(as_autocast(q), as_autocast(k), as_autocast(v), pieces, scale, sinks)
 
 
 def _pieces(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Plan | None:
@@ -66,7 +67,15 @@ def _pieces(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: floa
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, bias: Tensor | None, scale: float, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    *,
+    bias: Tensor | None,
+    scale: float,
+    dropout: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute attention with a dense mask, on any device. Arguments and result as for :func:`sdpa_attention`."""
     group = q.shape[1] // k.shape[1]
@@ -78,5 +87,13 @@ def dense_attention(
     is_empty = ~seen.any(-1, keepdim=True)
     seen = seen | is_empty
     mask = seen if bias is None else bias.to(q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
+    if sinks is not None:
+        # The sink is the score of one more key, which is 0 and so is its value.
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        shape = (q.shape[0], q.shape[1], q.shape[2], 1)
+        column = sinks.to(q.dtype)[:, None, None].expand(shape)
+        mask = torch.cat([mask.expand(*shape[:3], -1), column], dim=-1)
+        k, v = torch.nn.functional.pad(k, (0, 0, 0, 1)), torch.nn.functional.pad(v, (0, 0, 0, 1))
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return out.masked_fill(is_empty, 0.0)

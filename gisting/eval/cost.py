@@ -47,7 +47,8 @@ class FlopCounts:
 
     Each row that is run costs a fixed number of FLOPs (projections, feed-forward, logits) and more for each key, cached
     or in the same pass, masked or not, because that is what dense attention computes. A layer with a sliding window
-    keeps ``window - 1`` keys and drops earlier ones, as transformers' caches do.
+    keeps ``window - 1`` keys and drops earlier ones, as transformers' caches do. Latent attention also computes each
+    key of a pass, cached or new, from what it caches.
 
     Args:
         constant: FLOPs of a pass, independent of its length.
@@ -57,6 +58,7 @@ class FlopCounts:
         window: the number of positions that a row sees in a layer with a sliding window, including its own; None if no
             layer has one.
         decoder: the costs of an encoder-decoder's decoder, in which case the other fields are its encoder's.
+        key: FLOPs of a key, cached or in the same pass, however many rows there are.
     """
 
     constant: int
@@ -65,6 +67,7 @@ class FlopCounts:
     window_pair: int = 0
     window: int | None = None
     decoder: DecoderFlopCounts | None = None
+    key: int = 0
 
     def forward(self, num_tokens: int, num_cached: int = 0) -> int:
         """Count the FLOPs up to the first token of an answer; arguments and errors as for :func:`forward_flops`."""
@@ -77,7 +80,7 @@ class FlopCounts:
         """Count as :meth:`forward` does, without an encoder-decoder's decoder and without checks."""
         held = num_cached if self.window is None else min(num_cached, self.window - 1)
         keys = self.pair * (num_cached + num_tokens) + self.window_pair * (held + num_tokens)
-        return self.constant + num_tokens * (self.row + keys)
+        return self.constant + self.key * (num_cached + num_tokens) + num_tokens * (self.row + keys)
 
     def steps(self, num_tokens: int, num_steps: int) -> int:
         """Count the FLOPs of ``num_steps`` decoding steps of one token each.
@@ -221,12 +224,14 @@ def count_flops(config: PreTrainedConfig) -> FlopCounts:
         )
         return FlopCounts(one - row - pair, row, pair, decoder=decoder)
     none, one = _decoder(model, 1, 0), _decoder(model, 1, 1)
-    both = one - none  # FLOPs of a row and a key, in all layers
-    row = _decoder(model, 2, 0) - none - 3 * both
+    two = _decoder(model, 2, 0)
+    both = _decoder(model, 2, 1) - two - (one - none)  # FLOPs of a row and a key, in all layers
+    key = one - none - both
+    row = two - none - 3 * both - key
     window, pair = sliding_windows(config), both
     if window is not None:
-        pair = _decoder(model, 1, window) - _decoder(model, 1, window - 1)
-    return FlopCounts(none - row - both, row, pair, both - pair, window)
+        pair = _decoder(model, 1, window) - _decoder(model, 1, window - 1) - key
+    return FlopCounts(none - row - both - key, row, pair, both - pair, window, key=key)
 
 
 def forward_flops(config: PreTrainedConfig, num_tokens: int, num_cached: int = 0) -> int:
@@ -284,16 +289,18 @@ def cache_bytes(
     """
     _check_number("num_tokens", num_tokens, 0)
     family_of(config)
-    layers = config.num_hidden_layers
-    held = layers * num_tokens
-    window = sliding_windows(config)
-    if is_windowed and window is not None:
-        layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
-        num_windowed = layer_types.count("sliding_attention")
-        held = (layers - num_windowed) * num_tokens + num_windowed * min(num_tokens, window - 1)
-    numbers = 2 * held * _key_heads(config) * _head_size(config)
     if config.is_encoder_decoder:
-        numbers += num_tokens * config.d_model
+        numbers = 2 * config.num_hidden_layers * _key_heads(config) * config.d_kv + config.d_model
+        return numbers * num_tokens * dtype.itemsize
+    shapes = _state_shapes(config)
+    window = sliding_windows(config) if is_windowed else None
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(shapes)
+    numbers = 0
+    for (keys, values), layer_type in zip(shapes, layer_types, strict=True):
+        held = num_tokens
+        if window is not None and layer_type == "sliding_attention":
+            held = min(num_tokens, window - 1)
+        numbers += held * (keys.numel() + values.numel())
     return numbers * dtype.itemsize
 
 
@@ -371,7 +378,7 @@ def _answer_bytes(config: PreTrainedConfig, num_tokens: int, output_tokens: int,
     if not config.is_encoder_decoder:
         return cache_bytes(config, num_tokens + output_tokens - 1, dtype, is_windowed=True)
     # Cross-attention has the encoder's tokens; self-attention has the start token and all but the answer's last token.
-    per_token = 2 * config.num_decoder_layers * _key_heads(config) * _head_size(config)
+    per_token = 2 * config.num_decoder_layers * _key_heads(config) * config.d_kv
     return per_token * (num_tokens + output_tokens) * dtype.itemsize
 
 
@@ -381,10 +388,22 @@ def _key_heads(config: PreTrainedConfig) -> int:
     return grouped or config.num_attention_heads
 
 
-def _head_size(config: PreTrainedConfig) -> int:
-    if config.is_encoder_decoder:
-        return config.d_kv
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+_Shapes = tuple[torch.Size, torch.Size]
+_known_shapes: dict[str, list[_Shapes]] = {}
+
+
+def _state_shapes(config: PreTrainedConfig) -> list[_Shapes]:
+    """What each layer of a decoder keeps of one token: the shapes ``(1, G, 1, D)`` of its keys and values.
+
+    They are read off the model: heads and sizes may differ between layers, and between keys and values.
+    """
+    key = config.to_json_string(use_diff=False)
+    if key not in _known_shapes:
+        cache = DynamicCache()
+        _run(_meta_model(config), input_ids=_ids(1), **{cache_argument(): cache}, use_cache=True)
+        layers: list[Any] = cache.layers
+        _known_shapes[key] = [(layer.keys.shape, layer.values.shape) for layer in layers]
+    return _known_shapes[key]
 
 
 # -- counting on the meta device ---------------------------------------------------------------------------------------
@@ -416,16 +435,16 @@ def _ids(length: int) -> torch.Tensor:
     return torch.zeros(1, length, dtype=torch.long, device="meta")
 
 
-def _fill(cache: Cache, config: PreTrainedConfig, num_layers: int, length: int) -> None:
-    states = torch.zeros(1, _key_heads(config), length, _head_size(config), device="meta")
-    for layer in range(num_layers if length else 0):
-        cache.update(states, states, layer)
+def _fill(cache: Cache, shapes: list[_Shapes], length: int) -> None:
+    for layer, pair in enumerate(shapes if length else ()):
+        keys, values = (torch.zeros(1, heads, length, size, device="meta") for _, heads, _, size in pair)
+        cache.update(keys, values, layer)
 
 
 def _decoder(model: Any, num_tokens: int, num_cached: int) -> int:
     cache = DynamicCache(config=model.config)
     with torch.device("meta"):
-        _fill(cache, model.config, model.config.num_hidden_layers, num_cached)
+        _fill(cache, _state_shapes(model.config), num_cached)
     return _run(model, input_ids=_ids(num_tokens), **{cache_argument(): cache}, use_cache=True)
 
 
@@ -437,8 +456,9 @@ def _decoder_step(model: Any, num_source: int, num_cached: int) -> int:
     config = model.config
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     if num_cached:
-        _fill(cache.self_attention_cache, config, config.num_decoder_layers, num_cached)
-        _fill(cache.cross_attention_cache, config, config.num_decoder_layers, num_source)
+        state = torch.Size((1, _key_heads(config), 1, config.d_kv))
+        _fill(cache.self_attention_cache, [(state, state)] * config.num_decoder_layers, num_cached)
+        _fill(cache.cross_attention_cache, [(state, state)] * config.num_decoder_layers, num_source)
         cache.is_updated = dict.fromkeys(range(config.num_decoder_layers), True)
     return _run(
         model,

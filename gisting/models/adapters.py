@@ -73,6 +73,7 @@ _FORMATS = (1, 2)
 _FILE, _OWN_WEIGHTS = "gist_adapter.json", "gist_adapter.safetensors"
 _PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
+_NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _PREFIX = "base_model.model."
 
 
@@ -518,16 +519,23 @@ def _peft_config(model: Any, adapter: Adapter) -> Any:
 
 
 def _targets(model: Any, adapter: Adapter) -> list[str]:
-    """Name every linear layer except the head, by short names if those select the same layers.
+    """Name every linear layer except the head and those beside experts, by short names if those select the same layers.
 
     Gist-only LoRA takes only the stack that reads the prompt, because the decoder of an encoder-decoder never sees gist
     tokens.
     """
     head = model.get_output_embeddings()
+    # Where experts share one tensor, peft takes these names of dense layers for the experts, and would change them at
+    # every token.
+    is_fused = any(name.endswith(".gate_up_proj") for name, _ in model.named_parameters())
+    taken = _NAMES_OF_EXPERTS if is_fused else ()
     linear = [
         (re.sub(r"\.base_layer$", "", name), module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and "lora_" not in name
+        and name.rpartition(".")[2] not in taken
     ]
     inside = {id(module) for module in (guarded_stack(model) if adapter.kind == "gist-lora" else model).modules()}
     wanted = [name for name, module in linear if id(module) in inside]

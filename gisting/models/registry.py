@@ -126,6 +126,11 @@ def family_of(config: PreTrainedConfig) -> Family:
             f"{model_type} with use_bidirectional_attention cannot be gisted: its tokens see later ones, so a prompt "
             "has no prefix states"
         )
+    if getattr(text, "attn_temperature_tuning", None):
+        raise UnsupportedModelError(
+            f"{model_type} with attn_temperature_tuning cannot be gisted: it scales attention by how many tokens come "
+            "before, which a gist makes fewer, from a length on that no short check reaches"
+        )
     rotary = _rotary_types(text) - _STATIC_ROPE - _LENGTH_DEPENDENT_ROPE
     if rotary:
         raise UnsupportedModelError(
@@ -275,6 +280,7 @@ def _attention_forward(
         scale=scaling,
         softcap=kwargs.get("softcap"),
         dropout=dropout,
+        sinks=kwargs.get("s_aux"),
     )
     return out.transpose(1, 2).contiguous(), None
 

@@ -22,12 +22,14 @@ def layer_frequencies(model: PreTrainedModel) -> tuple[tuple[tuple[float, ...], 
 
     If they depend on the length (dynamic NTK, longrope), they are those below the length at which they change: only
     there is a cache exact, and longer ones are refused. Return None for a model that does not keep them where
-    transformers' own models do.
+    transformers' own models do, and for latent attention (DeepSeek): there a cache holds what keys are computed from.
 
     Args:
         model: a decoder.
     """
     config: Any = model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None):
+        return None
     embedding: Any = getattr(model.base_model, "rotary_emb", None)
     name = "original_inv_freq" if is_length_dependent(config) else "inv_freq"
     layer_types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers

@@ -337,7 +337,8 @@ def test_options_that_flex_does_not_support_are_refused(options: dict[str, Any])
     q = torch.randn(1, 2, 9, 8)
     with pytest.raises(GistError) as caught:
         interval_attention(q, q, q, vis.causal(torch.ones(1, 9)), impl="flex", **options)
-    assert str(caught.value) == "impl='flex' supports neither dropout nor a dense bias; use impl='auto' or impl='sdpa'"
+    message = "impl='flex' supports no dropout, no dense bias and no sinks; use impl='auto' or impl='sdpa'"
+    assert str(caught.value) == message
 
 
 # -- on a card ---------------------------------------------------------------------------------------------------------

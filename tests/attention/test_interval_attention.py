@@ -176,6 +176,7 @@ def by_hand(
     bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute softmax(softcap(q k^T scale) + bias) v over the keys with first <= row < end, with loops over floats."""
     (batch, heads, num_rows, size), (groups, num_keys) = q.shape, k.shape[1:3]
@@ -198,8 +199,9 @@ def by_hand(
                     if bias is not None:
                         score += bias[b % bias.shape[0], h % bias.shape[1], t, j].item()
                     weights[j] = math.exp(score)
+                total = sum(weights.values()) + (0 if sinks is None else math.exp(sinks[h].item()))
                 for j, weight in weights.items():
-                    out[b, h, t] += weight / sum(weights.values()) * v[b, g, j]
+                    out[b, h, t] += weight / total * v[b, g, j]
     return out
 
 

@@ -18,7 +18,7 @@ from gisting.models.check import Comparison, ModelCheck
         ("decoder", "cohere2", "right", ""),
         ("decoder", "ministral3", "refused", "positions"),
         ("decoder", "gptj", "refused", "positions"),
-        ("decoder", "gpt_oss", "refused", "mask"),
+        ("decoder", "gpt_oss", "right", ""),
         ("decoder", "bart", "refused", "cache"),
         ("decoder", "phimoe", "refused", "window"),
         ("decoder", "mamba", "refused", "config"),
@@ -37,7 +37,7 @@ def test_what_is_accepted_and_not_exact_is_wrong(monkeypatch: pytest.MonkeyPatch
     passed = ModelCheck("any", (Comparison("mask", "", 0.0, 1.0),))
     monkeypatch.setattr(families.gisting, "check_model", lambda model: passed)
     monkeypatch.setattr(families.gisting, "patch", lambda *args: families_patch(*args, check=False))
-    row = examine("decoder", "gpt_oss")
+    row = examine("decoder", "phimoe")
     assert row.verdict == "WRONG"
     assert row.error is not None
     assert row.error > 0.01

@@ -47,6 +47,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         ("gpt_neox", False, (True, True, True)),
         ("smollm3", False, (True, False, True)),
         ("cohere2", True, (True, False, True)),
+        ("deepseek_v3", None, None),
         ("t5", None, None),
     ],
 )

@@ -4,6 +4,7 @@ few steps. All lines are made up here.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -323,7 +324,7 @@ def test_the_ways_start_from_the_checkpoint(tmp_path: Path, shared: Path, monkey
     assert (bare.num_steps, bare.stages, bare.training_tokens, bare.cached_tokens) == (0, [], 0, 0)
     assert bare.tokens == bare.query_tokens == rows["full prompt, run bare"].tokens
     assert full.tokens == rows["full prompt"].tokens > bare.tokens
-    assert full.cached_tokens == rows["full prompt"].cached_tokens == full.prompt_tokens
+    assert full.prompt_tokens <= full.cached_tokens == rows["full prompt"].cached_tokens < full.tokens
     tail, other = rows["in stages, gist at the end"], rows["in stages, gist of another prompt"]
     assert (tail.condition, tail.cached_tokens) == ("gist", 8)
     assert tail.tokens == other.tokens
@@ -354,6 +355,27 @@ def test_the_gist_of_another_prompt_is_what_is_read(
     assert other != PROMPT
     assert [condition for condition, _, _ in asked[1:]] == ["prompt", "no-prompt"]
     assert all(text.startswith(PROMPT) for text in asked[1][2])
+
+
+def test_answers_of_an_unfinished_run_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "models" / "small" / "3" / "in stages" / "stage-2"
+    folder.mkdir(parents=True)
+    lines = [
+        {"input": "a", "output": command, "no-prompt": "echo", "prompt": command}
+        for command in ("find . -name 'a b' -print", "ls -l a | wc -l", "tail -n 5 log.txt", "sort a.txt | uniq -c")
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    queries, commands = written(tmp_path, "a\n", "b\n")
+    words = f"--queries {queries} --commands {commands} --part answers --checkpoints {tmp_path / 'models'}"
+    assert run(["nl2bash", *words.split(), "--output", str(tmp_path / "rows.jsonl")]) == 0
+    bare, full = read_rows(tmp_path / "rows.jsonl")
+    about = ("answers_of", "model", "seed", "stage", "condition", "num_answers")
+    assert [bare[name] for name in about] == ["in stages", "small", 3, 2, "no-prompt", 4]
+    assert (bare["exact_match"]["value"], full["exact_match"]["value"]) == (0, 1)
+    assert full["bleu"]["value"] == pytest.approx(100)
+    assert "| in stages | 3 | 2 | its prompt | 100.0 [100.0, 100.0] | 100.0 [100.0, 100.0] |" in capsys.readouterr().out
+    assert nl2bash_table([bare, full]) == ""
+    assert run(["nl2bash", *words.replace("models", "none").split()]) == 1
 
 
 def test_requests_are_timed(tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:

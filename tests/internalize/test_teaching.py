@@ -129,6 +129,25 @@ def test_the_teacher_is_the_model_before_training(tmp_path: Path, monkeypatch: p
         monkeypatch.undo()
 
 
+def test_every_step_has_answers_of_its_own_by_the_student_of_that_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny.patched("llama")
+    seen: list[tuple[int, int, float]] = []
+    right = sample_bare_answers
+
+    def sample(student: Any, *rest: Any, **more: Any) -> Any:
+        assert student is model
+        seen.append((more["seed"], len(rest[1]), sum(one.sum().item() for one in student.parameters())))
+        return right(student, *rest, **more)
+
+    monkeypatch.setattr(teaching, "sample_bare_answers", sample)
+    steps = {"max_steps": 3, "batch_size": 4, "per_device_batch_size": 2, "seed": 7}
+    internalize(model, tokenizer, PROMPT, RECORDS, **taught(tmp_path, "on-policy", arguments=steps))
+    assert [(seed, number) for seed, number, _ in seen] == [(7, 4), (8, 4), (9, 4)], "both batches of a step at once"
+    assert len({weights for _, _, weights in seen}) == 3
+
+
 def test_an_adapter_is_switched_off_in_a_block() -> None:
     model, tokenizer = tiny.patched("llama")
     ids = torch.tensor(plain_sources(tokenizer, [PROMPT], ["w1 w2"]))

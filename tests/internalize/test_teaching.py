@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,6 +328,15 @@ def test_what_does_not_fit_the_method_is_refused(tmp_path: Path, changes: dict[s
     with pytest.raises(GistError, match=message):
         internalize(model, tokenizer, PROMPT, **settings)
     assert not list(tmp_path.glob("*")), "nothing was started"
+
+
+@pytest.mark.parametrize("devices", [{"world_size": 2, "n_gpu": 1}, {"world_size": 1, "n_gpu": 2}])
+def test_several_devices_are_refused(devices: dict[str, int]) -> None:
+    given: Any = SimpleNamespace(**devices)
+    for method in ("on-policy", "self-study"):
+        with pytest.raises(GistError, match=f"method {method} is trained by a single process on one device"):
+            teaching.check_teaching(InternalizeSettings(method=method), given, has_stages=False)
+    teaching.check_teaching(InternalizeSettings(), given, has_stages=True)
 
 
 def test_what_is_trained_was_called_method(tmp_path: Path) -> None:

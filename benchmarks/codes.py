@@ -47,8 +47,10 @@ from gisting.train.objective import ObjectiveTrainer
 __all__ = ["RUNS", "CodesRow", "codes_table", "measure_codes"]
 
 NUM_GIST_TOKENS = 8
-#: Every way, with its arguments of ``internalize``; None for the base as it is. ``questions`` are the model's own.
+#: Every way, with its arguments of ``internalize``; ``questions`` are the model's own. None for the base as it is, and
+#: for the model that the base was made from, which may not be able to read such a prompt.
 RUNS: dict[str, dict[str, Any] | None] = {
+    "untouched model, full prompt": None,
     "not trained, full prompt": None,
     "not trained, no prompt": None,
     "full prompt": {"control": "full"},
@@ -65,6 +67,7 @@ RUNS: dict[str, dict[str, Any] | None] = {
         "edits": True,
     },
 }
+_UNTOUCHED = next(iter(RUNS))
 _MOST_CHANGED = 4
 
 
@@ -302,7 +305,9 @@ def measure_codes(
         raise GistError(f"runs must be names of {', '.join(RUNS)}, got {unknown[0]!r}")
     folder = Path(directory)
     problem: Any = _BuiltIn() if model is None else _Rooms(Path(model))
-    base = _base(problem, folder / "base", base_steps, 0 if model is not None else seed, progress)
+    base = None
+    if any(name != _UNTOUCHED for name in runs):
+        base = _base(problem, folder / "base", base_steps, 0 if model is not None else seed, progress)
     split = problem.split(seed, num_edits, num_queries)
     rows = []
     for name in runs:
@@ -331,7 +336,8 @@ def _measure_one(
 ) -> CodesRow:
     shutil.rmtree(folder, ignore_errors=True)
     chosen, tokens, start = RUNS[name], None, time.perf_counter()
-    trained = copy.deepcopy(base).to("cuda" if torch.cuda.is_available() else "cpu")
+    trained = problem.model() if name == _UNTOUCHED else copy.deepcopy(base)
+    trained.to("cuda" if torch.cuda.is_available() else "cpu")
     condition = "prompt" if name.endswith("full prompt") else "no-prompt"
     if chosen is not None:
         more = {key: value for key, value in chosen.items() if key not in ("questions", "edits")}
@@ -369,7 +375,7 @@ def _measure_one(
         model=problem.name,
         seed=seed,
         num_steps=0 if chosen is None else steps,
-        base_steps=base_steps,
+        base_steps=0 if name == _UNTOUCHED else base_steps,
         num_edits=len(split.edits),
         num_queries=len(split.asked),
         tokens=tokens,
@@ -446,23 +452,34 @@ def codes_table(rows: Sequence[dict[str, Any]]) -> str:
         for run in [run for run in RUNS if any(row["run"] == run for row in mine)]:
             own = sorted((row for row in mine if row["run"] == run), key=lambda row: row["seed"])
             tokens = [row["tokens"] for row in own if row["tokens"] is not None]
-            scores = [_cells(own, what) for what in ("asked", "unasked", "changed", "kept")]
             mean = f"{sum(tokens) / len(tokens):.0f}" if tokens else "-"
-            lines.append([run, mean, *scores, f"{max(row['seconds'] for row in own):,.0f}"])
-        first, seeds = mine[0], sorted({row["seed"] for row in mine})
-        steps = max(row["num_steps"] for row in mine)
+            lines.append(
+                [
+                    run,
+                    _range([row["num_steps"] for row in own]),
+                    mean,
+                    *(_cells(own, what) for what in ("asked", "unasked", "changed", "kept")),
+                    _range([row["seconds"] for row in own]),
+                ]
+            )
+        columns = ("steps", "tokens", "asked", "unasked", "changed code", "kept code", "seconds")
+        seeds = map(str, sorted({row["seed"] for row in mine}))
+        devices = "; ".join(dict.fromkeys(where(row) for row in mine))
         text += [
-            *markdown_table(
-                (f"{name}: trained", "tokens", "asked", "unasked", "changed code", "kept code", "seconds"), lines
-            ),
+            *markdown_table((f"{name}: trained", *columns), lines),
             "",
-            f"Right answers in per cent, for seeds {', '.join(map(str, seeds))}; the mean 95 % interval of a score is "
-            f"±{_half_width(mine):.0f}. At most {first['num_queries']} queries for each score; {steps:,} steps of 32 "
-            f"requests for each way, from a base of {first['base_steps']:,} steps on random tables; "
-            f"{first['num_edits']:,} versions of the prompt to learn from ({where(first)}).",
+            f"Right answers in per cent, one for each seed ({', '.join(seeds)}); at most "
+            f"{_range([row['num_queries'] for row in mine])} queries for each score, with a 95 % interval of "
+            f"±{_half_width(mine):.0f} on average. Steps of 32 requests, from a base of "
+            f"{max(row['base_steps'] for row in mine):,} steps on random tables; "
+            f"{_range([row['num_edits'] for row in mine])} versions of the prompt to learn from ({devices}).",
             "",
         ]
     return "\n".join(text[:-1])
+
+
+def _range(values: Sequence[float]) -> str:
+    return "–".join(dict.fromkeys(f"{value:,.0f}" for value in (min(values), max(values))))
 
 
 def _cells(rows: Sequence[dict[str, Any]], what: str) -> str:

@@ -571,7 +571,7 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(dry_run=True, kernel="table", bits=16, head_size=64) == 0
     (label, tiles) = capsys.readouterr().out.splitlines()
     assert label == "sm_90 table, 16 bits, head size 64, any segments, bias: on t5, 8 x 2048, 32:32 heads"
-    assert tiles.startswith("  64,64,")
+    assert tiles.startswith("  64,32,4,1  ")
     assert tune.TABLE.read_bytes() == before
 
 

@@ -237,6 +237,13 @@ def test_nothing_to_do(num_rows: int, num_keys: int, batch: int, width: int | No
         assert not tensor.any(), name
 
 
+@pytest.mark.parametrize("end", [31, 32, 33])
+@pytest.mark.parametrize("first", [15, 16, 17])
+def test_intervals_that_begin_and_end_beside_a_tile(first: int, end: int) -> None:
+    """A tile of 16 rows and keys is full only if no interval begins or ends inside it."""
+    check(make(48, heads=1), intervals(*[(first, end)] * 16, *[(0, 48)] * 32))
+
+
 # -- memory layouts ----------------------------------------------------------------------------------------------------
 
 

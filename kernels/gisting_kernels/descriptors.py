@@ -39,7 +39,7 @@ def describe(tensor: Tensor, rows: int, padded: int, *, is_gluon: bool = False) 
     """Describe a tensor ``(B, H, T, D)`` in tiles ``(1, 1, rows, padded)``.
 
     Args:
-        tensor: see :func:`can_describe`.
+        tensor: of any dtype for Triton, 16 bits for Gluon; see :func:`can_describe`.
         rows: rows of a tile.
         padded: D, rounded up to a power of 2.
         is_gluon: whether the kernel is written in Gluon, where the layout in shared memory is part of the descriptor.

@@ -30,6 +30,8 @@ from .plan import Plan, TileSizes, make_plan, mean_segment_length
 __all__ = ["decode_attention", "interval_attention", "is_interpreting", "keep_attention", "plan_tiles", "why_not"]
 
 MAX_HEAD_SIZE = 256
+# Gluon is an experimental part of Triton. The kernel of ``pingpong`` compiles in these versions, the last included.
+GLUON_VERSIONS = ((3, 6), (3, 9))
 # Three TF32 products keep both operands twice in registers, where larger heads do not fit.
 MAX_HEAD_SIZE_FLOAT32 = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -380,7 +382,16 @@ def _can_take_turns(q: Tensor, launch: _Launch, size: TileSizes, softcap: float,
         and size.rows % 128 == 0
         and not (launch.has_bias or softcap > 0 or dropout > 0)
         and torch.cuda.get_device_capability(q.device) == HOPPER
+        and _knows_gluon()
     )
+
+
+@functools.cache
+def _knows_gluon() -> bool:
+    import triton  # pyright: ignore[reportMissingImports]
+
+    first, last = GLUON_VERSIONS
+    return first <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= last
 
 
 def _take_turns(

@@ -34,6 +34,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignor
 __all__ = ["pingpong_kernel"]
 
 LOG2E = gl.constexpr(1.4426950408889634)
+# Triton 3.8 has other names for these.
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -75,19 +78,17 @@ def _load(
             phase = ((i_load // STAGES) & 1) ^ 1
             mbarrier.wait(bar_k_free.index(stage), phase)
             mbarrier.expect(bar_k.index(stage), k.block_type.nbytes)
-            tma.async_copy_global_to_shared(k, [i_b, i_g, i_key, 0], bar_k.index(stage), b_k.index(stage))
+            copy_in(k, [i_b, i_g, i_key, 0], bar_k.index(stage), b_k.index(stage))
             if i == 0:
                 # The consumers may still work on the tile of rows before, which is in the other place.
                 for half in gl.static_range(2):
                     place = (i_turn & 1) * 2 + half
                     mbarrier.wait(bar_q_free.index(place), ((i_turn >> 1) & 1) ^ 1)
                     mbarrier.expect(bar_q.index(place), q.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        q, [i_b, i_h, i_tile * 2 * HALF + half * HALF, 0], bar_q.index(place), b_q.index(place)
-                    )
+                    copy_in(q, [i_b, i_h, i_tile * 2 * HALF + half * HALF, 0], bar_q.index(place), b_q.index(place))
             mbarrier.wait(bar_v_free.index(stage), phase)
             mbarrier.expect(bar_v.index(stage), v.block_type.nbytes)
-            tma.async_copy_global_to_shared(v, [i_b, i_g, i_key, 0], bar_v.index(stage), b_v.index(stage))
+            copy_in(v, [i_b, i_g, i_key, 0], bar_v.index(stage), b_v.index(stage))
             i_load += 1
         i_turn += 1  # noqa: SIM113  Gluon has no enumerate
 
@@ -208,7 +209,7 @@ def _consume(
         # The queries are no longer needed; their place takes the output.
         b_mine.store(b_acc.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out, [i_b, i_h, i_first, 0], b_q.index(place))
+        copy_out(out, [i_b, i_h, i_first, 0], b_q.index(place))
         i_turn += 1  # noqa: SIM113  Gluon has no enumerate
     tma.store_wait(0)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist-tokens[kernels]'")
 
 from gisting import visibility as vis
-from gisting_kernels import forward
+from gisting_kernels import forward, op
 from gisting_kernels.descriptors import can_describe, describe
 from gisting_kernels.plan import TileSizes
 from tests.kernels.conftest import DEVICE, IS_CUDA, Sizes, differentiate, failures, fused, make, plan_for, tiles
@@ -110,6 +110,17 @@ def test_the_path_of_the_plan_is_taken(
 
 def vars_of(plan: Any) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in plan.__dataclass_fields__ if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("version", "is_known"),
+    [("3.5.1", False), ("3.6.0", True), ("3.9.0+git1234", True), ("3.10.0", False), ("4.0.0", False)],
+)
+def test_gluon_is_used_in_known_versions_only(version: str, is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", version)
+    op._knows_gluon.cache_clear()
+    assert op._knows_gluon() == is_known
+    op._knows_gluon.cache_clear()
 
 
 ON_HOPPER = IS_CUDA and torch.cuda.get_device_capability() == (9, 0)

@@ -479,6 +479,12 @@ def test_relative_bias(width: int, options: dict[str, float], dtype: torch.dtype
 ENCODER = vis.encoder_gist((torch.arange(45) // 2 == 9)[None], (torch.arange(45) < 41)[None])
 
 
+@pytest.mark.parametrize("width", [2, 3])
+def test_a_bias_whose_width_ends_beside_a_tile(width: int) -> None:
+    """A neighbouring tile of 16 x 16 then holds one to three pairs with entries of their own, in its corner."""
+    check(make(33, heads=1, width=width), vis.bidirectional(torch.ones(1, 33)))
+
+
 @pytest.mark.parametrize("shape", [pytest.param((64, 16), id="64-rows-16-keys"), slow((16, 64), id="16-rows-64-keys")])
 def test_relative_bias_in_tiles_that_are_not_square(shape: tuple[int, int]) -> None:
     """The diagonals of a sheared tile wrap around several times, or hardly at all."""

@@ -24,15 +24,24 @@ def can_describe(*tensors: Tensor) -> bool:
     The last dimension must be contiguous, and the other strides and the address must be multiples of 16 bytes. Strides
     of 0, of an expanded tensor, do not qualify.
     """
-    return all(
-        tensor.stride(3) == 1
-        and tensor.data_ptr() % ALIGNMENT == 0
-        and all(
-            size == 1 or (stride > 0 and stride * tensor.element_size() % ALIGNMENT == 0)
-            for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-        )
-        for tensor in tensors
-    )
+    # Every layer of every step asks, so the strides are not looked at one by one.
+    for tensor in tensors:
+        one, two, three, last = _strides_of(tensor)
+        size = tensor.element_size()
+        if last != 1 or min(one, two, three) <= 0:
+            return False
+        if (tensor.data_ptr() | one * size | two * size | three * size) % ALIGNMENT:
+            return False
+    return True
+
+
+def _strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides of a 4-D tensor, and 16 bytes for dimensions of size 1, whose strides are arbitrary."""
+    if 1 not in tensor.shape:
+        return tensor.stride()
+    aligned = ALIGNMENT // tensor.element_size()
+    pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    return (*(aligned if size == 1 else stride for size, stride in pairs), tensor.stride(3))
 
 
 def describe(tensor: Tensor, rows: int, padded: int, *, is_gluon: bool = False) -> Any:
@@ -44,11 +53,7 @@ def describe(tensor: Tensor, rows: int, padded: int, *, is_gluon: bool = False) 
         padded: D, rounded up to a power of 2.
         is_gluon: whether the kernel is written in Gluon, where the layout in shared memory is part of the descriptor.
     """
-    # The stride of a dimension of size 1 is arbitrary, but the unit checks it.
-    aligned = ALIGNMENT // tensor.element_size()
-    strides = [aligned if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    strides[3] = 1
-    shape, block = list(tensor.shape), [1, 1, rows, padded]
+    shape, strides, block = list(tensor.shape), list(_strides_of(tensor)), [1, 1, rows, padded]
     if is_gluon:
         from triton.experimental.gluon.nvidia.hopper import (  # pyright: ignore[reportMissingImports]
             TensorDescriptor as GluonDescriptor,

@@ -398,8 +398,10 @@ class _PiecewiseAttention(torch.autograd.Function):
                 dq[sequences], dk[sequences], dv[sequences] = dq_, dk_, dv_
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[5]:
-            weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-            dsinks = -(weights * (dout.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
+            # Nothing here has a second derivative.
+            with torch.no_grad():
+                weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+                dsinks = -(weights * (dout.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
         return dq.to(q.dtype), dk, dv, None, None, dsinks
 
 

@@ -92,6 +92,11 @@ def keep_form(model: PreTrainedModel) -> None:
                 "before it runs"
             )
         setattr(module, _REWRITES, False)
+    # Of weights that were read in 4 bits, transformers keeps a conversion that it cannot turn round when it saves them.
+    about: Any = model
+    kept = getattr(about, "_weight_conversions", None) or ()
+    if any(type(step).__name__ == "Bnb4bitDeserialize" for one in kept for step in getattr(one, "operations", ())):
+        about._weight_conversions = None
 
 
 # The attribute of bitsandbytes' layers which says that they may rewrite their weights.

@@ -11,10 +11,12 @@ from typing import Any
 
 from benchmarks.adapter.recipe import adapter_table
 from benchmarks.card_tables import kernels_table, real_model_table, step_table
+from benchmarks.check import check_table
 from benchmarks.cpu_attention import attention_table
 from benchmarks.demo import demo_table, museum_excerpt, museum_output
 from benchmarks.distill import distill_table
 from benchmarks.distillation import distillation_table
+from benchmarks.families import families_table
 from benchmarks.inference import highlights_table, inference_table, losses_table
 from benchmarks.internalize import internalize_table, serving_table
 from benchmarks.memory import memory_table
@@ -54,6 +56,8 @@ TABLES: list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]] = [
     ("docs/training.md", "adapter results", "adapter.jsonl", adapter_table),
     ("docs/training.md", "objective results", "objective.jsonl", objective_table),
     ("docs/training.md", "distillation results", "distillation.jsonl", distillation_table),
+    ("docs/models.md", "families results", "families.jsonl", families_table),
+    ("docs/models.md", "check results", "check.jsonl", check_table),
     ("docs/how_to_quantised.md", "memory results", "memory.jsonl", memory_table),
     ("docs/how_to_distill.md", "distill results", "distill.jsonl", distill_table),
     ("docs/internalisation.md", "internalize results", "internalize.jsonl", internalize_table),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import families
 from benchmarks.families import FamilyRow, examine, families_table, model_types
+from gisting.measure.rows import read_rows
 from gisting.models.check import Comparison, ModelCheck
 
 
@@ -24,6 +26,7 @@ from gisting.models.check import Comparison, ModelCheck
         ("decoder", "mamba", "refused", "config"),
         ("encoder-decoder", "t5", "right", ""),
         ("encoder-decoder", "bart", "refused", "positions"),
+        ("encoder-decoder", "glmasr", "right", ""),  # a decoder that reads sound
     ],
 )
 def test_types(kind: str, model_type: str, verdict: str, check: str) -> None:
@@ -60,6 +63,13 @@ def test_no_type_is_accepted_and_wrong(kind: str, part: int) -> None:
     # 47 decoder types at least, over all parts.
     floor = (12, 12, 11, 12)[part] if kind == "decoder" else 3
     assert sum(row.verdict == "right" for row in rows) >= floor
+
+
+def test_the_committed_rows_hold_what_is_promised() -> None:
+    rows = read_rows(Path(__file__).resolve().parents[2] / "docs" / "results" / "families.jsonl")
+    assert [row["model_type"] for row in rows if row["verdict"] == "WRONG"] == []
+    assert sum(row["kind"] == "decoder" and row["verdict"] == "right" for row in rows) >= 45
+    assert all(row["reason"] for row in rows if row["verdict"] != "right")
 
 
 def test_table() -> None:

@@ -47,8 +47,10 @@ from gisting.train.objective import ObjectiveTrainer
 __all__ = ["RUNS", "CodesRow", "codes_table", "measure_codes"]
 
 NUM_GIST_TOKENS = 8
-#: Every way, with its arguments of ``internalize``; None for the base as it is. ``questions`` are the model's own.
+#: Every way, with its arguments of ``internalize``; ``questions`` are the model's own. None for the base as it is, and
+#: for the model that the base was made from, which may not be able to read such a prompt.
 RUNS: dict[str, dict[str, Any] | None] = {
+    "untouched model, full prompt": None,
     "not trained, full prompt": None,
     "not trained, no prompt": None,
     "full prompt": {"control": "full"},
@@ -65,6 +67,7 @@ RUNS: dict[str, dict[str, Any] | None] = {
         "edits": True,
     },
 }
+_UNTOUCHED = next(iter(RUNS))
 _MOST_CHANGED = 4
 
 
@@ -109,7 +112,7 @@ class _Split:
 class _BuiltIn:
     """The built-in task and its small LLaMA, which learns from random weights."""
 
-    name, answer, max_length, base_rate, rate = "built-in task", 8, 192, 2e-3, 1e-3
+    name, answer, max_length, rows, base_rate, rate = "built-in task", 8, 192, BATCH_SIZE, 2e-3, 1e-3
 
     def __init__(self) -> None:
         self.tokenizer = code_tokenizer()
@@ -183,7 +186,7 @@ _NUM_ROOMS, _NUM_UNASKED = 16, 4
 class _Rooms:
     """A house whose rooms have codes of three digits, and a pretrained chat model."""
 
-    answer, max_length, base_rate, rate = 16, 320, 1e-4, 1e-4
+    answer, max_length, rows, base_rate, rate = 16, 320, 8, 1.5e-4, 2e-4
 
     def __init__(self, directory: Path) -> None:
         self.name = directory.name
@@ -225,7 +228,8 @@ class _Rooms:
 
         def version() -> tuple[dict[str, int], list[str]]:
             others = chance.sample(names, chance.randint(1, _MOST_CHANGED))
-            edited = {name: chance.randint(100, 999) if name in others else codes[name] for name in codes}
+            new = iter(chance.sample([code for code in range(100, 1000) if code not in codes.values()], len(others)))
+            edited = {name: next(new) if name in others else codes[name] for name in codes}
             return {name: edited[name] for name in chance.sample([*edited], len(edited))}, others
 
         edits, changed, kept = [], [], []
@@ -251,7 +255,7 @@ class _Rooms:
 
     @staticmethod
     def _table(chance: random.Random) -> dict[str, int]:
-        return {name: chance.randint(100, 999) for name in chance.sample(_ROOMS, _NUM_ROOMS)}
+        return dict(zip(chance.sample(_ROOMS, _NUM_ROOMS), chance.sample(range(100, 1000), _NUM_ROOMS), strict=True))
 
     @staticmethod
     def _prompt(codes: dict[str, int]) -> str:
@@ -301,7 +305,9 @@ def measure_codes(
         raise GistError(f"runs must be names of {', '.join(RUNS)}, got {unknown[0]!r}")
     folder = Path(directory)
     problem: Any = _BuiltIn() if model is None else _Rooms(Path(model))
-    base = _base(problem, folder / "base", base_steps, 0 if model is not None else seed, progress)
+    base = None
+    if any(name != _UNTOUCHED for name in runs):
+        base = _base(problem, folder / "base", base_steps, 0 if model is not None else seed, progress)
     split = problem.split(seed, num_edits, num_queries)
     rows = []
     for name in runs:
@@ -329,7 +335,9 @@ def _measure_one(
     num_questions: int,
 ) -> CodesRow:
     shutil.rmtree(folder, ignore_errors=True)
-    chosen, trained, tokens, start = RUNS[name], copy.deepcopy(base), None, time.perf_counter()
+    chosen, tokens, start = RUNS[name], None, time.perf_counter()
+    trained = problem.model() if name == _UNTOUCHED else copy.deepcopy(base)
+    trained.to("cuda" if torch.cuda.is_available() else "cpu")
     condition = "prompt" if name.endswith("full prompt") else "no-prompt"
     if chosen is not None:
         more = {key: value for key, value in chosen.items() if key not in ("questions", "edits")}
@@ -346,9 +354,9 @@ def _measure_one(
             problem.tokenizer,
             split.prompt,
             records,
-            _arguments(folder, steps, problem.rate, seed),
-            # Stages shorten with the base itself; methods without stages take neither.
-            **({} if "method" in chosen else {"shortener": SelfInformation(base, problem.tokenizer)}),
+            _arguments(folder, steps, problem.rate, seed, BATCH_SIZE if "method" in chosen else problem.rows),
+            # Methods without stages take no shortener.
+            **({} if "method" in chosen else {"shortener": SelfInformation(trained, problem.tokenizer)}),
             schedule=Schedule.linear(4),
             edits=split.edits if chosen.get("edits") else None,
             max_new_tokens=problem.answer,
@@ -367,7 +375,7 @@ def _measure_one(
         model=problem.name,
         seed=seed,
         num_steps=0 if chosen is None else steps,
-        base_steps=base_steps,
+        base_steps=0 if name == _UNTOUCHED else base_steps,
         num_edits=len(split.edits),
         num_queries=len(split.asked),
         tokens=tokens,
@@ -386,11 +394,11 @@ def _score(problem: Any, model: Any, records: Sequence[Record], condition: str) 
     return bootstrap([[float(problem.is_right(said, record.output)) for said, record in pairs]])
 
 
-def _arguments(folder: Path, steps: int, rate: float, seed: int) -> TrainingArguments:
+def _arguments(folder: Path, steps: int, rate: float, seed: int, rows: int) -> TrainingArguments:
     return published_arguments(
         folder,
         batch_size=BATCH_SIZE,
-        per_device_batch_size=BATCH_SIZE,
+        per_device_batch_size=rows,  # of a forward pass
         max_steps=steps,
         learning_rate=rate,
         lr_scheduler_type="cosine",
@@ -422,7 +430,7 @@ def _base(problem: Any, folder: Path, steps: int, seed: int, progress: Callable[
                 model = problem.model()
                 trainer = ObjectiveTrainer(
                     model=model,
-                    args=_arguments(folder, steps, problem.base_rate, seed),
+                    args=_arguments(folder, steps, problem.base_rate, seed, problem.rows),
                     train_dataset=problem.lookups(steps * BATCH_SIZE, seed),
                     data_collator=PlainCollator(problem.tokenizer, problem.max_length),
                 )
@@ -432,8 +440,7 @@ def _base(problem: Any, folder: Path, steps: int, seed: int, progress: Callable[
                 done.touch()
             finally:
                 lock.unlink()
-    model: Any = load(folder, dtype="float32")[0]
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return load(folder, dtype="float32")[0]
 
 
 def codes_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -445,23 +452,34 @@ def codes_table(rows: Sequence[dict[str, Any]]) -> str:
         for run in [run for run in RUNS if any(row["run"] == run for row in mine)]:
             own = sorted((row for row in mine if row["run"] == run), key=lambda row: row["seed"])
             tokens = [row["tokens"] for row in own if row["tokens"] is not None]
-            scores = [_cells(own, what) for what in ("asked", "unasked", "changed", "kept")]
             mean = f"{sum(tokens) / len(tokens):.0f}" if tokens else "-"
-            lines.append([run, mean, *scores, f"{max(row['seconds'] for row in own):,.0f}"])
-        first, seeds = mine[0], sorted({row["seed"] for row in mine})
-        steps = max(row["num_steps"] for row in mine)
+            lines.append(
+                [
+                    run,
+                    _range([row["num_steps"] for row in own]),
+                    mean,
+                    *(_cells(own, what) for what in ("asked", "unasked", "changed", "kept")),
+                    _range([row["seconds"] for row in own]),
+                ]
+            )
+        columns = ("steps", "tokens", "asked", "unasked", "changed code", "kept code", "seconds")
+        seeds = map(str, sorted({row["seed"] for row in mine}))
+        devices = "; ".join(dict.fromkeys(where(row) for row in mine))
         text += [
-            *markdown_table(
-                (f"{name}: trained", "tokens", "asked", "unasked", "changed code", "kept code", "seconds"), lines
-            ),
+            *markdown_table((f"{name}: trained", *columns), lines),
             "",
-            f"Right answers in per cent, for seeds {', '.join(map(str, seeds))}; the mean 95 % interval of a score is "
-            f"±{_half_width(mine):.0f}. At most {first['num_queries']} queries for each score; {steps:,} steps of 32 "
-            f"requests for each way, from a base of {first['base_steps']:,} steps on random tables; "
-            f"{first['num_edits']:,} versions of the prompt to learn from ({where(first)}).",
+            f"Right answers in per cent, one for each seed ({', '.join(seeds)}); at most "
+            f"{_range([row['num_queries'] for row in mine])} queries for each score, with a 95 % interval of "
+            f"±{_half_width(mine):.0f} on average. Steps of 32 requests, from a base of "
+            f"{max(row['base_steps'] for row in mine):,} steps on random tables; "
+            f"{max(row['num_edits'] for row in mine):,} versions of the prompt to learn from ({devices}).",
             "",
         ]
     return "\n".join(text[:-1])
+
+
+def _range(values: Sequence[float]) -> str:
+    return "–".join(dict.fromkeys(f"{value:,.0f}" for value in (min(values), max(values))))
 
 
 def _cells(rows: Sequence[dict[str, Any]], what: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.adapter.recipe import adapter_table
 from benchmarks.card_tables import kernels_table, real_model_table, step_table
+from benchmarks.codes import codes_table
 from benchmarks.cpu_attention import attention_table
 from benchmarks.demo import demo_table, museum_excerpt, museum_output
 from benchmarks.distill import distill_table
@@ -60,6 +61,7 @@ TABLES: list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]] = [
     ("docs/how_to_distill.md", "distill results", "distill.jsonl", distill_table),
     ("docs/internalisation.md", "internalize results", "internalize.jsonl", internalize_table),
     ("docs/internalisation.md", "requests results", "internalize.jsonl", serving_table),
+    ("docs/internalisation.md", "codes results", "codes.jsonl", codes_table),
     ("docs/internalisation.md", "nl2bash results", "nl2bash.jsonl", nl2bash_table),
     ("docs/internalisation.md", "nl2bash answers", "nl2bash.jsonl", nl2bash_answers_table),
     ("docs/internalisation.md", "nl2bash costs", "nl2bash.jsonl", nl2bash_costs_table),

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from gisting.cache import CacheOrigin, GistCache
-from gisting.data.plain import plain_sources
 from gisting.errors import GistError
 from gisting.generation.answers import answer_ends, up_to_end
 from gisting.generation.call import Call, prepare_call
@@ -244,7 +243,15 @@ class _FromText:
 
     def __init__(self, model: Any, tokenizer: GistTokenizer, pairs: Sequence[tuple[str, str]], call: Call) -> None:
         self.model, self.tokenizer, self.call = model, tokenizer, call
-        self.sources = plain_sources(tokenizer, [prompt for prompt, _ in pairs], [input for _, input in pairs])
+        inputs = [input for _, input in pairs]
+        if any(prompt for prompt, _ in pairs):
+            heads = tokenizer.encode_prompts([prompt for prompt, _ in pairs], 1)
+            rest = tokenizer.encode_continuations(inputs)
+            self.sources = [head.chunks[0] + ids for head, ids in zip(heads, rest, strict=True)]
+        else:
+            self.sources = tokenizer.encode_bare(inputs)
+        if tokenizer.is_encoder_decoder:
+            self.sources = [source or [tokenizer.eos_token_id] for source in self.sources]
         if empty := [row for row, source in enumerate(self.sources) if not source]:
             raise GistError(f"inputs[{empty[0]}] leaves no text for the model to continue; give it some text")
         new = 0 if tokenizer.is_encoder_decoder else call.config.max_new_tokens

@@ -141,20 +141,20 @@ def test_the_table_of_codes_by_eye() -> None:
     read = {"changed": scored("", 0, 0.5)["asked"], "kept": scored("", 0, 0.25)["asked"], "tokens": 14.0}
     rows = [
         scored("stages, then a gist", 0, 1.0, **read),
-        scored("self-study", 1, 0.75),
+        scored("self-study", 1, 0.75, num_steps=400, device="a card"),
         scored("self-study", 0, 0.5),
         scored("not trained, no prompt", 0, 0.0, num_steps=0, tokens=None),
     ]
     assert codes_table(rows).splitlines() == [
-        "| m: trained | tokens | asked | unasked | changed code | kept code | seconds |",
-        "|---|---|---|---|---|---|---|",
-        "| not trained, no prompt | - | 0.0 | 0.0 | - | - | 10 |",
-        "| self-study | 6 | 50.0, 75.0 | 50.0, 75.0 | - | - | 10 |",
-        "| stages, then a gist | 14 | 100.0 | 100.0 | 50.0 | 25.0 | 10 |",
+        "| m: trained | steps | tokens | asked | unasked | changed code | kept code | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        "| not trained, no prompt | 0 | - | 0.0 | 0.0 | - | - | 10 |",
+        "| self-study | 200–400 | 6 | 50.0, 75.0 | 50.0, 75.0 | - | - | 10 |",
+        "| stages, then a gist | 200 | 14 | 100.0 | 100.0 | 50.0 | 25.0 | 10 |",
         "",
-        "Right answers in per cent, for seeds 0, 1; the mean 95 % interval of a score is ±10. At most 128 queries for "
-        "each score; 200 steps of 32 requests for each way, from a base of 600 steps on random tables; 2,000 versions "
-        "of the prompt to learn from (d, 2 threads, torch t, transformers f).",
+        "Right answers in per cent, one for each seed (0, 1); at most 128 queries for each score, with a 95 % interval "
+        "of ±10 on average. Steps of 32 requests, from a base of 600 steps on random tables; 2,000 versions of the "
+        "prompt to learn from (d, 2 threads, torch t, transformers f; a card, 2 threads, torch t, transformers f).",
     ]
 
 
@@ -200,14 +200,15 @@ def test_rooms_that_no_training_query_asks_for(tmp_path: Path) -> None:
 
 def test_codes_are_measured_with_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "internalize --part codes --seeds 0 --base-steps 2 --steps 4 --records 4 --edits 6 --questions 8"
-    ways = "not trained, full prompt;on-policy, own questions;self-study;stages, then a gist of edits"
+    ways = "untouched model, full prompt;not trained, full prompt;on-policy, own questions;self-study;"
+    ways += "stages, then a gist of edits"
     output = ["--output", str(tmp_path / "rows.jsonl"), "--checkpoints", str(tmp_path / "runs")]
     assert run([*words.split(), *output, "--runs", ways]) == 0
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [row["run"] for row in rows] == ways.split(";")
-    assert [row["changed"] is not None for row in rows] == [True, False, False, True]
-    assert "| built-in task: trained | tokens | asked |" in capsys.readouterr().out
+    assert [row["changed"] is not None for row in rows] == [True, True, False, False, True]
+    assert "| built-in task: trained | steps | tokens | asked |" in capsys.readouterr().out
     assert run([*words.split(), *output, "--runs", "bare query", "--seconds", "0"]) == 0
     assert "bare query: not started, the time is over" in capsys.readouterr().out
-    assert len(read_rows(tmp_path / "rows.jsonl")) == 4
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 5
     assert run([*words.split(), "--runs", "nothing"]) == 2

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,25 @@ def test_the_teacher_is_the_model_before_training(tmp_path: Path, monkeypatch: p
         if weights == "full":
             assert not same(state(model), before)
         monkeypatch.undo()
+
+
+def test_every_step_has_answers_of_its_own_by_the_student_of_that_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny.patched("llama")
+    seen: list[tuple[int, int, float]] = []
+    right = sample_bare_answers
+
+    def sample(student: Any, *rest: Any, **more: Any) -> Any:
+        assert student is model
+        seen.append((more["seed"], len(rest[1]), sum(one.sum().item() for one in student.parameters())))
+        return right(student, *rest, **more)
+
+    monkeypatch.setattr(teaching, "sample_bare_answers", sample)
+    steps = {"max_steps": 3, "batch_size": 4, "per_device_batch_size": 2, "seed": 7}
+    internalize(model, tokenizer, PROMPT, RECORDS, **taught(tmp_path, "on-policy", arguments=steps))
+    assert [(seed, number) for seed, number, _ in seen] == [(7, 4), (8, 4), (9, 4)], "both batches of a step at once"
+    assert len({weights for _, _, weights in seen}) == 3
 
 
 def test_an_adapter_is_switched_off_in_a_block() -> None:
@@ -308,6 +328,15 @@ def test_what_does_not_fit_the_method_is_refused(tmp_path: Path, changes: dict[s
     with pytest.raises(GistError, match=message):
         internalize(model, tokenizer, PROMPT, **settings)
     assert not list(tmp_path.glob("*")), "nothing was started"
+
+
+@pytest.mark.parametrize("devices", [{"world_size": 2, "n_gpu": 1}, {"world_size": 1, "n_gpu": 2}])
+def test_several_devices_are_refused(devices: dict[str, int]) -> None:
+    given: Any = SimpleNamespace(**devices)
+    for method in ("on-policy", "self-study"):
+        with pytest.raises(GistError, match=f"method {method} is trained by a single process on one device"):
+            teaching.check_teaching(InternalizeSettings(method=method), given, has_stages=False)
+    teaching.check_teaching(InternalizeSettings(), given, has_stages=True)
 
 
 def test_what_is_trained_was_called_method(tmp_path: Path) -> None:

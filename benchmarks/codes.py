@@ -472,7 +472,7 @@ def codes_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{_range([row['num_queries'] for row in mine])} queries for each score, with a 95 % interval of "
             f"±{_half_width(mine):.0f} on average. Steps of 32 requests, from a base of "
             f"{max(row['base_steps'] for row in mine):,} steps on random tables; "
-            f"{_range([row['num_edits'] for row in mine])} versions of the prompt to learn from ({devices}).",
+            f"{max(row['num_edits'] for row in mine):,} versions of the prompt to learn from ({devices}).",
             "",
         ]
     return "\n".join(text[:-1])

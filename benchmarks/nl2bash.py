@@ -708,13 +708,14 @@ def _table(rows: list[dict[str, Any]]) -> str:
                 _RUN_ON[first["condition"]],
                 f"{first['tokens']:.1f}",
                 _saved(first["tokens"], full),
+                str(first["num_eval_records"]),
                 *(interval_cell(mine[seed]["bleu"] if seed in mine else None, scale=1) for seed in seeds),
                 *(interval_cell(mine[seed]["exact_match"] if seed in mine else None) for seed in seeds),
                 f"{max(row['seconds'] for row in mine.values()) / 60:.1f}",
             ]
         )
     scores = (f"{what}, seed {seed}" for what in ("BLEU", "exact match") for seed in seeds)
-    text = markdown_table(("trained", "run on", "tokens of a request", "saved", *scores, "minutes"), lines)
+    text = markdown_table(("trained", "run on", "tokens of a request", "saved", "answers", *scores, "minutes"), lines)
     if staged := [row for row in rows if row["run"] == STAGED]:
         stages = staged[0]["stages"]
         kept = [
@@ -731,8 +732,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     began = "random weights" if first["model"] == FROM_SCRATCH else first["model"]
     text += [
         "",
-        f"BLEU (0 to 100, sacrebleu) and exact match (per cent) with 95 % intervals on {first['num_eval_records']} "
-        f"held-out requests; {first['num_records']:,} records to train on; {first['num_dropped']} more were left out, "
+        f"BLEU (0 to 100, sacrebleu) and exact match (per cent) with 95 % intervals on held-out requests; "
+        f"{first['num_records']:,} records to train on; {first['num_dropped']} more were left out, "
         f"because they do not fit in {first['max_length']} tokens with the prompt ({first['prompt_tokens']}) or have "
         f"an answer of more than {first['max_answer']}. Each way: {first['num_steps']:,} steps of "
         f"{first['batch_size']} requests from {began}, "
@@ -746,8 +747,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def nl2bash_costs_table(rows: Sequence[dict[str, Any]]) -> str:
     """Format what requests and trainings cost as Markdown, for the first seed of each model with prices."""
-    rows = [row for row in rows if row.get("prices")]
-    models = dict.fromkeys(row["model"] for row in rows)
+    rows = [row for row in rows if "run" in row]
+    models = dict.fromkeys(row["model"] for row in rows if row["prices"])
     return "\n\n".join(_costs([row for row in rows if row["model"] == model]) for model in models)
 
 
@@ -755,7 +756,7 @@ def _costs(rows: list[dict[str, Any]]) -> str:
     seed = min(row["seed"] for row in rows)
     # A swapped gist is a control of the answers; its requests cost what those with the right gist do.
     rows = [row for row in rows if row["seed"] == seed and RUNS[row["run"]].prompt is None]
-    prices = Prices(**rows[0]["prices"])
+    prices = Prices(**next(row["prices"] for row in rows if row["prices"]))
     lines: list[tuple[str, dict[str, Any], float]] = [(row["run"], row, 0.0) for row in rows]
     lines = [(name, row, row["cached_tokens"] if row["condition"] == "gist" else 0.0) for name, row, _ in lines]
     untrained = next((row for row in rows if not row["num_steps"] and row["condition"] == "prompt"), None)

@@ -26,7 +26,6 @@ from benchmarks.methods import methods_table
 from benchmarks.nl2bash import (
     nl2bash_answers_table,
     nl2bash_costs_table,
-    nl2bash_requests_table,
     nl2bash_table,
 )
 from benchmarks.objective import objective_table
@@ -74,7 +73,6 @@ TABLES: list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]] = [
     ("docs/internalisation.md", "nl2bash results", "nl2bash.jsonl", nl2bash_table),
     ("docs/internalisation.md", "nl2bash answers", "nl2bash.jsonl", nl2bash_answers_table),
     ("docs/internalisation.md", "nl2bash costs", "nl2bash.jsonl", nl2bash_costs_table),
-    ("docs/internalisation.md", "nl2bash requests", "nl2bash.jsonl", nl2bash_requests_table),
     ("docs/vllm.md", "vllm results", "vllm.jsonl", vllm_table),
 ]
 

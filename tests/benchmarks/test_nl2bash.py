@@ -211,12 +211,12 @@ def test_the_table_by_eye() -> None:
     ]
     lines = nl2bash_table([*rows, {**rows[1], "model": "other"}]).splitlines()
     assert lines[:14] == [
-        "| trained | run on | tokens of a request | saved | BLEU, seed 0 | BLEU, seed 1 | exact match, seed 0 "
-        "| exact match, seed 1 | minutes |",
-        "|---|---|---|---|---|---|---|---|---|",
-        "| in stages | the bare query | 20.0 | 92 % | 7.0 [6.0, 8.5] | 8.0 [7.0, 9.5] | 12.5 [10.0, 15.0] "
+        "| trained | run on | tokens of a request | saved | answers | BLEU, seed 0 | BLEU, seed 1 "
+        "| exact match, seed 0 | exact match, seed 1 | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        "| in stages | the bare query | 20.0 | 92 % | 300 | 7.0 [6.0, 8.5] | 8.0 [7.0, 9.5] | 12.5 [10.0, 15.0] "
         "| 12.5 [10.0, 15.0] | 2.5 |",
-        "| shortened prompt | its prompt | 100.0 | 60 % | 6.0 [5.0, 7.5] | - | 12.5 [10.0, 15.0] | - | 1.5 |",
+        "| shortened prompt | its prompt | 100.0 | 60 % | 300 | 6.0 [5.0, 7.5] | - | 12.5 [10.0, 15.0] | - | 1.5 |",
         "",
         "| in stages | stage 1 | stage 2 | stage 3 |",
         "|---|---|---|---|",
@@ -230,7 +230,7 @@ def test_the_table_by_eye() -> None:
     ]
     # The other model has no full prompt to compare with.
     (other,) = (line for line in lines[16:] if line.startswith("| shortened prompt"))
-    assert other == "| shortened prompt | its prompt | 100.0 | - | 6.0 [5.0, 7.5] | 12.5 [10.0, 15.0] | 1.5 |"
+    assert other == "| shortened prompt | its prompt | 100.0 | - | 300 | 6.0 [5.0, 7.5] | 12.5 [10.0, 15.0] | 1.5 |"
     assert "10,000 records to train on; 21 more were left out" in lines[-1]
     assert "16 requests from other, all weights trained, float32, template plain, 1.15 million parameters" in lines[-1]
 

@@ -57,6 +57,11 @@ PROMPTS = {
 #: The columns of a row that say what it is about.
 _KEY = ("model", "dtype", "wanted_steps", "start", "prompt", "num_gist_tokens", "seed")
 _START = "attended"  # what distill takes for a decoder
+_STARTS = {
+    "first": "first, the states of the first k tokens",
+    "attended": "attended, those of the most attended tokens",
+    "gist": "gist, what the adapter of the package makes",
+}
 _DETAIL_TOKENS = 64  # of an answer to the question for a detail, as gisting check has them
 
 
@@ -343,8 +348,8 @@ def starts_table(rows: Sequence[dict[str, Any]]) -> str:
             *markdown_table(("prompt (tokens)", "k", *starts), lines),
             "",
             f"Median KL divergence from the full prompt over held-out answers of {first['model']} ({first['dtype']}), "
-            "in nats a token, before training and after it. Starts: the states of the first k tokens, of the most "
-            f"attended tokens, and the gist that the adapter of the package makes; {where(first)}.",
+            f"in nats a token, before training and after at most {max(row['steps'] for row in group)} steps. Starts: "
+            f"{'; '.join(_STARTS[start] for start in starts)}. {where(first)}.",
         ]
         tables.append("\n".join(text))
     return "\n\n".join(tables)

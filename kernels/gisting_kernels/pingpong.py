@@ -80,12 +80,11 @@ def _load(
             mbarrier.expect(bar_k.index(stage), k.block_type.nbytes)
             copy_in(k, [i_b, i_g, i_key, 0], bar_k.index(stage), b_k.index(stage))
             if i == 0:
-                # The consumers may still work on the tile of rows before, which is in the other place.
+                # The consumers may still write the output of the tile of rows before.
                 for half in gl.static_range(2):
-                    place = (i_turn & 1) * 2 + half
-                    mbarrier.wait(bar_q_free.index(place), ((i_turn >> 1) & 1) ^ 1)
-                    mbarrier.expect(bar_q.index(place), q.block_type.nbytes)
-                    copy_in(q, [i_b, i_h, i_tile * 2 * HALF + half * HALF, 0], bar_q.index(place), b_q.index(place))
+                    mbarrier.wait(bar_q_free.index(half), (i_turn & 1) ^ 1)
+                    mbarrier.expect(bar_q.index(half), q.block_type.nbytes)
+                    copy_in(q, [i_b, i_h, i_tile * 2 * HALF + half * HALF, 0], bar_q.index(half), b_q.index(half))
             mbarrier.wait(bar_v_free.index(stage), phase)
             mbarrier.expect(bar_v.index(stage), v.block_type.nbytes)
             copy_in(v, [i_b, i_g, i_key, 0], bar_v.index(stage), b_v.index(stage))
@@ -129,6 +128,7 @@ def _consume(
     dtype: gl.constexpr = out.dtype
     factor = scale * LOG2E
     b_none = gl.zeros([HALF, BN], gl.float32, layout=SCORES)
+    b_mine = b_q.index(half).reshape([HALF, BD])
     bar_mine = bar_turn.index(half)
     bar_other = bar_turn.index(1 - half)
     i_load = 0
@@ -148,9 +148,7 @@ def _consume(
         b_sum = gl.zeros([HALF], gl.float32, layout=ROWS)
         b_acc = gl.zeros([HALF, BD], gl.float32, layout=OUT)
 
-        place = (i_turn & 1) * 2 + half
-        b_mine = b_q.index(place).reshape([HALF, BD])
-        mbarrier.wait(bar_q.index(place), (i_turn >> 1) & 1)
+        mbarrier.wait(bar_q.index(half), i_turn & 1)
         stage = i_load % STAGES
         mbarrier.wait(bar_k.index(stage), (i_load // STAGES) & 1)
         b_s = warpgroup_mma(
@@ -158,9 +156,6 @@ def _consume(
         )
         b_s = warpgroup_mma_wait(0, deps=[b_s])
         mbarrier.arrive(bar_k_free.index(stage), count=1)
-        # By now the output of the tile of rows before has left its place.
-        tma.store_wait(0)
-        mbarrier.arrive(bar_q_free.index(place ^ 2), count=1, pred=i_turn > 0)
         if i_masked > 0:
             i_key = gl.load(p_list, mask=i_full > 0, other=0) * BN
             b_s = _mask(b_s, p_first + i_mask * num_keys, p_end + i_mask * num_keys, o_row, i_key, num_keys, BN, KEYS)
@@ -209,9 +204,10 @@ def _consume(
         # The queries are no longer needed; their place takes the output.
         b_mine.store(b_acc.to(dtype))
         fence_async_shared()
-        copy_out(out, [i_b, i_h, i_first, 0], b_q.index(place))
+        copy_out(out, [i_b, i_h, i_first, 0], b_q.index(half))
+        tma.store_wait(0)
+        mbarrier.arrive(bar_q_free.index(half), count=1)
         i_turn += 1  # noqa: SIM113  Gluon has no enumerate
-    tma.store_wait(0)
 
 
 @gluon.jit
@@ -224,21 +220,19 @@ def pingpong_kernel(
 
     ``q``, ``k``, ``v`` and ``out`` are descriptors of (B, H, T, D) in blocks (1, 1, HALF or BN, BD).
     """
-    # Two places for the queries: of the tile of rows that is worked on, and of the next one.
-    b_q = gl.allocate_shared_memory(q.dtype, [4, 1, 1, HALF, BD], q.layout)
+    b_q = gl.allocate_shared_memory(q.dtype, [2, 1, 1, HALF, BD], q.layout)
     b_k = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BN, BD], k.layout)
     b_v = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BN, BD], v.layout)
-    bar_q = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    bar_q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    bar_q = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    bar_q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     bar_turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     bar_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(4):
-        mbarrier.init(bar_q.index(place), count=1)
-        mbarrier.init(bar_q_free.index(place), count=1)
     for half in gl.static_range(2):
+        mbarrier.init(bar_q.index(half), count=1)
+        mbarrier.init(bar_q_free.index(half), count=1)
         mbarrier.init(bar_turn.index(half), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(bar_k.index(stage), count=1)

@@ -74,7 +74,7 @@ def interval_attention(
 
             - ``"triton"``: the fused kernels of ``gisting_kernels``. They need a CUDA device of compute capability 8.0
               or higher, float16, bfloat16 or float32, D = Dv up to 256, and a positive scale. They support
-              ``relative_bias`` but no dense ``bias`` and no ``sinks``.
+              ``relative_bias`` and ``sinks`` but no dense ``bias``.
             - ``"sdpa"``: torch's fused operator. On the CPU it runs in pieces without a mask if the intervals allow it,
               otherwise with a dense mask. It has no softcap.
             - ``"flex"``: torch's FlexAttention. It has no dropout and no sinks, and on the CPU no gradients for q, k
@@ -174,21 +174,14 @@ def _decide(
         raise GistError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto":
         impl, reason = choose_implementation(
-            as_autocast(q),
-            v,
-            scale,
-            has_bias=bias is not None,
-            has_softcap=softcap is not None,
-            has_sinks=sinks is not None,
+            as_autocast(q), v, scale, has_bias=bias is not None, has_softcap=softcap is not None
         )
         if not torch.compiler.is_compiling():
             _log_choice(impl, reason)
     if impl == "triton":
         if bias is not None:
             raise GistError("impl='triton' supports no dense bias; use relative_bias, or impl='auto'")
-        if sinks is not None:
-            raise GistError("impl='triton' has no sinks; use impl='auto' or impl='sdpa'")
-        return _by_triton(q, k, v, visibility, relative_bias, scale, softcap, dropout, needs_grad)
+        return _by_triton(q, k, v, visibility, relative_bias, sinks, scale, softcap, dropout, needs_grad)
     if impl == "flex":
         if bias is not None or dropout > 0 or sinks is not None:
             raise GistError(
@@ -219,13 +212,7 @@ def _decide(
 
 
 def choose_implementation(
-    q: Tensor,
-    v: Tensor,
-    scale: float,
-    *,
-    has_bias: bool = False,
-    has_softcap: bool = False,
-    has_sinks: bool = False,
+    q: Tensor, v: Tensor, scale: float, *, has_bias: bool = False, has_softcap: bool = False
 ) -> tuple[str, str]:
     """Return the implementation that ``impl="auto"`` chooses for a call, and the reason.
 
@@ -237,14 +224,11 @@ def choose_implementation(
         scale: factor of the scores.
         has_bias: whether there is a dense bias.
         has_softcap: whether there is a softcap.
-        has_sinks: whether there are sinks.
 
     Returns:
         One of :data:`IMPLEMENTATIONS`, and the reason in words.
     """
-    reason = "the tensors are not on a CUDA device"
-    if q.is_cuda:
-        reason = "the kernels have no sinks" if has_sinks else kernels.why_not(q, v, scale, has_bias=has_bias)
+    reason = kernels.why_not(q, v, scale, has_bias=has_bias) if q.is_cuda else "the tensors are not on a CUDA device"
     if reason is None:
         return "triton", "the fused kernels apply"
     if has_softcap:
@@ -263,6 +247,7 @@ def _by_triton(
     v: Tensor,
     visibility: Visibility,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     softcap: float | None,
     dropout: float,
@@ -272,7 +257,8 @@ def _by_triton(
     reason = kernels.why_not(q, v, scale, has_bias=False)
     if reason is not None:
         raise GistError(f"impl='triton' cannot serve this call: {reason}; use impl='auto'")
-    if q.shape[2] <= _MAX_DECODE_ROWS and not needs_grad and relative_bias is None and dropout == 0:
+    is_plain = relative_bias is None and sinks is None and dropout == 0
+    if q.shape[2] <= _MAX_DECODE_ROWS and not needs_grad and is_plain:
 
         def decode(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *_: Tensor | None) -> Tensor:
             q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
@@ -313,6 +299,7 @@ def _by_triton(
             scale=scale,
             softcap=softcap,
             dropout=dropout,
+            sinks=sinks,
             is_checked=True,
         )
 

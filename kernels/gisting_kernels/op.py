@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -140,6 +141,7 @@ def interval_attention(
     scale: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    sinks: Tensor | None = None,
     seed: Tensor | None = None,
     precision: str | None = None,
     is_checked: bool = False,
@@ -156,6 +158,8 @@ def interval_attention(
         scale: positive; ``D ** -0.5`` by default.
         softcap: if given, scores become ``softcap tanh(score / softcap)``.
         dropout: probability of dropping a weight.
+        sinks: ``(H,)``, floating point and finite: each row's softmax has one more term, ``exp(sinks[h])``, without a
+            value.
         seed: int64 ``(1,)`` on the device of q; the same seed drops the same weights. By default it is drawn from
             torch's generator for that device.
         precision: precision of float32 products: ``"tf32"``, ``"tf32x3"`` (three products, nearly float32) or
@@ -171,7 +175,7 @@ def interval_attention(
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else float(scale)
     if not is_checked:
-        _check(q, k, v, plan, relative_bias, scale, softcap, dropout, seed)
+        _check(q, k, v, plan, relative_bias, sinks, scale, softcap, dropout, seed)
         if precision not in (None, "tf32", "tf32x3", "ieee"):
             raise ValueError(f"precision must be 'tf32', 'tf32x3', 'ieee' or None, got {precision!r}")
     table, width = None, 0
@@ -184,9 +188,11 @@ def interval_attention(
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
     softcap = 0.0 if softcap is None else float(softcap)
     run = ops.interval_attention if _is_watched(q, k, v) else _Direct.apply
+    sinks = None if sinks is None else sinks.float()
     out, _ = run(
-        q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, plan.numbers(), precision or ""
-    )
+        q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, plan.numbers(), precision or "",
+        sinks,
+    )  # fmt: skip
     return out
 
 
@@ -250,6 +256,7 @@ def _check(
     v: Tensor,
     plan: Plan,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     softcap: float | None,
     dropout: float,
@@ -260,7 +267,8 @@ def _check(
         raise ValueError(f"the kernels cannot serve this call: {reason}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must have the same dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    for name, tensor in (("k", k), ("v", v), ("plan", plan.first), ("relative_bias", relative_bias), ("seed", seed)):
+    others = {"k": k, "v": v, "plan": plan.first, "relative_bias": relative_bias, "sinks": sinks, "seed": seed}
+    for name, tensor in others.items():
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}; move one of them")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
@@ -277,6 +285,8 @@ def _check(
         relative_bias.dim() != 2 or relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 == 0
     ):
         raise ValueError(f"relative_bias must have shape ({heads}, 2 W + 1), got {tuple(relative_bias.shape)}")
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point()):
+        raise ValueError(f"sinks must be floating point of shape ({heads},), got {sinks.dtype} {tuple(sinks.shape)}")
     width = None if relative_bias is None else max(relative_bias.shape[1] // 2, 1)
     if plan.near != width:
         raise ValueError(
@@ -336,8 +346,12 @@ def _run_forward(
     width: int,
     sizes: Sequence[int],
     precision: str,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the log-sum-exp in base 2, float32 ``(B, H, T)``."""
+    """Return the output and the log-sum-exp in base 2, float32 ``(B, H, T)``, both with the sinks."""
+    if sinks is not None:
+        found = _run_forward(q, k, v, plan, table, seed, scale, softcap, dropout, width, sizes, precision, None)
+        return _with_sinks(*found, sinks)
     from .forward import forward_kernel
 
     out = torch.empty_like(q)
@@ -348,7 +362,7 @@ def _run_forward(
         return out.zero_(), lse.fill_(float("inf"))
     if _must_upcast(q):
         wide, lse = _run_forward(
-            q.float(), k.float(), v.float(), plan, table, seed, scale, softcap, dropout, width, sizes, precision
+            q.float(), k.float(), v.float(), plan, table, seed, scale, softcap, dropout, width, sizes, precision, None
         )
         return out.copy_(wide), lse
     launch = _Launch(q, k, plan, table, seed, scale, softcap, dropout, width, precision)
@@ -371,6 +385,16 @@ def _run_forward(
         EVEN_K=k.shape[2] % size.keys == 0, PRECISION=launch.precision, DESCRIPTORS=has_descriptors,
     )  # fmt: skip
     return out, lse
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Add a term to the sum of every row, in place. A row that sees no key keeps its zeros and its infinity.
+
+    The backward pass needs nothing more: with this log-sum-exp its weights are right, and a sink has no value.
+    """
+    both = torch.logaddexp2(lse, sinks[:, None] * math.log2(math.e))
+    out.mul_(torch.where(lse == torch.inf, 0.0, torch.exp2(lse - both))[..., None])
+    return out, both
 
 
 def _can_take_turns(q: Tensor, launch: _Launch, size: TileSizes, softcap: float, dropout: float) -> bool:
@@ -430,7 +454,7 @@ _forward_op = torch.library.custom_op(add_op_namespace_prefix("interval_attentio
 
 
 @_forward_op.register_fake
-def _(q, k, v, plan, table, seed, scale, softcap, dropout, width, sizes, precision):  # type: ignore[no-untyped-def]
+def _(q, k, v, plan, table, seed, scale, softcap, dropout, width, sizes, precision, sinks):  # type: ignore[no-untyped-def]
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -528,27 +552,34 @@ def _(grad, q, k, v, out, lse, plan, table, seed, scale, softcap, dropout, width
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, plan, table, seed, *ctx.numbers = inputs
+    q, k, v, plan, table, seed, *ctx.numbers, sinks = inputs
     ctx.num_plan = len(plan)
     ctx.has_table = table is not None
     ctx.has_seed = seed is not None
-    ctx.save_for_backward(q, k, v, *output, *plan, *(tensor for tensor in (table, seed) if tensor is not None))
+    ctx.has_sinks = sinks is not None
+    ctx.save_for_backward(q, k, v, *output, *plan, *(tensor for tensor in (sinks, table, seed) if tensor is not None))
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    dq, dk, dv, d_table = _gradients(ops.interval_attention_backward, ctx, grad)
-    return dq, dk, dv, [None] * ctx.num_plan, d_table, None, *[None] * len(ctx.numbers)
+    dq, dk, dv, d_table, d_sinks = _gradients(ops.interval_attention_backward, ctx, grad)
+    return dq, dk, dv, [None] * ctx.num_plan, d_table, None, *[None] * len(ctx.numbers), d_sinks
 
 
-def _gradients(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _gradients(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     q, k, v, out, lse, *rest = ctx.saved_tensors
     plan, rest = list(rest[: ctx.num_plan]), rest[ctx.num_plan :]
+    d_sinks = None
+    if ctx.has_sinks:
+        sinks, *rest = rest
+        with torch.no_grad():
+            weights = torch.exp2(sinks[:, None] * math.log2(math.e) - lse)
+            d_sinks = -(weights * (grad.float() * out.float()).sum(-1)).sum((0, 2))
     table = rest[0] if ctx.has_table else None
     seed = rest[-1] if ctx.has_seed else None
     needs_table = ctx.has_table and ctx.needs_input_grad[4]
     dq, dk, dv, d_table = run(grad, q, k, v, out, lse, plan, table, seed, *ctx.numbers, needs_table)
-    return dq, dk, dv, d_table if needs_table else None
+    return dq, dk, dv, d_table if needs_table else None, d_sinks
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -568,8 +599,8 @@ class _Direct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # The operator raises if its gradients are differentiated, which create_graph allows.
         run = ops.interval_attention_backward if torch.is_grad_enabled() else _run_backward
-        dq, dk, dv, d_table = _gradients(run, ctx, grad)
-        return dq, dk, dv, None, d_table, None, *[None] * len(ctx.numbers)
+        dq, dk, dv, d_table, d_sinks = _gradients(run, ctx, grad)
+        return dq, dk, dv, None, d_table, None, *[None] * len(ctx.numbers), d_sinks
 
 
 def _is_watched(*tensors: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gisting import visibility as vis
-from gisting.attention import choose_implementation, interval_attention, sdpa
+from gisting.attention import interval_attention, sdpa
 from gisting.errors import GistError
 from gisting.visibility import Visibility
 from tests.attention.test_interval_attention import by_hand, inputs, largest_score, masks, tolerance, worst
@@ -128,16 +128,6 @@ def test_sinks_that_do_not_fit(sinks: Tensor, message: str) -> None:
         interval_attention(**given, visibility=masks(63))
 
 
-def test_flex_and_triton_have_no_sinks() -> None:
+def test_flex_has_no_sinks() -> None:
     with pytest.raises(GistError, match="impl='flex' supports no dropout, no dense bias and no sinks"):
         interval_attention(**leaves(), visibility=masks(63), impl="flex")
-    with pytest.raises(GistError, match="impl='triton' has no sinks; use impl='auto'"):
-        interval_attention(**leaves(), visibility=masks(63), impl="triton")
-
-
-def test_on_a_card_sinks_are_not_left_to_the_kernels() -> None:
-    class OnCard:
-        is_cuda = True
-
-    q: Any = OnCard()
-    assert choose_implementation(q, q, 1.0, has_sinks=True) == ("sdpa", "not triton: the kernels have no sinks")

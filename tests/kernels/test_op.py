@@ -92,13 +92,15 @@ def assert_same_bits(have: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 # -- schema, fake tensors, autograd ------------------------------------------------------------------------------------
 
 
-def arguments(given: Given, *, softcap: float = 0.0, dropout: float = 0.0) -> tuple[Any, ...]:
+def arguments(
+    given: Given, *, softcap: float = 0.0, dropout: float = 0.0, sinks: Tensor | None = None
+) -> tuple[Any, ...]:
     """Make the arguments of the forward operator."""
     plan = plan_for(given, gist_in_the_middle(given.k.shape[2]))
     seed = torch.tensor([3], device=DEVICE) if dropout else None
     width = 0 if given.near is None else given.near
     sizes = plan.numbers()
-    return (*given[:3], plan.tensors(), given.table, seed, 0.25, softcap, dropout, width, sizes, "ieee")
+    return (*given[:3], plan.tensors(), given.table, seed, 0.25, softcap, dropout, width, sizes, "ieee", sinks)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +109,10 @@ def arguments(given: Given, *, softcap: float = 0.0, dropout: float = 0.0) -> tu
         pytest.param({"width": 2}, {"softcap": 1.5, "dropout": 0.2}, id="bias-softcap-dropout"),
         slow({"dtype": torch.bfloat16, "num_keys": 30, "heads": 4, "groups": 2}, {}, id="bfloat16-prefix-keys"),
         pytest.param({"num_rows": 0}, {}, id="no-rows"),
+        pytest.param({}, {"sinks": torch.tensor([0.5, -1.0], device=DEVICE, requires_grad=True)}, id="sinks"),
     ],
 )
-def test_opcheck(shape: dict[str, Any], options: dict[str, float]) -> None:
+def test_opcheck(shape: dict[str, Any], options: dict[str, Any]) -> None:
     given = make(**{"num_rows": 17, "num_keys": 17, **shape})
     opcheck(FORWARD, arguments(given, **options))
 
@@ -134,7 +137,7 @@ def test_opcheck_of_the_backward(needs_table: bool) -> None:
     out, lse = FORWARD(*args)
     opcheck(
         BACKWARD,
-        (given.upstream, *args[:3], out, lse, *args[3:], needs_table),
+        (given.upstream, *args[:3], out, lse, *args[3:-1], needs_table),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -69,16 +69,16 @@ def interval_attention(
         softcap: if given, scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2.
         dropout: probability of dropping an attention weight.
         sinks: ``(H,)``, floating point and finite, or None. With them, the sum of a row's softmax has one more term,
-            ``exp(sinks[h])``, so that its weights sum to less than 1, as in gpt-oss. Differentiable.
+            ``exp(sinks[h])``, so that its weights sum to less than 1, as in gpt-oss. Differentiable. Only
+            reference, sdpa and auto have them.
         impl: the implementation. An explicit choice never falls back to another: it raises if it cannot serve the call.
 
             - ``"triton"``: the fused kernels of ``gisting_kernels``. They need a CUDA device of compute capability 8.0
               or higher, float16, bfloat16 or float32, D = Dv up to 256, and a positive scale. They support
-              ``relative_bias`` but no dense ``bias`` and no ``sinks``.
+              ``relative_bias`` but no dense ``bias``.
             - ``"sdpa"``: torch's fused operator. On the CPU it runs in pieces without a mask if the intervals allow it,
               otherwise with a dense mask. It has no softcap.
-            - ``"flex"``: torch's FlexAttention. It has no dropout and no sinks, and on the CPU no gradients for q, k
-              and v.
+            - ``"flex"``: torch's FlexAttention. It has no dropout, and on the CPU no gradients for q, k and v.
             - ``"reference"``: dense attention in float32 or better. It supports everything, slowly.
             - ``"auto"``: triton if it can serve the call on a CUDA device, otherwise reference if there is a softcap,
               otherwise sdpa. The logger ``gisting`` logs the choice and its reason once, at level INFO.

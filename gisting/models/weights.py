@@ -74,6 +74,9 @@ def keep_form(model: PreTrainedModel) -> None:
     are rounded, no gradient passes any more, and what ``state_dict`` then makes of them is not what was loaded. It is
     told not to; the weights are then expanded for each use, as in training.
 
+    What transformers unpacked when it read a GGUF file is not quantised any more, though its config says so; that entry
+    is removed, so that the model can be trained and saved like any other.
+
     Args:
         model: any model.
 
@@ -97,6 +100,12 @@ def keep_form(model: PreTrainedModel) -> None:
     kept = getattr(about, "_weight_conversions", None) or ()
     if any(type(step).__name__ == "Bnb4bitDeserialize" for one in kept for step in getattr(one, "operations", ())):
         about._weight_conversions = None
+    method = getattr(getattr(about, "hf_quantizer", None), "quantization_config", None)
+    if getattr(method, "quant_method", None) == "gguf" and all(
+        tensor.is_floating_point() for tensor in model.state_dict().values()
+    ):
+        about.hf_quantizer, about.is_quantized = None, False
+        del about.config.quantization_config
 
 
 # The attribute of bitsandbytes' layers which says that they may rewrite their weights.

@@ -35,7 +35,7 @@ def test_bytes_of_a_model_in_16_bits_and_of_its_adapter() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_bytes_of_a_model_in_4_bits(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     tiny.model("llama", **sizes).save_pretrained(tmp_path)
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.bfloat16)

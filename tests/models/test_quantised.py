@@ -18,13 +18,20 @@ from gisting.errors import GistError, UnsupportedModelError
 from gisting.models import registry
 from gisting.models.adapters import Adapter, attach, detach
 from gisting.models.fingerprint import base_fingerprint, fingerprint
+from gisting.train.finetune import finetune, published_arguments
 from gisting.train.recipe import load_recipe, train_recipe
 from tests import tiny
 from tests.repository import fences_in
 
 RECORDS = [Record("w1 w2 w3", "w7 w8", "w3"), Record("w4 w5", "w5 w6 w1", "w6 w2")]
 # Multiples of the blocks in which weights are quantised.
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
 # The packages warn about each other and about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -233,3 +240,64 @@ def test_the_page_and_its_recipe(
     assert not list((tmp_path / "runs" / "out").glob("model*.safetensors"))
     cache = gisting.compress(model, tokenizer, ["w1 w2 w3"], 3)
     assert gisting.generate(model, tokenizer, ["w4"], cache=cache, max_new_tokens=3)
+
+
+def test_what_was_unpacked_from_gguf_is_trained_and_saved_as_any_other(checkpoint: Path, tmp_path: Path) -> None:
+    _write_gguf(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "tiny.gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    tokenizer = tiny.tokenizer()
+    before = fingerprint(model)
+    run(model)
+    assert fingerprint(model) == before
+    assert gisting.check_model(model).passed
+    gisting.patch(model, tokenizer)
+    assert base_fingerprint(model) == before
+    finetune(
+        model, tokenizer, RECORDS, published_arguments(tmp_path / "run", batch_size=2, max_steps=2), num_gist_tokens=2
+    )
+    cache = gisting.compress(model, tokenizer, ["w1 w2 w3"], 2)
+    answers = gisting.generate(model, tokenizer, ["w4"], cache=cache, max_new_tokens=3)
+    gisting.save_pretrained(model, tokenizer, tmp_path / "saved")
+    again, tokenizer = gisting.load(tmp_path / "saved", dtype=torch.float32)
+    assert fingerprint(again) == fingerprint(model)
+    assert gisting.generate(again, tokenizer, ["w4"], cache=cache, max_new_tokens=3) == answers
+
+
+def _write_gguf(model: Any, path: Path) -> None:
+    """Write a LLaMA as llama.cpp does, with matrices in 8 bits."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers": "blk",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attn_output",
+        **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+    }
+    for name, tensor in model.state_dict().items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        values = tensor.float().numpy()
+        if values.ndim == 2 and name.startswith("blk"):
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -56,7 +56,7 @@ __all__ = ["Comparison", "ModelCheck", "check_model", "kept_proof", "prove"]
 # The rows of the batch: numbers of prompt tokens, gist tokens and tokens after them. Ragged in every part, the first
 # row the longest. On a CPU the check takes as long as these tokens do, in about ten passes.
 #       prompt  k  rest
-_ROWS = ((4, 2, 4), (2, 1, 5))
+_ROWS = ((6, 2, 4), (3, 1, 5))
 # A window that hides something in a sequence of a dozen tokens.
 _WINDOW = 4
 # How many tokens further the second run of the positions is, at most. In half precision, the effect of a scale that

@@ -476,7 +476,7 @@ def codes_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{max(row['base_steps'] for row in mine):,} steps on random tables"
             + (f"; {max(edited):,} versions of the prompt to learn from" if edited else "")
             + f" ({devices})."
-            + (f" Without a row so far: {', '.join(missing)}." if missing else ""),
+            + (f" Without a row so far: {'; '.join(missing)}." if missing else ""),
             "",
         ]
     return "\n".join(text[:-1])

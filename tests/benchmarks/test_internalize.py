@@ -155,8 +155,8 @@ def test_the_table_of_codes_by_eye() -> None:
         "Right answers in per cent, one for each seed (0, 1); 128 queries for the codes that are asked for, with a "
         "95 % interval of ±10 on average. Steps of 32 requests, from a base of 600 steps on random tables (d, 2 "
         "threads, torch t, transformers f; a card, 2 threads, torch t, transformers f). Without a row so far: "
-        "untouched model, full prompt, not trained, full prompt, full prompt, bare query, in stages, on-policy, "
-        "on-policy, own questions, stages, then a gist of edits.",
+        "untouched model, full prompt; not trained, full prompt; full prompt; bare query; in stages; on-policy; "
+        "on-policy, own questions; stages, then a gist of edits.",
     ]
     last = codes_table([*rows, scored("stages, then a gist of edits", 0, 1.0, **read)]).splitlines()[-1]
     assert "600 steps on random tables; 2,000 versions of the prompt to learn from (d" in last

@@ -465,14 +465,18 @@ def codes_table(rows: Sequence[dict[str, Any]]) -> str:
         columns = ("steps", "tokens", "asked", "unasked", "changed code", "kept code", "seconds")
         seeds = map(str, sorted({row["seed"] for row in mine}))
         devices = "; ".join(dict.fromkeys(where(row) for row in mine))
+        edited = [row["num_edits"] for row in mine if (RUNS[row["run"]] or {}).get("edits")]
+        missing = [run for run in RUNS if all(row["run"] != run for row in mine)]
         text += [
             *markdown_table((f"{name}: trained", *columns), lines),
             "",
-            f"Right answers in per cent, one for each seed ({', '.join(seeds)}); at most "
-            f"{_range([row['num_queries'] for row in mine])} queries for each score, with a 95 % interval of "
-            f"±{_half_width(mine):.0f} on average. Steps of 32 requests, from a base of "
-            f"{max(row['base_steps'] for row in mine):,} steps on random tables; "
-            f"{max(row['num_edits'] for row in mine):,} versions of the prompt to learn from ({devices}).",
+            f"Right answers in per cent, one for each seed ({', '.join(seeds)}); "
+            f"{_range([row['num_queries'] for row in mine])} queries for the codes that are asked for, with a 95 % "
+            f"interval of ±{_half_width(mine):.0f} on average. Steps of 32 requests, from a base of "
+            f"{max(row['base_steps'] for row in mine):,} steps on random tables"
+            + (f"; {max(edited):,} versions of the prompt to learn from" if edited else "")
+            + f" ({devices})."
+            + (f" Without a row so far: {'; '.join(missing)}." if missing else ""),
             "",
         ]
     return "\n".join(text[:-1])

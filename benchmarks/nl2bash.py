@@ -689,10 +689,21 @@ def bleu_interval(predictions: Sequence[str], references: Sequence[str]) -> Inte
 
 
 def nl2bash_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows as Markdown, for each model: every way with tokens and scores, then the stages of the first way."""
-    rows = [row for row in rows if "run" in row]
-    models = dict.fromkeys(row["model"] for row in rows)
-    return "\n\n".join(_table([row for row in rows if row["model"] == model]) for model in models)
+    """Format rows as Markdown: every way with tokens and scores, then the stages of the first way.
+
+    Rows of another model, other data or another device have a table of their own.
+    """
+    return "\n\n".join(map(_table, _groups(rows)))
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of ways that can be compared: of one model, the same requests and one device."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "run" in row:
+            columns = ("model", "num_records", "num_eval_records", "device")
+            groups.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return list(groups.values())
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -730,14 +741,19 @@ def _table(rows: list[dict[str, Any]]) -> str:
         text += ["", *markdown_table((STAGED, *(f"stage {n}" for n in range(1, len(stages) + 1))), kept)]
     first = next((row for row in rows if row["num_steps"]), rows[0])
     began = "random weights" if first["model"] == FROM_SCRATCH else first["model"]
+    trained, use = began, "take examples from"
+    if first["num_steps"]:
+        use = "train on"
+        trained = f"Each way: {first['num_steps']:,} steps of {first['batch_size']} requests from {began}, " + (
+            "LoRA" if first["weights"] == "lora" else "all weights trained"
+        )
     text += [
         "",
-        f"BLEU (0 to 100, sacrebleu) and exact match (per cent) with 95 % intervals on held-out requests; "
-        f"{first['num_records']:,} records to train on; {first['num_dropped']} more were left out, "
-        f"because they do not fit in {first['max_length']} tokens with the prompt ({first['prompt_tokens']}) or have "
-        f"an answer of more than {first['max_answer']}. Each way: {first['num_steps']:,} steps of "
-        f"{first['batch_size']} requests from {began}, "
-        f"{'LoRA' if first['weights'] == 'lora' else 'all weights trained'}, {first['dtype']}, template "
+        f"BLEU (0 to 100, sacrebleu) and exact match (per cent) with 95 % intervals on {first['num_eval_records']} "
+        f"held-out requests; {first['num_records']:,} records to {use}; "
+        f"{first['num_dropped']} more were left out, because they do not fit in {first['max_length']} tokens with the "
+        f"prompt ({first['prompt_tokens']}) or have an answer of more than {first['max_answer']}. "
+        f"{trained}, {first['dtype']}, template "
         f"{first['template']}, "
         f"{first['num_parameters'] / 1e6:.2f} million parameters, {first['vocabulary']:,} tokens in the vocabulary "
         f"({where(first)}).",
@@ -746,17 +762,22 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def nl2bash_costs_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format what requests and trainings cost as Markdown, for the first seed of each model with prices."""
-    rows = [row for row in rows if "run" in row]
-    models = dict.fromkeys(row["model"] for row in rows if row["prices"])
-    return "\n\n".join(_costs([row for row in rows if row["model"] == model]) for model in models)
+    """Format what requests and trainings cost as Markdown, for the first seed of each model with prices.
+
+    Rows that cannot be compared, as in :func:`nl2bash_table`, have a table of their own, at the same prices.
+    """
+    tables = []
+    for group in _groups(rows):
+        priced = (row["prices"] for row in rows if row.get("prices") and row["model"] == group[0]["model"])
+        if (prices := next(priced, None)) is not None:
+            tables.append(_costs(group, Prices(**prices)))
+    return "\n\n".join(tables)
 
 
-def _costs(rows: list[dict[str, Any]]) -> str:
+def _costs(rows: list[dict[str, Any]], prices: Prices) -> str:
     seed = min(row["seed"] for row in rows)
     # A swapped gist is a control of the answers; its requests cost what those with the right gist do.
     rows = [row for row in rows if row["seed"] == seed and RUNS[row["run"]].prompt is None]
-    prices = Prices(**next(row["prices"] for row in rows if row["prices"]))
     lines: list[tuple[str, dict[str, Any], float]] = [(row["run"], row, 0.0) for row in rows]
     lines = [(name, row, row["cached_tokens"] if row["condition"] == "gist" else 0.0) for name, row, _ in lines]
     untrained = next((row for row in rows if not row["num_steps"] and row["condition"] == "prompt"), None)
@@ -789,10 +810,17 @@ def _costs(rows: list[dict[str, Any]]) -> str:
         f"cached input, {prices.output_per_million:g} output"
         + ("" if prices.training_per_million is None else f", {prices.training_per_million:g} training")
         + f"; tokens of a trained model cost {factor:g} times as much. An answer is counted with the "
-        f'{rows[0]["answer_tokens"]:.1f} tokens of the mean reference. "pays after" is the number of requests after '
-        "which training and requests have cost less than the full prompt to the model that is not trained.",
+        f"{rows[0]['answer_tokens']:.1f} tokens of the mean reference. "
+        + (_PAYS_AFTER if rivals and any(row["num_steps"] for row in rows) else "")
+        + f"{rows[0]['num_eval_records']} held-out requests, {rows[0]['num_records']:,} records ({where(rows[0])}).",
     ]
     return "\n".join(text)
+
+
+_PAYS_AFTER = (
+    '"pays after" is the number of requests after which training and requests have cost less than the full prompt to '
+    "the model that is not trained. "
+)
 
 
 def _request(prices: Prices, row: Mapping[str, Any], cached: float) -> float:

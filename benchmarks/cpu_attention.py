@@ -96,7 +96,7 @@ def measure(layout: str, num_tokens: int, *, repeats: int) -> list[CpuAttentionR
     generator = torch.Generator().manual_seed(num_tokens)
     q, k, v, upstream = (torch.randn(1, HEADS, num_tokens, HEAD_SIZE, generator=generator) for _ in range(4))
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    options: dict[str, Any] = {"bias": None, "scale": HEAD_SIZE**-0.5, "dropout": 0.0}
+    options: dict[str, Any] = {"bias": None, "sinks": None, "scale": HEAD_SIZE**-0.5, "dropout": 0.0}
     ways: dict[str, Callable[[], Tensor]] = {
         "pieces": lambda: sdpa_attention(q, k, v, visibility, **options),
         "dense": lambda: dense_attention(q, k, v, visibility, **options),

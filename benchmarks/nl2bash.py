@@ -13,6 +13,8 @@ stand the checkpoint itself, with the full prompt and without, and the staged mo
 an unrelated prompt. A part of its own times requests to the checkpoint.
 """
 
+# Over 600 lines because data, ways to train, costs and times of requests describe one experiment.
+
 from __future__ import annotations
 
 import copy

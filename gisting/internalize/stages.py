@@ -22,6 +22,8 @@ Several processes (``torchrun``) train each stage together and share its evaluat
 data and writes everything; the directory must be one that all of them can read.
 """
 
+# Over 600 lines because all methods share the settings, the directory and how a run is resumed.
+
 from __future__ import annotations
 
 import copy

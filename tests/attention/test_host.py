@@ -56,7 +56,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return "triton", "a test asks for it"
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(op, "ops", SimpleNamespace(interval_attention=lambda q, *_: (q, None)))
+    monkeypatch.setattr(op, "_Direct", SimpleNamespace(apply=lambda q, *_: (q, None)))
     monkeypatch.setattr(api, "choose_implementation", count("choose", chosen))
     monkeypatch.setattr(api, "_check", count("check", check))
     monkeypatch.setattr(gisting_kernels, "plan_tiles", count("plan", gisting_kernels.plan_tiles))

@@ -447,7 +447,7 @@ def test_a_step_with_a_wrong_mask_fails(monkeypatch: pytest.MonkeyPatch) -> None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *biases: Tensor | None) -> Tensor:
         seen = vis.causal(torch.ones(1, k.shape[2]))
-        return api.sdpa_attention(q, k, v, seen, bias=None, scale=q.shape[-1] ** -0.5, dropout=0.0)
+        return api.sdpa_attention(q, k, v, seen, bias=None, sinks=None, scale=q.shape[-1] ** -0.5, dropout=0.0)
 
     monkeypatch.setattr(api, "_by_triton", lambda *args: attend)
     setting = clocks.Setting(CPU, 1, 0, 1.0, {"device": "cpu"})
@@ -463,7 +463,8 @@ def test_a_step_runs_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     def by(name: str) -> Any:
         def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *rest: Any, **options: Any) -> Tensor:
             ran.append(name)
-            return reference(q, k, v, visibility, bias=None, scale=q.shape[-1] ** -0.5, softcap=None, dropout=0.0)
+            scale = q.shape[-1] ** -0.5
+            return reference(q, k, v, visibility, bias=None, sinks=None, scale=scale, softcap=None, dropout=0.0)
 
         return attend
 

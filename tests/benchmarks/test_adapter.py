@@ -248,6 +248,14 @@ def test_the_rate_falls_by_the_clock_and_the_training_ends(monkeypatch: pytest.M
     assert control.should_training_stop
 
 
+@pytest.mark.parametrize("part", ["0/10", "3", "11/10", "a/b"])
+def test_a_part_of_the_prompts_that_there_is_not(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["adapter-distil", "--model", str(tmp_path), "--part", part]) == 1
+    assert f"--part must be the number of a part and how many there are, such as 2/5, got '{part}'" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_distilling_on_top_with_a_tiny_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

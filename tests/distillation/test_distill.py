@@ -472,10 +472,10 @@ def test_what_a_model_cannot_do_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": PROMPT + " w1"}, "belongs to another distillation .prompt was [0-9a-f]+, is [0-9a-f]+.; use those"),
+        ({"prompt": PROMPT + " w1"}, "was made with other settings .prompt was [0-9a-f]+, is [0-9a-f]+.; use those"),
         ({"inputs": INPUTS[1:]}, "inputs was"),
         ({"seed": 3}, "seed was 0, is 3"),
-        ({"steps": 8}, "k-4-attended belongs to another distillation .steps was 24, is 8"),
+        ({"steps": 8}, "k-4-attended was made with other settings .steps was 24, is 8"),
         ({"model": "mistral"}, "model was llama/[0-9a-f]+, is mistral/"),
     ],
 )

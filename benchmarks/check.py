@@ -78,16 +78,14 @@ def measure(model: PreTrainedModel, name: str, repeats: int) -> CheckRow:
     """Check a model several times, each time from the start."""
     device = model.get_input_embeddings().weight.device
     seconds, on_cpu = [], []
-    found = None
     for _ in range(repeats + 1):
         wait(cast(torch.device, device))
         start, start_on_cpu = time.perf_counter(), time.process_time()
-        found = gisting.check_model(model)
+        failed = gisting.check_model(model).failed
         wait(cast(torch.device, device))
         seconds.append(time.perf_counter() - start)
         on_cpu.append(time.process_time() - start_on_cpu)
     low, median, high = spread(seconds[1:])
-    failed = None if found is None else found.failed
     return CheckRow(
         model=name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

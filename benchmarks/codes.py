@@ -11,7 +11,6 @@ Two bases: the small LLaMA of the built-in task, from random weights; or a pretr
 from __future__ import annotations
 
 import copy
-import os
 import random
 import re
 import shutil
@@ -41,6 +40,7 @@ from gisting.internalize.stages import internalize
 from gisting.markdown import markdown_table
 from gisting.models.hub import save_pretrained
 from gisting.models.load import load
+from gisting.store.objects import locked
 from gisting.train.finetune import published_arguments
 from gisting.train.objective import ObjectiveTrainer
 
@@ -155,12 +155,11 @@ class _BuiltIn:
             table, others = version()
             query = [chance.choice(others if chance.random() < 0.3 else names) for _ in range(task.length)]
             edits.append(about(table, query))
-        for record in asked:
+        for _ in asked:
             table, others = version()
             rest = [name for name in names if name not in others]
             changed.append(about(table, [chance.choice(others), *chance.choices(rest, k=task.length - 1)]))
             kept.append(about(table, chance.choices(rest, k=task.length)))
-            del record
         return _Split(
             task.table.text(), training, asked, task.records("unasked", num_queries, seed), edits, changed, kept
         )
@@ -209,9 +208,8 @@ class _Rooms:
                 found.append(Record(prompt, asking, self._answer(name, codes[name])))
         return found
 
-    def questions(self, model: Any, prompt: str, number: int, seed: int) -> int:
+    def questions(self, model: Any, prompt: str, number: int, seed: int) -> None:
         """Leave the questions to ``internalize``."""
-        return number
 
     def split(self, seed: int, num_edits: int, num_queries: int) -> _Split:
         chance = random.Random(f"house {seed}")
@@ -307,7 +305,7 @@ def measure_codes(
     problem: Any = _BuiltIn() if model is None else _Rooms(Path(model))
     base = None
     if any(name != _UNTOUCHED for name in runs):
-        base = _base(problem, folder / "base", base_steps, 0 if model is not None else seed, progress)
+        base = _base(problem, folder, base_steps, 0 if model is not None else seed, progress)
     split = problem.split(seed, num_edits, num_queries)
     rows = []
     for name in runs:
@@ -345,8 +343,8 @@ def _measure_one(
         if chosen.get("questions"):
             own = problem.questions(trained, split.prompt, num_questions, seed)
             # The built-in model cannot be asked for questions in words: what it writes takes the records' place.
-            records = [] if isinstance(own, int) else [Record("", query, "") for query in own]
-            more["num_questions"] = own if isinstance(own, int) else 0
+            records = [] if own is None else [Record("", query, "") for query in own]
+            more["num_questions"] = num_questions if own is None else 0
         elif chosen.get("method"):
             more["num_questions"] = 0
         result = internalize(
@@ -412,34 +410,26 @@ def _arguments(folder: Path, steps: int, rate: float, seed: int, rows: int) -> T
     )
 
 
-def _base(problem: Any, folder: Path, steps: int, seed: int, progress: Callable[[str], Any]) -> Any:
-    """Load the base from ``folder``, or train it; the first of several processes does that, the others wait."""
-    done, lock = folder / "done", folder.with_name(f"{folder.name}.lock")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if not done.exists():
-        try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            progress("base: another process trains it")
-            while not done.exists():
-                time.sleep(0.2)
-        else:
-            try:
-                progress(f"base: {steps} steps")
-                set_seed(seed)
-                model = problem.model()
-                trainer = ObjectiveTrainer(
-                    model=model,
-                    args=_arguments(folder, steps, problem.base_rate, seed, problem.rows),
-                    train_dataset=problem.lookups(steps * BATCH_SIZE, seed),
-                    data_collator=PlainCollator(problem.tokenizer, problem.max_length),
-                )
-                trainer.remove_callback(PrinterCallback)
-                trainer.train()
-                save_pretrained(model, problem.tokenizer, folder)
-                done.touch()
-            finally:
-                lock.unlink()
+def _base(problem: Any, directory: Path, steps: int, seed: int, progress: Callable[[str], Any]) -> Any:
+    """Load the base from ``directory``, or train it; the first of several processes does that, the others wait."""
+    folder = directory / f"base-{problem.name}-{steps}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "done"
+    with locked(folder):
+        if not done.exists():
+            progress(f"base: {steps} steps")
+            set_seed(seed)
+            model = problem.model()
+            trainer = ObjectiveTrainer(
+                model=model,
+                args=_arguments(folder, steps, problem.base_rate, seed, problem.rows),
+                train_dataset=problem.lookups(steps * BATCH_SIZE, seed),
+                data_collator=PlainCollator(problem.tokenizer, problem.max_length),
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            save_pretrained(model, problem.tokenizer, folder)
+            done.touch()
     return load(folder, dtype="float32")[0]
 
 

@@ -203,9 +203,9 @@ class _Gists:
             )
             times = slots / "seconds.json"
             if not times.exists():
-                took = {part: round(took, 1) for part, took in found.seconds.items()}
-                write_atomically(times, json.dumps(took).encode())
                 found.cache.to("cpu").save(self._file(name, k, seed))
+                took = {part: round(took, 1) for part, took in found.seconds.items()}
+                write_atomically(times, json.dumps(took).encode())  # last: a run that is killed before saves both again
         return found, json.loads(times.read_text(encoding="utf-8"))
 
     def read(self, name: str, k: int, seed: int) -> GistCache:
@@ -277,7 +277,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
                 for source in ("none", "swapped", "first", "gist")
             }
             kept = [row["kept"] for row in found]
-            counts = {name: _mean(row["details"][name] for row in found) for name in ("prompt", "gist", "none")}
+            counts = {name: _mean(row["details"][name] for row in found) for name in ("prompt", "lost", "none")}
             lines.append(
                 [
                     _label(name, found[0]),
@@ -286,7 +286,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
                     f"{_mean(row['held_out']['gist']['kl_mean'] for row in found):.3f}",
                     f"{min(kept):.0%}" + (f" to {max(kept):.0%}" if len(kept) > 1 else ""),
                     f"{_mean(row['held_out']['gist']['agreement'] for row in found):.2f}",
-                    f"{counts['gist']:.3g} of {counts['prompt']:.3g} ({counts['none']:.3g})",
+                    f"{counts['prompt'] - counts['lost']:.3g} of {counts['prompt']:.3g} ({counts['none']:.3g})",
                     f"{_mean(row['seconds'].get('training', 0) for row in found):.0f} s",
                 ]
             )

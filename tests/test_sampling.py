@@ -105,6 +105,27 @@ def test_each_prompt_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(done) == 2
 
 
+def test_many_prompts_are_read_in_several_passes_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows times the longest; a prompt that is longer than the bound is read alone."""
+    from gisting.generation import sampling
+
+    model, tokenizer = tiny.patched("llama")
+    prompts = [tiny.words(size, place) for place, size in enumerate((2, 2, 3, 9, 3, 4))]
+    pairs = [(prompt, "w5") for prompt in prompts]
+    expected = sample_answers(model, tokenizer, pairs, max_new_tokens=4)
+    passes: list[list[int]] = []
+    right = sampling.full_prompt_caches
+
+    def spied(model: Any, tokenizer: Any, prompts: Any, origin: Any) -> Any:
+        passes.append(right(model, tokenizer, prompts, origin).num_gist_tokens)
+        return right(model, tokenizer, prompts, origin)
+
+    monkeypatch.setattr(sampling, "full_prompt_caches", spied)
+    monkeypatch.setattr(sampling, "_TOKENS_AT_ONCE", 8)
+    assert sample_answers(model, tokenizer, pairs, max_new_tokens=4) == expected
+    assert passes == [[2, 2], [3, 3], [4], [9]]
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3_text"])
 def test_states_of_prompts_in_one_pass_are_those_of_each(name: str) -> None:
     model, tokenizer = tiny.patched(name)
@@ -181,6 +202,7 @@ def test_bare_samples_depend_on_their_input_and_the_seed_alone() -> None:
         (["w1", 3], {}, r"inputs\[1\] must be a text, got int"),
         (["w1"], {"temperature": -1}, "temperature must be a number of at least 0, got -1"),
         (["w1"], {"max_new_tokens": 0}, "max_new_tokens must be"),
+        (["w1"], {"max_new_tokens": 2000}, "input 0 with its answer takes 2001 positions"),
         (["w1"], {"seed": 0.5}, "seed must be a whole number, got 0.5"),
     ],
 )

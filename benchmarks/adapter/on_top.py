@@ -7,7 +7,6 @@ learned from. ``swapped`` is the gist of the prompt before it in the list, made 
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import typer
 from benchmarks.adapter.evaluation import HeldOut, system_prompts
 from benchmarks.adapter.recipe import BASE
 from benchmarks.command import OutputOption, Rows, names, say, where
+from benchmarks.distill import read_part
 from gisting.cache import GistCache
 from gisting.distillation import Distilled, distill
 from gisting.distillation.starts import STARTS
@@ -78,7 +78,6 @@ def _make(model: Any, tokenizer: Any, one: HeldOut, k: int, starts: Sequence[str
     found: dict[str, Distilled] = {}
     with TemporaryDirectory() as folder:
         for start in starts:
-            shutil.rmtree(Path(folder) / f"k-{k}", ignore_errors=True)
             found[start] = distill(
                 model, tokenizer, one.prompt, None, k, start=start, held_out=one.inputs, directory=folder, **settings
             )
@@ -131,8 +130,8 @@ def main(
     """
     chosen = names("--starts", starts, STARTS)
     held_out = system_prompts()
-    first, _, step = part.partition("/")
-    numbers = range(int(first) - 1, len(held_out), int(step or 1))
+    first, step = read_part(part)
+    numbers = range(first - 1, len(held_out), step)
     loaded, tokenizer = load(model, "chat", dtype=getattr(torch, dtype))
     loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     adapters.load(loaded, adapter)

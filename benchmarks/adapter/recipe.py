@@ -96,7 +96,8 @@ def train(
     num_gist_tokens: tuple[int, int] = (1, 16),
     learning_rate: float = 3e-3,
     end: float | None = None,
-) -> dict[str, float]:
+    settings: dict[str, Any],
+) -> None:
     """Train the adapter on self-distilled records, from its last checkpoint if there is one.
 
     Args:
@@ -111,9 +112,7 @@ def train(
         learning_rate: its peak.
         end: when the training ends, in seconds since the epoch, instead of after ``steps``. Such a run keeps no
             checkpoints.
-
-    Returns:
-        What ``Trainer`` measured, and the number of steps, ``steps``.
+        settings: written to ``settings.json`` with the number of steps, ``steps``, before the adapter is.
     """
     set_seed(seed)
     on_gpu = model.device.type == "cuda"
@@ -135,10 +134,13 @@ def train(
     )
     arguments.disable_tqdm = True
     has_checkpoint = any(directory.glob("checkpoint-*"))
-    counted = _Steps()
     with ShownTraining() as shown:
-        callbacks = [shown, counted, *([] if end is None else [ByTheClock(end)])]
-        measured = finetune(
+        callbacks = [
+            shown,
+            _Settings(directory / "settings.json", settings),
+            *([] if end is None else [ByTheClock(end)]),
+        ]
+        finetune(
             model,
             tokenizer,
             records,
@@ -148,16 +150,17 @@ def train(
             num_gist_tokens=num_gist_tokens,
             **_SETTINGS,
         )
-    return {**measured, "steps": counted.number}
 
 
-class _Steps(TrainerCallback):
-    """Count the steps of a run, with those before it was resumed."""
+class _Settings(TrainerCallback):
+    """Write the settings of a run with the number of its steps, also of those before it was resumed."""
 
-    number = 0
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.number = state.global_step
+        found = {**self.settings, "steps": state.global_step}
+        self.path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def answered(
@@ -196,7 +199,7 @@ def answered(
     mine = [place for place in range(len(parts)) if place % shard[1] == shard[0]]
     with progress_bar("answering with the prompt in view", sum(len(parts[place]) for place in mine)) as progress:
         for place in mine:
-            if is_late():
+            if is_late() and place != mine[0]:
                 break
             self_distil(
                 model,
@@ -285,6 +288,11 @@ def adapter_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def _every(scale: float, number: int) -> int:
+    """How far apart the prompts of a share of them are, of which at least two are left: one is the other's control."""
+    return min(max(round(1 / scale), 1), number // 2)
+
+
 def _two_numbers(option: str, text: str, between: str, example: str) -> tuple[int, int]:
     try:
         first, second = map(int, text.split(between))
@@ -339,9 +347,16 @@ def main(
     scale: Annotated[float, typer.Option(help="Share of the data and of the evaluation, for a quick run.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Type of the base model.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-    name: Annotated[str, typer.Option(help="Name of the training, for several with the same answers.")] = "adapter",
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the training, for several with the same answers; by default adapter."),
+    ] = None,
     shard: Annotated[
-        str, typer.Option(help="Number of this process and how many share the answers, such as 0/3, at the same time.")
+        str,
+        typer.Option(
+            help="Number of this process and how many share the answers, such as 0/3, at the same time. Each then "
+            "trains an adapter of its own, so each needs a --name that no other has."
+        ),
     ] = "0/1",
     answer_until: Annotated[
         float | None, typer.Option(help="When to stop answering, in seconds since the epoch; all are answered without.")
@@ -360,11 +375,16 @@ def main(
     directory.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(*(max(int(scale * size), 2) for size in SIZES[:-1]), inputs=SIZES.inputs)
     own, of = _two_numbers("--shard", shard, "/", "0/3")
+    if not 0 <= own < of:
+        raise typer.BadParameter(f"--shard must be a number from 0 and how many there are, such as 0/3, got {shard!r}")
+    if of > 1 and name is None:
+        raise typer.BadParameter(f"with --shard {shard} several processes train in one --directory; give each a --name")
+    name = name or "adapter"
     low, high = _two_numbers("--trained-k", trained_k if ":" in trained_k else f"{trained_k}:{trained_k}", ":", "1:16")
     rows, held_out = Rows("adapter", output), system_prompts()
     loaded, tokenizer = load(model, "chat", dtype=getattr(torch, dtype))
     loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
-    everywhere: dict[str, list[HeldOut]] = {"system prompts": held_out[:: max(round(1 / scale), 1)]}
+    everywhere: dict[str, list[HeldOut]] = {"system prompts": held_out[:: _every(scale, len(held_out))]}
     for split in ("unseen", "human"):
         path = None if alpaca_plus is None else alpaca_plus / f"alpaca_plus_validation_{split}.json"
         if path is None or not path.exists():
@@ -426,7 +446,7 @@ def main(
     }
     with _timed("training", trained):
         if not (trained / "gist_adapter.json").exists():  # which is written last
-            measured = train(
+            train(
                 loaded,
                 tokenizer,
                 [one for one in records if one.instruction not in checked],
@@ -437,9 +457,8 @@ def main(
                 num_gist_tokens=(low, high),
                 learning_rate=learning_rate,
                 end=train_until,
+                settings=settings,
             )
-            settings["steps"] = int(measured["steps"])
-            (trained / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             adapters.detach(loaded)
         ship(trained, shipped)
     settings = json.loads((trained / "settings.json").read_text(encoding="utf-8"))

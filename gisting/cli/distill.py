@@ -204,7 +204,10 @@ class _Check:
         inputs = [answer.input for answer in self.made[cache.num_slots].teacher.answers]
         # Of fewer, no figure can be relied on; the built-in ones are taken.
         asked = inputs if len(inputs) >= FEWEST_INPUTS else None
-        with progress_bar("checking", GistChecker.num_steps(self.prompt, asked, num_checks=1)) as advance:
+        steps = GistChecker.num_steps(self.prompt, asked, num_checks=1)
+        if self.checker is not None:  # what all checks share is there
+            steps = GistChecker.num_steps(self.prompt, asked, num_checks=2) - steps
+        with progress_bar("checking", steps) as advance:
             if self.checker is None:
                 self.checker = GistChecker(
                     self.model, self.tokenizer, self.prompt, asked, seed=self.seed, progress=advance

@@ -78,7 +78,7 @@ class Directory:
         ]
         if differences:
             raise GistError(
-                f"{folder} belongs to another distillation ({'; '.join(differences)}); use those settings, or another "
+                f"{folder} was made with other settings ({'; '.join(differences)}); use those settings, or another "
                 "directory"
             )
         return folder

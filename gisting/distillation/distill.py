@@ -166,7 +166,7 @@ def distill(
     Raises:
         GistError: the model is not patched; the prompt or ``inputs`` is empty, or ``held_out`` holds all of them; k is
             not in 1 to the prompt's length; a text with its answer exceeds the model's positions; a setting is out of
-            range; or the directory belongs to another distillation.
+            range; or the directory was made with other settings.
     """
     # peft's wrapper; its adapter is in the layers of the model inside.
     inside: Any = getattr(model, "get_base_model", None)

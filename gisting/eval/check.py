@@ -31,6 +31,7 @@ from gisting.generation import check_origin, compress, generate
 from gisting.generation.checks import listed
 from gisting.generation.compression import whole_prompt
 from gisting.generation.sampling import sample_answers
+from gisting.models.adapters import most_gist_tokens
 from gisting.models.load import trained_num_gist_tokens
 from gisting.models.state import require_patched
 from gisting.tokens import GistTokenizer
@@ -300,8 +301,8 @@ class GistChecker:
         Args:
             cache: the gist, a cache of one prompt on the model's device.
             swapped: the gist of another prompt, best one that was made in the same way; or the text of another prompt,
-                which the model compresses to as many tokens as ``cache`` has, or which is taken whole if the model was
-                not trained to gist; None for ``OTHER_PROMPT``.
+                which the model compresses to as many tokens as ``cache`` has, or as many as the adapter can make, or
+                which is taken whole if the model was not trained to gist; None for ``OTHER_PROMPT``.
 
         Returns:
             What was found out.
@@ -334,7 +335,8 @@ class GistChecker:
         """The gist of another prompt; whole where the model makes none that can be read."""
         if origin.condition == "gist" and trained_num_gist_tokens(self.model) is None:
             return whole_prompt(self.model, self.tokenizer, prompt, origin)
-        size = k if origin.condition == "gist" else 1
+        most = most_gist_tokens(self.model)
+        size = min(k, most or k) if origin.condition == "gist" else 1
         return compress(self.model, self.tokenizer, [prompt], size, condition=origin.condition)
 
     def _remembered(self, source: FirstTokens | None) -> Divergence:

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SampledAnswer", "sample_answers", "sample_bare_answers"]
 
+# Tokens of prompts that are read in one pass, with padding; a prompt that is longer is read alone.
+_TOKENS_AT_ONCE = 16_000
+
 
 @dataclass(frozen=True)
 class SampledAnswer:
@@ -188,7 +191,7 @@ class _FromStates:
     def __init__(self, model: Any, tokenizer: GistTokenizer, pairs: Sequence[tuple[str, str]], call: Call) -> None:
         self.model, self.tokenizer, self.pairs, self.call = model, tokenizer, pairs, call
         prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
-        heads = {
+        self.heads = heads = {
             prompt: len(one.chunks[0])
             for prompt, one in zip(prompts, tokenizer.encode_prompts(prompts, 1), strict=True)
         }
@@ -233,11 +236,24 @@ class _FromStates:
         new = [prompt for prompt in wanted if prompt not in self.place]
         if new:
             origin = CacheOrigin("", "", "", "prompt")
-            states = full_prompt_caches(self.model, self.tokenizer, new, origin)
+            states = [
+                full_prompt_caches(self.model, self.tokenizer, group, origin) for group in self._groups_to_read(new)
+            ]
             if kept:
-                states = GistCache.cat([self.kept.select([self.place[prompt] for prompt in kept]), states])
-            self.kept, self.place = states, {prompt: number for number, prompt in enumerate([*kept, *new])}
+                states.insert(0, self.kept.select([self.place[prompt] for prompt in kept]))
+            self.kept = GistCache.cat(states) if len(states) > 1 else states[0]
+            self.place = {prompt: number for number, prompt in enumerate([*kept, *new])}
         return self.kept.select([self.place[self.pairs[row][0]] for row in rows])
+
+    def _groups_to_read(self, prompts: list[str]) -> list[list[str]]:
+        """Prompts to read in one pass each, from the shortest to the longest, which they are padded to."""
+        groups: list[list[str]] = []
+        for prompt in prompts:
+            if groups and (len(groups[-1]) + 1) * self.heads[prompt] <= _TOKENS_AT_ONCE:
+                groups[-1].append(prompt)
+            else:
+                groups.append([prompt])
+        return groups
 
 
 class _FromText:
@@ -256,8 +272,8 @@ class _FromText:
             self.sources = [source or [tokenizer.eos_token_id] for source in self.sources]
         if empty := [row for row, source in enumerate(self.sources) if not source]:
             raise GistError(f"inputs[{empty[0]}] leaves no text for the model to continue; give it some text")
-        new = 0 if tokenizer.is_encoder_decoder else call.config.max_new_tokens
-        check_positions(model, [len(source) + new for source in self.sources], "input", "its prompt and answer")
+        new, also = (0, "its prompt") if tokenizer.is_encoder_decoder else (call.config.max_new_tokens, "its answer")
+        check_positions(model, [len(source) + new for source in self.sources], "input", also)
         self.order = sorted(range(len(pairs)), key=lambda row: len(self.sources[row]))
 
     def groups(self, rows: list[int]) -> list[list[int]]:

@@ -75,7 +75,7 @@ from gisting.internalize.result import (
     write_json,
 )
 from gisting.internalize.schedule import Schedule
-from gisting.internalize.settings import StageSettings
+from gisting.internalize.settings import WEIGHTS, StageSettings
 from gisting.internalize.shorteners import NoShortening, Shortener, realised_share, shorten
 from gisting.internalize.teaching import TaughtTrainer, Teaching, check_teaching, num_questions_of
 from gisting.models import adapters
@@ -91,7 +91,6 @@ from gisting.train.repeat import RepeatableDraws, checkpoint_to_resume, without_
 
 __all__ = ["internalize"]
 
-_WEIGHTS = ("full", "lora")
 # A stage's result and its weights, which are kept until the next stage is finished.
 _RESULT, _MODEL = "result.json", "model"
 # Attributes that accelerate sets on a model.
@@ -174,7 +173,7 @@ def internalize(
         OSError: a file cannot be written.
     """
     require_patched(model, tokenizer)
-    if isinstance(method := settings.get("method"), Method) or method in _WEIGHTS:
+    if isinstance(method := settings.get("method"), Method) or method in WEIGHTS:
         warnings.warn(
             "internalize: method as what is trained will be removed in the next release; use weights",
             DeprecationWarning,
@@ -586,9 +585,9 @@ def _check(
         raise GistError("records is empty; pass at least one")
     if eval_records is not None and not eval_records:
         raise GistError("eval_records is empty; pass at least one, or None")
-    if weights.name not in _WEIGHTS:
+    if weights.name not in WEIGHTS:
         raise GistError(
-            f"weights must be one of {', '.join(_WEIGHTS)}, got {weights.name!r}, which has no effect without gist "
+            f"weights must be one of {', '.join(WEIGHTS)}, got {weights.name!r}, which has no effect without gist "
             "tokens"
         )
     if arguments.fsdp or arguments.deepspeed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +50,11 @@ def test_the_held_out_system_prompts() -> None:
     assert all(len(one.inputs) == 6 for one in found)
     assert all(300 < len(one.prompt) < 2500 for one in found)
     assert not {one.prompt for one in found} & {one.prompt for one in compose(520, 0)}
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 30), (0.1, 3), (0.03, 2), (0.001, 2)])
+def test_a_share_of_the_prompts_leaves_another_for_the_swapped_control(scale: float, expected: int) -> None:
+    assert len(range(30)[:: recipe._every(scale, 30)]) == expected
 
 
 def test_instructions_are_taken_evenly(tmp_path: Path) -> None:
@@ -137,6 +141,11 @@ def test_the_whole_recipe_with_a_tiny_model(
     weights = (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes()
     assert run(words.replace(f"{tmp_path}/run", f"{tmp_path}/again").split()) == 0
     assert (tmp_path / "shipped" / "gist_adapter.safetensors").read_bytes() == weights
+    # The settings are there before the adapter, so a run that is killed after either can go on.
+    settings = tmp_path / "run" / "adapter" / "settings.json"
+    kept = json.loads(settings.read_text(encoding="utf-8"))
+    assert kept["steps"] == 2
+    assert settings.stat().st_mtime_ns <= (tmp_path / "run" / "adapter" / "gist_adapter.json").stat().st_mtime_ns
     # An adapter that is there is evaluated alike.
     again = (
         f"adapter --model {tmp_path}/base --directory {tmp_path}/run --output {tmp_path}/again.jsonl --dtype float32"
@@ -150,7 +159,13 @@ def test_the_whole_recipe_with_a_tiny_model(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [("--shard 1", "two whole numbers such as 0/3"), ("--trained-k x", "such as 1:16")]
+    ("words", "message"),
+    [
+        ("--shard 1", "two whole numbers such as 0/3"),
+        ("--shard 3/3 --name a", "--shard must be a number from 0 and how many there are, such as 0/3, got '3/3'"),
+        ("--shard 1/3", "give each a --name"),
+        ("--trained-k x", "such as 1:16"),
+    ],
 )
 def test_options_that_cannot_be_read(
     words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -175,24 +190,42 @@ def test_the_adapter_in_the_package() -> None:
         assert (folder / name).read_text(encoding="utf-8") == source.read_text(encoding="utf-8")
 
 
-def test_processes_share_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each answers its own pieces and waits for the others'; when the time is over, what is there is taken."""
+@pytest.fixture
+def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Answers five pairs in pieces of two, as one of two processes, by a clock whose sleep is a step."""
+    now = 100.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(recipe, "time", SimpleNamespace(time=lambda: now, sleep=sleep))
+    monkeypatch.setattr(recipe, "_PIECE", 2)
     wrapped = chats.CHATS["chatml"].tokenizer()
     model = tiny.model("llama", vocab_size=len(wrapped), max_position_embeddings=8192)
     tokenizer = gisting.GistTokenizer(wrapped, "chat")
     gisting.patch(model, tokenizer)
-    monkeypatch.setattr(recipe, "_PIECE", 2)
     pairs = [Record(f"say {n}", "now", "") for n in range(5)]
 
     def answer(number: int, end: float | None) -> list[str]:
         found = recipe.answered(
-            model, tokenizer, pairs, tmp_path, batch_size=2, seed=0, shard=(number, 2), end=end and time.time() + end
+            model, tokenizer, pairs, tmp_path, batch_size=2, seed=0, shard=(number, 2), end=end and now + end
         )
         return [one.instruction for one in found]
 
-    assert answer(0, 5.0) == ["say 0", "say 1", "say 4"]
-    assert answer(1, None) == [f"say {n}" for n in range(5)]
+    return answer
+
+
+def test_processes_share_the_answers(pieces: Any, tmp_path: Path) -> None:
+    """Each answers its own pieces and waits for the others'; when the time is over, what is there is taken."""
+    assert pieces(0, 5.0) == ["say 0", "say 1", "say 4"]
+    assert pieces(1, None) == [f"say {n}" for n in range(5)]
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [f"answers-00{n}.jsonl" for n in range(3)]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, ["say 0", "say 1"]), (1, ["say 2", "say 3"])])
+def test_a_process_answers_one_piece_when_the_time_is_over(pieces: Any, number: int, expected: list[str]) -> None:
+    assert pieces(number, -1.0) == expected
 
 
 def test_the_rate_falls_by_the_clock_and_the_training_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +246,14 @@ def test_the_rate_falls_by_the_clock_and_the_training_ends(monkeypatch: pytest.M
     now = 200.0
     clock.on_step_end(arguments, None, control)
     assert control.should_training_stop
+
+
+@pytest.mark.parametrize("part", ["0/10", "3", "11/10", "a/b"])
+def test_a_part_of_the_prompts_that_there_is_not(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["adapter-distil", "--model", str(tmp_path), "--part", part]) == 1
+    assert f"--part must be the number of a part and how many there are, such as 2/5, got '{part}'" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_distilling_on_top_with_a_tiny_model(

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.__main__ import run
 from benchmarks.distill import PROMPTS, distill_table, read_prompt, starts_table
 from benchmarks.distill_time import distill_time_table
+from gisting.cache import GistCache
 from gisting.measure.rows import read_rows
 from tests import tiny
 
@@ -55,6 +56,25 @@ def test_the_table_says_where_each_k_was_measured() -> None:
     text = distill_table([*rows, *moved])
     assert "; k = 64: another card, 1 threads, " in text
     assert "another card" not in distill_table(rows)
+
+
+def test_details_are_those_of_the_full_prompt_that_the_gist_has_too() -> None:
+    """Not all that the gist has: it may have one that the full prompt has not."""
+    row = read_rows(ROOT / "docs" / "results" / "distill.jsonl")[0]
+    row["details"] = {"asked": 9, "prompt": 5, "gist": 4, "none": 1, "lost": 2}
+    assert "| 3 of 5 (1) |" in distill_table([row])
+
+
+def test_a_run_that_is_killed_before_it_keeps_the_gist_keeps_it_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["distill", "--smoke", "--directory", str(tmp_path), "--prompts", "sql,persona", "--seeds", "0"]
+    with monkeypatch.context() as patched:
+        patched.setattr(GistCache, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run([*command, "--sizes", "2"])
+    assert run([*command, "--sizes", "2"]) == 0
+    assert len([*tmp_path.glob("*/*/gist.safetensors")]) == 2
 
 
 def test_what_the_committed_rows_hold() -> None:

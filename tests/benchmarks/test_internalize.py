@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.internalize import internalize_table, measure, serving_table
 from gisting import GistError
 from gisting.demo import task_model
 from gisting.measure.rows import read_rows
+from gisting.store.objects import locked
 
 ABOUT = {"device": "d", "threads": 2, "torch": "t", "transformers": "f"}
 
@@ -216,3 +218,26 @@ def test_codes_are_measured_with_a_few_steps(tmp_path: Path, capsys: pytest.Capt
     assert "bare query: not started, the time is over" in capsys.readouterr().out
     assert len(read_rows(tmp_path / "rows.jsonl")) == 5
     assert run([*words.split(), "--runs", "nothing"]) == 2
+
+
+def test_the_base_is_trained_once_for_each_number_of_steps_and_by_one_process(tmp_path: Path) -> None:
+    """The lock goes with the process that held it, and whoever waited for it finds the base made."""
+    problem, said = codes._BuiltIn(), []
+
+    def base(steps: int) -> Any:
+        return codes._base(problem, tmp_path, steps, 0, said.append).get_input_embeddings().weight
+
+    first = base(1)
+    assert base(1).equal(first)
+    assert not base(2).equal(first)
+    assert said == ["base: 1 steps", "base: 2 steps"]
+    (made,) = tmp_path.glob("base-*-1-0")
+    (made / "done").unlink()
+    with ThreadPoolExecutor(1) as pool:
+        with locked(made):
+            waiting = pool.submit(base, 1)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            (made / "done").touch()  # by the process that holds the lock
+        assert waiting.result(timeout=30).equal(first)
+    assert said == ["base: 1 steps", "base: 2 steps"]

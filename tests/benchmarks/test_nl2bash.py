@@ -4,9 +4,11 @@ few steps. All lines are made up here.
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +357,29 @@ def test_the_gist_of_another_prompt_is_what_is_read(
     assert other != PROMPT
     assert [condition for condition, _, _ in asked[1:]] == ["prompt", "no-prompt"]
     assert all(text.startswith(PROMPT) for text in asked[1][2])
+
+
+def test_a_trained_copy_is_kept_for_the_ways_that_need_it_alone(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nl2bash, "MAX_ANSWER", 16)
+    copies: list[Any] = []
+    run_stages, alive = nl2bash.internalize, []
+
+    def spied(model: Any, *more: Any, **settings: Any) -> Any:
+        copies.append(weakref.ref(model))
+        return run_stages(model, *more, **settings)
+
+    def seen(row: Any) -> None:
+        gc.collect()
+        alive.append(sum(copy() is not None for copy in copies))
+
+    monkeypatch.setattr(nl2bash, "internalize", spied)
+    task = Task.make(PAIRS, num_train_records=24, num_records=4)
+    runs = [nl2bash.FULL, "bare query", "full prompt, run bare"]
+    measure(task, tmp_path, steps=4, batch_size=2, runs=runs, on_row=seen)
+    assert len(copies) == 2
+    assert alive == [1, 1, 0]
 
 
 def test_answers_of_an_unfinished_run_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

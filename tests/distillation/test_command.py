@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,27 @@ def test_at_least_takes_the_smallest_that_keeps_enough(run, folder: Path, monkey
     assert cache.about[0] is not None
     assert cache.about[0]["quality"]["kept"] == 0.8
     assert cache.about[0]["distilled"]["answers"] == 8
+
+
+def test_the_bar_of_each_check_is_filled(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full prompt's answers are sampled in the first alone."""
+    bars: list[list[int]] = []
+
+    @contextmanager
+    def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        bars.append([total, 0])
+
+        def advance(count: int) -> None:
+            bars[-1][1] += count
+
+        yield advance
+
+    monkeypatch.setattr(importlib.import_module("gisting.cli.distill"), "progress_bar", bar)
+    (folder / "more.txt").write_text("w9 w8\nw7 w6\nw5 w4\nw3 w2\n")
+    assert run(*without_k("--held-out", "more.txt", "--at-least", "1")).code == 1
+    assert len(bars) == 2, "of 4 and 8 gist tokens"
+    assert all(done == total for total, done in bars), bars
+    assert bars[1][0] < bars[0][0]
 
 
 def test_at_least_measures_as_check_does(run, folder: Path) -> None:

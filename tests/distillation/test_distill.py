@@ -15,6 +15,7 @@ from gisting import GistCache, GistError
 from gisting.cache import kept_share
 from gisting.distillation import Distilled, Progress, distill, slots
 from gisting.distillation.starts import STARTS, make_start
+from gisting.eval.check import check_gist
 from gisting.eval.divergence import ask_teacher
 from gisting.generation.compression import full_prompt_cache
 from gisting.generation.sampling import sample_answers
@@ -239,9 +240,12 @@ def test_more_tokens_than_an_adapter_has_rows_start_from_the_prompt() -> None:
     attach(model, Adapter("gist-lora", 2, rank=2))
     model.config.gist = {**model.config.gist, "num_gist_tokens": [1, 2]}
     for k, expected in ((2, "gist"), (4, "attended")):
-        about = distill(model, tokenizer, PROMPT, INPUTS, k, **QUICK).cache.about[0]
+        cache = distill(model, tokenizer, PROMPT, INPUTS, k, **QUICK).cache
+        about = cache.about[0]
         assert about is not None
         assert about["distilled"]["start"] == expected
+        checked = check_gist(model, tokenizer, cache, PROMPT, INPUTS, swapped=tiny.words(9, 3), max_new_tokens=4)
+        assert checked.num_gist_tokens == k, "the other prompt has as many tokens as the adapter can make"
 
 
 # -- runs that stop ----------------------------------------------------------------------------------------------------
@@ -468,10 +472,10 @@ def test_what_a_model_cannot_do_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": PROMPT + " w1"}, "belongs to another distillation .prompt was [0-9a-f]+, is [0-9a-f]+.; use those"),
+        ({"prompt": PROMPT + " w1"}, "was made with other settings .prompt was [0-9a-f]+, is [0-9a-f]+.; use those"),
         ({"inputs": INPUTS[1:]}, "inputs was"),
         ({"seed": 3}, "seed was 0, is 3"),
-        ({"steps": 8}, "k-4-attended belongs to another distillation .steps was 24, is 8"),
+        ({"steps": 8}, "k-4-attended was made with other settings .steps was 24, is 8"),
         ({"model": "mistral"}, "model was llama/[0-9a-f]+, is mistral/"),
     ],
 )

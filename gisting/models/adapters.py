@@ -214,7 +214,7 @@ def without_adapter(model: Any) -> Iterator[Any]:
     if adapter_of(model) is None:
         raise GistError("model has no gisting adapter that could be switched off")
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_variant")]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -222,8 +222,8 @@ def without_adapter(model: Any) -> Iterator[Any]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter in learning:  # peft stops gradients when it switches an adapter off
-            parameter.requires_grad_(True)
+        for parameter, is_trained in before.items():  # peft stops and starts gradients with the adapter
+            parameter.requires_grad_(is_trained)
 
 
 def adapter_of(model: Any) -> Adapter | None:

@@ -106,6 +106,7 @@ def plan_tiles(
     *,
     relative_width: int | None = None,
     segment_length: float | None = None,
+    can_take_turns: bool = True,
 ) -> Plan:
     """Plan attention for queries like ``q``. One plan serves every layer of a batch.
 
@@ -117,6 +118,8 @@ def plan_tiles(
         segment_length: mean number of rows that see a key. By default it is measured where K is large enough to
             matter, which reads one number back from the device. Inside ``torch.compile`` and while a CUDA graph is
             captured it is never measured.
+        can_take_turns: False if there will be dropout or a softcap, which the path pingpong does not have: its tiles
+            are then not used.
     """
     capability = (8, 0) if q.device.type != "cuda" else torch.cuda.get_device_capability(q.device)
     num_rows, num_keys = q.shape[2], first.shape[1]
@@ -126,7 +129,14 @@ def plan_tiles(
         if num_keys > 384 and not is_fixed:
             segment_length = mean_segment_length(first, end, num_rows)
     has_bias = relative_width is not None
-    sizes = tile_sizes(capability, q.shape[-1], q.element_size() * 8, segment_length, has_bias=has_bias)
+    sizes = tile_sizes(
+        capability,
+        q.shape[-1],
+        q.element_size() * 8,
+        segment_length,
+        has_bias=has_bias,
+        can_take_turns=can_take_turns,
+    )
     near = None if relative_width is None else max(relative_width, 1)
     return make_plan(first, end, num_rows, sizes, near=near)
 

@@ -108,8 +108,12 @@ _OTHER = {
 }
 _SETTINGS = {**_LAYERS, **_WIDTH, **_HEADS, **_FEEDFORWARD, **_EXPERTS, **_LATENT, **_OTHER}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_n_groups": 1}
+# Their default has the other kind in later layers only, or none of it.
+_BOTH = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 # What single types need besides: sizes that must fit together, and tables that are large whatever the other sizes are.
 _OF_TYPE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe"), _BOTH),
+    **dict.fromkeys(("flint", "gemma3_text", "kolibri1", "olmo3"), _BOTH),
     "bamba": _MAMBA,
     "granitemoehybrid": _MAMBA,
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 8},
@@ -126,6 +130,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
         "window_size": 8,
     },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "moshi": {"audio_vocab_size": 64},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_hidden_layers": None},

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from typer.testing import CliRunner
@@ -688,6 +689,22 @@ def test_errors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(GistError, match="holds a whole checkpoint, which would be loaded in place of the adapter"):
         finetune(model, tokenizer, RECORDS, arguments(tmp_path), method="embeddings", num_gist_tokens=2)
+
+
+def test_an_adapter_of_an_earlier_version_beside_experts_is_refused(tmp_path: Path) -> None:
+    """It has weights for dense layers that are no longer adapted."""
+    model, tokenizer = tiny.patched("qwen3_moe")
+    adapters.attach(model, Adapter("lora"))
+    adapters.save(model, tokenizer, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    layer = "base_model.model.model.layers.0.mlp.down_proj"
+    extra = {f"{layer}.lora_{name}.weight": torch.zeros(16, 16) for name in "AB"}
+    save_file({**load_file(file), **extra}, file)
+    adapters.detach(model)
+    message = r"does not fit .*; made by an earlier version, which also adapted down_proj; train it again$"
+    with pytest.raises(GistError, match=message):
+        adapters.load(model, tmp_path)
+    assert adapter_of(model) is None
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

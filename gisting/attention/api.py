@@ -272,12 +272,18 @@ def _by_triton(
     length = None if torch.compiler.is_compiling() else _segment_length.get()
     if length is None and needs_grad:
         length = float(k.shape[2])
+    can_take_turns = softcap is None and dropout == 0
     plan = remembered(
         visibility,
-        ("triton", q.shape[2], q.shape[3], q.dtype, width, length),
+        ("triton", q.shape[2], q.shape[3], q.dtype, width, length, can_take_turns),
         # Clones, because the plan keeps the intervals, and nothing cached on a tensor may refer to that tensor.
         lambda: kernels.plan_tiles(
-            visibility.first.clone(), visibility.end.clone(), q, relative_width=width, segment_length=length
+            visibility.first.clone(),
+            visibility.end.clone(),
+            q,
+            relative_width=width,
+            segment_length=length,
+            can_take_turns=can_take_turns,
         ),
     )
 

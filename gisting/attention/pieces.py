@@ -398,11 +398,24 @@ class _PiecewiseAttention(torch.autograd.Function):
                 dq[sequences], dk[sequences], dv[sequences] = dq_, dk_, dv_
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[5]:
-            # Nothing here has a second derivative.
-            with torch.no_grad():
-                weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-                dsinks = -(weights * (dout.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
+            dsinks = _SinksGradient.apply(dout, out, lse, sinks)
         return dq.to(q.dtype), dk, dv, None, None, dsinks
+
+
+class _SinksGradient(torch.autograd.Function):
+    # A function, so that its derivative raises as that of the fused operator's backward: as plain operations it would
+    # leave out how the log-sum-exp depends on the inputs.
+
+    @staticmethod
+    def forward(ctx: Any, dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+        weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+        return -(weights * (dout.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError(
+            "derivative for the gradient of sinks is not implemented; use impl='reference' for second derivatives"
+        )
 
 
 def _stretches(piece: Piece, stretches: tuple[Stretch, ...]) -> list[tuple[slice, slice, bool]]:

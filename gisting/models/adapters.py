@@ -7,9 +7,10 @@ tokens. Training is elsewhere.
 
 There are three kinds. Each has its own embedding rows for gist tokens, because an untrained row carries no information:
 
-- ``lora``: LoRA (arXiv 2106.09685) on every linear layer except the head, at every token; one row. Plain peft reads it
-  completely. The adapted model also answers text without gist tokens.
-- ``gist-lora``: LoRA on every linear layer of the stack that reads the prompt, with its update added at gist tokens
+- ``lora``: LoRA (arXiv 2106.09685) on every linear layer except the head and, where experts share one tensor, the dense
+  layers beside them, at every token; one row. Plain peft reads it completely. The adapted model also answers text
+  without gist tokens.
+- ``gist-lora``: LoRA on the same layers of the stack that reads the prompt, with its update added at gist tokens
   only; a row for each position in a gist (one for all in adapters of earlier versions). Its files do not have peft's
   names, because plain peft, and all that loads peft's files (transformers, servers), would apply it at every token
   without a word, which is a different model from the trained one.
@@ -214,7 +215,7 @@ def without_adapter(model: Any) -> Iterator[Any]:
     if adapter_of(model) is None:
         raise GistError("model has no gisting adapter that could be switched off")
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_variant")]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -222,8 +223,8 @@ def without_adapter(model: Any) -> Iterator[Any]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter in learning:  # peft stops gradients when it switches an adapter off
-            parameter.requires_grad_(True)
+        for parameter, is_trained in before.items():  # peft stops and starts gradients with the adapter
+            parameter.requires_grad_(is_trained)
 
 
 def adapter_of(model: Any) -> Adapter | None:
@@ -423,11 +424,12 @@ def load(model: Any, name_or_path: str | Path, **source: Any) -> None:
         found["gist_rows"] = tensors[about["rows"]]
     odd = [name for name in own.keys() | found.keys() if _shape(own.get(name)) != _shape(found.get(name))]
     if odd:
+        layers, untouched = sorted({_layer(name) for name in odd}), _untouched(model)
         detach(model)
-        raise GistError(
-            f"{name_or_path} does not fit {type(model).__name__}: {', '.join(sorted(odd)[:3])}; it was trained for the "
-            f"base model {about['base']}"
-        )
+        advice = f"it was trained for the base model {about['base']}"
+        if all(layer in untouched for layer in layers):
+            advice = f"made by an earlier version, which also adapted {', '.join(layers)}; train it again"
+        raise GistError(f"{name_or_path} does not fit {type(model).__name__}: {', '.join(sorted(odd)[:3])}; {advice}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(found[name])
@@ -525,10 +527,7 @@ def _targets(model: Any, adapter: Adapter) -> list[str]:
     tokens.
     """
     head = model.get_output_embeddings()
-    # Where experts share one tensor, peft takes these names of dense layers for the experts, and would change them at
-    # every token.
-    is_fused = any(name.endswith(".gate_up_proj") for name, _ in model.named_parameters())
-    taken = _NAMES_OF_EXPERTS if is_fused else ()
+    taken = _untouched(model)
     linear = [
         (re.sub(r"\.base_layer$", "", name), module)
         for name, module in model.named_modules()
@@ -542,6 +541,20 @@ def _targets(model: Any, adapter: Adapter) -> list[str]:
     short = {name.rpartition(".")[2] for name in wanted}
     is_enough = all(name.rpartition(".")[2] not in short for name, _ in linear if name not in wanted)
     return sorted(short) if is_enough else sorted(wanted)
+
+
+def _untouched(model: Any) -> tuple[str, ...]:
+    """Name the dense layers that no adapter changes.
+
+    Where experts share one tensor, peft takes these names for the experts, and would change them at every token.
+    """
+    is_fused = any(name.endswith(".gate_up_proj") for name, _ in model.named_parameters())
+    return _NAMES_OF_EXPERTS if is_fused else ()
+
+
+def _layer(name: str) -> str:
+    """Return the short name of the layer that one of LoRA's matrices belongs to."""
+    return name.partition(".lora_")[0].rpartition(".")[2]
 
 
 def _base(model: Any) -> str:

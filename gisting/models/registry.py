@@ -129,7 +129,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     if getattr(text, "attn_temperature_tuning", None):
         raise UnsupportedModelError(
             f"{model_type} with attn_temperature_tuning cannot be gisted: it scales attention by how many tokens come "
-            "before, which a gist makes fewer, from a length on that no short check reaches"
+            "before, which a gist makes fewer, at lengths that a short check does not reach"
         )
     rotary = _rotary_types(text) - _STATIC_ROPE - _LENGTH_DEPENDENT_ROPE
     if rotary:

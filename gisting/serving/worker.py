@@ -122,10 +122,11 @@ class WorkerSide:
                     f"the gist has {len(heads)} key heads of size {keys.shape[3]} for this worker, the model "
                     f"{layer.num_kv_heads} of {layer.head_size}"
                 )
-            if values.shape[3] != getattr(layer, "head_size_v", layer.head_size):
+            value_size = getattr(layer, "head_size_v", layer.head_size)
+            if values.shape[3] != value_size:
                 raise GistError(
-                    f"the gist has values of {values.shape[3]} numbers, the model of "
-                    f"{getattr(layer, 'head_size_v', layer.head_size)}"
+                    f"the gist has values of {values.shape[3]} numbers for each head, the model's have {value_size}; "
+                    "compress the prompt again with the model that is served"
                 )
             # (1, G, k, D) -> (k, G of this worker, D)
             keys, values = (states[0, heads.start : heads.stop].transpose(0, 1) for states in (keys, values))

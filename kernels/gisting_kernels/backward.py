@@ -299,8 +299,8 @@ def key_kernel(
                 b_bias = bias_tile(p_table, i_h, o_row[None, :], o_key[:, None], s_table, WIDTH)
         if DROPOUT:
             m_keep = keep_tile(seed, i_b * num_heads + i_h, o_row[None, :], o_key[:, None], num_keys, dropout)
-        # (BN, BM): transposed, so that both sums below are plain products. What is subtracted from a product is where
-        # its sum starts, if nothing comes in between: it then takes no registers beside the product.
+        # (BN, BM): transposed, so that both sums below are plain products. Without dropout or a softcap, the sums start
+        # at -delta and -lse instead of 0, so these need no registers of their own.
         b_minus, b_less = b_lse[None, :], b_delta[None, :]
         b_dp = tl.zeros([BN, BM], tl.float32)
         if not DROPOUT:

@@ -52,7 +52,13 @@ def read_table() -> tuple[dict[str, Any], ...]:
 
 
 def tile_sizes(
-    capability: tuple[int, int], head_size: int, bits: int, segment_length: float, *, has_bias: bool
+    capability: tuple[int, int],
+    head_size: int,
+    bits: int,
+    segment_length: float,
+    *,
+    has_bias: bool,
+    can_take_turns: bool = True,
 ) -> tuple[TileSizes, TileSizes, TileSizes, TileSizes]:
     """Return the sizes of the forward, dQ, dK/dV and table-gradient kernels.
 
@@ -62,6 +68,7 @@ def tile_sizes(
         bits: bits per element of q, 16 or 32.
         segment_length: mean number of rows that see a key; see :func:`~gisting_kernels.plan.mean_segment_length`.
         has_bias: whether there is a relative bias.
+        can_take_turns: whether rows of ``pingpong`` are used, which has neither dropout nor a softcap.
 
     Raises:
         ValueError: ``GISTING_KERNEL_CONFIG`` is not valid, or the table has no row for this head size.
@@ -86,7 +93,7 @@ def tile_sizes(
             if row["kernel"] == kernel
             and all(row.get(key, value) == value for key, value in wanted.items())
             and row.get("segment", segments[-1]) in segments
-            and (row.get("path") != "pingpong" or capability == HOPPER)
+            and (row.get("path") != "pingpong" or (can_take_turns and capability == HOPPER))
         ]
         if not rows:
             raise ValueError(f"there are no tile sizes for head size {head_size} with {bits} bits")

@@ -2,8 +2,8 @@
 
 Place in the flow: plan, forward, backward, decode -> **op** -> the caller. ``torch.ops.gisting.interval_attention`` has
 a schema, a fake implementation and a backward, so it works under ``torch.compile(fullgraph=True)``, ``torch.export``
-and gradient checkpointing. A selective checkpoint can keep its result (:func:`keep_attention`). Calls that nothing
-watches leave out torch's dispatcher.
+and gradient checkpointing. A selective checkpoint can keep its result (:func:`keep_attention`). Eager calls
+bypass torch's dispatcher, unless a dispatch mode, a subclass or a compiler must see the operator.
 
 On a machine without a GPU the kernels run, slowly, under ``TRITON_INTERPRET=1`` (set before triton is first imported).
 """
@@ -106,6 +106,7 @@ def plan_tiles(
     *,
     relative_width: int | None = None,
     segment_length: float | None = None,
+    can_take_turns: bool = True,
 ) -> Plan:
     """Plan attention for queries like ``q``. One plan serves every layer of a batch.
 
@@ -117,6 +118,8 @@ def plan_tiles(
         segment_length: mean number of rows that see a key. By default it is measured where K is large enough to
             matter, which reads one number back from the device. Inside ``torch.compile`` and while a CUDA graph is
             captured it is never measured.
+        can_take_turns: False if there will be dropout or a softcap, which the path pingpong does not have: its tiles
+            are then not used.
     """
     capability = (8, 0) if q.device.type != "cuda" else torch.cuda.get_device_capability(q.device)
     num_rows, num_keys = q.shape[2], first.shape[1]
@@ -126,7 +129,14 @@ def plan_tiles(
         if num_keys > 384 and not is_fixed:
             segment_length = mean_segment_length(first, end, num_rows)
     has_bias = relative_width is not None
-    sizes = tile_sizes(capability, q.shape[-1], q.element_size() * 8, segment_length, has_bias=has_bias)
+    sizes = tile_sizes(
+        capability,
+        q.shape[-1],
+        q.element_size() * 8,
+        segment_length,
+        has_bias=has_bias,
+        can_take_turns=can_take_turns,
+    )
     near = None if relative_width is None else max(relative_width, 1)
     return make_plan(first, end, num_rows, sizes, near=near)
 
@@ -187,7 +197,8 @@ def interval_attention(
     if dropout > 0 and seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
     softcap = 0.0 if softcap is None else float(softcap)
-    run = ops.interval_attention if _is_watched(q, k, v) else _Direct.apply
+    given = (tensor for tensor in (q, k, v, relative_bias, sinks) if tensor is not None)
+    run = ops.interval_attention if _is_watched(*given) else _Direct.apply
     sinks = None if sinks is None else sinks.float()
     out, _ = run(
         q, k, v, plan.tensors(), table, seed, scale, softcap, float(dropout), width, plan.numbers(), precision or "",
@@ -551,6 +562,22 @@ def _(grad, q, k, v, out, lse, plan, table, seed, scale, softcap, dropout, width
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(shape, dtype=torch.float32)
 
 
+def _run_sinks_backward(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Return the gradient of the sinks, float32 ``(H,)``. An operator, so that its own derivative raises."""
+    weights = torch.exp2(sinks[:, None] * math.log2(math.e) - lse)
+    return -(weights * (grad.float() * out.float()).sum(-1)).sum((0, 2))
+
+
+_sinks_backward_op = torch.library.custom_op(
+    add_op_namespace_prefix("interval_attention_sinks_backward"), mutates_args=()
+)(_run_sinks_backward)
+
+
+@_sinks_backward_op.register_fake
+def _(grad, out, lse, sinks):  # type: ignore[no-untyped-def]
+    return torch.empty_like(sinks)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, plan, table, seed, *ctx.numbers, sinks = inputs
     ctx.num_plan = len(plan)
@@ -562,19 +589,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    dq, dk, dv, d_table, d_sinks = _gradients(ops.interval_attention_backward, ctx, grad)
+    dq, dk, dv, d_table, d_sinks = _gradients(
+        ops.interval_attention_backward, ops.interval_attention_sinks_backward, ctx, grad
+    )
     return dq, dk, dv, [None] * ctx.num_plan, d_table, None, *[None] * len(ctx.numbers), d_sinks
 
 
-def _gradients(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def _gradients(
+    run: Any, run_sinks: Any, ctx: Any, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     q, k, v, out, lse, *rest = ctx.saved_tensors
     plan, rest = list(rest[: ctx.num_plan]), rest[ctx.num_plan :]
     d_sinks = None
     if ctx.has_sinks:
         sinks, *rest = rest
-        with torch.no_grad():
-            weights = torch.exp2(sinks[:, None] * math.log2(math.e) - lse)
-            d_sinks = -(weights * (grad.float() * out.float()).sum(-1)).sum((0, 2))
+        if ctx.needs_input_grad[-1]:
+            d_sinks = run_sinks(grad, out, lse, sinks)
     table = rest[0] if ctx.has_table else None
     seed = rest[-1] if ctx.has_seed else None
     needs_table = ctx.has_table and ctx.needs_input_grad[4]
@@ -597,9 +627,11 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # The operator raises if its gradients are differentiated, which create_graph allows.
-        run = ops.interval_attention_backward if torch.is_grad_enabled() else _run_backward
-        dq, dk, dv, d_table, d_sinks = _gradients(run, ctx, grad)
+        # The operators raise if their gradients are differentiated, which create_graph allows.
+        run: tuple[Any, Any] = (_run_backward, _run_sinks_backward)
+        if torch.is_grad_enabled():
+            run = (ops.interval_attention_backward, ops.interval_attention_sinks_backward)
+        dq, dk, dv, d_table, d_sinks = _gradients(*run, ctx, grad)
         return dq, dk, dv, None, d_table, None, *[None] * len(ctx.numbers), d_sinks
 
 

@@ -56,7 +56,8 @@ class TileSizes:
         keys: keys in a tile.
         warps: warps per program.
         stages: stages of the software pipeline.
-        path: one of ``PATHS``. Where a call does not fit it, the kernel uses pointers.
+        path: one of ``PATHS``. A call that pingpong cannot serve uses descriptors; tensors that cannot be described use
+            pointers.
     """
 
     rows: int

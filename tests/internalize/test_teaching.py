@@ -170,6 +170,15 @@ def test_an_adapter_is_switched_off_in_a_block() -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == learning
 
 
+def test_an_adapter_that_was_frozen_is_frozen_after_the_block() -> None:
+    model, _ = tiny.patched("llama")
+    prepare(model, Method("lora", rank=4), 1)
+    model.requires_grad_(False)
+    with without_adapter(model):
+        pass
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def test_an_adapter_that_is_trained_further_is_the_teacher(tmp_path: Path) -> None:
     """The model before training has the adapter; without it, it would be another model."""
     model, tokenizer = tiny.patched("llama")

@@ -138,3 +138,19 @@ def test_the_kernel_that_takes_turns(num_rows: int, size: int, dtype: torch.dtyp
     plan = plan_for(given, visibility, sizes)
     plan = type(plan)(**{**vars_of(plan), "sizes": sizes})
     assert not failures(given, visibility, differentiate(lambda it: fused(it, plan), given))
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="Gluon kernels run on a card of compute capability 9.0 only")
+@pytest.mark.parametrize("case", ["gist", "padding", "more-keys", "one-mask-for-all"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_programs_that_take_several_tiles(size: int, case: str) -> None:
+    """There are 1,024 tiles, several for each processor."""
+    num_rows = 1001
+    num_keys = num_rows + 300 if case == "more-keys" else num_rows
+    given = make(num_rows, num_keys, torch.bfloat16, batch=4, heads=32, groups=8, size=size)
+    index = torch.arange(num_keys).expand(1 if case == "one-mask-for-all" else 4, -1)
+    visibility = vis.gist(index == num_keys // 3, index >= 300 if case == "padding" else None)
+    sizes = (TileSizes(128, 128, 8, 2, "pingpong"), *tiles((64, 64))[1:])
+    plan = plan_for(given, visibility, sizes)
+    plan = type(plan)(**{**vars_of(plan), "sizes": sizes})
+    assert not failures(given, visibility, differentiate(lambda it: fused(it, plan), given))

@@ -159,6 +159,53 @@ def test_a_second_derivative_raises(is_watched: bool, monkeypatch: pytest.Monkey
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_second_derivative_of_sinks_raises(is_watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_is_watched", lambda *tensors: is_watched)
+    given, visibility = make(17), gist_in_the_middle(17)
+    sinks = torch.zeros(2, device=DEVICE, requires_grad=True)
+    out = fused(given, plan_for(given, visibility), sinks=sinks)
+    (grad,) = torch.autograd.grad(out.sum(), sinks, create_graph=True)
+    with pytest.raises(RuntimeError, match="interval_attention_sinks_backward"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_frozen_sinks_cost_no_gradient(is_watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_is_watched", lambda *tensors: is_watched)
+    given, visibility = make(17), gist_in_the_middle(17)
+    out = fused(given, plan_for(given, visibility), sinks=torch.zeros(2, device=DEVICE))
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.autograd.grad(out.sum(), given.q)
+    assert seen
+    assert not [name for name in seen if "exp2" in name or "sinks" in name]
+
+
+@pytest.mark.parametrize("name", ["relative_bias", "sinks"])
+def test_a_subclass_in_any_argument_sees_the_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Subclass(Tensor):
+        pass
+
+    def fail(*inputs: Any) -> None:
+        raise AssertionError("the dispatcher was bypassed")
+
+    monkeypatch.setattr(op._Direct, "apply", fail)
+    given, visibility = make(17, width=3 if name == "relative_bias" else None), gist_in_the_middle(17)
+    plan = plan_for(given, visibility)
+    if name == "relative_bias":
+        assert given.table is not None
+        fused(given._replace(table=given.table.detach().as_subclass(Subclass)), plan)
+    else:
+        fused(given, plan, sinks=torch.zeros(2, device=DEVICE).as_subclass(Subclass))
+
+
 @pytest.mark.parametrize("width", [None, 3])
 def test_direct_calls_give_the_bits_of_the_operator(width: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without gradients of some of the inputs, too."""

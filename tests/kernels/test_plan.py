@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gisting_kernels as kernels
 from gisting import visibility as vis
+from gisting.attention import interval_attention
 from gisting.visibility import FOREVER, Visibility
 from gisting_kernels import configs
 from gisting_kernels.configs import ENVIRONMENT_VARIABLE, LONG, SHORT, read_table, tile_sizes
@@ -446,6 +447,33 @@ def test_the_forward_kernel_of_a_hopper_card(
     assert tile_sizes(capability, 128, 16, segment_length, has_bias=has_bias)[0] == tile
 
 
+@pytest.mark.parametrize(("size", "tile"), [(64, TileSizes(128, 64, 4, 3)), (128, TileSizes(64, 64, 4, 3))])
+def test_calls_with_dropout_or_a_softcap_have_tiles_of_their_own(size: int, tile: TileSizes) -> None:
+    """The tile of pingpong spills on the other paths."""
+    assert tile_sizes((9, 0), size, 16, 1030.0, has_bias=False, can_take_turns=False)[0] == tile
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, True), ({"softcap": 5.0}, False), ({"dropout": 0.1}, False)], ids=str
+)
+def test_attention_says_whether_a_call_can_take_turns(
+    options: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, plan_tiles = [], kernels.plan_tiles
+
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        calls.append(kwargs["can_take_turns"])
+        return plan_tiles(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, "plan_tiles", planned)
+    visibility = vis.causal(torch.ones(1, 8))
+    q = torch.zeros(1, 1, 8, 16, device=DEVICE, requires_grad=True)
+    interval_attention(q, q, q, visibility.to(str(DEVICE)), impl="triton", **options)
+    interval_attention(q, q, q, visibility.to(str(DEVICE)), impl="triton")
+    assert calls == ([True] if expected else [False, True])  # the plan of one is not that of the other
+
+
 def test_the_longest_segments_may_have_their_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"arch": 90, "kernel": "forward", "bits": 16, "head_size": 64, "segment": "long", "tile": [64, 64, 4, 3]}
     longest = row | {"segment": "longest", "tile": [128, 64, 4, 3]}
@@ -546,9 +574,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Record the arguments of each look-up."""
     calls: list[dict[str, Any]] = []
 
-    def look_up(capability: Any, head_size: int, bits: int, segment_length: float, *, has_bias: bool) -> Any:
-        calls.append({"head_size": head_size, "bits": bits, "length": segment_length, "has_bias": has_bias})
-        return configs.tile_sizes(capability, head_size, bits, segment_length, has_bias=has_bias)
+    def look_up(capability: Any, head_size: int, bits: int, segment_length: float, **options: bool) -> Any:
+        calls.append({"head_size": head_size, "bits": bits, "length": segment_length, **options})
+        return configs.tile_sizes(capability, head_size, bits, segment_length, **options)
 
     monkeypatch.setattr("gisting_kernels.op.tile_sizes", look_up)
     return calls
@@ -558,7 +586,7 @@ def test_plan_tiles_asks_for_the_sizes_of_its_queries(monkeypatch: pytest.Monkey
     calls = recorded(monkeypatch)
     q = torch.zeros(1, 2, 8, 80, dtype=torch.float16)
     plan = kernels.plan_tiles(GIST.first, GIST.end, q, relative_width=3)
-    assert calls == [{"head_size": 80, "bits": 16, "length": 8.0, "has_bias": True}]
+    assert calls == [{"head_size": 80, "bits": 16, "length": 8.0, "has_bias": True, "can_take_turns": True}]
     assert (plan.near, plan.num_rows) == (3, 8)
 
 

@@ -44,7 +44,7 @@ def test_latent_states_are_stored(latent: Any, storage: str | None, tmp_path: Pa
     found = gisting.GistCache.load(tmp_path / "latent.gist")
     for here, there in zip(found.keys + found.values, cache.blanked().keys + cache.blanked().values, strict=True):
         assert here.shape == there.shape
-        # e4m3 has three bits behind the leading one.
+        # e4m3 has three bits after the leading one.
         assert (here - there).abs().max() <= there.abs().max() * (0 if storage in (None, "float32") else 2**-4)
     if storage is None:
         assert answers(latent, found) == answers(latent, cache)

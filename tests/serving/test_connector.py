@@ -263,7 +263,7 @@ def test_gists_of_another_shape_are_refused(store: GistStore) -> None:
     with pytest.raises(GistError, match=r"the gist has \d+ key heads of size \d+ for this worker, the model \d+ of"):
         worker.prepare(store.entry("six"))
     worker.layers[0].head_size_v = 3
-    with pytest.raises(GistError, match=r"the gist has values of \d+ numbers, the model of 3"):
+    with pytest.raises(GistError, match=r"values of \d+ numbers for each head, the model's have 3; compress the"):
         worker.prepare(store.entry("six"))
     worker.layers = worker.layers[:-1]
     with pytest.raises(GistError, match=r"the gist has \d layers, this worker \d"):

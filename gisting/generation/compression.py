@@ -218,7 +218,7 @@ def whole_prompt(model: PreTrainedModel, tokenizer: GistTokenizer, prompt: str, 
     Raises:
         GistError: the prompt is empty or exceeds the model's positions.
     """
-    if not require_patched(model, tokenizer).is_encoder_decoder:
+    if architecture_of(require_patched(model, tokenizer)).has_prefix_states("positive"):
         return full_prompt_cache(model, tokenizer, prompt, origin)
     with evaluating(model):
         return text_states(model, tokenizer.encode_prompts([prompt], 1)[0].chunks[0], origin)

@@ -268,24 +268,26 @@ class _FromText:
             self.sources = [head.chunks[0] + ids for head, ids in zip(heads, rest, strict=True)]
         else:
             self.sources = tokenizer.encode_bare(inputs)
-        if tokenizer.is_encoder_decoder:
+        # A decoder continues what it reads.
+        self.is_decoder = call.architecture.has_prefix_states("positive")
+        if not self.is_decoder:
             self.sources = [source or [tokenizer.eos_token_id] for source in self.sources]
         if empty := [row for row, source in enumerate(self.sources) if not source]:
             raise GistError(f"inputs[{empty[0]}] leaves no text for the model to continue; give it some text")
-        new, also = (0, "its prompt") if tokenizer.is_encoder_decoder else (call.config.max_new_tokens, "its answer")
+        new, also = (call.config.max_new_tokens, "its answer") if self.is_decoder else (0, "its prompt")
         check_positions(model, [len(source) + new for source in self.sources], "input", also)
         self.order = sorted(range(len(pairs)), key=lambda row: len(self.sources[row]))
 
     def groups(self, rows: list[int]) -> list[list[int]]:
         """All rows in one batch, or those of equal lengths where padding would change an answer."""
-        if self.tokenizer.is_encoder_decoder or self.call.takes_padding:
+        if not self.is_decoder or self.call.takes_padding:
             return [rows]
         return [[*group] for _, group in itertools.groupby(rows, key=lambda row: len(self.sources[row]))]
 
     def answers(self, rows: list[int], pick: list[_Pick] | None) -> list[list[int]]:
         """The ids of the answers to a group of rows."""
-        device, is_decoder = input_weight(self.model).device, not self.tokenizer.is_encoder_decoder
-        ids, is_token = pad_rows([self.sources[row] for row in rows], self.tokenizer.pad_token_id, left=is_decoder)
+        device = input_weight(self.model).device
+        ids, is_token = pad_rows([self.sources[row] for row in rows], self.tokenizer.pad_token_id, left=self.is_decoder)
         said = self.model.generate(
             input_ids=ids.to(device),
             attention_mask=is_token.long().to(device),
@@ -293,7 +295,7 @@ class _FromText:
             logits_processor=pick,
         )
         ends = answer_ends(self.call.config, self.model)
-        given = ids.shape[1] if is_decoder else 1  # the token that starts the decoder
+        given = ids.shape[1] if self.is_decoder else 1  # the token that starts the decoder
         return [up_to_end(answer, ends) for answer in said[:, given:].tolist()]
 
 

@@ -370,7 +370,8 @@ def families_table(rows: Sequence[dict[str, Any]]) -> str:
                 cells.append((f"{verdict} ({check})" if check else verdict, len(names), ", ".join(names)))
             if verdict == "WRONG" and not found:
                 cells.append((verdict, 0, ""))
-        title = f"{kind.capitalize()}s, {len(here)} types of {versions}:"
+        listed = "" if kind == "decoder" else ", as transformers lists them (some read sound and have a decoder alone)"
+        title = f"{kind.capitalize()}s{listed}, {len(here)} types of {versions}:"
         lines += [title, "", *markdown_table(("verdict", "types", "which"), cells), ""]
     return "\n".join(lines[:-1])
 

@@ -18,6 +18,7 @@ from benchmarks.demo import demo_table, museum_excerpt, museum_output
 from benchmarks.distill import distill_table, starts_table
 from benchmarks.distillation import distillation_table
 from benchmarks.families import families_table
+from benchmarks.flood import flood_table
 from benchmarks.inference import highlights_table, inference_table, losses_table
 from benchmarks.internalize import internalize_table, serving_table
 from benchmarks.memory import memory_table
@@ -73,6 +74,7 @@ TABLES: list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]] = [
     ("docs/internalisation.md", "nl2bash answers", "nl2bash.jsonl", nl2bash_answers_table),
     ("docs/internalisation.md", "nl2bash costs", "nl2bash.jsonl", nl2bash_costs_table),
     ("docs/vllm.md", "vllm results", "vllm.jsonl", vllm_table),
+    ("docs/vllm.md", "flood results", "flood.jsonl", flood_table),
 ]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 __all__ = ["GistStore", "StoreFault"]
 
 MAX_OPEN_BYTES = 256 * 2**20
+# What a write leaves if its process is killed; see write_atomically.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 class GistStore:
@@ -620,7 +623,11 @@ class GistStore:
         if INDEX in held and index.lstat().st_size:
             return
         if others := [
-            name for name in held if name not in (OBJECTS, TEMPORARY, JOURNAL) and not name.startswith(INDEX)
+            name
+            for name in held
+            if name not in (OBJECTS, TEMPORARY, JOURNAL)
+            and not name.startswith(INDEX)
+            and not _UNFINISHED.fullmatch(name)
         ]:
             raise StoreError(
                 f"{self.path} is not a store and not empty (it holds {some_of(others)}); give the directory of a "

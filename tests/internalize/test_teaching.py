@@ -60,8 +60,14 @@ def divergence(model: Any, tokenizer: Any, teacher: Any) -> float:
 @pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weights", ["full", "lora"])
 @pytest.mark.parametrize("method", ["on-policy", "self-study"])
-def test_the_bare_query_is_answered_as_with_the_prompt(tmp_path: Path, name: str, weights: str, method: str) -> None:
+def test_the_bare_query_is_answered_as_with_the_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, weights: str, method: str
+) -> None:
     model, tokenizer = tiny.patched(name)
+    if name == "t5":
+        # A random T5 ends most answers at once, so it writes hardly any question.
+        questions = [tiny.words(3, seed=number) for number in range(10)]
+        monkeypatch.setattr(teaching, "write_questions", lambda *_, **__: questions)
     pairs = [(PROMPT, query) for query in QUERIES * 2]
     teacher = ask_teacher(model, tokenizer, sample_answers(model, tokenizer, pairs, max_new_tokens=4, seed=9))
     before = divergence(model, tokenizer, teacher)

@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="the kernels need triton: pip install 'gist
 import gisting_kernels
 from gisting import visibility as vis
 from gisting.attention import api, interval_attention
+from gisting.errors import UnsupportedModelError
 from tests import tiny
 from tests.models import test_relative_bias
 from tests.models.test_families import Result, assert_as_good_as, result_of
@@ -179,7 +180,8 @@ def test_mirrored_table_is_found(calls: list[str], monkeypatch: pytest.MonkeyPat
         return whole(*args, relative_bias=table, **kwargs)
 
     monkeypatch.setattr(gisting_kernels, "interval_attention", mirrored)
-    with pytest.raises(AssertionError):
+    # By the check of the model, or by the comparison if the model was checked by a test before.
+    with pytest.raises((AssertionError, UnsupportedModelError)):
         test_t5_outputs_and_gradients_are_those_of_stock_eager("t5", "gist", True, SMALL, calls, monkeypatch)
 
 

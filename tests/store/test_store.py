@@ -898,6 +898,19 @@ def spoiled_index(store: GistStore, how: str) -> None:
             raise AssertionError(how)
 
 
+def test_what_a_killed_write_left_is_no_other_content(of_fifty: Path, tmp_path: Path) -> None:
+    """Beside a store that another process is rebuilding, there may be a journal that is being written."""
+    store = GistStore(shutil.copytree(of_fifty, tmp_path / "store"))
+    store.close()
+    (store.path / ".0123456789abcdef.tmp").write_bytes(b"{")
+    spoiled_index(store, "missing")
+    with pytest.raises(CacheFormatError, match="is missing or empty; make it again from the files"):
+        GistStore(store.path)
+    (store.path / "notes.tmp").write_bytes(b"{")
+    with pytest.raises(StoreError, match="is not a store and not empty"):
+        GistStore(store.path)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

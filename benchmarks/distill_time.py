@@ -75,9 +75,7 @@ def main(
 
 
 def distill_time_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows of the JSONL file as Markdown, one line each; no rows say so."""
-    if not rows:
-        return "Not measured yet."
+    """Format rows of the JSONL file as Markdown, one line each."""
     lines = [
         [
             f"{PROMPTS[row['prompt']]} ({row['num_prompt_tokens']})",

@@ -243,7 +243,7 @@ def main(
             loaded, tokenizer = load(model, "chat")
             save_pretrained(loaded, tokenizer, folder / "model")
             with GistStore(folder / "store") as store:
-                store.put(_GIST, compress(loaded, tokenizer, "You answer in one short sentence.", 8))
+                store.put(_GIST, compress(loaded, tokenizer, ["You answer in one short sentence."], 8))
             del loaded
         for server in ("stock", "gist"):
             with socket.socket() as found:

@@ -16,6 +16,7 @@ from benchmarks.codes import codes_table
 from benchmarks.cpu_attention import attention_table
 from benchmarks.demo import demo_table, museum_excerpt, museum_output
 from benchmarks.distill import distill_table, starts_table
+from benchmarks.distill_time import distill_time_table
 from benchmarks.distillation import distillation_table
 from benchmarks.families import families_table
 from benchmarks.flood import flood_table
@@ -66,6 +67,7 @@ TABLES: list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]] = [
     ("docs/models.md", "check results", "check.jsonl", check_table),
     ("docs/how_to_quantised.md", "memory results", "memory.jsonl", memory_table),
     ("docs/how_to_distill.md", "distill results", "distill.jsonl", distill_table),
+    ("docs/how_to_distill.md", "distill time", "distill_time.jsonl", distill_time_table),
     ("docs/how_to_distill.md", "distill starts", "distill_starts.jsonl", starts_table),
     ("docs/internalisation.md", "internalize results", "internalize.jsonl", internalize_table),
     ("docs/internalisation.md", "requests results", "internalize.jsonl", serving_table),

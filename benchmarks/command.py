@@ -19,6 +19,7 @@ __all__ = [
     "SeedOption",
     "names",
     "numbers",
+    "part_of",
     "say",
     "where",
 ]
@@ -72,6 +73,23 @@ def numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{option} must be comma-separated whole numbers, got {text!r}") from None
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Read which part of the work a process takes, such as ``2/5``: the second of five.
+
+    Args:
+        text: the number of the part, from 1, and how many there are.
+
+    Raises:
+        typer.BadParameter: it is something else.
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise typer.BadParameter(
+            f"--part must be the number of a part and how many there are, such as 2/5, got {text!r}"
+        )
+    return int(number), int(count)
 
 
 def names(option: str, text: str | None, known: Sequence[str]) -> list[str]:

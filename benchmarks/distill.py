@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.command import CheckpointsOption, OutputOption, Rows, names, numbers, say, where
+from benchmarks.command import CheckpointsOption, OutputOption, Rows, names, numbers, part_of, say, where
 from gisting.cache import GistCache
 from gisting.cli.shared import read_dtype
 from gisting.data.records import Record
@@ -43,7 +43,7 @@ from gisting.storage import write_atomically
 from gisting.store.objects import locked
 from gisting.tokens import GistTokenizer
 
-__all__ = ["PROMPTS", "DistillRow", "distill_table", "main", "measure", "read_part", "read_prompt", "starts_table"]
+__all__ = ["PROMPTS", "DistillRow", "distill_table", "main", "measure", "read_prompt", "starts_table"]
 
 FOLDER = Path(__file__).resolve().parent / "prompts"
 #: The prompts, by the names of their files, with what a table calls them.
@@ -408,7 +408,7 @@ def main(
         raise GistError(f"--prompts must name at least two prompts, for the swapped control, got {len(wanted)}")
     if start not in STARTS:
         raise GistError(f"--start must be one of {', '.join(STARTS)}, got {start!r}")
-    own = read_part(part)
+    own = part_of(part)
     settings: dict[str, Any] = {} if steps is None else {"steps": steps}
     if model is None:
         loaded, tokenizer = random_llama(64, 2, vocabulary=128)
@@ -440,21 +440,6 @@ def main(
     rows.rows = [*done, *rows.rows]
     rows.show(distill_table, starts_table)
     return None
-
-
-def read_part(text: str) -> tuple[int, int]:
-    """Read which part of the work a process takes, such as ``2/5``: the second of five.
-
-    Args:
-        text: the number of the part, from 1, and how many there are.
-
-    Raises:
-        GistError: it is something else.
-    """
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise GistError(f"--part must be the number of a part and how many there are, such as 2/5, got {text!r}")
-    return int(number), int(count)
 
 
 def _as_letters(text: str, questions: Sequence[str]) -> tuple[str, list[str]]:

@@ -18,8 +18,7 @@ import typer
 
 from benchmarks.adapter.evaluation import HeldOut, system_prompts
 from benchmarks.adapter.recipe import BASE
-from benchmarks.command import OutputOption, Rows, names, say, where
-from benchmarks.distill import read_part
+from benchmarks.command import OutputOption, Rows, names, part_of, say, where
 from gisting.cache import GistCache
 from gisting.distillation import Distilled, distill
 from gisting.distillation.starts import STARTS
@@ -130,7 +129,7 @@ def main(
     """
     chosen = names("--starts", starts, STARTS)
     held_out = system_prompts()
-    first, step = read_part(part)
+    first, step = part_of(part)
     numbers = range(first - 1, len(held_out), step)
     loaded, tokenizer = load(model, "chat", dtype=getattr(torch, dtype))
     loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, set_seed
 
 from benchmarks.adapter.data import SIZES, Sizes, build_pairs
 from benchmarks.adapter.evaluation import HeldOut, instructions, measure, side_by_side, system_prompts
-from benchmarks.command import OutputOption, Rows, numbers, say, where
+from benchmarks.command import OutputOption, Rows, numbers, part_of, say, where
 from gisting.data.records import Record, load_records
 from gisting.markdown import markdown_table
 from gisting.measure.progress import progress_bar
@@ -171,7 +171,7 @@ def answered(
     *,
     batch_size: int,
     seed: int,
-    shard: tuple[int, int] = (0, 1),
+    part: tuple[int, int] = (1, 1),
     end: float | None = None,
 ) -> list[Record]:
     """Sample the answers to all pairs, piece by piece, together with the other processes of the run.
@@ -183,7 +183,7 @@ def answered(
         directory: for the files, one for each piece.
         batch_size: how many answers to sample together.
         seed: seed of the answers.
-        shard: the number of this process, from 0, and how many there are. Each does its own pieces and waits for those
+        part: the number of this process, from 1, and how many there are. Each does its own pieces and waits for those
             of the others.
         end: when to stop, in seconds since the epoch, with what is there by then, at least one piece; None for all.
 
@@ -196,7 +196,7 @@ def answered(
     def is_late() -> bool:
         return end is not None and time.time() >= end
 
-    mine = [place for place in range(len(parts)) if place % shard[1] == shard[0]]
+    mine = [*range(len(parts))][part[0] - 1 :: part[1]]
     with progress_bar("answering with the prompt in view", sum(len(parts[place]) for place in mine)) as progress:
         for place in mine:
             if is_late() and place != mine[0]:
@@ -293,12 +293,12 @@ def _every(scale: float, number: int) -> int:
     return min(max(round(1 / scale), 1), number // 2)
 
 
-def _two_numbers(option: str, text: str, between: str, example: str) -> tuple[int, int]:
+def _trained_sizes(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
     try:
-        first, second = map(int, text.split(between))
+        return int(first), int(last or first)
     except ValueError:
-        raise typer.BadParameter(f"{option} must be two whole numbers such as {example}, got {text!r}") from None
-    return first, second
+        raise typer.BadParameter(f"--trained-k must be a whole number or two, such as 1:16, got {text!r}") from None
 
 
 @contextmanager
@@ -351,13 +351,13 @@ def main(
         str | None,
         typer.Option(help="Name of the training, for several with the same answers; by default adapter."),
     ] = None,
-    shard: Annotated[
+    part: Annotated[
         str,
         typer.Option(
-            help="Number of this process and how many share the answers, such as 0/3, at the same time. Each then "
+            help="Number of this process and how many share the answers, such as 1/3, at the same time. Each then "
             "trains an adapter of its own, so each needs a --name that no other has."
         ),
-    ] = "0/1",
+    ] = "1/1",
     answer_until: Annotated[
         float | None, typer.Option(help="When to stop answering, in seconds since the epoch; all are answered without.")
     ] = None,
@@ -374,13 +374,11 @@ def main(
     """
     directory.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(*(max(int(scale * size), 2) for size in SIZES[:-1]), inputs=SIZES.inputs)
-    own, of = _two_numbers("--shard", shard, "/", "0/3")
-    if not 0 <= own < of:
-        raise typer.BadParameter(f"--shard must be a number from 0 and how many there are, such as 0/3, got {shard!r}")
+    own, of = part_of(part)
     if of > 1 and name is None:
-        raise typer.BadParameter(f"with --shard {shard} several processes train in one --directory; give each a --name")
+        raise typer.BadParameter(f"with --part {part} several processes train in one --directory; give each a --name")
     name = name or "adapter"
-    low, high = _two_numbers("--trained-k", trained_k if ":" in trained_k else f"{trained_k}:{trained_k}", ":", "1:16")
+    low, high = _trained_sizes(trained_k)
     rows, held_out = Rows("adapter", output), system_prompts()
     loaded, tokenizer = load(model, "chat", dtype=getattr(torch, dtype))
     loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
@@ -411,7 +409,7 @@ def main(
     trained.mkdir(exist_ok=True)
     with _timed("prompts and inputs", trained):
         exclude = {one.prompt for one in held_out}
-        while own and not (directory / "pairs.jsonl").exists():
+        while own > 1 and not (directory / "pairs.jsonl").exists():
             time.sleep(0.5)  # The first process makes them.
         pairs = build_pairs(
             loaded,
@@ -431,7 +429,7 @@ def main(
             directory,
             batch_size=answer_batch,
             seed=seed,
-            shard=(own, of),
+            part=(own, of),
             end=answer_until,
         )
     if loaded.device.type == "cuda":

@@ -5,7 +5,7 @@ registers, stack (spills) and shared memory per program, whether the loop loads 
 and whether it uses tensor-core instructions. A row is faulty if its stack exceeds 64 bytes, if ptxas falls back to 32
 registers, if it needs more shared memory than the card has, if a loop does not load ahead, or if there is no
 tensor-core instruction, or if a kernel that takes descriptors has no bulk copies. The loop of the table-gradient kernel
-need not load ahead, because it contains a barrier. The loop of the kernel that takes turns does not load at all; others
+need not load ahead, because it contains a barrier. The loop of the ping-pong kernel does not load at all; others
 of its warps do.
 """
 
@@ -138,7 +138,7 @@ def cases_of_table() -> list[Case]:
     for option in ("softcap", "dropout", "even"):
         for case in plain:
             if case.head_size == 64 and (case.path != "pingpong" or option != "even"):
-                # The kernel that takes turns has no options; a plan that was made for none uses its tile with them.
+                # The ping-pong kernel has no options; a plan that was made for none uses its tile with them.
                 path = "descriptors" if case.path == "pingpong" else case.path
                 cases.append(dataclasses.replace(case, **{option: True}, path=path))
     biased = [case for case in cases if case.bits == 16 and case.segment == "long" and case.bias]
@@ -223,7 +223,7 @@ def compile_case(case: Case) -> Resources:
 
 
 def _compile_pingpong(case: Case) -> Resources:
-    """Compile the kernel that takes turns. Its one loop that loads is the loader's."""
+    """Compile the ping-pong kernel. Its one loop that loads is the loader's."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource

@@ -10,7 +10,7 @@ written after each row, and rows that were not reached are listed. Long segments
 tokens, the longest over 16,384, short ones with packed documents of 256, and rows with a bias with the T5 encoder.
 
 On cards with a tensor copy unit, each tile of a kernel in ``DESCRIBED`` is also a candidate with descriptors, and the
-forward kernel that takes turns is one too, so that a run compares all ways to run a kernel.
+ping-pong forward kernel is one too, so that a run compares all ways to run a kernel.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TABLE = Path(__file__).resolve().parents[2] / "kernels" / "gisting_kernels" / "c
 EPS_FLOAT32 = 2.0**-20
 # The kernels that can take descriptors.
 DESCRIBED = ("forward", "query", "key")
-# Tiles of the forward kernel that takes turns.
+# Tiles of the ping-pong forward kernel.
 PINGPONG = ((128, 128, 8, 2), (128, 64, 8, 4))
 # A tile replaces the row's own only if its time is below this share of the own time.
 GAIN = 0.98
@@ -97,8 +97,8 @@ def spots_of(
 def candidates(row: dict[str, Any]) -> list[TileSizes]:
     """List the row's own tile, then the tiles that should fit into registers and shared memory and keep warps busy.
 
-    See ``DESCRIBED`` and ``PINGPONG`` for the paths they are tried with. A row whose own tile is not for the kernel
-    that takes turns is for the other cards of its class, too, so it stays without.
+    See ``DESCRIBED`` and ``PINGPONG`` for the paths they are tried with. A row whose own tile is not for the
+    ping-pong kernel is for the other cards of its class, too, so it stays without.
 
     The estimate of registers counts the sums that a kernel keeps (rows x D forward and for dQ, twice keys x D for
     dK/dV) and the tile of scores (two tiles backward), in float32, divided by the threads. The limits exclude the tiles

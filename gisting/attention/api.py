@@ -272,10 +272,10 @@ def _by_triton(
     length = None if torch.compiler.is_compiling() else _segment_length.get()
     if length is None and needs_grad:
         length = float(k.shape[2])
-    can_take_turns = softcap is None and dropout == 0
+    can_pingpong = softcap is None and dropout == 0
     plan = remembered(
         visibility,
-        ("triton", q.shape[2], q.shape[3], q.dtype, width, length, can_take_turns),
+        ("triton", q.shape[2], q.shape[3], q.dtype, width, length, can_pingpong),
         # Clones, because the plan keeps the intervals, and nothing cached on a tensor may refer to that tensor.
         lambda: kernels.plan_tiles(
             visibility.first.clone(),
@@ -283,7 +283,7 @@ def _by_triton(
             q,
             relative_width=width,
             segment_length=length,
-            can_take_turns=can_take_turns,
+            can_pingpong=can_pingpong,
         ),
     )
 

@@ -35,7 +35,7 @@ SHORT = 384
 # Beyond this length, a row of the table for the longest segments is used if there is one. With half of the tokens in
 # the prompt, that is at 8,192 tokens.
 LONG = 2048
-# The only cards with the instructions of the kernel that takes turns. Others of their class skip its rows.
+# The only cards with the instructions of the ping-pong kernel. Others of their class skip its rows.
 HOPPER = (9, 0)
 # The lowest compute capability of each class of the table, and the shared memory for its tiles, in bytes.
 CLASSES = {80: 166_912, 90: 232_448}
@@ -58,7 +58,7 @@ def tile_sizes(
     segment_length: float,
     *,
     has_bias: bool,
-    can_take_turns: bool = True,
+    can_pingpong: bool = True,
 ) -> tuple[TileSizes, TileSizes, TileSizes, TileSizes]:
     """Return the sizes of the forward, dQ, dK/dV and table-gradient kernels.
 
@@ -68,7 +68,7 @@ def tile_sizes(
         bits: bits per element of q, 16 or 32.
         segment_length: mean number of rows that see a key; see :func:`~gisting_kernels.plan.mean_segment_length`.
         has_bias: whether there is a relative bias.
-        can_take_turns: whether rows of ``pingpong`` are used, which has neither dropout nor a softcap.
+        can_pingpong: whether rows of ``pingpong`` are used, which has neither dropout nor a softcap.
 
     Raises:
         ValueError: ``GISTING_KERNEL_CONFIG`` is not valid, or the table has no row for this head size.
@@ -93,7 +93,7 @@ def tile_sizes(
             if row["kernel"] == kernel
             and all(row.get(key, value) == value for key, value in wanted.items())
             and row.get("segment", segments[-1]) in segments
-            and (row.get("path") != "pingpong" or (can_take_turns and capability == HOPPER))
+            and (row.get("path") != "pingpong" or (can_pingpong and capability == HOPPER))
         ]
         if not rows:
             raise ValueError(f"there are no tile sizes for head size {head_size} with {bits} bits")

@@ -106,7 +106,7 @@ def plan_tiles(
     *,
     relative_width: int | None = None,
     segment_length: float | None = None,
-    can_take_turns: bool = True,
+    can_pingpong: bool = True,
 ) -> Plan:
     """Plan attention for queries like ``q``. One plan serves every layer of a batch.
 
@@ -118,7 +118,7 @@ def plan_tiles(
         segment_length: mean number of rows that see a key. By default it is measured where K is large enough to
             matter, which reads one number back from the device. Inside ``torch.compile`` and while a CUDA graph is
             captured it is never measured.
-        can_take_turns: False if there will be dropout or a softcap, which the path pingpong does not have: its tiles
+        can_pingpong: False if there will be dropout or a softcap, which the path pingpong does not have: its tiles
             are then not used.
     """
     capability = (8, 0) if q.device.type != "cuda" else torch.cuda.get_device_capability(q.device)
@@ -135,7 +135,7 @@ def plan_tiles(
         q.element_size() * 8,
         segment_length,
         has_bias=has_bias,
-        can_take_turns=can_take_turns,
+        can_pingpong=can_pingpong,
     )
     near = None if relative_width is None else max(relative_width, 1)
     return make_plan(first, end, num_rows, sizes, near=near)
@@ -381,8 +381,8 @@ def _run_forward(
     tiles, counts, order = plan[_FORWARD : _FORWARD + 3]
     num_tiles = counts.shape[1]
     has_descriptors = size.path != "pointers" and can_describe(q, k, v, out)
-    if has_descriptors and size.path == "pingpong" and _can_take_turns(q, launch, size, softcap, dropout):
-        _take_turns(q, k, v, out, lse, plan, launch, size, scale)
+    if has_descriptors and size.path == "pingpong" and _can_pingpong(q, launch, size, softcap, dropout):
+        _pingpong(q, k, v, out, lse, plan, launch, size, scale)
         return out, lse
     given = (q, k, v)
     if has_descriptors:
@@ -408,7 +408,7 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
     return out, both
 
 
-def _can_take_turns(q: Tensor, launch: _Launch, size: TileSizes, softcap: float, dropout: float) -> bool:
+def _can_pingpong(q: Tensor, launch: _Launch, size: TileSizes, softcap: float, dropout: float) -> bool:
     """Return whether the kernel of ``pingpong`` can serve a call whose tensors can be described."""
     return (
         q.is_cuda
@@ -429,7 +429,7 @@ def _knows_gluon() -> bool:
     return first <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= last
 
 
-def _take_turns(
+def _pingpong(
     q: Tensor,
     k: Tensor,
     v: Tensor,

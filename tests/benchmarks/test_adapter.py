@@ -161,9 +161,8 @@ def test_the_whole_recipe_with_a_tiny_model(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--shard 1", "two whole numbers such as 0/3"),
-        ("--shard 3/3 --name a", "--shard must be a number from 0 and how many there are, such as 0/3, got '3/3'"),
-        ("--shard 1/3", "give each a --name"),
+        ("--part 0/3 --name a", "--part must be the number of a part and how many there are, such as 2/5, got '0/3'"),
+        ("--part 1/3", "give each a --name"),
         ("--trained-k x", "such as 1:16"),
     ],
 )
@@ -209,7 +208,7 @@ def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def answer(number: int, end: float | None) -> list[str]:
         found = recipe.answered(
-            model, tokenizer, pairs, tmp_path, batch_size=2, seed=0, shard=(number, 2), end=end and now + end
+            model, tokenizer, pairs, tmp_path, batch_size=2, seed=0, part=(number, 2), end=end and now + end
         )
         return [one.instruction for one in found]
 
@@ -218,12 +217,12 @@ def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_processes_share_the_answers(pieces: Any, tmp_path: Path) -> None:
     """Each answers its own pieces and waits for the others'; when the time is over, what is there is taken."""
-    assert pieces(0, 5.0) == ["say 0", "say 1", "say 4"]
-    assert pieces(1, None) == [f"say {n}" for n in range(5)]
+    assert pieces(1, 5.0) == ["say 0", "say 1", "say 4"]
+    assert pieces(2, None) == [f"say {n}" for n in range(5)]
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [f"answers-00{n}.jsonl" for n in range(3)]
 
 
-@pytest.mark.parametrize(("number", "expected"), [(0, ["say 0", "say 1"]), (1, ["say 2", "say 3"])])
+@pytest.mark.parametrize(("number", "expected"), [(1, ["say 0", "say 1"]), (2, ["say 2", "say 3"])])
 def test_a_process_answers_one_piece_when_the_time_is_over(pieces: Any, number: int, expected: list[str]) -> None:
     assert pieces(number, -1.0) == expected
 
@@ -250,7 +249,7 @@ def test_the_rate_falls_by_the_clock_and_the_training_ends(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("part", ["0/10", "3", "11/10", "a/b"])
 def test_a_part_of_the_prompts_that_there_is_not(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["adapter-distil", "--model", str(tmp_path), "--part", part]) == 1
+    assert run(["adapter-distil", "--model", str(tmp_path), "--part", part]) == 2
     assert f"--part must be the number of a part and how many there are, such as 2/5, got '{part}'" in " ".join(
         capsys.readouterr().err.split()
     )

@@ -130,7 +130,7 @@ ON_HOPPER = IS_CUDA and torch.cuda.get_device_capability() == (9, 0)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [64, 80, 128])
 @pytest.mark.parametrize("num_rows", [1, 127, 129, 1001])
-def test_the_kernel_that_takes_turns(num_rows: int, size: int, dtype: torch.dtype) -> None:
+def test_the_pingpong_kernel(num_rows: int, size: int, dtype: torch.dtype) -> None:
     """It agrees with the oracle, the gradients from its log-sum-exp too."""
     given = make(num_rows, dtype=dtype, batch=2, heads=4, groups=2, size=size)
     visibility = vis.gist((torch.arange(num_rows) == num_rows // 3).expand(2, -1))

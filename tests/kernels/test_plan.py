@@ -450,20 +450,20 @@ def test_the_forward_kernel_of_a_hopper_card(
 @pytest.mark.parametrize(("size", "tile"), [(64, TileSizes(128, 64, 4, 3)), (128, TileSizes(64, 64, 4, 3))])
 def test_calls_with_dropout_or_a_softcap_have_tiles_of_their_own(size: int, tile: TileSizes) -> None:
     """The tile of pingpong spills on the other paths."""
-    assert tile_sizes((9, 0), size, 16, 1030.0, has_bias=False, can_take_turns=False)[0] == tile
+    assert tile_sizes((9, 0), size, 16, 1030.0, has_bias=False, can_pingpong=False)[0] == tile
 
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("options", "expected"), [({}, True), ({"softcap": 5.0}, False), ({"dropout": 0.1}, False)], ids=str
 )
-def test_attention_says_whether_a_call_can_take_turns(
+def test_attention_says_whether_a_call_can_pingpong(
     options: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, plan_tiles = [], kernels.plan_tiles
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
-        calls.append(kwargs["can_take_turns"])
+        calls.append(kwargs["can_pingpong"])
         return plan_tiles(*args, **kwargs)
 
     monkeypatch.setattr(kernels, "plan_tiles", planned)
@@ -586,7 +586,7 @@ def test_plan_tiles_asks_for_the_sizes_of_its_queries(monkeypatch: pytest.Monkey
     calls = recorded(monkeypatch)
     q = torch.zeros(1, 2, 8, 80, dtype=torch.float16)
     plan = kernels.plan_tiles(GIST.first, GIST.end, q, relative_width=3)
-    assert calls == [{"head_size": 80, "bits": 16, "length": 8.0, "has_bias": True, "can_take_turns": True}]
+    assert calls == [{"head_size": 80, "bits": 16, "length": 8.0, "has_bias": True, "can_pingpong": True}]
     assert (plan.near, plan.num_rows) == (3, 8)
 
 

@@ -48,7 +48,7 @@ from gisting.eval.conditions import evaluate
 from gisting.eval.metrics import bleu, exact_match, exact_matches
 from gisting.eval.statistics import Interval, bootstrap
 from gisting.internalize.comparison import FinishedRun, shared_prefix
-from gisting.internalize.directory import ANSWERS_NAME, EVAL_NAME, read_answers
+from gisting.internalize.directory import EVAL_NAME, read_answers
 from gisting.internalize.examples import ExamplePool
 from gisting.internalize.prices import Prices, load_prices
 from gisting.internalize.requests import PromptFormat, Requests, make_requests
@@ -74,13 +74,11 @@ __all__ = [
     "command_tokenizer",
     "main",
     "measure",
-    "nl2bash_answers_table",
     "nl2bash_costs_table",
     "nl2bash_requests_table",
     "nl2bash_table",
     "read_pairs",
     "requests",
-    "scored",
     "split_pairs",
 ]
 
@@ -631,43 +629,6 @@ def requests(task: Task, *, repeats: int = 30, warmup: int = 3) -> list[dict[str
     ]
 
 
-def scored(directory: str | Path) -> list[dict[str, Any]]:
-    """Score the answers that finished and unfinished runs have left in their stages.
-
-    Args:
-        directory: the one for trained models, with a folder for each model, seed and run.
-
-    Returns:
-        For each stage and condition: the run (``answers_of``), model, seed, stage, condition, number of answers, and
-        ``bleu`` and ``exact_match`` with 95 % intervals.
-
-    Raises:
-        GistError: there are no answers, or a file of them cannot be read.
-    """
-    rows = []
-    for path in sorted(Path(directory).glob(f"*/*/*/stage-*/{ANSWERS_NAME}")):
-        model, seed, run, stage = path.parts[-5:-1]
-        for condition in _RUN_ON:
-            if f'"{condition}": ' not in path.read_text(encoding="utf-8").partition("\n")[0]:
-                continue
-            answers, references = read_answers(path.parent, condition)
-            rows.append(
-                {
-                    "answers_of": run,
-                    "model": model,
-                    "seed": int(seed),
-                    "stage": int(stage.removeprefix("stage-")),
-                    "condition": condition,
-                    "num_answers": len(answers),
-                    "bleu": asdict(bleu_interval(answers, references)),
-                    "exact_match": asdict(bootstrap([exact_matches(answers, references)])),
-                }
-            )
-    if not rows:
-        raise GistError(f"{directory} holds no answers of stages; give the --checkpoints of a run that was evaluated")
-    return rows
-
-
 def bleu_interval(predictions: Sequence[str], references: Sequence[str]) -> Interval:
     """Compute :func:`gisting.eval.metrics.bleu` with its 95 % interval over resampled records.
 
@@ -846,26 +807,6 @@ def nl2bash_requests_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(serving_table([row for row in rows if (row["device"], row["dtype"]) == one]) for one in devices)
 
 
-def nl2bash_answers_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows of scored answers as Markdown."""
-    rows = [row for row in rows if "answers_of" in row]
-    if not rows:
-        return ""
-    lines = [
-        [
-            row["answers_of"],
-            str(row["seed"]),
-            str(row["stage"]),
-            _RUN_ON[row["condition"]],
-            interval_cell(row["bleu"], scale=1),
-            interval_cell(row["exact_match"]),
-        ]
-        for row in rows
-    ]
-    text = markdown_table(("trained", "seed", "after stage", "run on", "BLEU", "exact match"), lines)
-    return "\n".join([*text, "", f"95 % intervals on {rows[0]['num_answers']} held-out requests."])
-
-
 def _full_tokens(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """The tokens of a request with the whole prompt; None if no row has it."""
     for row in rows:
@@ -910,9 +851,7 @@ def main(
     runs: Annotated[
         str | None, typer.Option(help=f"Ways to train, separated by semicolons: {'; '.join(RUNS)}.")
     ] = None,
-    part: Annotated[
-        str, typer.Option(help="training, requests, both, or answers: score those in --checkpoints.")
-    ] = "both",
+    part: Annotated[str, typer.Option(help="What to measure: both, training or requests.")] = "both",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each way.")] = 480,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests of a step.")] = 16,
     per_device_batch_size: Annotated[
@@ -932,15 +871,11 @@ def main(
 
     Example: python -m benchmarks nl2bash --queries nl2bash.nl --commands nl2bash.cm --output docs/results/nl2bash.jsonl
     """
-    if part not in ("both", "training", "requests", "answers"):
-        raise typer.BadParameter(f"--part must be both, training, requests or answers, got {part!r}")
+    if part not in ("both", "training", "requests"):
+        raise typer.BadParameter(f"--part must be both, training or requests, got {part!r}")
     chosen = names("--runs", runs, tuple(RUNS))
     table = None if prices is None else load_prices(prices)
     rows = Rows(f"nl2bash --queries {queries.name} --commands {commands.name}", output)
-    if part == "answers":
-        rows.add(scored(checkpoints))
-        rows.show(nl2bash_answers_table)
-        return
     task = Task.make(
         read_pairs(queries, commands),
         model=model,

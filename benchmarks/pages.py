@@ -24,11 +24,7 @@ from benchmarks.inference import highlights_table, inference_table, losses_table
 from benchmarks.internalize import internalize_table, serving_table
 from benchmarks.memory import memory_table
 from benchmarks.methods import methods_table
-from benchmarks.nl2bash import (
-    nl2bash_answers_table,
-    nl2bash_costs_table,
-    nl2bash_table,
-)
+from benchmarks.nl2bash import nl2bash_costs_table, nl2bash_requests_table, nl2bash_table
 from benchmarks.objective import objective_table
 from benchmarks.quality import quality_table
 from benchmarks.storage import storage_table
@@ -73,8 +69,8 @@ TABLES: list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]] = [
     ("docs/internalisation.md", "requests results", "internalize.jsonl", serving_table),
     ("docs/internalisation.md", "codes results", "codes.jsonl", codes_table),
     ("docs/internalisation.md", "nl2bash results", "nl2bash.jsonl", nl2bash_table),
-    ("docs/internalisation.md", "nl2bash answers", "nl2bash.jsonl", nl2bash_answers_table),
     ("docs/internalisation.md", "nl2bash costs", "nl2bash.jsonl", nl2bash_costs_table),
+    ("docs/internalisation.md", "nl2bash requests", "nl2bash.jsonl", nl2bash_requests_table),
     ("docs/vllm.md", "vllm results", "vllm.jsonl", vllm_table),
     ("docs/vllm.md", "flood results", "flood.jsonl", flood_table),
 ]

@@ -5,7 +5,6 @@ few steps. All lines are made up here.
 from __future__ import annotations
 
 import gc
-import json
 import random
 import re
 import weakref
@@ -380,27 +379,6 @@ def test_a_trained_copy_is_kept_for_the_ways_that_need_it_alone(
     measure(task, tmp_path, steps=4, batch_size=2, runs=runs, on_row=seen)
     assert len(copies) == 2
     assert alive == [1, 1, 0]
-
-
-def test_answers_of_an_unfinished_run_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "models" / "small" / "3" / "in stages" / "stage-2"
-    folder.mkdir(parents=True)
-    lines = [
-        {"input": "a", "output": command, "no-prompt": "echo", "prompt": command}
-        for command in ("find . -name 'a b' -print", "ls -l a | wc -l", "tail -n 5 log.txt", "sort a.txt | uniq -c")
-    ]
-    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    queries, commands = written(tmp_path, "a\n", "b\n")
-    words = f"--queries {queries} --commands {commands} --part answers --checkpoints {tmp_path / 'models'}"
-    assert run(["nl2bash", *words.split(), "--output", str(tmp_path / "rows.jsonl")]) == 0
-    bare, full = read_rows(tmp_path / "rows.jsonl")
-    about = ("answers_of", "model", "seed", "stage", "condition", "num_answers")
-    assert [bare[name] for name in about] == ["in stages", "small", 3, 2, "no-prompt", 4]
-    assert (bare["exact_match"]["value"], full["exact_match"]["value"]) == (0, 1)
-    assert full["bleu"]["value"] == pytest.approx(100)
-    assert "| in stages | 3 | 2 | its prompt | 100.0 [100.0, 100.0] | 100.0 [100.0, 100.0] |" in capsys.readouterr().out
-    assert nl2bash_table([bare, full]) == ""
-    assert run(["nl2bash", *words.replace("models", "none").split()]) == 1
 
 
 def test_requests_are_timed(tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:

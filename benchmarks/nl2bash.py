@@ -48,7 +48,7 @@ from gisting.eval.conditions import evaluate
 from gisting.eval.metrics import bleu, exact_match, exact_matches
 from gisting.eval.statistics import Interval, bootstrap
 from gisting.internalize.comparison import FinishedRun, shared_prefix
-from gisting.internalize.directory import EVAL_NAME, read_answers
+from gisting.internalize.directory import EVAL_NAME, SETTINGS_NAME, read_answers
 from gisting.internalize.examples import ExamplePool
 from gisting.internalize.prices import Prices, load_prices
 from gisting.internalize.requests import PromptFormat, Requests, make_requests
@@ -150,7 +150,8 @@ MAX_EXAMPLES = 3
 # The most ids of an answer, including its end; there is room for it after the longest prompt.
 MAX_ANSWER = 48
 POSITIONS = 512
-ANSWERS_AT_ONCE = 320
+# On a CPU fewer, so that two processes fit in 24 GiB.
+ANSWERS_AT_ONCE = 320 if torch.cuda.is_available() else 64
 HELD_OUT_SHARE = 0.05
 # Examples have the format of the query, so that an answer follows the query as it follows theirs.
 _FORMAT = PromptFormat(example="{input}\n{output}", separator="\n\n", gap="\n\n")
@@ -412,6 +413,7 @@ def measure(
     per_device_batch_size: int | None = None,
     learning_rate: float = 3e-3,
     gradient_checkpointing: bool = False,
+    resume: bool = False,
     runs: Sequence[str] = tuple(RUNS),
     prices: Prices | None = None,
     progress: Callable[[str], Any] | None = None,
@@ -421,7 +423,7 @@ def measure(
 
     Args:
         task: the model and the records; the model itself is not changed.
-        directory: for a folder per training; folders of the same name are replaced.
+        directory: for a folder per training; folders of the same name are replaced, or continued with ``resume``.
         seed: seed of the order of the data, and of LoRA's weights.
         weights: what is trained: ``"full"`` or ``"lora"``.
         steps: optimiser steps of each way, over all its stages.
@@ -429,6 +431,7 @@ def measure(
         per_device_batch_size: requests of a forward pass; None for all of a step.
         learning_rate: the peak, in each stage.
         gradient_checkpointing: whether to compute activations again in the backward pass, which saves memory.
+        resume: whether to go on with trainings that were stopped, from the last finished stage of each.
         runs: names of ``RUNS``.
         prices: prices of tokens, for the table of costs.
         progress: called with a description of each run before it starts.
@@ -475,7 +478,9 @@ def measure(
             if repr(way.training) not in trained:
                 tell(f"{name}: {steps} steps")
                 folder = Path(directory) / name
-                shutil.rmtree(folder, ignore_errors=True)
+                is_resumed = resume and (folder / SETTINGS_NAME).exists()
+                if not is_resumed:
+                    shutil.rmtree(folder, ignore_errors=True)
                 model = copy.deepcopy(base)
                 result = internalize(
                     model,
@@ -511,6 +516,7 @@ def measure(
                     metrics={"bleu": bleu, "exact_match": exact_match},
                     max_new_tokens=MAX_ANSWER,
                     max_length=task.max_length,
+                    resume=is_resumed,
                     **way.training,
                 )
                 trained[repr(way.training)] = model, result, folder
@@ -860,6 +866,9 @@ def main(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Save memory: compute activations again when needed.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with trainings that were stopped, stage by stage.")
+    ] = False,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate in each stage.")] = 3e-3,
     train_records: Annotated[int | None, typer.Option(min=1, help="Records to train on; by default all.")] = None,
     records: Annotated[int, typer.Option(min=1, help="Held-out requests.")] = 300,
@@ -895,6 +904,7 @@ def main(
             batch_size=batch_size,
             per_device_batch_size=per_device_batch_size,
             gradient_checkpointing=gradient_checkpointing,
+            resume=resume,
             learning_rate=learning_rate,
             runs=chosen,
             prices=table,

@@ -392,24 +392,24 @@ class _Run:
 
     def stage(self, number: int) -> StageResult:
         """Train and evaluate; steps that a killed run has finished are not repeated."""
-        start = time.perf_counter()
         stage, directory = self.plan.stages[number - 1], self.directory(number)
         if (directory / _MODEL).exists():
             restore_model(self.model, directory / _MODEL)
         else:
+            start = time.perf_counter()
             loss = self._train(number, stage, read_records(directory / DATA_NAME))
             if self.is_first:
-                save_model(self.model, self.tokenizer, directory / _MODEL, {"train_loss": loss})
+                training = {"train_loss": loss, "train_seconds": time.perf_counter() - start}
+                save_model(self.model, self.tokenizer, directory / _MODEL, training)
             self.wait()
         about = {**_read_json(directory / STAGE_NAME), **_read_json(directory / _MODEL / TRAINING_NAME)}
+        train_seconds = about.pop("train_seconds", 0.0)  # earlier versions did not keep them
         asking = read_records(directory / EVAL_NAME)
         for text in ("prompt", "template"):  # the latter in runs of format 1
             about.pop(text, None)
-        result = StageResult(
-            **about,
-            metrics={} if asking is None else self._evaluate(stage, asking, directory),
-            seconds=time.perf_counter() - start,
-        )
+        start = time.perf_counter()
+        metrics = {} if asking is None else self._evaluate(stage, asking, directory)
+        result = StageResult(**about, metrics=metrics, seconds=train_seconds + time.perf_counter() - start)
         if self.is_first:
             write_json(directory / _RESULT, asdict(result))
             for checkpoint in directory.glob("checkpoint-*"):

@@ -8,6 +8,7 @@ import gc
 import random
 import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,33 @@ def test_a_trained_copy_is_kept_for_the_ways_that_need_it_alone(
     measure(task, tmp_path, steps=4, batch_size=2, runs=runs, on_row=seen)
     assert len(copies) == 2
     assert alive == [1, 1, 0]
+
+
+def test_a_stopped_training_goes_on(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nl2bash, "MAX_ANSWER", 16)
+    task = Task.make(PAIRS, num_train_records=24, num_records=4)
+    settings: dict[str, Any] = {"steps": 4, "batch_size": 2, "runs": [nl2bash.STAGED], "resume": True}
+    (whole,) = measure(task, tmp_path / "whole", **settings)
+    scores: list[float] = []
+
+    def stopping(predictions: list[str], references: list[str]) -> float:
+        if len(scores) == 5:  # in the third stage
+            raise KeyboardInterrupt
+        scores.append(bleu(predictions, references))
+        return scores[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nl2bash, "bleu", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            measure(task, tmp_path / "stopped", **settings)
+    folder = tmp_path / "stopped" / nl2bash.STAGED
+    first = (folder / "stage-1" / "result.json").stat().st_mtime_ns
+    (row,) = measure(task, tmp_path / "stopped", **settings)
+    assert (folder / "stage-1" / "result.json").stat().st_mtime_ns == first
+    resumed, uninterrupted = (
+        replace(one, seconds=0, stages=[{**stage, "seconds": 0} for stage in one.stages]) for one in (row, whole)
+    )
+    assert resumed == uninterrupted
 
 
 def test_requests_are_timed(tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:

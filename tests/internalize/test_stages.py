@@ -503,6 +503,10 @@ def test_a_killed_run_ends_with_the_same_bits(
     with pytest.raises(Kill):
         internalize(model, tokenizer, PROMPT, RECORDS, **{**settings, **kills.get(where, {})})
     assert not (tmp_path / "internalized.json").exists()
+    if where == "evaluating":
+        training = tmp_path / "stage-2" / "model" / "training.json"
+        took = 1000 + json.loads(training.read_text(encoding="utf-8"))["train_seconds"]
+        training.write_text(json.dumps({"train_loss": reference.stages[1].train_loss, "train_seconds": took}))
     again, tokenizer = fresh(attention_dropout=0.1)
     torch.manual_seed(99)
     steps: list[str] = []
@@ -519,6 +523,8 @@ def test_a_killed_run_ends_with_the_same_bits(
     for number, (stage, other) in enumerate(zip(result.stages, reference.stages, strict=True)):
         assert stage.train_loss == other.train_loss or (number == resumed and stage.train_loss > 0)
     assert [stage.metrics for stage in result.stages] == [stage.metrics for stage in reference.stages]
+    if where == "evaluating":
+        assert result.stages[1].seconds > took, "the seconds of the training count, though it was not repeated"
     trained = {"first step": 9, "inside": 4, "in the last": 1, "between": 6, "writing": 4, "evaluating": 3, "saving": 0}
     assert len(steps) == trained[where], "finished steps are not repeated"
     loaded, _ = gisting.load(tmp_path) if method == "full" else (again, None)

@@ -338,7 +338,7 @@ def _map(path: str | Path) -> Tensor:
     try:
         descriptor = os.open(path, flags)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} does not exist; save a cache there first: cache.save(path)") from error
+        raise FileNotFoundError(f"{path} does not exist; make it with `gisting compress`") from error
     try:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):

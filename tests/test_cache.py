@@ -844,7 +844,7 @@ def test_other_files(data: bytes, tmp_path: Path) -> None:
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     """More files that cannot be read are in ``test_storage.py``."""
-    message = re.escape(f"{tmp_path / 'none'} does not exist; save a cache there first: cache.save(path)")
+    message = re.escape(f"{tmp_path / 'none'} does not exist; make it with `gisting compress`")
     with pytest.raises(FileNotFoundError, match=message):
         GistCache.load(tmp_path / "none")
     with pytest.raises(CacheFormatError, match=re.escape(f"{tmp_path} is not a regular file; give the file that")):

@@ -511,7 +511,7 @@ def test_internalize_errors_are_one_line(run, queries: list[str], words: str, me
         ("compress runs/demo --prompt a --template alpaca --output x", "model was patched for tokenizer"),
         ("compress runs/demo --prompt-file none.txt --output x", "none.txt"),
         ("compress runs/nothing --prompt a --output x", "runs/nothing"),
-        ("generate runs/demo --cache none.st", "none.st does not exist; save a cache there first"),
+        ("generate runs/demo --cache none.st", "none.st does not exist; make it with `gisting compress`"),
         ("generate runs/demo --cache runs/demo/model.safetensors", "holds no gist cache"),
         ("eval runs/demo --data none.jsonl", "none.jsonl"),
         ("eval runs/demo --data runs/demo/config.json", "config.json must contain a list of objects"),

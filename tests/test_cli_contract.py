@@ -242,6 +242,7 @@ def test_wrong_usage(run, words: str) -> None:
         "inspect runs/nothing",
         "doctor runs/nothing",
         "bench inference --model runs/nothing",
+        "store add other runs/nothing --name a",
         "store list runs/nothing",
         "store verify runs/nothing",
         "store remove runs/nothing a",
@@ -291,8 +292,9 @@ def test_a_damaged_checkpoint_is_reported_in_one_line(
     ("error", "code", "said"),
     [
         (gisting.GistError("mend it so"), 1, "error: mend it so\n"),
-        (PermissionError(13, "Permission denied", "one.st"), 1, "error: [Errno 13] Permission denied: 'one.st'\n"),
+        (PermissionError(13, "Permission denied", "one.st"), 1, "error: one.st: Permission denied\n"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (OSError("two\n  lines"), 1, "error: two lines\n"),
         (ModuleNotFoundError("No module named 'peft'"), 1, "error: No module named 'peft'\n"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: CUDA out of memory\n"),
         (safetensors.SafetensorError("header too small"), 1, "error: header too small\n"),

@@ -525,6 +525,9 @@ def test_cache_of_another_tokenizer_or_template(template: str, words: tuple[str,
     )
     with pytest.raises(CacheMismatchError, match=message):
         gisting.generate(model, tokenizer, ["w1"], cache=cache)
+    # Which is said first: with another dtype as well, a cast would not help.
+    with pytest.raises(CacheMismatchError, match=message):
+        gisting.generate(model, tokenizer, ["w1"], cache=cache.to(dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -373,7 +373,7 @@ def make_socket(path: Path) -> None:
         (os.mkfifo, CacheFormatError, r" is not a regular file; give the file that cache.save\(path\) wrote$"),
         (Path.mkdir, CacheFormatError, " is not a regular file; give the file that"),
         (make_socket, OSError, "No such device or address"),
-        (lambda path: None, FileNotFoundError, r" does not exist; save a cache there first: cache.save\(path\)$"),
+        (lambda path: None, FileNotFoundError, " does not exist; make it with `gisting compress`$"),
     ],
     ids=["link", "dangling-link", "link-to-itself", "pipe", "directory", "socket", "nothing"],
 )

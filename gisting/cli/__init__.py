@@ -60,7 +60,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (GistError, OSError, ImportError, *_errors_of_libraries()) as error:
-        err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        err.print(f"error: {' '.join(text.split())}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(1)
 
 

@@ -501,6 +501,37 @@ def _whole(held: GistStore, name: str) -> str:
     return keys.pop() if len(keys) == 1 else name
 
 
+@store_app.command("add")
+def store_add(
+    folder: StoreArgument,
+    cache: Annotated[Path, typer.Argument(help="Cache file, as compress and distill make it.")],
+    name: Annotated[list[str] | None, typer.Option(help="Name for each prompt of the file, in order.")] = None,
+    storage: StorageOption = None,
+    as_json: Annotated[bool, json_option("one object, with the names")] = False,
+) -> None:
+    """Put the prompts of a cache file into a store, which is made if it does not exist; a name that is there is taken.
+
+    Numbers are stored as in the file, unless --storage says otherwise.
+
+    Example: gisting store add gists support.gist.safetensors --name support
+    """
+    from gisting import storage as files
+    from gisting.cache import GistCache
+    from gisting.store import GistStore
+
+    held, names = GistCache.load(cache), name or []
+    if len(names) != len(held) or len(set(names)) != len(names):
+        raise GistError(
+            f"give a different --name for each prompt of {cache}, which holds {len(held)}, got "
+            f"{', '.join(names) or 'none'}"
+        )
+    GistStore(folder, storage=storage or files.inspect(cache)["storage"]).put_many(dict(zip(names, held, strict=True)))
+    if as_json:
+        print_json({"added": names})
+    else:
+        out.print(f"added {', '.join(names)} to {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
 @store_app.command("list")
 def store_list(
     folder: StoreArgument,
@@ -533,12 +564,17 @@ def store_list(
             entry.created[:10],
             plain(f"{entry.checkpoint} {entry.model}".strip()),
             str(entry.num_gist_tokens),
-            "" if entry.num_prompt_tokens is None else str(entry.num_prompt_tokens),
+            str(entry.num_prompt_tokens or _distilled_tokens(about[entry.key]) or ""),
             f"{entry.num_bytes:,}",
             plain(entry.storage),
             *(["" if share is None else f"{100 * share:.0f} %"] if is_measured else []),
         )
     out.print(table)
+
+
+def _distilled_tokens(about: dict[str, Any] | None) -> int | None:
+    """The number of the prompt's tokens of a gist that was distilled, which the index does not have."""
+    return ((about or {}).get("distilled") or {}).get("num_prompt_tokens")
 
 
 @store_app.command("verify")

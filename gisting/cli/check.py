@@ -224,6 +224,10 @@ def _notes(found: GistCheck, *, is_swapped_given: bool) -> list[str]:
             "Swapped is the gist of a built-in prompt, compressed by this model (that whole prompt, if the model was "
             "not trained to gist); give one that was made as this one was with --swapped-cache or --swapped-name."
         )
+    if found.kept is not None and found.kept <= 0:
+        lines.append(
+            "It does no better than no prompt, or another prompt's gist. Is this the text that it was made from?"
+        )
     lines.append(f"{_kept_in_words(found).capitalize()} (against no prompt or swapped, whichever is less).")
     return lines
 

@@ -241,6 +241,8 @@ def _shown() -> Iterator[Callable[[Progress], None]]:
 
 
 def _print(found: Distilled) -> None:
+    from gisting.eval.check import FEWEST_INPUTS
+
     number = len(found.held_out["gist"].kl)
     table = Table(
         box=SIMPLE_HEAD,
@@ -268,6 +270,11 @@ def _print(found: Distilled) -> None:
         f"learned from {about['answers']} answers to {about['inputs']} inputs"
         + (" that the model wrote itself (self-study)" if about["self_study"] else "")
         + f", {about['steps']} steps, start {about['start']}, seed {about['seed']}",
+        *(
+            [f"only {number} held-out inputs: the figures say little; give --held-out, or at least 20 --inputs"]
+            if number < FEWEST_INPUTS
+            else []
+        ),
         *(
             [f"{loops} held-out answers repeat themselves (loops); without them the gist's mean is {plain or 0:.4f}"]
             if loops

@@ -117,7 +117,8 @@ def internalize(
     else:
         out.print(_table(result, settings.metric))
     out.print(
-        f"saved in {output}; run it on {_RUN_ON[result.condition]}: {result.tokens:.1f} tokens per request",
+        f"saved in {output}; run it on {_RUN_ON[result.condition]}: {result.tokens:.1f} tokens per request (mean of "
+        "the training requests)",
         highlight=False,
         soft_wrap=True,
     )

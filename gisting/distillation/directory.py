@@ -78,8 +78,8 @@ class Directory:
         ]
         if differences:
             raise GistError(
-                f"{folder} was made with other settings ({'; '.join(differences)}); use those settings, or another "
-                "directory"
+                f"{folder} was made with other settings ({'; '.join(differences)}); use those settings, take another "
+                "directory, or delete this one to start again"
             )
         return folder
 

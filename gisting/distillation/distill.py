@@ -179,9 +179,13 @@ def distill(
         start = "gist" if is_trained else "first" if family.is_encoder_decoder else "attended"
     if start not in STARTS:
         raise GistError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+    if start == "gist" and trained_num_gist_tokens(model) is None:
+        raise GistError("start 'gist' needs a model that was trained to gist; take 'attended' or 'first'")
     schedule = _schedule(steps, batch_size, key_rate, value_rate, average, evaluate_every, patience, seed)
     inputs = None if inputs is None else _texts("inputs", inputs, 2 if held_out is None else 1)
     held_out = None if held_out is None else _texts("held_out", held_out, 1)
+    if inputs is not None:
+        _split(inputs, held_out, seed)  # refuses what it cannot split before the directory is claimed
     if num_answers is not None:
         check_count("num_answers", num_answers)
 
@@ -249,6 +253,7 @@ def distill(
         "none": measure_divergence(model, tokenizer, held, None),
     }
     about = {
+        "num_prompt_tokens": num_prompt_tokens,
         "inputs": len(learned),
         "self_study": is_self_study,
         "answers": number,
@@ -289,8 +294,8 @@ def check_k(num_gist_tokens: int, num_prompt_tokens: int) -> None:
     check_count("num_gist_tokens", num_gist_tokens)
     if num_gist_tokens >= num_prompt_tokens:
         raise GistError(
-            f"num_gist_tokens must be less than the prompt's {num_prompt_tokens} tokens, got {num_gist_tokens}; a "
-            "prompt this short need not be compressed"
+            f"num_gist_tokens must be less than the prompt's {num_prompt_tokens} tokens, got {num_gist_tokens}; "
+            "take fewer, or keep the prompt"
         )
 
 

@@ -98,6 +98,14 @@ def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCa
     Raises:
         CacheMismatchError: something differs; the message names both sides.
     """
+    origin = cache.origin
+    what = f"cache {origin.name}" if origin.name else "cache"
+    if origin.tokenizer != tokenizer.fingerprint:
+        raise CacheMismatchError(
+            f"{what} was made with tokenizer {origin.tokenizer} (template {origin.template}), this one is "
+            f"{tokenizer.fingerprint} (template {tokenizer.template.name}); compress the prompt again"
+            + ("" if origin.template == tokenizer.template.name else f", or load with template={origin.template!r}")
+        )
     weight = input_weight(model)
     if cache.dtype != weight.dtype:
         raise CacheMismatchError(
@@ -107,14 +115,6 @@ def check_origin(model: PreTrainedModel, tokenizer: GistTokenizer, cache: GistCa
     if cache.device != weight.device:
         raise CacheMismatchError(
             f"cache is on {cache.device}, the model on {weight.device}; move it: cache.to({str(weight.device)!r})"
-        )
-    origin = cache.origin
-    what = f"cache {origin.name}" if origin.name else "cache"
-    if origin.tokenizer != tokenizer.fingerprint:
-        raise CacheMismatchError(
-            f"{what} was made with tokenizer {origin.tokenizer} (template {origin.template}), this one is "
-            f"{tokenizer.fingerprint} (template {tokenizer.template.name}); compress the prompt again"
-            + ("" if origin.template == tokenizer.template.name else f", or load with template={origin.template!r}")
         )
     found = fingerprint(model)
     # A gist of an adapter that acts at gist tokens only is for the stock model, with which this one may share all else.

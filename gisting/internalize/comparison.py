@@ -366,7 +366,7 @@ def compare(
     names = _names(runs)
     _check_same(runs, names)
     metric = _metric(runs, names, metric)
-    prompt, full = _full_prompts(runs)
+    source, prompt, full = _full_prompts(runs)
     first = runs[0]
     output_tokens = first.output_tokens(full)
     sources = plain_sources(first.tokenizer, [record.instruction for record in full], [record.input for record in full])
@@ -388,6 +388,10 @@ def compare(
             score_high=control.score_high,
         )
     notes = _notes(runs, names)
+    if control is None and len({_num_examples(run) for run in runs if run.full_prompts() is not None}) > 1:
+        notes.append(
+            f"The full prompt is that of {names[source]}, with its examples; a run with --control full would settle it."
+        )
     if first.tokenizer.is_encoder_decoder:
         notes.append("An encoder reads prompt and query together, so there is no prefix cache to compare with.")
     else:
@@ -467,12 +471,27 @@ def _metric(runs: Sequence[FinishedRun], names: Sequence[str], wanted: str | Non
     return wanted
 
 
-def _full_prompts(runs: Sequence[FinishedRun]) -> tuple[str, list[Record]]:
-    """Take the full prompts from the control that is run on them, or else from the first run with a stage of them."""
-    for run in sorted(runs, key=lambda run: run.control != "full"):
-        found = run.full_prompts()
+def _num_examples(run: FinishedRun) -> int:
+    return run.result.settings.get("max_examples", 0)
+
+
+def _full_prompts(runs: Sequence[FinishedRun]) -> tuple[int, str, list[Record]]:
+    """Take the full prompts from the control that is run on them, or else from the run with the most examples.
+
+    Returns:
+        The number of that run, the prompt, and the evaluation requests with it.
+
+    Raises:
+        GistError: no run read the full prompt.
+    """
+
+    def order(number: int) -> tuple[bool, int]:
+        return runs[number].control != "full", -_num_examples(runs[number])
+
+    for number in sorted(range(len(runs)), key=order):
+        found = runs[number].full_prompts()
         if found is not None:
-            return found
+            return number, *found
     raise GistError(
         "no run read the full prompt, so there is nothing to compare with; pass the staged run, or the control full"
     )

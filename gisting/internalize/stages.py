@@ -45,6 +45,7 @@ from gisting._deprecated import renamed_arguments
 from gisting.data.collate import GistCollator
 from gisting.data.plain import PlainCollator
 from gisting.data.records import Record, to_record
+from gisting.distillation.distill import check_k
 from gisting.errors import GistError, RecordError
 from gisting.eval.conditions import evaluate
 from gisting.eval.metrics import exact_match
@@ -167,8 +168,8 @@ def internalize(
         The results, stage by stage, as they are in the output directory.
 
     Raises:
-        GistError: an argument is out of range, edits are given without a gist to read them, the output directory holds
-            another run, or there is nothing to resume.
+        GistError: an argument is out of range, a gist would be as long as the prompt, edits are given without a gist to
+            read them, the output directory holds another run, or there is nothing to resume.
         RecordError: a record has no query, or does not fit without examples.
         OSError: a file cannot be written.
     """
@@ -194,6 +195,8 @@ def internalize(
         plan = make_plan(schedule, **keywords_for(make_plan, chosen))
     else:
         plan = make_plan(schedule, control="bare")
+    for k in {stage.num_gist_tokens for stage in plan.stages} - {None}:
+        check_k(k, tokenizer.encode_prompts([prompt], 1)[0].num_prompt_tokens)
     if chosen.control == "shortened" and isinstance(shortener, NoShortening):
         raise GistError(
             "control 'shortened' with a shortener that keeps the whole prompt is control 'full'; use rewrites or "
@@ -504,7 +507,7 @@ class _Run:
                 self.model,
                 self.tokenizer,
                 own,
-                stage.num_gist_tokens or 1,
+                stage.num_gist_tokens,
                 conditions=conditions,
                 max_new_tokens=self.settings.max_new_tokens,
                 batch_size=self.arguments.per_device_eval_batch_size,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import gisting
 from gisting import GistCache
@@ -55,6 +56,32 @@ def test_from_files_to_a_gist(run, folder: Path) -> None:
     assert gisting.generate(model, tokenizer, ["w1"], cache=cache, max_new_tokens=2)
     assert len((folder / "x.gist.safetensors.distill" / "answers.jsonl").read_text().splitlines()) == 10
     assert "distilled" in run("inspect", "x.gist.safetensors").out
+
+
+def test_a_distilled_gist_goes_into_a_store(run, folder: Path) -> None:
+    assert run(*words("--inputs", "questions.txt", "--storage", "int8")).code == 0
+    added = run("store", "add", "gists", "x.gist.safetensors", "--name", "support")
+    assert (added.code, added.out) == (0, "added support to gists\n")
+    (row,) = [json.loads(line) for line in run("store", "list", "gists", "--json").out.splitlines()]
+    assert (row["name"], row["num_gist_tokens"], row["storage"]) == ("support", 4, "int8")
+    assert row["about"]["distilled"]["answers"] == 8
+    (line,) = [line for line in run("store", "list", "gists").out.splitlines() if line.startswith("support")]
+    assert line.split()[-4:-2] == ["4", "12"], "gist tokens, prompt tokens"
+    held, file = gisting.GistStore("gists").get("support"), GistCache.load("x.gist.safetensors")
+    assert all(map(torch.equal, held.keys, file.keys))
+    for names in ([], ["--name", "a", "--name", "b"]):
+        refused = run("store", "add", "gists", "x.gist.safetensors", *names)
+        assert refused.code == 1
+        assert "give a different --name for each prompt of x.gist.safetensors, which holds 1, got " in refused.err
+
+
+def test_few_held_out_inputs_are_told(run, folder: Path) -> None:
+    """Of ten questions two are held out."""
+    said = run(*words("--inputs", "questions.txt")).out
+    assert "only 2 held-out inputs: the figures say little; give --held-out, or at least 20 --inputs" in said
+    (folder / "others.txt").write_text("w1 w2\nw3\nw4\nw5 w1\n", encoding="utf-8")
+    command = words("--inputs", "questions.txt", "--held-out", "others.txt", "--output", "y.gist.safetensors")
+    assert "the figures say little" not in run(*command).out
 
 
 def test_without_inputs_the_output_says_who_wrote_them(run, folder: Path) -> None:

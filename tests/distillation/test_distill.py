@@ -128,6 +128,7 @@ def test_stores_and_storages_keep_it(tmp_path: Path) -> None:
         about = kept.about[0]
         assert about is not None
         assert about["distilled"] == {
+            "num_prompt_tokens": 12,
             "inputs": 8,
             "self_study": False,
             "answers": 16,
@@ -373,6 +374,8 @@ def test_answers_of_other_inputs_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", STARTS)
 def test_starts_are_states_of_the_prompt(start: str) -> None:
     model, tokenizer = tiny.patched("llama")
+    if start == "gist":
+        model.config.gist = {**model.config.gist, "num_gist_tokens": [11, 11]}
     found = distill(
         model, tokenizer, PROMPT, INPUTS, 12 - 1, start=start, **{**QUICK, "steps": 1, "key_rate": 0, "value_rate": 0}
     )
@@ -433,23 +436,27 @@ def test_attended_takes_what_the_answers_look_at() -> None:
         ({"inputs": ["w1", 2]}, r"inputs\[1\] must be a text, got int"),
         ({"inputs": ["w1", "w2", tiny.words(120, 1)]}, "takes 138 positions, llama has 128"),
         ({"held_out": []}, "held_out must hold at least 1 different texts, got 0"),
+        ({"held_out": INPUTS}, "held_out holds every one of the inputs, so none is left to learn from"),
         ({"prompt": " "}, "prompt 0 is empty"),
         ({"prompt": ["w1"]}, "prompt must be one text, got list"),
         ({"num_gist_tokens": 0}, "num_gist_tokens must be at least 1, got 0"),
         ({"num_gist_tokens": 12}, "num_gist_tokens must be less than the prompt's 12 tokens, got 12"),
         ({"num_gist_tokens": 2.5}, "num_gist_tokens must be a whole number, got 2.5"),
         ({"start": "last"}, "start must be one of first, attended, gist, got 'last'"),
+        ({"start": "gist"}, "start 'gist' needs a model that was trained to gist; take 'attended' or 'first'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"key_rate": -1.0}, "key_rate must be in 0..1, got -1.0"),
         ({"average": 2}, "average must be a share in 0..1, got 2"),
         ({"num_answers": 0}, "num_answers must be at least 1"),
     ],
 )
-def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_bad_input_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """And what was refused before the first answer leaves a directory that another run can take."""
     model, tokenizer = tiny.patched("llama")
     arguments = {"prompt": PROMPT, "inputs": INPUTS, "num_gist_tokens": 4, **QUICK, **changes}
     with pytest.raises(GistError, match=message):
-        distill(model, tokenizer, **arguments)
+        distill(model, tokenizer, **arguments, directory=tmp_path / "run")
+    assert (tmp_path / "run").exists() == ("positions" in message)
 
 
 def test_numbers_that_are_none_stop_the_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,6 +274,17 @@ def test_without_the_control_the_full_prompt_has_no_score(runs: Path) -> None:
     assert report.request_cells()[0] == ("run", "trained", "run on", "tokens", "cached", "saved", "exact_match")
 
 
+def test_the_full_prompt_is_the_same_in_any_order_and_named(runs: Path, tmp_path: Path) -> None:
+    with garbage.frozen():
+        run_to(tmp_path / "examples", max_examples=2)
+    here, there = (make_report([tmp_path / "examples", runs / "staged"][::step]) for step in (1, -1))
+    assert here.full == there.full
+    note = "The full prompt is that of examples, with its examples; a run with --control full would settle it."
+    assert note in here.notes
+    assert note in there.notes
+    assert not any("full prompt" in note for note in make_report([runs / "staged", runs / "full"]).notes)
+
+
 def test_with_free_caching_training_never_pays(runs: Path) -> None:
     report = make_report([runs / "staged"], Prices("USD", 2.0, 0.0, 1.0, 5.0))
     row, cached = report.rows[0], report.rows[-1]

@@ -405,6 +405,21 @@ def test_no_example_is_chosen_by_an_unknown_answer(tmp_path: Path) -> None:
         assert (row["output"] == answer) != row["instruction"].endswith(answer)
 
 
+def test_a_gist_as_long_as_the_prompt_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = fresh()
+    with pytest.raises(GistError, match="num_gist_tokens must be less than the prompt's 6 tokens, got 6"):
+        internalize(model, tokenizer, PROMPT, RECORDS, arguments(tmp_path), tail="gist", num_gist_tokens=6)
+
+
+def test_answers_without_a_gist_need_no_trained_k(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = fresh()
+    model.config.gist = {**model.config.gist, "num_gist_tokens": [2, 2]}
+    settings: dict[str, Any] = {"schedule": HALF, "shortener": SHORTER, "tail": "gist", "num_gist_tokens": 2}
+    settings |= {"eval_records": RECORDS[:2], "max_new_tokens": 2}
+    internalize(model, tokenizer, PROMPT, RECORDS, arguments(tmp_path), **settings)
+    assert "num_gist_tokens" not in caplog.text
+
+
 def test_a_shortened_control_that_shortens_nothing_is_refused(tmp_path: Path) -> None:
     model, tokenizer = fresh()
     with pytest.raises(GistError, match="a shortener that keeps the whole prompt is control 'full'; use rewrites"):

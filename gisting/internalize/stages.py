@@ -195,8 +195,8 @@ def internalize(
         plan = make_plan(schedule, **keywords_for(make_plan, chosen))
     else:
         plan = make_plan(schedule, control="bare")
-    for k in {stage.num_gist_tokens for stage in plan.stages} - {None}:
-        check_k(k, tokenizer.encode_prompts([prompt], 1)[0].num_prompt_tokens)
+    if any(stage.num_gist_tokens for stage in plan.stages):
+        check_k(chosen.num_gist_tokens, tokenizer.encode_prompts([prompt], 1)[0].num_prompt_tokens)
     if chosen.control == "shortened" and isinstance(shortener, NoShortening):
         raise GistError(
             "control 'shortened' with a shortener that keeps the whole prompt is control 'full'; use rewrites or "

@@ -525,7 +525,8 @@ def store_add(
             f"give a different --name for each prompt of {cache}, which holds {len(held)}, got "
             f"{', '.join(names) or 'none'}"
         )
-    GistStore(folder, storage=storage or files.inspect(cache)["storage"]).put_many(dict(zip(names, held, strict=True)))
+    store = GistStore(folder, storage=storage or files.inspect(cache)["storage"])
+    store.put_many({one: held[row] for row, one in enumerate(names)})
     if as_json:
         print_json({"added": names})
     else:

@@ -509,9 +509,10 @@ def store_add(
     storage: StorageOption = None,
     as_json: Annotated[bool, json_option("one object, with the names")] = False,
 ) -> None:
-    """Put the prompts of a cache file into a store, which is made if it does not exist; a name that is there is taken.
+    """Put the prompts of a cache file into a store, which is made if it does not exist.
 
-    Numbers are stored as in the file, unless --storage says otherwise.
+    A name that the store has already is given to the new gist. Numbers are stored as in the file, unless --storage says
+    otherwise.
 
     Example: gisting store add gists support.gist.safetensors --name support
     """

@@ -76,7 +76,8 @@ def distill(
         str | None,
         typer.Option(
             help="What the slots start from: first (tokens of the prompt), attended (tokens of it that answers look "
-            "at) or gist (what a trained model makes). By default gist for a trained model, else attended."
+            "at) or gist (what a model that was trained to gist makes). By default attended, or first for "
+            "encoder-decoders."
         ),
     ] = None,
     num_answers: Annotated[

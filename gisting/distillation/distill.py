@@ -25,7 +25,7 @@ from gisting.errors import GistError
 from gisting.eval.divergence import Divergence, FirstTokens, Teacher, ask_teacher, measure_divergence
 from gisting.generation.checks import check_count, listed
 from gisting.generation.sampling import sample_answers
-from gisting.models.adapters import checkpoint_name, most_gist_tokens, reader_fingerprint
+from gisting.models.adapters import checkpoint_name, reader_fingerprint
 from gisting.models.load import trained_num_gist_tokens
 from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
@@ -138,8 +138,8 @@ def distill(
             ordinary ones.
         num_gist_tokens: k, less than the number of the prompt's tokens.
         start: what the slots start from, one of ``STARTS``: ``"first"``, ``"attended"`` or ``"gist"``. None for
-            ``"gist"`` if the model was trained to gist and can make k tokens, else ``"attended"`` for a decoder and
-            ``"first"`` for an encoder-decoder.
+            ``"attended"`` for a decoder and ``"first"`` for an encoder-decoder. ``"gist"`` is the gist that a model
+            which was trained to gist makes.
         held_out: inputs to measure with, which are not learned from; None to keep a fifth of the inputs for this, at
             most 20.
         num_answers: answers to learn from. If there are fewer inputs they are repeated, each time with another answer;
@@ -174,9 +174,7 @@ def distill(
     family = require_patched(model, tokenizer)
     num_prompt_tokens = _num_prompt_tokens(tokenizer, prompt, num_gist_tokens)
     if start is None:
-        most = most_gist_tokens(model)
-        is_trained = trained_num_gist_tokens(model) is not None and (most is None or num_gist_tokens <= most)
-        start = "gist" if is_trained else "first" if family.is_encoder_decoder else "attended"
+        start = "first" if family.is_encoder_decoder else "attended"
     if start not in STARTS:
         raise GistError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if start == "gist" and trained_num_gist_tokens(model) is None:

@@ -228,23 +228,23 @@ class WithLora(torch.nn.Module):
         return self.base(hidden) + hidden @ self.down @ self.up
 
 
-def test_a_trained_model_starts_from_its_own_gist() -> None:
+def test_a_trained_model_starts_from_its_own_gist_if_it_is_told_to() -> None:
     model, tokenizer = tiny.patched("llama")
     model.config.gist = {**model.config.gist, "num_gist_tokens": [1, 4]}
-    about = distill(model, tokenizer, PROMPT, INPUTS, 4, **QUICK).cache.about[0]
-    assert about is not None
-    assert about["distilled"]["start"] == "gist"
+    for start, expected in (("gist", "gist"), (None, "attended")):
+        about = distill(model, tokenizer, PROMPT, INPUTS, 4, start=start, **QUICK).cache.about[0]
+        assert about is not None
+        assert about["distilled"]["start"] == expected
 
 
-def test_more_tokens_than_an_adapter_has_rows_start_from_the_prompt() -> None:
+def test_more_tokens_than_an_adapter_has_rows() -> None:
     model, tokenizer = tiny.patched("llama")
     attach(model, Adapter("gist-lora", 2, rank=2))
     model.config.gist = {**model.config.gist, "num_gist_tokens": [1, 2]}
-    for k, expected in ((2, "gist"), (4, "attended")):
+    with pytest.raises(GistError, match="num_gist_tokens must be at most 2, got 4"):
+        distill(model, tokenizer, PROMPT, INPUTS, 4, start="gist", **QUICK)
+    for k in (2, 4):
         cache = distill(model, tokenizer, PROMPT, INPUTS, k, **QUICK).cache
-        about = cache.about[0]
-        assert about is not None
-        assert about["distilled"]["start"] == expected
         checked = check_gist(model, tokenizer, cache, PROMPT, INPUTS, swapped=tiny.words(9, 3), max_new_tokens=4)
         assert checked.num_gist_tokens == k, "the other prompt has as many tokens as the adapter can make"
 

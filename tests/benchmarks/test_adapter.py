@@ -264,6 +264,7 @@ def test_distilling_on_top_with_a_tiny_model(
     wrapped.save_pretrained(tmp_path / "base")
     loaded, tokenizer = gisting.load(tmp_path / "base", "chat")
     adapters.attach(loaded, adapters.Adapter("gist-lora", 2, rank=2))
+    loaded.config.gist = {**loaded.config.gist, "num_gist_tokens": [1, 2]}
     adapters.save(loaded, tokenizer, tmp_path / "adapter")
 
     def with_questions(model: Any, tokenizer: Any, prompt: str, inputs: None, *more: Any, **settings: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adapter.on_top import on_top_table
 from benchmarks.adapter.recipe import adapter_table
 from benchmarks.card_tables import kernels_table, real_model_table, step_table
 from benchmarks.check import check_table
@@ -57,6 +58,7 @@ TABLES: list[tuple[str, str, str, Callable[[list[dict[str, Any]]], str]]] = [
     ("docs/training.md", "methods results", "methods.jsonl", methods_table),
     ("docs/training.md", "real model results", "smollm2.jsonl", real_model_table),
     ("docs/training.md", "adapter results", "adapter.jsonl", adapter_table),
+    ("docs/training.md", "adapter distil results", "adapter_distil.jsonl", on_top_table),
     ("docs/training.md", "objective results", "objective.jsonl", objective_table),
     ("docs/training.md", "distillation results", "distillation.jsonl", distillation_table),
     ("docs/models.md", "families results", "families.jsonl", families_table),

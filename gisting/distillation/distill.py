@@ -182,8 +182,8 @@ def distill(
     schedule = _schedule(steps, batch_size, key_rate, value_rate, average, evaluate_every, patience, seed)
     inputs = None if inputs is None else _texts("inputs", inputs, 2 if held_out is None else 1)
     held_out = None if held_out is None else _texts("held_out", held_out, 1)
-    if inputs is not None:
-        _split(inputs, held_out, seed)  # refuses what it cannot split before the directory is claimed
+    # Before the directory is claimed, so that a run which is refused here leaves it to the next one.
+    split = None if inputs is None else _split(inputs, held_out, seed)
     if num_answers is not None:
         check_count("num_answers", num_answers)
 
@@ -209,10 +209,9 @@ def distill(
         }
     )
     clock = _Clock(progress)
-    is_self_study = inputs is None
-    if inputs is None:
-        inputs = _self_study(model, tokenizer, prompt, folder, clock, seed)
-    learned, measured = _split(inputs, held_out, seed)
+    if split is None:
+        split = _split(_self_study(model, tokenizer, prompt, folder, clock, seed), held_out, seed)
+    learned, measured = split
     number = max(len(learned), _FEWEST_ANSWERS) if num_answers is None else num_answers
     pairs = [(prompt, input) for input in measured]
     if number < len(learned):
@@ -253,7 +252,7 @@ def distill(
     about = {
         "num_prompt_tokens": num_prompt_tokens,
         "inputs": len(learned),
-        "self_study": is_self_study,
+        "self_study": inputs is None,
         "answers": number,
         "steps": history[-1].step,
         "start": start,

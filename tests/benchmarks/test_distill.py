@@ -79,8 +79,9 @@ def test_a_run_that_is_killed_before_it_keeps_the_gist_keeps_it_later(
 
 
 def test_what_the_committed_rows_hold() -> None:
-    """Every prompt at every k: two thirds of the divergence without the prompt or with another are gone, and more than
-    half of that with the prompt's first k tokens.
+    """At every k, every prompt: more than two thirds of the divergence are gone, and more than from each control.
+
+    Only of 32 slots and the prompt's first 32 tokens, which are about an eighth of it, it is more than half.
     """
     rows = read_rows(ROOT / "docs" / "results" / "distill.jsonl")
     assert {row["prompt"] for row in rows} == set(PROMPTS)
@@ -89,7 +90,7 @@ def test_what_the_committed_rows_hold() -> None:
     for row in rows:
         median = {source: one["kl_median"] for source, one in row["held_out"].items()}
         assert median["gist"] < min(median["none"], median["swapped"]) / 3
-        assert median["gist"] < median["first"] / 2
+        assert median["gist"] < median["first"] / (2 if row["num_gist_tokens"] == 32 else 3)
         assert median["gist"] < row["start_median"]
 
 

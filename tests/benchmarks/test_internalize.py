@@ -221,7 +221,7 @@ def test_codes_are_measured_with_a_few_steps(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_base_is_trained_once_for_each_number_of_steps_and_by_one_process(tmp_path: Path) -> None:
-    """The lock goes with the process that held it, and whoever waited for it finds the base made."""
+    """The process that holds the lock trains the base; another one waits for it, and then finds the base there."""
     problem, said = codes._BuiltIn(), []
 
     def base(steps: int) -> Any:

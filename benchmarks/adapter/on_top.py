@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
@@ -32,37 +33,53 @@ from gisting.models.load import load
 __all__ = ["main", "on_top_table"]
 
 _ADAPTER = Path(__file__).parents[2] / "gisting" / "adapters" / "smollm2-135m-instruct"
-_SOURCES = ("none", "first", "adapter_swapped", "adapter", "swapped", "gist")
+_GISTS = ("adapter", "start", "gist")
+_PARTS = (("questions", "answers", "teacher"), ("start",), ("training",))
 
 
 def on_top_table(rows: Sequence[dict[str, Any]]) -> str:
     """Format rows of the JSONL file as Markdown: one line for each start and k, means over its prompts."""
     lines = []
-    for start, k in dict.fromkeys((row["start"], row["num_gist_tokens"]) for row in rows):
-        found = [row for row in rows if (row["start"], row["num_gist_tokens"]) == (start, k)]
-        kl = {source: statistics.fmean(row["kl_mean"][source] for row in found) for source in _SOURCES}
+    for start, k, steps in dict.fromkeys(map(_kind, rows)):
+        found = [row for row in rows if _kind(row) == (start, k, steps)]
+        mean, median = (
+            {
+                source: statistics.fmean(row[figure][source] for row in found)
+                for source in ("none", "first", *_GISTS, *(f"{one}_swapped" for one in _GISTS))
+            }
+            for figure in ("kl_mean", "kl_median")
+        )
+        kept = [1 - mean[one] / mean[f"{one}_swapped"] for one in _GISTS]
+        kept_median = [1 - median[one] / median[f"{one}_swapped"] for one in _GISTS]
+        seconds = [
+            statistics.fmean(sum(map(row["seconds"].get, parts, repeat(0))) for row in found) for parts in _PARTS
+        ]
         lines.append(
             [
                 start,
                 k,
                 len(found),
-                *(f"{kl[source]:.3f}" for source in _SOURCES),
-                f"{1 - kl['adapter'] / kl['adapter_swapped']:.0%}",
-                f"{1 - kl['gist'] / kl['swapped']:.0%}",
-                f"{1 - kl['gist'] / kl['none']:.0%}",
-                f"{statistics.fmean(row['seconds'] for row in found):.0f} s",
+                *(f"{mean[source]:.3f}" for source in ("none", "first")),
+                *(f"{mean[f'{one}_swapped']:.3f}, {mean[one]:.3f}" for one in _GISTS),
+                *(f"{share:.0%}, {other:.0%}" for share, other in zip(kept, kept_median, strict=True)),
+                " + ".join(f"{part:.0f}" for part in seconds) + " s",
             ]
         )
-    columns = ("start", "k", "prompts", "no prompt", "first k", "adapter's gist of another prompt", "adapter's gist")
-    columns += ("distilled gist of another prompt", "distilled gist", "kept of swapped: before", "after")
-    columns += ("after: of no prompt", "time")
+    columns = ("start", "k", "prompts", "no prompt", "first k", "adapter: swapped, own", "start: swapped, own")
+    columns += ("distilled: swapped, own", "kept of swapped: adapter", "start", "distilled", "answers + start + steps")
+    first = rows[0]
     text = (
         "KL from the untouched model with the whole prompt in nats a token, means over the prompts and the sampled "
-        f"answers to their six inputs, before and after {rows[0]['steps']} steps of `distill` on questions that the "
-        "model wrote itself "
-        f"({where(rows[0])})."
+        "answers to their six inputs: of the adapter's gists, of the slots that distilling starts from, and after at "
+        f"most {first['steps']} steps of `distill` on {first['answers']} answers to questions that the model wrote "
+        "itself. Swapped: the gist of another prompt, made in the same way. Kept of swapped: by these means, and by "
+        f"the means over prompts of the medians ({where(first)})."
     )
     return "\n".join([*markdown_table(columns, lines), "", text])
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["start"], row["num_gist_tokens"], row["wanted_steps"]
 
 
 class _Made(NamedTuple):
@@ -83,7 +100,7 @@ def _make(model: Any, tokenizer: Any, one: HeldOut, k: int, starts: Sequence[str
     return _Made(compress(model, tokenizer, [one.prompt], k), found)
 
 
-def _rows(model: Any, tokenizer: Any, place: int, own: _Made, other: _Made) -> Iterator[dict[str, Any]]:
+def _rows(model: Any, tokenizer: Any, place: int, steps: int, own: _Made, other: _Made) -> Iterator[dict[str, Any]]:
     """Measure the gists of a prompt and those of another one, a row for each start."""
     teacher = next(iter(own.distilled.values())).teacher
     before = {
@@ -91,13 +108,18 @@ def _rows(model: Any, tokenizer: Any, place: int, own: _Made, other: _Made) -> I
         "adapter_swapped": measure_divergence(model, tokenizer, teacher, other.adapter),
     }
     for start, found in own.distilled.items():
-        swapped = measure_divergence(model, tokenizer, teacher, other.distilled[start].cache)
-        sources: dict[str, Divergence] = {**found.held_out, **before, "swapped": swapped}
+        swapped = {"start": other.distilled[start].start, "gist": other.distilled[start].cache}
+        sources: dict[str, Divergence] = {
+            **found.held_out,
+            **before,
+            "start": found.history[0].held_out,
+            **{f"{one}_swapped": measure_divergence(model, tokenizer, teacher, its) for one, its in swapped.items()},
+        }
         about = found.to_row()
         kl = {source: one.mean for source, one in sources.items()}
         say(
-            f"prompt {place}, start {start}: {kl['none']:.3f} without, adapter {kl['adapter']:.3f} (another prompt's "
-            f"{kl['adapter_swapped']:.3f}), distilled {kl['gist']:.3f} (another prompt's {kl['swapped']:.3f})"
+            f"prompt {place}, start {start}: {kl['none']:.3f} without, "
+            + ", ".join(f"{one} {kl[one]:.3f} (another prompt's {kl[f'{one}_swapped']:.3f})" for one in _GISTS)
         )
         yield {
             "prompt": place,
@@ -105,7 +127,8 @@ def _rows(model: Any, tokenizer: Any, place: int, own: _Made, other: _Made) -> I
             "kl_mean": kl,
             "kl_median": {source: one.median for source, one in sources.items()},
             "agreement": {source: one.mean_agreement for source, one in sources.items()},
-            "seconds": round(sum(found.seconds.values()), 1),
+            "wanted_steps": steps,
+            "seconds": {part: round(took, 1) for part, took in found.seconds.items()},
         }
 
 
@@ -117,8 +140,8 @@ def main(
         str, typer.Option(help="A part of the held-out prompts, such as 2/10: every tenth from the second on.")
     ] = "1/1",
     num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="k.")] = 8,
-    starts: Annotated[str, typer.Option(help=f"Some of {', '.join(STARTS)}.")] = "gist,attended",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 60,
+    starts: Annotated[str, typer.Option(help=f"Some of {', '.join(STARTS)}.")] = "matched",
+    steps: Annotated[int, typer.Option(min=0, help="Optimiser steps.")] = 60,
     num_answers: Annotated[int, typer.Option(min=1, help="Answers to learn from.")] = 64,
     dtype: Annotated[str, typer.Option(help="Type of the base model.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
@@ -140,8 +163,8 @@ def main(
     for number in numbers:
         made.append(_make(loaded, tokenizer, held_out[number], num_gist_tokens, chosen, settings))
         if len(made) > 1:
-            rows.add(_rows(loaded, tokenizer, number, made[-1], made[-2]))
+            rows.add(_rows(loaded, tokenizer, number, steps, made[-1], made[-2]))
     if len(made) < 2:
         raise GistError(f"--part must leave at least two prompts, for the swapped control, got {part}")
-    rows.add(_rows(loaded, tokenizer, numbers[0], made[0], made[-1]))
+    rows.add(_rows(loaded, tokenizer, numbers[0], steps, made[0], made[-1]))
     rows.show(on_top_table)

@@ -42,6 +42,7 @@ _PHASES = {
     "questions": "writing questions",
     "answers": "sampling answers",
     "teacher": "reading them with the whole prompt",
+    "start": "fitting the slots that training starts from",
     "training": "training the slots",
 }
 _SOURCES = {"none": "no prompt", "first": "first k tokens", "gist": "the gist"}
@@ -76,8 +77,8 @@ def distill(
         str | None,
         typer.Option(
             help="What the slots start from: first (tokens of the prompt), attended (tokens of it that answers look "
-            "at) or gist (what a model that was trained to gist makes). By default attended, or first for "
-            "encoder-decoders."
+            "at), matched (these, fitted to the attention of the answers) or gist (what a model that was trained to "
+            "gist makes). By default matched, or first for encoder-decoders."
         ),
     ] = None,
     num_answers: Annotated[
@@ -85,7 +86,9 @@ def distill(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sampled answer at most.")] = 32,
     temperature: Annotated[float, typer.Option(min=0.0, help="For sampling answers.")] = 0.8,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps at most.")] = 150,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Optimiser steps at most; 0 to take the slots as they start.")
+    ] = 150,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers in a step.")] = 8,
     key_rate: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Learning rate of the keys, relative to their size.")

@@ -46,6 +46,7 @@ _PHASES = {
     "questions": "   the model writes questions",
     "answers": "   answers with the full prompt",
     "teacher": "   reading them with the full prompt",
+    "start": "   fitting the first slots",
     "training": "   distilling",
 }
 
@@ -192,8 +193,6 @@ def run_trial(
             prompt,
             inputs,
             k,
-            # On the demo's prompt this ends at about half the divergence that a start from the adapter's gist ends at.
-            start=None if tokenizer.is_encoder_decoder else "attended",
             steps=steps,
             num_answers=num_answers if num_answers is not None or inputs is None else len(inputs),
             evaluate_every=max(1, steps // 3),

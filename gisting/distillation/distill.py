@@ -46,8 +46,8 @@ class Progress:
     """What a distillation is doing.
 
     Args:
-        phase: ``"questions"``, ``"answers"``, ``"teacher"`` or ``"training"``.
-        done: how much of it is done: questions, answers, answers or steps.
+        phase: ``"questions"``, ``"answers"``, ``"teacher"``, ``"start"`` or ``"training"``.
+        done: how much of it is done: questions, answers, answers, starts (there is one) or steps.
         total: how much there is.
         measured: in training, a measurement on the held-out answers that has just been made.
     """
@@ -65,6 +65,7 @@ class Distilled:
     Args:
         cache: the gist, one prompt of k slots in the model's dtype. Its ``about`` says how it was made
             (``"distilled"``) and how good it was found to be (``"quality"``).
+        start: the slots before training.
         history: the measurements on held-out answers during training; the first is that of the start.
         held_out: the divergence from the full prompt at each held-out answer, of ``"gist"``, of ``"first"`` (the first
             k tokens of the prompt as they are) and of ``"none"`` (no prompt).
@@ -75,6 +76,7 @@ class Distilled:
     """
 
     cache: GistCache
+    start: GistCache
     history: list[Measured]
     held_out: dict[str, Divergence]
     teacher: Teacher
@@ -137,9 +139,9 @@ def distill(
         inputs: what users say, at least two different texts; None to let the model write questions about the prompt and
             ordinary ones.
         num_gist_tokens: k, less than the number of the prompt's tokens.
-        start: what the slots start from, one of ``STARTS``: ``"first"``, ``"attended"`` or ``"gist"``. None for
-            ``"attended"`` for a decoder and ``"first"`` for an encoder-decoder. ``"gist"`` is the gist that a model
-            which was trained to gist makes.
+        start: what the slots start from, one of ``STARTS``: ``"first"``, ``"attended"``, ``"matched"`` or ``"gist"``.
+            None for ``"matched"`` for a decoder and ``"first"`` for an encoder-decoder. ``"gist"`` is the gist that a
+            model which was trained to gist makes.
         held_out: inputs to measure with, which are not learned from; None to keep a fifth of the inputs for this, at
             most 20.
         num_answers: answers to learn from. If there are fewer inputs they are repeated, each time with another answer;
@@ -147,7 +149,7 @@ def distill(
         max_new_tokens: the largest number of tokens in a sampled answer.
         temperature: for sampling answers.
         top_k: tokens whose probabilities are compared one by one; all others count as one outcome.
-        steps: the largest number of optimiser steps.
+        steps: the largest number of optimiser steps; 0 to take the slots as they start.
         batch_size: answers in a step.
         key_rate: Adam's learning rate for the keys, relative to their size in each layer.
         value_rate: likewise for the values, and for the last hidden states of an encoder.
@@ -174,11 +176,11 @@ def distill(
     family = require_patched(model, tokenizer)
     num_prompt_tokens = _num_prompt_tokens(tokenizer, prompt, num_gist_tokens)
     if start is None:
-        start = "first" if family.is_encoder_decoder else "attended"
+        start = "first" if family.is_encoder_decoder else "matched"
     if start not in STARTS:
         raise GistError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if start == "gist" and trained_num_gist_tokens(model) is None:
-        raise GistError("start 'gist' needs a model that was trained to gist; take 'attended' or 'first'")
+        raise GistError("start 'gist' needs a model that was trained to gist; take 'matched' or 'first'")
     schedule = _schedule(steps, batch_size, key_rate, value_rate, average, evaluate_every, patience, seed)
     inputs = None if inputs is None else _texts("inputs", inputs, 2 if held_out is None else 1)
     held_out = None if held_out is None else _texts("held_out", held_out, 1)
@@ -231,7 +233,9 @@ def distill(
     held, taught = teacher.select(range(len(measured))), teacher.select(range(len(measured), len(answers)))
 
     part = folder.claim(vars(schedule), f"k-{num_gist_tokens}-{start}")
-    slots = make_start(model, tokenizer, taught, num_gist_tokens, start, origin)
+    with clock.phase("start", 1) as advance:
+        slots = make_start(model, tokenizer, taught, num_gist_tokens, start, origin)
+        advance(1)
     with clock.phase("training", steps):
         cache, history, seconds = train_slots(
             model,
@@ -267,7 +271,7 @@ def distill(
     }
     quality = {name: _rounded(value) for name, value in quality.items()}
     cache = cache.with_about(distilled=about, quality=quality)
-    return Distilled(cache, history, found, held, num_prompt_tokens, clock.seconds)
+    return Distilled(cache, slots, history, found, held, num_prompt_tokens, clock.seconds)
 
 
 def _num_prompt_tokens(tokenizer: GistTokenizer, prompt: str, num_gist_tokens: int) -> int:
@@ -319,7 +323,9 @@ def _schedule(
     patience: int,
     seed: int,
 ) -> Schedule:
-    counts = {"steps": steps, "batch_size": batch_size, "evaluate_every": evaluate_every, "patience": patience}
+    if steps != 0:
+        check_count("steps", steps)
+    counts = {"batch_size": batch_size, "evaluate_every": evaluate_every, "patience": patience}
     for name, count in counts.items():
         check_count(name, count)
     for name, rate in (("key_rate", key_rate), ("value_rate", value_rate)):

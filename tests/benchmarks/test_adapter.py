@@ -272,14 +272,16 @@ def test_distilling_on_top_with_a_tiny_model(
 
     monkeypatch.setattr(on_top, "distill", with_questions)
     words = f"adapter-distil --model {tmp_path}/base --adapter {tmp_path}/adapter --output {tmp_path}/rows.jsonl -k 2 "
-    words += "--part 3/15 --steps 2 --num-answers 4 --dtype float32"
+    words += "--part 3/15 --starts gist,matched --steps 2 --num-answers 4 --dtype float32"
     assert run(words.split()) == 0
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [(one["prompt"], one["start"]) for one in rows] == [
-        (17, "gist"), (17, "attended"), (2, "gist"), (2, "attended"),
+        (17, "gist"), (17, "matched"), (2, "gist"), (2, "matched"),
     ]  # fmt: skip
     for one in rows:
-        assert one["kl_mean"].keys() == {"none", "first", "adapter", "adapter_swapped", "swapped", "gist"}
+        gists = {"adapter", "start", "gist"}
+        assert one["kl_mean"].keys() == {"none", "first", *gists, *(f"{name}_swapped" for name in gists)}
+        assert one["kl_mean"]["start"] != one["kl_mean"]["gist"]
         assert one["kl_mean"]["adapter"] != one["kl_mean"]["adapter_swapped"]
     assert rows[0]["kl_mean"]["adapter"] == rows[1]["kl_mean"]["adapter"]
     printed = capsys.readouterr().out.splitlines()

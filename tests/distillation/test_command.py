@@ -44,7 +44,7 @@ def test_from_files_to_a_gist(run, folder: Path) -> None:
     for text in ("no prompt", "first k tokens", "the gist"):
         assert text in done.out
     assert "12 tokens of the prompt in 4; " in done.out
-    assert "learned from 8 answers to 8 inputs, 4 steps, start attended, seed 0" in done.out
+    assert "learned from 8 answers to 8 inputs, 4 steps, start matched, seed 0" in done.out
     assert "step 4 of 4: held out, KL median " in done.err
     cache = GistCache.load("x.gist.safetensors")
     assert cache.num_gist_tokens == [4]
@@ -177,7 +177,10 @@ def test_at_least_measures_as_check_does(run, folder: Path) -> None:
             "--at-least finds the number of gist tokens; leave out -k",
         ),
         (["--inputs", "questions.txt", "--at-least", "1.5"], "at_least must be a share above 0 and up to 1"),
-        (["--inputs", "questions.txt", "--start", "end"], "start must be one of first, attended, gist, got 'end'"),
+        (
+            ["--inputs", "questions.txt", "--start", "end"],
+            "start must be one of first, attended, matched, gist, got 'end'",
+        ),
         (["--inputs", "questions.txt", "--storage", "int4"], "storage must be one of"),
         (["--inputs", "questions.txt", "--output", "none/x.st"], "none is not a directory; make it first"),
         (["--inputs", "questions.txt", "--output", "system.txt"], "system.txt exists already; remove it, or name"),

@@ -47,7 +47,7 @@ def test_the_divergence_falls(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     is measured with other answers to the inputs that were learned.
     """
     monkeypatch.setattr(distill_module, "_split", lambda inputs, held_out, seed: (inputs, inputs))
-    found, _, _ = made(name, steps=60, evaluate_every=20, patience=9)
+    found, _, _ = made(name, steps=60, evaluate_every=20, patience=9, start="first")
     gist = found.held_out["gist"]
     assert gist.mean < 0.7 * found.history[0].held_out.mean
     assert gist.mean < 0.7 * found.held_out["first"].mean
@@ -133,7 +133,7 @@ def test_stores_and_storages_keep_it(tmp_path: Path) -> None:
             "self_study": False,
             "answers": 16,
             "steps": 24,
-            "start": "attended",
+            "start": "matched",
             "seed": 0,
             "held_out_inputs": 2,
         }
@@ -231,7 +231,7 @@ class WithLora(torch.nn.Module):
 def test_a_trained_model_starts_from_its_own_gist_if_it_is_told_to() -> None:
     model, tokenizer = tiny.patched("llama")
     model.config.gist = {**model.config.gist, "num_gist_tokens": [1, 4]}
-    for start, expected in (("gist", "gist"), (None, "attended")):
+    for start, expected in (("gist", "gist"), (None, "matched")):
         about = distill(model, tokenizer, PROMPT, INPUTS, 4, start=start, **QUICK).cache.about[0]
         assert about is not None
         assert about["distilled"]["start"] == expected
@@ -371,8 +371,9 @@ def test_answers_of_other_inputs_are_named(tmp_path: Path) -> None:
 # -- starts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", sorted({*STARTS} - {"matched"}))
 def test_starts_are_states_of_the_prompt(start: str) -> None:
+    """Keys are moved by k - N positions, so that they are as far from the text after them as in the prompt."""
     model, tokenizer = tiny.patched("llama")
     if start == "gist":
         model.config.gist = {**model.config.gist, "num_gist_tokens": [11, 11]}
@@ -394,9 +395,8 @@ def test_starts_are_states_of_the_prompt(start: str) -> None:
             assert len(places) == 11
             rotary = whole.rotary
             assert rotary is not None
-            moved = rotary.rotate(
-                layer, whole.keys[layer][:, head : head + 1, places], torch.arange(11)[None] - torch.tensor([places])
-            )
+            by = torch.tensor([0 if start == "first" else 11 - 12])
+            moved = rotary.rotate(layer, whole.keys[layer][:, head : head + 1, places], by)
             assert torch.allclose(found.cache.keys[layer][0, head], moved[0, 0], atol=1e-4)
 
 
@@ -442,9 +442,9 @@ def test_attended_takes_what_the_answers_look_at() -> None:
         ({"num_gist_tokens": 0}, "num_gist_tokens must be at least 1, got 0"),
         ({"num_gist_tokens": 12}, "num_gist_tokens must be less than the prompt's 12 tokens, got 12"),
         ({"num_gist_tokens": 2.5}, "num_gist_tokens must be a whole number, got 2.5"),
-        ({"start": "last"}, "start must be one of first, attended, gist, got 'last'"),
-        ({"start": "gist"}, "start 'gist' needs a model that was trained to gist; take 'attended' or 'first'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"start": "last"}, "start must be one of first, attended, matched, gist, got 'last'"),
+        ({"start": "gist"}, "start 'gist' needs a model that was trained to gist; take 'matched' or 'first'"),
+        ({"steps": -1}, "steps must be at least 1, got -1"),
         ({"key_rate": -1.0}, "key_rate must be in 0..1, got -1.0"),
         ({"average": 2}, "average must be a share in 0..1, got 2"),
         ({"num_answers": 0}, "num_answers must be at least 1"),
@@ -468,10 +468,30 @@ def test_numbers_that_are_none_stop_the_training(monkeypatch: pytest.MonkeyPatch
         made()
 
 
+def test_no_steps_take_the_start_as_it_is(tmp_path: Path) -> None:
+    """In a directory of its own, since the steps are a setting; and training begins from the same slots."""
+    found, _, _ = made(steps=0, directory=tmp_path)
+    for one, other in zip(
+        (*found.cache.keys, *found.cache.values), (*found.start.keys, *found.start.values), strict=True
+    ):
+        assert torch.allclose(one, other, rtol=1e-5)
+    assert [one.step for one in found.history] == [0]
+    assert found.history[0].held_out == found.held_out["gist"]
+    about = found.cache.about[0]
+    assert about is not None
+    assert about["distilled"]["steps"] == 0
+    again, _, _ = made(steps=0, directory=tmp_path)
+    assert same(again.cache, found.cache)
+    trained, _, _ = made()
+    assert same(trained.start, found.start)
+    assert not same(trained.cache, found.cache)
+
+
 def test_what_a_model_cannot_do_is_refused() -> None:
     model, tokenizer = tiny.patched("t5")
-    with pytest.raises(GistError, match="start='attended' is for decoders"):
-        distill(model, tokenizer, PROMPT, INPUTS, 4, start="attended", **QUICK)
+    for start in ("attended", "matched"):
+        with pytest.raises(GistError, match=f"start='{start}' is for decoders: "):
+            distill(model, tokenizer, PROMPT, INPUTS, 4, start=start, **QUICK)
     with pytest.raises(GistError, match="not patched"):
         distill(tiny.model("llama"), tiny.tokenizer("llama"), PROMPT, INPUTS, 4, **QUICK)
 
@@ -482,7 +502,7 @@ def test_what_a_model_cannot_do_is_refused() -> None:
         ({"prompt": PROMPT + " w1"}, "was made with other settings .prompt was [0-9a-f]+, is [0-9a-f]+.; use those"),
         ({"inputs": INPUTS[1:]}, "inputs was"),
         ({"seed": 3}, "seed was 0, is 3"),
-        ({"steps": 8}, "k-4-attended was made with other settings .steps was 24, is 8"),
+        ({"steps": 8}, "k-4-matched was made with other settings .steps was 24, is 8"),
         ({"model": "mistral"}, "model was llama/[0-9a-f]+, is mistral/"),
     ],
 )
@@ -496,7 +516,7 @@ def test_a_directory_of_another_run_is_refused(changes: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(
-    ("file", "message"), [("answers.jsonl", "cannot be read"), ("k-4-attended/state.pt", "remove it to train again")]
+    ("file", "message"), [("answers.jsonl", "cannot be read"), ("k-4-matched/state.pt", "remove it to train again")]
 )
 def test_damaged_files_are_named(file: str, message: str, tmp_path: Path) -> None:
     made(directory=tmp_path)

@@ -56,10 +56,11 @@ PROMPTS = {
 }
 #: The columns of a row that say what it is about.
 _KEY = ("model", "dtype", "wanted_steps", "start", "prompt", "num_gist_tokens", "seed")
-_START = "attended"  # what distill takes for a decoder
+_START = "matched"  # what distill takes for a decoder
 _STARTS = {
     "first": "first, the states of the first k tokens",
     "attended": "attended, those of the most attended tokens",
+    "matched": "matched, these fitted to the answers' attention",
     "gist": "gist, what the adapter of the package makes",
 }
 _DETAIL_TOKENS = 64  # of an answer to the question for a detail, as gisting check has them
@@ -253,17 +254,17 @@ class _Details:
 def distill_table(rows: Sequence[dict[str, Any]]) -> str:
     """Format rows of the JSONL file as Markdown: one line for each prompt and k, the mean over its seeds.
 
-    Rows of another model, dtype or number of steps have a table of their own. Rows of another start than the default
-    are for :func:`starts_table`.
+    Rows of another model, dtype, number of steps or start have a table of their own, those of the default start first.
     """
-    return "\n\n".join(map(_table, _groups([row for row in rows if row["start"] == _START])))
+    groups = _groups(rows, _KEY[:4])
+    return "\n\n".join(map(_table, sorted(groups, key=lambda group: group[0]["start"] != _START)))
 
 
-def _groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows of one model, dtype and number of steps each."""
+def _groups(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Rows that are alike in these columns."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(column) for column in _KEY[:3]), []).append(row)
+        groups.setdefault(tuple(row.get(column) for column in columns), []).append(row)
     return list(groups.values())
 
 
@@ -302,7 +303,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         "KL divergence from the full prompt in nats a token, median over "
         f"{first['held_out']['gist']['num_answers']} "
         f"held-out answers of {first['model']} ({first['dtype']}), without a prompt, from the gist of another prompt "
-        "(swapped), from the first k tokens of the prompt, and from its gist. Gone: of the median without a prompt. "
+        f"(swapped), from the first k tokens of the prompt, and from its gist (`--start {first['start']}`). Gone: of "
+        "the median without a prompt. "
         "Agreement: tokens at which gist and full prompt have the same first choice. Details: names and numbers of the "
         "prompt that were asked for and are in the gist's answers, of those in the full prompt's (in brackets: in "
         f"answers without a prompt); {_asked(rows)} were asked for. Seed {seeds}; {_places(rows)}.",
@@ -329,7 +331,7 @@ def _asked(rows: Sequence[dict[str, Any]]) -> str:
 def starts_table(rows: Sequence[dict[str, Any]]) -> str:
     """Format rows of the JSONL file as Markdown: the same prompts, k and seeds from different starts."""
     tables = []
-    for group in _groups(rows):
+    for group in _groups(rows, _KEY[:3]):
         alike: dict[Any, dict[str, dict[str, Any]]] = {}
         for row in group:
             alike.setdefault((row["prompt"], row["num_gist_tokens"], row["seed"]), {})[row["start"]] = row

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ __all__ = ["match_attention"]
 
 _NAME = "gist_matching"
 _NUM_ANSWERS = 64  # whose queries are looked at
-_NUM_QUERIES = 4096  # of each key head, for the fit of keys
+_NUM_QUERIES = 2500  # of each key head in a step of the fit
 _RATE, _WARMUP, _BETAS = 0.1, 10, (0.9, 0.95)  # of Adam; the rate is relative to the size of keys and of values
 _RIDGE = 1e-3  # relative to the mean of the diagonal
 
@@ -59,13 +60,14 @@ class _Queries(NamedTuple):
         mass = torch.logaddexp(scores.logsumexp(-1), self.rest_mass)
         return (scores - mass[..., None]).exp(), (self.rest_mass - mass).exp()[..., None]
 
-    def thinned(self, number: int) -> _Queries:
-        """Return at most about ``number`` of the queries, evenly."""
-        step = math.ceil(self.queries.shape[1] / number)
+    def parts(self, number: int) -> list[_Queries]:
+        """Split the queries into as few parts as have at most ``number`` queries each, each taken evenly from all."""
+        count = math.ceil(self.queries.shape[1] / number)
         queries, rest_mass, rest, target = (
-            one[:, ::step].contiguous() for one in (self.queries, self.rest_mass, self.rest, self.target)
+            [one[:, start::count].contiguous() for start in range(count)]
+            for one in (self.queries, self.rest_mass, self.rest, self.target)
         )
-        return _Queries(queries, self.softcap, rest_mass, rest, target)
+        return [_Queries(*one) for one in zip(queries, repeat(self.softcap), rest_mass, rest, target, strict=False)]
 
 
 @dataclass
@@ -178,7 +180,7 @@ def _attention(
     )  # (G, k, D)
     output = found.target
     if run.steps is not None:
-        keys, values = _fit(found.thinned(_NUM_QUERIES), keys, values, run.steps)
+        keys, values = _fit(found, keys, values, run.steps)
         weights, rest = found.weights(keys)
         output = weights @ values + rest * found.rest
     run.keys.append(keys)
@@ -235,18 +237,23 @@ def _queries(
 
 
 def _fit(found: _Queries, keys: Tensor, values: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Fit keys and values to the outputs: values in closed form, then both by Adam, then values again."""
+    """Fit keys and values to the outputs: values in closed form, then both by Adam, then values again.
+
+    A step of Adam looks at a part of the queries, the closed form at all of them.
+    """
     values = _least_squares(found, keys, values)
     scales = [one.pow(2).mean().sqrt().clamp(min=1e-6) for one in (keys, values)]
     parameters = [(one / scale).requires_grad_() for one, scale in zip((keys, values), scales, strict=True)]
     optimiser = torch.optim.Adam(parameters, lr=_RATE, betas=_BETAS)
+    parts = found.parts(_NUM_QUERIES)
     with torch.enable_grad():
         for step in range(steps):
             rise, fall = min(1.0, (step + 1) / _WARMUP), 0.5 * (1 + math.cos(math.pi * step / steps))
             optimiser.param_groups[0]["lr"] = _RATE * rise * (0.05 + 0.95 * fall)
             keys, values = (one * scale for one, scale in zip(parameters, scales, strict=True))
-            weights, rest = found.weights(keys)
-            loss = (weights @ values + rest * found.rest - found.target).pow(2).sum()
+            part = parts[step % len(parts)]
+            weights, rest = part.weights(keys)
+            loss = (weights @ values + rest * part.rest - part.target).pow(2).sum()
             for one, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 one.grad = gradient
             optimiser.step()

@@ -31,7 +31,7 @@ def test_the_benchmark_of_distilling(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert set(row["held_out"]) == {"gist", "first", "none", "swapped"}
         assert row["held_out"]["gist"] != row["held_out"]["swapped"]
         assert row["steps"] == 2
-        assert row["start"] == "attended"
+        assert row["start"] == "matched"
         counts = row["details"]
         assert set(counts) == {"asked", "prompt", "gist", "none", "lost"}
         assert max(counts["prompt"], counts["gist"], counts["none"]) <= counts["asked"]
@@ -120,12 +120,13 @@ def test_several_processes_share_the_work(tmp_path: Path, capsys: pytest.Capture
     assert sorted(shared, key=str) == sorted(whole, key=str)
     assert starts_table(shared) == ""
     both = rows_of("shared", "--start", "first")
-    assert [row["start"] for row in both] == ["attended"] * 3 + ["first"] * 3
+    assert [row["start"] for row in both] == ["matched"] * 3 + ["first"] * 3
     rows = read_rows(tmp_path / "shared.jsonl")
-    assert distill_table(rows) == distill_table(rows[:3])
-    first, attended = rows[4], rows[0]
-    assert (first["prompt"], first["seed"]) == (attended["prompt"], attended["seed"])
-    shown = [f"{row['start_median']:.3f}, {row['held_out']['gist']['kl_median']:.3f}" for row in (first, attended)]
+    assert distill_table([*rows[3:], *rows[:3]]) == "\n\n".join(map(distill_table, (rows[:3], rows[3:])))
+    assert "from its gist (`--start first`)" in distill_table(rows[3:])
+    first, matched = rows[4], rows[0]
+    assert (first["prompt"], first["seed"]) == (matched["prompt"], matched["seed"])
+    shown = [f"{row['start_median']:.3f}, {row['held_out']['gist']['kl_median']:.3f}" for row in (first, matched)]
     assert f"| 2 | {' | '.join(shown)} |" in starts_table(rows)
     assert starts_table(rows) in capsys.readouterr().out
 

@@ -99,7 +99,7 @@ def test_json_alone(run, folder: Path) -> None:
     assert row["num_gist_tokens"] == 4
     assert set(row["held_out"]) == {"gist", "first", "none"}
     assert [one["step"] for one in row["history"]] == [0, 4]
-    assert set(row["seconds"]) == {"answers", "teacher", "training"}
+    assert set(row["seconds"]) == {"answers", "teacher", "start", "training"}
 
 
 def without_k(*more: str) -> list[str]:

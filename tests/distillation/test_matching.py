@@ -126,11 +126,14 @@ def test_planted_slots_are_found_from_near_them(softcap: float | None) -> None:
     torch.testing.assert_close(fitted[0], keys, atol=0.1, rtol=0.1)
 
 
-def test_thinning_keeps_queries_evenly() -> None:
+def test_parts_hold_every_query_once() -> None:
     found, _, _ = problem(queries=10)
-    assert torch.equal(found.thinned(4).queries, found.queries[:, ::3])
-    assert torch.equal(found.thinned(4).target, found.target[:, ::3])
-    assert torch.equal(found.thinned(10).rest_mass, found.rest_mass)
+    parts = found.parts(4)
+    assert [part.queries.shape[1] for part in parts] == [4, 3, 3]
+    assert torch.equal(parts[1].target, found.target[:, 1::3])
+    assert torch.equal(parts[2].rest_mass, found.rest_mass[:, 2::3])
+    (whole,) = found.parts(10)
+    assert all(torch.equal(one, other) for one, other in zip(whole, found, strict=True) if other is not None)
 
 
 def test_the_same_answers_give_the_same_bits() -> None:

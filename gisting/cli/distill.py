@@ -78,7 +78,7 @@ def distill(
         typer.Option(
             help="What the slots start from: first (tokens of the prompt), attended (tokens of it that answers look "
             "at), matched (these, fitted to the attention of the answers) or gist (what a model that was trained to "
-            "gist makes). By default matched, or first for encoder-decoders."
+            "gist makes). By default matched, or first for encoder-decoders and for models whose keys cannot be moved."
         ),
     ] = None,
     num_answers: Annotated[

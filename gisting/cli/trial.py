@@ -42,7 +42,7 @@ def demo(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Steps of distillation. By default 80; with --from-scratch training steps, by default 2400."
+            min=1, help="Steps of distillation. By default 60; with --from-scratch training steps, by default 2400."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
@@ -100,7 +100,7 @@ def try_prompt(
     num_gist_tokens: Annotated[
         int | None, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens. By default 16.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of distillation.")] = 80,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of distillation.")] = 60,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 32,
     output: Annotated[Path | None, typer.Option(help="File to save the distilled gist in.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,

@@ -126,7 +126,7 @@ def run_trial(
     inputs: Sequence[str] | None = None,
     num_gist_tokens: int | None = None,
     adapter: Path | None = None,
-    steps: int = 80,
+    steps: int = 60,
     num_answers: int | None = None,
     max_new_tokens: int = 32,
     seed: int = 0,

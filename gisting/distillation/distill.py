@@ -27,6 +27,7 @@ from gisting.generation.checks import check_count, listed
 from gisting.generation.sampling import sample_answers
 from gisting.models.adapters import checkpoint_name, reader_fingerprint
 from gisting.models.load import trained_num_gist_tokens
+from gisting.models.rotary import rotary_of
 from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
@@ -140,8 +141,8 @@ def distill(
             ordinary ones.
         num_gist_tokens: k, less than the number of the prompt's tokens.
         start: what the slots start from, one of ``STARTS``: ``"first"``, ``"attended"``, ``"matched"`` or ``"gist"``.
-            None for ``"matched"`` for a decoder and ``"first"`` for an encoder-decoder. ``"gist"`` is the gist that a
-            model which was trained to gist makes.
+            None for ``"matched"`` for a decoder, and ``"first"`` for an encoder-decoder and for a decoder whose keys
+            are rotated in an unknown way. ``"gist"`` is the gist that a model which was trained to gist makes.
         held_out: inputs to measure with, which are not learned from; None to keep a fifth of the inputs for this, at
             most 20.
         num_answers: answers to learn from. If there are fewer inputs they are repeated, each time with another answer;
@@ -176,7 +177,8 @@ def distill(
     family = require_patched(model, tokenizer)
     num_prompt_tokens = _num_prompt_tokens(tokenizer, prompt, num_gist_tokens)
     if start is None:
-        start = "first" if family.is_encoder_decoder else "matched"
+        can_move = not family.is_encoder_decoder and rotary_of(model) is not None
+        start = "matched" if can_move else "first"
     if start not in STARTS:
         raise GistError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if start == "gist" and trained_num_gist_tokens(model) is None:

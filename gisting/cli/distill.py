@@ -88,7 +88,7 @@ def distill(
     temperature: Annotated[float, typer.Option(min=0.0, help="For sampling answers.")] = 0.8,
     steps: Annotated[
         int, typer.Option(min=0, help="Optimiser steps at most; 0 to take the slots as they start.")
-    ] = 150,
+    ] = 75,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers in a step.")] = 8,
     key_rate: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Learning rate of the keys, relative to their size.")

@@ -115,7 +115,7 @@ def distill(
     max_new_tokens: int = 32,
     temperature: float = 0.8,
     top_k: int = 64,
-    steps: int = 150,
+    steps: int = 75,
     batch_size: int = 8,
     key_rate: float = 0.005,
     value_rate: float = 0.015,
@@ -234,7 +234,8 @@ def distill(
         teacher = folder.write_teacher(teacher)
     held, taught = teacher.select(range(len(measured))), teacher.select(range(len(measured), len(answers)))
 
-    part = folder.claim(vars(schedule), f"k-{num_gist_tokens}-{start}")
+    # Without steps there is no state to keep, and a run with steps may follow in the same directory.
+    part = folder.claim(vars(schedule), f"k-{num_gist_tokens}-{start}") if steps else None
     with clock.phase("start", 1) as advance:
         slots = make_start(model, tokenizer, taught, num_gist_tokens, start, origin)
         advance(1)

@@ -481,7 +481,7 @@ def test_numbers_that_are_none_stop_the_training(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_steps_take_the_start_as_it_is(tmp_path: Path) -> None:
-    """In a directory of its own, since the steps are a setting; and training begins from the same slots."""
+    """And training may follow in the same directory, from the same slots."""
     found, _, _ = made(steps=0, directory=tmp_path)
     for one, other in zip(
         (*found.cache.keys, *found.cache.values), (*found.start.keys, *found.start.values), strict=True
@@ -494,7 +494,9 @@ def test_no_steps_take_the_start_as_it_is(tmp_path: Path) -> None:
     assert about["distilled"]["steps"] == 0
     again, _, _ = made(steps=0, directory=tmp_path)
     assert same(again.cache, found.cache)
-    trained, _, _ = made()
+    assert set(again.seconds) == {"start", "training"}, "the answers are kept"
+    trained, _, _ = made(directory=tmp_path)
+    assert "answers" not in trained.seconds
     assert same(trained.start, found.start)
     assert not same(trained.cache, found.cache)
 

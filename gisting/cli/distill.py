@@ -86,9 +86,7 @@ def distill(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sampled answer at most.")] = 32,
     temperature: Annotated[float, typer.Option(min=0.0, help="For sampling answers.")] = 0.8,
-    steps: Annotated[
-        int, typer.Option(min=0, help="Optimiser steps at most; 0 to take the slots as they start.")
-    ] = 75,
+    steps: Annotated[int, typer.Option(min=0, help="Optimiser steps at most; 0 to take the slots as they start.")] = 75,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers in a step.")] = 8,
     key_rate: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Learning rate of the keys, relative to their size.")

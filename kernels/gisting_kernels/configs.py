@@ -68,7 +68,8 @@ def tile_sizes(
         bits: bits per element of q, 16 or 32.
         segment_length: mean number of rows that see a key; see :func:`~gisting_kernels.plan.mean_segment_length`.
         has_bias: whether there is a relative bias.
-        can_pingpong: whether rows of ``pingpong`` are used, which has neither dropout nor a softcap.
+        can_pingpong: whether rows of ``pingpong`` are used, which has neither dropout nor a softcap. Of these,
+            only rows that a card has timed are.
 
     Raises:
         ValueError: ``GISTING_KERNEL_CONFIG`` is not valid, or the table has no row for this head size.
@@ -93,7 +94,7 @@ def tile_sizes(
             if row["kernel"] == kernel
             and all(row.get(key, value) == value for key, value in wanted.items())
             and row.get("segment", segments[-1]) in segments
-            and (row.get("path") != "pingpong" or (can_pingpong and capability == HOPPER))
+            and (row.get("path") != "pingpong" or (can_pingpong and capability == HOPPER and row["measured"]))
         ]
         if not rows:
             raise ValueError(f"there are no tile sizes for head size {head_size} with {bits} bits")

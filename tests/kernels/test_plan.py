@@ -447,6 +447,14 @@ def test_the_forward_kernel_of_a_hopper_card(
     assert tile_sizes(capability, 128, 16, segment_length, has_bias=has_bias)[0] == tile
 
 
+def test_a_pingpong_row_that_no_card_has_timed_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head size 64 keeps the tile that was timed, until there is a time for the other."""
+    assert tile_sizes((9, 0), 64, 16, 4100.0, has_bias=False)[0] == TileSizes(128, 64, 4, 3)
+    rows = [row | {"measured": True, "device": "a card"} for row in read_table()]
+    monkeypatch.setattr("gisting_kernels.configs.read_table", lambda: rows)
+    assert tile_sizes((9, 0), 64, 16, 4100.0, has_bias=False)[0] == TileSizes(128, 128, 8, 2, "pingpong")
+
+
 @pytest.mark.parametrize(("size", "tile"), [(64, TileSizes(128, 64, 4, 3)), (128, TileSizes(64, 64, 4, 3))])
 def test_calls_with_dropout_or_a_softcap_have_tiles_of_their_own(size: int, tile: TileSizes) -> None:
     """The tile of pingpong spills on the other paths."""

@@ -2,7 +2,7 @@
 
 Place in the flow: answers with the whole prompt in view, and its states -> **matching** -> slots to start from. No
 gradient passes through the model: each layer's slots are fitted to the queries of a single forward pass over the
-answers, in which the layers above already read the fitted slots of those below.
+answers, in which each layer already reads what the fitted slots of the layers before it gave.
 
 For a query q, attention over N prompt tokens and over the text after them is a mean of two parts, weighted by their
 masses ``Z = sum_j exp(q k_j)``. k slots take the place of the N tokens if they have the same mass and the same mean
@@ -14,6 +14,7 @@ slot, which an ordinary cache could not hold; and the keys are fitted as well, b
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -93,7 +94,7 @@ def match_attention(
     Args:
         model: a patched decoder.
         tokenizer: the tokenizer it was patched for.
-        teacher: answers with the whole prompt in view; the first 64 are looked at.
+        teacher: answers with the whole prompt in view; 64 of them, drawn at random, are looked at.
         prompt: the states of the whole prompt of N tokens, one row.
         num_slots: k, less than N.
         steps: steps of the fit of keys and values; None to take the k tokens that get most attention as they are.
@@ -110,7 +111,9 @@ def match_attention(
             f"start='attended' and 'matched' move keys, but how {model.config.model_type} rotates them is not known; "
             "use start='first'"
         )
-    answers = teacher.answers[:_NUM_ANSWERS]
+    answers = teacher.answers
+    if len(answers) > _NUM_ANSWERS:  # Not the first, which may all be about a part of the prompt.
+        answers = random.Random(0).sample(answers, _NUM_ANSWERS)
     befores = tokenizer.encode_continuations([answer.input for answer in answers])
     rows = [[*before, *answer.token_ids] for before, answer in zip(befores, answers, strict=True)]
     ids, is_token = pad_rows(rows, tokenizer.pad_token_id, left=False)

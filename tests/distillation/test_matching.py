@@ -142,6 +142,21 @@ def test_the_same_answers_give_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip((*one[0], *one[1]), (*two[0], *two[1]), strict=True))
 
 
+def test_of_many_answers_some_of_all_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs may be in an order, such as those about the prompt first."""
+    model, tokenizer, teacher, whole = given("llama")
+    seen: list[int] = []
+    pad = matching.pad_rows
+    monkeypatch.setattr(
+        matching, "pad_rows", lambda rows, *more, **how: seen.append(len(rows)) or pad(rows, *more, **how)
+    )
+    monkeypatch.setattr(matching, "_NUM_ANSWERS", 3)
+    some = match_attention(model, tokenizer, teacher, whole, 4, 0)
+    first = match_attention(model, tokenizer, teacher.select(range(3)), whole, 4, 0)
+    assert seen == [3, 3]
+    assert not torch.equal(some[1][0], first[1][0])
+
+
 def test_a_model_that_cannot_be_followed_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that attention does not read as they are cached are refused, and so are layers that were not seen."""
     model, tokenizer, teacher, whole = given("llama")

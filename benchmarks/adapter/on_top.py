@@ -58,6 +58,7 @@ def on_top_table(rows: Sequence[dict[str, Any]]) -> str:
             [
                 start,
                 k,
+                steps,
                 len(found),
                 *(f"{mean[source]:.3f}" for source in ("none", "first")),
                 *(f"{mean[f'{one}_swapped']:.3f}, {mean[one]:.3f}" for one in _GISTS),
@@ -65,13 +66,13 @@ def on_top_table(rows: Sequence[dict[str, Any]]) -> str:
                 " + ".join(f"{part:.0f}" for part in seconds) + " s",
             ]
         )
-    columns = ("start", "k", "prompts", "no prompt", "first k", "adapter: swapped, own", "start: swapped, own")
+    columns = ("start", "k", "steps", "prompts", "no prompt", "first k", "adapter: swapped, own", "start: swapped, own")
     columns += ("distilled: swapped, own", "kept of swapped: adapter", "start", "distilled", "answers + start + steps")
     first = rows[0]
     text = (
         "KL from the untouched model with the whole prompt in nats a token, means over the prompts and the sampled "
-        "answers to their six inputs: of the adapter's gists, of the slots that distilling starts from, and after at "
-        f"most {first['steps']} steps of `distill` on {first['answers']} answers to questions that the model wrote "
+        "answers to their six inputs: of the adapter's gists, of the slots that distilling starts from, and after the "
+        f"steps of `distill`, on {first['answers']} answers to questions that the model wrote "
         "itself. Swapped: the gist of another prompt, made in the same way. Kept of swapped: by these means, and by "
         f"the means over prompts of the medians ({where(first)})."
     )

@@ -42,7 +42,7 @@ _PHASES = {
     "questions": "writing questions",
     "answers": "sampling answers",
     "teacher": "reading them with the whole prompt",
-    "start": "fitting the slots that training starts from",
+    "start": "making the first slots",
     "training": "training the slots",
 }
 _SOURCES = {"none": "no prompt", "first": "first k tokens", "gist": "the gist"}
@@ -77,8 +77,9 @@ def distill(
         str | None,
         typer.Option(
             help="What the slots start from: first (tokens of the prompt), attended (tokens of it that answers look "
-            "at), matched (these, fitted to the attention of the answers) or gist (what a model that was trained to "
-            "gist makes). By default matched, or first for encoder-decoders and for models whose keys cannot be moved."
+            "at), matched (the attended tokens, then fitted so that attention gives the answers what the whole prompt "
+            "gives) or gist (what a model that was trained to gist makes). By default matched, or first where "
+            "attention cannot be matched, as in encoder-decoders."
         ),
     ] = None,
     num_answers: Annotated[

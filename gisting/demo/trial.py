@@ -46,7 +46,7 @@ _PHASES = {
     "questions": "   the model writes questions",
     "answers": "   answers with the full prompt",
     "teacher": "   reading them with the full prompt",
-    "start": "   fitting the first slots",
+    "start": "   making the first slots",
     "training": "   distilling",
 }
 

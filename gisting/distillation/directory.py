@@ -8,8 +8,9 @@ settings.json         what the answers depend on; another prompt, model or setti
 questions.jsonl       the inputs that the model wrote, if none were given
 answers.jsonl         the sampled answers, one to a line
 teacher.safetensors   what the model says at their tokens with the whole prompt in view
-k-16-attended/        for each k and start:
+k-16-matched/         for each k and start:
     settings.json     what the slots depend on besides
+    start.safetensors the slots before training
     state.pt          the slots and the optimiser in the middle of training
 ```
 """

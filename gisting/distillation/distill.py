@@ -20,14 +20,12 @@ from gisting.cache import CacheOrigin, GistCache
 from gisting.distillation.directory import Directory, text_hash
 from gisting.distillation.questions import write_questions
 from gisting.distillation.slots import Measured, Schedule, train_slots
-from gisting.distillation.starts import STARTS, make_start
+from gisting.distillation.starts import choose_start, make_start
 from gisting.errors import GistError
 from gisting.eval.divergence import Divergence, FirstTokens, Teacher, ask_teacher, measure_divergence
 from gisting.generation.checks import check_count, listed
 from gisting.generation.sampling import sample_answers
 from gisting.models.adapters import checkpoint_name, reader_fingerprint
-from gisting.models.load import trained_num_gist_tokens
-from gisting.models.rotary import rotary_of
 from gisting.models.state import require_patched
 from gisting.models.weights import input_weight
 from gisting.tokens import GistTokenizer
@@ -141,8 +139,8 @@ def distill(
             ordinary ones.
         num_gist_tokens: k, less than the number of the prompt's tokens.
         start: what the slots start from, one of ``STARTS``: ``"first"``, ``"attended"``, ``"matched"`` or ``"gist"``.
-            None for ``"matched"`` for a decoder, and ``"first"`` for an encoder-decoder and for a decoder whose keys
-            are rotated in an unknown way. ``"gist"`` is the gist that a model which was trained to gist makes.
+            None for ``"matched"``, or ``"first"`` for an encoder-decoder and for a decoder whose attention cannot be
+            matched. ``"gist"`` is the gist that a model which was trained to gist makes.
         held_out: inputs to measure with, which are not learned from; None to keep a fifth of the inputs for this, at
             most 20.
         num_answers: answers to learn from. If there are fewer inputs they are repeated, each time with another answer;
@@ -174,15 +172,8 @@ def distill(
     # peft's wrapper; its adapter is in the layers of the model inside.
     inside: Any = getattr(model, "get_base_model", None)
     model = model if inside is None else inside()
-    family = require_patched(model, tokenizer)
+    require_patched(model, tokenizer)
     num_prompt_tokens = _num_prompt_tokens(tokenizer, prompt, num_gist_tokens)
-    if start is None:
-        can_move = not family.is_encoder_decoder and rotary_of(model) is not None
-        start = "matched" if can_move else "first"
-    if start not in STARTS:
-        raise GistError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
-    if start == "gist" and trained_num_gist_tokens(model) is None:
-        raise GistError("start 'gist' needs a model that was trained to gist; take 'matched' or 'first'")
     schedule = _schedule(steps, batch_size, key_rate, value_rate, average, evaluate_every, patience, seed)
     inputs = None if inputs is None else _texts("inputs", inputs, 2 if held_out is None else 1)
     held_out = None if held_out is None else _texts("held_out", held_out, 1)
@@ -199,6 +190,7 @@ def distill(
         "gist",
         checkpoint_name(model),
     )
+    start = choose_start(model, tokenizer, prompt, start, origin)
     folder = Directory(None if directory is None else Path(directory))
     folder.claim(
         {
@@ -237,7 +229,15 @@ def distill(
     # Without steps there is no state to keep, and a run with steps may follow in the same directory.
     part = folder.claim(vars(schedule), f"k-{num_gist_tokens}-{start}") if steps else None
     with clock.phase("start", 1) as advance:
-        slots = make_start(model, tokenizer, taught, num_gist_tokens, start, origin)
+        advance(0)
+        kept = None if part is None else part / "start.safetensors"
+        if kept is not None and kept.exists():  # With other threads, a fit is not the same to the bit.
+            # Selecting copies the states out of the file, where they are aligned in another way.
+            slots = GistCache.load(kept, input_weight(model).device).select([0])
+        else:
+            slots = make_start(model, tokenizer, taught, num_gist_tokens, start, origin)
+            if kept is not None:
+                slots.save(kept)
         advance(1)
     with clock.phase("training", steps):
         cache, history, seconds = train_slots(

@@ -1,6 +1,6 @@
 """Slots that give every attention head what the whole prompt gives it, fitted layer by layer (Attention Matching).
 
-Place in the flow: answers with the whole prompt in view, and its states -> **matching** -> slots to start from. No
+Place in the flow: answers to a prompt, and its states -> **matching** -> slots to start from. No
 gradient passes through the model: each layer's slots are fitted to the queries of a single forward pass over the
 answers, in which each layer already reads what the fitted slots of the layers before it gave.
 
@@ -14,12 +14,10 @@ slot, which an ordinary cache could not hold; and the keys are fitted as well, b
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -28,27 +26,27 @@ from torch import Tensor, nn
 from gisting._compat import cache_argument
 from gisting.cache import GistCache
 from gisting.errors import GistError
-from gisting.eval.divergence import Teacher
 from gisting.models.mode import evaluating
 from gisting.models.prefix import PrefixStates
+from gisting.models.registry import attention_name, register_as
 from gisting.models.weights import input_weight
 from gisting.padding import pad_rows
-from gisting.tokens import GistTokenizer
 
 __all__ = ["match_attention"]
 
 _NAME = "gist_matching"
-_NUM_ANSWERS = 64  # whose queries are looked at
 _NUM_QUERIES = 2500  # of each key head in a step of the fit
 _RATE, _WARMUP, _BETAS = 0.1, 10, (0.9, 0.95)  # of Adam; the rate is relative to the size of keys and of values
 _RIDGE = 1e-3  # relative to the mean of the diagonal
+_HIDDEN = -1e30  # the score of what is not seen; of infinity, gradients would not be numbers
 
 
 class _Queries(NamedTuple):
-    """What a layer's M queries of each of G key heads see besides the prompt, and what they should get in all."""
+    """The M queries of a layer for each of G key heads: what they see after the prompt, and what they should get."""
 
     queries: Tensor  # (G, M, D), scaled
     softcap: float | None
+    hidden: Tensor | None  # (M, k), whether a slot is too far away to be seen through a sliding window
     rest_mass: Tensor  # (G, M), the logarithm of the mass of the text after the prompt
     rest: Tensor  # (G, M, Dv), the mean value over that text
     target: Tensor  # (G, M, Dv), the output with the whole prompt
@@ -58,17 +56,21 @@ class _Queries(NamedTuple):
         scores = self.queries @ keys.mT
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.hidden is not None:
+            scores = scores.masked_fill(self.hidden, _HIDDEN)
         mass = torch.logaddexp(scores.logsumexp(-1), self.rest_mass)
         return (scores - mass[..., None]).exp(), (self.rest_mass - mass).exp()[..., None]
 
     def parts(self, number: int) -> list[_Queries]:
-        """Split the queries into as few parts as have at most ``number`` queries each, each taken evenly from all."""
-        count = math.ceil(self.queries.shape[1] / number)
-        queries, rest_mass, rest, target = (
-            [one[:, start::count].contiguous() for start in range(count)]
-            for one in (self.queries, self.rest_mass, self.rest, self.target)
-        )
-        return [_Queries(*one) for one in zip(queries, repeat(self.softcap), rest_mass, rest, target, strict=False)]
+        """Divide the queries at random into as few parts as have at most ``number`` queries each."""
+        size = self.queries.shape[1]
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(self.queries.device)
+        return [self._taken(index) for index in order.chunk(math.ceil(size / number))]
+
+    def _taken(self, index: Tensor) -> _Queries:
+        hidden = None if self.hidden is None else self.hidden[index]
+        rest = (one[:, index] for one in (self.rest_mass, self.rest, self.target))
+        return _Queries(self.queries[:, index], self.softcap, hidden, *rest)
 
 
 @dataclass
@@ -87,16 +89,15 @@ _pass: ContextVar[_Pass] = ContextVar("matching")
 
 
 def match_attention(
-    model: Any, tokenizer: GistTokenizer, teacher: Teacher, prompt: GistCache, num_slots: int, steps: int | None
+    model: Any, rows: Sequence[Sequence[int]], prompt: GistCache, num_slots: int, steps: int | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Fit k slots in every layer and key head to what answers get from the whole prompt.
+    """Fit k slots in every layer and key head to what texts get from the whole prompt.
 
     Args:
         model: a patched decoder.
-        tokenizer: the tokenizer it was patched for.
-        teacher: answers with the whole prompt in view; 64 of them, drawn at random, are looked at.
+        rows: B lists of ids that follow the prompt, such as inputs with their answers. All run in one pass.
         prompt: the states of the whole prompt of N tokens, one row.
-        num_slots: k, less than N.
+        num_slots: k, at most N.
         steps: steps of the fit of keys and values; None to take the k tokens that get most attention as they are.
 
     Returns:
@@ -111,12 +112,7 @@ def match_attention(
             f"start='attended' and 'matched' move keys, but how {model.config.model_type} rotates them is not known; "
             "use start='first'"
         )
-    answers = teacher.answers
-    if len(answers) > _NUM_ANSWERS:  # Not the first, which may all be about a part of the prompt.
-        answers = random.Random(0).sample(answers, _NUM_ANSWERS)
-    befores = tokenizer.encode_continuations([answer.input for answer in answers])
-    rows = [[*before, *answer.token_ids] for before, answer in zip(befores, answers, strict=True)]
-    ids, is_token = pad_rows(rows, tokenizer.pad_token_id, left=False)
+    ids, is_token = pad_rows(rows, 0, left=False)
     device = input_weight(model).device
     past = PrefixStates()
     for layer, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
@@ -136,11 +132,7 @@ def match_attention(
 @contextmanager
 def _attending(model: Any, run: _Pass) -> Iterator[None]:
     """Fit slots to the model's attention within the block."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, eager_mask)
+    register_as(_NAME, _attention, like="eager")
     stack = model.base_model
     before, token = stack.config._attn_implementation, _pass.set(run)
     stack.set_attn_implementation(_NAME)
@@ -149,6 +141,12 @@ def _attending(model: Any, run: _Pass) -> Iterator[None]:
     finally:
         stack.set_attn_implementation(before)
         _pass.reset(token)
+
+
+def _usual_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    from transformers import AttentionInterface
+
+    return AttentionInterface()[attention_name("eager")](*args, **kwargs)
 
 
 def _cannot_follow(what: str, why: str) -> str:
@@ -165,18 +163,33 @@ def _attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface, ``(B, H, T, D)`` in and ``(B, T, H, Dv)`` out: fits a layer's slots."""
-    run = _pass.get()
+    run = _pass.get(None)
+    if run is None:  # another thread, which runs the same model
+        return _usual_attention(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            **({} if softcap is None else {"softcap": softcap}),
+            **({} if s_aux is None else {"s_aux": s_aux}),
+            sliding_window=sliding_window,
+            position_bias=position_bias,
+            **others,
+        )
     layer, num_tokens = len(run.keys), run.prompt.num_slots
     is_cached = layer < len(run.prompt.keys) and torch.equal(key[0, :, :num_tokens], run.prompt.keys[layer][0])
     if not is_cached or attention_mask is None or position_bias is not None:
         why = "it does not read the prompt's keys as they are cached"
         raise GistError(_cannot_follow(type(module).__name__, why))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found, received = _queries(run, query.float() * scale, key.float(), value.float(), attention_mask, softcap, s_aux)
+    found, received = _queries(run, query.float() * scale, key, value, attention_mask, softcap, s_aux, sliding_window)
     chosen = received.topk(run.num_slots, dim=-1).indices.sort(dim=-1).values[..., None]
     keys, values = (
         states[0, :, :num_tokens].float().take_along_dim(chosen, dim=1) for states in (key, value)
@@ -204,6 +217,7 @@ def _queries(
     mask: Tensor,
     softcap: float | None,
     sinks: Tensor | None,
+    window: int | None,
 ) -> tuple[_Queries, Tensor]:
     """Split the attention of every query into the prompt's part and the rest, a row at a time.
 
@@ -213,30 +227,39 @@ def _queries(
         The queries, and how much attention each of the prompt's tokens gets, ``(G, N)``.
     """
     groups, num_tokens = key.shape[1], run.prompt.num_slots
-    parts: list[_Queries] = []
-    received = key.new_zeros(groups, num_tokens)
+    prompt_keys, prompt_values = (states[0, :, None, :num_tokens].float() for states in (key, value))
+    parts: list[tuple[Tensor, ...]] = []
+    received = query.new_zeros(groups, num_tokens)
     for row, length in enumerate(run.is_token.sum(-1).tolist()):
         own = query[row, :, :length].unflatten(0, (groups, -1))  # (G, R, T, D)
-        scores = own @ key[row][:, None].mT
+        text_keys, text_values = (states[row, :, None, num_tokens:].float() for states in (key, value))
+        scores = torch.cat([own @ prompt_keys.mT, own @ text_keys.mT], dim=-1)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores + mask[row, :, :length].float()
         sink = None if sinks is None else sinks.float().view(groups, -1, 1)
         whole, rest = scores.logsumexp(-1), scores[..., num_tokens:].logsumexp(-1)
-        text = (scores[..., num_tokens:] - rest[..., None]).exp() @ value[row, :, None, num_tokens:]
+        text = (scores[..., num_tokens:] - rest[..., None]).exp() @ text_values
         if sink is not None:  # one more column, without a value
             before, rest = rest, torch.logaddexp(rest, sink)
             text, whole = text * (before - rest).exp()[..., None], torch.logaddexp(whole, sink)
         weights = (scores[..., :num_tokens] - whole[..., None]).exp()
         received += weights.sum((1, 2))
-        target = weights @ value[row, :, None, :num_tokens] + (rest - whole).exp()[..., None] * text
-        by_token = (one.transpose(1, 2).flatten(1, 2) for one in (own, rest[..., None], text, target))
-        queries, mass, text, target = by_token
-        parts.append(_Queries(queries, softcap, mass[..., 0], text, target))
-    queries, mass, text, target = (
-        torch.cat(one, dim=1) for one in zip(*((p.queries, p.rest_mass, p.rest, p.target) for p in parts), strict=True)
-    )
-    return _Queries(queries, softcap, mass, text, target), received
+        target = weights @ prompt_values + (rest - whole).exp()[..., None] * text
+        parts.append(tuple(one.transpose(1, 2).flatten(1, 2) for one in (own, rest[..., None], text, target)))
+    queries, mass, text, target = (torch.cat(one, dim=1) for one in zip(*parts, strict=True))
+    return _Queries(queries, softcap, _too_far(run, window, query), mass[..., 0], text, target), received
+
+
+def _too_far(run: _Pass, window: int | None, query: Tensor) -> Tensor | None:
+    """Return which slots a sliding window hides from each query, ``(M, k)``; None if it hides none."""
+    lengths = run.is_token.sum(-1)
+    if window is None or run.num_slots + int(lengths.max()) <= window:
+        return None
+    per_token = query.shape[1] // run.prompt.keys[0].shape[1]
+    places = torch.cat([torch.arange(length) for length in lengths.tolist()]).repeat_interleave(per_token)
+    ages = run.num_slots + places[:, None] - torch.arange(run.num_slots)
+    return (ages >= window).to(query.device)
 
 
 def _fit(found: _Queries, keys: Tensor, values: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -265,7 +288,7 @@ def _fit(found: _Queries, keys: Tensor, values: Tensor, steps: int) -> tuple[Ten
 
 
 def _least_squares(found: _Queries, keys: Tensor, values: Tensor) -> Tensor:
-    """The values that fit best with these keys, drawn slightly towards ``values``."""
+    """Solve for the values that fit best with these keys; a small ridge keeps them near ``values``."""
     weights, rest = found.weights(keys)
     gram = weights.mT @ weights
     ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-12

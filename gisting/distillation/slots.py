@@ -161,7 +161,7 @@ def train_slots(
                 measure(run.taken_loss())
             elif report is not None:
                 report(run.step, None)
-    return run.result(), run.history, run.seconds
+    return run.result() if schedule.steps else start, run.history, run.seconds
 
 
 @dataclass
@@ -180,6 +180,8 @@ class _Run:
     def __post_init__(self) -> None:
         start = self.start
         states = [*start.keys, *start.values, *(() if start.last_hidden is None else [start.last_hidden])]
+        # In one order in memory, however they were made: the same sums then have the same bits.
+        states = [one.contiguous() for one in states]
         # Relative to their size, so that one rate fits layers and models of all scales.
         self.scales = [states_.float().pow(2).mean().sqrt().clamp(min=1e-6) for states_ in states]
         self.parameters = [

@@ -5,6 +5,7 @@ Place in the flow: prompt -> **start** -> training of its slots. What learns is 
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,13 @@ from gisting.errors import GistError
 from gisting.eval.divergence import Teacher
 from gisting.generation import compress
 from gisting.generation.compression import whole_prompt
+from gisting.models.load import trained_num_gist_tokens
 from gisting.tokens import GistTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["STARTS", "make_start"]
+__all__ = ["STARTS", "choose_start", "make_start"]
 
 #: ``first``: the states of the prompt's first k tokens, to which models attend most wherever they look at nothing in
 #: particular (attention sinks, arXiv 2309.17453). ``attended``: in every layer and key head, the k tokens of the prompt
@@ -31,6 +33,52 @@ __all__ = ["STARTS", "make_start"]
 STARTS = ("first", "attended", "matched", "gist")
 
 _FIT_STEPS = 100
+_NUM_ANSWERS = 64  # whose attention is looked at, in one pass; fewer after long prompts
+_FEWEST_ANSWERS, _MOST_TOKENS = 8, 2**18
+
+
+def choose_start(
+    model: PreTrainedModel, tokenizer: GistTokenizer, prompt: str, start: str | None, origin: CacheOrigin
+) -> str:
+    """Return the start to take, before there are answers: the one that was asked for, or the usual one.
+
+    Args:
+        model: a patched model.
+        tokenizer: the tokenizer it was patched for.
+        prompt: the text.
+        start: one of ``STARTS``; None for ``"matched"``, or ``"first"`` for a model whose attention cannot be matched.
+        origin: what the slots will belong to.
+
+    Raises:
+        GistError: the start is unknown, or cannot be made for this model.
+    """
+    if start is None:
+        try:
+            _check_matching(model, tokenizer, prompt, "matched", origin)
+        except GistError:
+            return "first"
+        return "matched"
+    if start not in STARTS:
+        raise GistError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+    if start == "gist" and trained_num_gist_tokens(model) is None:
+        raise GistError("start 'gist' needs a model that was trained to gist; take 'matched' or 'first'")
+    if start in ("attended", "matched"):
+        _check_matching(model, tokenizer, prompt, start, origin)
+    return start
+
+
+def _check_matching(
+    model: PreTrainedModel, tokenizer: GistTokenizer, prompt: str, start: str, origin: CacheOrigin
+) -> None:
+    """Raise unless attention to the prompt can be followed, on a single token."""
+    if tokenizer.is_encoder_decoder:
+        raise GistError(
+            f"start={start!r} is for decoders: the states of an encoder's tokens depend on all others; use "
+            "start='first'"
+        )
+    whole = whole_prompt(model, tokenizer, prompt, origin)
+    _check_finite(whole)
+    match_attention(model, [tokenizer.encode_prompts([prompt], 1)[0].chunks[0][-1:]], whole, 1, None)
 
 
 def make_start(
@@ -55,18 +103,12 @@ def make_start(
         A cache of one prompt in the model's dtype.
 
     Raises:
-        GistError: the start is unknown, or cannot be made for this model.
+        GistError: the slots hold NaN or infinity, or cannot be made for this model (:func:`choose_start`).
     """
-    if start not in STARTS:
-        raise GistError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if start == "gist":
         return replace(compress(model, tokenizer, [teacher.prompt], num_gist_tokens), origin=origin)
-    if tokenizer.is_encoder_decoder and start != "first":
-        raise GistError(
-            f"start={start!r} is for decoders: the states of an encoder's tokens depend on all others; use "
-            "start='first'"
-        )
     whole = whole_prompt(model, tokenizer, teacher.prompt, origin)
+    _check_finite(whole)
     k = num_gist_tokens
     if start == "first":
         return replace(
@@ -78,5 +120,23 @@ def make_start(
             last_hidden=None if whole.last_hidden is None else whole.last_hidden[:, :k].clone(),
         )
     steps = _FIT_STEPS if start == "matched" else None
-    keys, values = match_attention(model, tokenizer, teacher, whole, k, steps)
-    return replace(whole, keys=tuple(keys), values=tuple(values), lengths=torch.tensor([k]), origin=origin)
+    keys, values = match_attention(model, _texts(tokenizer, teacher, whole.num_slots), whole, k, steps)
+    slots = replace(whole, keys=tuple(keys), values=tuple(values), lengths=torch.tensor([k]), origin=origin)
+    _check_finite(slots)
+    return slots
+
+
+def _texts(tokenizer: GistTokenizer, teacher: Teacher, num_prompt_tokens: int) -> list[list[int]]:
+    """Return ids of inputs with their answers: a random choice, as the first may all be about one thing."""
+    befores = tokenizer.encode_continuations([answer.input for answer in teacher.answers])
+    texts = [[*before, *answer.token_ids] for before, answer in zip(befores, teacher.answers, strict=True)]
+    most = max(_FEWEST_ANSWERS, min(_NUM_ANSWERS, _MOST_TOKENS // (num_prompt_tokens + max(map(len, texts)))))
+    return texts if len(texts) <= most else random.Random(0).sample(texts, most)
+
+
+def _check_finite(states: GistCache) -> None:
+    if not states.is_finite():
+        raise GistError(
+            "the states of the prompt hold NaN or infinity: the model overflows in "
+            f"{str(states.dtype).removeprefix('torch.')}, or its weights do; load it in bfloat16 or float32"
+        )

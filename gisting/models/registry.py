@@ -35,6 +35,7 @@ __all__ = [
     "is_length_dependent",
     "position_limit",
     "read_config",
+    "register_as",
     "register_attention",
     "sliding_windows",
 ]
@@ -228,6 +229,15 @@ def register_attention() -> None:
         name = attention_name(base)
         AttentionInterface.register(name, functools.partial(_attention_forward, base_forward=forward))
         AttentionMaskInterface.register(name, mask)
+
+
+def register_as(name: str, forward: _Forward, *, like: str) -> None:
+    """Register an attention function under ``name``, with the masks of the attention ``like``, ``sdpa`` or ``eager``.
+
+    Calling it again changes nothing.
+    """
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, _BASES[like][1])
 
 
 def _eager_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

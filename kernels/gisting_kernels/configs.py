@@ -68,8 +68,8 @@ def tile_sizes(
         bits: bits per element of q, 16 or 32.
         segment_length: mean number of rows that see a key; see :func:`~gisting_kernels.plan.mean_segment_length`.
         has_bias: whether there is a relative bias.
-        can_pingpong: whether rows of ``pingpong`` are used, which has neither dropout nor a softcap. Of these,
-            only rows that a card has timed are.
+        can_pingpong: whether rows of ``pingpong`` are used, which has neither dropout nor a softcap. Only
+            those that a card has timed are used.
 
     Raises:
         ValueError: ``GISTING_KERNEL_CONFIG`` is not valid, or the table has no row for this head size.

@@ -239,11 +239,10 @@ def test_a_trained_model_starts_from_its_own_gist_if_it_is_told_to() -> None:
 
 def test_keys_that_cannot_be_moved_start_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default; whoever asks for another start is told why it cannot be."""
-    monkeypatch.setattr(distill_module, "rotary_of", lambda model: None)
+    monkeypatch.setattr("gisting.generation.compression.rotary_of", lambda model: None)
     about = made()[0].cache.about[0]
     assert about is not None
     assert about["distilled"]["start"] == "first"
-    monkeypatch.setattr("gisting.generation.compression.rotary_of", lambda model: None)
     for start in ("attended", "matched"):
         with pytest.raises(GistError, match="move keys, but how llama rotates them is not known; use start='first'"):
             made(start=start)
@@ -483,10 +482,7 @@ def test_numbers_that_are_none_stop_the_training(monkeypatch: pytest.MonkeyPatch
 def test_no_steps_take_the_start_as_it_is(tmp_path: Path) -> None:
     """And training may follow in the same directory, from the same slots."""
     found, _, _ = made(steps=0, directory=tmp_path)
-    for one, other in zip(
-        (*found.cache.keys, *found.cache.values), (*found.start.keys, *found.start.values), strict=True
-    ):
-        assert torch.allclose(one, other, rtol=1e-5)
+    assert same(found.cache, found.start)
     assert [one.step for one in found.history] == [0]
     assert found.history[0].held_out.kl == pytest.approx(found.held_out["gist"].kl, rel=1e-4)
     about = found.cache.about[0]

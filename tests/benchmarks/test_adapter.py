@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,8 @@ from gisting.distillation import distill
 from gisting.measure.rows import read_rows
 from gisting.models import adapters
 from tests import chats, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_prompts_are_composed_alike_from_a_seed_and_held_out_ones_share_no_names() -> None:
@@ -245,6 +248,20 @@ def test_the_rate_falls_by_the_clock_and_the_training_ends(monkeypatch: pytest.M
     now = 200.0
     clock.on_step_end(arguments, None, control)
     assert control.should_training_stop
+
+
+def test_what_the_rows_on_top_hold() -> None:
+    """Every held-out prompt, and on most the fitted slots are nearer than the adapter's gist, though not on each."""
+    rows = read_rows(ROOT / "docs" / "results" / "adapter_distil.jsonl")
+    assert {(row["start"], row["num_gist_tokens"], row["wanted_steps"]) for row in rows} == {("matched", 8, 60)}
+    assert sorted(row["prompt"] for row in rows) == list(range(30))
+    for figure, least, factor in (("kl_mean", 0.65, 1.5), ("kl_median", 0.8, 1.5)):
+        mean = {source: statistics.fmean(row[figure][source] for row in rows) for source in rows[0][figure]}
+        kept = {source: 1 - mean[source] / mean[f"{source}_swapped"] for source in ("adapter", "start", "gist")}
+        assert kept["start"] > max(least, factor * kept["adapter"])
+        assert kept["gist"] > kept["start"]
+        assert mean["gist"] < min(mean["first"], mean["none"]) / 3
+    assert sum(row["kl_median"]["start"] < row["kl_median"]["adapter"] for row in rows) >= 27
 
 
 @pytest.mark.parametrize("part", ["0/10", "3", "11/10", "a/b"])

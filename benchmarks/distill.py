@@ -303,8 +303,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         "KL divergence from the full prompt in nats a token, median over "
         f"{first['held_out']['gist']['num_answers']} "
         f"held-out answers of {first['model']} ({first['dtype']}), without a prompt, from the gist of another prompt "
-        f"(swapped), from the first k tokens of the prompt, and from its gist (`--start {first['start']}`). Gone: of "
-        "the median without a prompt. "
+        f"(swapped), from the first k tokens of the prompt, and from its gist (`--start {first['start']}`, at most "
+        f"{max(row['steps'] for row in rows)} steps). Gone: of the median without a prompt. "
         "Agreement: tokens at which gist and full prompt have the same first choice. Details: names and numbers of the "
         "prompt that were asked for and are in the gist's answers, of those in the full prompt's (in brackets: in "
         f"answers without a prompt); {_asked(rows)} were asked for. Seed {seeds}; {_places(rows)}.",

@@ -84,6 +84,9 @@ def test_what_the_committed_rows_hold() -> None:
     Only of 32 slots and the prompt's first 32 tokens, which are about an eighth of it, it is more than half.
     """
     rows = read_rows(ROOT / "docs" / "results" / "distill.jsonl")
+    matched = {(row["prompt"], row["num_gist_tokens"]): row for row in rows if row["start"] == "matched"}
+    assert {*matched} == {(name, k) for name in PROMPTS for k in (8, 16)}
+    rows = [row for row in rows if row["start"] == "attended"]
     assert {row["prompt"] for row in rows} == set(PROMPTS)
     assert {row["seed"] for row in rows if row["prompt"] == "support"} == {0, 1, 2}
     assert {(row["prompt"], row["num_gist_tokens"]) for row in rows} == {(name, k) for name in PROMPTS for k in COUNTS}
@@ -92,6 +95,10 @@ def test_what_the_committed_rows_hold() -> None:
         assert median["gist"] < min(median["none"], median["swapped"]) / 3
         assert median["gist"] < median["first"] / (2 if row["num_gist_tokens"] == 32 else 3)
         assert median["gist"] < row["start_median"]
+        better = matched.get((row["prompt"], row["num_gist_tokens"]))
+        if better is not None:
+            assert better["steps"] < row["steps"]
+            assert better["held_out"]["gist"]["kl_median"] < median["gist"]
 
 
 def test_the_default_start_is_the_best_one() -> None:
@@ -125,7 +132,7 @@ def test_several_processes_share_the_work(tmp_path: Path, capsys: pytest.Capture
     assert [row["start"] for row in both] == ["matched"] * 3 + ["first"] * 3
     rows = read_rows(tmp_path / "shared.jsonl")
     assert distill_table([*rows[3:], *rows[:3]]) == "\n\n".join(map(distill_table, (rows[:3], rows[3:])))
-    assert "from its gist (`--start first`)" in distill_table(rows[3:])
+    assert "from its gist (`--start first`, at most 2 steps)" in distill_table(rows[3:])
     first, matched = rows[4], rows[0]
     assert (first["prompt"], first["seed"]) == (matched["prompt"], matched["seed"])
     shown = [f"{row['start_median']:.3f}, {row['held_out']['gist']['kl_median']:.3f}" for row in (first, matched)]

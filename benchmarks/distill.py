@@ -388,7 +388,7 @@ def main(
     ),
     dtype: Annotated[str, typer.Option(help="Floating point type of the weights.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Device to run on.")] = "cpu",
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; by default those of distill.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Optimiser steps; by default those of distill.")] = None,
     start: Annotated[str, typer.Option(help=f"What the slots start from, one of {', '.join(STARTS)}.")] = _START,
     adapter: Annotated[
         Path | None, typer.Option(help="An adapter of the model, whose gist --start gist starts from.")

@@ -30,7 +30,7 @@ def main(
     name: Annotated[str | None, typer.Option(help="What rows call the model; by default its last part.")] = None,
     prompt: Annotated[str, typer.Option(help=f"One of {', '.join(PROMPTS)}.")] = "persona",
     num_gist_tokens: Annotated[int, typer.Option("--num-gist-tokens", "-k", min=1, help="Gist tokens.")] = 16,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; by default those of distill.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Optimiser steps; by default those of distill.")] = None,
     num_answers: Annotated[
         int | None, typer.Option(min=1, help="Answers; by default as many as distill takes.")
     ] = None,

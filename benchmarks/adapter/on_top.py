@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
@@ -52,7 +51,7 @@ def on_top_table(rows: Sequence[dict[str, Any]]) -> str:
         kept = [1 - mean[one] / mean[f"{one}_swapped"] for one in _GISTS]
         kept_median = [1 - median[one] / median[f"{one}_swapped"] for one in _GISTS]
         seconds = [
-            statistics.fmean(sum(map(row["seconds"].get, parts, repeat(0))) for row in found) for parts in _PARTS
+            statistics.fmean(sum(row["seconds"].get(part, 0) for part in parts) for row in found) for parts in _PARTS
         ]
         lines.append(
             [

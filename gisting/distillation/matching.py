@@ -1,8 +1,8 @@
 """Slots that give every attention head what the whole prompt gives it, fitted layer by layer (Attention Matching).
 
-Place in the flow: answers to a prompt, and its states -> **matching** -> slots to start from. No
-gradient passes through the model: each layer's slots are fitted to the queries of a single forward pass over the
-answers, in which each layer already reads what the fitted slots of the layers before it gave.
+Place in the flow: answers to a prompt, and its states -> **matching** -> slots to start from. No gradient passes
+through the model: each layer's slots are fitted to the queries of a single forward pass over the answers, in which each
+layer already reads what the fitted slots of the layers before it gave.
 
 For a query q, attention over N prompt tokens and over the text after them is a mean of two parts, weighted by their
 masses ``Z = sum_j exp(q k_j)``. k slots take the place of the N tokens if they have the same mass and the same mean
@@ -53,9 +53,7 @@ class _Queries(NamedTuple):
 
     def weights(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights of slots with these keys, ``(G, M, k)``, and that of the rest, ``(G, M, 1)``."""
-        scores = self.queries @ keys.mT
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = _capped(self.queries @ keys.mT, self.softcap)
         if self.hidden is not None:
             scores = scores.masked_fill(self.hidden, _HIDDEN)
         mass = torch.logaddexp(scores.logsumexp(-1), self.rest_mass)
@@ -71,6 +69,10 @@ class _Queries(NamedTuple):
         hidden = None if self.hidden is None else self.hidden[index]
         rest = (one[:, index] for one in (self.rest_mass, self.rest, self.target))
         return _Queries(self.queries[:, index], self.softcap, hidden, *rest)
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 @dataclass
@@ -143,12 +145,6 @@ def _attending(model: Any, run: _Pass) -> Iterator[None]:
         _pass.reset(token)
 
 
-def _usual_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    from transformers import AttentionInterface
-
-    return AttentionInterface()[attention_name("eager")](*args, **kwargs)
-
-
 def _cannot_follow(what: str, why: str) -> str:
     return f"start='attended' and 'matched' cannot follow the attention of {what} ({why}); use start='first'"
 
@@ -159,37 +155,23 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    sliding_window: int | None = None,
-    position_bias: Tensor | None = None,
-    **others: Any,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface, ``(B, H, T, D)`` in and ``(B, T, H, Dv)`` out: fits a layer's slots."""
     run = _pass.get(None)
     if run is None:  # another thread, which runs the same model
-        return _usual_attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            **({} if softcap is None else {"softcap": softcap}),
-            **({} if s_aux is None else {"s_aux": s_aux}),
-            sliding_window=sliding_window,
-            position_bias=position_bias,
-            **others,
-        )
+        from transformers import AttentionInterface
+
+        return AttentionInterface()[attention_name("eager")](module, query, key, value, attention_mask, **settings)
     layer, num_tokens = len(run.keys), run.prompt.num_slots
     is_cached = layer < len(run.prompt.keys) and torch.equal(key[0, :, :num_tokens], run.prompt.keys[layer][0])
-    if not is_cached or attention_mask is None or position_bias is not None:
+    if not is_cached or attention_mask is None or settings.get("position_bias") is not None:
         why = "it does not read the prompt's keys as they are cached"
         raise GistError(_cannot_follow(type(module).__name__, why))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found, received = _queries(run, query.float() * scale, key, value, attention_mask, softcap, s_aux, sliding_window)
+    scaling = settings.get("scaling")
+    query = query.float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    softcap, sinks, window = (settings.get(name) for name in ("softcap", "s_aux", "sliding_window"))
+    found, received = _queries(run, query, key, value, attention_mask, softcap, sinks, window)
     chosen = received.topk(run.num_slots, dim=-1).indices.sort(dim=-1).values[..., None]
     keys, values = (
         states[0, :, :num_tokens].float().take_along_dim(chosen, dim=1) for states in (key, value)
@@ -233,9 +215,7 @@ def _queries(
     for row, length in enumerate(run.is_token.sum(-1).tolist()):
         own = query[row, :, :length].unflatten(0, (groups, -1))  # (G, R, T, D)
         text_keys, text_values = (states[row, :, None, num_tokens:].float() for states in (key, value))
-        scores = torch.cat([own @ prompt_keys.mT, own @ text_keys.mT], dim=-1)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = _capped(torch.cat([own @ prompt_keys.mT, own @ text_keys.mT], dim=-1), softcap)
         scores = scores + mask[row, :, :length].float()
         sink = None if sinks is None else sinks.float().view(groups, -1, 1)
         whole, rest = scores.logsumexp(-1), scores[..., num_tokens:].logsumexp(-1)

@@ -16,6 +16,7 @@ from gisting.distillation.matching import match_attention
 from gisting.errors import GistError
 from gisting.eval.divergence import Teacher
 from gisting.generation import compress
+from gisting.generation.checks import check_finite
 from gisting.generation.compression import whole_prompt
 from gisting.models.load import trained_num_gist_tokens
 from gisting.tokens import GistTokenizer
@@ -77,7 +78,7 @@ def _check_matching(
             "start='first'"
         )
     whole = whole_prompt(model, tokenizer, prompt, origin)
-    _check_finite(whole)
+    check_finite(whole)
     match_attention(model, [tokenizer.encode_prompts([prompt], 1)[0].chunks[0][-1:]], whole, 1, None)
 
 
@@ -108,7 +109,7 @@ def make_start(
     if start == "gist":
         return replace(compress(model, tokenizer, [teacher.prompt], num_gist_tokens), origin=origin)
     whole = whole_prompt(model, tokenizer, teacher.prompt, origin)
-    _check_finite(whole)
+    check_finite(whole)
     k = num_gist_tokens
     if start == "first":
         return replace(
@@ -122,7 +123,7 @@ def make_start(
     steps = _FIT_STEPS if start == "matched" else None
     keys, values = match_attention(model, _texts(tokenizer, teacher, whole.num_slots), whole, k, steps)
     slots = replace(whole, keys=tuple(keys), values=tuple(values), lengths=torch.tensor([k]), origin=origin)
-    _check_finite(slots)
+    check_finite(slots)
     return slots
 
 
@@ -132,11 +133,3 @@ def _texts(tokenizer: GistTokenizer, teacher: Teacher, num_prompt_tokens: int) -
     texts = [[*before, *answer.token_ids] for before, answer in zip(befores, teacher.answers, strict=True)]
     most = max(_FEWEST_ANSWERS, min(_NUM_ANSWERS, _MOST_TOKENS // (num_prompt_tokens + max(map(len, texts)))))
     return texts if len(texts) <= most else random.Random(0).sample(texts, most)
-
-
-def _check_finite(states: GistCache) -> None:
-    if not states.is_finite():
-        raise GistError(
-            "the states of the prompt hold NaN or infinity: the model overflows in "
-            f"{str(states.dtype).removeprefix('torch.')}, or its weights do; load it in bfloat16 or float32"
-        )

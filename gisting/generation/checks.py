@@ -24,7 +24,16 @@ from gisting.visibility import CONDITIONS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_condition", "check_count", "check_num_rows", "check_origin", "check_positions", "chosen_k", "listed"]
+__all__ = [
+    "check_condition",
+    "check_count",
+    "check_finite",
+    "check_num_rows",
+    "check_origin",
+    "check_positions",
+    "chosen_k",
+    "listed",
+]
 
 
 _log = logging.getLogger(__name__)
@@ -158,6 +167,19 @@ def check_count(name: str, value: Any) -> None:
         raise GistError(f"{name} must be a whole number, got {value!r}")
     if value < 1:
         raise GistError(f"{name} must be at least 1, got {value}")
+
+
+def check_finite(cache: GistCache) -> None:
+    """Raise unless the states of compressed prompts are numbers.
+
+    Raises:
+        GistError: they hold NaN or infinity.
+    """
+    if not cache.is_finite():
+        raise GistError(
+            f"the states of {'a prompt' if len(cache) > 1 else 'the prompt'} hold NaN or infinity: the model overflows "
+            f"in {str(cache.dtype).removeprefix('torch.')}, or its weights do; load it in bfloat16 or float32"
+        )
 
 
 def check_num_rows(name: str, num_rows: int, num_inputs: int) -> None:

@@ -15,7 +15,7 @@ from gisting._compat import cache_argument
 from gisting.cache import CacheOrigin, GistCache
 from gisting.device import on_each_device
 from gisting.errors import GistError
-from gisting.generation.checks import check_condition, check_count, check_positions, chosen_k, listed
+from gisting.generation.checks import check_condition, check_count, check_finite, check_positions, chosen_k, listed
 from gisting.models.adapters import check_num_gist_tokens, checkpoint_name, reader_fingerprint
 from gisting.models.architecture import architecture_of
 from gisting.models.encoder_decoder import text_states
@@ -130,11 +130,7 @@ def compress_encodings(
     cache = parts[0] if len(parts) == 1 else GistCache.cat(parts)
     if order != list(range(len(order))):
         cache = cache.select(sorted(range(len(order)), key=lambda place: order[place]))
-    if not cache.is_finite():
-        raise GistError(
-            f"the states of {'a prompt' if len(cache) > 1 else 'the prompt'} hold NaN or infinity: the model overflows "
-            f"in {str(cache.dtype).removeprefix('torch.')}, or its weights do; load it in bfloat16 or float32"
-        )
+    check_finite(cache)
     return cache
 
 

@@ -238,7 +238,7 @@ def test_a_trained_model_starts_from_its_own_gist_if_it_is_told_to() -> None:
 
 
 def test_keys_that_cannot_be_moved_start_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default; whoever asks for another start is told why it cannot be."""
+    """By default. A start that moves keys is refused, with the reason, if it is asked for."""
     monkeypatch.setattr("gisting.generation.compression.rotary_of", lambda model: None)
     about = made()[0].cache.about[0]
     assert about is not None
